@@ -1,0 +1,29 @@
+# The two commands a newcomer needs:
+#   make demo    set-up, then the whole pipeline on the embedded default
+#   make test    set-up, then the tests
+SHELL := /bin/bash
+PY := .venv/bin/python
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: demo test lint types setup clean
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt setup.sh
+	./setup.sh
+	@touch $@
+
+demo: setup
+	@$(PY) -m orchestration.demo --config configs/demo.yaml
+
+test: setup
+	$(PY) -m pytest -q -n 2 --dist loadfile
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: setup
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv runs/demo

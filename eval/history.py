@@ -1,0 +1,88 @@
+"""All results of a run in one table, as parquet, CSV and JSON, rebuilt from the metrics.json files, which alone are the
+state."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from eval.results import METRICS
+from shards import storage
+from shards.layout import RunPaths
+
+FILE = "history.parquet"
+SCHEMA = pa.schema(
+    [
+        ("checkpoint", pa.string()),
+        ("images_seen", pa.int64()),
+        ("cell", pa.string()),
+        ("protocol", pa.string()),
+        ("metric", pa.string()),
+        ("n", pa.int64()),
+        ("value", pa.float64()),
+        ("se", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("bias_corrected", pa.float64()),
+        ("missing_pictures", pa.int64()),
+    ]
+)
+
+
+def cells(run: RunPaths, checkpoint: str | None = None) -> list[dict[str, Any]]:
+    """The content of every metrics.json of the run (or of one checkpoint), by checkpoint and cell name."""
+    found = []
+    names = [n for n in storage.list_names(run.eval) if n != "reference" and not n.startswith(".")]
+    for name in names if checkpoint is None else [checkpoint]:
+        for cell in storage.list_names(storage.join(run.eval, name)):
+            try:
+                metrics = storage.read_json(storage.join(run.eval, name, cell, METRICS))
+            except (ValueError, NotADirectoryError):
+                continue
+            if isinstance(metrics, dict) and "metrics" in metrics:
+                found.append(metrics)
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> pa.Table:
+    """One row a checkpoint, cell and metric, in SCHEMA."""
+    rows = [
+        {
+            "checkpoint": r["checkpoint"],
+            "images_seen": r["images_seen"],
+            "cell": r["cell"],
+            "protocol": r["protocol"]["id"],
+            "metric": name,
+            "missing_pictures": r["missing"]["pictures"],
+            **{k: m.get(k) for k in ("n", "value", "se", "low", "high", "bias_corrected")},
+        }
+        for r in results
+        for name, m in sorted(r["metrics"].items())
+    ]
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def write(run: RunPaths) -> list[dict[str, Any]]:
+    """Rebuild <run>/reports/history.parquet; returns the results it was made from."""
+    results = cells(run)
+    sink = io.BytesIO()
+    pq.write_table(table(results), sink, compression="zstd")
+    storage.write_atomic(storage.join(run.reports, FILE), sink.getvalue())
+    rows = table(results).to_pylist()
+    storage.write_atomic(storage.join(run.reports, "history.csv"), as_csv(rows).encode())
+    storage.write_json(storage.join(run.reports, "history.json"), rows)
+    return results
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """Rows in SCHEMA as CSV; a text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, SCHEMA.names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"'{v}" if isinstance(v, str) and v[:1] in "=+-@\t\r" else v for k, v in row.items()})
+    return sink.getvalue()

@@ -1,0 +1,234 @@
+"""Judgement by people: blinded pairs on one HTML page, their votes, and Bradley-Terry scores with intervals.
+
+    carrara judge pack  --config run.yaml --cells step-00000600/ddim-20-3 step-00000900/ddim-20-3 --out pack
+    carrara judge score pack votes-*.csv
+
+`pack` writes index.html, which opens from a USB stick and saves a CSV of votes, and key.json, which says what was what
+and stays with whoever asks. A pair shows two pictures of one prompt from one noise; which one stands left is decided
+by a hash, and nothing on the page tells them apart. Pairs are drawn evenly over the pairings.
+
+Bradley & Terry 1952: P(i beats j) = 1 / (1 + exp(s_j - s_i)). A tie is half a win to either side. The scores are the
+maximum of the likelihood with a weak prior, N(0, 3) in logits, without which one who never lost would have none; they
+are centred, and their intervals come from the inverse of the observed information, over voters' prompts as draws.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eval import gather
+from eval.estimate import Z95
+from shards import storage
+from shards.dataset import Dataset
+from shards.fingerprint import digest_json
+from shards.images import ImageShard, decode_rgb
+from shards.layout import RunPaths
+from shards.settings import ConfigError, StageError
+
+PRIOR_SD = 3.0  # logits; 95 % of win rates against an equal between 0.3 % and 99.7 %
+CHOICES = ("left", "right", "tie")
+MAX_VOTES = 50_000_000  # bytes of a CSV
+MAX_PAIRS = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two pictures (data: URIs) of one prompt; left and right: positions in the list of what is compared."""
+
+    id: str
+    prompt: str
+    left: int
+    right: int
+    left_picture: str
+    right_picture: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Bradley-Terry score in logits, centred, with standard error and 95 % interval; the share of comparisons won."""
+
+    name: str
+    score: float
+    se: float
+    low: float
+    high: float
+    wins: float
+    comparisons: int
+
+
+def pairs(run: RunPaths, names: Sequence[str], count: int, seed: int = 0) -> list[Pair]:
+    """`count` pairs of pictures with the same prompt and noise from cells named CHECKPOINT/CELL, in a shuffled order.
+
+    StageError where the cells share too few pictures.
+    """
+    if len(names) < 2 or len(set(names)) != len(names):
+        raise ConfigError("judge: name at least two different cells, such as step-00000600/ddim-20-3")
+    if not 1 <= count <= MAX_PAIRS:
+        raise ConfigError(f"judge: --pairs is {count}; ask for 1 to {MAX_PAIRS} on a page")
+    sets = [_Cell(run, name) for name in names]
+    shared = sorted(set.intersection(*(set(s.place) for s in sets)))
+    if not shared:
+        raise StageError(f"judge: {', '.join(names)} have no prompt in common; evaluate them with the same prompts")
+    order = sorted(shared, key=lambda p: digest_json(["prompt", seed, *p]))
+    pairings = list(itertools.combinations(range(len(names)), 2))
+    if count > len(order) * len(pairings):
+        raise ConfigError(f"judge: there are {len(order) * len(pairings)} pairs, not {count}; ask for fewer")
+    found = []
+    for n in range(count):
+        # Each prompt meets another pairing at every round, so that all come up equally often.
+        place = order[n % len(order)]
+        i, j = pairings[(n + n // len(order)) % len(pairings)]
+        identity = digest_json([seed, *place, i, j])
+        if int(identity[:8], 16) % 2:
+            i, j = j, i
+        found.append(Pair(identity[:12], sets[i].prompt(place), i, j, sets[i].picture(place), sets[j].picture(place)))
+    return found
+
+
+class _Cell:
+    """Pictures of one evaluated cell, by prompt and replicate."""
+
+    def __init__(self, run: RunPaths, name: str) -> None:
+        parts = name.split("/")
+        if len(parts) != 2 or any(not p or p.startswith(".") for p in parts):
+            raise ConfigError(f"judge: '{name}' must be CHECKPOINT/CELL, such as step-00000900/ddim-20-3")
+        dataset = Dataset.open(storage.join(run.eval, *parts))
+        self.shards = [ImageShard(dataset, p) for p in range(len(dataset.shards))]
+        self.place: dict[tuple[str, int], tuple[int, int]] = {}
+        self.captions: dict[tuple[str, int], str] = {}
+        for p, shard in enumerate(self.shards):
+            for i, row in enumerate(shard.table.take(shard.rows).to_pylist()):
+                self.place[row["prompt_id"], row["replicate"]] = (p, i)
+                self.captions[row["prompt_id"], row["replicate"]] = row["caption"]
+
+    def prompt(self, place: tuple[str, int]) -> str:
+        return gather.plain(self.captions[place])
+
+    def picture(self, place: tuple[str, int]) -> str:
+        shard, i = self.place[place]
+        return gather.data_uri(decode_rgb(self.shards[shard].image_bytes(i)))
+
+
+def write_pack(out: str, names: Sequence[str], found: Sequence[Pair], run: RunPaths) -> str:
+    """Write index.html and key.json into the folder `out`; returns the page's path."""
+    from eval import report
+
+    pack = digest_json([list(names), [p.id for p in found]])[:12]
+    small = all("image/png" in p.left_picture for p in found)
+    page = (
+        report.environment()
+        .get_template("judge.html.j2")
+        .render(pack=pack, pairs=found, pixelated=small, **report.script("judge.js"))
+    )
+    storage.write_atomic(storage.join(out, "index.html"), page.encode())
+    key = {p.id: {"left": names[p.left], "right": names[p.right], "prompt": p.prompt} for p in found}
+    facts = {"pack": pack, "names": list(names), "run": run.run, "pairs": key}
+    storage.write_json(storage.join(out, "key.json"), facts)
+    return storage.join(out, "index.html")
+
+
+def read_votes(pack: str, files: Sequence[str]) -> tuple[list[str], list[tuple[int, int, float, str]]]:
+    """Names, and (i, j, wins of i, pair) of every vote; ConfigError with file and line where one cannot be used.
+
+    A voter's second vote on a pair (by the `voter` column) replaces the first.
+    """
+    key = storage.read_json(storage.join(pack, "key.json"))
+    if not isinstance(key, dict) or not isinstance(key.get("pairs"), dict):
+        raise ConfigError(f"judge: {pack} has no key.json; name the folder that `carrara judge pack` wrote")
+    names = [str(n) for n in key["names"]]
+    votes: dict[tuple[str, str], tuple[int, int, float, str]] = {}
+    for file in files:
+        path = Path(file)
+        if not path.is_file() or path.stat().st_size > MAX_VOTES:
+            raise ConfigError(f"judge: {file} is not a file of votes (or larger than {MAX_VOTES // 1_000_000} MB)")
+        try:
+            rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise ConfigError(f"judge: {file} cannot be read as CSV: {e}") from None
+        for line, row in enumerate(rows, 2):
+            where = f"judge: {file}, line {line}"
+            if row.get("pack") != key["pack"]:
+                raise ConfigError(f"{where}: it is a vote on pack '{row.get('pack')}', not on {key['pack']}")
+            pair, choice = key["pairs"].get(row.get("pair") or ""), row.get("choice")
+            if pair is None or choice not in CHOICES:
+                raise ConfigError(f"{where}: pair '{row.get('pair')}', choice '{choice}' is no vote of this pack")
+            i, j = names.index(pair["left"]), names.index(pair["right"])
+            wins = {"left": 1.0, "right": 0.0, "tie": 0.5}[choice]
+            votes[str(row.get("voter") or file), str(row["pair"])] = (i, j, wins, str(row["pair"]))
+    return names, list(votes.values())
+
+
+def bradley_terry(names: Sequence[str], votes: Sequence[tuple[int, int, float, str]]) -> list[Score]:
+    """Scores of `names` from votes (i, j, wins of i out of 1, pair), best first.
+
+    Votes of several people on one pair are no independent draws: the covariance is the sandwich H^-1 S H^-1 with S
+    summed by pair (Liang & Zeger 1986). ConfigError where there is no vote.
+    """
+    if not votes:
+        raise ConfigError("judge: there are no votes; give the CSV files that the page saved")
+    size = len(names)
+    i, j = (np.array([v[k] for v in votes], np.int64) for k in (0, 1))
+    won = np.array([v[2] for v in votes], np.float64)
+    design = np.zeros((len(votes), size))
+    design[np.arange(len(votes)), i] = 1
+    design[np.arange(len(votes)), j] = -1
+    scores = np.zeros(size)
+    for _ in range(200):  # Newton; the log likelihood is concave, and the prior makes it strictly so
+        chance = 1 / (1 + np.exp(-(design @ scores)))
+        gradient = design.T @ (won - chance) - scores / PRIOR_SD**2
+        information = design.T @ (design * (chance * (1 - chance))[:, None]) + np.eye(size) / PRIOR_SD**2
+        step = np.linalg.solve(information, gradient)
+        scores = scores + step * min(1.0, 2.0 / max(1e-12, float(np.abs(step).max())))
+        if np.abs(step).max() < 1e-12:
+            break
+    scores = scores - scores.mean()
+    covariance = _covariance(design, won - chance, information, [v[3] for v in votes])
+    result = []
+    for k, name in enumerate(names):
+        mine = float(won[i == k].sum() + (1 - won[j == k]).sum())
+        count = int((i == k).sum() + (j == k).sum())
+        se = math.sqrt(max(0.0, float(covariance[k, k])))
+        score = float(scores[k])
+        result.append(Score(name, score, se, score - Z95 * se, score + Z95 * se, mine / max(1, count), count))
+    return sorted(result, key=lambda s: -s.score)
+
+
+def _covariance(
+    design: npt.NDArray[np.float64], residual: npt.NDArray[np.float64], information: npt.NDArray[np.float64],
+    clusters: Sequence[str],
+) -> npt.NDArray[np.float64]:  # fmt: skip
+    """Of the centred scores: by pair, or the model's own where that is the larger, as with few or one-sided votes."""
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.zeros((index.max() + 1, design.shape[1]))
+    np.add.at(sums, index, design * residual[:, None])
+    centre = np.eye(len(information)) - 1 / len(information)
+    inverse = centre @ np.linalg.inv(information)
+    robust = inverse @ (sums.T @ sums) @ inverse.T * (len(sums) / max(1, len(sums) - 1))
+    own = inverse @ centre
+    return robust if np.trace(robust) > np.trace(own) else own
+
+
+def table(scores: Sequence[Score]) -> str:
+    """Aligned text for a terminal."""
+    width = max(len(s.name) for s in scores)
+    lines = [f"{'':<{width}}  score    95 % interval    won   votes"]
+    lines += [
+        f"{s.name:<{width}}  {s.score:+.2f}   {s.low:+.2f} to {s.high:+.2f}   {100 * s.wins:3.0f} %  {s.comparisons:>5}"
+        for s in scores
+    ]
+    return "\n".join(lines)
+
+
+def to_json(scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """Plain values."""
+    return [dataclasses.asdict(s) for s in scores]

@@ -1,0 +1,42 @@
+"""Files that people name on a command line or in a configuration: looked at before they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from shards.images import decode_rgb
+from shards.settings import ConfigError
+
+MAX_TEXT = 64_000_000  # bytes of a list of prompts
+MAX_PICTURE = 100_000_000  # bytes of one picture
+
+
+def read_lines(path: str, option: str, wanted: str) -> list[str]:
+    """The lines of a UTF-8 text file; ConfigError, naming the option, where it is none. wanted: what to give."""
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"{option}: {path} is not a file; give {wanted}")
+    if file.stat().st_size > MAX_TEXT:
+        raise ConfigError(f"{option}: {path} is larger than {MAX_TEXT // 1_000_000} MB; give a shorter list")
+    try:
+        return file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{option}: {path} is not UTF-8 text; save it as UTF-8") from None
+
+
+def read_picture(path: str | Path, option: str, advice: str) -> np.ndarray:
+    """A picture, uint8 [H, W, 3]: its size in bytes and in pixels is looked at before anything is decoded.
+
+    Raises ConfigError, naming the option and ending with `advice`.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"{option}: there is no file {path}")
+    if file.stat().st_size > MAX_PICTURE:
+        raise ConfigError(f"{option}: {path} is larger than {MAX_PICTURE // 1_000_000} MB; {advice}")
+    try:
+        return decode_rgb(file.read_bytes())
+    except ValueError as e:
+        raise ConfigError(f"{option}: {path}: {e}; {advice}") from None

@@ -1,0 +1,138 @@
+"""What a shard holds: the tar of its successes and the sidecar with one row for each row of the table.
+
+The sidecar's first columns are img2dataset's, in its order (its downloader.py), behind the columns that
+are carried through; then ours. The bytes depend on the rows and on what became of them alone, also when a
+shard is read back, changed and packed again (rewrite.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ingest import tables
+from ingest.config import IngestConfig
+from ingest.pixels import Picture
+from ingest.work import Outcome
+from shards import storage
+from shards.images import pack_tar
+from shards.layout import sample_key, shard_name
+
+_IMG2DATASET = [
+    ("caption", pa.string()),
+    ("url", pa.string()),
+    ("key", pa.string()),
+    ("status", pa.string()),
+    ("error_message", pa.string()),
+    ("width", pa.int32()),
+    ("height", pa.int32()),
+    ("original_width", pa.int32()),
+    ("original_height", pa.int32()),
+    ("exif", pa.string()),
+    ("sha256", pa.string()),
+]
+_OURS = [
+    ("error", pa.string()),
+    ("caption_raw", pa.string()),
+    ("pixel_hash", pa.string()),
+    ("phash", pa.string()),
+    ("image_offset", pa.int64()),
+    ("image_size", pa.int64()),
+    ("image_ext", pa.string()),
+]
+RESERVED = {name for name, _ in _IMG2DATASET + _OURS}
+_ROW = ("caption", "url", "key", "caption_raw")  # known before anything is fetched, as are the kept columns
+_PICTURE = ("width", "height", "original_width", "original_height", "exif")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sidecar:
+    """A shard's rows before anything became of them. columns: values by name, those of `_ROW` and the kept ones."""
+
+    columns: dict[str, list[Any]]
+    kept: tuple[tuple[str, pa.DataType], ...]
+
+    def pack(self, outcomes: Sequence[Outcome]) -> dict[str, bytes]:
+        """The files of the shard, by suffix."""
+        columns = {name: self.columns[name] for name, _ in self.kept}
+        columns |= {name: self.columns[name] for name in ("caption", "url", "key")}
+        columns["status"] = [o.status for o in outcomes]
+        columns["error_message"] = [o.message for o in outcomes]
+        for name in _PICTURE:
+            columns[name] = [getattr(o.picture, name) if o.picture else None for o in outcomes]
+        columns["sha256"] = [o.sha256 for o in outcomes]
+        live = [(i, o.picture) for i, o in enumerate(outcomes) if o.picture is not None]
+        samples = []
+        for i, picture in live:
+            meta = {name: values[i] for name, values in columns.items()}
+            members = {
+                picture.extension: picture.data,
+                "json": json.dumps(meta, indent=4, default=str).encode(),
+                "txt": columns["caption"][i].encode("utf-8", "replace"),
+            }
+            samples.append((columns["key"][i], members))
+        tar, places = pack_tar(samples)
+        columns["error"] = [o.error for o in outcomes]
+        columns["caption_raw"] = self.columns["caption_raw"]
+        for name in ("pixel_hash", "phash"):
+            columns[name] = [getattr(o.picture, name) if o.picture else None for o in outcomes]
+        offsets, sizes, extensions = ([None] * len(outcomes) for _ in range(3))
+        for (i, picture), place in zip(live, places, strict=True):
+            offsets[i], sizes[i] = place[picture.extension]  # type: ignore[call-overload]
+            extensions[i] = picture.extension  # type: ignore[call-overload]
+        columns |= {"image_offset": offsets, "image_size": sizes, "image_ext": extensions}
+        schema = pa.schema([*self.kept, *_IMG2DATASET, *_OURS])
+        sink = io.BytesIO()
+        pq.write_table(pa.table(columns, schema), sink, compression="zstd")
+        return {".tar": tar, ".parquet": sink.getvalue()}
+
+
+def new_sidecar(
+    index: int,
+    rows: pa.Table,
+    plan: tables.Plan,
+    config: IngestConfig,
+    raw: list[str | None],
+    cleaned: list[str],
+) -> Sidecar:
+    """The rows of a shard from the table's; raw and cleaned: their captions."""
+    kept = _kept_columns(plan, config.keep_columns)
+    columns: dict[str, list[Any]] = {kept_as: rows[name].to_pylist() for name, kept_as in kept.items()}
+    columns["caption"] = list(cleaned)
+    columns["url"] = rows["url"].to_pylist()
+    columns["key"] = [sample_key(index, i, config.samples_per_shard) for i in range(rows.num_rows)]
+    columns["caption_raw"] = raw
+    return Sidecar(columns, tuple((kept_as, rows.schema.field(name).type) for name, kept_as in kept.items()))
+
+
+def read_back(root: str, index: int) -> tuple[Sidecar, list[Outcome]]:
+    """A committed shard as it was before it was packed, its pictures included."""
+    name = shard_name(index)
+    table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(root, name + ".parquet"))))
+    tar = memoryview(storage.read_bytes(storage.join(root, name + ".tar")))
+    kept = tuple((f.name, f.type) for f in table.schema if f.name not in RESERVED)
+    values = {n: table[n].to_pylist() for n in table.column_names}
+    outcomes = []
+    for i, status in enumerate(values["status"]):
+        picture = None
+        if status == "success":
+            offset = values["image_offset"][i]
+            picture = Picture(
+                data=bytes(tar[offset : offset + values["image_size"][i]]),
+                extension=values["image_ext"][i],
+                **{n: values[n][i] for n in (*_PICTURE, "pixel_hash", "phash")},
+            )
+        outcomes.append(Outcome(status, values["error"][i], values["error_message"][i], picture, values["sha256"][i]))
+    return Sidecar({n: values[n] for n in (*_ROW, *(n for n, _ in kept))}, kept), outcomes
+
+
+def _kept_columns(plan: tables.Plan, keep: Iterable[str]) -> dict[str, str]:
+    """The plan's names of the kept columns and their names in the sidecar: `source_width` for a `width`."""
+    names = [n for n in (tables.resolve(plan, k) for k in keep) if n is not None and n not in ("url", "caption")]
+    return {n: f"source_{n}" if n in RESERVED else n for n in dict.fromkeys(names)}

@@ -1,0 +1,124 @@
+"""What a worker process does for the rows of a shard: fetch many at once, decode in threads, in table order.
+
+The event loop runs in a thread of its own, so that a worker can be called from anywhere, also where
+another loop is running; it lives as long as the process, and with it the pooled connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import dataclasses
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from ingest.config import IngestConfig
+from ingest.errors import ERRORS, Rejected
+from ingest.fetch import Fetcher
+from ingest.pixels import Picture, PixelSettings, is_quick, process
+from ingest.takedown import TakenDown
+
+DNS_THREADS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a row. picture: for a success alone. bytes_fetched and attempts go to statistics only."""
+
+    status: str
+    error: str | None = None
+    message: str | None = None
+    picture: Picture | None = None
+    sha256: str | None = None
+    bytes_fetched: int = 0
+    attempts: int = 0
+
+    @classmethod
+    def of(cls, code: str, message: str = "", **more: object) -> Outcome:
+        """The outcome of a row that ends with a code of ERRORS."""
+        return cls(ERRORS[code].status, code, message or ERRORS[code].meaning, **more)  # type: ignore[arg-type]
+
+
+def pixel_settings(config: IngestConfig) -> PixelSettings:
+    """How the configuration wants pictures stored."""
+    return PixelSettings(
+        image_size=config.image_size,
+        resize_mode=config.resize_mode,
+        only_if_bigger=config.only_if_bigger,
+        encode_format=config.encode_format,
+        quality=config.quality,
+        background=config.background,
+        max_pixels=config.max_pixels,
+        animations=config.animations,
+        reencode=config.reencode,
+        downscale_filter=config.downscale_filter,
+    )
+
+
+class Crew:
+    """A process's event loop, client and decoding threads."""
+
+    def __init__(self, config: IngestConfig, taken_down: TakenDown | None = None) -> None:
+        self.config = config
+        self.taken_down = taken_down or TakenDown()
+        self.pixels = pixel_settings(config)
+        self._decoders = ThreadPoolExecutor(config.decode_threads, "decode")
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(DNS_THREADS, "dns"))
+        self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
+        self._thread.start()
+        self._fetcher: Fetcher | None = None
+        gc.collect()
+        gc.freeze()  # or each full collection walks over all that was imported: a tenth of the time of small pictures
+        atexit.register(self.close)  # or the client complains of connections left open
+
+    def fetch_all(self, urls: dict[int, str]) -> dict[int, Outcome]:
+        """The outcome of each URL, by the number it comes with."""
+        future = asyncio.run_coroutine_threadsafe(self._fetch_all(urls), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Close the connections and end the threads."""
+        atexit.unregister(self.close)
+        if self._loop.is_closed():
+            return
+        if self._fetcher is not None:
+            with contextlib.suppress(Exception):
+                asyncio.run_coroutine_threadsafe(self._fetcher.close(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        if not self._thread.is_alive():
+            self._loop.close()
+        self._decoders.shutdown(wait=False)
+
+    async def _fetch_all(self, urls: dict[int, str]) -> dict[int, Outcome]:
+        if self._fetcher is None:
+            self._fetcher = Fetcher(self.config.fetch, self.config.opt_out)
+        async with asyncio.TaskGroup() as group:
+            tasks = {i: group.create_task(self._one(self._fetcher, url)) for i, url in urls.items()}
+        return {i: task.result() for i, task in tasks.items()}
+
+    async def _one(self, fetcher: Fetcher, url: str) -> Outcome:
+        try:
+            async with fetcher.fetch(url) as fetched:
+                size, sha256, attempts = len(fetched.body), fetched.sha256, fetched.attempts
+                try:
+                    if self.taken_down.has_bytes(sha256):
+                        raise Rejected("taken_down")
+                    if is_quick(fetched.body):
+                        # To hand over a picture of a millisecond costs more than it takes: both threads want
+                        # the interpreter, and each hand-over may wait for the other's turn to end.
+                        picture = process(fetched.body, self.pixels)
+                    else:
+                        picture = await self._loop.run_in_executor(self._decoders, process, fetched.body, self.pixels)
+                except Rejected as e:
+                    return Outcome.of(e.code, e.message, sha256=sha256, bytes_fetched=size, attempts=attempts)
+        except Rejected as e:
+            return Outcome.of(e.code, e.message, attempts=e.attempts)
+        return Outcome("success", None, None, picture, sha256, size, attempts)

@@ -1,0 +1,235 @@
+"""The two frozen networks of a latent diffusion model, loaded and ready to encode.
+
+Both run in eval mode without gradients. Their arithmetic follows diffusers and open_clip exactly; the
+tests compare with diffusers' own `encode` and with transformers' CLIPTextModel on the same weights.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
+from shards.settings import ConfigError, StageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> str:
+    """`auto` is the GPU where there is one; raises ConfigError where `cuda` is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("latents.device is cuda, but PyTorch finds no GPU here; set it to auto or cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+class Vae:
+    """A diffusers AutoencoderKL: `model`, `digest`, `scaling_factor`, `config`, `channels`, `downscale`."""
+
+    def __init__(self, weights: VaeWeights, device: str = "cpu", precision: str = "float32") -> None:
+        self.weights = weights
+        self.ref, self.digest, self.config = weights.ref, weights.digest, weights.config
+        self.scaling_factor, self.downscale = weights.scaling_factor, weights.downscale
+        self.channels = int(weights.config["latent_channels"])
+        self.device, self.precision = device, precision
+        self.model: Any = _placed(_build_vae(weights), device, precision)
+        self._exact: Any = self.model if precision == "float32" else None
+
+    def encode(self, pixels: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [B,H,W,3] -> mean and log-std of the posterior, float32 [B,C,H/f,W/f] on the CPU, unscaled."""
+        return self._moments(self.model, pixels)
+
+    def encode_exact(self, pixels: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `encode`, in float32 from the weights as stored; that network is loaded when first needed."""
+        if self._exact is None:
+            self._exact = _build_vae(self.weights).to(self.device)
+        return self._moments(self._exact, pixels)
+
+    def decode(self, latents: np.ndarray | torch.Tensor) -> np.ndarray:
+        """Unscaled latents [B,C,h,w] -> uint8 [B,H,W,3]."""
+        with torch.inference_mode():
+            z = torch.as_tensor(latents).to(self.device, self.model.dtype)
+            pixels = self.model.decode(z).sample.float()
+            return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    def _moments(self, model: Any, pixels: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.inference_mode():
+            x = torch.as_tensor(pixels).to(self.device).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
+            posterior = model.encode(x.to(model.dtype)).latent_dist
+            return posterior.mean.float().cpu(), 0.5 * posterior.logvar.float().cpu()
+
+
+class TextEncoder:
+    """An open_clip CLIP. `model`, `digest`, `context_length`, `width`, `layer`, `ref`."""
+
+    def __init__(self, weights: ClipWeights, layer: str, device: str = "cpu", precision: str = "float32") -> None:
+        import open_clip
+
+        if layer not in ("last", "penultimate"):
+            raise ConfigError(f"the text layer is 'last' or 'penultimate', not '{layer}'")
+        self.weights, self.layer = weights, layer
+        self.ref, self.digest = weights.ref, weights.digest
+        self.device, self.precision = device, precision
+        self.model: Any = _placed(_build_clip(weights), device, precision)
+        self.tower: Any = plain_text_tower(self.model, weights.ref)
+        self._exact: Any = self.tower if precision == "float32" else None
+        self.context_length = int(self.tower.context_length)
+        self.width = int(self.tower.ln_final.weight.shape[0])
+        self.tokenizer: Any = open_clip.get_tokenizer(weights.name, context_length=self.context_length)
+        if getattr(self.tokenizer, "reduction_fn", None) is not None:
+            raise ConfigError(f"the CLIP '{weights.ref}' drops words of long captions at random and cannot be used")
+        self._preprocess: Callable[[Image.Image], torch.Tensor] | None = None
+
+    def tokenize(self, captions: Sequence[str]) -> torch.Tensor:
+        """Captions -> token ids, int64 [B,context_length]; open_clip cleans, truncates and pads."""
+        if not captions:
+            return torch.zeros(0, self.context_length, dtype=torch.int64)
+        return torch.as_tensor(self.tokenizer(list(captions)))
+
+    def encode(self, tokens: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Token ids [B,context_length] -> float32 [B,context_length,width] on the CPU.
+
+        The output of the last block, or of the one before, after the final layer norm: what Stable
+        Diffusion 1 and 2 are conditioned on.
+        """
+        return self._encode(self.tower, tokens)
+
+    def encode_exact(self, tokens: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """As `encode`, in float32 from the weights as stored; that network is loaded when first needed."""
+        if self._exact is None:
+            self._exact = plain_text_tower(_build_clip(self.weights).to(self.device), self.ref)
+        return self._encode(self._exact, tokens)
+
+    def _encode(self, tower: Any, tokens: np.ndarray | torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            ids = torch.as_tensor(np.asarray(tokens, np.int64)).to(self.device)
+            x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
+            for block in kept_blocks(tower, self.layer):
+                x = block(x, attn_mask=tower.attn_mask.to(x.dtype))
+            return tower.ln_final(x).float().cpu()
+
+    def encode_captions(self, captions: Sequence[str], batch_size: int = 64) -> torch.Tensor:
+        """Captions -> the CLIP's joint embedding, float32 [B,D] on the CPU, of unit length."""
+        tokens = self.tokenize(captions)
+        with torch.inference_mode():
+            parts = [
+                self.model.encode_text(tokens[i : i + batch_size].to(self.device)).float().cpu()
+                for i in range(0, len(tokens), batch_size)
+            ]
+            return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+
+    def encode_images(self, pixels: np.ndarray, batch_size: int = 64) -> torch.Tensor:
+        """uint8 [B,H,W,3] -> the CLIP's joint embedding, float32 [B,D] on the CPU, of unit length.
+
+        Resized, cropped and normalised as the CLIP's own configuration says.
+        """
+        if self._preprocess is None:
+            from open_clip.transform import PreprocessCfg, image_transform_v2
+
+            self._preprocess = image_transform_v2(PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=False)
+        parts = []
+        with torch.inference_mode():
+            for i in range(0, len(pixels), batch_size):
+                x = torch.stack([self._preprocess(Image.fromarray(p)) for p in pixels[i : i + batch_size]])
+                parts.append(self.model.encode_image(x.to(self.device, DTYPES[self.precision])).float().cpu())
+            return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+
+
+def load_vae(ref: str, device: str = "cpu", precision: str = "float32") -> Vae:
+    """Load the VAE named `ref` (folder, safetensors file or hub name); raises ConfigError with one sentence."""
+    return Vae(find_vae(ref), device, precision)
+
+
+def load_text(ref: str, layer: str = "penultimate", device: str = "cpu", precision: str = "float32") -> TextEncoder:
+    """Load the CLIP named `ref` (folder, MODEL:TAG, MODEL:/file, hf-hub:NAME); raises ConfigError with one sentence."""
+    return TextEncoder(find_clip(ref), layer, device, precision)
+
+
+def kept_blocks(tower: Any, layer: str) -> list[Any]:
+    """The transformer blocks that `layer` runs: all of them, or all but the last."""
+    blocks = list(tower.transformer.resblocks)
+    return blocks if layer == "last" else blocks[:-1]
+
+
+def plain_text_tower(model: Any, ref: str) -> Any:
+    """The CLIP's causal text tower; raises ConfigError for towers that a CLIPTextModel cannot express."""
+    tower = getattr(model, "text", model)
+    blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
+    odd = None
+    if blocks is None or not hasattr(tower, "ln_final"):
+        odd = "is not open_clip's own text transformer"
+    elif getattr(tower, "attn_mask", None) is None:
+        odd = "is not causal"
+    elif getattr(tower, "cls_emb", None) is not None:
+        odd = "appends a class token (CoCa)"
+    elif any(type(b).__name__ != "ResidualAttentionBlock" for b in blocks) or any(
+        not isinstance(b.ls_1, torch.nn.Identity) for b in blocks
+    ):
+        odd = "has blocks other than CLIP's"
+    if odd:
+        raise ConfigError(f"the CLIP '{ref}' cannot condition a Stable Diffusion pipeline: its text tower {odd}")
+    return tower
+
+
+def require_digest(what: str, found: str, expected: str, ref: str) -> None:
+    """Refuse weights that are not those a dataset was made with; raises StageError with one sentence."""
+    if found != expected:
+        raise StageError(
+            f"{what} at '{ref}' is not the one the latents were made with (its digest is {found[:12]}, "
+            f"theirs {expected[:12]}); bring those weights back, or make the latents again with --redo"
+        )
+
+
+# Files written before diffusers 0.16 (sd-vae-ft-mse among them) have other names for the mid block's attention.
+_OLD_ATTENTION = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+_NEW_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _new_attention(match: re.Match[str]) -> str:
+    return _NEW_NAMES[match[1]]
+
+
+def _build_vae(weights: VaeWeights) -> Any:
+    from diffusers import AutoencoderKL
+    from safetensors.torch import load_file
+
+    model = AutoencoderKL(**weights.config)
+    try:
+        if weights.file.suffix == ".safetensors":
+            tensors = load_file(weights.file)
+        else:
+            tensors = torch.load(weights.file, map_location="cpu", weights_only=True)
+        if weights.layout == "ldm":
+            from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+            tensors = convert_ldm_vae_checkpoint(tensors, weights.config)
+        model.load_state_dict({_OLD_ATTENTION.sub(_new_attention, k): v for k, v in tensors.items()})
+    except Exception as e:
+        first = " ".join(str(e).split())[:200]
+        raise ConfigError(f"the VAE '{weights.ref}': {weights.file} does not hold its weights: {first}") from None
+    return model.eval().requires_grad_(False)
+
+
+def _placed(model: Any, device: str, precision: str) -> Any:
+    model = model.to(device)
+    return model if precision == "float32" else model.to(dtype=DTYPES[precision])
+
+
+def _build_clip(weights: ClipWeights) -> Any:
+    import open_clip
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            model = open_clip.create_model(
+                weights.name, pretrained=weights.pretrained, force_quick_gelu=weights.quick_gelu, weights_only=True
+            )
+    except Exception as e:
+        first = " ".join(str(e).split())[:200]
+        raise ConfigError(f"the CLIP '{weights.ref}': {weights.file} cannot be loaded: {first}") from None
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,291 @@
+"""Where an encoder's weights lie, and a digest of them, found without building the network.
+
+A VAE is named by a diffusers folder, a single safetensors file, or a hub name; a CLIP by a folder with
+open_clip_config.json, `MODEL:TAG`, `MODEL:/path/to/weights.safetensors`, or `hf-hub:org/name`. A name
+that leads nowhere is one sentence (ConfigError). A digest covers the weights file's bytes and those parts
+of the configuration that shape the network, so it is the same wherever the files lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from shards.fingerprint import digest_file, digest_json
+from shards.settings import ConfigError
+
+VAE_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.bin")
+CLIP_WEIGHTS = (  # open_clip's own order of preference, so that the file digested is the file it loads
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+)
+# Formats that are read without running code from the file: safetensors, or torch.load(weights_only=True).
+SAFE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+# AutoencoderKL's arguments, all of which diffusers' save_pretrained writes (a test compares them with its own).
+VAE_ARGUMENTS = (
+    "in_channels",
+    "out_channels",
+    "down_block_types",
+    "up_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "act_fn",
+    "latent_channels",
+    "norm_num_groups",
+    "sample_size",
+    "scaling_factor",
+    "shift_factor",
+    "latents_mean",
+    "latents_std",
+    "force_upcast",
+    "use_quant_conv",
+    "use_post_quant_conv",
+    "mid_block_add_attention",
+)
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeWeights:
+    """A VAE that was found. config: AutoencoderKL's arguments; layout: whose names the tensors have."""
+
+    ref: str
+    file: Path
+    config: dict[str, Any]
+    layout: str  # "diffusers" or "ldm"
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the weights file's digest and the configuration."""
+        return digest_json({"weights": _file_digest(self.file), "config": self.config})
+
+    @property
+    def scaling_factor(self) -> float:
+        """What latents are multiplied by before diffusion (1 / their std)."""
+        return float(self.config["scaling_factor"])
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent place along one side."""
+        return int(2 ** (len(self.config["block_out_channels"]) - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipWeights:
+    """A CLIP that was found. name, pretrained: as open_clip wants them; file: the weights; model_cfg: architecture."""
+
+    ref: str
+    name: str
+    pretrained: str | None
+    file: Path
+    model_cfg: dict[str, Any]
+    quick_gelu: bool
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the weights file's digest and the architecture."""
+        config = {**self.model_cfg, "quick_gelu": self.quick_gelu}
+        return digest_json({"weights": _file_digest(self.file), "config": config})
+
+    @property
+    def context_length(self) -> int:
+        """Tokens a caption."""
+        return int(self.model_cfg["text_cfg"].get("context_length", 77))
+
+    @property
+    def width(self) -> int:
+        """Width of the text transformer, the size of a token's embedding."""
+        return int(self.model_cfg["text_cfg"].get("width", 512))
+
+
+def find_vae(ref: str) -> VaeWeights:
+    """Find the VAE named `ref`; raises ConfigError where there is none or it is not an AutoencoderKL."""
+    path = Path(ref).expanduser()
+    if path.is_file():
+        return _vae_file(ref, path)
+    if path.is_dir():
+        return _vae_folder(ref, path)
+    if HUB_NAME.fullmatch(ref):
+        return _vae_folder(ref, _hub_folder(ref, "the VAE", _VAE_HUB_FILES))
+    raise ConfigError(
+        f"the VAE '{ref}' is neither a folder nor a file here, nor a hub name such as stabilityai/sd-vae-ft-mse; "
+        "give the path of a diffusers AutoencoderKL"
+    )
+
+
+def find_clip(ref: str) -> ClipWeights:
+    """Find the CLIP named `ref`; raises ConfigError where there is none."""
+    path = Path(ref.removeprefix("local-dir:")).expanduser()
+    if path.is_dir():
+        return _clip_folder(ref, path)
+    if ref.startswith("hf-hub:"):
+        name = ref.removeprefix("hf-hub:")
+        return _clip_folder(ref, _hub_folder(name, "the CLIP", _CLIP_HUB_FILES))
+    model, colon, weights = ref.partition(":")
+    if ref.startswith("local-dir:") or not colon or os.path.exists(ref):
+        raise ConfigError(
+            f"the CLIP '{ref}' is not a folder with open_clip_config.json; give such a folder, MODEL:TAG "
+            "(for example ViT-H-14:laion2b_s32b_b79k), or MODEL:/path/to/weights.safetensors"
+        )
+    return _clip_named(ref, model, weights)
+
+
+# ---- VAE -------------------------------------------------------------------------------------------
+
+_VAE_HUB_FILES = [f"{folder}{name}" for folder in ("", "vae/") for name in ("config.json", VAE_WEIGHTS[0])]
+_CLIP_HUB_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.*"]
+
+
+def _vae_folder(ref: str, folder: Path) -> VaeWeights:
+    for here in (folder, folder / "vae"):  # a VAE's own folder, or that of a whole pipeline
+        config_file = here / "config.json"
+        if not config_file.is_file():
+            continue
+        config = _read_config(config_file, "the VAE")
+        kind = config.get("_class_name", "AutoencoderKL")
+        if kind != "AutoencoderKL":
+            raise ConfigError(f"the VAE '{ref}': {config_file} describes a {kind}, where an AutoencoderKL is needed")
+        file = next((here / n for n in VAE_WEIGHTS if (here / n).is_file()), None)
+        if file is None:
+            raise ConfigError(f"the VAE '{ref}': {here} has a config.json but no {VAE_WEIGHTS[0]}")
+        return VaeWeights(ref, file, _vae_config(config), "diffusers")
+    raise ConfigError(f"the VAE '{ref}': {folder} has no config.json; give the folder that diffusers saved a VAE in")
+
+
+def _vae_file(ref: str, file: Path) -> VaeWeights:
+    """A single file: in diffusers' names or the original ones (LDM); its config from beside it, or its shapes."""
+    if file.suffix != ".safetensors":
+        raise ConfigError(f"the VAE '{ref}': a single file must be .safetensors; convert it, or give a folder")
+    try:
+        with safe_open(file, "pt") as f:
+            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118 (not a dict)
+    except Exception as e:  # safetensors raises its own type for every fault of a file
+        raise ConfigError(f"the VAE '{ref}' cannot be read as safetensors: {e}") from None
+    prefix = next((p for p in ("first_stage_model.", "") if p + "encoder.conv_in.weight" in shapes), None)
+    if prefix is None:
+        raise ConfigError(f"the VAE '{ref}' holds no autoencoder: there is no tensor encoder.conv_in.weight in it")
+    layout = "ldm" if prefix + "encoder.down.0.block.0.conv1.weight" in shapes else "diffusers"
+    beside = next((p for p in (file.with_suffix(".json"), file.with_name("config.json")) if p.is_file()), None)
+    config = _read_config(beside, "the VAE") if beside else _config_from_shapes(shapes, prefix, layout)
+    return VaeWeights(ref, file, _vae_config(config), layout)
+
+
+def _config_from_shapes(shapes: dict[str, tuple[int, ...]], prefix: str, layout: str) -> dict[str, Any]:
+    """AutoencoderKL's arguments from tensor shapes; what shapes do not tell keeps diffusers' default (0.18215)."""
+    level, block = ("encoder.down.", "block") if layout == "ldm" else ("encoder.down_blocks.", "resnets")
+    pattern = re.compile(re.escape(prefix + level) + rf"(\d+)\.{block}\.(\d+)\.conv2\.weight")
+    found = {(int(m[1]), int(m[2])): s[0] for k, s in shapes.items() if (m := pattern.fullmatch(k))}
+    widths = [found[i, 0] for i in range(1 + max(i for i, _ in found))]
+    if any(w % 32 for w in widths):
+        raise ConfigError("the VAE's group norms cannot be told from its shapes; put its config.json beside the file")
+    return {
+        "in_channels": shapes[prefix + "encoder.conv_in.weight"][1],
+        "out_channels": shapes[prefix + "decoder.conv_out.weight"][0],
+        "latent_channels": shapes[prefix + "decoder.conv_in.weight"][1],
+        "block_out_channels": widths,
+        "layers_per_block": 1 + max(j for _, j in found),
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+    }
+
+
+def _vae_config(config: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of AutoencoderKL, defaults filled in, nothing that names a place or a library's version."""
+    if all(name in config for name in VAE_ARGUMENTS):
+        return {name: config[name] for name in VAE_ARGUMENTS}
+    from diffusers import AutoencoderKL  # whose import costs seconds, only for its defaults
+
+    parameters = inspect.signature(AutoencoderKL.__init__).parameters
+    filled = {n: config.get(n, p.default) for n, p in parameters.items() if n != "self"}
+    return json.loads(json.dumps(filled))
+
+
+# ---- CLIP ------------------------------------------------------------------------------------------
+
+
+def _clip_folder(ref: str, folder: Path) -> ClipWeights:
+    config_file = folder / "open_clip_config.json"
+    if not config_file.is_file():
+        raise ConfigError(f"the CLIP '{ref}': {folder} has no open_clip_config.json")
+    model_cfg = _read_config(config_file, "the CLIP").get("model_cfg")
+    if not isinstance(model_cfg, dict) or "text_cfg" not in model_cfg:
+        raise ConfigError(f"the CLIP '{ref}': {config_file} has no model_cfg with a text_cfg")
+    file = next((folder / n for n in CLIP_WEIGHTS if (folder / n).is_file()), None)
+    if file is None:
+        raise ConfigError(f"the CLIP '{ref}': {folder} has a configuration but no {CLIP_WEIGHTS[0]}")
+    return ClipWeights(ref, f"local-dir:{folder}", None, file, model_cfg, bool(model_cfg.get("quick_gelu", False)))
+
+
+def _clip_named(ref: str, model: str, weights: str) -> ClipWeights:
+    import open_clip
+
+    name = model.replace("/", "-")
+    model_cfg = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+    if model_cfg is None:
+        raise ConfigError(f"the CLIP '{ref}': open_clip has no model '{model}'; open_clip.list_models() names them")
+    quick_gelu = bool(model_cfg.get("quick_gelu", False))
+    tag = open_clip.get_pretrained_cfg(name, weights)
+    if tag:
+        # Weights that were trained with QuickGELU work with no other activation, whatever the model's name.
+        quick_gelu = quick_gelu or bool(tag.get("quick_gelu"))
+        try:
+            file = Path(open_clip.download_pretrained(tag))
+        except Exception as e:
+            raise ConfigError(f"the CLIP '{ref}' cannot be downloaded: {_line(e)}") from None
+    else:
+        file = Path(weights).expanduser()
+    if not file.is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ConfigError(f"the CLIP '{ref}': '{weights}' is neither a file nor a tag of {name} (its tags: {tags})")
+    if file.suffix not in SAFE_SUFFIXES:
+        raise ConfigError(f"the CLIP '{ref}': weights must be one of {', '.join(SAFE_SUFFIXES)}")
+    return ClipWeights(ref, name, weights if tag else str(file), file, model_cfg, quick_gelu)
+
+
+# ---- shared ----------------------------------------------------------------------------------------
+
+
+def _hub_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
+    """The local copy of those files of a hub repository that match; raises ConfigError where it cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as e:
+        raise ConfigError(f"{what} '{name}' is not a path here and cannot be had from the hub: {_line(e)}") from None
+
+
+def _read_config(file: Path, what: str) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_bytes())
+    except (ValueError, OSError) as e:
+        raise ConfigError(f"{what}: {file} cannot be read as JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{what}: {file} is not a JSON object")
+    return config
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _file_digest(file: Path) -> str:
+    info = os.stat(file)
+    return _digest_of(str(file), info.st_size, info.st_mtime_ns, info.st_ino)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_of(file: str, size: int, mtime_ns: int, inode: int) -> str:
+    return digest_file(file)

@@ -1,0 +1,210 @@
+"""The commands around the evaluation: sample, watch, numbers, grid, explain-fid, judge.
+
+    carrara sample runs/demo --prompt "a red circle" [--local]         pictures from a checkpoint
+    carrara watch [RUN] --config C [--once | --forever]                every checkpoint, as it appears
+    carrara numbers [RUN] --config C                                   what is measured so far, while it is drawn
+    carrara grid [RUN] --config C eval.grid='{steps: [10, 20]}'        samplers x steps x guidance x EMA
+    carrara explain-fid A B --inception FILE                           why two FIDs of the same pictures differ
+    carrara judge pack RUN --cells A B --out DIR; carrara judge score DIR VOTES.csv ...
+
+What they do is in eval/; what is here is their arguments and Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from shards.settings import ConfigError
+
+log = logging.getLogger("carrara")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `{self.prog} --help` shows how it is called")
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Run the command `name` of COMMANDS; raises ConfigError, StageError or Stopped."""
+    COMMANDS[name](list(arguments))
+
+
+def _sample(arguments: list[str]) -> None:
+    parser = _Parser("carrara sample", description="Pictures from a checkpoint.")
+    parser.add_argument("run", help="the run's folder")
+    parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
+    parser.add_argument("--prompts", help="a text file with one prompt a line, or .jsonl with prompt, negative, seed")
+    parser.add_argument("--negative", default="", help="what not to draw")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1, help="pictures a prompt")
+    parser.add_argument("--checkpoint", default="latest")
+    parser.add_argument("--weights", default="ema", help="ema or raw")
+    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--image", help="a picture to start from")
+    parser.add_argument("--mask", help="white where that picture is to be drawn anew")
+    parser.add_argument("--strength", type=float, default=0.6, help="how far the picture may change, up to 1")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--shard-size", type=int, default=64)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", help="folder for the pictures; by default RUN/samples/<digest of what is asked for>")
+    parser.add_argument("--ray", action="store_true", help="on Ray, as many workers as there is room for")
+    parser.add_argument("--redo", action="store_true", help="draw again what lies in --out from other settings")
+    given = parser.parse_args(arguments)
+
+    from eval.sample import SampleConfig, SampleStage, wishes_of
+    from orchestration import engine
+    from orchestration.config import Pool, RayConfig
+    from shards import storage
+    from shards.fingerprint import digest_json
+    from shards.layout import RunPaths
+    from shards.settings import validate
+
+    wishes = wishes_of(given.prompt, given.prompts, given.negative, given.seed)
+    if not wishes:
+        raise ConfigError('sample: nothing to draw; give --prompt "..." or --prompts FILE')
+    values = {k: v for k, v in vars(given).items() if k in SampleConfig.model_fields}
+    config = validate(SampleConfig, {**values, "wishes": wishes, "guidance_scale": given.guidance}, "carrara sample")
+    asked = digest_json(config.model_dump(mode="json"))[:10]
+    run = RunPaths(given.run)
+    out = given.out or storage.join(given.run, "samples", asked)
+    stage = SampleStage(config, run, out)
+
+    def drive() -> None:
+        engine.run(stage, run.status, RayConfig(), Pool(), local=not given.ray, redo=given.redo)
+
+    _maybe_on_ray(given.ray, drive)
+    log.info("%d pictures of %s are in %s", stage.total, stage.subject.name, out)
+
+
+def _maybe_on_ray(on_ray: bool, work: Callable[[], None]) -> None:
+    if not on_ray:
+        return work()
+    from orchestration.config import RayConfig
+    from orchestration.connection import connected
+
+    with connected(RayConfig()):
+        work()
+
+
+def _configured(arguments: list[str], parser: _Parser) -> tuple[argparse.Namespace, Any]:
+    """The parsed arguments and the run's configuration: [RUN] and overrides, --config, --local."""
+    from orchestration.config import base_folder, find_config, load
+
+    parser.add_argument(
+        "rest", nargs="*", metavar="[RUN] section.key=value", help="the run's folder, settings to change"
+    )
+    parser.add_argument("--config", help="the run's YAML (else CARRARA_CONFIG, else ./carrara.yaml)")
+    parser.add_argument("--local", action="store_true", help="in this process, without Ray")
+    given = parser.parse_intermixed_args(arguments)
+    overrides = [f"run={json.dumps(r)}" if i == 0 and "=" not in r else r for i, r in enumerate(given.rest)]
+    base, _ = base_folder()
+    path = find_config(given.config, base)
+    config = load(path, overrides, base, tables=False)
+    log.info("configuration %s; run %s", path, config.run)
+    return given, config
+
+
+def _watch(arguments: list[str]) -> None:
+    parser = _Parser("carrara watch", description="Evaluates checkpoints as they appear.")
+    parser.add_argument("--once", action="store_true", help="what is due now, then end")
+    parser.add_argument("--forever", action="store_true", help="go on after training is done")
+    given, config = _configured(arguments, parser)
+    from orchestration.watch import watch
+
+    watch(config, given.local, given.once, given.forever)
+
+
+def _numbers(arguments: list[str]) -> None:
+    parser = _Parser("carrara numbers", description="Metrics of whatever pictures are committed now; changes nothing.")
+    _, config = _configured(arguments, parser)
+    from eval.report import spread
+    from eval.stage import GenerateStage
+    from orchestration import stages
+    from shards.layout import RunPaths
+
+    stages.check_inputs("eval", config)
+    stage = GenerateStage(
+        config.eval, RunPaths(config.run), stages.vae_ref(config), stages.text_ref(config), config.seed
+    )
+    found = stage.metrics()
+    missing = found["missing"]["pictures"]
+    print(f"{found['checkpoint']} {found['cell']}, protocol {found['protocol']['id']}, {missing} pictures missing")
+    for name, metric in found["metrics"].items():
+        value, interval = spread(metric)
+        print(f"{name:<22}{value:>12}   {interval:<22} n {metric['n']}")
+
+
+def _grid(arguments: list[str]) -> None:
+    parser = _Parser("carrara grid", description="Every cell of eval.grid on one checkpoint.")
+    parser.add_argument("--redo", action="store_true", help="make again what was made with other settings")
+    given, config = _configured(arguments, parser)
+    from orchestration import grid
+
+    log.info("grid: the report is %s", grid.run(config, given.local, given.redo))
+
+
+def _explain(arguments: list[str]) -> None:
+    parser = _Parser("carrara explain-fid", description="The FID of two sets of pictures as five libraries measure it.")
+    parser.add_argument("generated", help="a folder of pictures, or of finished shards")
+    parser.add_argument("real", help="the same of real pictures")
+    parser.add_argument("--inception", required=True, help="torch-fidelity's Inception weights, or download")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", help="write the rows to this file, too")
+    given = parser.parse_args(arguments)
+    from eval import explain
+    from shards import storage
+
+    rows = explain.explain(given.generated, given.real, given.inception, given.batch_size, given.device)
+    print(explain.table(rows))
+    if given.json:
+        storage.write_json(given.json, [vars(r) for r in rows])
+
+
+def _judge(arguments: list[str]) -> None:
+    parser = _Parser("carrara judge", description="Blinded pairs for people, and the scores of their votes.")
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
+    pack = actions.add_parser("pack", help="write a page of pairs")
+    pack.add_argument("run", help="the run's folder")
+    pack.add_argument("--cells", nargs="+", required=True, metavar="CHECKPOINT/CELL")
+    pack.add_argument("--pairs", type=int, default=60)
+    pack.add_argument("--seed", type=int, default=0)
+    pack.add_argument("--out", required=True, help="folder for index.html (to give away) and key.json (to keep)")
+    score = actions.add_parser("score", help="Bradley-Terry scores of the votes")
+    score.add_argument("pack", help="the folder with key.json")
+    score.add_argument("votes", nargs="+", help="CSV files that the page saved")
+    given = parser.parse_args(arguments)
+    from eval import human
+    from shards import storage
+    from shards.layout import RunPaths
+
+    if given.action == "pack":
+        run = RunPaths(given.run)
+        found = human.pairs(run, given.cells, given.pairs, given.seed)
+        log.info("%d pairs: %s", len(found), human.write_pack(given.out, given.cells, found, run))
+        log.info("give away index.html alone; key.json says what was what")
+        return
+    names, votes = human.read_votes(given.pack, given.votes)
+    scores = human.bradley_terry(names, votes)
+    print(human.table(scores))
+    storage.write_json(str(Path(given.pack) / "scores.json"), human.to_json(scores))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "sample": _sample,
+    "watch": _watch,
+    "numbers": _numbers,
+    "grid": _grid,
+    "explain-fid": _explain,
+    "judge": _judge,
+}

@@ -1,0 +1,207 @@
+"""One run's whole configuration: every stage's section, and how Ray is used; checked before any work.
+
+    run: runs/mine               # the folder (or fsspec URL) that everything of the run is written to
+    seed: 0
+    ray:
+      latents: {workers: 8, num_gpus: 1, num_cpus: 4}
+    ingest: {table: ...}         # each section is the model in that stage's own config.py
+    autoencoder: {...}
+    clip: {...}
+    latents: {...}
+    train: {...}
+    eval: {...}
+
+The file is the one given with --config, else $CARRARA_CONFIG, else ./carrara.yaml. Relative paths in it
+are meant from where the user stands, which in a Ray job is not the current folder: see `base_folder`.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import psutil
+from pydantic import Field
+
+from eval.config import EvalConfig
+from ingest.config import IngestConfig
+from latents.config import LatentsConfig
+from orchestration.ledger import Retries
+from shards.settings import ConfigError, Strict, load_yaml, validate
+from train.config import AutoencoderConfig, ClipConfig, TrainConfig
+
+log = logging.getLogger("carrara")
+
+JOB_PACKAGE = "_ray_pkg_"  # what Ray calls the temporary copy of a job's --working-dir
+
+
+class Pool(Strict):
+    """The workers of one stage, and what each claims of the cluster."""
+
+    workers: int | None = Field(default=None, ge=1, description="null: as many as the cluster has room for")
+    num_cpus: float = Field(default=1.0, gt=0)
+    num_gpus: float | None = Field(default=None, ge=0, description="null: one where the cluster has any, else none")
+    resources: dict[str, float] = Field(default={}, description="Ray's custom resources, e.g. {fast_disk: 1}")
+
+    @property
+    def threads(self) -> int:
+        """Threads for arithmetic in one worker: its CPUs."""
+        return max(1, int(self.num_cpus))
+
+
+class CpuPool(Pool):
+    """Workers that have no use for a GPU."""
+
+    num_gpus: float | None = Field(default=0.0, ge=0)
+
+
+class Ranks(Strict):
+    """What one rank of a training stage claims; how many ranks there are is said in that stage's own section."""
+
+    num_cpus: float = Field(default=1.0, gt=0)
+    num_gpus: float | None = Field(default=None, ge=0, description="null: one where the cluster has any, else none")
+    resources: dict[str, float] = Field(default={}, description="Ray's custom resources")
+    max_failures: int = Field(default=3, ge=-1, description="restarts from the last checkpoint; -1 for no limit")
+    min_ranks: int | None = Field(
+        default=None, ge=1, description="how few ranks will do where there is no room for all; null: no fewer"
+    )
+
+
+class RayConfig(Strict):
+    """How Ray is used. Nothing here changes a byte of what comes out."""
+
+    address: str | None = Field(
+        default=None, description="a running cluster; null: $RAY_ADDRESS (set in jobs), else one of our own, here"
+    )
+    ingest: CpuPool = CpuPool()
+    latents: Pool = Pool()
+    eval: Pool = Pool()
+    autoencoder: Ranks = Ranks()
+    clip: Ranks = Ranks()
+    train: Ranks = Ranks()
+    attempts: int = Field(default=3, ge=1, description="tries a shard gets before it is set aside")
+    back_off_s: float = Field(default=1.0, ge=0, description="wait before a shard's second try; doubles with each")
+    grace_s: float = Field(default=20.0, ge=0, description="on SIGTERM, how long shards in hand are waited for")
+    wait_for_nodes_s: float = Field(
+        default=600.0, ge=0, description="how long to wait for a node with room for a worker"
+    )
+
+    @property
+    def retries(self) -> Retries:
+        """How failed shards are tried again."""
+        return Retries(self.attempts, self.back_off_s)
+
+
+class RunConfig(Strict):
+    """Everything that one run is told."""
+
+    run: str
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    ray: RayConfig = RayConfig()
+    ingest: IngestConfig
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    clip: ClipConfig = ClipConfig()
+    latents: LatentsConfig = LatentsConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+def find_config(given: str | None, base: str) -> str:
+    """The YAML to read; raises ConfigError where there is none."""
+    for path, source in ((given, "--config"), (os.environ.get("CARRARA_CONFIG"), "CARRARA_CONFIG")):
+        if path:
+            for candidate in (path, os.path.join(base, path)):  # a job's working folder may lack ignored files
+                if os.path.isfile(candidate):
+                    return candidate
+            raise ConfigError(f"{path}: there is no such configuration file; it was named by {source}")
+    for folder in (".", base):
+        if os.path.isfile(os.path.join(folder, "carrara.yaml")):
+            return os.path.normpath(os.path.join(folder, "carrara.yaml"))
+    raise ConfigError("no configuration: give --config FILE, set CARRARA_CONFIG, or put a carrara.yaml here")
+
+
+def load(path: str, overrides: Sequence[str], base: str, tables: bool = True) -> RunConfig:
+    """Read and check a run's YAML; paths in the result are absolute. tables: they must be there. Raises ConfigError."""
+    data = load_yaml(path, overrides)
+    validate(RunConfig, data, path)
+    config = validate(RunConfig, _resolved(data, base), path)
+    if tables:
+        _check_tables(config, path)
+    return config
+
+
+def base_folder() -> tuple[str, str]:
+    """(folder, why): what relative paths in the configuration are relative to.
+
+    `ray job submit --working-dir .` runs the job in a temporary copy of the folder, and whatever were
+    written there would be lost with it. So: CARRARA_ROOT if set; in such a copy, the folder in which the
+    Ray daemon was started that this process descends from; otherwise the current folder.
+    """
+    root = os.environ.get("CARRARA_ROOT")
+    if root:
+        if not os.path.isdir(root):
+            raise ConfigError(f"CARRARA_ROOT is '{root}', which is not a folder on this machine; correct or unset it")
+        return os.path.abspath(root), "CARRARA_ROOT"
+    here = os.getcwd()
+    if JOB_PACKAGE not in here:
+        return here, "the current folder"
+    try:
+        for parent in psutil.Process().parents():
+            if parent.name() == "raylet":
+                return parent.cwd(), "the folder where this Ray node was started"
+    except psutil.Error:
+        pass
+    raise ConfigError(
+        f"this job runs in Ray's temporary copy {here}, and the folder where Ray was started cannot be found; "
+        "set CARRARA_ROOT, or make 'run' and the tables absolute paths"
+    )
+
+
+# The fields that name files: kind "path" is always a path, "reference" may also be a name on a hub.
+_PATHS = {
+    ("run",): "path",
+    ("ingest", "table"): "path",
+    ("ingest", "heldout_table"): "path",
+    ("eval", "prompt_file"): "path",
+    ("eval", "reference"): "path",
+    ("eval", "inception"): "reference",
+    ("eval", "dinov2"): "path",
+    ("autoencoder", "pretrained"): "reference",
+    ("clip", "pretrained"): "reference",
+    ("eval", "features"): "reference",
+}
+
+
+def _resolved(data: Mapping[str, Any], base: str) -> dict[str, Any]:
+    result = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+    for where, kind in _PATHS.items():
+        here: Any = result
+        for key in where[:-1]:
+            here = here.get(key) or {}
+        value = here.get(where[-1])
+        if isinstance(value, str):
+            here[where[-1]] = _absolute(value, base) if kind == "path" else _reference(value, base)
+    return result
+
+
+def _absolute(path: str, base: str) -> str:
+    if "://" in path:
+        return path
+    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
+
+
+def _reference(ref: str, base: str) -> str:
+    """`folder`, `file.safetensors` or `MODEL:file` made absolute where that is there; otherwise the name it is."""
+    model, colon, path = ref.rpartition(":")
+    absolute = _absolute(path, base)
+    return f"{model}{colon}{absolute}" if path and os.path.exists(absolute) else ref
+
+
+def _check_tables(config: RunConfig, source: str) -> None:
+    for name in ("table", "heldout_table"):
+        table = getattr(config.ingest, name)
+        if table and "://" not in table and not os.path.exists(table) and not glob.glob(table, recursive=True):
+            raise ConfigError(f"{source}: 'ingest.{name}': there is no file, folder or match for {table}")

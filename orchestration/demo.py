@@ -1,0 +1,231 @@
+"""`make demo`: the whole pipeline on a corpus that is drawn here, each stage a Ray job, as a user would submit it.
+
+    python -m orchestration.demo --config configs/demo.yaml
+
+Draws the corpus, serves it over HTTP on loopback, starts a Ray head of its own and submits one stage after
+another. Killed anywhere, the same command finishes the work; where everything is done, it says so without Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from demo.corpus import CorpusError, draw_corpus, load_summary
+from demo.server import ServerError, serve
+from orchestration import stages, status
+from orchestration.cluster import Cluster
+from orchestration.config import RunConfig, load
+from orchestration.run_stage import guarded
+from orchestration.stopping import Stopped
+from shards import storage
+from shards.layout import RunPaths
+from shards.settings import StageError
+
+PORT = 8090
+TAIL = 40  # lines of a failed job's log that are shown
+LINE_EVERY_S = 10.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="carrara demo", description=__doc__)
+    parser.add_argument("--config", default="configs/demo.yaml")
+    parser.add_argument("--pictures", type=int, default=6000, help="size of the corpus, dirt apart")
+    parser.add_argument("--heldout", type=int, default=600, help="size of the held-out split")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args(arguments)
+    return guarded(lambda: _demo(args))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    began = time.monotonic()
+    config = load(args.config, args.overrides, os.getcwd(), tables=False)
+    run = storage.local_path(config.run)
+    with _sigterm_stops():
+        open_stages = _incomplete(config)
+        if not open_stages:
+            _say(f"everything in {run} is complete, nothing to do")
+        else:
+            corpus = Path(config.ingest.table).parent
+            needs_pictures = "ingest" in open_stages
+            url = _base_url(corpus)
+            _say(f"[0/{len(stages.STAGES)}] corpus: {args.pictures} pictures and {args.heldout} held out, in {corpus}")
+            try:
+                draw_corpus(corpus, url, args.pictures, args.heldout, config.seed)
+                with contextlib.ExitStack() as stack:
+                    if needs_pictures:
+                        stack.enter_context(serve(corpus, urlsplit(url).port or PORT))
+                    _say("starting a Ray head on loopback, with token authentication")
+                    cluster = stack.enter_context(Cluster(record=run / "status" / "cluster.json"))
+                    for name in open_stages:
+                        _stage(cluster, config, name, args)
+            except (CorpusError, ServerError) as e:
+                raise StageError(str(e)) from None
+    _farewell(config, time.monotonic() - began)
+
+
+def _incomplete(config: RunConfig) -> list[str]:
+    """The stages from the first incomplete one on; those after it are judged when their turn comes."""
+    for i, name in enumerate(stages.STAGES):
+        if not stages.is_complete(name, config):
+            return list(stages.STAGES[i:])
+    return []
+
+
+def _base_url(corpus: Path) -> str:
+    """Where the pictures are served: as the table says where it is drawn already, else at a free port."""
+    with contextlib.suppress(CorpusError):
+        return str(load_summary(corpus).settings["base_url"])
+    with socket.socket() as s:
+        try:
+            s.bind(("127.0.0.1", PORT))
+        except OSError:
+            s.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
+def _stage(cluster: Cluster, config: RunConfig, name: str, args: argparse.Namespace) -> None:
+    step = f"[{stages.STAGES.index(name) + 1}/{len(stages.STAGES)}] {name}"
+    began = time.monotonic()
+    logs = storage.local_path(RunPaths(config.run).status) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    with open(logs / f"{name}.log", "a", encoding="utf-8") as log, _Follower(config, name, step) as follower:
+
+        def on_line(line: str) -> None:
+            log.write(line + "\n")
+            log.flush()
+            lines.append(line)
+            del lines[:-TAIL]
+            if re.match(r"(WARNING|ERROR|carrara:) ", line):
+                follower.write(f"  {line}")
+
+        code = cluster.submit(
+            [name, "--config", _config_in_job(args.config), *args.overrides], on_line, while_waiting=follower.look
+        )
+    if code:
+        print("\n".join(f"  | {line}" for line in lines), file=sys.stderr)
+        raise StageError(f"{name} failed (exit code {code}); its whole log is {logs / f'{name}.log'}")
+    _say(f"{step}: done in {status.duration(time.monotonic() - began)}")
+
+
+def _config_in_job(path: str) -> str:
+    """The configuration's path as the job sees it: relative ones are in the copy of the working folder too."""
+    return path if (Path(stages.__file__).resolve().parent.parent / path).is_file() else os.path.abspath(path)
+
+
+class _Follower:
+    """A bar over the status file of the stage that is running; plain lines where there is no terminal."""
+
+    def __init__(self, config: RunConfig, name: str, step: str) -> None:
+        parts = {"ingest": ("ingest", "heldout"), "eval": ("reference", "eval")}.get(name, (name,))
+        self.urls = [storage.join(RunPaths(config.run).status, f"{part}.json") for part in parts]
+        self.step, self.began = step, time.time()
+        self.bar: tqdm[Any] | None = None
+        self.stage = ""
+        self.said_at = time.monotonic()
+
+    def __enter__(self) -> _Follower:
+        _say(self.step)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def write(self, line: str) -> None:
+        """A line above the bar."""
+        tqdm.write(line, file=sys.stderr)
+
+    def look(self) -> None:
+        """Read the newest status of this job and show it."""
+        records = [r for url in self.urls if isinstance(r := _read(url), dict) and r.get("updated", 0) >= self.began]
+        if not records:
+            return
+        record = max(records, key=lambda r: r["began"])
+        if sys.stderr.isatty():
+            self._draw(record)
+        elif time.monotonic() - self.said_at >= LINE_EVERY_S:
+            self.said_at = time.monotonic()
+            left = record["seconds_left"]
+            rest = f", {status.duration(left)} left" if left is not None else ""
+            _say(f"{self.step}: {record['done']}/{record['total']} {record['unit']}{rest}  {_figures(record)}".rstrip())
+
+    def _draw(self, record: dict[str, Any]) -> None:
+        if record["stage"] != self.stage:
+            if self.bar is not None:
+                self.bar.close()
+            self.stage = record["stage"]
+            self.bar = tqdm(total=record["total"], desc=self.step, unit=f" {record['unit']}", dynamic_ncols=True)
+        assert self.bar is not None
+        self.bar.n = record["done"]
+        self.bar.set_postfix_str(_figures(record), refresh=True)
+
+
+def _figures(record: dict[str, Any]) -> str:
+    figures = record.get("figures", {})
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+
+
+def _read(url: str) -> Any:
+    try:
+        return storage.read_json(url)
+    except (ValueError, OSError):
+        return None
+
+
+def _farewell(config: RunConfig, seconds: float) -> None:
+    """Where the results are, and the numbers that one looks at first."""
+    from eval.stage import GenerateStage
+
+    paths = RunPaths(config.run)
+    stage = GenerateStage(config.eval, paths, stages.vae_ref(config), stages.text_ref(config), config.seed)
+    metrics = storage.read_json(storage.join(stage.root, "metrics.json")) or {}
+    _say("")
+    for line in _headline(metrics):
+        _say(line)
+    _say(f"report  {stages.report_path(config, stage.subject.name)}")
+    _say(f"model   {paths.model}   (diffusers: StableDiffusionPipeline.from_pretrained)")
+    _say(f"total   {status.duration(seconds)}")
+
+
+def _headline(metrics: dict[str, Any]) -> list[str]:
+    from eval.report import LABELS, headline
+
+    return [f"{LABELS[name]}: {text}" for name, text in headline(metrics).items() if text] if metrics else []
+
+
+@contextlib.contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    """SIGTERM ends the demo as Ctrl-C does: through the contexts, which stop what they started."""
+
+    def handler(_signum: int, _frame: FrameType | None) -> None:
+        raise Stopped("the demo was stopped; the same command goes on from here")
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""What of a stage is left to do, whose fault a failure was, and which shards were set aside.
+
+The record of what is done is the output folder itself (shards/dataset.py): nothing here outlives the
+process but the tracebacks of shards that kept failing, in `<run>/status/<stage>-failed/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import logging
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from shards import storage
+from shards.dataset import MANIFEST, read_stats, shard_state
+from shards.layout import shard_name
+from shards.settings import StageError
+from shards.stage import Stage, Task
+
+log = logging.getLogger("carrara.engine")
+
+FAILED_IN_A_ROW = 10  # set-aside shards without a success between: then the fault is not in the shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Retries:
+    """attempts: tries a shard gets. back_off_s: wait before the second try, doubled with each up to back_off_max_s."""
+
+    attempts: int = 3
+    back_off_s: float = 1.0
+    back_off_max_s: float = 60.0
+
+    def wait(self, failures: int) -> float:
+        """Seconds to wait after so many failures of one shard."""
+        return min(self.back_off_s * 2.0 ** (failures - 1), self.back_off_max_s)
+
+
+class Ledger:
+    """The tasks of one stage in one run of the command.
+
+    Made by one pass over `stage.tasks()` that keeps one byte a shard, so that a resume over 200,000
+    shards costs their stats files' reading and no memory to speak of. Raises StageError where a shard
+    was made with other settings, unless `redo`.
+    """
+
+    def __init__(self, stage: Stage, status: str, retries: Retries | None = None, redo: bool = False) -> None:
+        self.stage, self.status, self.retries = stage, status, retries or Retries()
+        self.failed: dict[int, str] = {}
+        self.skipped = self.made = 0
+        self._open = bytearray()  # by position in stage.tasks(): is it to be made?
+        for task in stage.tasks():
+            found = shard_state(stage.root, task)
+            if found.state == "stale" and not redo:
+                raise StageError(
+                    f"{found.reason}; put the settings back, give --redo to make such shards again, "
+                    "or set 'run' to another folder"
+                )
+            if found.state in ("input_changed", "damaged", "stale"):
+                log.warning("%s: shard %s is made again: %s", stage.name, shard_name(task.index), found.reason)
+            self.skipped += found.state == "done"
+            self._open.append(found.state != "done")
+        self.total = len(self._open)
+        self._waiting: list[tuple[float, int, Task]] = []  # heap of (not before, index, task)
+        self._blame: Counter[int] = Counter()
+        self._old_failures = set(storage.list_names(self.failures))  # of an earlier run
+        self._in_a_row = 0
+        self._ahead: Task | None = None
+        self._lazy = (t for t, todo in zip(stage.tasks(), self._open, strict=True) if todo)
+        self._advance()
+
+    def begin(self) -> None:
+        """Before the first shard is made: readers must not take the old manifest for shards that will change."""
+        storage.remove(storage.join(self.stage.root, MANIFEST))
+
+    def _advance(self) -> None:
+        self._ahead = next(self._lazy, None)
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to be made, and the manifest is there and lists just these shards."""
+        if self.skipped != self.total:
+            return False
+        manifest = storage.read_json(storage.join(self.stage.root, MANIFEST))
+        return isinstance(manifest, dict) and len(manifest.get("shards", ())) == self.total
+
+    @property
+    def empty(self) -> bool:
+        """Whether every shard is handed out, those to be tried again included."""
+        return self._ahead is None and not self._waiting
+
+    @property
+    def remaining(self) -> int:
+        """Shards that are neither committed nor set aside, those under way included."""
+        return self.total - self.skipped - self.made - len(self.failed)
+
+    def take(self) -> Task | None:
+        """The next task whose time has come, None where there is none right now."""
+        if self._waiting and self._waiting[0][0] <= time.monotonic():
+            return heapq.heappop(self._waiting)[2]
+        task = self._ahead
+        if task is not None:
+            self._advance()
+        return task
+
+    @property
+    def next_retry_s(self) -> float | None:
+        """Seconds until a failed shard may be tried again; None where none waits."""
+        return max(0.0, self._waiting[0][0] - time.monotonic()) if self._waiting else None
+
+    def give_back(self, task: Task) -> None:
+        """The task was not done, and not by its own fault: it is next."""
+        heapq.heappush(self._waiting, (time.monotonic(), task.index, task))
+
+    def committed(self, task: Task) -> bool:
+        """Whether the shard is on disk after all, whatever became of the worker that made it."""
+        return shard_state(self.stage.root, task).state == "done"
+
+    def done(self, task: Task) -> None:
+        """The shard is committed."""
+        self._in_a_row = 0
+        self.made += 1
+        if shard_name(task.index) + ".json" in self._old_failures:
+            storage.remove(self._failure_url(task))
+
+    def blame(self, task: Task, error: str, traceback: str) -> None:
+        """The shard failed by its own doing: try again later, or set it aside after the last attempt."""
+        self._blame[task.index] += 1
+        attempt = self._blame[task.index]
+        name = f"{self.stage.name}: shard {shard_name(task.index)}"
+        if attempt < self.retries.attempts:
+            wait = self.retries.wait(attempt)
+            log.warning("%s failed (%d of %d), again in %.3g s: %s", name, attempt, self.retries.attempts, wait, error)
+            heapq.heappush(self._waiting, (time.monotonic() + wait, task.index, task))
+            return
+        log.error("%s is set aside after %d attempts: %s", name, attempt, error)
+        storage.write_json(
+            self._failure_url(task),
+            {
+                "stage": self.stage.name,
+                "shard": task.index,
+                "attempts": attempt,
+                "error": error,
+                "traceback": traceback,
+                "host": socket.gethostname(),
+                "at": time.time(),
+            },
+        )
+        self.failed[task.index] = error
+        self._in_a_row += 1
+        if self._in_a_row >= FAILED_IN_A_ROW:
+            raise StageError(
+                f"{self.stage.name}: {self._in_a_row} shards in a row failed {attempt} times each, so the rest is "
+                f"not tried; the last one: {error}; the tracebacks are in {self.failures}"
+            )
+
+    @property
+    def failures(self) -> str:
+        """The folder with the tracebacks of the shards that failed."""
+        return storage.join(self.status, f"{self.stage.name}-failed")
+
+    def _failure_url(self, task: Task) -> str:
+        return storage.join(self.failures, shard_name(task.index) + ".json")
+
+    def refuse_failures(self) -> None:
+        """Raise StageError naming the shards that were set aside, if there are any."""
+        if not self.failed:
+            return
+        names = [shard_name(i) for i in sorted(self.failed)]
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        first = self.failed[min(self.failed)]
+        raise StageError(
+            f"{self.stage.name}: {len(names)} of {self.total} shards failed and are set aside ({shown}), the others "
+            f"are committed; {names[0]}: {first}; the tracebacks are in {self.failures}; run the same command again "
+            "to try them once more"
+        )
+
+    def stats(self) -> Iterator[dict[str, Any]]:
+        """The committed stats of every shard, in the order of the tasks, read from disk."""
+        for task in self.stage.tasks():
+            stats = read_stats(self.stage.root, task.index)
+            if stats is None:
+                raise StageError(f"{self.stage.root}: shard {shard_name(task.index)} was removed during the run")
+            yield stats

@@ -1,0 +1,196 @@
+"""The stages by name, in order: what each needs beforehand, whether it is complete, and how it is run."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from orchestration import engine
+from orchestration.config import Pool, RunConfig
+from shards import storage
+from shards.dataset import MANIFEST
+from shards.layout import RunPaths
+from shards.settings import ConfigError, StageError
+from shards.stage import Stage
+
+log = logging.getLogger("carrara")
+
+STAGES = ("ingest", "autoencoder", "clip", "latents", "train", "eval")
+FITS = ("autoencoder", "clip", "train")
+
+
+def known(name: str, others: tuple[str, ...] = ()) -> str:
+    """`name`, if there is such a stage or other command; raises ConfigError with the nearest name."""
+    names = (*STAGES, *others)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
+        raise ConfigError(f"there is no stage or command '{name}'; {hint}")
+    return name
+
+
+def vae_ref(config: RunConfig) -> str:
+    """The VAE of this run: the pretrained one that the configuration names, else the run's own."""
+    return config.autoencoder.pretrained or storage.join(RunPaths(config.run).autoencoder, "model")
+
+
+def text_ref(config: RunConfig) -> str:
+    """The CLIP of this run: the pretrained one that the configuration names, else the run's own."""
+    return config.clip.pretrained or storage.join(RunPaths(config.run).clip, "model")
+
+
+def pretrained(name: str, config: RunConfig) -> str | None:
+    """The weights that the configuration names in place of fitting `name`; None where it is fitted or is no fit."""
+    return getattr(getattr(config, name), "pretrained", None)
+
+
+def check_inputs(name: str, config: RunConfig) -> None:
+    """Raise ConfigError where what the stage reads is not there, saying which command makes it."""
+    paths = RunPaths(config.run)
+    images, latents = storage.join(paths.images, MANIFEST), storage.join(paths.latents, MANIFEST)
+    heldout = storage.join(paths.heldout, MANIFEST)
+    needs: list[tuple[str, str, str]] = []  # (file, what it is, the stage that makes it)
+    if name in ("autoencoder", "clip", "latents"):
+        needs.append((images, "finished image shards", "ingest"))
+    if name in ("latents", "eval"):
+        fitted = [n for n in ("autoencoder", "clip") if not pretrained(n, config)]
+        models = {"autoencoder": vae_ref(config), "clip": text_ref(config)}
+        needs += [(models[n], f"a finished {n}", n) for n in fitted]
+    if name == "train":
+        needs.append((latents, "finished latent shards", "latents"))
+    if name == "eval":
+        needs.append((paths.checkpoints, "a checkpoint", "train"))
+        if config.eval.prompt_file is None:
+            needs.append((heldout, "held-out image shards, whose captions are the prompts", "ingest"))
+    for file, what, maker in needs:
+        if not storage.exists(file):
+            raise ConfigError(f"{name}: there is no {file}, so it lacks {what}; run the stage '{maker}' first")
+
+
+def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
+    """The stages over shards that `name` consists of, in order, and whose workers make them."""
+    paths = RunPaths(config.run)
+    if name == "ingest":
+        from ingest.stage import IngestStage
+
+        stages: list[Stage] = [IngestStage(config.ingest, paths.images, "train", config.seed)]
+        if config.ingest.has_heldout:
+            stages.append(IngestStage(config.ingest, paths.heldout, "heldout", config.seed))
+        return [(s, config.ray.ingest) for s in stages]
+    if name == "latents":
+        from latents.stage import LatentsStage
+
+        return [
+            (LatentsStage(config.latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)
+        ]
+    if name == "eval":
+        from eval.stage import stages as eval_stages
+
+        parts = eval_stages(config.eval, paths, vae_ref(config), text_ref(config), config.seed)
+        return [(s, config.ray.eval) for s in parts]
+    raise ValueError(f"{name} is not a stage over shards")
+
+
+def is_complete(name: str, config: RunConfig) -> bool:
+    """Whether the stage has nothing left to do for just this configuration, judged from the run's folder."""
+    if name in FITS:
+        from train.state import stage_state
+
+        return stage_state(name, config.run, config).state == "done"
+    try:
+        check_inputs(name, config)
+        status = RunPaths(config.run).status
+        if not all(engine.is_complete(stage, status) for stage, _ in shard_stages(name, config)):
+            return False
+        return name != "eval" or _report_is_current(config)
+    except (ConfigError, StageError):
+        return False
+
+
+def _report_is_current(config: RunConfig) -> bool:
+    from eval.stage import GenerateStage
+
+    stage = GenerateStage(config.eval, RunPaths(config.run), vae_ref(config), text_ref(config), config.seed)
+    return stage.metrics_are_current() and storage.exists(report_path(config, stage.subject.name))
+
+
+def report_path(config: RunConfig, checkpoint: str) -> str:
+    """Where the report of a checkpoint lies."""
+    return storage.join(RunPaths(config.run).reports, f"{checkpoint}.html")
+
+
+def run(name: str, config: RunConfig, local: bool = False, redo: bool = False) -> None:
+    """Run one stage to its end; on Ray, which is connected to only if there is something to do.
+
+    Raises ConfigError where an input is missing, StageError, or Stopped.
+    """
+    if pretrained(name, config):
+        log.info("%s: skipped, because the configuration names pretrained weights: %s", name, pretrained(name, config))
+        return
+    check_inputs(name, config)
+    if is_complete(name, config):
+        log.info("%s: complete; nothing to do", name)
+        return
+    if name in FITS:
+        from orchestration import trainer
+
+        work: Callable[[], Any] = lambda: trainer.run(name, config, local, redo)  # noqa: E731
+    else:
+        stages = shard_stages(name, config)
+        if name == "ingest":
+            for stage, _ in stages:
+                stage.check()  # type: ignore[attr-defined]  # opens the table and finds its columns
+        work = lambda: _run_shards(name, stages, config, local, redo)  # noqa: E731
+    if local:
+        work()
+        return
+    from orchestration.connection import connected
+
+    with connected(config.ray):
+        work()
+
+
+def retry_ingest(config: RunConfig, codes: str, local: bool = False) -> None:
+    """Fetch the rows again that ended with these codes (`transient`: all that may pass), into their shards' place."""
+    from ingest.rewrite import RetryStage, codes_to_retry
+
+    chosen = codes_to_retry(codes)
+    stages: list[tuple[Stage, Pool]] = [
+        (RetryStage(s, chosen), pool)  # type: ignore[arg-type]
+        for s, pool in shard_stages("ingest", config)
+    ]
+    if local:
+        _run_shards("ingest", stages, config, local, False)
+        return
+    from orchestration.connection import connected
+
+    with connected(config.ray):
+        _run_shards("ingest", stages, config, local, False)
+
+
+def dry_run(config: RunConfig, rows: int | None = None) -> str:
+    """The funnel and the cost of the ingest, as text; nothing is fetched."""
+    from ingest import dryrun
+
+    parts = []
+    for stage, pool in shard_stages("ingest", config):
+        stage.check()  # type: ignore[attr-defined]
+        funnel = dryrun.funnel(stage, rows)  # type: ignore[arg-type]
+        cost = dryrun.picture_cost(stage)  # type: ignore[arg-type]
+        workers = pool.workers or os.cpu_count() or 1
+        parts.append(f"{stage.name}\n{funnel.text()}\n\n{cost.text(funnel.to_fetch, workers)}\n")
+    return "\n".join(parts)
+
+
+def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, local: bool, redo: bool) -> None:
+    paths = RunPaths(config.run)
+    for stage, pool in stages:
+        engine.run(stage, paths.status, config.ray, pool, local, redo)
+    if name == "eval":
+        from eval.stage import conclude
+
+        report = conclude(config.eval, paths, vae_ref(config), text_ref(config), config.seed)
+        log.info("eval: the report is %s", report)

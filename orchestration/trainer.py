@@ -1,0 +1,195 @@
+"""The fits on Ray: a gang of ranks runs train/main.py's loop, and checkpoints carry it over deaths.
+
+Whether to start again is decided here, since it must be known what the ranks died of: an error that says
+what to change ends the run; any other death goes on from the last checkpoint, also with fewer ranks where
+the configuration allows it, and is forgotten once a newer checkpoint has been reached, so that a fault that
+comes back at one place does not loop for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import FrameType
+from typing import Any
+
+from orchestration.config import Ranks, RayConfig, RunConfig
+from orchestration.lease import Lease
+from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
+from shards import storage
+from shards.layout import RunPaths
+from shards.settings import ConfigError, StageError
+from train.config import FitConfig, TrainingSections, layout
+
+log = logging.getLogger("carrara")
+
+FEWER_AFTER_S = 60.0  # how long all the ranks' room is waited for where fewer would do
+
+
+def run(stage: str, config: RunConfig, local: bool = False, redo: bool = False) -> None:
+    """Fit `stage` to its end. Raises ConfigError, StageError, or Stopped after SIGTERM."""
+    paths = RunPaths(config.run)
+    sections = TrainingSections(
+        run=config.run, seed=config.seed, autoencoder=config.autoencoder, clip=config.clip, train=config.train
+    )
+    with Lease(paths.status, stage, _root(stage, paths), on_ray=not local) as lease, _status_ends(paths, stage):
+        if local:
+            _without_ray(stage, sections, redo)
+        else:
+            _on_ray(stage, sections, config, redo, lease)
+
+
+def _root(stage: str, paths: RunPaths) -> str:
+    return paths.checkpoints if stage == "train" else getattr(paths, stage)
+
+
+def _without_ray(stage: str, sections: TrainingSections, redo: bool) -> None:
+    """One rank in a fresh process of its own: DeepSpeed cannot fit a second model after the first in one."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
+        fit = pool.submit(_rank, {"stage": stage, "sections": sections.model_dump(), "redo": redo})
+
+        def pass_on(signum: int, _frame: FrameType | None) -> None:
+            for process in multiprocessing.active_children():
+                os.kill(process.pid or 0, signum)
+
+        before = signal.signal(signal.SIGTERM, pass_on)
+        try:
+            if stopped := fit.result():
+                raise Stopped(stopped)
+        except BrokenProcessPool:
+            raise StageError(f"{stage}: the process that was fitting it died; run the same command again") from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end_with_parent() -> None:
+    """A fit must not go on unseen, and write, after the process that holds its lock was killed."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux's PR_SET_PDEATHSIG
+
+
+def _rank(told: dict[str, Any]) -> str | None:
+    """What each rank's process runs; returns where it stopped, if it was asked to."""
+    from train.main import run as fit
+    from train.ranks import Stopped as FitStopped
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("carrara").setLevel(logging.INFO)
+    try:
+        fit(told["stage"], TrainingSections(**told["sections"]), redo=told["redo"])
+    except FitStopped as e:
+        return str(e)
+    return None
+
+
+def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: bool, lease: Lease) -> None:
+    from orchestration.gang import RankDied
+
+    ranks: Ranks = getattr(config.ray, stage)
+    paths = RunPaths(config.run)
+    failures, reached = 0, _images(stage, paths)
+    with stop_on_sigterm(StopFlag()) as asked:
+        while True:
+            told = {"stage": stage, "sections": sections.model_dump(), "redo": redo}
+            try:
+                return _fit_once(stage, told, getattr(sections, stage), ranks, config.ray, asked, lease)
+            except RankDied as e:
+                now = _images(stage, paths)
+                failures = 1 if now > reached else failures + 1
+                reached = max(reached, now)
+                if asked.is_set():
+                    raise _stopped(stage) from None
+                if 0 <= ranks.max_failures < failures:
+                    raise StageError(
+                        f"{stage}: the ranks died {failures} times without reaching a newer checkpoint than the one "
+                        f"at {reached} images; the last time: {e}"
+                    ) from e
+                log.warning("%s: a rank died (%s); going on from the checkpoint at %d images", stage, e, now)
+                redo = False
+
+
+def _fit_once(
+    stage: str, told: dict[str, Any], fit: FitConfig, ranks: Ranks, config: RayConfig, asked: StopFlag, lease: Lease
+) -> None:
+    """One gang of ranks to its end; with fewer ranks than configured where that is allowed and no room for more."""
+    from orchestration.gang import Gang, NoRoom
+
+    passed_on = math.inf  # when the request to stop was passed on to the ranks
+    gang: Gang | None = None
+
+    def check() -> None:
+        nonlocal passed_on
+        lease.check()
+        if asked.is_set():
+            now = time.monotonic()
+            if gang is None or not gang.places or now - passed_on > config.grace_s:
+                raise _stopped(stage)
+            if passed_on == math.inf:
+                passed_on = now
+                gang.signal(signal.SIGTERM)
+
+    counts = _counts(stage, fit, ranks)
+    for count in counts:
+        last = count == counts[-1]
+        patience = config.wait_for_nodes_s if last else min(FEWER_AFTER_S, config.wait_for_nodes_s)
+        gang = Gang(stage, count, ranks, patience, check)
+        try:
+            with gang:
+                stopped = [s for s in gang.run(_rank, told) if s]
+        except NoRoom as e:
+            if last:
+                raise
+            log.warning("%s; going on with fewer", e)
+            continue
+        if stopped:
+            raise Stopped(stopped[0])
+        return
+
+
+def _counts(stage: str, fit: FitConfig, ranks: Ranks) -> list[int]:
+    """Numbers of ranks to try, from the configured one down to `min_ranks`, that can share the batch evenly."""
+    layout(stage, fit, fit.ranks)
+    counts = [fit.ranks]
+    for count in range(fit.ranks - 1, (ranks.min_ranks or fit.ranks) - 1, -1):
+        with contextlib.suppress(ConfigError):
+            layout(stage, fit, count)
+            counts.append(count)
+    return counts
+
+
+def _stopped(stage: str) -> Stopped:
+    return Stopped(f"{stage}: stopped on request; the same command goes on from the last checkpoint")
+
+
+def _images(stage: str, paths: RunPaths) -> int:
+    """How many images the newest complete checkpoint has seen."""
+    from train.folders import latest_complete, read_manifest
+    from train.state import stage_paths
+
+    newest = latest_complete(stage_paths(stage, paths).checkpoints, deep=False)
+    return int(read_manifest(newest)["images"]) if newest else 0
+
+
+@contextlib.contextmanager
+def _status_ends(paths: RunPaths, stage: str) -> Iterator[None]:
+    """On an exception, have the stage's status file say so: the ranks that write it may be dead."""
+    try:
+        yield
+    except BaseException as e:
+        url = storage.join(paths.status, f"{stage}.json")
+        with contextlib.suppress(OSError, ValueError):
+            record = storage.read_json(url)
+            if isinstance(record, dict):
+                state = "stopped" if isinstance(e, Stopped | KeyboardInterrupt) else "failed"
+                storage.write_json(url, {**record, "state": state, "seconds_left": None})
+        raise

@@ -1,0 +1,149 @@
+"""`carrara watch`: evaluates checkpoints as they appear, as a job of its own beside training.
+
+    carrara watch --config configs/mine.yaml                    until training is done and its last checkpoint judged
+    carrara watch --config configs/mine.yaml eval.watch.cron="0 */6 * * *" --forever
+    carrara watch --config configs/mine.yaml --once             what is due now
+
+The newest complete checkpoint comes first; older ones that were never evaluated are late and are skipped (unless
+eval.watch.backfill). What is done is read from the output folder alone, so the watcher may be killed at any moment and
+started again, and two of them do no work twice: the evaluation's own lease lets one in, the other waits. A checkpoint
+that is worse than the best before it by more than its error bars allow is an ALARM line in the log and, if the user
+gave one, a call of their command.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Literal
+
+from cronsim import CronSim
+
+from eval import checkpoints, compare, history
+from orchestration import stages
+from orchestration.config import RunConfig
+from orchestration.lease import Busy
+from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
+from shards.layout import RunPaths
+from shards.settings import ConfigError, StageError
+
+log = logging.getLogger("carrara.watch")
+
+ATTEMPTS = 3  # evaluations of one checkpoint that may fail before it is left aside
+COMMAND_S = 60.0  # how long the user's alarm command may take
+
+
+def watch(config: RunConfig, local: bool = False, once: bool = False, forever: bool = False) -> None:
+    """Evaluate until training is done (or for ever), or once. StageError where --once found something that failed."""
+    paths, failures = RunPaths(config.run), Counter[str]()
+    due = _clock(config)
+    with stop_on_sigterm(StopFlag()) as stop:
+        while True:
+            checkpoint = next_checkpoint(config, [n for n, count in failures.items() if count >= ATTEMPTS])
+            if checkpoint is None:
+                if once or (not forever and stages.is_complete("train", config)):
+                    break
+            elif once or due():
+                outcome = _evaluate(config, checkpoint, local)
+                if outcome == "done":
+                    raise_alarms(config, paths, checkpoint)
+                elif outcome == "failed":
+                    failures[checkpoint] += 1
+                    if failures[checkpoint] >= ATTEMPTS:
+                        log.error("%s is left aside after %d failed evaluations", checkpoint, ATTEMPTS)
+                if outcome == "done" and not stop.is_set():
+                    continue
+            if stop.wait(config.eval.watch.every_s):
+                raise Stopped("watch: stopped on request; the same command goes on from here")
+    broken = [n for n, count in failures.items() if count >= ATTEMPTS]
+    if broken:
+        raise StageError(f"watch: the evaluation of {', '.join(broken)} failed; its reason stands above")
+
+
+def next_checkpoint(config: RunConfig, leave_out: list[str]) -> str | None:
+    """The newest complete checkpoint, if it has no result yet; with backfill the newest of all that have none."""
+    for name in checkpoints.complete(RunPaths(config.run)):
+        if name in leave_out:
+            continue
+        if not stages.is_complete("eval", for_checkpoint(config, name)):
+            return name
+        if not config.eval.watch.backfill:
+            return None
+    return None
+
+
+def for_checkpoint(config: RunConfig, name: str) -> RunConfig:
+    """The configuration that evaluates this checkpoint."""
+    return config.model_copy(update={"eval": config.eval.model_copy(update={"checkpoint": name})})
+
+
+def raise_alarms(config: RunConfig, paths: RunPaths, checkpoint: str) -> list[compare.Alarm]:
+    """Log what is alarming about a checkpoint and call the user's command for each; returns the alarms."""
+    results, sigmas = history.cells(paths), config.eval.watch.alarm_sigmas
+    found = compare.alarms(results, checkpoint, sigmas)
+    # One that was evaluated late may be what newer ones are to be held against.
+    newer = sorted({r["checkpoint"] for r in results} - {checkpoint})
+    found += [alarm for name in newer for alarm in compare.alarms(results, name, sigmas) if alarm.best == checkpoint]
+    for alarm in found:
+        log.warning("ALARM %s", alarm)
+        print(f"ALARM {alarm}", file=sys.stdout, flush=True)
+        if config.eval.watch.alarm_command:
+            _call(config.eval.watch.alarm_command, alarm)
+    if not found:
+        log.info("%s: no alarm", checkpoint)
+    return found
+
+
+def _evaluate(config: RunConfig, checkpoint: str, local: bool) -> Literal["done", "busy", "failed"]:
+    log.info("evaluating %s", checkpoint)
+    try:
+        stages.run("eval", for_checkpoint(config, checkpoint), local)
+    except Busy as e:
+        log.info("%s", e)  # whoever is at it will finish it; should they die, it is still open at the next look
+        return "busy"
+    except (StageError, ConfigError) as e:  # such as a checkpoint that training has deleted meanwhile
+        log.error("%s: %s", checkpoint, e)
+        return "failed"
+    return "done"
+
+
+def _call(command: list[str], alarm: compare.Alarm) -> None:
+    """The user's command, with the alarm as its last argument and as JSON in CARRARA_ALARM; its failure is a line."""
+    d = alarm.difference
+    facts = {
+        "checkpoint": alarm.checkpoint, "best": alarm.best, "metric": d.metric, "value": d.b, "best_value": d.a,
+        "difference": d.value, "se": d.se, "sigmas": alarm.sigmas, "p": d.p,
+    }  # fmt: skip
+    try:
+        done = subprocess.run(
+            [*command, str(alarm)], env={**os.environ, "CARRARA_ALARM": json.dumps(facts)}, timeout=COMMAND_S
+        )
+        if done.returncode:
+            log.error("eval.watch.alarm_command ended with code %d", done.returncode)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        log.error("eval.watch.alarm_command cannot be run: %s", e)
+
+
+def _clock(config: RunConfig) -> Callable[[], bool]:
+    """Whether it is time: always without a cron expression, else once after each of its moments (local time)."""
+    expression = config.eval.watch.cron
+    if expression is None:
+        return lambda: True
+    moments = CronSim(expression, datetime.datetime.now().astimezone())
+    following = [next(moments)]
+
+    def due() -> bool:
+        now = datetime.datetime.now().astimezone()
+        if now < following[0]:
+            return False
+        while following[0] <= now:  # moments that passed during an evaluation are late, and skipped
+            following[0] = next(moments)
+        return True
+
+    return due

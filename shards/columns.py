@@ -1,0 +1,136 @@
+"""Columns in safetensors: the format of latent and feature shards.
+
+One array a column for a whole shard: 143,000 samples/s on one core at 256 px against 3,400 for one tar
+member a sample, and no pickle. The bytes are a pure function of the arrays, which safetensors' own
+writer does not promise for its metadata (a hash map); so the header is written here, to the published
+format: 8 bytes little-endian header length, JSON header, then the data.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from shards import storage
+
+if TYPE_CHECKING:
+    from shards.dataset import Dataset
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def pack_columns(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    """The bytes of a safetensors file. Columns lie in the order of their alignment, then of their names.
+
+    arrays: any shapes of the dtypes safetensors has for numpy. metadata: strings to strings.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    chunks: list[bytes] = []
+    offset = 0
+    # Widest items first, so that every column starts at a multiple of its item size once the header is padded.
+    for name in sorted(arrays, key=lambda n: (-arrays[n].dtype.itemsize, n)):
+        array = np.ascontiguousarray(arrays[name])
+        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        data = array.tobytes()
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(arrays[name].shape),
+            "data_offsets": [offset, offset + len(data)],
+        }
+        chunks.append(data)
+        offset += len(data)
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    return b"".join([len(head).to_bytes(8, "little"), head, *chunks])
+
+
+def unpack_columns(buffer: bytes | memoryview | mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays over `buffer` (no copy) and the metadata; raises ValueError where the file is not whole."""
+    view = memoryview(buffer)
+    head_size = int.from_bytes(view[:8], "little") if len(view) >= 8 else -1
+    if not 2 <= head_size <= min(len(view) - 8, 100_000_000):
+        raise ValueError("not a safetensors file, or a truncated one")
+    header = json.loads(bytes(view[8 : 8 + head_size]))
+    metadata = header.pop("__metadata__", {})
+    body = view[8 + head_size :]
+    arrays = {}
+    for name, spec in header.items():
+        begin, end = spec["data_offsets"]
+        dtype, shape = _DTYPES[spec["dtype"]], tuple(spec["shape"])
+        if not 0 <= begin <= end <= len(body) or end - begin != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+            raise ValueError(f"column '{name}' lies outside the file or does not fit its shape")
+        arrays[name] = np.frombuffer(body[begin:end], dtype=dtype).reshape(shape)
+    return arrays, metadata
+
+
+class ColumnShard:
+    """One shard of columns, memory-mapped where the dataset lies on a file system."""
+
+    def __init__(self, dataset: Dataset, position: int) -> None:
+        self.info = dataset.shards[position]
+        self._dataset = dataset
+        url = storage.join(dataset.root, self.info.name + ".safetensors")
+        if storage.is_local(url):
+            with open(storage.local_path(url), "rb") as f:
+                buffer: Any = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        else:
+            buffer = storage.read_bytes(url)
+        self.arrays, self.metadata = unpack_columns(buffer)
+        self._table: pa.Table | None = None
+
+    def __len__(self) -> int:
+        return self.info.count
+
+    @property
+    def table(self) -> pa.Table:
+        """The whole sidecar: one row per input sample."""
+        if self._table is None:
+            self._table = self._dataset.sidecar(self.info.index)
+        return self._table
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the samples that are in the columns, in their order."""
+        table = self.table
+        keys, status = table["key"].to_pylist(), table["status"].to_pylist()
+        return [k for k, s in zip(keys, status, strict=True) if s == "success"]
+
+
+def keep_rows(arrays: dict[str, np.ndarray], kept: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    """The columns of a latent shard with some of its samples alone. kept: int64, ascending, below `count`.
+
+    Columns hold one row a sample, but for `embeddings`, one a distinct caption, to which the samples'
+    `embedding_index` points, and for what belongs to no sample, whose names begin with `empty_`.
+    """
+    result = {}
+    for name, array in arrays.items():
+        if name.startswith("empty_") or name == "embeddings":
+            result[name] = array
+        elif len(array) == count:
+            result[name] = array[kept]
+        else:
+            raise ValueError(f"column '{name}' has {len(array)} rows where there are {count} samples")
+    if "embeddings" in arrays:
+        used, index = np.unique(result["embedding_index"], return_inverse=True)
+        result["embeddings"] = arrays["embeddings"][used]
+        result["embedding_index"] = index.astype(arrays["embedding_index"].dtype).reshape(-1)
+    return result

@@ -1,0 +1,135 @@
+"""Image shards: WebDataset tars with reproducible bytes, read by offset rather than from the start.
+
+The tar is what img2dataset writes (members `key.jpg`, `key.txt`, `key.json` side by side, successes
+only), the parquet beside it has one row per input row and, beyond img2dataset's columns, where in the
+tar each picture lies. So a reader takes any sample at once, and resuming never reads a shard to skip it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import threading
+from collections.abc import Iterable
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image, UnidentifiedImageError
+
+from shards import storage
+
+if TYPE_CHECKING:
+    from shards.dataset import Dataset
+
+# What became of an input row. The first three are img2dataset's own words; both failed_* count as failed.
+STATUSES = ("success", "failed_to_download", "failed_to_resize", "filtered", "duplicate", "opted_out")
+
+MAX_PIXELS = 64_000_000
+
+
+def pack_tar(samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[bytes, list[dict[str, tuple[int, int]]]]:
+    """A tar whose bytes depend on its samples alone, and where each member's data lies in it.
+
+    samples: (key, {extension: data}) in the order they are to lie. A key has no dot and no slash, since
+    WebDataset takes everything up to the first dot for it. Returns the bytes and, for each sample, its
+    members' (offset, size) by extension.
+    """
+    import webdataset  # here, since it loads torch: only a process that writes tars pays for that
+
+    sink = io.BytesIO()
+    places: list[dict[str, tuple[int, int]]] = []
+    with webdataset.TarWriter(sink, encoder=False, mtime=0) as tar:
+        for key, members in samples:
+            if "." in key or "/" in key or not key:
+                raise ValueError(f"the key '{key}' may have neither a dot nor a slash")
+            offset = tar.tarstream.offset
+            tar.write({"__key__": key, **members})
+            place = {}
+            for extension in sorted(members):  # the order in which webdataset writes them
+                size = len(members[extension])
+                place[extension] = (offset + tarfile.BLOCKSIZE, size)
+                offset += tarfile.BLOCKSIZE - (-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if offset != tar.tarstream.offset:
+                raise AssertionError("webdataset laid the members out in another way than is counted here")
+            places.append(place)
+    return sink.getvalue(), places
+
+
+class ImageShard:
+    """One image shard: captions and keys from the sidecar, pictures by offset from the tar.
+
+    Positions 0 .. len-1 run over the samples that can be used: success, and not excluded since. Safe to
+    read from several threads.
+    """
+
+    def __init__(self, dataset: Dataset, position: int) -> None:
+        self.info = dataset.shards[position]
+        self.url = storage.join(dataset.root, self.info.name + ".tar")
+        self.table: pa.Table = dataset.sidecar(self.info.index)
+        live = np.array([s == "success" for s in self.table["status"].to_pylist()], bool)
+        live[dataset.excluded_rows(self.info.index)] = False
+        self.rows: np.ndarray = np.flatnonzero(live)
+        self._offsets = self.table["image_offset"].fill_null(-1).to_numpy()[self.rows]
+        self._sizes = self.table["image_size"].fill_null(-1).to_numpy()[self.rows]
+        self._file: IO[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the samples, in order."""
+        return list(self.table["key"].take(pa.array(self.rows)).to_pylist())
+
+    @property
+    def captions(self) -> list[str]:
+        """Captions of the samples, in order; an absent one is an empty string."""
+        return [c or "" for c in self.table["caption"].take(pa.array(self.rows)).to_pylist()]
+
+    def image_bytes(self, i: int) -> bytes:
+        """The encoded picture of sample `i`."""
+        offset, size = int(self._offsets[i]), int(self._sizes[i])
+        with self._lock:
+            if self._file is None:
+                self._file = storage.open_read(self.url)
+            if storage.is_local(self.url):
+                data = os.pread(self._file.fileno(), size, offset)
+            else:
+                self._file.seek(offset)
+                data = self._file.read(size)
+        if len(data) != size:
+            raise ValueError(f"{self.url}: ends before the picture of sample {self.keys[i]}")
+        return data
+
+    def close(self) -> None:
+        """Close the tar; it is opened again when needed."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+
+def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode a picture of our own shards to uint8 [H,W,3]; raises ValueError where that is not possible.
+
+    The size is read from the header and checked before anything is decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"the picture has {image.width}x{image.height} pixels, more than {max_pixels}")
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"the picture cannot be decoded: {e}") from None
+
+
+def is_rgb(data: bytes) -> bool:
+    """Whether a picture is stored as plain 8-bit RGB, so that `decode_rgb` converts no colours; reads the header."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            return image.mode == "RGB"
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"the picture cannot be decoded: {e}") from None

@@ -1,0 +1,23 @@
+"""What all tests share: small thread counts (2 cores are enough), no network, a seeded generator."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+
+import hypothesis
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile("carrara", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.load_profile("carrara")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

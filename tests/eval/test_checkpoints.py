@@ -1,0 +1,99 @@
+"""Which model is evaluated: the newest complete checkpoint, and the same pictures from it as from its export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+
+from eval import checkpoints
+from eval.config import EvalConfig
+from eval.stage import GenerateStage
+from latents.weights import find_clip, find_vae
+from shards.fingerprint import digest_file
+from shards.layout import RunPaths
+from shards.settings import StageError
+from tests.eval.conftest import SIDE, drive, refs, shard_bytes
+from train.config import TrainConfig
+from train.export import export
+
+
+def write_checkpoint(run: RunPaths, step: int, unet: UNet2DConditionModel, images: int) -> Path:
+    """A checkpoint folder as the trainer leaves it; its EMA is twice its weights, so that the two differ."""
+    folder = Path(run.checkpoints) / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    weights = {k: v.contiguous() for k, v in unet.state_dict().items()}
+    for name in ("weights", "exp_avg", "exp_avg_sq", "ema"):
+        save_file({k: v * (2 if name == "ema" else 1) for k, v in weights.items()}, folder / f"{name}.safetensors")
+    files = {f.name: {"size": f.stat().st_size, "sha256": digest_file(f)} for f in sorted(folder.iterdir())}
+    manifest = {
+        "format_version": 1,
+        "step": step,
+        "images": images,
+        "files": files,
+        "config": TrainConfig().model_dump(mode="json"),
+        "model_config": json.loads(json.dumps(dict(unet.config))),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def trained(run: RunPaths, tmp_path: Path) -> RunPaths:
+    """The tiny run with two checkpoints and the latents' manifest in place of the exported model."""
+    folder = tmp_path / "run"
+    shutil.copytree(run.run, folder)
+    own = RunPaths(str(folder))
+    unet = UNet2DConditionModel.from_pretrained(own.model + "/unet")
+    shutil.rmtree(own.model)
+    vae, clip = (find(ref) for find, ref in zip((find_vae, find_clip), refs(own), strict=True))
+    text = {"ref": clip.ref, "digest": clip.digest, "layer": "penultimate", "context_length": 24, "width": 32}
+    latents = {
+        "kind": "latents", "format_version": 1, "fingerprint": "f", "rows": 1, "count": 1, "shards": [],
+        "resolution": SIDE, "text": text,
+        "vae": {"ref": vae.ref, "digest": vae.digest, "scaling_factor": 0.5, "config": vae.config},
+    }  # fmt: skip
+    Path(own.latents).mkdir()
+    (Path(own.latents) / "dataset.json").write_text(json.dumps(latents))
+    write_checkpoint(own, 1, unet, 64)
+    write_checkpoint(own, 2, unet, 128)
+    return own
+
+
+def test_the_newest_complete_checkpoint_is_found(trained: RunPaths) -> None:
+    newest = checkpoints.find(trained)
+    assert (newest.name, newest.images, newest.resolution, newest.exported) == ("step-00000002", 128, SIDE, False)
+    assert checkpoints.find(trained, weights="raw").digest != newest.digest
+    assert checkpoints.find(trained, "step-00000001").images == 64
+    (Path(trained.checkpoints) / "step-00000002" / "ema.safetensors").write_bytes(b"torn")
+    assert checkpoints.find(trained).name == "step-00000001"
+
+
+def test_a_checkpoint_and_its_export_draw_the_same_pictures(trained: RunPaths) -> None:
+    config = EvalConfig(prompts=4, steps=2, batch_size=2, shard_size=4, faithfulness=None)
+    from_checkpoint = GenerateStage(config, trained, *refs(trained))
+    drive(from_checkpoint)
+    pictures = shard_bytes(from_checkpoint.root)["00000.tar"]
+    raw = GenerateStage(config.model_copy(update={"weights": "raw", "steps": 3}), trained, *refs(trained))
+    assert raw.protocol().unet != from_checkpoint.protocol().unet
+    export(trained.run)
+    shutil.rmtree(trained.checkpoints)
+    shutil.rmtree(trained.eval)
+    from_export = GenerateStage(config, trained, *refs(trained))
+    assert from_export.subject.exported
+    assert (from_export.subject.name, from_export.subject.images) == ("step-00000002", 128)
+    drive(from_export)
+    assert shard_bytes(from_export.root)["00000.tar"] == pictures
+
+
+def test_other_encoders_than_those_of_the_latents_are_refused(trained: RunPaths) -> None:
+    manifest = Path(trained.latents) / "dataset.json"
+    facts = json.loads(manifest.read_text())
+    facts["text"]["digest"] = "0" * 64
+    manifest.write_text(json.dumps(facts))
+    with pytest.raises(StageError, match=r"the CLIP at .* is not the one the latents were made with"):
+        GenerateStage(EvalConfig(), trained, *refs(trained))

@@ -1,0 +1,118 @@
+"""Moments against numpy's own mean and covariance, and their algebra."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eval import moments
+from shards.columns import pack_columns, unpack_columns
+from tests.eval.conftest import random_features
+
+
+def close(a: moments.Moments, b: moments.Moments, tolerance: float) -> None:
+    assert a.n == b.n
+    np.testing.assert_allclose(a.mean, b.mean, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(a.scatter, b.scatter, rtol=0, atol=tolerance * max(1.0, np.abs(b.scatter).max()))
+
+
+def test_moments_are_numpys() -> None:
+    x = random_features(200, 12, 0) + 3
+    m = moments.of(x)
+    np.testing.assert_allclose(m.mean, x.mean(0), atol=1e-14)
+    np.testing.assert_allclose(m.covariance, np.cov(x, rowvar=False), atol=1e-14)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=8), st.randoms(use_true_random=False), st.floats(-1e3, 1e3))
+def test_any_partition_in_any_order_of_arrival_gives_the_same_bits(sizes, random, offset) -> None:
+    sizes[0] += 2
+    x = random_features(sum(sizes), 5, 1) + offset
+    parts = [moments.of(p) for p in np.split(x, np.cumsum(sizes)[:-1])]
+    arrivals = list(enumerate(parts))
+    expected = moments.merge_all(arrivals)
+    random.shuffle(arrivals)
+    merged = moments.merge_all(arrivals)
+    assert merged.n == expected.n
+    assert merged.mean.tobytes() == expected.mean.tobytes()
+    assert merged.scatter.tobytes() == expected.scatter.tobytes()
+    close(merged, moments.of(x), 1e-10)
+
+
+def test_a_tree_of_merges_equals_a_chain() -> None:
+    parts = [moments.of(random_features(40, 6, s) * 3 + 1000) for s in range(16)]
+    chain = moments.merge_all(enumerate(parts))
+    level = parts
+    while len(level) > 1:
+        level = [moments.merge(a, b) for a, b in zip(level[::2], level[1::2], strict=True)]
+    close(level[0], chain, 1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 40), st.integers(2, 40), st.floats(-100, 100))
+def test_unmerge_is_the_inverse_of_merge(part_size: int, rest_size: int, offset: float) -> None:
+    part, rest = moments.of(random_features(part_size, 4, 2) - offset), moments.of(random_features(rest_size, 4, 3))
+    close(moments.unmerge(moments.merge(rest, part), part), rest, 1e-10)
+
+
+def test_float32_features_give_float64_moments() -> None:
+    x = random_features(5000, 8, 4)
+    close(moments.of(x.astype(np.float32)), moments.of(x), 1e-6)
+
+
+def test_features_that_are_not_finite_are_named() -> None:
+    x = random_features(4, 3, 5)
+    x[2, 1] = np.nan
+    with pytest.raises(ValueError, match="00002"):
+        moments.of(x, ["00000", "00001", "00002", "00003"])
+
+
+def test_what_cannot_be_is_refused() -> None:
+    one = moments.of(random_features(1, 3, 6))
+    with pytest.raises(ValueError, match="at least 2"):
+        _ = one.covariance
+    with pytest.raises(ValueError, match="3 and of 4"):
+        moments.merge(one, moments.of(random_features(2, 4, 6)))
+    with pytest.raises(ValueError, match="taken out"):
+        moments.unmerge(one, moments.of(random_features(2, 3, 6)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 9), st.floats(-1e3, 1e3))
+def test_an_accumulator_is_the_moments_of_everything(sizes: list[int], block: int, offset: float) -> None:
+    """Rows and whole parts, in either form, in blocks of any size; more than a block of deviations included."""
+    sizes[0] += 2
+    x = random_features(sum(sizes), 4, 6) + offset
+    parts = np.split(x, np.cumsum(sizes)[:-1])
+    rows, whole, columns = (moments.Accumulator(4, block) for _ in range(3))
+    for p in parts:
+        rows.add(p.astype(np.float64))
+        whole.merge(moments.of(p))
+        columns.merge_columns(unpack_columns(pack_columns(moments.to_columns(moments.of(p)), {}))[0])
+    for accumulator in (rows, whole, columns):
+        close(accumulator.result(), moments.of(x), 1e-9)
+        close(accumulator.result(), moments.of(x), 1e-9)  # asking changes nothing
+
+
+def test_an_accumulator_gives_the_same_bits_in_the_same_order() -> None:
+    parts = [random_features(n, 6, n) for n in (5, 700, 3, 64)]
+    results = []
+    for _ in range(2):
+        accumulator = moments.Accumulator(6)
+        for p in parts:
+            accumulator.add(p)
+        results.append(accumulator.result())
+    assert results[0].scatter.tobytes() == results[1].scatter.tobytes()
+
+
+def test_columns_and_back() -> None:
+    m = moments.of(random_features(30, 7, 8))
+    back = moments.from_columns(moments.to_columns(m))
+    assert back.n == 30
+    np.testing.assert_array_equal(back.scatter, (m.scatter + m.scatter.T) / 2)
+    with pytest.raises(ValueError, match="7 dimensions"):
+        moments.from_columns({**moments.to_columns(m), "upper": np.zeros(3)})
+    with pytest.raises(ValueError, match="8 and of 7"):
+        moments.Accumulator(8).merge_columns(moments.to_columns(m))

@@ -1,0 +1,147 @@
+"""Pages in Chromium: hostile captions do nothing, nothing is fetched, the slider moves, votes are saved."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval import grid, history, human, report
+from eval.config import EvalConfig, GridConfig
+from eval.stage import GenerateStage, stages
+from shards.layout import RunPaths
+from tests.eval.browser import Tab, visit
+from tests.eval.conftest import build_run, drive, refs
+
+HOSTILE = [
+    '<script>document.body.dataset.owned=1</script><img src=x onerror="document.body.dataset.owned=2">',
+    "\u202egnp.exe \u2066bidi\u2069 \u200f\u061c marks",
+    '=HYPERLINK("http://198.51.100.7/x","A")',
+    "javascript:document.body.dataset.owned=3 {{ 7*7 }} {% raw %} ]]> --> </style></title>",
+    "word " * 2000,
+    "",
+    "e" + "\u0301" * 60 + " \x07\x1b[31m \U0001f680",
+]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
+    """A run whose pages have everything: two checkpoints under hostile captions, a grid, a memorisation sheet."""
+    folder = tmp_path_factory.mktemp("pages")
+    run = build_run(folder / "run <i>&", 30)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(HOSTILE), encoding="utf-8")
+    shutil.copytree(run.heldout, run.images)
+    config = EvalConfig(
+        prompts=6, prompt_file=str(prompts), steps=1, batch_size=6, shard_size=3, jackknife_groups=3, memorisation=True,
+        replicates=2,
+    )  # fmt: skip
+    for name, images, steps in (("step-00000004", 256, (1, 2)), ("step-00000008", 512, (1,))):
+        facts = {"checkpoint": name, "images_seen": images}
+        (Path(run.model) / "carrara.json").write_text(json.dumps(facts))
+        for n in steps:
+            made = stages(config.model_copy(update={"steps": n}), run, *refs(run))
+            for stage in made:
+                drive(stage)
+    (Path(run.model) / "carrara.json").write_text(json.dumps({"checkpoint": "step-00000004", "images_seen": 256}))
+    wide = config.model_copy(update={"grid": GridConfig(steps=[1, 2])})
+    cells = [GenerateStage(c, run, *refs(run)) for c in grid.cells(wide)]
+    grid.record(run, cells, [grid.GivenUp("<b>x</b>", "y", "z")], {"<b>x</b>": 3})
+    for name in ("step-00000004", "step-00000008"):
+        report.render(run, name, "ddim-1-3")
+    return run
+
+
+def test_hostile_captions_do_nothing_in_a_browser(two: RunPaths) -> None:
+    for name in ("step-00000008.html", "step-00000004.html", "index.html"):
+
+        async def look(tab: Tab) -> None:
+            assert await tab.value("document.body.dataset.owned") is None
+            assert await tab.value("document.querySelectorAll('script').length") <= 1
+            strange = (
+                "document.querySelectorAll('iframe, object, embed, form, link, base, [onerror], img[src=x]').length"
+            )
+            assert await tab.value(strange) == 0
+            # What an attacker could run from the page's own context is refused by the policy.
+            await tab.value(
+                "(() => { const s = document.createElement('script'); s.textContent = 'document.body.dataset.owned=9';"
+                " document.body.append(s); const i = new Image(); i.src = 'http://127.0.0.1:9/x'; })()"
+            )
+            assert await tab.value("document.body.dataset.owned") is None
+            broken = "Array.from(document.images).filter(i => i.loading !== 'lazy' && !i.naturalWidth).length"
+            assert await tab.value(broken) == 0
+            assert tab.requests == {}
+            refused = [t for t in tab.said if "Content Security Policy" in t]
+            assert len(refused) == len(tab.said) == 2, tab.said  # our own two attempts above, and nothing else
+
+        visit(Path(two.reports) / name, look)
+
+
+def test_the_slider_moves_the_cut(two: RunPaths) -> None:
+    async def look(tab: Tab) -> None:
+        cut = "getComputedStyle(document.querySelector('.wipe .over')).clipPath"
+        before = await tab.value(cut)
+        await tab.value(
+            "(() => { const c = document.getElementById('cut'); c.value = 80;"
+            " c.dispatchEvent(new Event('input', {bubbles: true})); })()"
+        )
+        after = await tab.value(cut)
+        assert ("50%" in before, "80%" in after) == (True, True), (before, after)
+        assert await tab.value("document.querySelectorAll('.wipe').length") == 6
+        assert tab.said == []
+        text = await tab.value("document.body.innerText")
+        assert "Against step-00000004" in text
+        assert "Nearest training pictures" in text
+
+    visit(Path(two.reports) / "step-00000008.html", look)
+
+
+def test_the_grid_and_the_numbers_are_on_the_page(two: RunPaths) -> None:
+    page = (Path(two.reports) / "step-00000004.html").read_text(encoding="utf-8")
+    assert "Samplers, steps, guidance" in page
+    assert "&lt;b&gt;x&lt;/b&gt;" in page
+    assert 'http-equiv="Content-Security-Policy"' in page
+    rows = json.loads((Path(two.reports) / "history.json").read_text())
+    lines = (Path(two.reports) / "history.csv").read_text().splitlines()
+    assert len(lines) == len(rows) + 1 > 20
+    assert lines[0].startswith("checkpoint,images_seen,cell,protocol,metric,n,value")
+
+
+def test_formulas_are_defused_in_csv() -> None:
+    row: dict[str, Any] = dict.fromkeys(history.SCHEMA.names)
+    text = history.as_csv([{**row, "checkpoint": "=cmd|x", "cell": "@a", "metric": "plain", "value": -1.5}])
+    assert "'=cmd|x" in text
+    assert "'@a" in text
+    assert ",plain," in text
+    assert ",-1.5," in text
+
+
+def test_votes_are_cast_and_saved_in_a_browser(two: RunPaths, tmp_path: Path) -> None:
+    cells = ["step-00000004/ddim-1-3", "step-00000004/ddim-2-3"]
+    page = human.write_pack(str(tmp_path), cells, human.pairs(two, cells, 5), two)
+
+    async def look(tab: Tab) -> None:
+        assert await tab.value("document.querySelectorAll('[data-pair]:not([hidden])').length") == 1
+        await tab.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+        for choice in ("left", "right", "tie"):
+            await tab.value(f"document.querySelector('[data-choice={choice}]').click()")
+        assert await tab.value("document.getElementById('place').textContent") == "4 of 5"
+        await tab.value("document.getElementById('voter').value = '=1+1, \"ann\"'")
+        await tab.value("document.getElementById('save').click()")
+        for _ in range(100):
+            if list(tmp_path.glob("votes-*.csv")):
+                break
+            await asyncio.sleep(0.05)
+        assert await tab.value("document.body.dataset.owned") is None
+        assert (tab.requests, tab.said) == ({}, [])
+
+    visit(Path(page), look)
+    [saved] = tmp_path.glob("votes-*.csv")
+    assert ",11 ann," in saved.read_text()  # what a spreadsheet would take for a formula is not in it
+    names, votes = human.read_votes(str(tmp_path), [str(saved)])
+    assert names == cells
+    assert sorted(v[2] for v in votes) == [0.0, 0.5, 1.0]

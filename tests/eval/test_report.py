@@ -1,0 +1,196 @@
+"""The report: hostile captions are text, nothing is loaded, every part of the run is on the page."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from eval import charts, gather, report
+from eval.config import EvalConfig
+from eval.stage import stages
+from shards.layout import RunPaths
+from shards.settings import StageError
+from tests.eval.conftest import build_run, drive, refs
+
+HOSTILE = (
+    "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    + '" onmouseover="alert(3) \u202ereversed\u202c {{ 7*7 }} &lt;b&gt;'
+)
+NOW = datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.UTC)
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page, as far as it matters here."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "source", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
+    run = build_run(tmp_path_factory.mktemp("report") / "hostile <run>", 30, HOSTILE)
+    config = EvalConfig(prompts=30, steps=1, batch_size=10, shard_size=15, faithfulness="scenes", jackknife_groups=3)
+    for stage in stages(config, run, *refs(run)):
+        drive(stage)
+    folder = Path(run.run)
+    for name in ("train", "autoencoder", "clip"):
+        (folder / name).mkdir(exist_ok=True)
+        lines = [
+            {"images": 64 * i, "loss": 1 / i, "lr": 1e-3, "psnr": 20.0 + i, "accuracy": i / 10} for i in range(1, 9)
+        ]
+        (folder / name / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"images": 9')
+    (folder / "images").mkdir()
+    counts = {
+        "rows": 100, "success": 70, "filtered": 5, "failed_to_download": 12, "failed_to_resize": 3, "opted_out": 1,
+        "duplicate": 9,
+    }  # fmt: skip
+    manifest = {
+        "rows": 100, "count": 70, "counts": counts,
+        "errors": {"http_not_found": 12, "not_an_image": 3, "x_robots_tag": 1},
+        "filtered_by": {"<i>punsafe</i>": 5}, "duplicates_by": {"duplicate_url": 9},
+    }  # fmt: skip
+    (folder / "images" / "dataset.json").write_text(json.dumps(manifest))
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(done: RunPaths) -> str:
+    return Path(report.render(done, "step-00000004", now=NOW)).read_text(encoding="utf-8")
+
+
+def test_a_hostile_caption_is_text(page: str) -> None:
+    parsed = Page(page)
+    assert not parsed.open
+    names = {tag for tag, _ in parsed.tags}
+    assert not names & {"script", "iframe", "object", "embed", "link", "form", "base", "svg"}
+    assert all(not name.startswith("on") for _, attributes in parsed.tags for name in attributes)
+    shown = "".join(parsed.texts)
+    assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in shown
+    assert "{{ 7*7 }} &lt;b&gt;" in shown  # neither a template nor an entity is resolved
+    assert "<i>punsafe</i>" in shown
+    assert "\u202e" not in page
+    assert "hostile <run>" in shown
+
+
+def test_nothing_is_loaded_and_the_policy_says_so(page: str) -> None:
+    parsed = Page(page)
+    policy = next(
+        a["content"] for t, a in parsed.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert "img-src data:" in policy
+    assert "script-src" not in policy
+    sources = [a.get("src") or a.get("srcset") for t, a in parsed.tags if t in ("img", "source")]
+    assert len(sources) > 60
+    assert all(s is not None and s.startswith("data:image/") for s in sources)
+    links = {a["href"] for t, a in parsed.tags if t == "a"}
+    assert all(link is not None and (link.startswith("#") or link == "index.html") for link in links)
+    assert "url(" not in page
+    assert "http:" not in page
+    assert "https:" not in page
+
+
+def test_captions_are_isolated_and_pictures_have_words(page: str) -> None:
+    parsed = Page(page)
+    assert sum(t == "bdi" and a.get("dir") == "auto" for t, a in parsed.tags) >= report.PROMPTS_SHOWN
+    assert all(a.get("alt") for t, a in parsed.tags if t == "img")
+    ids = [a["id"] for _, a in parsed.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert all(f'href="#{i}"' in page for i in ("numbers", "pictures", "faithfulness", "curves", "data", "limits"))
+
+
+def test_the_page_tells_the_runs_numbers(page: str, done: RunPaths) -> None:
+    text = " ".join(" ".join(Page(page).texts).split())
+    metrics = json.loads((Path(done.eval) / "step-00000004" / "ddim-1-3" / "metrics.json").read_bytes())
+    assert metrics["protocol"]["id"] in text
+    assert report.percent(metrics["metrics"]["faithful_colour"]["value"]) in text
+    assert report.spread(metrics["metrics"]["clip_score"])[0] in text
+    for words in (
+        "http not found",
+        "were no usable picture",
+        "duplicate url",
+        "not an FID",
+        "2 January 2026, 03:04 UTC",
+    ):
+        assert words in text
+    for title in ("UNet: loss", "UNet: learning rate", "VAE: PSNR", "CLIP: contrastive loss"):
+        assert title in text
+
+
+def test_the_page_is_the_same_when_rendered_again(page: str, done: RunPaths) -> None:
+    assert Path(report.render(done, "step-00000004", now=NOW)).read_text(encoding="utf-8") == page
+
+
+def test_history_and_index_have_every_result(page: str, done: RunPaths) -> None:
+    table = pq.read_table(Path(done.reports) / "history.parquet").to_pylist()
+    metrics = json.loads((Path(done.eval) / "step-00000004" / "ddim-1-3" / "metrics.json").read_bytes())
+    assert {r["metric"]: r["value"] for r in table} == {n: m["value"] for n, m in metrics["metrics"].items()}
+    index = Page((Path(done.reports) / "index.html").read_text(encoding="utf-8"))
+    assert ("a", {"href": "step-00000004.html"}) in index.tags
+    assert not index.open
+
+
+def test_the_funnel_adds_up(done: RunPaths) -> None:
+    steps = gather.funnel(done.images)
+    assert [steps[0].kind, steps[-1].kind] == ["start", "end"]
+    assert steps[0].count - sum(s.count for s in steps if s.kind == "loss") == steps[-1].count
+    assert sum(s.count for s in steps if s.kind == "loss") == sum(s.count for s in steps if s.kind == "detail")
+
+
+def test_a_checkpoint_without_results_is_one_sentence(done: RunPaths) -> None:
+    with pytest.raises(StageError, match="run the eval stage"):
+        report.render(done, "step-00000099")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("  a\tb\n c ", "a b c"),
+        ("x\u202ey\u2066z\x07", "x\ufffdy\ufffdz\ufffd"),
+        ("\u0915\u094d\u200d\u0937", "\u0915\u094d\u200d\u0937"),
+        pytest.param("e" + "\u0301" * 50, "e" + "\u0301" * 3, id="zalgo"),
+    ],
+)
+def test_captions_are_made_safe_to_look_at(text: str, shown: str) -> None:
+    assert gather.plain(text) == shown
+
+
+def test_long_captions_are_cut() -> None:
+    assert len(gather.plain("word " * 5000)) <= gather.CAPTION_CAP
+    assert gather.plain("word " * 5000).endswith("\u2026")
+
+
+def test_numbers_read_as_people_write_them() -> None:
+    assert [report.percent(v) for v in (0.0, 0.004, 0.853, 0.996, 1.0)] == ["0 %", "0.4 %", "85 %", "99.6 %", "100 %"]
+    assert report.rounded(12.34567, 0.0213) == "12.346"
+    assert report.rounded(-12.34567, 2.5) == "\u221212.3"
+    assert [charts.count(v) for v in (950, 1200, 3_400_000, 2e9)] == ["950", "1.2k", "3.4M", "2B"]
+
+
+def test_smoothing_keeps_a_straight_line_and_does_not_lag() -> None:
+    line = [2.0 * i for i in range(200)]
+    assert charts.smoothed(line)[20:180] == pytest.approx(line[20:180])
+    assert charts.smoothed([3.0] * 50) == pytest.approx([3.0] * 50)

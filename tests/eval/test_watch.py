@@ -1,0 +1,171 @@
+"""The watcher: newest first, late ones skipped, two on one run, alarms with a command, a checkpoint that fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from eval import history
+from orchestration import stages, watch
+from orchestration.config import RunConfig
+from orchestration.lease import Lease
+from shards.fingerprint import digest_file
+from shards.layout import RunPaths
+from shards.settings import ConfigError, StageError, validate
+from tests.eval.conftest import refs
+from tests.eval.test_checkpoints import trained, write_checkpoint  # noqa: F401  (a fixture)
+
+
+def configured(run: RunPaths, **watching: Any) -> RunConfig:
+    vae, text = refs(run)
+    (Path(run.run).parent / "table.csv").write_text("url,caption\n")
+    values = {
+        "run": run.run,
+        "ingest": {"table": str(Path(run.run).parent / "table.csv")},
+        "autoencoder": {"pretrained": vae},
+        "clip": {"pretrained": text},
+        "eval": {
+            "prompts": 30, "steps": 1, "batch_size": 10, "shard_size": 30, "jackknife_groups": 10, "weights": "raw",
+            "watch": {"every_s": 0.2, **watching},
+        },
+    }  # fmt: skip
+    return validate(RunConfig, values, "run.yaml")
+
+
+def done(run: RunPaths) -> list[str]:
+    return [r["checkpoint"] for r in history.cells(run)]
+
+
+def test_the_newest_comes_first_and_what_is_late_is_skipped(trained: RunPaths) -> None:  # noqa: F811
+    config = configured(trained)
+    assert watch.next_checkpoint(config, []) == "step-00000002"
+    watch.watch(config, local=True, once=True)
+    assert done(trained) == ["step-00000002"]
+    assert watch.next_checkpoint(config, []) is None
+    watch.watch(config, local=True, once=True)  # a second time there is nothing to do
+    assert watch.next_checkpoint(configured(trained, backfill=True), []) == "step-00000001"
+    assert (Path(trained.reports) / "step-00000002.html").is_file()
+
+
+def test_two_watchers_do_no_work_twice(trained: RunPaths) -> None:  # noqa: F811
+    config = configured(trained)
+    made: list[str] = []
+    real = stages.run
+
+    def counted(name: str, c: RunConfig, *rest: Any) -> None:
+        real(name, c, *rest)
+        made.append(c.eval.checkpoint)
+
+    errors: list[BaseException] = []
+
+    def one() -> None:
+        try:
+            watch.watch(config, local=True, once=True)
+        except BaseException as e:
+            errors.append(e)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "run", counted)
+        threads = [threading.Thread(target=one) for _ in range(2)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(120)
+    assert not errors
+    assert done(trained) == ["step-00000002"]
+    assert set(made) == {"step-00000002"}
+
+
+def test_a_busy_run_is_waited_for(trained: RunPaths) -> None:  # noqa: F811
+    config = configured(trained)
+    with Lease(trained.status, "reference", trained.eval, on_ray=False):
+        assert watch._evaluate(config, "step-00000002", local=True) == "busy"
+    assert watch.next_checkpoint(config, []) == "step-00000002"
+
+
+def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
+    trained: RunPaths,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Checkpoint 3 has collapsed: its UNet's last layer says the same of every picture."""
+    unet = UNet2DConditionModel.from_config(
+        json.loads((Path(trained.checkpoints) / "step-00000002" / "manifest.json").read_text())["model_config"]
+    )
+    folder = write_checkpoint(trained, 3, unet, 256)
+    weights = load_file(Path(trained.checkpoints) / "step-00000002" / "weights.safetensors")
+    weights["conv_out.bias"] = weights["conv_out.bias"] + 50
+    save_file(weights, folder / "weights.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    file = folder / "weights.safetensors"
+    manifest["files"]["weights.safetensors"] = {"size": file.stat().st_size, "sha256": digest_file(file)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    told = tmp_path / "told.jsonl"
+    code = f"import os, sys; open({str(told)!r}, 'a').write(os.environ['CARRARA_ALARM'] + '\\n')"
+    config = configured(trained, backfill=True, alarm_command=[sys.executable, "-c", code])
+    watch.watch(config, local=True, once=True)
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("ALARM ")]
+    assert lines
+    assert all(x.startswith("ALARM step-00000003 is worse than step-0000000") for x in lines)
+    facts = [json.loads(x) for x in told.read_text().splitlines()]
+    assert len(facts) == len(lines)
+    assert {(f["checkpoint"], f["metric"]) for f in facts} == {("step-00000003", "fd_clip_unit")}
+    assert all(f["sigmas"] > 3 for f in facts)
+
+
+def test_a_checkpoint_that_cannot_be_evaluated_is_left_aside(trained: RunPaths) -> None:  # noqa: F811
+    weights = Path(trained.checkpoints) / "step-00000002" / "weights.safetensors"
+    weights.write_bytes(b"\0" * weights.stat().st_size)  # the size is right, so only the reading fails
+    config = configured(trained, backfill=True)
+    with pytest.raises(StageError, match="the evaluation of step-00000002 failed"):
+        watch.watch(config, local=True, once=True)
+    assert done(trained) == ["step-00000001"]
+
+
+def test_cron_decides_when(trained: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    import datetime
+
+    class Clock(datetime.datetime):
+        at = datetime.datetime(2026, 1, 1, 11, 59, 30)
+
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime.datetime:
+            return cls.at
+
+    monkeypatch.setattr(watch.datetime, "datetime", Clock)
+    due = watch._clock(configured(trained, cron="0 */6 * * *"))
+    assert not due()
+    Clock.at += datetime.timedelta(minutes=1)
+    assert due()
+    assert not due()
+    Clock.at += datetime.timedelta(hours=19)  # three moments passed: one evaluation, not three
+    assert due()
+    assert not due()
+    with pytest.raises(ConfigError, match="cron expression of five fields"):
+        configured(trained, cron="soon")
+
+
+def test_watch_has_a_run_on_its_command_line(
+    trained: RunPaths,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from orchestration.run_stage import main
+
+    config = configured(trained)
+    data = config.model_dump(mode="json")
+    data["run"] = str(tmp_path / "nowhere")
+    shutil.copy(tmp_path / "table.csv", tmp_path / "t.csv")
+    (tmp_path / "c.yaml").write_text(json.dumps(data))
+    assert main(["watch", trained.run, "--config", str(tmp_path / "c.yaml"), "--once", "--local"]) == 0
+    assert done(trained) == ["step-00000002"]
+    assert main(["watch", "--config", str(tmp_path / "c.yaml"), "--onec"]) == 2
+    assert "unrecognized arguments: --onec" in capsys.readouterr().err

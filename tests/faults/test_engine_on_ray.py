@@ -1,0 +1,150 @@
+"""What happens to the engine on a real Ray when things die: poison shards, killed workers, killed drivers, stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from subprocess import Popen
+
+import psutil
+import pytest
+
+from shards.dataset import Dataset
+from shards.settings import StageError
+from tests.orchestration.drive import toy
+from tests.orchestration.head import drive, folder_bytes, start
+from tests.orchestration.test_engine import calls, local
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The bytes of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("clean")
+    local(toy(folder))
+    return folder_bytes(folder / "toy")
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def committed(folder: Path) -> set[int]:
+    return {int(p.name[:5]) for p in (folder / "toy").glob("*_stats.json")}
+
+
+def ended(process: Popen[str]) -> tuple[int, str]:
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
+def test_poison_shards_are_set_aside_and_the_rest_is_committed(tmp_path: Path, clean: dict[str, bytes]) -> None:
+    options = {"workers": 2, "misbehave": [[3, "die"], [5, "raise"], [7, "raise-once"]]}
+    code, err = drive(tmp_path, json.dumps(options))
+    assert code == 1, err
+    assert "2 of 12 shards failed" in err
+    assert "(00003, 00005)" in err
+    assert committed(tmp_path) == set(range(12)) - {3, 5}
+    counts = Counter(calls(tmp_path))
+    assert (counts[3], counts[5], counts[7]) == (3, 3, 2)
+    assert all(counts[i] == 1 for i in set(range(12)) - {3, 5, 7})
+    assert not (tmp_path / "toy/dataset.json").exists()
+    died = json.loads((tmp_path / "status/toy-failed/00003.json").read_text())
+    assert "worker process died" in died["error"]
+    assert "does not like this" in json.loads((tmp_path / "status/toy-failed/00005.json").read_text())["traceback"]
+    # The cause is gone: the same command makes these two, and no other.
+    code, err = drive(tmp_path, json.dumps({"workers": 1}))
+    assert code == 0, err
+    assert Counter(calls(tmp_path)) - counts == Counter({3: 1, 5: 1})
+    assert folder_bytes(tmp_path / "toy") == clean
+
+
+def gated(folder: Path, gated: int) -> tuple[str, Path]:
+    """Options for a run whose shards from `gated` on wait until the returned file is there."""
+    return json.dumps({"workers": 2, "gate": f"{folder}/gate", "gated": gated}), folder / "gate"
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path: Path, clean: dict[str, bytes]) -> None:
+    options, gate = gated(tmp_path, 4)
+    process = start(tmp_path, options)
+    wait_for(lambda: committed(tmp_path) == {0, 1, 2, 3} and len(calls(tmp_path)) == 6)
+    victim = next((tmp_path / "calls").glob("5-*"))
+    os.kill(int(victim.name.split("-")[1]), signal.SIGKILL)
+    gate.touch()
+    code, err = ended(process)
+    assert code == 0, err
+    assert folder_bytes(tmp_path / "toy") == clean
+    assert len(Dataset.open(str(tmp_path / "toy"))) == 600
+    assert calls(tmp_path) == sorted([*range(12), 5])
+
+
+def test_a_killed_driver_blocks_nobody_and_the_same_command_finishes(tmp_path: Path, clean: dict[str, bytes]) -> None:
+    options, gate = gated(tmp_path, 4)
+    process = start(tmp_path, options)
+    wait_for(lambda: committed(tmp_path) == {0, 1, 2, 3} and len(calls(tmp_path)) == 6)
+    workers = {int(p.name.split("-")[1]) for p in (tmp_path / "calls").iterdir()}
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in workers), 20)
+    done = {i: (tmp_path / f"toy/{i:05d}_stats.json").stat().st_mtime_ns for i in committed(tmp_path)}
+    assert set(done) == {0, 1, 2, 3}
+    assert (tmp_path / "status/toy.lock").exists()
+    gate.touch()
+    code, err = drive(tmp_path, options)
+    assert code == 0, err
+    assert folder_bytes(tmp_path / "toy") == clean
+    assert calls(tmp_path) == sorted([*range(12), 4, 5])  # the two in hand once more, nothing else twice
+    assert all((tmp_path / f"toy/{i:05d}_stats.json").stat().st_mtime_ns == t for i, t in done.items())
+    assert not (tmp_path / "status/toy.lock").exists()
+
+
+def test_a_second_job_is_refused_and_sigterm_leaves_a_run_that_goes_on(tmp_path: Path, clean: dict[str, bytes]) -> None:
+    options, gate = gated(tmp_path, 4)
+    process = start(tmp_path, options)
+    wait_for(lambda: len(calls(tmp_path)) == 6)
+    code, err = drive(tmp_path, options)
+    assert code == 1, err
+    assert f"toy: process {process.pid} on" in err
+    assert "is already working on" in err
+    with pytest.raises(StageError, match=f"process {process.pid} on .* is already working on"):
+        local(toy(tmp_path))
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    gate.touch()
+    code, err = ended(process)
+    assert code == 75, err
+    assert "the same command goes on from here" in err
+    assert committed(tmp_path) == set(range(6)), "the shards in hand are finished, no other is begun"
+    assert calls(tmp_path) == list(range(6))
+    local(toy(tmp_path))
+    assert calls(tmp_path) == list(range(12))
+    assert folder_bytes(tmp_path / "toy") == clean
+
+
+def test_a_stop_does_not_wait_longer_than_its_grace(tmp_path: Path) -> None:
+    process = start(tmp_path, json.dumps({"workers": 1, "seconds": 60.0, "grace_s": 0.5}))
+    wait_for(lambda: len(calls(tmp_path)) >= 1)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    code, err = ended(process)
+    assert code == 75, err
+    assert time.monotonic() - began < 15
+    assert committed(tmp_path) == set()
+
+
+def test_workers_that_cannot_start_or_find_no_room_end_the_run(tmp_path: Path) -> None:
+    code, err = drive(tmp_path, json.dumps({"workers": 1, "start": "raise"}))
+    assert code == 1, err
+    assert "toy: workers do not start: OSError: no such weights" in err
+    code, err = drive(tmp_path, json.dumps({"num_cpus": 64, "wait_for_nodes_s": 0}))
+    assert code == 1, err
+    assert "no node has room for a worker (it needs {'CPU': 64.0}, the cluster has {'CPU': 2.0})" in err
+    assert calls(tmp_path) == []

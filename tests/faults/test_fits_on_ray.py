@@ -1,0 +1,99 @@
+"""A fit on a real Ray, a rank killed and the job stopped: it ends with the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from orchestration.gang import RankDied, environments, told_by
+from shards.settings import ConfigError, StageError
+from tests.orchestration.head import ended, run_stage, wait_for
+from tests.train import forked, tiny
+from train.folders import folders, latest_complete, read_manifest
+
+IMAGES, EVERY = 2000, 200
+
+
+def write_config(run: Path) -> Path:
+    data = tiny.configuration(run)
+    data["autoencoder"] |= {"images": IMAGES, "checkpoint_every_images": EVERY, "keep_checkpoints": 20, "ranks": 2}
+    return tiny.write_config(run, {**data, "ingest": {"table": str(run)}})
+
+
+def ranks() -> list[int]:
+    """Process ids of the ranks that are fitting on the cluster."""
+    return [
+        p.pid for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::Rank.fit")
+    ]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return folders(run / "autoencoder" / "checkpoints")
+
+
+def digests(run: Path) -> dict[str, str]:
+    last = latest_complete(run / "autoencoder" / "checkpoints")
+    assert last is not None
+    manifest = read_manifest(last)
+    assert manifest["images"] == IMAGES
+    return {name: file["sha256"] for name, file in manifest["files"].items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_rank_and_a_stopped_job_cost_time_and_nothing_else(run: Path, tmp_path: Path) -> None:
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    tiny.make_images(clean / "images")
+    forked.fit(write_config(clean), 2, stage="autoencoder")
+
+    config = write_config(run)
+    process = run_stage("autoencoder", config)
+    wait_for(lambda: len(checkpoints(run)) >= 2, process)
+    first = set(ranks())
+    assert len(first) == 2
+    os.kill(min(first), signal.SIGKILL)
+    before = len(checkpoints(run))
+    wait_for(lambda: bool(ranks()) and not first & set(ranks()), process)
+    wait_for(lambda: len(checkpoints(run)) > before, process)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM at" in ended(process, 75)
+    newest = latest_complete(run / "autoencoder" / "checkpoints")
+    assert newest is not None
+    at = read_manifest(newest)["images"]
+    assert EVERY < at < IMAGES
+    assert at % EVERY, "saved where it stopped, not where a checkpoint was due anyway"
+
+    err = ended(run_stage("autoencoder", config))
+    assert "rank died" not in err
+    assert digests(run) == digests(clean)
+    assert "nothing to do" in ended(run_stage("autoencoder", config))
+
+
+def test_ranks_get_what_a_launcher_would_set() -> None:
+    places = [
+        SimpleNamespace(node=n, address=a, port=p)
+        for n, a, p in (("x", "10.0.0.1", 5), ("x", "10.0.0.1", 6), ("y", "10.0.0.2", 7))
+    ]
+    found = environments(places)
+    assert [(e["RANK"], e["LOCAL_RANK"], e["LOCAL_WORLD_SIZE"], e["WORLD_SIZE"]) for e in found] == [
+        ("0", "0", "2", "3"),
+        ("1", "1", "2", "3"),
+        ("2", "0", "1", "3"),
+    ]
+    assert {(e["MASTER_ADDR"], e["MASTER_PORT"]) for e in found} == {("10.0.0.1", "5")}
+    assert all("GLOO_SOCKET_IFNAME" not in e for e in found)
+
+
+def test_the_reason_is_found_among_what_follows_from_it() -> None:
+    lost = RuntimeError("Connection closed by peer")
+    assert isinstance(told_by([lost, StageError("the loss is nan")]), StageError)
+    assert str(told_by([lost, ConfigError("lower it")])) == "lower it"
+    died = told_by([lost, lost])
+    assert isinstance(died, RankDied)
+    assert "Connection closed" in str(died)

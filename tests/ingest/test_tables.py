@@ -1,0 +1,237 @@
+"""Tables of every format cut into ranges: together the ranges are the table, whatever wrote and compressed it."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ingest import formats
+from ingest.config import ColumnsConfig
+from ingest.tables import Cursor, make_plan, read_range, shard_ranges
+from shards.settings import ConfigError
+
+TEXTS = [
+    "plain",
+    'comma, "quoted"',
+    "two\nlines",
+    "",
+    "é ф 画",
+    '5" disk',
+    "tab\there",
+    "null",
+    "  spaces  ",
+    '"',
+    '""',
+]
+
+
+def rows_of(n: int) -> dict[str, list[Any]]:
+    return {
+        "url": [f"http://host/{i}?a,b" for i in range(n)],
+        "caption": [TEXTS[i % len(TEXTS)] + f" {i}" for i in range(n)],
+        "score": [i / 7 for i in range(n)],
+        "id": [2**53 + 1 + i for i in range(n)],
+    }
+
+
+def write(folder: Path, rows: dict[str, list[Any]], kind: str) -> Path:
+    path = folder / f"table.{kind}"
+    base = kind.removesuffix(".gz")
+    if base == "parquet":
+        pq.write_table(pa.table(rows), path, row_group_size=7)
+        return path
+    sink = io.StringIO(newline="")
+    if base == "jsonl":
+        for values in zip(*rows.values(), strict=True):
+            sink.write(json.dumps(dict(zip(rows, values, strict=True)), ensure_ascii=False) + "\n")
+    else:
+        writer = csv.writer(
+            sink, delimiter="\t" if base == "tsv" else ",", lineterminator="\r\n" if base == "tsv" else "\n"
+        )
+        writer.writerows([list(rows), *zip(*rows.values(), strict=True)])
+    data = sink.getvalue().encode()
+    path.write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "tsv", "jsonl", "csv.gz", "jsonl.gz"])
+@pytest.mark.parametrize("block", [64, 4 << 20])
+def test_ranges_read_back_as_the_table(tmp_path: Path, kind: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "BLOCK_BYTES", block)
+    rows = rows_of(53)
+    path = write(tmp_path, rows, kind)
+    plan = make_plan(str(path), ColumnsConfig(), ["score", "id"])
+    ranges = list(shard_ranges(plan, 10))
+    assert [r.rows for r in ranges] == [10, 10, 10, 10, 10, 3]
+    cursor = Cursor()
+    order = [3, 0, 5, 1, 4, 2]
+    parts = {i: read_range(plan, ranges[i], cursor=cursor) for i in order}
+    cursor.close()
+    assert pa.concat_tables([parts[i] for i in range(6)]).to_pydict() == rows
+
+
+def test_the_digest_is_of_the_rows_not_of_the_file(tmp_path: Path) -> None:
+    digests = set()
+    for i, kind in enumerate(["parquet", "csv", "tsv", "jsonl", "jsonl.gz"]):
+        (tmp_path / str(i)).mkdir()
+        plan = make_plan(str(write(tmp_path / str(i), rows_of(30), kind)), ColumnsConfig(), ["score", "id"])
+        digests.add(tuple(r.digest for r in shard_ranges(plan, 8)))
+    assert len(digests) == 1
+    for name in ("url", "caption", "score", "id"):
+        rows = rows_of(30)
+        rows[name][9], rows[name][10] = rows[name][10], rows[name][9]
+        plan = make_plan(str(write(tmp_path, rows, "parquet")), ColumnsConfig(), ["score", "id"])
+        changed = [r.digest for r in shard_ranges(plan, 8)]
+        (before,) = digests
+        assert [a == b for a, b in zip(before, changed, strict=True)] == [True, False, True, True]
+
+
+field = st.text(alphabet='ab",\n\r é', max_size=6)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(field, field), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 40))
+def test_csv_is_cut_where_arrow_cuts_it(rows: list[tuple[str, str]], per_shard: int, block: int) -> None:
+    """Any quoted CSV, in blocks of any size, gives the rows that pyarrow reads from the whole."""
+    sink = io.StringIO(newline="")
+    csv.writer(sink, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows([("url", "caption"), *rows])
+    data = sink.getvalue().encode()
+    whole = pa.csv.read_csv(
+        io.BytesIO(data),
+        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pa.csv.ConvertOptions(column_types={"url": pa.string(), "caption": pa.string()}),
+    )
+    found, ends = [], []
+    before, formats.BLOCK_BYTES = formats.BLOCK_BYTES, block
+    try:
+        header = len(b'"url","caption"\n')
+        for chunk, places in formats._records(io.BytesIO(data), "x.csv", header, None, b","):
+            columns = formats._parse_csv(chunk, "x.csv", ["url", "caption"], ["url", "caption"])
+            found += list(zip(columns["url"].to_pylist(), columns["caption"].to_pylist(), strict=True))
+            ends += places.tolist()
+    finally:
+        formats.BLOCK_BYTES = before
+    decoded = [tuple(None if v is None else v.decode() for v in row) for row in found]
+    assert [tuple(v or "" for v in row) for row in decoded] == list(
+        zip(whole["url"].to_pylist(), whole["caption"].to_pylist(), strict=True)
+    )
+    assert len(ends) == len(rows)
+    assert ends == sorted(set(ends))
+    assert ends[-1] == len(data)
+
+
+def test_unquoted_quotes_and_blank_lines_are_read_as_arrow_reads_them(tmp_path: Path) -> None:
+    text = 'url,caption\nhttp://a,5" disk\n\nhttp://b,"two\n\nlines ""x"""\r\nhttp://c,it"s\n\r\nhttp://d,end'
+    path = tmp_path / "t.csv"
+    path.write_text(text, newline="")
+    plan = make_plan(str(path), ColumnsConfig(), [])
+    tables = [read_range(plan, r) for r in shard_ranges(plan, 1)]
+    options = pa.csv.ParseOptions(newlines_in_values=True)
+    assert pa.concat_tables(tables).to_pydict() == pa.csv.read_csv(path, parse_options=options).to_pydict()
+    assert len(tables) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "url", "caption"),
+    [
+        (["SAMPLE_ID", "URL", "TEXT", "HEIGHT", "WIDTH", "LICENSE", "NSFW", "similarity"], "URL", "TEXT"),
+        (["url", "caption", "width", "height", "similarity", "punsafe"], "url", "caption"),
+        (["id", "url", "text", "width", "height", "image_phash"], "url", "text"),
+        (["uid", "url", "text", "original_width", "original_height", "sha256"], "url", "text"),
+        (["url", "top_caption", "all_captions", "all_similarities"], "url", "top_caption"),
+    ],
+)
+def test_known_families_are_recognised(tmp_path: Path, names: list[str], url: str, caption: str) -> None:
+    for change in (str, str.lower, str.upper):
+        path = tmp_path / "t.parquet"
+        pq.write_table(pa.table({change(n): [n] for n in names}), path)
+        plan = make_plan(str(path), ColumnsConfig(), [])
+        assert read_range(plan, next(iter(shard_ranges(plan, 5)))).to_pydict() == {"url": [url], "caption": [caption]}
+
+
+def test_folders_globs_and_dirty_values(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        pq.write_table(
+            pa.table(
+                {
+                    "url": pa.array([f"{name}{i}" for i in range(5)]).dictionary_encode(),
+                    "caption": pa.array([f"x{i}".encode() + b"\xff" * (i == 2) for i in range(5)], pa.binary()),
+                    "tags": [["p", "q"], None, [], ["r"], ["s"]],
+                    "width": pa.array([1, 2, None, 4, 5], pa.int32()),
+                }
+            ),
+            tmp_path / f"{name}.parquet",
+        )
+    (tmp_path / "notes.txt").write_text("not a table")
+    for table in (str(tmp_path), str(tmp_path / "*.parquet")):
+        plan = make_plan(table, ColumnsConfig(), ["tags", "WIDTH"])
+        parts = [read_range(plan, r) for r in shard_ranges(plan, 3)]
+        assert [p.num_rows for p in parts] == [3, 2, 3, 2]  # no shard spans two files
+        assert parts[0].to_pydict() == {
+            "url": ["a0", "a1", "a2"],
+            "caption": ["x0", "x1", "x2\ufffd"],
+            "tags": ['["p", "q"]', None, "[]"],
+            "width": [1, 2, None],
+        }
+
+
+@pytest.mark.parametrize(
+    ("files", "columns", "wanted", "sentence"),
+    [
+        ({}, {}, [], "there is no file or folder"),
+        ({"t.txt": "x"}, {}, [], "ends in none of"),
+        ({"t.csv": "link,caption\n"}, {}, [], "set ingest.columns.url to one of link, caption"),
+        ({"t.csv": "url,words\n"}, {}, [], "set ingest.columns.caption to one of url, words"),
+        ({"t.csv": "url,caption\n"}, {"url": "uri"}, [], "ingest.columns.url is 'uri', which .* url, caption"),
+        ({"t.csv": "url,caption\n"}, {}, ["score"], "names the column 'score', which .* url, caption"),
+        ({"t.csv": "url,caption\na,b,c\n"}, {}, [], "cannot be read"),
+        ({"t.csv": 'url,caption\na,"b\n'}, {}, [], "never closed"),
+        ({"t.csv": "url,url\n"}, {}, [], "each once"),
+        ({"t.jsonl": '{"url":"a","caption":"b"}\n[1]\n'}, {}, [], "not one JSON object a line"),
+        ({"t.parquet": "PAR1 no"}, {}, [], "cannot be read as a table"),
+        ({"t.csv.gz": "not gzip"}, {}, [], "cannot be read"),
+        ({"a.csv": "url,caption\na,b\n", "b.csv": "url,text\na,b\n"}, {}, [], "b.csv: has no column caption"),
+        ({"t.csv": "url,caption,n\n" + "a,b,1\n" * 9 + "a,b,x\n"}, {"types": {"n": "int"}}, ["n"], "is not int64"),
+        ({"t.csv": "url,caption\n"}, {"types": {"m": "int"}}, [], "has no column 'm'"),
+    ],
+)
+def test_a_table_that_cannot_be_used_gives_one_sentence(
+    tmp_path: Path, files: dict[str, str], columns: dict[str, Any], wanted: list[str], sentence: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    table = tmp_path if len(files) > 1 else tmp_path / next(iter(files), "none.csv")
+
+    def every_row() -> None:
+        plan = make_plan(str(table), ColumnsConfig.model_validate(columns), wanted)
+        list(shard_ranges(plan, 4))
+
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        every_row()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_planner_needs_no_memory_for_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    n = 100_000
+    table = pa.table({"url": [f"http://a/{i}" for i in range(n)], "caption": ["c" * 60] * n})
+    pq.write_table(table, path, row_group_size=10_000)
+    plan = make_plan(str(path), ColumnsConfig(), [])
+    before = pa.total_allocated_bytes()
+    peak = rows = 0
+    for r in shard_ranges(plan, 1000):
+        peak = max(peak, pa.total_allocated_bytes() - before)
+        rows += r.rows
+    assert rows == n
+    assert peak < table.nbytes / 3

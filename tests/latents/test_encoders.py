@@ -1,0 +1,238 @@
+"""The encoders against diffusers, transformers and open_clip on the same weights; what is found and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from latents.encoders import load_text, load_vae
+from latents.weights import find_clip, find_vae
+from shards.settings import ConfigError
+from tests.latents import world
+
+
+@pytest.fixture
+def pixels(rng):
+    return rng.integers(0, 256, (3, 32, 32, 3), np.uint8)
+
+
+def test_vae_moments_are_diffusers_own(vae_folder, pixels):
+    mean, logstd = load_vae(str(vae_folder)).encode(pixels)
+    reference = AutoencoderKL.from_pretrained(vae_folder).eval()
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        single = reference.encode(x).latent_dist
+        double = reference.double().encode(x.double()).latent_dist
+    assert torch.equal(mean, single.mean)
+    assert torch.equal(logstd.exp(), single.std)
+    assert mean.shape == (3, 4, 16, 16)
+    torch.testing.assert_close(mean.double(), double.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logstd.double(), double.std.log(), rtol=1e-4, atol=1e-5)
+
+
+def test_vae_decode_is_diffusers_own(vae_folder, pixels):
+    vae = load_vae(str(vae_folder))
+    mean, _ = vae.encode(pixels)
+    with torch.no_grad():
+        x = AutoencoderKL.from_pretrained(vae_folder).eval().decode(mean).sample
+    expected = DiffusionPipeline.numpy_to_pil(((x / 2 + 0.5).clamp(0, 1)).permute(0, 2, 3, 1).numpy())
+    assert (vae.decode(mean.numpy()) == np.stack([np.asarray(p) for p in expected])).all()
+
+
+def test_a_half_precision_vae_falls_back_to_its_stored_weights(vae_folder, pixels):
+    exact = load_vae(str(vae_folder)).encode(pixels)
+    half = load_vae(str(vae_folder), precision="bfloat16")
+    rounded = half.encode(pixels)
+    assert not torch.equal(rounded[0], exact[0])
+    torch.testing.assert_close(rounded[0], exact[0], rtol=0.1, atol=0.1)
+    again = half.encode_exact(pixels)
+    assert torch.equal(again[0], exact[0])
+    assert torch.equal(again[1], exact[1])
+
+
+@pytest.mark.parametrize("names", ["diffusers", "old diffusers", "original"])
+def test_a_single_vae_file_gives_the_same_moments(vae_folder, tmp_path, pixels, names):
+    tensors = load_file(vae_folder / "diffusion_pytorch_model.safetensors")
+    if names == "old diffusers":
+        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        tensors = {_replaced(k, old): v for k, v in tensors.items()}
+    if names == "original":
+        tensors = {_original_name(k): v for k, v in tensors.items()}
+        tensors = {
+            k: v[:, :, None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in tensors.items()
+        }  # the original has 1x1 convolutions there
+    save_file(tensors, tmp_path / "vae.safetensors")
+    shutil.copy(vae_folder / "config.json", tmp_path / "vae.json")
+    found = load_vae(str(tmp_path / "vae.safetensors"))
+    assert found.scaling_factor == 0.7
+    assert torch.equal(found.encode(pixels)[0], load_vae(str(vae_folder)).encode(pixels)[0])
+
+
+def _replaced(key: str, names: dict[str, str]) -> str:
+    for new, old in names.items():
+        key = key.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+    return key
+
+
+def _original_name(key: str) -> str:
+    """diffusers' name -> that of the CompVis code, for a VAE of two levels."""
+    pairs = [
+        ("encoder.down_blocks.", "encoder.down."),
+        (".downsamplers.0.", ".downsample."),
+        (".upsamplers.0.", ".upsample."),
+        (".conv_shortcut.", ".nin_shortcut."),
+        ("conv_norm_out", "norm_out"),
+        ("mid_block.resnets.0", "mid.block_1"),
+        ("mid_block.resnets.1", "mid.block_2"),
+        ("mid_block.attentions.0.to_q", "mid.attn_1.q"),
+        ("mid_block.attentions.0.to_k", "mid.attn_1.k"),
+        ("mid_block.attentions.0.to_v", "mid.attn_1.v"),
+        ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
+        ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
+    ]
+    for i in range(2):
+        pairs.append((f"decoder.up_blocks.{i}.", f"decoder.up.{1 - i}."))
+    pairs.append((".resnets.", ".block."))
+    for a, b in pairs:
+        key = key.replace(a, b)
+    return key
+
+
+def test_a_single_file_of_standard_widths_needs_no_config(tmp_path):
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64, 64),
+        layers_per_block=2,
+        latent_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
+    save_file(vae.state_dict(), tmp_path / "x.safetensors")
+    found = load_vae(str(tmp_path / "x.safetensors"))
+    assert (found.downscale, found.channels, found.scaling_factor) == (4, 3, 0.18215)
+    for name, tensor in vae.state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], tensor), name
+
+
+def test_digests_follow_the_weights_not_the_place(vae_folder, clip_folder, tmp_path):
+    for find, folder in ((find_vae, vae_folder), (find_clip, clip_folder)):
+        copy = tmp_path / folder.parent.name
+        shutil.copytree(folder, copy)
+        assert find(str(copy)).digest == find(str(folder)).digest
+        file = next(copy.glob("*.safetensors"))
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        assert find(str(copy)).digest != find(str(folder)).digest
+    config = json.loads((vae_folder / "config.json").read_text())
+    other = tmp_path / "scaled"
+    shutil.copytree(vae_folder, other)
+    (other / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}))
+    assert find_vae(str(other)).digest != find_vae(str(vae_folder)).digest
+    (other / "config.json").write_text(json.dumps({**config, "_name_or_path": "elsewhere"}))
+    assert find_vae(str(other)).digest == find_vae(str(vae_folder)).digest
+
+
+def test_clip_named_by_model_and_file(tmp_path, clip_folder):
+    model_cfg = json.loads((clip_folder / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "tiny-test-clip.json").write_text(json.dumps(model_cfg))
+    open_clip.add_model_config(tmp_path)
+    model = open_clip.create_model("tiny-test-clip", pretrained=None).eval()
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    text = load_text(f"tiny-test-clip:{tmp_path}/w.safetensors", "last")
+    tokens = text.tokenize(["a cat"])
+    assert (text.context_length, text.width) == (20, 32)
+    with torch.no_grad():
+        expected = model.encode_text(tokens)
+        pooled = text.encode(tokens)[0, tokens[0].argmax()] @ model.text_projection
+    torch.testing.assert_close(pooled, expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_weights_trained_with_quick_gelu_get_it(tmp_path, monkeypatch):
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(b"")
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda tag: str(file))
+    # OpenAI's weights know no other activation, but the plain model name's configuration says GELU.
+    assert find_clip("ViT-L-14:openai").quick_gelu
+    assert not find_clip("ViT-L-14:laion2b_s32b_b82k").quick_gelu
+
+
+def test_joint_embeddings_are_open_clips_own(clip_folder, rng):
+    from PIL import Image
+
+    text = load_text(str(clip_folder))
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
+    pixels = rng.integers(0, 256, (3, 40, 52, 3), np.uint8)
+    with torch.no_grad():
+        images = model.eval().encode_image(torch.stack([preprocess(Image.fromarray(p)) for p in pixels]), True)
+        words = model.encode_text(open_clip.get_tokenizer(f"local-dir:{clip_folder}")(world.CAPTIONS), True)
+    torch.testing.assert_close(text.encode_images(pixels), images, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(text.encode_captions(world.CAPTIONS, batch_size=4), words, rtol=1e-5, atol=1e-6)
+
+
+BAD = [
+    (find_vae, "/nowhere/at/all", "neither a folder nor a file"),
+    (find_vae, "{tmp}/empty", "no config.json"),
+    (find_vae, "{tmp}/vae.ckpt", "must be .safetensors"),
+    (find_vae, "{tmp}/junk.safetensors", "cannot be read as safetensors"),
+    (find_vae, "{tmp}/other", "describes a UNet2DModel"),
+    (find_clip, "/nowhere/at/all", "not a folder with open_clip_config.json"),
+    (find_clip, "{tmp}/empty", "no open_clip_config.json"),
+    (find_clip, "ViT-Z-99:laion2b", "has no model 'ViT-Z-99'"),
+    (find_clip, "ViT-B-32:no_such_tag", "neither a file nor a tag of ViT-B-32"),
+    (find_clip, "ViT-B-32:{tmp}/w.npz", "weights must be one of"),
+]
+
+
+@pytest.mark.parametrize(("find", "ref", "said"), BAD)
+def test_a_wrong_name_is_one_sentence(tmp_path, find, ref, said):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    for name in ("vae.ckpt", "junk.safetensors", "w.npz"):
+        (tmp_path / name).write_bytes(b"not weights")
+    with pytest.raises(ConfigError, match=said) as error:
+        find(ref.format(tmp=tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_pickled_weights_run_nothing(clip_folder, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    shutil.copy(clip_folder / "open_clip_config.json", folder)
+    torch.save({"x": Bomb()}, folder / "open_clip_pytorch_model.bin")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_text(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_arguments_that_are_known_without_diffusers_are_its_own() -> None:
+    import inspect
+
+    from diffusers import AutoencoderKL
+
+    from latents.weights import VAE_ARGUMENTS
+
+    assert [n for n in inspect.signature(AutoencoderKL.__init__).parameters if n != "self"] == list(VAE_ARGUMENTS)
+
+
+def test_asking_what_there_is_to_do_loads_no_torch(vae_folder: Path) -> None:
+    code = (
+        "import sys; import latents.stage, train.state, orchestration.stages; "
+        f"from latents.weights import find_vae; find_vae({str(vae_folder)!r}).digest; "
+        "assert not {'torch', 'diffusers', 'open_clip', 'scipy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

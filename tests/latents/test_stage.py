@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from latents.config import LatentsConfig
+from latents.encoders import load_text, load_vae
+from latents.moments import dequantise_logstd
+from latents.pictures import resize_crop
+from latents.stage import LatentsStage
+from shards.columns import ColumnShard
+from shards.dataset import Dataset, commit_shard, shard_state, verify_shard, write_exclusions, write_manifest
+from shards.images import ImageShard, decode_rgb
+from shards.layout import RunPaths
+from shards.settings import ConfigError, StageError
+from tests.latents import world
+
+CONFIG = LatentsConfig(resolution=32, batch_size=4, text="embeddings", decode_threads=2, device="cpu")
+
+
+def run_stage(stage: LatentsStage) -> dict:
+    work = stage.worker()
+    return stage.finish([work(task) for task in stage.tasks()])
+
+
+@pytest.fixture
+def make(tmp_path, vae_folder, clip_folder):
+    """A run with image shards, and its latents stage under a config."""
+
+    def build(name: str = "run", corrupt: dict[int, tuple[int, ...]] | None = None, **changes) -> LatentsStage:
+        run = RunPaths(str(tmp_path / name))
+        if not Path(run.images).exists():
+            world.image_dataset(run, corrupt=corrupt)
+        config = CONFIG.model_copy(update=changes)
+        return LatentsStage(config, run, str(vae_folder), str(clip_folder), seed=0)
+
+    return build
+
+
+def contents(root: str) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(Path(root).iterdir()) if p.suffix in (".safetensors", ".parquet")}
+
+
+def test_latents_are_what_the_encoders_give(make):
+    stage = make()
+    manifest = run_stage(stage)
+    vae, text = load_vae(stage.vae_ref), load_text(stage.text_ref, "penultimate")
+    source, dataset = Dataset.open(stage.run.images), Dataset.open(stage.root)
+    means, variances = [], []
+    for position in range(2):
+        images, latents = ImageShard(source, position), ColumnShard(dataset, position)
+        assert latents.keys == images.keys
+        arrays = latents.arrays
+        pixels = np.stack([resize_crop(decode_rgb(images.image_bytes(i)), 32)[0] for i in range(len(images))])
+        mean, logstd = (x.numpy() for x in vae.encode(pixels))
+        assert arrays["mean"].dtype == np.float16
+        np.testing.assert_allclose(arrays["mean"], mean, rtol=1e-3, atol=1e-4)
+        minimum, step = float(latents.metadata["logstd_min"]), float(latents.metadata["logstd_step"])
+        stored = minimum + step * arrays["logstd"].astype(np.float64)
+        assert np.abs(stored - logstd).max() <= step / 2 + 1e-4
+        tokens = text.tokenize(images.captions).numpy()
+        assert (arrays["tokens"] == tokens).all()
+        np.testing.assert_allclose(
+            arrays["embeddings"][arrays["embedding_index"]], text.encode(tokens), rtol=1e-3, atol=1e-3
+        )
+        np.testing.assert_allclose(arrays["empty_embedding"], text.encode(text.tokenize([""]))[0], rtol=1e-3, atol=1e-3)
+        assert (arrays["empty_tokens"] == text.tokenize([""]).numpy()[0]).all()
+        # Once per distinct caption: "a red circle" and "A  RED circle" are the same tokens.
+        assert len(arrays["embeddings"]) == len({t.tobytes() for t in tokens}) < len(images)
+        means.append(arrays["mean"].astype(np.float64))
+        variances.append(np.exp(2 * dequantise_logstd(arrays["logstd"]).astype(np.float64)))
+    whole, variance = np.concatenate(means), np.concatenate(variances).mean(axis=(0, 2, 3))
+    stated = manifest["channels"]
+    np.testing.assert_allclose(stated["mean"], whole.mean(axis=(0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(stated["std"], whole.std(axis=(0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(stated["sample_std"], np.sqrt(whole.var(axis=(0, 2, 3)) + variance), rtol=1e-6)
+    assert stated["max"] == whole.max(axis=(0, 2, 3)).tolist()
+    assert manifest["vae"]["scaling_factor"] == 0.7
+    assert manifest["vae"]["digest"] == vae.digest
+    assert manifest["text"] == {
+        "ref": stage.text_ref,
+        "digest": text.digest,
+        "layer": "penultimate",
+        "context_length": 20,
+        "width": 32,
+    }
+    assert (manifest["rows"], manifest["count"]) == (26, 22)
+
+
+def test_the_sidecar_has_every_row_and_says_how_pictures_were_cut(make):
+    stage = make()
+    run_stage(stage)
+    source, table = Dataset.open(stage.run.images).sidecar(0), Dataset.open(stage.root).sidecar(0)
+    assert table["key"].to_pylist() == source["key"].to_pylist()
+    assert table["original_width"].to_pylist() == source["original_width"].to_pylist()
+    assert table["status"].to_pylist() == source["status"].to_pylist()
+    rows = table.to_pylist()
+    assert [rows[1][c] for c in ("scaled_width", "scaled_height", "crop_left", "crop_top")] == [45, 32, 6, 0]
+    assert [rows[2][c] for c in ("scaled_width", "scaled_height", "crop_left", "crop_top")] == [32, 64, 0, 16]
+    assert rows[4]["status"] == "failed_to_download"
+    assert rows[4]["crop_left"] is None
+
+
+def test_tokens_alone_and_means_alone(make):
+    full, lean = make(), make(text="tokens", moments=False)
+    run_stage(full)
+    lean.root = lean.run.latents + "-lean"
+    run_stage(lean)
+    a, b = (ColumnShard(Dataset.open(s.root), 0).arrays for s in (full, lean))
+    assert set(b) == {"mean", "tokens", "empty_tokens"}
+    assert all((a[k] == b[k]).all() for k in b)
+
+
+def test_a_corrupt_picture_costs_itself_alone(make):
+    whole, broken = make("whole"), make("broken", corrupt={0: (5, 7)})
+    run_stage(whole)
+    manifest = run_stage(broken)
+    assert manifest["status"] == {"success": 20, "failed_to_download": 4, "failed_to_encode": 2}
+    assert manifest["errors"] == {"decode_error": 2}
+    rows = Dataset.open(broken.root).sidecar(0).to_pylist()
+    assert [r["status"] for r in rows].count("failed_to_encode") == 2
+    assert rows[5]["error"] == "decode_error"
+    assert "decoded" in rows[5]["error_message"]
+    a, b = (ColumnShard(Dataset.open(s.root), 0) for s in (whole, broken))
+    kept = [i for i, key in enumerate(a.keys) if key in b.keys]
+    assert [a.keys[i] for i in kept] == b.keys
+    # Other batches, so the last bits may differ; the pictures and captions must not.
+    np.testing.assert_allclose(a.arrays["mean"][kept].astype(float), b.arrays["mean"].astype(float), atol=2e-3)
+    assert (a.arrays["tokens"][kept] == b.arrays["tokens"]).all()
+    np.testing.assert_allclose(
+        a.arrays["embeddings"][a.arrays["embedding_index"]][kept],
+        b.arrays["embeddings"][b.arrays["embedding_index"]],
+        atol=2e-3,
+    )
+
+
+def test_a_shard_of_nothing_but_broken_pictures_is_a_shard(make):
+    stage = make("broken", corrupt={0: tuple(range(13))})
+    manifest = run_stage(stage)
+    assert [s["count"] for s in manifest["shards"]] == [0, 11]
+    arrays = ColumnShard(Dataset.open(stage.root), 0).arrays
+    assert arrays["mean"].shape == (0, 4, 16, 16)
+    assert arrays["embeddings"].shape == (0, 20, 32)
+    assert arrays["empty_embedding"].shape == (20, 32)
+
+
+def test_what_is_not_finite_is_encoded_again_or_set_aside(make, monkeypatch):
+    stage = make()
+    work = stage.worker()
+    exact, asked = type(work.vae).encode_exact, []
+
+    def encode(self, pixels):
+        mean, logstd = self._moments(self.model, pixels)
+        mean = mean.clone()
+        mean[0], mean[2, 1, 0, 0] = torch.nan, 1e6  # the first and third picture of every batch overflow
+        return mean, logstd
+
+    def encode_exact(self, pixels):
+        asked.append(len(pixels))
+        mean, logstd = exact(self, pixels)
+        return (mean if len(asked) % 2 else mean * torch.inf), logstd  # every other one even in float32
+
+    monkeypatch.setattr(type(work.vae), "encode", encode)
+    monkeypatch.setattr(type(work.vae), "encode_exact", encode_exact)
+    manifest = stage.finish([work(task) for task in stage.tasks()])
+    monkeypatch.undo()
+    assert manifest["errors"] == {"not_finite_latent": 6}
+    assert set(asked) == {1}
+    rows = [r for r in Dataset.open(stage.root).sidecar(0).to_pylist() if r["status"] == "failed_to_encode"]
+    assert [r["error"] for r in rows] == ["not_finite_latent"] * 3
+    reference = make("reference")
+    run_stage(reference)
+    a, b = (ColumnShard(Dataset.open(s.root), 0) for s in (reference, stage))
+    kept = [a.keys.index(k) for k in b.keys]
+    assert len(kept) == 8
+    np.testing.assert_allclose(a.arrays["mean"][kept].astype(float), b.arrays["mean"].astype(float), atol=2e-3)
+
+
+def test_captions_that_are_not_finite_are_set_aside(make, monkeypatch):
+    stage = make()
+    work = stage.worker()
+    target = work.text.tokenize(["a red circle"])[0]
+
+    def spoilt(original):
+        def encode(self, tokens):
+            out = original(self, tokens).clone()
+            out[(torch.as_tensor(np.asarray(tokens, np.int64)) == target).all(dim=1)] = torch.inf
+            return out
+
+        return encode
+
+    for name in ("encode", "encode_exact"):
+        monkeypatch.setattr(type(work.text), name, spoilt(getattr(type(work.text), name)))
+    manifest = stage.finish([work(task) for task in stage.tasks()])
+    captions = [c for i in range(2) for c in ImageShard(Dataset.open(stage.run.images), i).captions]
+    expected = sum(c in ("a red circle", "A  RED circle") for c in captions)
+    assert manifest["errors"] == {"not_finite_text": expected}
+    assert expected > 0
+    for i in range(2):
+        arrays = ColumnShard(Dataset.open(stage.root), i).arrays
+        assert np.isfinite(arrays["embeddings"]).all()
+
+
+def test_bytes_do_not_depend_on_the_process_or_the_order(make, tmp_path):
+    first, second = make("first"), make("second")
+    run_stage(first)
+    script = tmp_path / "one_worker.py"
+    script.write_text(
+        "import pickle, sys, torch\n"
+        "torch.set_num_threads(2)\n"  # whatever the process had set
+        "stage = pickle.loads(open(sys.argv[1], 'rb').read())\n"
+        "work = stage.worker()\n"
+        "for task in reversed(list(stage.tasks())):\n"
+        "    work(task)\n"
+    )
+    (tmp_path / "stage.pkl").write_bytes(pickle.dumps(second))
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(script), str(tmp_path / "stage.pkl")]
+    subprocess.run(command, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    assert contents(first.root) == contents(second.root)
+    assert len(contents(first.root)) == 4
+    more = make("third", decode_threads=4)
+    run_stage(more)
+    assert contents(more.root) == contents(first.root)
+    assert not any(verify_shard(more.root, i) for i in range(2))
+
+
+def test_a_second_run_finds_all_done_and_other_settings_are_stale(make):
+    stage = make()
+    run_stage(stage)
+    assert [shard_state(stage.root, t).state for t in stage.tasks()] == ["done", "done"]
+    moved = make(decode_threads=1)
+    assert [shard_state(stage.root, t).state for t in moved.tasks()] == ["done", "done"]
+    other = make(text_layer="last")
+    state = shard_state(stage.root, next(other.tasks()))
+    assert state.state == "stale"
+    assert "settings.text_layer: penultimate -> last" in state.reason
+
+
+def test_another_vae_is_stale_and_named(make, tmp_path):
+    stage = make()
+    run_stage(stage)
+    stage.vae_ref = str(world.save_vae(tmp_path / "other", seed=1))
+    state = shard_state(stage.root, next(stage.tasks()))
+    assert state.state == "stale"
+    assert "weights.vae" in state.reason
+
+
+def test_a_vae_swapped_under_a_running_stage_is_refused(make, tmp_path, vae_folder):
+    stage = make()
+    stage.vae_ref = str(tmp_path / "vae")
+    shutil.copytree(vae_folder, stage.vae_ref)
+    tasks = list(stage.tasks())
+    shutil.rmtree(stage.vae_ref)
+    world.save_vae(Path(stage.vae_ref), seed=1)
+    with pytest.raises(StageError, match=r"the VAE at .* is not the one the latents were made with") as error:
+        stage.worker()(tasks[0])
+    assert "\n" not in str(error.value)
+    assert not Path(stage.root).exists()
+
+
+def test_an_exclusion_takes_the_sample_out_and_only_its_shard_again(make):
+    stage = make()
+    run_stage(stage)
+    dataset = Dataset.open(stage.run.images)
+    line = dataset.sidecar(1).to_pylist()[2]
+    exclusions = [{"key": line["key"], "shard": 1, "row": 2, "reason": "duplicate", "winner": "x"}]
+    write_exclusions(stage.run.images, pa.Table.from_pylist(exclusions))
+    stats = [_stats(stage.run.images, i) for i in range(2)]
+    write_manifest(stage.run.images, "images", stats)
+    tasks = list(stage.tasks())
+    assert [shard_state(stage.root, t).state for t in tasks] == ["done", "input_changed"]
+    work = stage.worker()
+    manifest = stage.finish([_stats(stage.root, 0), work(tasks[1])])
+    assert manifest["status"] == {"success": 21, "failed_to_download": 4, "duplicate": 1}
+    assert line["key"] not in ColumnShard(Dataset.open(stage.root), 1).keys
+
+
+def _stats(root: str, index: int) -> dict:
+    from shards.dataset import read_stats
+
+    found = read_stats(root, index)
+    assert found is not None
+    return found
+
+
+def test_lost_rows_are_found(make):
+    stage = make()
+    work = stage.worker()
+    stats = [work(task) for task in stage.tasks()]
+    with pytest.raises(StageError, match="1 shards are missing, the first is 1"):
+        stage.finish(stats[:1])
+    short = {**stats[1], "status": {**stats[1]["status"], "success": stats[1]["count"] - 1}}
+    with pytest.raises(StageError, match="rows were lost"):
+        stage.finish([stats[0], short])
+    moved = {**stats[1], "status": {"success": 10, "failed_to_download": 3}, "count": 10}
+    with pytest.raises(StageError, match="10 latents and 0 set aside where there were 11 pictures"):
+        stage.finish([stats[0], moved])
+    odd = {**stats[1], "status": {**stats[1]["status"], "vanished": 1}}
+    with pytest.raises(StageError, match="unknown status 'vanished'"):
+        stage.finish([stats[0], odd])
+
+
+def test_bad_settings_are_refused_before_any_work(make, tmp_path):
+    stage = make(resolution=33)
+    with pytest.raises(ConfigError, match=r"latents.resolution is 33.*multiple of 2"):
+        list(stage.tasks())
+    with pytest.raises(StageError, match="no finished dataset here"):
+        list(LatentsStage(CONFIG, RunPaths(str(tmp_path / "none")), stage.vae_ref, stage.text_ref).tasks())
+    stage = make()
+    stage.text_ref = str(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"not a folder with open_clip_config\.json"):
+        list(stage.tasks())
+
+
+def test_a_finished_shard_is_not_written_twice(make):
+    stage = make()
+    work = stage.worker()
+    task = next(stage.tasks())
+    first = work(task)
+    before = Path(stage.root, "00000.safetensors").stat().st_ino
+    assert work(task) == first
+    assert Path(stage.root, "00000.safetensors").stat().st_ino == before
+    assert commit_shard(stage.root, 0, {}, {"rows": 0, "count": 0}, task.fingerprint) == first

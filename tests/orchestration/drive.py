@@ -1,0 +1,46 @@
+"""Runs the toy stage from the command line, as a driver process of its own that tests can kill.
+
+python -m tests.orchestration.drive FOLDER '{"shards": 12, ...}' [local] [redo]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from orchestration.config import Pool, RayConfig
+from orchestration.engine import run
+from orchestration.run_stage import guarded
+from tests.orchestration.toy import ToyStage
+
+
+def toy(folder: str | Path, **options: object) -> ToyStage:
+    options["misbehave"] = tuple((int(i), str(how)) for i, how in options.get("misbehave", ()))  # type: ignore[union-attr]
+    return ToyStage(f"{folder}/toy", f"{folder}/calls", **options)  # type: ignore[arg-type]
+
+
+def main() -> int:
+    folder, options, *words = sys.argv[1:]
+    settings = json.loads(options)
+    pool = Pool(workers=settings.pop("workers", None), num_cpus=settings.pop("num_cpus", 1.0))
+    config = RayConfig(
+        back_off_s=0.05, grace_s=settings.pop("grace_s", 20.0), wait_for_nodes_s=settings.pop("wait_for_nodes_s", 600.0)
+    )
+    stage = toy(folder, **settings)
+    local, redo = "local" in words, "redo" in words
+
+    def work() -> None:
+        if local:
+            run(stage, f"{folder}/status", config, pool, local=True, redo=redo)
+            return
+        from orchestration.connection import connected
+
+        with connected(config):
+            run(stage, f"{folder}/status", config, pool, redo=redo)
+
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""One Ray head of our own for all tests that need one: started by the first, stopped when pytest ends."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestration.cluster import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@functools.cache
+def head() -> Cluster:
+    cluster = Cluster(cpus=2, cwd=ROOT)
+    cluster.__enter__()
+    atexit.register(cluster.stop)
+    return cluster
+
+
+def start(*arguments: object, on_ray: bool = True) -> subprocess.Popen[str]:
+    """`python -m tests.orchestration.drive ARGUMENTS` as a process; its stderr is a pipe."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if on_ray:
+        cluster = head()
+        env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address}
+    command = [sys.executable, "-m", "tests.orchestration.drive", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def drive(*arguments: object, on_ray: bool = True) -> tuple[int, str]:
+    """The same to its end: (exit code, stderr)."""
+    process = start(*arguments, on_ray=on_ray)
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file of a dataset but the stats, which hold times."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if not p.name.endswith("_stats.json")}
+
+
+def run_stage(stage: str, config: Path, *words: str) -> subprocess.Popen[str]:
+    """`run_stage.py STAGE --config CONFIG WORDS` on the head, as a process; its stderr is a pipe."""
+    cluster = head()
+    env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address}
+    arguments = [sys.executable, "orchestration/run_stage.py", stage, "--config", str(config), *words]
+    return subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> str:
+    """What it said on stderr, once it has ended with this exit code."""
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == code, err
+    return err
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Until the condition holds, while the process lives."""
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,63 @@
+"""A small real stage for the engine's tests: each shard is a text file made from its number.
+
+It can be told to misbehave on some shards, and it notes every call in a folder, so that a test can count
+how often a shard was made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from shards.dataset import commit_shard, write_manifest
+from shards.fingerprint import Fingerprint
+from shards.stage import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyStage:
+    root: str
+    calls: str  # a folder: one empty file a call, `<index>-<pid>-<time>`
+    shards: int = 12
+    rows: int = 50
+    seconds: float = 0.0
+    gate: str = ""  # shards from `gated` on wait until there is such a file
+    gated: int = 0
+    salt: str = "salt"
+    misbehave: tuple[tuple[int, str], ...] = ()  # (index, "raise" | "die" | "raise-once")
+    start: str = "ok"  # or "raise"
+    name: str = "toy"
+    unit: str = "lines"
+
+    def tasks(self) -> Iterator[Task]:
+        for i in range(self.shards):
+            yield Task(i, Fingerprint(self.name, 1, {"salt": self.salt, "rows": self.rows}, input=f"input-{i}"))
+
+    def worker(self) -> Callable[[Task], dict[str, Any]]:
+        if self.start == "raise":
+            raise OSError("no such weights")
+        return self._make
+
+    def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        return write_manifest(self.root, "images", stats, {"kind_of_test": "toy"})
+
+    def _make(self, task: Task) -> dict[str, Any]:
+        Path(self.calls).mkdir(parents=True, exist_ok=True)
+        before = len(list(Path(self.calls).glob(f"{task.index}-*")))
+        (Path(self.calls) / f"{task.index}-{os.getpid()}-{time.time_ns()}").touch()
+        time.sleep(self.seconds)
+        while self.gate and task.index >= self.gated and not os.path.exists(self.gate):
+            time.sleep(0.02)
+        how = dict(self.misbehave).get(task.index)
+        if how == "die":
+            os._exit(13)
+        if how == "raise" or (how == "raise-once" and before == 0):
+            raise ValueError(f"shard {task.index} does not like this")
+        lines = [hashlib.sha256(f"{self.salt}-{task.index}-{r}".encode()).hexdigest() for r in range(self.rows)]
+        stats = {"count": self.rows, "rows": self.rows, "status": {"success": self.rows}}
+        return commit_shard(self.root, task.index, {".txt": "\n".join(lines).encode()}, stats, task.fingerprint)

@@ -1,0 +1,129 @@
+"""Image shards: tar bytes against tarfile's and webdataset's own reading; offsets; exclusions."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import hypothesis.strategies as st
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset as wds
+from hypothesis import given
+from PIL import Image
+
+from shards.dataset import Dataset, commit_shard, write_exclusions, write_manifest
+from shards.fingerprint import Fingerprint
+from shards.images import ImageShard, decode_rgb, is_rgb, pack_tar
+
+SAMPLES = st.lists(
+    st.tuples(
+        st.integers(0, 10**6).map(str),
+        st.dictionaries(st.sampled_from(["jpg", "txt", "json"]), st.binary(max_size=1500), min_size=1),
+    ),
+    max_size=8,
+    unique_by=lambda s: s[0],
+)
+
+
+@given(SAMPLES)
+def test_tar_reads_back_by_name_and_by_offset(samples):
+    data, places = pack_tar(samples)
+    assert pack_tar(samples)[0] == data
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        members = {m.name: tar.extractfile(m).read() for m in tar}
+    assert members == {f"{k}.{e}": d for k, parts in samples for e, d in parts.items()}
+    for (_, parts), place in zip(samples, places, strict=True):
+        for extension, (offset, size) in place.items():
+            assert data[offset : offset + size] == parts[extension]
+
+
+def test_webdataset_reads_our_tar(tmp_path):
+    samples = [(f"{i:07d}", {"png": bytes([i] * 10), "txt": f"caption {i}".encode()}) for i in range(5)]
+    (tmp_path / "00000.tar").write_bytes(pack_tar(samples)[0])
+    read = list(wds.WebDataset(str(tmp_path / "00000.tar"), shardshuffle=False))
+    assert [(s["__key__"], {"png": s["png"], "txt": s["txt"]}) for s in read] == samples
+
+
+@pytest.mark.parametrize("key", ["a.b", "a/b", ""])
+def test_keys_that_webdataset_would_misread_are_refused(key):
+    with pytest.raises(ValueError, match="neither a dot nor a slash"):
+        pack_tar([(key, {"png": b""})])
+
+
+def png(colour: int) -> bytes:
+    sink = io.BytesIO()
+    Image.new("RGB", (3, 2), (colour, 0, 0)).save(sink, "PNG")
+    return sink.getvalue()
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Dataset:
+    stats = []
+    for shard in range(2):
+        status = ["success", "failed_to_download", "success", "success"]
+        live = [r for r, s in enumerate(status) if s == "success"]
+        tar, places = pack_tar((f"{shard}{r}", {"png": png(10 * shard + r)}) for r in live)
+        where = {r: p["png"] for r, p in zip(live, places, strict=True)}
+        table = pa.table(
+            {
+                "key": [f"{shard}{r}" for r in range(4)],
+                "caption": [f"caption {shard}{r}" for r in range(4)],
+                "status": status,
+                "image_offset": pa.array([where.get(r, (None, None))[0] for r in range(4)], pa.int64()),
+                "image_size": pa.array([where.get(r, (None, None))[1] for r in range(4)], pa.int64()),
+            }
+        )
+        sink = io.BytesIO()
+        pq.write_table(table, sink)
+        fingerprint = Fingerprint("ingest", 1, {})
+        files = {".tar": tar, ".parquet": sink.getvalue()}
+        stats.append(commit_shard(str(tmp_path), shard, files, {"rows": 4, "count": 3}, fingerprint))
+    write_manifest(str(tmp_path), "images", stats)
+    return Dataset.open(str(tmp_path))
+
+
+def test_random_access_reads_the_live_samples(dataset):
+    assert dataset.counts.tolist() == [3, 3]
+    shard = ImageShard(dataset, 1)
+    assert shard.keys == ["10", "12", "13"]
+    assert shard.captions == ["caption 10", "caption 12", "caption 13"]
+    assert [decode_rgb(shard.image_bytes(i))[0, 0, 0] for i in (2, 0, 1)] == [13, 10, 12]
+
+
+def test_an_excluded_sample_is_gone_from_its_shard_and_only_that_shard_changes(dataset):
+    before = [s.digest for s in dataset.shards]
+    write_exclusions(
+        dataset.root,
+        pa.table({"key": ["12"], "shard": [1], "row": [2], "reason": ["duplicate"], "winner": ["00"]}),
+    )
+    from shards.dataset import read_stats
+
+    write_manifest(dataset.root, "images", [read_stats(dataset.root, i) for i in range(2)])
+    again = Dataset.open(dataset.root)
+    assert [s.digest == b for s, b in zip(again.shards, before, strict=True)] == [True, False]
+    assert again.fingerprint != dataset.fingerprint
+    assert again.counts.tolist() == [3, 2]
+    assert ImageShard(again, 1).keys == ["10", "13"]
+
+
+def test_decoding_refuses_a_bomb_before_decoding_and_what_is_no_picture():
+    with pytest.raises(ValueError, match="more than 5"):
+        decode_rgb(png(1), max_pixels=5)
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode_rgb(b"<html>no picture</html>")
+    np.testing.assert_array_equal(decode_rgb(png(7))[0, 0], [7, 0, 0])
+
+
+def test_colours_that_would_be_converted_are_known():
+    def encoded(mode, kind="PNG"):
+        sink = io.BytesIO()
+        Image.new(mode, (4, 3)).save(sink, kind)
+        return sink.getvalue()
+
+    assert [is_rgb(encoded(mode)) for mode in ("RGB", "RGBA", "L", "P", "1", "I;16")] == [True] + [False] * 5
+    assert [is_rgb(encoded(mode, "JPEG")) for mode in ("RGB", "CMYK", "L")] == [True, False, False]
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        is_rgb(b"GIF89a")

@@ -1,0 +1,136 @@
+"""Ranks as forks of this process: its imports are there already, and a fork can be killed like any process.
+
+Only for the CPU: nothing may have joined a process group before the fork, and threads must be few.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.train import tiny
+from train.ranks import import_deepspeed
+
+
+def warm() -> None:
+    """Import once, before any fork, what every rank will need."""
+    torch.set_num_threads(1)
+    import_deepspeed()
+    for name in (
+        "deepspeed.runtime.zero.stage3",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "torch.utils.tensorboard",
+        "open_clip",
+        "train.loop",
+        "train.finish",
+    ):
+        importlib.import_module(name)
+    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
+
+
+class Fork:
+    """One rank in a process of its own."""
+
+    def __init__(
+        self, rank: int, world: int, port: int, function: Callable[..., Any], arguments: Sequence[Any]
+    ) -> None:
+        self._result, theirs = multiprocessing.Pipe(duplex=False)
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._child(rank, world, port, function, arguments, theirs)
+        theirs.close()
+
+    @staticmethod
+    def _child(
+        rank: int, world: int, port: int, function: Callable[..., Any], arguments: Sequence[Any], out: Connection
+    ) -> None:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            env = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            os.environ.update({k: str(v) for k, v in env.items()})
+            out.send_bytes(pickle.dumps(("value", function(*arguments))))  # by value: this process ends now
+            code = 0
+        except BaseException as e:
+            out.send_bytes(pickle.dumps(("error", f"{type(e).__name__}: {e}", traceback.format_exc())))
+        finally:
+            os._exit(code)
+
+    def result(self) -> Any:
+        """The function's value; raises RankError with what the rank raised, or that it was killed."""
+        try:
+            message = pickle.loads(self._result.recv_bytes())
+        except EOFError:
+            message = ("error", "killed", "")
+        os.waitpid(self.pid, 0)
+        if message[0] == "error":
+            raise RankError(message[1], message[2])
+        return message[1]
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+class RankError(Exception):
+    def __init__(self, summary: str, trace: str) -> None:
+        super().__init__(summary + "\n" + trace)
+        self.summary = summary
+
+
+def start(world: int, function: Callable[..., Any], *arguments: Any) -> list[Fork]:
+    warm()
+    port = tiny.free_port()
+    return [Fork(rank, world, port, function, arguments) for rank in range(world)]
+
+
+def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call `function(*arguments)` on `world` ranks; the values in order of ranks."""
+    forks = start(world, function, *arguments)
+    values, errors = [], []
+    for fork in forks:
+        try:
+            values.append(fork.result())
+        except RankError as e:
+            errors.append(e)
+    if errors:
+        raise errors[0]
+    return values
+
+
+def run_stage(config: str, stage: str = "train", overrides: Sequence[str] = (), redo: bool = False) -> None:
+    """train.main.run without the export, which needs encoders that a test of the loop does not have."""
+    import train.export
+    from train.main import run
+
+    train.export.export = lambda run: Path()  # type: ignore[assignment,misc]
+    run(stage, config, overrides, redo)
+
+
+def fit(config: Path, world: int, *overrides: str, stage: str = "train", redo: bool = False) -> None:
+    """Run a stage on `world` ranks to its end."""
+    on_ranks(world, run_stage, str(config), stage, overrides, redo)
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 120.0) -> None:
+    """Wait until a condition holds; fails after `timeout` seconds."""
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.005)

@@ -1,0 +1,115 @@
+"""What the loader gives is what lies in the shards, at the place that the order says."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shards.columns import ColumnShard
+from shards.dataset import Dataset
+from shards.images import ImageShard, decode_rgb
+from shards.settings import StageError, load_sections
+from tests.train import tiny
+from train.config import TrainingSections
+from train.data import Ahead, Latents, Pictures
+from train.objectives import build
+from train.order import Order
+
+
+def test_latents_by_position(run: Path) -> None:
+    dataset = Dataset.open(str(run / "latents"))
+    order = Order(dataset.counts, dataset.fingerprint, 0, 2)
+    latents = Latents(dataset, order)
+    positions = np.arange(25, 60)  # over the end of the epoch
+    mean, logstd = latents.moments(positions)
+    text, tokens = latents.embeddings(positions), latents.tokens(positions)
+    assert logstd is not None
+    for i, p in enumerate(positions):
+        shard, row = (int(v[0]) for v in order.locate(np.array([p])))
+        arrays = ColumnShard(dataset, shard).arrays
+        assert np.array_equal(mean[i], arrays["mean"][row].astype(np.float32))
+        np.testing.assert_allclose(logstd[i], -15.0 + 0.098 * arrays["logstd"][row], rtol=1e-6)
+        assert np.array_equal(text[i], arrays["embeddings"][arrays["embedding_index"][row]].astype(np.float32))
+        assert np.array_equal(tokens[i], arrays["tokens"][row])
+
+
+@pytest.mark.parametrize("cache", [0, 3000, 1 << 20])
+def test_pictures_by_position(run: Path, cache: int) -> None:
+    dataset = Dataset.open(str(run / "images"))
+    order = Order(dataset.counts, dataset.fingerprint, 0, 2)
+    pictures = Pictures(dataset, order, lambda p: p, cache)
+    for _ in range(2):
+        positions = np.arange(40)
+        pixels, captions = pictures.pixels(positions), pictures.captions(positions)
+        for i in range(40):
+            shard, row = (int(v[0]) for v in order.locate(positions[i : i + 1]))
+            source = ImageShard(dataset, shard)
+            assert np.array_equal(pixels[i], decode_rgb(source.image_bytes(row)))
+            assert captions[i] == source.captions[row]
+
+
+def test_batch_of_latents_is_the_forward_process_of_its_samples(run: Path) -> None:
+    """mean + std * noise, scaled; captions dropped at the asked rate, for the stored empty one."""
+    sections = load_sections(
+        str(tiny.write_config(run, tiny.configuration(run, caption_dropout=0.25))), (), TrainingSections
+    )
+    dataset = Dataset.open(str(run / "latents"))
+    objective = build("train", sections.train, dataset, sections.seed, "cpu")
+    positions = np.arange(2000)
+    batch = objective.batch(positions)
+    mean, logstd = objective.latents.moments(positions)  # type: ignore[union-attr,operator]
+    noise = (batch["x0"].numpy() / 0.9 - mean) / np.exp(logstd)
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02
+    assert abs(np.corrcoef(noise.ravel(), batch["noise"].numpy().ravel())[0, 1]) < 0.02
+    dropped = (batch["text"] == 0).all(dim=(1, 2)).float().mean()
+    assert abs(float(dropped) - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 2000)
+    assert {int(batch["t"].min()) < 20, int(batch["t"].max()) > 980} == {True}
+    part = objective.batch(positions[7:9])
+    assert all(torch.equal(part[k], batch[k][7:9]) for k in batch)
+
+
+def test_a_shard_that_is_gone_is_one_sentence(run: Path) -> None:
+    (run / "latents" / "00001.safetensors").unlink()
+    dataset = Dataset.open(str(run / "latents"))
+    latents = Latents(dataset, Order(dataset.counts, dataset.fingerprint, 0, 2))
+    with pytest.raises(StageError, match="shard 00001 cannot be read"):
+        latents.moments(np.arange(40))
+
+
+def test_working_ahead_is_bounded_in_order_and_passes_errors_on() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(20):
+            made.append(i)
+            yield i
+        raise ValueError("broken")
+
+    with Ahead(items(), 3) as ahead:
+        assert next(ahead) == 0
+        time.sleep(0.3)
+        assert len(made) <= 6  # one taken, three queued, one in hand, one being made
+        assert [next(ahead) for _ in range(19)] == list(range(1, 20))
+        with pytest.raises(ValueError, match="broken"):
+            next(ahead)
+    with Ahead(iter(range(10**9)), 2) as ahead:
+        next(ahead)
+    assert not any(t.name == "data" for t in threading.enumerate())
+
+
+def test_waiting_is_measured() -> None:
+    def slow() -> Iterator[int]:
+        for i in range(3):
+            time.sleep(0.1)
+            yield i
+
+    with Ahead(slow(), 2) as ahead:
+        assert list(ahead) == [0, 1, 2]
+        assert 0.2 < ahead.waited < 5.0

@@ -1,0 +1,227 @@
+"""One loop under every ZeRO stage, precision and layout of ranks, against a plain PyTorch loop in fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shards.dataset import Dataset
+from shards.settings import load_sections
+from tests.train import forked, tiny
+from train import checkpoint, folders
+from train.config import TrainingSections
+from train.objectives import Objective, build
+from train.optimizer import ema_decay, learning_rate
+
+# Each starts ranks several times; a machine shared with others needs its time.
+pytestmark = pytest.mark.timeout(900)
+
+STEPS = 4
+Weights = dict[str, torch.Tensor]
+
+
+def tensors(folder: Path, name: str) -> Weights:
+    # Copies: the file may be cut short later, under tensors that are mapped onto it.
+    return {k: v.clone() for k, v in load_file(folder / f"{name}.safetensors").items()}
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / folders.folder_name(step)
+
+
+def assert_close(a: Weights, b: Weights, rtol: float = 1e-4, atol: float = 2e-6) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def assert_same(a: Weights, b: Weights) -> None:
+    assert a.keys() == b.keys()
+    assert [n for n in a if not torch.equal(a[n], b[n])] == []
+
+
+def settings(run: Path, **train: Any) -> Path:
+    # eps is large, since Adam's first steps are signs of gradients, where rounding would decide.
+    values = {"images": 8 * STEPS, "checkpoint_every_images": 8, "eps": 1e-3, "warmup_images": 16, "grad_clip": 0.5}
+    return tiny.write_config(run, tiny.configuration(run, **{**values, **train}))
+
+
+def objective_of(config: Path, stage: str = "train") -> tuple[Objective, Any]:
+    sections = load_sections(str(config), (), TrainingSections)
+    section = getattr(sections, stage)
+    dataset = Dataset.open(sections.run + ("/latents" if stage == "train" else "/images"))
+    return build(stage, section, dataset, sections.seed, "cpu"), section
+
+
+def plain_loop(config: Path) -> tuple[Weights, Weights]:
+    """The same training in twenty lines of PyTorch: whole batches, torch's own AdamW, a full fp32 copy as EMA."""
+    torch.set_num_threads(1)
+    objective, c = objective_of(config)
+    model = objective.model
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": c.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=c.betas, eps=c.eps)
+    average = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for images in range(0, c.images, c.batch_size):
+        rate = learning_rate(images, c.batch_size, c.images, c.learning_rate, c.warmup_images, c.schedule, 0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss, _ = objective(objective.batch(np.arange(images, images + c.batch_size)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+        optimizer.step()
+        decay = ema_decay(images + c.batch_size, c.batch_size, c.ema_halflife_images, c.ema_rampup)
+        for name, p in model.named_parameters():
+            average[name] = decay * average[name] + (1 - decay) * p.detach()
+    return {n: p.detach() for n, p in model.named_parameters()}, average
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_under_any_stage_equal_the_plain_loop(run: Path, stage: int) -> None:
+    config = settings(run, zero_stage=stage)
+    forked.fit(config, 2)
+    weights, average = plain_loop(config)
+    last = step_folder(run, STEPS)
+    assert_close(tensors(last, "weights"), weights)
+    assert_close(tensors(last, "ema"), average)
+    moved = max((tensors(last, "weights")[n] - w).abs().max() for n, w in initial(config).items())
+    assert moved > 1e-4  # the comparison above is not one of weights that stood still
+
+
+def initial(config: Path) -> Weights:
+    return {n: p.detach() for n, p in objective_of(config)[0].model.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+def test_average_is_exact_of_the_fp32_weights(run: Path, stage: int, precision: str) -> None:
+    """The EMA is, to the bit, the recursion over the fp32 weights of every step, unrounded start included."""
+    config = settings(run, zero_stage=stage, precision=precision)
+    forked.fit(config, 2)
+    _, c = objective_of(config)
+    average = {n: p.clone() for n, p in initial(config).items()}
+    for step in range(1, STEPS + 1):
+        decay = ema_decay(8 * step, 8, c.ema_halflife_images, c.ema_rampup)
+        weights = tensors(step_folder(run, step), "weights")
+        average = {n: e.lerp(weights[n], 1.0 - decay) for n, e in average.items()}
+        assert_same(tensors(step_folder(run, step), "ema"), average)
+
+
+@pytest.mark.slow
+def test_ranks_and_accumulation_see_the_same_samples_and_noise(run: Path, tmp_path: Path) -> None:
+    """1 rank x 2 accumulation, 2 ranks x 1 and 2 ranks x 2 agree to rounding, in the loss of every step too."""
+    import json
+
+    results = []
+    for name, world, micro in (("a", 1, 4), ("b", 2, None), ("c", 2, 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "latents").symlink_to(run / "latents")
+        forked.fit(settings(folder, micro_batch_size=micro), world)
+        lines = [json.loads(x) for x in (folder / "train" / "log.jsonl").read_text().splitlines()]
+        results.append((tensors(step_folder(folder, STEPS), "weights"), [x["loss"] for x in lines]))
+    for weights, losses in results[1:]:
+        assert_close(weights, results[0][0])
+        assert len(losses) == STEPS
+        assert losses == pytest.approx(results[0][1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [((3, 2), (1, 1)), ((0, 1), (3, 2)), ((1, 1), (2, 2))])
+def test_any_stage_and_world_resumes_any_other(
+    run: Path, tmp_path: Path, first: tuple[int, int], then: tuple[int, int]
+) -> None:
+    """A checkpoint of one (ZeRO stage, ranks) is read by another without a bit lost, and training goes on alike."""
+    forked.fit(settings(run, zero_stage=first[0]), first[1])
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "latents").symlink_to(run / "latents")
+    (half / "checkpoints").mkdir()
+    step_folder(run, 2).rename(step_folder(half, 2))
+    config = settings(half, zero_stage=then[0], keep_checkpoints=9)
+    echo = forked.on_ranks(then[1], load_and_save, str(config), str(half))
+    assert echo[0] == {}
+    forked.fit(config, then[1])
+    for name in ("weights", *folders.STATES):
+        assert_close(tensors(step_folder(half, STEPS), name), tensors(step_folder(run, STEPS), name))
+
+
+def load_and_save(config: str, folder: str) -> dict[str, list[str]]:
+    """Load step 2 into an engine, save it as step 7 elsewhere; the tensors that are not the same to the bit."""
+    from train import loop, ranks
+
+    me = ranks.join(1)
+    objective, c = objective_of(Path(config))
+    start = step_folder(Path(folder), 2)
+    checkpoint.load_model(start, objective.model)
+    engine, optimizer = loop._engine(c, objective, me, c.batch_size // me.world, 1)
+    checkpoint.load_optimizer(start, engine, objective.model, optimizer)
+    facts = {"optimizer_steps": 2}
+    saved = checkpoint.save(Path(folder) / "echo", 7, engine, objective.model, optimizer, facts, 2)
+    assert folders.damage(saved) == ""
+    different = {}
+    for name in ("weights", *folders.STATES):
+        a, b = tensors(start, name), tensors(saved, name)
+        bad = [n for n in a if n not in b or not torch.equal(a[n], b[n])]
+        if bad or a.keys() != b.keys():
+            different[name] = bad
+    return different
+
+
+def clip_gradients(config: str) -> Weights:
+    """The gradient of the global batch of 8, averaged over the ranks as DeepSpeed does it."""
+    from train import ranks
+
+    me = ranks.join(1)
+    objective, _ = objective_of(Path(config), "clip")
+    share = 8 // me.world
+    loss, _ = objective(objective.batch(np.arange(me.rank * share, (me.rank + 1) * share)))
+    loss.backward()
+    gradients = {n: me.mean(p.grad.clone()) for n, p in objective.model.named_parameters() if p.grad is not None}
+    return gradients | {"loss": me.mean(loss.detach())}
+
+
+def test_clip_gradient_of_two_ranks_is_that_of_the_whole_batch(run: Path) -> None:
+    """... computed here from the features with the formula of the paper's figure 3."""
+    config = tiny.write_config(run, tiny.configuration(run))
+    objective, _ = objective_of(config, "clip")
+    image, text, scale = objective._features(objective.batch(np.arange(8)))  # type: ignore[operator]
+    logits = scale * image @ text.T
+    labels = torch.arange(8)
+    loss = 0.5 * (
+        torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)
+    )
+    loss.backward()
+    expected = {n: p.grad for n, p in objective.model.named_parameters() if p.grad is not None} | {
+        "loss": loss.detach()
+    }
+    assert expected["logit_scale"].abs() > 1e-4
+    for world in (1, 2):
+        for gradients in forked.on_ranks(world, clip_gradients, str(config)):
+            assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+
+
+def draws(config: str, same: bool) -> str:
+    from train import loop, ranks
+
+    me = ranks.join(1)
+    objective, _ = objective_of(Path(config))
+    begin = 0 if same else me.rank * 4
+    loop._refuse_equal_draws(objective.batch(np.arange(begin, begin + 4)), me)
+    return "passed"
+
+
+def test_equal_noise_on_two_ranks_is_refused(run: Path) -> None:
+    config = settings(run)
+    assert forked.on_ranks(2, draws, str(config), False) == ["passed", "passed"]
+    with pytest.raises(forked.RankError, match="drew the same noise"):
+        forked.on_ranks(2, draws, str(config), True)

@@ -1,0 +1,173 @@
+"""A tiny run on disk (image shards and latent shards of random content) and its configuration."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from PIL import Image
+
+from shards.columns import pack_columns
+from shards.dataset import commit_shard, write_manifest
+from shards.fingerprint import Fingerprint
+from shards.images import pack_tar
+from shards.layout import sample_key
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTEXT, WIDTH = 6, 8
+COLOURS = ("red", "green", "blue", "white")
+
+
+def parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def make_latents(root: Path, counts: tuple[int, ...] = (9, 14, 5, 12), text: str = "embeddings") -> None:
+    rng = np.random.default_rng(1)
+    stats = []
+    for index, n in enumerate(counts):
+        arrays = {
+            "mean": rng.normal(size=(n, 4, 4, 4)).astype(np.float16),
+            "logstd": rng.integers(60, 120, (n, 4, 4, 4)).astype(np.uint8),
+            "tokens": rng.integers(1, 100, (n, CONTEXT)).astype(np.uint16),
+            "empty_tokens": np.zeros(CONTEXT, np.uint16),
+        }
+        if text == "embeddings":
+            arrays |= {
+                "embeddings": rng.normal(size=(3, CONTEXT, WIDTH)).astype(np.float16),
+                "embedding_index": rng.integers(0, 3, n).astype(np.int32),
+                "empty_embedding": np.zeros((CONTEXT, WIDTH), np.float16),
+            }
+        data = pack_columns(arrays, {"logstd_min": "-15.0", "logstd_step": "0.098"})
+        keys = [sample_key(index, r, 100) for r in range(n)]
+        sidecar = parquet(pa.table({"key": keys, "status": ["success"] * n}))
+        files = {".safetensors": data, ".parquet": sidecar}
+        stats.append(
+            commit_shard(str(root), index, files, {"count": n, "rows": n}, Fingerprint("latents", 1, {}, index))
+        )
+    extra = {
+        "resolution": 32,
+        "vae": {"ref": "none", "digest": "v" * 64, "scaling_factor": 0.9, "config": {}},
+        "text": {"ref": "none", "digest": "t" * 64, "layer": "last", "context_length": CONTEXT, "width": WIDTH},
+    }
+    write_manifest(str(root), "latents", stats, extra)
+
+
+def make_images(root: Path, counts: tuple[int, ...] = (10, 7, 11), side: int = 16) -> None:
+    rng = np.random.default_rng(2)
+    stats = []
+    for index, n in enumerate(counts):
+        samples, rows = [], []
+        for r in range(n):
+            colour = int(rng.integers(len(COLOURS)))
+            pixels = rng.integers(0, 60, (side, side, 3)).astype(np.uint8)
+            pixels[4:12, 4:12] = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 250)][colour]
+            sink = io.BytesIO()
+            Image.fromarray(pixels).save(sink, "PNG")
+            key = sample_key(index, r, 100)
+            samples.append((key, {"png": sink.getvalue(), "txt": f"a {COLOURS[colour]} square".encode()}))
+            rows.append({"key": key, "caption": f"a {COLOURS[colour]} square", "status": "success", "image_ext": "png"})
+        data, places = pack_tar(samples)
+        for row, place in zip(rows, places, strict=True):
+            row["image_offset"], row["image_size"] = place["png"]
+        files = {".tar": data, ".parquet": parquet(pa.Table.from_pylist(rows))}
+        stats.append(
+            commit_shard(str(root), index, files, {"count": n, "rows": n}, Fingerprint("ingest", 1, {}, index))
+        )
+    write_manifest(str(root), "images", stats, {})
+
+
+UNET = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+}
+VAE = {
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def configuration(run: Path, **train: Any) -> dict[str, Any]:
+    shared = {"batch_size": 8, "images": 48, "learning_rate": 1e-3, "threads": 1, "ema_halflife_images": 40}
+    intervals = {"log_every_images": 8, "checkpoint_every_images": 16, "keep_checkpoints": 9}
+    return {
+        "run": str(run),
+        "seed": 5,
+        "autoencoder": {**shared, **intervals, "resolution": 16, "model": VAE},
+        "clip": {**shared, **intervals, "model": CLIP},
+        "train": {**shared, **intervals, "unet": UNET, "shuffle_window": 2, **train},
+    }
+
+
+def write_config(folder: Path, data: dict[str, Any]) -> Path:
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(data))
+    return file
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def start_ranks(command: list[str], world: int, env: dict[str, str] | None = None) -> list[subprocess.Popen[str]]:
+    """`python <command>` once for each of `world` ranks, with the environment that a launcher sets."""
+    port = str(free_port())
+    shared = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(env or {})}
+    shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in range(world)
+    ]
+
+
+def finish_ranks(ranks: list[subprocess.Popen[str]], expect: int | None = 0, timeout: float = 600) -> str:
+    """Wait for all ranks; the output of all. Asserts each exit code."""
+    try:
+        outputs = [p.communicate(timeout=timeout)[0] for p in ranks]
+    finally:
+        for p in ranks:
+            if p.poll() is None:
+                p.kill()
+    text = "\n".join(outputs)
+    if expect is not None:
+        assert [p.returncode for p in ranks] == [expect] * len(ranks), text
+    return text
+
+
+def train_main(config: Path, world: int, *arguments: str, stage: str = "train", expect: int | None = 0) -> str:
+    """Run train/main.py on `world` ranks to its end."""
+    command = ["train/main.py", "--config", str(config), "--stage", stage, *arguments]
+    return finish_ranks(start_ranks(command, world), expect)

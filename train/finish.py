@@ -1,0 +1,107 @@
+"""What a finished fit leaves: a model folder that the field's own libraries open, and a marker in it.
+
+    autoencoder   diffusers' AutoencoderKL.from_pretrained, with the measured scaling_factor
+    clip          open_clip.create_model("local-dir:...")
+    train         a StableDiffusionPipeline (export.py)
+
+All hold the EMA weights. A folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from shards import storage
+from shards.fingerprint import Fingerprint
+from shards.layout import RunPaths
+from train import checkpoint, folders
+from train.objectives import MAX_LOGIT_SCALE, Autoencoder, Clip, Objective, to_unit
+from train.order import batch_positions
+from train.ranks import Ranks
+from train.state import MARKER, StagePaths
+
+# Pictures that the scale of the latents is measured on: its standard error is then far below 1 %.
+SCALE_PICTURES = 2048
+SCALE_BATCH = 16
+
+
+def finish(
+    stage: str, run: str, objective: Objective, last: Path, wanted: Fingerprint, paths: StagePaths, ranks: Ranks
+) -> None:
+    """Write the model folder of a fit whose last checkpoint is `last`. Collective; rank 0 writes."""
+    if stage == "train":
+        if ranks.first:
+            from train.export import export
+
+            export(RunPaths(run).run)
+        ranks.gather(None)
+        return
+    checkpoint.load_model(last, objective.model, "ema")
+    objective.to(ranks.device).eval()
+    facts: dict[str, Any] = {}
+    if isinstance(objective, Autoencoder):
+        facts = {"scaling_factor": measure_scale(objective, ranks)}
+        objective.model.register_to_config(**facts)  # type: ignore[operator]
+    if ranks.first:
+        tmp = storage.temporary_folder(paths.model)
+        if isinstance(objective, Clip):
+            _save_clip(objective, tmp)
+        else:
+            objective.model.cpu().save_pretrained(tmp)  # type: ignore[operator]
+        manifest = folders.read_manifest(last)
+        marker = {
+            "stage": stage,
+            "checkpoint": last.name,
+            "images": manifest["images"],
+            "step": manifest["step"],
+            "weights": "ema",
+            "fingerprint": wanted.to_json(),
+            **facts,
+        }
+        (tmp / MARKER).write_text(json.dumps(marker, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        storage.replace_folder(tmp, paths.model)
+    ranks.gather(None)
+
+
+@torch.inference_mode()
+def measure_scale(objective: Autoencoder, ranks: Ranks) -> float:
+    """1 / std of posterior draws over training pictures, all channels and places together (Rombach 2022, section G).
+
+    The std is exact for the measured pictures, from the moments: Var = E[mean^2 + var] - E[mean]^2.
+    Collective: each rank measures its share.
+    """
+    count = min(SCALE_PICTURES, objective.order.size)
+    sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    for begin in range(ranks.rank * SCALE_BATCH, count, ranks.world * SCALE_BATCH):
+        positions = batch_positions(begin, 0, 1, 0, min(SCALE_BATCH, count - begin))
+        pixels = torch.from_numpy(np.ascontiguousarray(objective.pictures.pixels(positions))).to(ranks.device)
+        posterior = objective.model.encode(to_unit(pixels)).latent_dist
+        mean, var = posterior.mean.double(), posterior.var.double()
+        sums += torch.stack([mean.sum(), (mean.square() + var).sum(), torch.tensor(float(mean.numel())).to(mean)])
+    total, squares, n = (ranks.mean(sums) * ranks.world).tolist()
+    return 1.0 / math.sqrt(squares / n - (total / n) ** 2)
+
+
+def _save_clip(objective: Clip, folder: Path) -> None:
+    """open_clip_config.json and open_clip_model.safetensors, as open_clip's own save_for_hf lays them out."""
+    pre = objective.preprocess
+    preprocess = {
+        "mean": list(pre.mean),
+        "std": list(pre.std),
+        "interpolation": pre.interpolation,
+        "resize_mode": pre.resize_mode,
+    }
+    config = {"model_cfg": objective.model_config, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    weights = {k: v.detach().cpu().contiguous() for k, v in objective.model.state_dict().items()}
+    # The loss was computed with a bounded scale: the model that is saved has the bound applied, and the
+    # scale is a scalar again, as open_clip's models have it.
+    weights["logit_scale"] = weights["logit_scale"].clamp(max=math.log(MAX_LOGIT_SCALE)).reshape(())
+    save_file(weights, folder / "open_clip_model.safetensors")

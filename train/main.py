@@ -1,0 +1,121 @@
+"""Train the UNet, the VAE or the CLIP of a run.
+
+On one machine, one process a GPU (or, without GPUs, as many as you say):
+
+    deepspeed train/main.py --config configs/demo.yaml
+    deepspeed --num_accelerators 2 train/main.py --config configs/demo.yaml --stage autoencoder
+
+On several machines, with a hostfile of lines like `node1 slots=8` and ssh from the first to all:
+
+    deepspeed --hostfile hosts train/main.py --config configs/sd2-256.yaml
+
+On several machines without ssh, the same line on each with its own number:
+
+    deepspeed --hostfile hosts --no_ssh --node_rank 0 --master_addr node1 train/main.py --config configs/sd2-256.yaml
+
+Settings can be changed at the end of the line: `train.learning_rate=2e-4 train.zero_stage=2`. Killed at any
+moment, the same line goes on from the last checkpoint, also on another number of ranks; finished, it does
+nothing. Exit codes: 0 done, 1 failed, 2 the configuration cannot be used, 75 stopped by SIGTERM and saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Run as a script, Python looks for modules in this file's folder; it is the one above that holds them.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from shards import storage
+from shards.layout import RunPaths
+from shards.settings import ConfigError, StageError, load_sections
+from train.config import STAGES, TrainingSections, layout
+from train.ranks import Stopped, join
+from train.state import discard, fingerprint, judge, open_input, stage_config, stage_paths
+
+log = logging.getLogger("carrara.train")
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+def run(stage: str, config: str | TrainingSections, overrides: Sequence[str] = (), redo: bool = False) -> None:
+    """Fit one stage on the ranks that the environment describes; call it in every rank.
+
+    config: a run's YAML file (with dotted overrides), or its sections as read already. Does nothing where
+    the stage is done or its weights are pretrained ones. Raises ConfigError, StageError, or ranks.Stopped
+    after a SIGTERM.
+    """
+    sections = load_sections(config, overrides, TrainingSections) if isinstance(config, str) else config
+    if stage not in STAGES:
+        raise ConfigError(f"there is no training stage '{stage}'; it is one of {', '.join(STAGES)}")
+    settings = stage_config(stage, sections)
+    if getattr(settings, "pretrained", None):
+        log.info("%s: pretrained weights are named, so there is nothing to fit", stage)
+        return
+    layout(stage, settings, int(os.environ.get("WORLD_SIZE", "1")))
+    paths = stage_paths(stage, RunPaths(sections.run))
+    dataset = open_input(stage, RunPaths(sections.run))
+    wanted = fingerprint(stage, settings, sections.seed, dataset)
+
+    # Heavy imports come after everything that can be refused at once.
+    from train.finish import finish
+    from train.loop import Job, fit
+    from train.objectives import build
+
+    ranks = join(settings.threads)
+    try:
+        # Rank 0 judges for all: the others may see an older state of a shared disk.
+        found = ranks.from_first(judge(stage, settings, wanted, paths) if ranks.first else None)
+        if found.state == "done":
+            log.info("%s: finished before, nothing to do", stage)
+            return
+        if found.state == "stale" and not redo:
+            raise StageError(found.reason)
+        if ranks.first:
+            if found.state == "stale":
+                discard(paths)
+            # One trainer writes here, so whatever is temporary is a dead one's.
+            storage.sweep_temporaries(str(paths.checkpoints), older_than_s=0.0)
+        objective = build(stage, settings, dataset, sections.seed, ranks.device.type)
+        facts = {"dataset": {"root": dataset.root, "fingerprint": dataset.fingerprint}, "seed": sections.seed}
+        status = storage.join(RunPaths(sections.run).status, f"{stage}.json")
+        job = Job(stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts)
+        last = fit(job, objective, ranks)
+        finish(stage, sections.run, objective, last, wanted, paths, ranks)
+    finally:
+        ranks.leave()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Train the UNet, the VAE or the CLIP of a run.")
+    parser.add_argument("--config", default=os.environ.get("CARRARA_CONFIG", "carrara.yaml"), help="a run's YAML file")
+    parser.add_argument("--stage", choices=STAGES, default="train")
+    parser.add_argument("--redo", action="store_true", help="throw away what was fitted with other settings")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
+    given = parser.parse_args(arguments)
+    if given.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(given.local_rank))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        run(given.stage, given.config, given.overrides, given.redo)
+    except (ConfigError, StageError) as e:
+        if first or isinstance(e, StageError):
+            print(f"carrara: {e}", file=sys.stderr, flush=True)
+        return 2 if isinstance(e, ConfigError) else 1
+    except Stopped as e:
+        if first:
+            print(f"carrara: {e}", file=sys.stderr, flush=True)
+        return STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

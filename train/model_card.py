@@ -1,0 +1,99 @@
+"""The README.md of an exported model: what it is, what it saw, and how to use it, in plain words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# A text-to-image model
+
+A latent diffusion model that was trained with Carrara. It draws pictures of {resolution} x {resolution} pixels.
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
+pipeline("your prompt", num_inference_steps=30, guidance_scale=5.0).images[0].save("picture.png")
+```
+
+Nothing but diffusers and transformers is needed. There is no safety checker in it: whoever shows its pictures to
+others decides what to let through.
+
+## What it was trained on
+
+- {samples} pictures with captions ({shards}), of {rows} rows in the table they came from.
+{status}- The dataset's fingerprint: `{dataset}`. The same run's folders name every picture in it by its key.
+
+## How it was trained
+
+- {objective} ({timesteps} steps of noise, `{beta_schedule}` betas from {beta_start} to {beta_end}).
+- Pictures seen: {images_seen}; steps of the optimizer: {steps}; batch: {batch_size}; captions dropped for
+  classifier-free guidance: {caption_dropout}.
+- Weights: {weights}, from the checkpoint `{checkpoint}`.
+
+## Its parts
+
+- VAE: `{vae_ref}`, latents times {scaling_factor}, sha256 `{vae_digest}`.
+- Text encoder: `{text_ref}`, sha256 `{text_digest}`; {layer}, {context_length} tokens of {width} values.
+- The tokenizer is open_clip's. Captions were cleaned before training as open_clip does it: lower case, HTML entities
+  resolved, broken encodings repaired. A prompt gives the same tokens if it is clean in that sense.
+
+All of this, for machines: `carrara.json`.
+"""
+
+_OBJECTIVES = {
+    "epsilon": "The UNet predicts the noise",
+    "sample": "The UNet predicts the clean latent",
+    "v_prediction": "The UNet predicts the velocity",
+}
+_WEIGHTS = {"ema": "an exponential moving average over training", "raw": "as the optimizer left them"}
+_LAYERS = {
+    "last": "its last block after the final norm",
+    "penultimate": "its last block but one after the final norm",
+}
+
+
+def model_card(provenance: dict[str, Any]) -> str:
+    """Markdown from the content of carrara.json."""
+    p, data, training = provenance, provenance["latents"], provenance["training"]
+    lost = {k: v for k, v in data["status"].items() if k != "success" and v}
+    left_out = ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in sorted(lost.items()))
+    return _CARD.format(
+        resolution=data["resolution"],
+        samples=f"{data['samples']:,}",
+        shards="1 shard" if data["shards"] == 1 else f"{data['shards']:,} shards",
+        rows=f"{data['rows']:,}",
+        status=f"- Left out: {left_out}.\n" if left_out else "",
+        dataset=data["fingerprint"],
+        objective=_OBJECTIVES[training["prediction_type"]],
+        timesteps=training["num_train_timesteps"],
+        beta_schedule=training["beta_schedule"],
+        beta_start=training["beta_start"],
+        beta_end=training["beta_end"],
+        images_seen=_number(p["images_seen"]),
+        steps=_number(p["steps"]),
+        batch_size=_number(training.get("batch_size")),
+        caption_dropout=training.get("caption_dropout", "not recorded"),
+        weights=_WEIGHTS[p["weights"]],
+        checkpoint=p["checkpoint"],
+        vae_ref=_code(p["vae"]["ref"]),
+        scaling_factor=p["vae"]["scaling_factor"],
+        vae_digest=p["vae"]["digest"],
+        text_ref=_code(p["text"]["ref"]),
+        text_digest=p["text"]["digest"],
+        layer=_LAYERS[p["text"]["layer"]],
+        context_length=p["text"]["context_length"],
+        width=p["text"]["width"],
+    )
+
+
+def _number(value: int | None) -> str:
+    return "not recorded" if value is None else f"{value:,}"
+
+
+def _code(text: str) -> str:
+    return text.replace("`", "'")

@@ -1,0 +1,132 @@
+"""Whether a fit is done, can go on, or was made with other settings; and what it depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from shards import storage
+from shards.dataset import Dataset
+from shards.fingerprint import Fingerprint
+from shards.layout import RunPaths
+from shards.settings import StageError
+from train import folders
+from train.config import AutoencoderConfig, ClipConfig, TrainConfig, TrainingSections
+
+VERSION = 1  # raise it when the same settings lead to other weights
+MARKER = "carrara.json"
+
+StageConfig = AutoencoderConfig | ClipConfig | TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePaths:
+    """Where a fit keeps its things: folders on a local or shared file system."""
+
+    checkpoints: Path
+    model: Path
+    logs: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class StageState:
+    """done: nothing to do. resumable: a checkpoint is there. new: nothing is. stale: made with other settings."""
+
+    state: Literal["done", "resumable", "new", "stale"]
+    reason: str = ""
+
+
+def stage_paths(stage: str, run: RunPaths) -> StagePaths:
+    """The folders of a stage; raises StageError where the run lies on an object store."""
+    if stage == "train":
+        return StagePaths(*(storage.local_path(p) for p in (run.checkpoints, run.model, run.train)))
+    root = storage.local_path(run.autoencoder if stage == "autoencoder" else run.clip)
+    return StagePaths(root / "checkpoints", root / "model", root)
+
+
+def stage_config(stage: str, sections: Any) -> StageConfig:
+    """The section of a stage, of any model with the fields autoencoder, clip and train."""
+    config: StageConfig = getattr(sections, stage)
+    return config
+
+
+def open_input(stage: str, run: RunPaths) -> Dataset:
+    """The dataset that a stage fits; raises StageError where it is not there or has no samples."""
+    dataset = Dataset.open(run.latents if stage == "train" else run.images)
+    if len(dataset) == 0:
+        raise StageError(f"{dataset.root}: there is not one sample to train on")
+    return dataset
+
+
+def fingerprint(stage: str, config: StageConfig, seed: int, dataset: Dataset) -> Fingerprint:
+    """What the weights of a stage depend on."""
+    weights = None
+    if stage == "train":
+        weights = {name: dataset.manifest[name]["digest"] for name in ("vae", "text")}
+    return Fingerprint(stage, VERSION, {**config.settings(), "seed": seed}, dataset.fingerprint, weights)
+
+
+def stage_state(stage: str, run: str, sections: Any) -> StageState:
+    """Judge a fit by what lies on disk, without reading any weights.
+
+    sections: TrainingSections, or any model with its fields. Where the input is not made yet, the state
+    is `new` and the reason says so.
+    """
+    config, paths = stage_config(stage, sections), RunPaths(run)
+    if getattr(config, "pretrained", None):
+        return StageState("done", f"{stage}.pretrained names weights, so nothing is fitted")
+    try:
+        dataset = open_input(stage, paths)
+    except StageError as e:
+        return StageState("new", str(e))
+    return judge(stage, config, fingerprint(stage, config, sections.seed, dataset), stage_paths(stage, paths))
+
+
+def judge(stage: str, config: StageConfig, wanted: Fingerprint, paths: StagePaths) -> StageState:
+    """As `stage_state`, of a fit whose fingerprint is known."""
+    marker = _marker(paths.model)
+    if stage != "train" and marker is not None:
+        return _compare(stage, paths.model, wanted, marker, StageState("done"))
+    newest = folders.latest_complete(paths.checkpoints, deep=False)
+    if newest is None:
+        return StageState("new")
+    manifest = folders.read_manifest(newest)
+    fitted = manifest["images"] >= config.images
+    exported = stage == "train" and marker is not None and marker.get("checkpoint") == newest.name
+    return _compare(
+        stage, newest, wanted, manifest, StageState("done" if fitted and exported else "resumable", str(newest))
+    )
+
+
+def _compare(stage: str, where: Path, wanted: Fingerprint, stored: dict[str, Any], same: StageState) -> StageState:
+    found = stored.get("fingerprint", {})
+    if found.get("digest") == wanted.digest:
+        return same
+    changes = "; ".join(wanted.differs(found)).replace("settings.", f"{stage}.")
+    return StageState(
+        "stale",
+        f"{where} was made with other settings ({changes}); put them back, set another 'run', "
+        "or give --redo to throw it away and fit again",
+    )
+
+
+def _marker(model: Path) -> dict[str, Any] | None:
+    try:
+        marker = storage.read_json(str(model / MARKER))
+    except ValueError:
+        return None
+    return marker if isinstance(marker, dict) else None
+
+
+def discard(paths: StagePaths) -> None:
+    """Delete a fit: its checkpoints, its model and its log."""
+    # The newest checkpoint goes last: should this be cut short, what is left still says what it was made with.
+    for folder in (paths.model, paths.logs / "tensorboard", *reversed(folders.folders(paths.checkpoints))):
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in (paths.logs / "log.jsonl", paths.checkpoints / "latest"):
+        file.unlink(missing_ok=True)
+
+
+__all__ = ["StageState", "TrainingSections", "discard", "judge", "open_input", "stage_paths", "stage_state"]
