@@ -1,11 +1,11 @@
 # The two commands a newcomer needs:
 #   make demo    set-up, then the whole pipeline on the embedded default
-#   make test    set-up, then the tests
+#   make test    set-up, then the tests but the slowest, which are make test-slow (CI runs both)
 SHELL := /bin/bash
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint types setup clean
+.PHONY: demo test test-slow lint types setup clean
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt setup.sh
@@ -16,7 +16,11 @@ demo: setup
 	@$(PY) -m orchestration.demo --config configs/demo.yaml
 
 test: setup
-	$(PY) -m pytest -q -n 2 --dist loadfile
+	$(PY) -m pytest -q -n 2 --dist loadfile -m 'not slow'
+	@echo "The slow tests were left out: make test-slow runs them."
+
+test-slow: setup
+	$(PY) -m pytest -q -n 2 --dist loadfile -m slow
 
 lint: setup
 	.venv/bin/ruff check .

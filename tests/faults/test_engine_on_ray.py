@@ -19,8 +19,6 @@ from tests.orchestration.drive import toy
 from tests.orchestration.head import drive, folder_bytes, start
 from tests.orchestration.test_engine import calls, local
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:

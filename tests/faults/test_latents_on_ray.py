@@ -14,8 +14,6 @@ from shards.layout import RunPaths
 from tests.latents.world import image_dataset, save_clip, save_vae
 from tests.orchestration.head import ended, folder_bytes, run_stage, wait_for
 
-pytestmark = pytest.mark.slow
-
 SHARDS = 10
 
 

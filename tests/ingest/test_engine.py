@@ -30,7 +30,6 @@ def test_what_it_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         img2dataset_engine.require()
 
 
-@pytest.mark.slow  # its imports take longer than its work
 def test_a_shard_by_img2dataset_is_committed_like_ours(site: Site, tmp_path: Path) -> None:
     pytest.importorskip("img2dataset")
     rows = [(site.add(f"/{i}.png", picture(i, 50, 40)), f"caption {i}") for i in range(6)]

@@ -123,7 +123,6 @@ def test_sidecar_offsets_and_tar_members_tell_the_same(site: Site, tmp_path: Pat
         assert meta["similarity"] == 0.3
 
 
-@pytest.mark.slow  # to import it takes longer than to run it
 def test_equals_img2dataset_on_plain_pictures(site: Site, tmp_path: Path) -> None:
     img2dataset_reader, img2dataset_resizer, img2dataset_downloader, img2dataset_writer = (
         pytest.importorskip(f"img2dataset.{m}", exc_type=ImportError)
@@ -316,7 +315,6 @@ def child(config: str, root: str, fault: str, first: Any) -> None:
     worker.close()
 
 
-@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(site: Site, tmp_path: Path) -> None:
     table = dirty_table(site, tmp_path)
     config = make_config(table)

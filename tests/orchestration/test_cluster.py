@@ -25,8 +25,6 @@ from orchestration.cluster import MARK, Cluster, _marked, end_recorded
 from shards.dataset import Dataset
 from tests.orchestration.head import ROOT, drive, head
 
-pytestmark = pytest.mark.slow
-
 
 class Pictures(http.server.BaseHTTPRequestHandler):
     """Answers every path with a small PNG of its own colour."""
@@ -159,7 +157,6 @@ def test_work_goes_on_after_all_that(tmp_path: Path) -> None:
     assert code == 0, err
 
 
-@pytest.mark.slow
 def test_without_an_address_a_ray_is_started_for_the_command() -> None:
     code = (
         "from orchestration.connection import connected; from orchestration.config import RayConfig\n"

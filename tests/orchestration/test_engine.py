@@ -175,7 +175,6 @@ def test_a_fresh_lock_of_another_host_is_respected(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.slow
 def test_the_same_bytes_on_ray_as_in_one_process(tmp_path: Path) -> None:
     local(toy(tmp_path / "here"))
     code, err = drive(tmp_path / "there", json.dumps({"workers": 2}))

@@ -245,7 +245,6 @@ def test_weights_have_the_names_old_and_new_transformers_read(exported):
     }
 
 
-@pytest.mark.slow
 def test_it_opens_where_there_is_no_carrara(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "model")
     script = (

@@ -15,7 +15,6 @@ from train.checkpoint import load_weights
 from train.folders import latest_complete
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_stage_and_the_pipeline_at_the_end(run: Path) -> None:
     from latents.config import LatentsConfig

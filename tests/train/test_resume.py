@@ -43,7 +43,6 @@ def second_run(run: Path, tmp_path: Path) -> Path:
     return other
 
 
-@pytest.mark.slow
 def test_killed_runs_end_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
     """kill -9 of one rank at a time, three times at different moments; then the same command again."""
     forked.fit(config_of(run), 2)
@@ -68,7 +67,6 @@ def test_killed_runs_end_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
     assert [i for i, _ in losses[0]] == [8 * s for s in range(1, STEPS + 1)]
 
 
-@pytest.mark.slow
 def test_torn_checkpoints_fall_back_to_the_one_before(run: Path, tmp_path: Path) -> None:
     config = config_of(run)
     forked.fit(config, 1)
@@ -119,7 +117,6 @@ def test_old_checkpoints_go_but_never_the_last_complete_one(tmp_path: Path) -> N
     assert left() == [2, 5, 6, 7]
 
 
-@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(run: Path, tmp_path: Path) -> None:
     forked.fit(config_of(run), 2)
     other = second_run(run, tmp_path)
@@ -138,7 +135,6 @@ def test_sigterm_saves_and_the_run_goes_on(run: Path, tmp_path: Path) -> None:
         assert_same(tensors(step_folder(other, STEPS), name), tensors(step_folder(run, STEPS), name))
 
 
-@pytest.mark.slow
 def test_finished_stages_do_nothing_and_changed_settings_are_refused(run: Path) -> None:
     config = config_of(run)
     assert state_of(config, "clip").state == "new"
@@ -188,7 +184,6 @@ def explode(config: str) -> None:
     forked.run_stage(config)
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all_ranks_before_the_step(run: Path) -> None:
     ranks = forked.start(2, explode, str(config_of(run)))
     for rank in ranks:

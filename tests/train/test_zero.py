@@ -84,7 +84,6 @@ def plain_loop(config: Path) -> tuple[Weights, Weights]:
     return {n: p.detach() for n, p in model.named_parameters()}, average
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_under_any_stage_equal_the_plain_loop(run: Path, stage: int) -> None:
     config = settings(run, zero_stage=stage)
@@ -101,7 +100,6 @@ def initial(config: Path) -> Weights:
     return {n: p.detach() for n, p in objective_of(config)[0].model.named_parameters()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
 def test_average_is_exact_of_the_fp32_weights(run: Path, stage: int, precision: str) -> None:
     """The EMA is, to the bit, the recursion over the fp32 weights of every step, unrounded start included."""
@@ -116,7 +114,6 @@ def test_average_is_exact_of_the_fp32_weights(run: Path, stage: int, precision: 
         assert_same(tensors(step_folder(run, step), "ema"), average)
 
 
-@pytest.mark.slow
 def test_ranks_and_accumulation_see_the_same_samples_and_noise(run: Path, tmp_path: Path) -> None:
     """1 rank x 2 accumulation, 2 ranks x 1 and 2 ranks x 2 agree to rounding, in the loss of every step too."""
     import json
@@ -135,8 +132,14 @@ def test_ranks_and_accumulation_see_the_same_samples_and_noise(run: Path, tmp_pa
         assert losses == pytest.approx(results[0][1], rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("first", "then"), [((3, 2), (1, 1)), ((0, 1), (3, 2)), ((1, 1), (2, 2))])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ((3, 2), (1, 1)),
+        pytest.param((0, 1), (3, 2), marks=pytest.mark.slow),
+        pytest.param((1, 1), (2, 2), marks=pytest.mark.slow),
+    ],
+)
 def test_any_stage_and_world_resumes_any_other(
     run: Path, tmp_path: Path, first: tuple[int, int], then: tuple[int, int]
 ) -> None:
