@@ -11,7 +11,7 @@ import heapq
 import logging
 import socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +65,7 @@ class Ledger:
             self._open.append(found.state != "done")
         self.total = len(self._open)
         self._waiting: list[tuple[float, int, Task]] = []  # heap of (not before, index, task)
+        self._suspects: deque[Task] = deque()
         self._blame: Counter[int] = Counter()
         self._old_failures = set(storage.list_names(self.failures))  # of an earlier run
         self._in_a_row = 0
@@ -90,7 +91,7 @@ class Ledger:
     @property
     def empty(self) -> bool:
         """Whether every shard is handed out, those to be tried again included."""
-        return self._ahead is None and not self._waiting
+        return self._ahead is None and not self._waiting and not self._suspects
 
     @property
     def remaining(self) -> int:
@@ -106,6 +107,10 @@ class Ledger:
             self._advance()
         return task
 
+    def take_suspect(self) -> Task | None:
+        """A task to be given to a worker that has and gets no other meanwhile; None where there is none."""
+        return self._suspects.popleft() if self._suspects else None
+
     @property
     def next_retry_s(self) -> float | None:
         """Seconds until a failed shard may be tried again; None where none waits."""
@@ -114,6 +119,11 @@ class Ledger:
     def give_back(self, task: Task) -> None:
         """The task was not done, and not by its own fault: it is next."""
         heapq.heappush(self._waiting, (time.monotonic(), task.index, task))
+
+    def suspect(self, task: Task) -> None:
+        """A worker died with this shard and others in hand, so that nobody can say whose fault it was: it is tried
+        again by itself, and no attempt is counted."""
+        self._suspects.append(task)
 
     def committed(self, task: Task) -> bool:
         """Whether the shard is on disk after all, whatever became of the worker that made it."""

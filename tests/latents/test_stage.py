@@ -333,3 +333,59 @@ def test_a_finished_shard_is_not_written_twice(make):
     assert work(task) == first
     assert Path(stage.root, "00000.safetensors").stat().st_ino == before
     assert commit_shard(stage.root, 0, {}, {"rows": 0, "count": 0}, task.fingerprint) == first
+
+
+def test_pooled_text_is_stored_once_per_caption(make):
+    stage = make(text_pooled=True, text_layer="penultimate_no_norm")
+    manifest = run_stage(stage)
+    assert manifest["text"]["layer"] == "penultimate_no_norm"
+    text = load_text(stage.text_ref, "penultimate_no_norm")
+    dataset = Dataset.open(stage.root)
+    for position in range(2):
+        arrays = ColumnShard(dataset, position).arrays
+        rows, pooled = text.encode_pooled(arrays["tokens"].astype(np.int64))
+        index = arrays["embedding_index"]
+        assert len(arrays["pooled"]) == len(arrays["embeddings"])
+        np.testing.assert_allclose(arrays["pooled"][index], pooled, rtol=1e-3, atol=2e-3)
+        np.testing.assert_allclose(arrays["embeddings"][index], rows, rtol=1e-3, atol=2e-3)
+        empty = text.encode_pooled(arrays["empty_tokens"][None].astype(np.int64))[1]
+        np.testing.assert_allclose(arrays["empty_pooled"], empty[0], rtol=1e-3, atol=2e-3)
+
+
+def test_a_tiny_autoencoder_needs_means_alone(make, tmp_path):
+    from tests.latents.test_encoders import save_tiny
+
+    stage = make(moments=True)
+    stage.vae_ref = str(save_tiny(tmp_path / "tiny"))
+    with pytest.raises(ConfigError, match=r"AutoencoderTiny, which has no posterior.*latents\.moments to false"):
+        list(stage.tasks())
+    stage.config = stage.config.model_copy(update={"moments": False})
+    manifest = run_stage(stage)
+    assert manifest["vae"]["kind"] == "AutoencoderTiny"
+    assert "logstd" not in ColumnShard(Dataset.open(stage.root), 0).arrays
+    assert manifest["channels"]["sample_std"] == manifest["channels"]["std"]
+
+
+def test_memory_stays_flat_over_many_shards(make):
+    """What a worker holds after many shards is what it holds after a few."""
+    import gc
+    import tracemalloc
+
+    stage = make()
+    work = stage.worker()
+    tasks = list(stage.tasks())
+
+    def again(times: int) -> int:
+        for _ in range(times):
+            for task in tasks:
+                (Path(stage.root) / f"{task.index:05d}_stats.json").unlink(missing_ok=True)
+                work(task)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        few, many = again(3), again(12)
+    finally:
+        tracemalloc.stop()
+    assert many - few < 200_000, "24 more shards of 13 pictures each"
