@@ -108,9 +108,9 @@ class LatentsStage:
                 "set latents.moments to false"
             )
         weights = {"vae": vae.digest, "text": text.digest}
+        common = Fingerprint(self.name, VERSION, self.config.settings(), None, weights)
         for position, info in enumerate(dataset.shards):
-            fingerprint = Fingerprint(self.name, VERSION, self.config.settings(), info.digest, weights)
-            yield Task(info.index, fingerprint, {"position": position})
+            yield Task(info.index, common.of(info.digest), {"position": position})
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Load the encoders once; the result makes one shard a call."""

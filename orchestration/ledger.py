@@ -66,6 +66,7 @@ class Ledger:
         self.total = len(self._open)
         self._waiting: list[tuple[float, int, Task]] = []  # heap of (not before, index, task)
         self._suspects: deque[Task] = deque()
+        self._alone: set[int] = set()  # shards that were suspects once
         self._blame: Counter[int] = Counter()
         self._old_failures = set(storage.list_names(self.failures))  # of an earlier run
         self._in_a_row = 0
@@ -100,7 +101,7 @@ class Ledger:
 
     def take(self) -> Task | None:
         """The next task whose time has come, None where there is none right now."""
-        if self._waiting and self._waiting[0][0] <= time.monotonic():
+        if self._due() and self._waiting[0][1] not in self._alone:
             return heapq.heappop(self._waiting)[2]
         task = self._ahead
         if task is not None:
@@ -109,7 +110,14 @@ class Ledger:
 
     def take_suspect(self) -> Task | None:
         """A task to be given to a worker that has and gets no other meanwhile; None where there is none."""
-        return self._suspects.popleft() if self._suspects else None
+        if self._suspects:
+            return self._suspects.popleft()
+        if self._due() and self._waiting[0][1] in self._alone:
+            return heapq.heappop(self._waiting)[2]
+        return None
+
+    def _due(self) -> bool:
+        return bool(self._waiting) and self._waiting[0][0] <= time.monotonic()
 
     @property
     def next_retry_s(self) -> float | None:
@@ -123,6 +131,7 @@ class Ledger:
     def suspect(self, task: Task) -> None:
         """A worker died with this shard and others in hand, so that nobody can say whose fault it was: it is tried
         again by itself, and no attempt is counted."""
+        self._alone.add(task.index)
         self._suspects.append(task)
 
     def committed(self, task: Task) -> bool:

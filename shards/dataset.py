@@ -192,6 +192,8 @@ def read_stats(root: str, index: int) -> dict[str, Any] | None:
 def shard_state(root: str, task: Task) -> ShardState:
     """Judge the shard of a task: its stats, its fingerprint, and the sizes of its files."""
     name = shard_name(task.index)
+    if _plainly_done(storage.join(root, name), task):
+        return ShardState("done")
     stats = read_stats(root, task.index)
     if stats is None:
         if storage.exists(storage.join(root, name + "_stats.json")):
@@ -207,6 +209,28 @@ def shard_state(root: str, task: Task) -> ShardState:
     if changes and all(c.split(":")[0].split(".")[0] == "input" for c in changes):
         return ShardState("input_changed", reason)
     return ShardState("stale", reason)
+
+
+# The part of a stats file that says what was committed, as `_json_bytes` writes it; a string holds no line break.
+_COMMIT = re.compile(rb'\n "files": \{\n(.*?)\n \},\n "fingerprint": \{\n  "digest": "([0-9a-f]{32})"', re.DOTALL)
+_FILE = re.compile(rb'  "(\.\w+)": \{\n   "sha256": "[0-9a-f]{64}",\n   "size": (\d+)\n  \}')
+
+
+def _plainly_done(base: str, task: Task) -> bool:
+    """Whether the shard is done, by a look at the few lines that tell; False where it takes more to know.
+
+    A resume asks this of every shard, and to parse 200,000 stats files takes as long as all else together.
+    """
+    try:
+        data = storage.read_bytes(base + "_stats.json")
+    except FileNotFoundError:
+        return False
+    commit = _COMMIT.search(data)
+    if commit is None or not data.endswith(b"\n}\n") or commit[2].decode() != task.fingerprint.digest:
+        return False
+    files = _FILE.findall(commit[1])
+    whole = len(files) == commit[1].count(b'"size"') > 0
+    return whole and all(storage.size(base + suffix.decode()) == int(size) for suffix, size in files)
 
 
 def verify_shard(root: str, index: int) -> str:

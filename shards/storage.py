@@ -37,6 +37,12 @@ def _fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path
 
 
+def _plain(url: str) -> bool:
+    """Whether this is an absolute path as the operating system takes it. fsspec would spend a tenth of a millisecond
+    on finding that out, which a resume over 200,000 shards does a million times."""
+    return url.startswith("/") and "::" not in url and "://" not in url
+
+
 def is_local(url: str) -> bool:
     """True where the path lies on a mounted file system rather than an object store."""
     return "://" not in url or url.startswith(("file://", "local://"))
@@ -60,6 +66,11 @@ def exists(url: str) -> bool:
 
 def size(url: str) -> int | None:
     """Size of a file in bytes, None where it is absent."""
+    if _plain(url):
+        try:
+            return os.stat(url).st_size
+        except FileNotFoundError:
+            return None
     fs, path = _fs(url)
     try:
         if isinstance(fs, LocalFileSystem):
@@ -72,6 +83,9 @@ def size(url: str) -> int | None:
 
 def read_bytes(url: str) -> bytes:
     """The whole file; raises FileNotFoundError."""
+    if _plain(url):
+        with open(url, "rb") as f:
+            return f.read()
     fs, path = _fs(url)
     return bytes(fs.cat_file(path))
 
