@@ -7,4 +7,6 @@ moments   half-precision means, 8-bit log-stds, per-channel statistics that merg
 buckets   aspect-ratio buckets, and which one a picture goes to
 pictures  resize and crop of one picture, decoding ahead of the encoder
 stage     the stage itself: one image shard in, one latent shard out
+planning  what pre-encoding would store, take and cost
+inspection  latents decoded beside their originals, and encoded again
 """

@@ -103,17 +103,9 @@ def choices(samples: int, rates: Rates, prices: Prices, facts: dict[str, int], r
             kept = samples * size / 1e12 * prices.terabyte_month * prices.months
             once = hours * prices.worker_hour
             saved = online - rest
-            found.append(
-                Choice(
-                    f"{text}, {'moments' if moments else 'means alone'}",
-                    size,
-                    hours,
-                    once,
-                    kept,
-                    prices.epochs * rest,
-                    (once + kept) / saved if saved > 0 else None,
-                )  # fmt: skip
-            )
+            name = f"{text}, {'moments' if moments else 'means alone'}"
+            even = (once + kept) / saved if saved > 0 else None
+            found.append(Choice(name, size, hours, once, kept, prices.epochs * rest, even))
     return found
 
 
@@ -157,7 +149,7 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
     position = next((p for p, s in enumerate(dataset.shards) if s.count), None) if dataset else None
     if dataset is None or position is None:
         raise ConfigError(
-            f"plan: {stage.run.images} has no finished image shards to measure on; run the ingest on a small table first"
+            f"plan: {stage.run.images} has no finished image shards to measure on; ingest a small table first"
         )
     worker: Any = stage.worker()
     shard = images.ImageShard(dataset, position)
@@ -212,24 +204,34 @@ def report(
     config: LatentsConfig, samples: int, workers: int, rates: Rates, prices: Prices, facts: dict[str, int]
 ) -> str:
     """The plan as text."""
-    decode_threads = rates.decode / rates.vae
+    threads = max(1, int(np.ceil(rates.decode / rates.vae)))
     lines = [
         f"{samples:,} pictures; measured on {rates.samples} of them on {rates.where}:",
         f"  VAE {1e3 * rates.vae:.3g} ms a picture, CLIP {1e3 * rates.text:.3g} ms a distinct caption "
         f"({rates.distinct:.2f} a picture), decoding {1e3 * rates.decode:.3g} ms on one thread",
-        f"  so {max(1, int(np.ceil(decode_threads)))} decoding threads keep one worker's encoders busy",
+        f"  so {threads} decoding thread{'s' if threads > 1 else ''} can keep one worker's encoders busy",
         "",
-        f"{'':26}{'bytes':>10}{'storage':>12}{'hours of':>12}{f'with {workers}':>12}{'money':>12}{'money for':>12}"
-        f"{'money in':>12}{'money':>14}{'pays from':>12}",
-        f"{'':26}{'a sample':>10}{'TB':>12}{'a worker':>12}{'workers, h':>12}{'once':>12}{'storage':>12}"
-        f"{'training':>12}{'in all':>14}{'epoch':>12}",
+    ]
+    table: list[tuple[str, ...]] = [
+        ("", "bytes", "storage,", "worker", "hours on", "", "money for", "", "", "pays from"),
+        ("", "a sample", "TB", "hours", f"{workers} workers", "encoding", "storage", "training", "all", "epoch"),
     ]
     for c in choices(samples, rates, prices, facts, len(config.resolutions)):
-        even = "" if c.break_even is None else f"{c.break_even:.2f}"
-        lines.append(
-            f"{c.name:26}{c.bytes_a_sample:>10,.0f}{samples * c.bytes_a_sample / 1e12:>12,.3f}{c.hours:>12,.1f}"
-            f"{c.hours / workers:>12,.1f}{c.once:>12,.0f}{c.storage:>12,.0f}{c.training:>12,.0f}{c.money:>14,.0f}{even:>12}"
+        table.append(
+            (
+                c.name,
+                f"{c.bytes_a_sample:,.0f}",
+                f"{samples * c.bytes_a_sample / 1e12:,.3f}",
+                f"{c.hours:,.1f}",
+                f"{c.hours / workers:,.1f}",
+                *(f"{money:,.0f}" for money in (c.once, c.storage, c.training, c.money)),
+                "" if c.break_even is None else f"{c.break_even:.2f}",
+            )
         )
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for row in table:
+        first, *rest = (cell.rjust(w) for cell, w in zip(row, widths, strict=True))
+        lines.append("  ".join([row[0].ljust(len(first)), *rest]).rstrip())
     lines += [
         "",
         f"money: {prices.worker_hour:g} for an hour of a worker, {prices.trainer_hour:g} of a training rank, "

@@ -242,8 +242,32 @@ def _plan(arguments: list[str]) -> None:
     print(f"of this run, {ledger.skipped:,} of {ledger.total:,} shards are made and {ledger.remaining:,} are left")
 
 
+def _inspect(arguments: list[str]) -> None:
+    parser = _Parser("carrara inspect", description="Latents decoded beside their originals, and encoded again.")
+    parser.add_argument("--count", type=int, default=32, help="samples to look at")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other samples")
+    given, config = _configured(arguments, parser)
+    if given.count < 1:
+        raise ConfigError(f"inspect: --count is {given.count}; it must be at least 1")
+    from latents import inspection
+    from orchestration import stages
+    from shards.layout import RunPaths
+    from shards.settings import StageError
+
+    stages.check_inputs("latents", config)
+    (stage, _), *_ = stages.shard_stages("latents", config)
+    found = inspection.inspect(stage, given.count, given.seed)  # type: ignore[arg-type]
+    print(inspection.summary(found))
+    log.info(
+        "inspect: the page is %s", inspection.write(found, RunPaths(config.run).reports, f"Latents of {config.run}")
+    )
+    if found.complaint:
+        raise StageError(f"inspect: {found.complaint}")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "plan": _plan,
+    "inspect": _inspect,
     "sample": _sample,
     "watch": _watch,
     "numbers": _numbers,
