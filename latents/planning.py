@@ -119,9 +119,7 @@ def facts_of(stage: LatentsStage) -> dict[str, int]:
 
 def rates_of(stage: LatentsStage, samples: int = 64, measure_again: bool = False) -> Rates:
     """The rates that were measured with these settings and weights, else measured now (which loads the encoders)."""
-    weights = [find_vae(stage.vae_ref).digest, find_clip(stage.text_ref).digest]
-    settings = {k: v for k, v in stage.config.settings().items() if k not in ("text", "moments")}
-    key = digest_json([settings, stage.config.device, weights])[:32]
+    key = rates_key(stage)
     url = storage.join(stage.run.status, RATES)
     try:
         known = storage.read_json(url)
@@ -132,6 +130,13 @@ def rates_of(stage: LatentsStage, samples: int = 64, measure_again: bool = False
     rates = _measure(stage, samples)
     storage.write_json(url, {"key": key, "rates": dataclasses.asdict(rates)})
     return rates
+
+
+def rates_key(stage: LatentsStage) -> str:
+    """What rates depend on: everything but the choices that a plan is to compare."""
+    weights = [find_vae(stage.vae_ref).digest, find_clip(stage.text_ref).digest]
+    settings = {k: v for k, v in stage.config.settings().items() if k not in ("text", "moments")}
+    return digest_json([settings, stage.config.device, weights])[:32]
 
 
 def _measure(stage: LatentsStage, samples: int) -> Rates:
