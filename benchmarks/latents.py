@@ -217,7 +217,7 @@ def encode(given: argparse.Namespace, folder: Path) -> None:
         return time.perf_counter() - began
 
     print(
-        f"encode: {count} pictures of {side} px, VAE '{given.vae}', text {given.text}, batch {given.batch}, {given.device}"
+        f"encode: {count} pictures of {side} px, VAE '{given.vae}', {given.text}, batch {given.batch}, {given.device}"
     )
     bares, wholes = [], []
     for turn in range(given.rounds):
@@ -364,10 +364,8 @@ def bytes_a_sample(given: argparse.Namespace, folder: Path) -> None:
     print(f"bytes: {len(shard)} samples at 256 px, 4x32x32, moments and tokens")
     print(f"  columns {columns:,.1f} bytes a sample; " + ", ".join(f"{k} {v:,.1f}" for k, v in sorted(sizes.items())))
     print(f"  all files are {whole / columns:.4f} times the columns")
-    usual = 8192 + 77 * 1024 * 2
-    print(
-        f"  2 billion samples: {2e9 * whole / 1e12:.1f} TB; half-precision latents and CLIP-H rows: {2e9 * usual / 1e12:.1f} TB"
-    )
+    usual = 2e9 * (8192 + 77 * 1024 * 2) / 1e12
+    print(f"  2 billion samples: {2e9 * whole / 1e12:.1f} TB; half-precision latents and CLIP-H rows: {usual:.1f} TB")
 
 
 # ---- scale -----------------------------------------------------------------------------------------

@@ -51,7 +51,9 @@ class Fingerprint:
         if rest is None:
             parts = {k: v for k, v in self._parts().items() if k != "input"}
             rest = _canonical(parts).removeprefix("{")
-        return Fingerprint(self.stage, self.version, self.settings, input, self.weights, rest)
+        other = object.__new__(Fingerprint)  # the constructor of a frozen dataclass takes six times as long
+        other.__dict__.update(self.__dict__, input=input, _rest=rest)
+        return other
 
     def to_json(self) -> dict[str, Any]:
         """The parts and their digest, as stored in `_stats.json`."""

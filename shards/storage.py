@@ -57,6 +57,8 @@ def local_path(url: str) -> Path:
 
 def exists(url: str) -> bool:
     """Whether a file or folder is there (object stores are asked afresh, not from a cached listing)."""
+    if _plain(url):
+        return os.path.lexists(url)
     fs, path = _fs(url)
     if isinstance(fs, LocalFileSystem):
         return os.path.lexists(path)
@@ -84,8 +86,14 @@ def size(url: str) -> int | None:
 def read_bytes(url: str) -> bytes:
     """The whole file; raises FileNotFoundError."""
     if _plain(url):
-        with open(url, "rb") as f:
-            return f.read()
+        fd = os.open(url, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.read(fd, 16384)
+            if len(data) < 16384:  # the whole of it, in one go
+                return data
+        finally:
+            os.close(fd)
+        return Path(url).read_bytes()
     fs, path = _fs(url)
     return bytes(fs.cat_file(path))
 
