@@ -106,9 +106,9 @@ def run_stage(stage: LatentsStage) -> dict:
     return stage.finish([work(task) for task in stage.tasks()])
 
 
-@pytest.fixture
-def made(tmp_path, vae_folder, clip_folder):
-    stage = stage_of(tmp_path, vae_folder, clip_folder)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, vae_folder, clip_folder):
+    stage = stage_of(tmp_path_factory.mktemp("made"), vae_folder, clip_folder)
     return stage, run_stage(stage)
 
 

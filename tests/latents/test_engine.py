@@ -93,7 +93,7 @@ def test_a_full_disk_is_named_and_the_same_command_finishes(stage, monkeypatch):
     with pytest.raises((StageError, OSError), match=r"the disk is full|No space left"):
         run(stage, attempts=1)
     monkeypatch.undo()
-    committed = [p for p in Path(stage.root).glob("*_stats.json")] if Path(stage.root).exists() else []
+    committed = list(Path(stage.root).glob("*_stats.json")) if Path(stage.root).exists() else []
     assert len(committed) < SHARDS
     for path in committed:
         assert json.loads(path.read_text())["count"] > 0, "what is there is whole"

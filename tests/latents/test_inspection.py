@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,18 @@ from tests.latents import world
 from tests.latents.test_buckets import run_stage, stage_of
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, vae_folder, clip_folder) -> Path:
+    """A finished run, to be copied by tests that change it."""
+    folder = tmp_path_factory.mktemp("made")
+    run_stage(stage_of(folder, vae_folder, clip_folder))
+    return folder
+
+
 @pytest.fixture
-def stage(tmp_path, vae_folder, clip_folder):
-    made = stage_of(tmp_path, vae_folder, clip_folder)
-    run_stage(made)
-    return made
+def stage(made, tmp_path, vae_folder, clip_folder):
+    shutil.copytree(made / "run", tmp_path / "run")
+    return stage_of(tmp_path, vae_folder, clip_folder)
 
 
 def test_good_latents_are_found_good_and_measured(stage):
