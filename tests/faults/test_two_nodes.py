@@ -29,7 +29,7 @@ SHARDS, ROWS = 24, 120
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[tuple[Cluster, subprocess.Popen[bytes]]]:
+def two_nodes() -> Iterator[tuple[Cluster, subprocess.Popen[str]]]:
     """A head with one CPU, and the process that runs a second node with two."""
     with Cluster(cpus=1, cwd=ROOT) as cluster:
         command = [sys.executable, "-m", "orchestration.ray_head", "start", f"--address={cluster.address}", "--block"]
@@ -38,13 +38,15 @@ def two_nodes() -> Iterator[tuple[Cluster, subprocess.Popen[bytes]]]:
         node = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**cluster.environment(), "PYTHONPATH": str(ROOT)},
+            # On its own it would refuse to be one of several.
+            env={**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
             start_new_session=True,
         )
         try:
-            wait_for(lambda: alive(cluster) == 2)
+            wait_for(lambda: alive(cluster) == 2, node)
             yield cluster, node
         finally:
             node.terminate()
@@ -56,10 +58,10 @@ def alive(cluster: Cluster) -> int:
     return sum(n["raylet"].get("state") == "ALIVE" for n in nodes)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 200
     while not condition():
-        assert process is None or process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
