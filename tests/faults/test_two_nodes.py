@@ -1,13 +1,16 @@
 """The latents stage on two Ray nodes, one of which is killed in mid-run: the work finishes, with the same bytes.
 
-The second node is a raylet of its own that joins a head on loopback. Its death is the hard kind: the daemon is gone
-at once, its workers live on for a while and go on committing shards that others are given meanwhile.
+Both losses are of the hard kind: the node's workers live on for a while, and go on committing shards that others are
+given meanwhile, since the files lie on a disk that both see.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from orchestration.cluster import Cluster
+from orchestration.cluster import Cluster, end_marked
 from shards.dataset import Dataset, verify_shard
 from shards.layout import RunPaths
 from tests.latents.world import image_dataset, save_clip, save_vae
@@ -28,33 +31,102 @@ from tests.orchestration.head import ROOT, ended, folder_bytes
 SHARDS, ROWS = 24, 120
 
 
-@pytest.fixture
-def two_nodes() -> Iterator[tuple[Cluster, subprocess.Popen[str]]]:
-    """A head with one CPU, and the process that runs a second node with two."""
+@dataclasses.dataclass
+class Nodes:
+    """Two nodes under way. cluster: the first, with one CPU; node: the process that runs the second, with two."""
+
+    cluster: Cluster
+    node: subprocess.Popen[str]
+    lose: Callable[[], None]  # what happens to the second
+
+
+def second_node(cluster: Cluster, address: str, *before: str) -> subprocess.Popen[str]:
+    command = [*before, sys.executable, "-m", "orchestration.ray_head", "start", f"--address={cluster.address}"]
+    command += ["--block", "--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats"]
+    command += [f"--node-ip-address={address}", "--min-worker-port=0", "--max-worker-port=0"]
+    # On its own the head's environment makes Ray refuse to be one of several.
+    env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@contextlib.contextmanager
+def killed() -> Iterator[Nodes]:
+    """The second node's daemon is killed; its workers live on for a while."""
     with Cluster(cpus=1, cwd=ROOT) as cluster:
-        command = [sys.executable, "-m", "orchestration.ray_head", "start", f"--address={cluster.address}", "--block"]
-        command += ["--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats"]
-        command += ["--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
-        node = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            # On its own it would refuse to be one of several.
-            env={**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            wait_for(lambda: alive(cluster) == 2, node)
-            yield cluster, node
-        finally:
-            node.terminate()
-            node.wait(30)
+        node = second_node(cluster, "127.0.0.1")
+
+        def lose() -> None:
+            os.kill(raylet_of(node).pid, signal.SIGKILL)
+
+        with ending(node):
+            yield Nodes(cluster, node, lose)
+
+
+@contextlib.contextmanager
+def cut_off() -> Iterator[Nodes]:
+    """The second node is in a network namespace of its own, and the cable is pulled; all its processes live on."""
+    name, here, there = f"carrara{os.getpid()}", "10.213.77.1", "10.213.77.2"
+    cable = f"ca{os.getpid()}"[:14]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        ip("netns", "add", name)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("network namespaces need root and iproute2")
+    cluster = Cluster(cpus=1, cwd=ROOT)
+    try:
+        ip("link", "add", cable, "type", "veth", "peer", "name", "inside", "netns", name)
+        ip("addr", "add", f"{here}/30", "dev", cable)
+        ip("link", "set", cable, "up")
+        ip("-n", name, "addr", "add", f"{there}/30", "dev", "inside")
+        ip("-n", name, "link", "set", "inside", "up")
+        ip("-n", name, "link", "set", "lo", "up")
+        port, dashboard = (free_port(here) for _ in range(2))
+        cluster.address, cluster.url = f"{here}:{port}", f"http://{here}:{dashboard}"
+        command = [sys.executable, "-m", "orchestration.ray_head", "start", "--head", "--block", "--num-cpus=1"]
+        command += [f"--node-ip-address={here}", f"--port={port}", f"--dashboard-host={here}", "--no-monitor"]
+        command += [f"--dashboard-port={dashboard}", "--object-store-memory=100000000", "--disable-usage-stats"]
+        command += ["--min-worker-port=0", "--max-worker-port=0"]
+        env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+        head = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        with ending(head):
+            wait_for(lambda: alive(cluster) == 1, head)
+            node = second_node(cluster, there, "ip", "netns", "exec", name)
+            with ending(node):
+                yield Nodes(cluster, node, lambda: ip("link", "set", cable, "down"))
+    finally:
+        end_marked(cluster.id)
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@contextlib.contextmanager
+def ending(process: subprocess.Popen[str]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        process.kill()
+
+
+def free_port(address: str) -> int:
+    with socket.socket() as s:
+        s.bind((address, 0))
+        return int(s.getsockname()[1])
+
+
+def raylet_of(node: subprocess.Popen[str]) -> psutil.Process:
+    return next(p for p in psutil.Process(node.pid).children(recursive=True) if p.name() == "raylet")
 
 
 def alive(cluster: Cluster) -> int:
-    nodes = cluster.request("/nodes?view=summary")["data"]["summary"]
+    try:
+        nodes = cluster.request("/nodes?view=summary")["data"]["summary"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
     return sum(n["raylet"].get("state") == "ALIVE" for n in nodes)
 
 
@@ -68,8 +140,17 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_node_killed_in_mid_run_costs_nothing(tmp_path: Path, two_nodes) -> None:  # type: ignore[no-untyped-def]
-    cluster, node = two_nodes
+@pytest.mark.parametrize("nodes", [killed, cut_off])
+def test_a_node_lost_in_mid_run_costs_nothing(
+    tmp_path: Path, nodes: Callable[[], contextlib.AbstractContextManager[Nodes]]
+) -> None:
+    with nodes() as both:
+        wait_for(lambda: alive(both.cluster) == 2, both.node)
+        lose_one(tmp_path, both)
+
+
+def lose_one(tmp_path: Path, both: Nodes) -> None:
+    cluster, node = both.cluster, both.node
     save_vae(tmp_path / "vae")
     save_clip(tmp_path / "clip")
     runs = {}
@@ -99,14 +180,13 @@ def test_a_node_killed_in_mid_run_costs_nothing(tmp_path: Path, two_nodes) -> No
 
     latents = tmp_path / "both/latents"
     process = start("both")
-    there = psutil.Process(node.pid)
-    raylet = next(p for p in there.children(recursive=True) if p.name() == "raylet")
+    raylet = raylet_of(node)
 
     def workers_of_the_node() -> int:
         return sum("ShardWorker.process" in " ".join(p.cmdline()) for p in raylet.children() if p.is_running())
 
     wait_for(lambda: workers_of_the_node() >= 1 and len(list(latents.glob("*_stats.json"))) >= 2, process)
-    os.kill(raylet.pid, signal.SIGKILL)
+    both.lose()
     assert len(list(latents.glob("*_stats.json"))) < SHARDS, "killed in mid-run"
     ended(process)
 
