@@ -186,6 +186,7 @@ class _Worker:
         shard, excluded = self._open(task)
         started = time.perf_counter()
         try:
+            shard.fetch()
             files, stats = self._make(shard, excluded)
         finally:
             shard.close()

@@ -104,6 +104,13 @@ class ImageShard:
             raise ValueError(f"{self.url}: ends before the picture of sample {self.keys[i]}")
         return data
 
+    def fetch(self) -> None:
+        """From an object store, read the tar as a whole: for whoever wants every picture, in any order."""
+        if not storage.is_local(self.url):
+            data = storage.read_bytes(self.url)
+            with self._lock:
+                self._file = io.BytesIO(data)
+
     def close(self) -> None:
         """Close the tar; it is opened again when needed."""
         with self._lock:

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,26 +41,49 @@ class Nodes:
     lose: Callable[[], None]  # what happens to the second
 
 
+@contextlib.contextmanager
+def first_node(address: str) -> Iterator[Cluster]:
+    """A head at an address that other nodes can reach, which loopback is not for Ray; with a token, as everywhere."""
+    cluster = Cluster(cpus=1, cwd=ROOT)
+    port, dashboard = (free_port(address) for _ in range(2))
+    cluster.address, cluster.url = f"{address}:{port}", f"http://{address}:{dashboard}"
+    command = [sys.executable, "-m", "orchestration.ray_head", "start", "--head", "--block", "--num-cpus=1"]
+    command += [f"--node-ip-address={address}", f"--port={port}", f"--dashboard-host={address}", "--no-monitor"]
+    command += [f"--dashboard-port={dashboard}", "--object-store-memory=100000000", "--disable-usage-stats"]
+    command += ["--min-worker-port=0", "--max-worker-port=0"]
+    head = start_ray(cluster, command)
+    try:
+        with ending(head):
+            wait_for(lambda: alive(cluster) == 1, head)
+            yield cluster
+    finally:
+        end_marked(cluster.id)
+
+
 def second_node(cluster: Cluster, address: str, *before: str) -> subprocess.Popen[str]:
     command = [*before, sys.executable, "-m", "orchestration.ray_head", "start", f"--address={cluster.address}"]
     command += ["--block", "--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats"]
     command += [f"--node-ip-address={address}", "--min-worker-port=0", "--max-worker-port=0"]
-    # On its own the head's environment makes Ray refuse to be one of several.
+    return start_ray(cluster, command)
+
+
+def start_ray(cluster: Cluster, command: list[str]) -> subprocess.Popen[str]:
+    # With what keeps our own heads to themselves, Ray would refuse to be one of several.
     env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = tempfile.TemporaryFile("w+")
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, text=True, start_new_session=True)
 
 
 @contextlib.contextmanager
 def killed() -> Iterator[Nodes]:
     """The second node's daemon is killed; its workers live on for a while."""
-    with Cluster(cpus=1, cwd=ROOT) as cluster:
-        node = second_node(cluster, "127.0.0.1")
-
-        def lose() -> None:
-            os.kill(raylet_of(node).pid, signal.SIGKILL)
-
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:  # which address would be used; nothing is sent
+        s.connect(("10.255.255.255", 1))
+        address = s.getsockname()[0]
+    with first_node(address) as cluster:
+        node = second_node(cluster, address)
         with ending(node):
-            yield Nodes(cluster, node, lose)
+            yield Nodes(cluster, node, lambda: os.kill(raylet_of(node).pid, signal.SIGKILL))
 
 
 @contextlib.contextmanager
@@ -75,7 +99,6 @@ def cut_off() -> Iterator[Nodes]:
         ip("netns", "add", name)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("network namespaces need root and iproute2")
-    cluster = Cluster(cpus=1, cwd=ROOT)
     try:
         ip("link", "add", cable, "type", "veth", "peer", "name", "inside", "netns", name)
         ip("addr", "add", f"{here}/30", "dev", cable)
@@ -83,21 +106,11 @@ def cut_off() -> Iterator[Nodes]:
         ip("-n", name, "addr", "add", f"{there}/30", "dev", "inside")
         ip("-n", name, "link", "set", "inside", "up")
         ip("-n", name, "link", "set", "lo", "up")
-        port, dashboard = (free_port(here) for _ in range(2))
-        cluster.address, cluster.url = f"{here}:{port}", f"http://{here}:{dashboard}"
-        command = [sys.executable, "-m", "orchestration.ray_head", "start", "--head", "--block", "--num-cpus=1"]
-        command += [f"--node-ip-address={here}", f"--port={port}", f"--dashboard-host={here}", "--no-monitor"]
-        command += [f"--dashboard-port={dashboard}", "--object-store-memory=100000000", "--disable-usage-stats"]
-        command += ["--min-worker-port=0", "--max-worker-port=0"]
-        env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
-        head = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        with ending(head):
-            wait_for(lambda: alive(cluster) == 1, head)
+        with first_node(here) as cluster:
             node = second_node(cluster, there, "ip", "netns", "exec", name)
             with ending(node):
                 yield Nodes(cluster, node, lambda: ip("link", "set", cable, "down"))
     finally:
-        end_marked(cluster.id)
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
@@ -133,7 +146,7 @@ def alive(cluster: Cluster) -> int:
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 200
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

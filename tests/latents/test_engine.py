@@ -14,11 +14,15 @@ import yaml
 from latents.stage import LatentsStage
 from orchestration import commands, engine
 from orchestration.config import Pool, RayConfig
+from shards import storage
 from shards.columns import ColumnShard
 from shards.dataset import Dataset, read_stats, write_exclusions, write_manifest
+from shards.images import ImageShard
+from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from tests.latents import world
 from tests.latents.test_buckets import stage_of
+from tests.objects import bucket
 from tests.orchestration.head import folder_bytes
 
 SHARDS = 4
@@ -26,8 +30,6 @@ SHARDS = 4
 
 @pytest.fixture
 def stage(tmp_path, vae_folder, clip_folder) -> LatentsStage:
-    from shards.layout import RunPaths
-
     world.image_dataset(RunPaths(str(tmp_path / "run")), shards=SHARDS, rows=14)
     return stage_of(tmp_path, vae_folder, clip_folder)
 
@@ -111,6 +113,24 @@ def test_an_unreadable_tar_sets_its_shard_aside_and_the_rest_is_made(stage):
     tar.write_bytes(whole)
     run(stage)
     assert len(Dataset.open(stage.root).shards) == SHARDS
+
+
+def test_on_an_object_store_the_bytes_are_the_same_and_a_tar_is_read_once(stage, tmp_path):
+    run(stage)
+    with bucket() as url:
+        remote = LatentsStage(stage.config, RunPaths(f"{url}/run"), stage.vae_ref, stage.text_ref)
+        for path in Path(stage.run.images).iterdir():
+            storage.write_atomic(storage.join(remote.run.images, path.name), path.read_bytes())
+        run(remote)
+        for name, data in folder_bytes(Path(stage.root)).items():
+            assert storage.read_bytes(storage.join(remote.root, name)) == data, name
+        assert not run(remote)
+        shard = ImageShard(Dataset.open(remote.run.images), 0)
+        shard.fetch()
+        storage.remove(shard.url)
+        assert [shard.image_bytes(i) for i in (3, 0)] == [
+            ImageShard(Dataset.open(stage.run.images), 0).image_bytes(i) for i in (3, 0)
+        ]
 
 
 def test_the_progress_shows_samples_utilisation_and_wait(stage):
