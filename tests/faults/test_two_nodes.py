@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,8 +69,8 @@ def second_node(cluster: Cluster, address: str, *before: str) -> subprocess.Pope
 def start_ray(cluster: Cluster, command: list[str]) -> subprocess.Popen[str]:
     # With what keeps our own heads to themselves, Ray would refuse to be one of several.
     env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
-    log = tempfile.TemporaryFile("w+")
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, text=True, start_new_session=True)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, start_new_session=True, **quiet)
 
 
 @contextlib.contextmanager
