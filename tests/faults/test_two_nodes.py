@@ -28,7 +28,7 @@ from shards.layout import RunPaths
 from tests.latents.world import image_dataset, save_clip, save_vae
 from tests.orchestration.head import ROOT, ended, folder_bytes
 
-SHARDS, ROWS = 24, 120
+SHARDS, ROWS = 24, 100
 
 
 @dataclasses.dataclass
