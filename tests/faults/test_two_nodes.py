@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,14 +50,16 @@ def first_node(address: str) -> Iterator[Cluster]:
     command = [sys.executable, "-m", "orchestration.ray_head", "start", "--head", "--block", "--num-cpus=1"]
     command += [f"--node-ip-address={address}", f"--port={port}", f"--dashboard-host={address}", "--no-monitor"]
     command += [f"--dashboard-port={dashboard}", "--object-store-memory=100000000", "--disable-usage-stats"]
-    command += ["--min-worker-port=0", "--max-worker-port=0"]
-    head = start_ray(cluster, command)
-    try:
-        with ending(head):
-            wait_for(lambda: alive(cluster) == 1, head)
-            yield cluster
-    finally:
-        end_marked(cluster.id)
+    # Sockets lie in the folder, whose paths may not be long; and /tmp/ray is where other Rays are looked for.
+    with tempfile.TemporaryDirectory(prefix="carrara-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}"]
+        head = start_ray(cluster, command)
+        try:
+            with ending(head):
+                wait_for(lambda: alive(cluster) == 1, head)
+                yield cluster
+        finally:
+            end_marked(cluster.id)
 
 
 def second_node(cluster: Cluster, address: str, *before: str) -> subprocess.Popen[str]:
