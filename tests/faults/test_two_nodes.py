@@ -178,7 +178,13 @@ def lose_one(tmp_path: Path, both: Nodes) -> None:
             "ingest": {"table": str(tmp_path)},
             "autoencoder": {"pretrained": str(tmp_path / "vae")},
             "clip": {"pretrained": str(tmp_path / "clip")},
-            "latents": {"resolution": 32, "batch_size": 8, "buckets": {"step": 8}, "device": "cpu"},
+            "latents": {
+                "resolution": 64,
+                "more_resolutions": [128],
+                "batch_size": 8,
+                "buckets": {"step": 16},
+                "device": "cpu",
+            },
         }
         runs[name] = tmp_path / f"{name}.yaml"
         runs[name].write_text(yaml.safe_dump(config))
@@ -198,7 +204,7 @@ def lose_one(tmp_path: Path, both: Nodes) -> None:
     raylet = raylet_of(node)
 
     def workers_of_the_node() -> int:
-        return sum("ShardWorker.process" in " ".join(p.cmdline()) for p in raylet.children() if p.is_running())
+        return sum("ray::ShardWorker" in " ".join(p.cmdline()) for p in raylet.children() if p.is_running())
 
     wait_for(lambda: workers_of_the_node() >= 1 and len(list(latents.glob("*_stats.json"))) >= 2, process)
     both.lose()
