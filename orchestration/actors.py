@@ -8,6 +8,9 @@ The rules, each found by breaking it:
   would be tried for ever, unseen.
 - Attempts are counted by shard, in the ledger; workers that do not start are counted apart, here.
 - Only task descriptions and stats go through Ray, so that the object store stays empty.
+- A stage may want its workers to have more than one shard in hand (`in_hand`), so that one is read while another is
+  computed and a third committed. When such a worker dies, each of them may have killed it: they are tried again one
+  at a time, and only a shard that dies alone is blamed.
 """
 
 from __future__ import annotations
@@ -51,9 +54,20 @@ class ShardWorker:
         return self.make(task)
 
 
+@dataclasses.dataclass(eq=False)
+class _Hand:
+    """A worker, as the driver sees it: how many shards it has, and whether it may have another."""
+
+    actor: Any
+    ready: bool = False
+    held: int = 0
+    alone: bool = False  # it has a suspect, which is to have no company
+    crowded: bool = False  # it died with several shards in hand
+
+
 @dataclasses.dataclass
 class _Call:
-    actor: Any
+    hand: _Hand
     task: Task | None  # None: the hello of a new worker
     began: float
     named: bool = False
@@ -87,11 +101,17 @@ class _Fleet:
         if gpus is None:
             gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
         self.needs = {k: v for k, v in {"CPU": pool.num_cpus, "GPU": gpus, **pool.resources}.items() if v > 0}
+        self.in_hand = int(getattr(stage, "in_hand", 1))
         self.actor = ray.remote(ShardWorker).options(
-            num_cpus=pool.num_cpus, num_gpus=gpus, resources=pool.resources, max_restarts=0, max_task_retries=0
+            num_cpus=pool.num_cpus,
+            num_gpus=gpus,
+            resources=pool.resources,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=self.in_hand,
         )
         self.calls: dict[Any, _Call] = {}
-        self.idle: list[Any] = []
+        self.hands: list[_Hand] = []
         self.seconds: collections.deque[float] = collections.deque(maxlen=500)
         self.start_failures = self.room = 0
         self.asked_at = -math.inf
@@ -112,9 +132,10 @@ class _Fleet:
             self.asked_at = now
             if self.room < 1:
                 self._complain(now, have)
-        for _ in range(min(self.limit or self.room, remaining) - len(self.calls) - len(self.idle)):
-            actor = self.actor.remote(self.stage, self.threads)
-            self.calls[actor.hello.remote()] = _Call(actor, None, now)
+        for _ in range(min(self.limit or self.room, remaining) - len(self.hands)):
+            hand = _Hand(self.actor.remote(self.stage, self.threads))
+            self.hands.append(hand)
+            self.calls[hand.actor.hello.remote()] = _Call(hand, None, now)
 
     def _complain(self, now: float, have: dict[str, float]) -> None:
         held = {k: v for k, v in have.items() if k in {"CPU", "GPU", *self.needs}}
@@ -124,10 +145,16 @@ class _Fleet:
         log.warning("%s; waiting for one", text)
 
     def feed(self, job: Job) -> None:
-        """Give every idle worker a shard."""
-        while self.idle and (task := job.ledger.take()) is not None:
-            actor = self.idle.pop()
-            self.calls[actor.process.remote(task)] = _Call(actor, task, time.monotonic())
+        """Give shards to whoever has room for one, first to those who have none."""
+        for held in range(self.in_hand):
+            for hand in [h for h in self.hands if h.ready and h.held == held and not h.alone]:
+                task = job.ledger.take_suspect() if held == 0 else None
+                hand.alone = task is not None
+                task = task or job.ledger.take()
+                if task is None:
+                    return
+                hand.held += 1
+                self.calls[hand.actor.process.remote(task)] = _Call(hand, task, time.monotonic())
 
     def wait(self, job: Job) -> None:
         """Wait for an answer, at most a moment, and act on it."""
@@ -137,34 +164,38 @@ class _Fleet:
         ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=min(TICK_S, job.ledger.next_retry_s or TICK_S))
         for ref in ready:
             self._answer(job, ref, self.calls.pop(ref))
-        job.progress.update(0, workers=len(self.idle) + self.busy)
+        job.workers = sum(h.ready for h in self.hands)
+        job.progress.update(0, workers=job.workers)
         self._name_slow(job)
 
     def _answer(self, job: Job, ref: Any, call: _Call) -> None:
-        task, stats = call.task, None
+        task, hand, stats = call.task, call.hand, None
         try:
             stats = ray.get(ref)
-            self.idle.append(call.actor)
+            self._free(hand, task)
         except ActorUnavailableError:  # the network or the node: nobody's fault
-            self._retire(call.actor)
+            self._retire(hand)
             if task is not None and not job.ledger.committed(task):
                 job.ledger.give_back(task)
                 return
         except RayTaskError as e:  # raised by the stage's code
             cause = e.cause if isinstance(e.cause, BaseException) else e
             if task is None:
-                self._retire(call.actor)
+                self._retire(hand)
                 self._did_not_start(cause)
                 return
-            self.idle.append(call.actor)
+            self._free(hand, task)
             job.blame(task, cause, str(e))
             return
         except RayError as e:  # the process died: killed, out of memory, or the shard is poison
-            self._retire(call.actor)
+            self._retire(hand)
             if task is None:
                 self._did_not_start(e)
                 return
             if not job.ledger.committed(task):
+                if hand.crowded:
+                    job.ledger.suspect(task)
+                    return
                 job.blame(
                     task,
                     StageError("the worker process died while making it (killed, out of memory, or a crash)"),
@@ -176,6 +207,12 @@ class _Fleet:
             self.seconds.append(time.monotonic() - call.began)
             job.done(task, stats)
 
+    def _free(self, hand: _Hand, task: Task | None) -> None:
+        if task is None:
+            hand.ready = True
+        else:
+            hand.held, hand.alone = hand.held - 1, False
+
     def _did_not_start(self, error: BaseException) -> None:
         self.start_failures += 1
         log.warning("%s: a worker did not start: %s", self.stage.name, sentence(error))
@@ -184,9 +221,16 @@ class _Fleet:
                 raise ConfigError(str(error))
             raise StageError(f"{self.stage.name}: workers do not start: {sentence(error)}")
 
-    def _retire(self, actor: Any) -> None:
+    def _retire(self, hand: _Hand) -> None:
+        """Strike a worker off; with its first failure it is known how many shards it had."""
+        if hand in self.hands:
+            self.hands.remove(hand)
+            hand.crowded = hand.held > 1
+            self._kill(hand)
+
+    def _kill(self, hand: _Hand) -> None:
         with contextlib.suppress(Exception):  # it may be gone
-            ray.kill(actor)
+            ray.kill(hand.actor)
 
     def _name_slow(self, job: Job) -> None:
         if len(self.seconds) < 5:
@@ -205,5 +249,5 @@ class _Fleet:
 
     def dismiss(self) -> None:
         """End all workers."""
-        for actor in [*self.idle, *(c.actor for c in self.calls.values())]:
-            self._retire(actor)
+        for hand in self.hands:
+            self._kill(hand)

@@ -1,5 +1,7 @@
-"""The commands around the evaluation: sample, watch, numbers, grid, explain-fid, judge.
+"""The commands around the stages: plan and inspect for the latents; sample, watch, numbers, grid, explain-fid, judge.
 
+    carrara plan [RUN] --config C [--rows N]                           what pre-encoding stores, takes and costs
+    carrara inspect [RUN] --config C                                   latents decoded beside their originals
     carrara sample runs/demo --prompt "a red circle" [--local]         pictures from a checkpoint
     carrara watch [RUN] --config C [--once | --forever]                every checkpoint, as it appears
     carrara numbers [RUN] --config C                                   what is measured so far, while it is drawn
@@ -7,7 +9,7 @@
     carrara explain-fid A B --inception FILE                           why two FIDs of the same pictures differ
     carrara judge pack RUN --cells A B --out DIR; carrara judge score DIR VOTES.csv ...
 
-What they do is in eval/; what is here is their arguments and Ray.
+What they do is in latents/ and eval/; what is here is their arguments and Ray.
 """
 
 from __future__ import annotations
@@ -200,7 +202,72 @@ def _judge(arguments: list[str]) -> None:
     storage.write_json(str(Path(given.pack) / "scores.json"), human.to_json(scores))
 
 
+def _plan(arguments: list[str]) -> None:
+    parser = _Parser(
+        "carrara plan", description="What pre-encoding would store, take and cost; encodes a few pictures."
+    )
+    parser.add_argument("--rows", type=int, help="rows of the whole table; by default what this run has ingested")
+    parser.add_argument("--workers", type=int, help="how many workers; by default ray.latents.workers, or 1")
+    parser.add_argument("--samples", type=int, default=64, help="pictures to measure on")
+    parser.add_argument("--again", action="store_true", help="measure again, rather than take what is known")
+    parser.add_argument("--worker-hour", type=float, default=1.0, help="money for an hour of one worker")
+    parser.add_argument("--trainer-hour", type=float, default=2.0, help="money for an hour of one training rank")
+    parser.add_argument(
+        "--terabyte-month", type=float, default=23.0, help="money for a terabyte of storage and a month"
+    )
+    parser.add_argument("--months", type=float, default=1.0, help="how long the latents are kept")
+    parser.add_argument("--epochs", type=float, default=1.0, help="how often each picture is trained on")
+    parser.add_argument("--worker-speed", type=float, default=1.0, help="a worker's speed, times this machine's")
+    parser.add_argument(
+        "--trainer-speed", type=float, default=1.0, help="a training rank's speed, times this machine's"
+    )
+    given, config = _configured(arguments, parser)
+    for name in ("rows", "workers", "samples", "worker_speed", "trainer_speed"):
+        value = getattr(given, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"plan: --{name.replace('_', '-')} is {value:g}; it must be more than 0")
+    from latents import planning
+    from orchestration import stages
+    from orchestration.ledger import Ledger
+    from shards.layout import RunPaths
+
+    paths = RunPaths(config.run)
+    (stage, pool), *_ = stages.shard_stages("latents", config)
+    prices = planning.Prices(**{k: v for k, v in vars(given).items() if k in planning.Prices.__dataclass_fields__})
+    samples = planning.pictures_of(paths, given.rows)
+    rates = planning.rates_of(stage, given.samples, given.again)  # type: ignore[arg-type]
+    facts = planning.facts_of(stage)  # type: ignore[arg-type]
+    print(planning.report(config.latents, samples, given.workers or pool.workers or 1, rates, prices, facts))
+    ledger = Ledger(stage, paths.status)
+    print(f"of this run, {ledger.skipped:,} of {ledger.total:,} shards are made and {ledger.remaining:,} are left")
+
+
+def _inspect(arguments: list[str]) -> None:
+    parser = _Parser("carrara inspect", description="Latents decoded beside their originals, and encoded again.")
+    parser.add_argument("--count", type=int, default=32, help="samples to look at")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other samples")
+    given, config = _configured(arguments, parser)
+    if given.count < 1:
+        raise ConfigError(f"inspect: --count is {given.count}; it must be at least 1")
+    from latents import inspection
+    from orchestration import stages
+    from shards.layout import RunPaths
+    from shards.settings import StageError
+
+    stages.check_inputs("latents", config)
+    (stage, _), *_ = stages.shard_stages("latents", config)
+    found = inspection.inspect(stage, given.count, given.seed)  # type: ignore[arg-type]
+    print(inspection.summary(found))
+    log.info(
+        "inspect: the page is %s", inspection.write(found, RunPaths(config.run).reports, f"Latents of {config.run}")
+    )
+    if found.complaint:
+        raise StageError(f"inspect: {found.complaint}")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "plan": _plan,
+    "inspect": _inspect,
     "sample": _sample,
     "watch": _watch,
     "numbers": _numbers,

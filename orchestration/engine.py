@@ -19,6 +19,7 @@ from orchestration.lease import Lease
 from orchestration.ledger import Ledger
 from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
 from shards import storage
+from shards.dataset import MANIFEST
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
 from shards.stage import Stage, Task, Worker
@@ -37,6 +38,8 @@ def build_worker(stage: Stage, threads: int) -> Worker:
 
 def is_complete(stage: Stage, status: str) -> bool:
     """Whether there is nothing to do: every shard committed for just these settings, and the manifest written."""
+    if not storage.exists(storage.join(stage.root, MANIFEST)):
+        return False
     try:
         return getattr(stage, "is_current", lambda: True)() and Ledger(stage, status).complete
     except StageError:
@@ -91,8 +94,11 @@ class Job:
     progress: Progress
     stop: StopFlag
     lease: Lease
+    workers: int = 1
     samples: int = 0
     rows: int = 0
+    busy_s: float = 0.0
+    wait_s: float = 0.0
     began: float = dataclasses.field(default_factory=time.monotonic)
 
     def check(self) -> None:
@@ -107,9 +113,16 @@ class Job:
         if stats:
             self.samples += int(stats.get("count", 0))
             self.rows += int(stats.get("rows", 0))
+            self.busy_s += float(stats.get("encode_seconds", 0.0))
+            self.wait_s += float(stats.get("wait_seconds", 0.0))
         if self.rows:
             figures["success"] = f"{self.samples / self.rows:.0%}"
-        rate = self.samples / max(time.monotonic() - self.began, 1e-9)
+        elapsed = max(time.monotonic() - self.began, 1e-9)
+        if self.busy_s:
+            # Of the time that the encoders were there: at work, and at rest for want of decoded pictures.
+            figures["busy"] = f"{min(1.0, self.busy_s / (elapsed * max(self.workers, 1))):.0%}"
+            figures["wait"] = f"{self.wait_s / (self.busy_s + self.wait_s):.0%}"
+        rate = self.samples / elapsed
         self.progress.update(1, **{f"{self.stage.unit}/s": rate}, **figures)
 
     def blame(self, task: Task, error: BaseException, trace: str) -> None:

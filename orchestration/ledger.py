@@ -11,7 +11,7 @@ import heapq
 import logging
 import socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +65,8 @@ class Ledger:
             self._open.append(found.state != "done")
         self.total = len(self._open)
         self._waiting: list[tuple[float, int, Task]] = []  # heap of (not before, index, task)
+        self._suspects: deque[Task] = deque()
+        self._alone: set[int] = set()  # shards that were suspects once
         self._blame: Counter[int] = Counter()
         self._old_failures = set(storage.list_names(self.failures))  # of an earlier run
         self._in_a_row = 0
@@ -90,7 +92,7 @@ class Ledger:
     @property
     def empty(self) -> bool:
         """Whether every shard is handed out, those to be tried again included."""
-        return self._ahead is None and not self._waiting
+        return self._ahead is None and not self._waiting and not self._suspects
 
     @property
     def remaining(self) -> int:
@@ -99,12 +101,23 @@ class Ledger:
 
     def take(self) -> Task | None:
         """The next task whose time has come, None where there is none right now."""
-        if self._waiting and self._waiting[0][0] <= time.monotonic():
+        if self._due() and self._waiting[0][1] not in self._alone:
             return heapq.heappop(self._waiting)[2]
         task = self._ahead
         if task is not None:
             self._advance()
         return task
+
+    def take_suspect(self) -> Task | None:
+        """A task to be given to a worker that has and gets no other meanwhile; None where there is none."""
+        if self._suspects:
+            return self._suspects.popleft()
+        if self._due() and self._waiting[0][1] in self._alone:
+            return heapq.heappop(self._waiting)[2]
+        return None
+
+    def _due(self) -> bool:
+        return bool(self._waiting) and self._waiting[0][0] <= time.monotonic()
 
     @property
     def next_retry_s(self) -> float | None:
@@ -114,6 +127,12 @@ class Ledger:
     def give_back(self, task: Task) -> None:
         """The task was not done, and not by its own fault: it is next."""
         heapq.heappush(self._waiting, (time.monotonic(), task.index, task))
+
+    def suspect(self, task: Task) -> None:
+        """A worker died with this shard and others in hand, so that nobody can say whose fault it was: it is tried
+        again by itself, and no attempt is counted."""
+        self._alone.add(task.index)
+        self._suspects.append(task)
 
     def committed(self, task: Task) -> bool:
         """Whether the shard is on disk after all, whatever became of the worker that made it."""

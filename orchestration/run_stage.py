@@ -7,6 +7,7 @@
     carrara ingest --config configs/demo.yaml --dry-run                  what the filters keep, and what it costs
     carrara ingest --config configs/demo.yaml --retry transient          fetch again what may come now
     carrara remove --config configs/demo.yaml --urls FILE                take pictures out of images and latents
+    carrara plan | inspect                                               latents: what they cost, what they are worth
     carrara doctor                                                       what is here, and known traps
     carrara demo                                                         what `make demo` runs
     carrara sample | watch | numbers | grid | explain-fid | judge        see `carrara sample --help` and so on

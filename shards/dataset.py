@@ -192,11 +192,14 @@ def read_stats(root: str, index: int) -> dict[str, Any] | None:
 def shard_state(root: str, task: Task) -> ShardState:
     """Judge the shard of a task: its stats, its fingerprint, and the sizes of its files."""
     name = shard_name(task.index)
+    try:
+        if _plainly_done(storage.join(root, name), task):
+            return _DONE
+    except FileNotFoundError:
+        return _MISSING
     stats = read_stats(root, task.index)
     if stats is None:
-        if storage.exists(storage.join(root, name + "_stats.json")):
-            return ShardState("damaged", f"{root}/{name}_stats.json is not a complete stats file")
-        return ShardState("missing")
+        return ShardState("damaged", f"{root}/{name}_stats.json is not a complete stats file")
     damage = _damage(root, name, stats)
     if damage:
         return ShardState("damaged", damage)
@@ -207,6 +210,28 @@ def shard_state(root: str, task: Task) -> ShardState:
     if changes and all(c.split(":")[0].split(".")[0] == "input" for c in changes):
         return ShardState("input_changed", reason)
     return ShardState("stale", reason)
+
+
+# The part of a stats file that says what was committed, as `_json_bytes` writes it; a string holds no line break.
+_FILE = re.compile(rb'  "(\.\w+)": \{\n   "sha256": "[0-9a-f]{64}",\n   "size": (\d+)\n  \},?\n')
+_COMMIT = re.compile(
+    rb'\n "files": \{\n((?:' + re.sub(rb"[()]", b"", _FILE.pattern) + rb')+) \},\n "fingerprint": \{\n'
+    rb'  "digest": "([0-9a-f]{32})"'
+)
+_DONE, _MISSING = ShardState("done"), ShardState("missing")
+
+
+def _plainly_done(base: str, task: Task) -> bool:
+    """Whether the shard is done, by a look at the few lines that tell; False where it takes more to know. Raises
+    FileNotFoundError where it has no stats file.
+
+    A resume asks this of every shard, and to parse 200,000 stats files takes as long as all else together.
+    """
+    data = storage.read_bytes(base + "_stats.json")
+    commit = _COMMIT.match(data, max(0, data.find(b'\n "files": {')))
+    if commit is None or not data.endswith(b"\n}\n") or commit[2].decode() != task.fingerprint.digest:
+        return False
+    return all(storage.size(base + suffix.decode()) == int(size) for suffix, size in _FILE.findall(commit[1]))
 
 
 def verify_shard(root: str, index: int) -> str:

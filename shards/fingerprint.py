@@ -22,8 +22,10 @@ def digest_file(path: str | os.PathLike[str]) -> str:
 
 def digest_json(value: Any) -> str:
     """sha256 of a JSON value in its canonical form (sorted keys, no spaces, UTF-8)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return digest_bytes(text.encode("utf-8", "surrogatepass"))
+    return digest_bytes(_canonical(value).encode("utf-8", "surrogatepass"))
+
+
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,18 @@ class Fingerprint:
     settings: dict[str, Any]
     input: Any = None
     weights: dict[str, str] | None = None
+    # The canonical JSON of all but the input, where `of` has worked it out.
+    _rest: str | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def of(self, input: Any) -> Fingerprint:
+        """The same but for the input. What stays the same is put into JSON once: there may be 200,000 of these."""
+        rest = self._rest
+        if rest is None:
+            parts = {k: v for k, v in self._parts().items() if k != "input"}
+            rest = _canonical(parts).removeprefix("{")
+        other = object.__new__(Fingerprint)  # the constructor of a frozen dataclass takes six times as long
+        other.__dict__.update(self.__dict__, input=input, _rest=rest)
+        return other
 
     def to_json(self) -> dict[str, Any]:
         """The parts and their digest, as stored in `_stats.json`."""
@@ -48,7 +62,11 @@ class Fingerprint:
     @property
     def digest(self) -> str:
         """32 hex digits of the sha256 over all parts."""
-        return digest_json(self._parts())[:32]
+        if self._rest is None:
+            return digest_json(self._parts())[:32]
+        # "input" is the first of the names.
+        text = f'{{"input":{_canonical(self.input)},{self._rest}'
+        return digest_bytes(text.encode("utf-8", "surrogatepass"))[:32]
 
     def differs(self, stored: dict[str, Any]) -> list[str]:
         """What is unlike between a stored fingerprint and this one: `settings.image_size: 64 -> 32`, ..."""

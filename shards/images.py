@@ -104,6 +104,13 @@ class ImageShard:
             raise ValueError(f"{self.url}: ends before the picture of sample {self.keys[i]}")
         return data
 
+    def fetch(self) -> None:
+        """From an object store, read the tar as a whole: for whoever wants every picture, in any order."""
+        if not storage.is_local(self.url):
+            data = storage.read_bytes(self.url)
+            with self._lock:
+                self._file = io.BytesIO(data)
+
     def close(self) -> None:
         """Close the tar; it is opened again when needed."""
         with self._lock:
@@ -131,5 +138,14 @@ def is_rgb(data: bytes) -> bool:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             return image.mode == "RGB"
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"the picture cannot be decoded: {e}") from None
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a picture, from its header; raises ValueError where it has none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            return image.width, image.height
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(f"the picture cannot be decoded: {e}") from None

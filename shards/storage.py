@@ -37,6 +37,12 @@ def _fs(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path
 
 
+def _plain(url: str) -> bool:
+    """Whether this is an absolute path as the operating system takes it. fsspec would spend a tenth of a millisecond
+    on finding that out, which a resume over 200,000 shards does a million times."""
+    return url.startswith("/") and "::" not in url and "://" not in url
+
+
 def is_local(url: str) -> bool:
     """True where the path lies on a mounted file system rather than an object store."""
     return "://" not in url or url.startswith(("file://", "local://"))
@@ -51,6 +57,8 @@ def local_path(url: str) -> Path:
 
 def exists(url: str) -> bool:
     """Whether a file or folder is there (object stores are asked afresh, not from a cached listing)."""
+    if _plain(url):
+        return os.path.lexists(url)
     fs, path = _fs(url)
     if isinstance(fs, LocalFileSystem):
         return os.path.lexists(path)
@@ -60,6 +68,11 @@ def exists(url: str) -> bool:
 
 def size(url: str) -> int | None:
     """Size of a file in bytes, None where it is absent."""
+    if _plain(url):
+        try:
+            return os.stat(url).st_size
+        except FileNotFoundError:
+            return None
     fs, path = _fs(url)
     try:
         if isinstance(fs, LocalFileSystem):
@@ -72,6 +85,15 @@ def size(url: str) -> int | None:
 
 def read_bytes(url: str) -> bytes:
     """The whole file; raises FileNotFoundError."""
+    if _plain(url):
+        fd = os.open(url, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.read(fd, 16384)
+            if len(data) < 16384:  # the whole of it, in one go
+                return data
+        finally:
+            os.close(fd)
+        return Path(url).read_bytes()
     fs, path = _fs(url)
     return bytes(fs.cat_file(path))
 

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from latents.encoders import load_text, load_vae
+from latents.moments import quantise_logstd
 from latents.weights import find_clip, find_vae
 from shards.settings import ConfigError
 from tests.latents import world
@@ -157,6 +158,121 @@ def test_clip_named_by_model_and_file(tmp_path, clip_folder):
     torch.testing.assert_close(pooled, expected[0], rtol=1e-5, atol=1e-5)
 
 
+def transformers_text(text, layers):
+    """transformers' own model with the weights of an open_clip text tower, and its projection."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    from train.export import text_tower_weights
+
+    block = text.tower.transformer.resblocks[0]
+    config = CLIPTextConfig(
+        vocab_size=text.tower.vocab_size,
+        hidden_size=text.width,
+        intermediate_size=block.mlp.c_fc.out_features,
+        num_hidden_layers=layers,
+        num_attention_heads=block.attn.num_heads,
+        max_position_embeddings=text.context_length,
+        hidden_act="quick_gelu" if type(block.mlp.gelu).__name__ == "QuickGELU" else "gelu",
+        projection_dim=text.tower.text_projection.shape[1],
+        eos_token_id=49407,
+    )
+    model = CLIPTextModelWithProjection(config)
+    weights = {f"text_model.{k}": v for k, v in text_tower_weights(text.tower, layers).items()}
+    model.load_state_dict({**weights, "text_projection.weight": text.tower.text_projection.T})
+    return model.eval()
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+@pytest.mark.parametrize("layer", ["last", "penultimate", "last_no_norm", "penultimate_no_norm"])
+def test_every_text_layer_is_that_of_transformers(tmp_path, layer, quick_gelu):
+    folder = world.save_clip(tmp_path / "clip", layers=3, quick_gelu=quick_gelu)
+    text = load_text(str(folder), layer)
+    tokens = text.tokenize(world.CAPTIONS)
+    reference = transformers_text(text, 3)
+    with torch.no_grad():
+        found = reference(tokens, output_hidden_states=True)
+        # hidden_states[k] is what block k gives; the first one is the embedding. SDXL takes hidden_states[-2].
+        raw = found.hidden_states[-1 if layer.startswith("last") else -2]
+        expected = raw if layer.endswith("no_norm") else reference.text_model.final_layer_norm(raw)
+        if layer == "last":
+            torch.testing.assert_close(expected, found.last_hidden_state)
+    rows, pooled = text.encode_pooled(tokens)
+    torch.testing.assert_close(rows, expected, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(pooled, found.text_embeds, rtol=1e-4, atol=2e-5)
+    assert torch.equal(text.encode(tokens), rows)
+    assert pooled.shape == (len(world.CAPTIONS), text.pooled_width)
+
+
+def save_tiny(folder: Path) -> Path:
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(3)
+    AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_tiny_autoencoder_gives_diffusers_own_latents(tmp_path, pixels):
+    from diffusers import AutoencoderTiny
+
+    folder = save_tiny(tmp_path / "tiny")
+    vae = load_vae(str(folder))
+    assert (vae.has_posterior, vae.downscale, vae.channels, vae.scaling_factor) == (False, 2, 4, 1.0)
+    reference = AutoencoderTiny.from_pretrained(folder).eval()
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        expected = reference.encode(x).latents
+        decoded = reference.decode(expected).sample
+    mean, logstd = vae.encode(pixels)
+    assert torch.equal(mean, expected)
+    assert (logstd == -torch.inf).all()
+    stored = vae.encode_stored(pixels)()
+    assert stored.codes is None
+    assert stored.fine.all()
+    assert (stored.mean == expected.numpy().astype(np.float16)).all()
+    shown = ((decoded.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    assert (vae.decode(expected) == shown).all()
+
+
+def test_a_single_tiny_file_is_known_by_its_names(tmp_path):
+    from diffusers import AutoencoderTiny
+
+    model = AutoencoderTiny()
+    save_file(model.state_dict(), tmp_path / "taesd.safetensors")
+    found = find_vae(str(tmp_path / "taesd.safetensors"))
+    assert (found.kind, found.downscale) == ("AutoencoderTiny", 8)
+    built = load_vae(str(tmp_path / "taesd.safetensors")).model.state_dict()
+    assert all(torch.equal(built[k], v) for k, v in model.state_dict().items())
+
+
+def test_what_is_stored_is_the_posterior_in_half_and_eight_bits(vae_folder, pixels):
+    vae = load_vae(str(vae_folder))
+    mean, logstd = (x.numpy() for x in vae.encode(pixels))
+    stored = vae.encode_stored(pixels)()
+    assert (stored.mean == mean.astype(np.float16)).all()
+    assert (stored.codes == quantise_logstd(logstd)).all()
+    assert stored.fine.tolist() == [True] * 3
+
+
+def test_memory_layout_and_compilation_change_rounding_alone(vae_folder, pixels):
+    mean, _ = load_vae(str(vae_folder)).encode(pixels)
+    other, _ = load_vae(str(vae_folder), channels_last=True).encode(pixels)
+    torch.testing.assert_close(other, mean, rtol=1e-4, atol=1e-4)
+
+
+def test_a_single_file_says_by_its_tensors_what_it_lacks(tmp_path):
+    vae = AutoencoderKL(use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
+                        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    save_file(vae.state_dict(), tmp_path / "x.safetensors")
+    found = load_vae(str(tmp_path / "x.safetensors")).model.state_dict()
+    assert found.keys() == vae.state_dict().keys()
+
+
 def test_weights_trained_with_quick_gelu_get_it(tmp_path, monkeypatch):
     file = tmp_path / "w.safetensors"
     file.write_bytes(b"")
@@ -219,14 +335,16 @@ def test_pickled_weights_run_nothing(clip_folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_arguments_that_are_known_without_diffusers_are_its_own() -> None:
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_the_arguments_that_are_known_without_diffusers_are_its_own(kind) -> None:
     import inspect
 
-    from diffusers import AutoencoderKL
+    import diffusers
 
-    from latents.weights import VAE_ARGUMENTS
+    from latents.weights import ARGUMENTS
 
-    assert [n for n in inspect.signature(AutoencoderKL.__init__).parameters if n != "self"] == list(VAE_ARGUMENTS)
+    names = [n for n in inspect.signature(getattr(diffusers, kind).__init__).parameters if n != "self"]
+    assert names == list(ARGUMENTS[kind])
 
 
 def test_asking_what_there_is_to_do_loads_no_torch(vae_folder: Path) -> None:

@@ -116,7 +116,7 @@ def test_tokens_alone_and_means_alone(make):
     lean.root = lean.run.latents + "-lean"
     run_stage(lean)
     a, b = (ColumnShard(Dataset.open(s.root), 0).arrays for s in (full, lean))
-    assert set(b) == {"mean", "tokens", "empty_tokens"}
+    assert set(b) == {"mean", "tokens", "empty_tokens", "micro"}
     assert all((a[k] == b[k]).all() for k in b)
 
 
@@ -158,10 +158,13 @@ def test_what_is_not_finite_is_encoded_again_or_set_aside(make, monkeypatch):
     work = stage.worker()
     exact, asked = type(work.vae).encode_exact, []
 
-    def encode(self, pixels):
-        mean, logstd = self._moments(self.model, pixels)
-        mean = mean.clone()
-        mean[0], mean[2, 1, 0, 0] = torch.nan, 1e6  # the first and third picture of every batch overflow
+    moments = type(work.vae)._moments
+
+    def spoilt(self, model, pixels):
+        mean, logstd = moments(self, model, pixels)
+        if len(pixels) > 1:  # the first and third picture of every batch overflow
+            mean = mean.clone()
+            mean[0], mean[2, 1, 0, 0] = torch.nan, 1e6
         return mean, logstd
 
     def encode_exact(self, pixels):
@@ -169,7 +172,7 @@ def test_what_is_not_finite_is_encoded_again_or_set_aside(make, monkeypatch):
         mean, logstd = exact(self, pixels)
         return (mean if len(asked) % 2 else mean * torch.inf), logstd  # every other one even in float32
 
-    monkeypatch.setattr(type(work.vae), "encode", encode)
+    monkeypatch.setattr(type(work.vae), "_moments", spoilt)
     monkeypatch.setattr(type(work.vae), "encode_exact", encode_exact)
     manifest = stage.finish([work(task) for task in stage.tasks()])
     monkeypatch.undo()
@@ -190,16 +193,15 @@ def test_captions_that_are_not_finite_are_set_aside(make, monkeypatch):
     work = stage.worker()
     target = work.text.tokenize(["a red circle"])[0]
 
-    def spoilt(original):
-        def encode(self, tokens):
-            out = original(self, tokens).clone()
-            out[(torch.as_tensor(np.asarray(tokens, np.int64)) == target).all(dim=1)] = torch.inf
-            return out
+    original = type(work.text)._encode
 
-        return encode
+    def spoilt(self, tower, tokens, pooled):
+        out, end = original(self, tower, tokens, pooled)
+        out = out.clone()
+        out[(torch.as_tensor(np.asarray(tokens, np.int64)) == target).all(dim=1)] = torch.inf
+        return out, end
 
-    for name in ("encode", "encode_exact"):
-        monkeypatch.setattr(type(work.text), name, spoilt(getattr(type(work.text), name)))
+    monkeypatch.setattr(type(work.text), "_encode", spoilt)
     manifest = stage.finish([work(task) for task in stage.tasks()])
     captions = [c for i in range(2) for c in ImageShard(Dataset.open(stage.run.images), i).captions]
     expected = sum(c in ("a red circle", "A  RED circle") for c in captions)
@@ -331,3 +333,59 @@ def test_a_finished_shard_is_not_written_twice(make):
     assert work(task) == first
     assert Path(stage.root, "00000.safetensors").stat().st_ino == before
     assert commit_shard(stage.root, 0, {}, {"rows": 0, "count": 0}, task.fingerprint) == first
+
+
+def test_pooled_text_is_stored_once_per_caption(make):
+    stage = make(text_pooled=True, text_layer="penultimate_no_norm")
+    manifest = run_stage(stage)
+    assert manifest["text"]["layer"] == "penultimate_no_norm"
+    text = load_text(stage.text_ref, "penultimate_no_norm")
+    dataset = Dataset.open(stage.root)
+    for position in range(2):
+        arrays = ColumnShard(dataset, position).arrays
+        rows, pooled = text.encode_pooled(arrays["tokens"].astype(np.int64))
+        index = arrays["embedding_index"]
+        assert len(arrays["pooled"]) == len(arrays["embeddings"])
+        np.testing.assert_allclose(arrays["pooled"][index], pooled, rtol=1e-3, atol=2e-3)
+        np.testing.assert_allclose(arrays["embeddings"][index], rows, rtol=1e-3, atol=2e-3)
+        empty = text.encode_pooled(arrays["empty_tokens"][None].astype(np.int64))[1]
+        np.testing.assert_allclose(arrays["empty_pooled"], empty[0], rtol=1e-3, atol=2e-3)
+
+
+def test_a_tiny_autoencoder_needs_means_alone(make, tmp_path):
+    from tests.latents.test_encoders import save_tiny
+
+    stage = make(moments=True)
+    stage.vae_ref = str(save_tiny(tmp_path / "tiny"))
+    with pytest.raises(ConfigError, match=r"AutoencoderTiny, which has no posterior.*latents\.moments to false"):
+        list(stage.tasks())
+    stage.config = stage.config.model_copy(update={"moments": False})
+    manifest = run_stage(stage)
+    assert manifest["vae"]["kind"] == "AutoencoderTiny"
+    assert "logstd" not in ColumnShard(Dataset.open(stage.root), 0).arrays
+    assert manifest["channels"]["sample_std"] == manifest["channels"]["std"]
+
+
+def test_memory_stays_flat_over_many_shards(make):
+    """What a worker holds after many shards is what it holds after a few."""
+    import gc
+    import tracemalloc
+
+    stage = make()
+    work = stage.worker()
+    tasks = list(stage.tasks())
+
+    def again(times: int) -> int:
+        for _ in range(times):
+            for task in tasks:
+                (Path(stage.root) / f"{task.index:05d}_stats.json").unlink(missing_ok=True)
+                work(task)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        few, many = again(2), again(6)
+    finally:
+        tracemalloc.stop()
+    assert many - few < 100_000, "12 more shards of 13 pictures each"

@@ -31,6 +31,7 @@ class ToyStage:
     salt: str = "salt"
     misbehave: tuple[tuple[int, str], ...] = ()  # (index, "raise" | "die" | "raise-once")
     start: str = "ok"  # or "raise"
+    in_hand: int = 1
     name: str = "toy"
     unit: str = "lines"
 

@@ -1,0 +1,297 @@
+"""A look at finished latents: decoded beside their originals, in numbers, and encoded again to see whether they drift.
+
+Writes `<run>/reports/latents.html`, a page that needs no other file, and `latents.png`, its contact sheet. The drift
+check encodes a random few pictures and captions again with the encoders of today and compares with what is stored:
+the same weights give the same latents up to rounding, whatever the batch, so more than that means that a shard was
+edited, or that a library or a driver computes something else now.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import math
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from latents.buckets import Bucket, moments_column
+from latents.encoders import TextEncoder, Vae, load_text, load_vae, pick_device, require_digest
+from latents.moments import dequantise_logstd
+from latents.pictures import resize_crop_to
+from latents.stage import LatentsStage, fixed_arithmetic
+from shards import images, storage
+from shards.columns import ColumnShard
+from shards.dataset import Dataset, verify_shard
+from shards.settings import StageError
+
+# Root mean square of what may differ, over that of the values themselves. Batches of other sizes change the last bits
+# of float32, and half precision stores eleven; bfloat16 arithmetic keeps eight.
+TOLERANCE = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 5e-2}
+SHARDS_LOOKED_AT = 32  # at most; each is read in full
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """One sample at one resolution. psnr: of the decoded mean against the cut original, dB; drift: relative root mean
+    square of the stored mean against that of today; original, decoded: uint8 [H,W,3]."""
+
+    key: str
+    caption: str
+    shard: str
+    bucket: Bucket
+    psnr: float
+    drift: float
+    original: np.ndarray
+    decoded: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What was found. text_drift: as Seen.drift, of the captions' embeddings; None where tokens alone are stored."""
+
+    samples: list[Seen]
+    text_drift: float | None
+    tokens_differ: int
+    channels: dict[str, Any]
+    scaling_factor: float
+    damaged: list[str]
+    tolerance: float
+
+    @property
+    def drifted(self) -> list[Seen]:
+        """The samples whose stored latents are not those of today."""
+        return [s for s in self.samples if not s.drift <= self.tolerance]
+
+    @property
+    def complaint(self) -> str:
+        """One sentence that says what is wrong; empty where nothing is."""
+        if self.damaged:
+            return f"{len(self.damaged)} shards are damaged: {self.damaged[0]}; run latents again"
+        if self.drifted:
+            worst = max(self.drifted, key=lambda s: math.inf if math.isnan(s.drift) else s.drift)
+            return (
+                f"{len(self.drifted)} of {len(self.samples)} latents are not what the encoders give now (sample "
+                f"{worst.key} of shard {worst.shard} is off by {100 * worst.drift:.2g} %, rounding is at most "
+                f"{100 * self.tolerance:.2g} %); see what changed, or make them again with --redo"
+            )
+        if self.tokens_differ:
+            return f"{self.tokens_differ} captions have other tokens now; open_clip's tokenizer or the captions changed"
+        if self.text_drift is not None and not self.text_drift <= self.tolerance:
+            return f"the captions' embeddings are off by {100 * self.text_drift:.2g} %; make them again with --redo"
+        return ""
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures, in dB; infinite for equal ones."""
+    error = np.mean(np.square(a.astype(np.float64) - b.astype(np.float64)))
+    return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
+
+
+def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
+    """Look at `count` samples, drawn at random; raises StageError where the weights are not those of the dataset."""
+    dataset, source = Dataset.open(stage.root), Dataset.open(stage.run.images)
+    manifest, config = dataset.manifest, stage.config
+    device = pick_device(config.device)
+    buckets = [Bucket(**b) for b in manifest["buckets"]]
+    vae, text = load_vae(stage.vae_ref, device, config.precision), None
+    require_digest("the VAE", vae.digest, manifest["vae"]["digest"], vae.ref)
+    text = load_text(stage.text_ref, manifest["text"]["layer"], device, config.precision)
+    require_digest("the CLIP", text.digest, manifest["text"]["digest"], text.ref)
+    rng = np.random.default_rng(seed)
+    seen: list[Seen] = []
+    damaged: list[str] = []
+    differ = 0
+    rows_then: list[np.ndarray] = []
+    rows_now: list[np.ndarray] = []
+    with fixed_arithmetic(config.threads):
+        for position, chosen in _draw(dataset, count, rng):
+            info = dataset.shards[position]
+            if damage := verify_shard(dataset.root, info.index):
+                damaged.append(damage)
+                continue
+            columns, pictures = ColumnShard(dataset, position), _image_shard(source, info.index)
+            own = {key: i for i, key in enumerate(pictures.keys)}
+            keys, captions = columns.keys, pictures.captions
+            for n in chosen:
+                if keys[n] not in own:
+                    raise StageError(
+                        f"{source.root}: the picture of sample {keys[n]} is not there any more; run latents again"
+                    )
+                i = own[keys[n]]
+                for r in range(columns.arrays["micro"].shape[1]):
+                    seen.append(_look(vae, columns, pictures, i, n, r, buckets, (keys[n], captions[i])))
+            then, now, others = _text(text, columns, [captions[own[keys[n]]] for n in chosen], chosen)
+            differ += others
+            rows_then, rows_now = [*rows_then, *then], [*rows_now, *now]
+            pictures.close()
+    return Inspection(
+        seen,
+        _relative(np.stack(rows_then), np.stack(rows_now)) if rows_then else None,
+        differ,
+        manifest["channels"],
+        float(manifest["vae"]["scaling_factor"]),
+        damaged,
+        TOLERANCE[config.precision],
+    )
+
+
+def _draw(dataset: Dataset, count: int, rng: np.random.Generator) -> list[tuple[int, list[int]]]:
+    """(shard position, rows) of `count` samples out of at most SHARDS_LOOKED_AT shards, both drawn at random."""
+    full = np.flatnonzero(dataset.counts)
+    some = np.sort(rng.permutation(full)[:SHARDS_LOOKED_AT])
+    ends = np.cumsum(dataset.counts[some])
+    places = np.sort(rng.choice(int(ends[-1]), min(count, int(ends[-1])), replace=False))
+    which = np.searchsorted(ends, places, side="right")
+    starts = ends - dataset.counts[some]
+    return [(int(some[w]), [int(p - starts[w]) for p in places[which == w]]) for w in np.unique(which).tolist()]
+
+
+def _image_shard(source: Dataset, index: int) -> images.ImageShard:
+    position = next((p for p, s in enumerate(source.shards) if s.index == index), None)
+    if position is None:
+        raise StageError(f"{source.root}: image shard {index} is not there any more; run latents again")
+    return images.ImageShard(source, position)
+
+
+def stored_moments(arrays: dict[str, np.ndarray], n: int, resolution: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Mean float16 [C,h,w] and log-std codes uint8 [C,h,w], or None, of sample `n` at a resolution, by its place."""
+    name, row = "mean", n
+    if "bucket" in arrays:
+        bucket = int(arrays["bucket"][n, resolution])
+        name, row = moments_column("mean", bucket, 2), int((arrays["bucket"][:n] == bucket).any(axis=1).sum())
+    codes = arrays.get("logstd" + name.removeprefix("mean"))
+    return arrays[name][row], None if codes is None else codes[row]
+
+
+def _look(
+    vae: Vae,
+    columns: ColumnShard,
+    pictures: images.ImageShard,
+    i: int,
+    n: int,
+    r: int,
+    buckets: list[Bucket],
+    names: tuple[str, str],
+) -> Seen:
+    mean, codes = stored_moments(columns.arrays, n, r)
+    bucket = buckets[int(columns.arrays["bucket"][n, r]) if "bucket" in columns.arrays else r]
+    cut = resize_crop_to(images.decode_rgb(pictures.image_bytes(i)), bucket.width, bucket.height)[0].copy()
+    now, logstd = (x.numpy()[0] for x in vae.encode(cut[None]))
+    drift = _relative(mean, now)
+    if codes is not None and np.abs(dequantise_logstd(codes) - logstd).max() > 0.5:
+        drift = max(drift, float(np.abs(dequantise_logstd(codes) - logstd).max()))
+    decoded = vae.decode(mean[None].astype(np.float32))[0]
+    return Seen(*names, columns.info.name, bucket, psnr(cut, decoded), drift, cut, decoded)
+
+
+def _text(
+    text: TextEncoder, columns: ColumnShard, captions: list[str], chosen: list[int]
+) -> tuple[list[np.ndarray], list[np.ndarray], int]:
+    """Stored and present embeddings of these captions, and how many have other tokens now."""
+    tokens = text.tokenize(captions).numpy()
+    stored = columns.arrays["tokens"][chosen]
+    differ = int((tokens != stored).any(axis=1).sum())
+    if "embeddings" not in columns.arrays:
+        return [], [], differ
+    rows = columns.arrays["embeddings"][columns.arrays["embedding_index"][chosen]]
+    return list(rows), list(text.encode(stored.astype(np.int64)).numpy()), differ
+
+
+def _relative(stored: np.ndarray, now: np.ndarray) -> float:
+    a, b = stored.astype(np.float64), now.astype(np.float64)
+    return float(np.sqrt(np.mean(np.square(a - b)) / max(float(np.mean(np.square(b))), 1e-12)))
+
+
+# ---- what a person sees ----------------------------------------------------------------------------
+
+
+def summary(found: Inspection) -> str:
+    """The numbers as text."""
+    values = np.array([s.psnr for s in found.samples] or [math.nan])
+    lines = [
+        f"{len(values)} latents decoded: PSNR {values.mean():.2f} dB in the mean, {np.median(values):.2f} median, "
+        f"{values.min():.2f} at the least",
+        f"encoded again: off by {100 * max((s.drift for s in found.samples), default=0):.3g} % at the most "
+        f"(rounding: up to {100 * found.tolerance:.3g} %)",
+    ]
+    if found.text_drift is not None:
+        lines.append(f"captions embedded again: off by {100 * found.text_drift:.3g} %")
+    lines += ["", f"{'channel':>8}{'mean':>10}{'std':>10}{'least':>10}{'most':>10}{'std drawn':>12}{'x scaling':>12}"]
+    c = found.channels
+    for k, row in enumerate(zip(c["mean"], c["std"], c["min"], c["max"], c["sample_std"], strict=True)):
+        lines.append(
+            f"{k:>8}"
+            + "".join(f"{x:>10.4g}" for x in row[:4])
+            + f"{row[4]:>12.4g}{row[4] * found.scaling_factor:>12.4g}"
+        )
+    scaled = np.array(c["sample_std"]) * found.scaling_factor
+    if scaled.min() < 0.5 or scaled.max() > 2:
+        lines.append("a channel's std is far from 1 after scaling: is the VAE's scaling_factor the right one?")
+    return "\n".join(lines)
+
+
+def contact_sheet(found: Inspection, columns: int = 4, cell: int = 192) -> Image.Image:
+    """Pairs of original and decoded picture, left to right, each fitted into `cell` pixels."""
+    rows = max(1, math.ceil(len(found.samples) / columns))
+    gap = 8
+    sheet = Image.new("RGB", (columns * (2 * cell + gap) + gap, rows * (cell + gap) + gap), "white")
+    for k, s in enumerate(found.samples):
+        left, top = gap + (k % columns) * (2 * cell + gap), gap + (k // columns) * (cell + gap)
+        for j, pixels in enumerate((s.original, s.decoded)):
+            image = Image.fromarray(pixels)
+            scale = cell / max(image.size)
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            small = max(image.size) < cell // 2
+            image = image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+            sheet.paste(image, (left + j * cell + (cell - size[0]) // 2, top + (cell - size[1]) // 2))
+    return sheet
+
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}"
+    "pre{background:#f5f4f1;padding:1rem;overflow-x:auto}figure{display:inline-block;margin:.5rem;width:21rem;"
+    "vertical-align:top}figure img{width:49%;image-rendering:auto}figcaption{font-size:13px;color:#444;"
+    "overflow-wrap:anywhere}.bad{color:#a11}"
+)
+
+
+def page(found: Inspection, title: str) -> str:
+    """The HTML page. Captions are other people's text: everything is escaped, and nothing may run."""
+    figures = []
+    for s in found.samples:
+        pair = "".join(f'<img alt="" src="{_data_uri(p)}">' for p in (s.original, s.decoded))
+        bad = ' class="bad"' if s in found.drifted else ""
+        figures.append(
+            f"<figure>{pair}<figcaption{bad}>{html.escape(s.key)} &middot; {s.bucket.width}&times;{s.bucket.height} "
+            f"&middot; {s.psnr:.1f} dB &middot; drift {100 * s.drift:.2g} %<br>{html.escape(s.caption[:200])}"
+            "</figcaption></figure>"
+        )
+    verdict = f'<p class="bad">{html.escape(found.complaint)}</p>' if found.complaint else "<p>Nothing is wrong.</p>"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"{verdict}<pre>{html.escape(summary(found))}</pre><p>Left: the original as it was cut. Right: what the VAE "
+        f"makes of its latent.</p>{''.join(figures)}</body></html>\n"
+    )
+
+
+def _data_uri(pixels: np.ndarray) -> str:
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    return "data:image/png;base64," + base64.b64encode(sink.getvalue()).decode()
+
+
+def write(found: Inspection, reports: str, title: str) -> str:
+    """Write the page and the contact sheet into a folder; returns where the page is."""
+    sink = io.BytesIO()
+    contact_sheet(found).save(sink, "PNG")
+    storage.write_atomic(storage.join(reports, "latents.png"), sink.getvalue())
+    url = storage.join(reports, "latents.html")
+    storage.write_atomic(url, page(found, title).encode("utf-8", "replace"))
+    return url

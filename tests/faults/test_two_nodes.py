@@ -1,0 +1,218 @@
+"""The latents stage on two Ray nodes, one of which is killed in mid-run: the work finishes, with the same bytes.
+
+Both losses are of the hard kind: the node's workers live on for a while, and go on committing shards that others are
+given meanwhile, since the files lie on a disk that both see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from orchestration.cluster import Cluster, end_marked
+from shards.dataset import Dataset, verify_shard
+from shards.layout import RunPaths
+from tests.latents.world import image_dataset, save_clip, save_vae
+from tests.orchestration.head import ROOT, ended, folder_bytes
+
+SHARDS, ROWS = 24, 100
+
+
+@dataclasses.dataclass
+class Nodes:
+    """Two nodes under way. cluster: the first, with one CPU; node: the process that runs the second, with two."""
+
+    cluster: Cluster
+    node: subprocess.Popen[str]
+    lose: Callable[[], None]  # what happens to the second
+
+
+@contextlib.contextmanager
+def first_node(address: str) -> Iterator[Cluster]:
+    """A head at an address that other nodes can reach, which loopback is not for Ray; with a token, as everywhere."""
+    cluster = Cluster(cpus=1, cwd=ROOT)
+    port, dashboard = (free_port(address) for _ in range(2))
+    cluster.address, cluster.url = f"{address}:{port}", f"http://{address}:{dashboard}"
+    command = [sys.executable, "-m", "orchestration.ray_head", "start", "--head", "--block", "--num-cpus=1"]
+    command += [f"--node-ip-address={address}", f"--port={port}", f"--dashboard-host={address}", "--no-monitor"]
+    command += [f"--dashboard-port={dashboard}", "--object-store-memory=100000000", "--disable-usage-stats"]
+    # Sockets lie in the folder, whose paths may not be long; and /tmp/ray is where other Rays are looked for.
+    with tempfile.TemporaryDirectory(prefix="carrara-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}"]
+        head = start_ray(cluster, command)
+        try:
+            with ending(head):
+                wait_for(lambda: alive(cluster) == 1, head)
+                yield cluster
+        finally:
+            end_marked(cluster.id)
+
+
+def second_node(cluster: Cluster, address: str, *before: str) -> subprocess.Popen[str]:
+    command = [*before, sys.executable, "-m", "orchestration.ray_head", "start", f"--address={cluster.address}"]
+    command += ["--block", "--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats"]
+    command += [f"--node-ip-address={address}", "--min-worker-port=0", "--max-worker-port=0"]
+    return start_ray(cluster, command)
+
+
+def start_ray(cluster: Cluster, command: list[str]) -> subprocess.Popen[str]:
+    # With what keeps our own heads to themselves, Ray would refuse to be one of several.
+    env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, start_new_session=True, **quiet)
+
+
+@contextlib.contextmanager
+def killed() -> Iterator[Nodes]:
+    """The second node's daemon is killed; its workers live on for a while."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:  # which address would be used; nothing is sent
+        s.connect(("10.255.255.255", 1))
+        address = s.getsockname()[0]
+    with first_node(address) as cluster:
+        node = second_node(cluster, address)
+        with ending(node):
+            yield Nodes(cluster, node, lambda: os.kill(raylet_of(node).pid, signal.SIGKILL))
+
+
+@contextlib.contextmanager
+def cut_off() -> Iterator[Nodes]:
+    """The second node is in a network namespace of its own, and the cable is pulled; all its processes live on."""
+    name, here, there = f"carrara{os.getpid()}", "10.213.77.1", "10.213.77.2"
+    cable = f"ca{os.getpid()}"[:14]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        ip("netns", "add", name)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("network namespaces need root and iproute2")
+    try:
+        ip("link", "add", cable, "type", "veth", "peer", "name", "inside", "netns", name)
+        ip("addr", "add", f"{here}/30", "dev", cable)
+        ip("link", "set", cable, "up")
+        ip("-n", name, "addr", "add", f"{there}/30", "dev", "inside")
+        ip("-n", name, "link", "set", "inside", "up")
+        ip("-n", name, "link", "set", "lo", "up")
+        with first_node(here) as cluster:
+            node = second_node(cluster, there, "ip", "netns", "exec", name)
+            with ending(node):
+                yield Nodes(cluster, node, lambda: ip("link", "set", cable, "down"))
+    finally:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@contextlib.contextmanager
+def ending(process: subprocess.Popen[str]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        process.kill()
+
+
+def free_port(address: str) -> int:
+    with socket.socket() as s:
+        s.bind((address, 0))
+        return int(s.getsockname()[1])
+
+
+def raylet_of(node: subprocess.Popen[str]) -> psutil.Process:
+    return next(p for p in psutil.Process(node.pid).children(recursive=True) if p.name() == "raylet")
+
+
+def alive(cluster: Cluster) -> int:
+    try:
+        nodes = cluster.request("/nodes?view=summary")["data"]["summary"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return sum(n["raylet"].get("state") == "ALIVE" for n in nodes)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("nodes", [killed, cut_off])
+def test_a_node_lost_in_mid_run_costs_nothing(
+    tmp_path: Path, nodes: Callable[[], contextlib.AbstractContextManager[Nodes]]
+) -> None:
+    with nodes() as both:
+        wait_for(lambda: alive(both.cluster) == 2, both.node)
+        lose_one(tmp_path, both)
+
+
+def lose_one(tmp_path: Path, both: Nodes) -> None:
+    cluster, node = both.cluster, both.node
+    save_vae(tmp_path / "vae")
+    save_clip(tmp_path / "clip")
+    runs = {}
+    for name, workers in (("alone", 1), ("both", 3)):
+        run = tmp_path / name
+        image_dataset(RunPaths(str(run)), shards=SHARDS, rows=ROWS, corrupt={2: (3,)})
+        config = {
+            "run": str(run),
+            "ray": {"latents": {"workers": workers}, "back_off_s": 0.05},
+            "ingest": {"table": str(tmp_path)},
+            "autoencoder": {"pretrained": str(tmp_path / "vae")},
+            "clip": {"pretrained": str(tmp_path / "clip")},
+            "latents": {
+                "resolution": 64,
+                "more_resolutions": [128],
+                "batch_size": 8,
+                "buckets": {"step": 16},
+                "device": "cpu",
+            },
+        }
+        runs[name] = tmp_path / f"{name}.yaml"
+        runs[name].write_text(yaml.safe_dump(config))
+
+    def start(name: str, *words: str) -> subprocess.Popen[str]:
+        env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address}
+        command = [sys.executable, "orchestration/run_stage.py", "latents", "--config", str(runs[name]), *words]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    ended(start("alone", "--local"))
+    expected = folder_bytes(tmp_path / "alone/latents")
+
+    latents = tmp_path / "both/latents"
+    process = start("both")
+    raylet = raylet_of(node)
+
+    def workers_of_the_node() -> int:
+        return sum("ray::ShardWorker" in " ".join(p.cmdline()) for p in raylet.children() if p.is_running())
+
+    wait_for(lambda: workers_of_the_node() >= 1 and len(list(latents.glob("*_stats.json"))) >= 2, process)
+    both.lose()
+    assert len(list(latents.glob("*_stats.json"))) < SHARDS, "killed in mid-run"
+    ended(process)
+
+    assert folder_bytes(latents) == expected, "the same bytes from one process and from what was left of two nodes"
+    dataset = Dataset.open(str(latents))
+    assert not any(verify_shard(str(latents), i) for i in range(SHARDS))
+    keys = [k for i in range(SHARDS) for k in pq.read_table(latents / f"{i:05d}.parquet")["key"].to_pylist()]
+    assert len(keys) == len(set(keys)) == SHARDS * ROWS == dataset.manifest["rows"]
