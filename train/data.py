@@ -6,20 +6,24 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from shards.columns import ColumnShard
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
-from shards.settings import StageError
-from train.order import Order
+from shards.settings import ConfigError, StageError
+from train.order import Mixture, Order
 
 Batch = dict[str, torch.Tensor]
 S = TypeVar("S", ImageShard, ColumnShard)
+
+# Columns of a latent shard's sidecar that say how a picture was cut.
+MICRO = ("original_height", "original_width", "crop_top", "crop_left")
 
 
 class OpenShards(Generic[S]):
@@ -72,6 +76,11 @@ class Pictures:
         shard, row = self.order.locate(positions)
         return [self._shard_captions(int(s))[int(r)] for s, r in zip(shard, row, strict=True)]
 
+    def keys(self, positions: np.ndarray) -> list[str]:
+        """The keys of the samples at these places of the order."""
+        shard, row = self.order.locate(positions)
+        return [self._shards[int(s)].keys[int(r)] for s, r in zip(shard, row, strict=True)]
+
     def _one(self, shard: int, row: int) -> np.ndarray:
         picture = self._cache.get((shard, row))
         if picture is None:
@@ -95,17 +104,31 @@ class Pictures:
 
 
 class Latents:
-    """Posterior moments and text of latent shards."""
+    """Posterior moments and text of the latent shards of one or several datasets, mixed by weight.
 
-    def __init__(self, dataset: Dataset, order: Order) -> None:
-        self.dataset, self.order = dataset, order
-        self._shards = OpenShards(dataset, ColumnShard, 2 * order.window)
-        first = self._shards[int(np.flatnonzero(dataset.counts)[0])].arrays
-        self.shape: tuple[int, ...] = tuple(first["mean"].shape[1:])
-        self.has_embeddings = "embeddings" in first
-        self.has_spread = "logstd" in first
-        self.empty_tokens = first["empty_tokens"].astype(np.int64)
-        self.empty_embedding = first["empty_embedding"].astype(np.float32) if self.has_embeddings else None
+    Place p of the run is drawn from one of the datasets (order.Mixture), and each has an order of its own. Raises
+    ConfigError where datasets were made with different encoders or shapes, which no model could tell apart.
+    """
+
+    def __init__(
+        self, datasets: Sequence[Dataset], seed: int, window: int, weights: Sequence[float] = (1.0,), unit: int = 1
+    ) -> None:
+        self.orders = [Order(d.counts, d.fingerprint, seed, window) for d in datasets]
+        self.mixture = Mixture(weights, unit, seed, *(d.fingerprint for d in datasets))
+        self.dataset = datasets[0]
+        self._shards = [OpenShards(d, ColumnShard, 2 * window) for d in datasets]
+        first = [s[int(np.flatnonzero(d.counts)[0])].arrays for s, d in zip(self._shards, datasets, strict=True)]
+        for dataset, arrays in zip(datasets[1:], first[1:], strict=True):
+            _refuse_other_kind(self.dataset, first[0], dataset, arrays)
+        self.shape: tuple[int, ...] = tuple(first[0]["mean"].shape[1:])
+        self.has_embeddings = "embeddings" in first[0]
+        self.has_spread = all("logstd" in arrays for arrays in first)
+        self.empty_tokens = first[0]["empty_tokens"].astype(np.int64)
+        self.empty_embedding = first[0]["empty_embedding"].astype(np.float32) if self.has_embeddings else None
+
+    def source(self, positions: np.ndarray) -> np.ndarray:
+        """Which of the datasets each sample comes from, int64 [B]."""
+        return self.mixture.split(positions)[0]
 
     def moments(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Mean and log-std, float32 [B,C,h,w], unscaled; the latter is None where only means are stored."""
@@ -134,11 +157,63 @@ class Latents:
             out[here] = shard.arrays["embeddings"][shard.arrays["embedding_index"][rows]]
         return out
 
+    def sizes(self, positions: np.ndarray) -> np.ndarray:
+        """SDXL's micro-conditioning (Podell et al. 2023, arXiv:2307.01952, section 2.2), float32 [B,6].
+
+        Original height and width, top and left of the crop in the scaled picture, and the height and width that
+        were aimed at; in pixels. Raises StageError where a sidecar lacks them.
+        """
+        out = np.empty((len(positions), 6), np.float32)
+        for shard, here, rows in self._groups(positions):
+            out[here] = self._micro(shard)[rows]
+        return out
+
+    def keys(self, positions: np.ndarray) -> list[str]:
+        """The samples' keys."""
+        out = [""] * len(positions)
+        for shard, here, rows in self._groups(positions):
+            for i, row in zip(here, rows, strict=True):
+                out[i] = shard.keys[row]
+        return out
+
+    def _micro(self, shard: ColumnShard) -> np.ndarray:
+        cached: np.ndarray | None = getattr(shard, "micro", None)
+        if cached is None:
+            table, resolution = shard.table, float(self.dataset.manifest["resolution"])
+            missing = [n for n in MICRO if n not in table.column_names]
+            if missing:
+                raise StageError(
+                    f"{self.dataset.root}: shard {shard.info.name} has no column {missing[0]}, which a UNet with "
+                    "addition_embed_type text_time is told; make the latents again from image shards that have it"
+                )
+            kept = table.filter(pc.equal(table["status"], "success"))
+            cached = np.stack([kept[n].to_numpy().astype(np.float32) for n in MICRO], axis=1)
+            cached = np.concatenate([cached, np.full((len(cached), 2), resolution, np.float32)], axis=1)
+            shard.micro = cached  # type: ignore[attr-defined]
+        return cached
+
     def _groups(self, positions: np.ndarray) -> Iterator[tuple[ColumnShard, np.ndarray, np.ndarray]]:
-        shard, row = self.order.locate(positions)
-        for s in np.unique(shard):
-            here = np.flatnonzero(shard == s)
-            yield self._shards[int(s)], here, row[here]
+        source, place = self.mixture.split(positions)
+        for i in np.unique(source):
+            mine = np.flatnonzero(source == i)
+            shard, row = self.orders[i].locate(place[mine])
+            for s in np.unique(shard):
+                here = np.flatnonzero(shard == s)
+                yield self._shards[i][int(s)], mine[here], row[here]
+
+
+def _refuse_other_kind(one: Dataset, first: dict[str, Any], other: Dataset, arrays: dict[str, Any]) -> None:
+    for what, name in (("vae", "VAE"), ("text", "CLIP")):
+        if one.manifest[what]["digest"] != other.manifest[what]["digest"]:
+            raise ConfigError(
+                f"train.sources: {other.root} was made with another {name} than {one.root}; "
+                "make the latents of all sources with the same encoders"
+            )
+    if first["mean"].shape[1:] != arrays["mean"].shape[1:] or ("embeddings" in first) != ("embeddings" in arrays):
+        raise ConfigError(
+            f"train.sources: the latents of {other.root} have another shape, or other text, than those of {one.root}; "
+            "make them with the same settings"
+        )
 
 
 T = TypeVar("T")

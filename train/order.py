@@ -12,6 +12,7 @@ until it lands below n (Black & Rogaway 2002, "Ciphers with arbitrary finite dom
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -95,6 +96,60 @@ class Order:
                 slots = np.searchsorted(before, place, side="right") - 1
                 shard[here], row[here] = shards[slots], place - before[slots]
         return shard, row
+
+
+class Mixture:
+    """Which of several streams comes next: in proportion to their weights, in shuffled blocks of exact composition.
+
+    weights: float [streams], positive, of any sum. unit: how many draws belong together; a block is a multiple
+    of it, the smallest that meets the weights to a thousandth, so that where the weights allow it every batch of
+    `unit` samples has the same composition.
+    """
+
+    def __init__(self, weights: Sequence[float], unit: int, *key: str | int) -> None:
+        share = np.asarray(weights, np.float64) / np.sum(weights)
+        if len(share) == 0 or not (share > 0).all():
+            raise ValueError("every stream of a mixture needs a weight above 0")
+        for length in range(unit, unit * 1024 + 1, unit):
+            self.counts = _apportion(share, length)
+            if (np.abs(self.counts / length - share) <= 1e-3 * share).all():
+                break
+        if (self.counts == 0).any():
+            raise ValueError("a weight is so small beside the others that its stream would never come")
+        self.length, self._key = int(self.counts.sum()), key
+        self._block = functools.lru_cache(maxsize=4)(self._plan)
+
+    def _plan(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of one block: the stream of each place, and how often that stream came before in the block."""
+        slots = np.repeat(np.arange(len(self.counts)), self.counts)
+        place = permute(np.arange(self.length, dtype=np.int64), self.length, derive_key("mixture", *self._key, block))
+        stream = slots[place]
+        before = np.empty(self.length, np.int64)
+        for s, n in enumerate(self.counts):
+            before[stream == s] = np.arange(n)
+        return stream, before
+
+    def split(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Draws int64 [B] -> (stream, place within that stream), int64 [B] each; each place of a stream comes once."""
+        index = np.asarray(index, np.int64)
+        if len(self.counts) == 1:
+            return np.zeros_like(index), index
+        stream, place = np.empty_like(index), np.empty_like(index)
+        blocks, rest = np.divmod(index, self.length)
+        for block in np.unique(blocks):
+            here = np.flatnonzero(blocks == block)
+            streams, before = self._block(int(block))
+            stream[here] = streams[rest[here]]
+            place[here] = block * self.counts[stream[here]] + before[rest[here]]
+        return stream, place
+
+
+def _apportion(share: np.ndarray, length: int) -> np.ndarray:
+    """Whole numbers, int64, in proportion to `share` with sum `length` (largest remainders)."""
+    exact = share * length
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: length - int(counts.sum())]] += 1
+    return counts
 
 
 def batch_positions(images: int, rank: int, world: int, micro_step: int, micro: int) -> np.ndarray:
