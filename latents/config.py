@@ -4,24 +4,37 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from latents.buckets import Bucket, make_buckets
 from shards.settings import Strict
 
 # Where the work happens; everything else in LatentsConfig changes the bytes of a shard.
 PLACEMENT = ("decode_threads", "device")
 
 
-class LatentsConfig(Strict):
-    """Settings of the latents stage. `resolution` is in pixels, `batch_size` in pictures."""
+class BucketsConfig(Strict):
+    """Aspect-ratio buckets (see buckets.py): shapes of about resolution**2 pixels in multiples of `step`."""
 
-    resolution: int = Field(default=256, ge=8, le=4096, description="side of the square pictures that are encoded")
+    step: int = Field(default=64, ge=8, le=1024, description="sides are multiples of it, in pixels")
+    max_aspect: float = Field(default=2.0, ge=1, le=16, description="longest side over shortest")
+
+
+class LatentsConfig(Strict):
+    """Settings of the latents stage. Resolutions are in pixels, `batch_size` in pictures of `resolution`."""
+
+    resolution: int = Field(default=256, ge=8, le=4096, description="side of the square, or of one of the same area")
+    more_resolutions: list[int] = Field(default=[], description="encoded too, from the same decoded pictures")
+    buckets: BucketsConfig | None = Field(default=None, description="null: every picture is cropped to the square")
     batch_size: int = Field(default=32, ge=1, le=4096)
     moments: bool = Field(default=True, description="store the posterior's log-std too, so that epochs draw afresh")
     text: Literal["tokens", "embeddings"] = "embeddings"
-    text_layer: Literal["last", "penultimate"] = Field(
-        default="penultimate", description="the block whose output, after the final norm, conditions the UNet"
+    text_layer: Literal["last", "penultimate", "last_no_norm", "penultimate_no_norm"] = Field(
+        default="penultimate",
+        description="the block whose output conditions the UNet, after the final norm or without: Stable Diffusion 1 "
+        "has last, 2 penultimate, SDXL penultimate_no_norm",
     )
+    text_pooled: bool = Field(default=False, description="with embeddings: the CLIP's text embedding too, as for SDXL")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="arithmetic of the encoders; what is not finite is encoded again in float32"
     )
@@ -29,7 +42,33 @@ class LatentsConfig(Strict):
     # parallelism comes from workers. It is part of the fingerprint.
     threads: int = Field(default=1, ge=1, le=256, description="threads of the encoders in one worker")
     decode_threads: int = Field(default=2, ge=1, le=256, description="threads that decode pictures ahead")
+    channels_last: bool = Field(default=False, description="memory layout of the VAE; often faster in half precision")
+    compile: bool = Field(default=False, description="torch.compile the VAE's encoder; pays on a GPU, after a minute")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _shapes_exist(self) -> LatentsConfig:
+        if len({self.resolution, *self.more_resolutions}) != 1 + len(self.more_resolutions):
+            raise ValueError("resolution and more_resolutions must all be different")
+        if any(not 8 <= r <= 4096 for r in self.more_resolutions):
+            raise ValueError("more_resolutions must lie between 8 and 4096")
+        for side in self.resolutions if self.buckets else ():
+            if side % self.buckets.step:  # type: ignore[union-attr]
+                raise ValueError(f"with buckets every resolution must be a multiple of buckets.step; {side} is not")
+        if self.text_pooled and self.text != "embeddings":
+            raise ValueError("text_pooled needs text: embeddings; with tokens the trainer's own CLIP gives it")
+        return self
+
+    @property
+    def resolutions(self) -> list[int]:
+        """All of them, the main one first."""
+        return [self.resolution, *self.more_resolutions]
+
+    def bucket_list(self) -> list[Bucket]:
+        """Every shape there is, resolution by resolution; a bucket's number is its place here."""
+        if self.buckets is None:
+            return [Bucket(r, r, r) for r in self.resolutions]
+        return [b for r in self.resolutions for b in make_buckets(r, self.buckets.step, self.buckets.max_aspect)]
 
     def settings(self) -> dict[str, Any]:
         """The settings that change the bytes of a shard, for its fingerprint."""

@@ -6,6 +6,7 @@ tests compare with diffusers' own `encode` and with transformers' CLIPTextModel 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from latents.moments import LOGSTD_MIN, LOGSTD_STEP
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
 from shards.settings import ConfigError, StageError
 
+TEXT_LAYERS = ("last", "penultimate", "last_no_norm", "penultimate_no_norm")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,27 +31,87 @@ def pick_device(name: str = "auto") -> str:
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-class Vae:
-    """A diffusers AutoencoderKL: `model`, `digest`, `scaling_factor`, `config`, `channels`, `downscale`."""
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Moments as they are stored. mean: float16 [B,C,h,w]; codes: uint8 [B,C,h,w], None without a posterior;
+    fine: bool [B], whether all of a picture's moments are finite in half precision."""
 
-    def __init__(self, weights: VaeWeights, device: str = "cpu", precision: str = "float32") -> None:
+    mean: np.ndarray
+    codes: np.ndarray | None
+    fine: np.ndarray
+
+
+class Vae:
+    """A diffusers AutoencoderKL or AutoencoderTiny: `model`, `digest`, `scaling_factor`, `config`, `channels`,
+    `downscale`; `has_posterior` is False for the latter. channels_last, compile: how the encoder is run."""
+
+    def __init__(
+        self,
+        weights: VaeWeights,
+        device: str = "cpu",
+        precision: str = "float32",
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
         self.weights = weights
         self.ref, self.digest, self.config = weights.ref, weights.digest, weights.config
         self.scaling_factor, self.downscale = weights.scaling_factor, weights.downscale
         self.channels = int(weights.config["latent_channels"])
+        self.has_posterior = weights.kind == "AutoencoderKL"
         self.device, self.precision = device, precision
         self.model: Any = _placed(_build_vae(weights), device, precision)
-        self._exact: Any = self.model if precision == "float32" else None
+        if channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        if compile:
+            self.model.encoder = torch.compile(self.model.encoder, dynamic=False)
+        self._exact: Any = self.model if precision == "float32" and not compile else None
 
     def encode(self, pixels: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 [B,H,W,3] -> mean and log-std of the posterior, float32 [B,C,H/f,W/f] on the CPU, unscaled."""
-        return self._moments(self.model, pixels)
+        """uint8 [B,H,W,3] -> mean and log-std of the posterior, float32 [B,C,H/f,W/f] on the CPU, unscaled.
+
+        Without a posterior the log-std is minus infinity, that of a point.
+        """
+        mean, logstd = self._moments(self.model, pixels)
+        return mean.cpu(), logstd.cpu()
 
     def encode_exact(self, pixels: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `encode`, in float32 from the weights as stored; that network is loaded when first needed."""
         if self._exact is None:
             self._exact = _build_vae(self.weights).to(self.device)
-        return self._moments(self._exact, pixels)
+        mean, logstd = self._moments(self._exact, pixels)
+        return mean.cpu(), logstd.cpu()
+
+    def encode_stored(self, pixels: np.ndarray) -> Callable[[], Stored]:
+        """Begin to encode uint8 [B,H,W,3]; the result, once it is called for, is what a shard holds.
+
+        On a GPU the arithmetic goes on meanwhile: the caller gives it the next batch before it asks for this one,
+        so that the GPU never waits for what the CPU does in between.
+        """
+        with torch.inference_mode():
+            x = torch.from_numpy(pixels)
+            if self.device == "cuda":
+                x = x.pin_memory().to("cuda", non_blocking=True)
+            mean, logstd = self._moments(self.model, x)
+            half = mean.to(torch.float16)
+            fine = torch.isfinite(half).flatten(1).all(dim=1)
+            found = [half, fine]
+            if self.has_posterior:
+                found[1] &= torch.isfinite(logstd).flatten(1).all(dim=1)
+                # As moments.quantise_logstd: to the nearest code in float64; halves go to the even one.
+                codes = ((torch.nan_to_num(logstd).double() - LOGSTD_MIN) / LOGSTD_STEP).round()
+                found.append(codes.clamp(0, 255).to(torch.uint8))
+            if self.device != "cuda":
+                arrays = [t.numpy() for t in found]
+                return lambda: Stored(arrays[0], arrays[2] if len(arrays) > 2 else None, arrays[1])
+            host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in found]
+            done = torch.cuda.Event()
+            done.record()
+
+        def result() -> Stored:
+            done.synchronize()
+            return Stored(host[0].numpy(), host[2].numpy() if len(host) > 2 else None, host[1].numpy())
+
+        return result
 
     def decode(self, latents: np.ndarray | torch.Tensor) -> np.ndarray:
         """Unscaled latents [B,C,h,w] -> uint8 [B,H,W,3]."""
@@ -58,10 +121,14 @@ class Vae:
             return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
     def _moments(self, model: Any, pixels: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-std in float32, where the model lies."""
         with torch.inference_mode():
             x = torch.as_tensor(pixels).to(self.device).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
-            posterior = model.encode(x.to(model.dtype)).latent_dist
-            return posterior.mean.float().cpu(), 0.5 * posterior.logvar.float().cpu()
+            found = model.encode(x.to(model.dtype))
+            if not self.has_posterior:
+                mean = found.latents.float()
+                return mean, torch.full_like(mean, -torch.inf)
+            return found.latent_dist.mean.float(), 0.5 * found.latent_dist.logvar.float()
 
 
 class TextEncoder:
@@ -70,8 +137,8 @@ class TextEncoder:
     def __init__(self, weights: ClipWeights, layer: str, device: str = "cpu", precision: str = "float32") -> None:
         import open_clip
 
-        if layer not in ("last", "penultimate"):
-            raise ConfigError(f"the text layer is 'last' or 'penultimate', not '{layer}'")
+        if layer not in TEXT_LAYERS:
+            raise ConfigError(f"the text layer is one of {', '.join(TEXT_LAYERS)}, not '{layer}'")
         self.weights, self.layer = weights, layer
         self.ref, self.digest = weights.ref, weights.digest
         self.device, self.precision = device, precision
@@ -94,24 +161,53 @@ class TextEncoder:
     def encode(self, tokens: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Token ids [B,context_length] -> float32 [B,context_length,width] on the CPU.
 
-        The output of the last block, or of the one before, after the final layer norm: what Stable
-        Diffusion 1 and 2 are conditioned on.
+        The output of the last block, or of the one before, after the final layer norm (Stable Diffusion 1 and 2)
+        or without it (SDXL).
         """
-        return self._encode(self.tower, tokens)
+        return self._encode(self.tower, tokens, pooled=False)[0]
 
-    def encode_exact(self, tokens: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """As `encode`, in float32 from the weights as stored; that network is loaded when first needed."""
+    def encode_pooled(self, tokens: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `encode`, and the text embedding, float32 [B,D]: the last block's output at the end token, after the
+        final norm and the projection; not of unit length. What SDXL is given beside the time."""
+        return self._encode(self.tower, tokens, pooled=True)
+
+    def encode_exact(self, tokens: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `encode_pooled`, in float32 from the weights as stored; that network is loaded when first needed."""
         if self._exact is None:
             self._exact = plain_text_tower(_build_clip(self.weights).to(self.device), self.ref)
-        return self._encode(self._exact, tokens)
+        return self._encode(self._exact, tokens, pooled=True)
 
-    def _encode(self, tower: Any, tokens: np.ndarray | torch.Tensor) -> torch.Tensor:
+    @property
+    def pooled_width(self) -> int:
+        """Width of the text embedding that `encode_pooled` gives."""
+        projection = self.tower.text_projection
+        if projection is None:
+            return self.width
+        return int(projection.out_features if isinstance(projection, torch.nn.Linear) else projection.shape[1])
+
+    def _encode(self, tower: Any, tokens: np.ndarray | torch.Tensor, pooled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        from open_clip.transformer import text_global_pool
+
         with torch.inference_mode():
             ids = torch.as_tensor(np.asarray(tokens, np.int64)).to(self.device)
             x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
-            for block in kept_blocks(tower, self.layer):
-                x = block(x, attn_mask=tower.attn_mask.to(x.dtype))
-            return tower.ln_final(x).float().cpu()
+            mask = tower.attn_mask.to(x.dtype)
+            blocks = list(tower.transformer.resblocks)
+            depth = len(kept_blocks(tower, self.layer))
+            for block in blocks[:depth]:
+                x = block(x, attn_mask=mask)
+            rows = tower.ln_final(x) if has_final_norm(self.layer) else x
+            if not pooled:
+                return rows.float().cpu(), torch.empty(len(ids), 0)
+            for block in blocks[depth:]:
+                x = block(x, attn_mask=mask)
+            pool = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", "argmax")
+            end = getattr(tower, "text_eos_id", None) or getattr(tower, "eos_id", None)
+            x = text_global_pool(tower.ln_final(x), ids, pool, eos_token_id=end)
+            projection = tower.text_projection
+            if projection is not None:
+                x = projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
+            return rows.float().cpu(), x.float().cpu()
 
     def encode_captions(self, captions: Sequence[str], batch_size: int = 64) -> torch.Tensor:
         """Captions -> the CLIP's joint embedding, float32 [B,D] on the CPU, of unit length."""
@@ -140,9 +236,12 @@ class TextEncoder:
             return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
 
-def load_vae(ref: str, device: str = "cpu", precision: str = "float32") -> Vae:
-    """Load the VAE named `ref` (folder, safetensors file or hub name); raises ConfigError with one sentence."""
-    return Vae(find_vae(ref), device, precision)
+def load_vae(ref: str, device: str = "cpu", precision: str = "float32", **how: bool) -> Vae:
+    """Load the VAE named `ref` (folder, safetensors file or hub name); raises ConfigError with one sentence.
+
+    how: channels_last, compile.
+    """
+    return Vae(find_vae(ref), device, precision, **how)
 
 
 def load_text(ref: str, layer: str = "penultimate", device: str = "cpu", precision: str = "float32") -> TextEncoder:
@@ -153,7 +252,12 @@ def load_text(ref: str, layer: str = "penultimate", device: str = "cpu", precisi
 def kept_blocks(tower: Any, layer: str) -> list[Any]:
     """The transformer blocks that `layer` runs: all of them, or all but the last."""
     blocks = list(tower.transformer.resblocks)
-    return blocks if layer == "last" else blocks[:-1]
+    return blocks if layer.startswith("last") else blocks[:-1]
+
+
+def has_final_norm(layer: str) -> bool:
+    """Whether the tower's final layer norm is applied to what `layer` gives."""
+    return not layer.endswith("_no_norm")
 
 
 def plain_text_tower(model: Any, ref: str) -> Any:
@@ -195,11 +299,11 @@ def _new_attention(match: re.Match[str]) -> str:
 
 
 def _build_vae(weights: VaeWeights) -> Any:
-    from diffusers import AutoencoderKL
+    import diffusers
     from safetensors.torch import load_file
 
-    model = AutoencoderKL(**weights.config)
     try:
+        model = getattr(diffusers, weights.kind)(**weights.config)
         if weights.file.suffix == ".safetensors":
             tensors = load_file(weights.file)
         else:

@@ -111,3 +111,13 @@ class ChannelStats:
         drawn = np.sqrt(self.m2 / self.count + self.variance)
         values = {"mean": self.mean, "std": std, "min": self.minimum, "max": self.maximum, "sample_std": drawn}
         return {"count": self.count, **{k: [float(x) for x in v] for k, v in values.items()}}
+
+
+def of_columns(arrays: dict[str, np.ndarray]) -> ChannelStats:
+    """Statistics of all moments of a shard, of every bucket, in the order of their numbers."""
+    buckets = sorted((n for n in arrays if n.partition(".")[0] == "mean"), key=lambda n: int(n.partition(".")[2] or 0))
+    total = ChannelStats.of(arrays[buckets[0]][:0])
+    for name in buckets:
+        codes = arrays.get("logstd" + name.removeprefix("mean"))
+        total = total.merge(ChannelStats.of(arrays[name], None if codes is None else dequantise_logstd(codes)))
+    return total

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How a picture comes to R x R: scaled to `scaled_width` x `scaled_height`, then cropped at (left, top), in px."""
+    """How a picture is cut: scaled to `scaled_width` x `scaled_height`, then cropped at (left, top), in pixels."""
 
     scaled_width: int
     scaled_height: int
@@ -24,22 +24,28 @@ class Fit:
     crop_top: int
 
 
-def fit_square(width: int, height: int, side: int) -> Fit:
-    """The shorter side becomes `side`, the longer one is cropped in the middle (SDXL's crop coordinates)."""
-    short = min(width, height)
-    scaled_width = max(side, round(width * side / short))
-    scaled_height = max(side, round(height * side / short))
-    return Fit(scaled_width, scaled_height, (scaled_width - side) // 2, (scaled_height - side) // 2)
+def fit_cover(width: int, height: int, to_width: int, to_height: int) -> Fit:
+    """The smallest scale at which the picture covers the target; what stands out is cropped evenly on both sides."""
+    if to_width * height >= to_height * width:
+        scaled_width, scaled_height = to_width, max(to_height, round(height * to_width / width))
+    else:
+        scaled_width, scaled_height = max(to_width, round(width * to_height / height)), to_height
+    return Fit(scaled_width, scaled_height, (scaled_width - to_width) // 2, (scaled_height - to_height) // 2)
 
 
-def resize_crop(pixels: np.ndarray, side: int) -> tuple[np.ndarray, Fit]:
-    """uint8 [H,W,3] -> uint8 [side,side,3] and what was done; Lanczos with antialiasing where the size differs."""
+def resize_crop_to(pixels: np.ndarray, to_width: int, to_height: int) -> tuple[np.ndarray, Fit]:
+    """uint8 [H,W,3] -> uint8 [to_height,to_width,3] and what was done; Lanczos, antialiased, where sizes differ."""
     height, width = pixels.shape[:2]
-    fit = fit_square(width, height, side)
+    fit = fit_cover(width, height, to_width, to_height)
     if (fit.scaled_width, fit.scaled_height) != (width, height):
         image = Image.fromarray(pixels).resize((fit.scaled_width, fit.scaled_height), Image.Resampling.LANCZOS)
         pixels = np.asarray(image)
-    return pixels[fit.crop_top : fit.crop_top + side, fit.crop_left : fit.crop_left + side], fit
+    return pixels[fit.crop_top : fit.crop_top + to_height, fit.crop_left : fit.crop_left + to_width], fit
+
+
+def resize_crop(pixels: np.ndarray, side: int) -> tuple[np.ndarray, Fit]:
+    """As `resize_crop_to`, to a square."""
+    return resize_crop_to(pixels, side, side)
 
 
 def ahead(load: Callable[[int], T], count: int, threads: int, window: int) -> Iterator[T]:

@@ -5,8 +5,11 @@
     stage.finish(work(task) for task in stage.tasks())
 
 A latent shard is a pure function of its image shard, the settings and the weights. So that a shard has
-the same bytes on any worker, batches have a fixed size and are formed within the shard in row order (the
-last one is filled up), and the number of threads is a setting.
+the same bytes on any worker, batches are formed within the shard, in an order that its rows and the buckets
+alone decide, and the number of threads is a setting.
+
+A worker may be called from several threads: while the encoders are busy with one shard, the next one is opened
+and its first batches are decoded, and the one before is packed and committed.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
+import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,17 +29,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latents.buckets import moments_column, nearest
 from latents.config import LatentsConfig
-from latents.moments import (
-    LOGSTD_MIN,
-    LOGSTD_STEP,
-    ChannelStats,
-    dequantise_logstd,
-    finite_rows,
-    quantise_logstd,
-    to_half,
-)
-from latents.pictures import Fit, ahead, resize_crop
+from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
+from latents.pictures import Fit, ahead, resize_crop_to
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
 from shards import images
 from shards.columns import pack_columns
@@ -46,23 +45,34 @@ from shards.stage import Task
 if TYPE_CHECKING:
     from latents.encoders import TextEncoder, Vae
 
-VERSION = 1  # raise it when the bytes of a shard change for the same settings
+VERSION = 2  # raise it when the bytes of a shard change for the same settings
 
 # An image shard's words for what became of a row, and ours for a picture that was there but has no latent.
 STATUSES = (*images.STATUSES, "failed_to_encode")
 ERRORS = ("decode_error", "not_finite_latent", "not_finite_text")
 
-FIT_COLUMNS = ("scaled_width", "scaled_height", "crop_left", "crop_top")
+FIT_COLUMNS = ("bucket_width", "bucket_height", "scaled_width", "scaled_height", "crop_left", "crop_top")
 _IMAGE_PLACE = ("image_offset", "image_size", "image_ext")  # of the tar; they mean nothing beside a latent
 
 
 @dataclasses.dataclass
 class _Sample:
-    """One picture on its way: pixels uint8 [R,R,3] and how they were cut, or why there are none."""
+    """One picture on its way, at each resolution: pixels uint8 [H,W,3] and how they were cut, or why there are none."""
 
-    pixels: np.ndarray | None = None
-    fit: Fit | None = None
+    pixels: list[np.ndarray] = dataclasses.field(default_factory=list)
+    fits: list[Fit] = dataclasses.field(default_factory=list)
     error: tuple[str, str] | None = None
+
+
+@dataclasses.dataclass
+class _Plan:
+    """How the pictures of a shard are cut. sizes: int64 [N,2], width and height as they lie in the tar; bucket: int64
+    [N,R]; place: int64 [N,R], which of its bucket's pictures it is; order: int64 [N], in which they are encoded."""
+
+    sizes: np.ndarray
+    bucket: np.ndarray
+    place: np.ndarray
+    order: np.ndarray
 
 
 class LatentsStage:
@@ -70,6 +80,7 @@ class LatentsStage:
 
     name = "latents"
     unit = "images"
+    in_hand = 2  # shards a worker is given at a time
 
     def __init__(self, config: LatentsConfig, run: RunPaths, vae_ref: str, text_ref: str, seed: int = 0) -> None:
         self.config, self.run = config, run
@@ -83,10 +94,18 @@ class LatentsStage:
         """One task an image shard; raises ConfigError where weights are missing or do not fit the resolution."""
         dataset = self._images()
         vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
-        if self.config.resolution % vae.downscale:
+        for bucket in self.config.bucket_list():
+            if bucket.width % vae.downscale or bucket.height % vae.downscale:
+                field, value = "resolution", bucket.width
+                if self.config.buckets:
+                    field, value = "buckets.step", self.config.buckets.step
+                raise ConfigError(
+                    f"latents.{field} is {value}, which this VAE cannot encode: make it a multiple of {vae.downscale}"
+                )
+        if self.config.moments and vae.kind == "AutoencoderTiny":
             raise ConfigError(
-                f"latents.resolution is {self.config.resolution}, which this VAE cannot encode: "
-                f"make it a multiple of {vae.downscale}"
+                f"the VAE '{vae.ref}' is an AutoencoderTiny, which has no posterior to draw from: "
+                "set latents.moments to false"
             )
         weights = {"vae": vae.digest, "text": text.digest}
         for position, info in enumerate(dataset.shards):
@@ -104,7 +123,7 @@ class LatentsStage:
         total: ChannelStats | None = None
         status: Counter[str] = Counter()
         errors: Counter[str] = Counter()
-        kept = []
+        kept, buckets, bucket_counts = [], self.config.bucket_list(), []
         for s in stats:
             _check_accounting(self.root, s, expected.pop(s["shard"], None))
             status.update(s["status"])
@@ -112,6 +131,8 @@ class LatentsStage:
             if s["channels"]:
                 part = ChannelStats.from_json(s["channels"])
                 total = part if total is None else total.merge(part)
+            if len(buckets) > 1:
+                bucket_counts.append(s["buckets"])
             # Only what the manifest needs, so that a table of 200,000 shards stays small in memory.
             kept.append({k: s[k] for k in ("shard", "rows", "count", "files")})
         if expected:
@@ -120,6 +141,8 @@ class LatentsStage:
             raise StageError(f"{self.root}: not one picture could be encoded; see 'error' in the shards' .parquet")
         extra = {
             "resolution": self.config.resolution,
+            "buckets": [b.to_json() for b in buckets],
+            **({"bucket_counts": bucket_counts} if len(buckets) > 1 else {}),
             "settings": self.config.settings(),
             "vae": _vae_facts(vae),
             "text": _text_facts(text, self.config.text_layer),
@@ -134,18 +157,21 @@ class LatentsStage:
 
 
 class _Worker:
-    """The encoders of one process, and the making of one shard with them."""
+    """The encoders of one process, and the making of one shard with them. Safe to call from several threads."""
 
     def __init__(self, stage: LatentsStage) -> None:
         # Here and not above: whoever only asks what there is to do should not wait for torch.
         from latents.encoders import load_text, load_vae, pick_device
 
         self.config, self.root = stage.config, stage.root
+        self.buckets = stage.config.bucket_list()
         self.device = pick_device(stage.config.device)
         self.dataset = stage._images()
         self.excluded = _excluded_reasons(self.dataset.root)
+        self._encoders, self._reading = threading.Lock(), threading.Lock()
+        how = {"channels_last": self.config.channels_last, "compile": self.config.compile}
         with fixed_arithmetic(self.config.threads):
-            self.vae: Vae = load_vae(stage.vae_ref, self.device, self.config.precision)
+            self.vae: Vae = load_vae(stage.vae_ref, self.device, self.config.precision, **how)
             self.text: TextEncoder = load_text(
                 stage.text_ref, self.config.text_layer, self.device, self.config.precision
             )
@@ -157,171 +183,329 @@ class _Worker:
         weights = task.fingerprint.weights or {}
         require_digest("the VAE", self.vae.digest, weights["vae"], self.vae.ref)
         require_digest("the CLIP", self.text.digest, weights["text"], self.text.ref)
-        shard = self._open(task)
+        shard, excluded = self._open(task)
         started = time.perf_counter()
-        with fixed_arithmetic(self.config.threads):
-            files, stats = self._make(shard)
-        shard.close()
+        try:
+            files, stats = self._make(shard, excluded)
+        finally:
+            shard.close()
         seconds = time.perf_counter() - started
         stats["seconds"] = round(seconds, 3)
         stats["images_per_second"] = round(stats["count"] / seconds, 3)
         return commit_shard(self.root, task.index, files, stats, task.fingerprint)
 
-    def _open(self, task: Task) -> images.ImageShard:
+    def _open(self, task: Task) -> tuple[images.ImageShard, dict[int, str]]:
         position = task.payload["position"]
-        info = self.dataset.shards[position] if position < len(self.dataset.shards) else None
-        if info is None or info.digest != task.fingerprint.input:
-            # The images were finished again since this worker started.
-            self.dataset = Dataset.open(self.dataset.root)
-            self.excluded = _excluded_reasons(self.dataset.root)
-            if self.dataset.shards[position].digest != task.fingerprint.input:
-                raise StageError(f"{self.dataset.root}: the images changed during the run; run the same command again")
-        return images.ImageShard(self.dataset, position)
+        with self._reading:
+            info = self.dataset.shards[position] if position < len(self.dataset.shards) else None
+            if info is None or info.digest != task.fingerprint.input:
+                # The images were finished again since this worker started.
+                self.dataset = Dataset.open(self.dataset.root)
+                self.excluded = _excluded_reasons(self.dataset.root)
+                if self.dataset.shards[position].digest != task.fingerprint.input:
+                    raise StageError(
+                        f"{self.dataset.root}: the images changed during the run; run the same command again"
+                    )
+            shard = images.ImageShard(self.dataset, position)
+            return shard, self.excluded.get(shard.info.index, {})
 
-    def _make(self, shard: images.ImageShard) -> tuple[dict[str, bytes], dict[str, Any]]:
+    def _make(self, shard: images.ImageShard, excluded: dict[int, str]) -> tuple[dict[str, bytes], dict[str, Any]]:
         count = len(shard)
-        samples, mean, logstd = self._encode_pictures(shard)
-        tokens, text_index, embeddings = self._encode_text(shard.captions)
-        if embeddings is not None:
-            fine = finite_rows(embeddings)
+        plan = self._plan(shard)
+        samples: list[_Sample] = [_Sample() for _ in range(count)]
+        # Two batches ahead: one that the encoder takes next and one that is being decoded.
+        decoded = ahead(self._loader(shard, plan), count, self.config.decode_threads, 2 * self.config.batch_size)
+        first = list(itertools.islice(decoded, 1))  # decoding goes on from here, whoever has the encoders
+        tokens, text_index = self._tokenise(shard.captions)
+        with self._encoders, fixed_arithmetic(self.config.threads):
+            busy = time.perf_counter()
+            clock = _Clock()
+            moments = self._encode_pictures(plan, clock.timed(itertools.chain(first, decoded)), samples)
+            text = self._embed_captions(tokens, text_index) if self.config.text == "embeddings" else None
+            busy = time.perf_counter() - busy - clock.waited
+        if text is not None:
+            fine = finite_rows(text["embeddings"]) & finite_rows(text.get("pooled", text["embeddings"]))
             for i in range(count):
                 if samples[i].error is None and not fine[text_index[i]]:
                     samples[i].error = ("not_finite_text", "the caption's embedding is not finite in float16")
         kept = np.array([i for i in range(count) if samples[i].error is None], np.int64)
-        arrays: dict[str, np.ndarray] = {"mean": mean[kept], "tokens": tokens[kept], "empty_tokens": tokens[-1]}
+        arrays: dict[str, np.ndarray] = {
+            "tokens": tokens[kept],
+            "empty_tokens": tokens[-1],
+            "micro": self._micro(shard, plan, samples)[kept],
+        }
         metadata = {"vae": self.vae.digest, "text": self.text.digest, "text_layer": self.text.layer}
-        stored_logstd = None
         if self.config.moments:
-            arrays["logstd"] = logstd[kept]
-            stored_logstd = dequantise_logstd(arrays["logstd"])
             metadata |= {"logstd_min": repr(LOGSTD_MIN), "logstd_step": repr(LOGSTD_STEP)}
-        if embeddings is not None:
+        if len(self.buckets) > 1:
+            arrays["bucket"] = plan.bucket[kept].astype(np.uint16)
+            metadata["buckets"] = json.dumps([b.to_json() for b in self.buckets])
+        live = np.zeros(count, bool)
+        live[kept] = True
+        for name, array in moments.items():
+            bucket = int(name.partition(".")[2] or 0)
+            members = (plan.bucket == bucket).any(axis=1)
+            arrays[name] = array[live[members]]
+        if text is not None:
             # Captions of pictures that were set aside leave no row behind.
             used, index = np.unique(text_index[kept], return_inverse=True)
-            arrays |= {"embeddings": embeddings[used], "embedding_index": index.astype(np.int32).reshape(-1)}
-            arrays["empty_embedding"] = embeddings[text_index[-1]]
-        table = self._sidecar(shard, samples)
+            arrays["embedding_index"] = index.astype(np.int32).reshape(-1)
+            empty = text_index[-1]
+            arrays |= {"embeddings": text["embeddings"][used], "empty_embedding": text["embeddings"][empty]}
+            if "pooled" in text:
+                arrays |= {"pooled": text["pooled"][used], "empty_pooled": text["pooled"][empty]}
+        table = self._sidecar(shard, plan, samples, excluded)
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd")
-        channels = ChannelStats.of(arrays["mean"], stored_logstd)
-        stats = {
-            "rows": table.num_rows,
-            "count": len(kept),
-            "status": dict(sorted(Counter(table["status"].to_pylist()).items())),
-            "errors": dict(sorted(Counter(s.error[0] for s in samples if s.error).items())),
-            "captions": len(arrays["embeddings"]) if embeddings is not None else None,
-            "channels": channels.to_json(),
-        }
+        stats = describe(arrays, table, len(self.buckets))
+        stats["encode_seconds"], stats["wait_seconds"] = round(busy, 3), round(clock.waited, 3)
         return {".safetensors": pack_columns(arrays, metadata), ".parquet": sink.getvalue()}, stats
 
     # ---- pictures --------------------------------------------------------------------------------
 
-    def _encode_pictures(self, shard: images.ImageShard) -> tuple[list[_Sample], np.ndarray, np.ndarray]:
-        """All pictures of a shard: their fates, mean float16 [N,C,h,w] and log-std codes uint8 [N,C,h,w].
+    def _plan(self, shard: images.ImageShard) -> _Plan:
+        """Buckets from the sizes in the sidecar, so that pictures can be decoded in the order of their batches."""
+        count = len(shard)
+        sizes = np.ones((count, 2), np.int64)
+        if self.config.buckets is not None:
+            sizes = _sizes(shard)
+        resolutions = self.config.resolutions
+        bucket = np.zeros((count, len(resolutions)), np.int64)
+        for r, resolution in enumerate(resolutions):
+            mine = [i for i, b in enumerate(self.buckets) if b.resolution == resolution]
+            bucket[:, r] = mine[0] + nearest([self.buckets[i] for i in mine], sizes[:, 0], sizes[:, 1])
+        place = np.zeros_like(bucket)
+        for b in range(len(self.buckets)):
+            members = bucket == b
+            place[members] = np.arange(members.sum())
+        # By rising aspect ratio every bucket of every resolution is one stretch; else, in the order of the rows.
+        order = np.argsort(np.log(sizes[:, 0]) - np.log(sizes[:, 1]), kind="stable")
+        return _Plan(sizes, bucket, place, order)
+
+    def _encode_pictures(
+        self, plan: _Plan, decoded: Iterator[_Sample], samples: list[_Sample]
+    ) -> dict[str, np.ndarray]:
+        """All pictures of a shard: their fates, into `samples`, and the moments' columns.
 
         Rows of pictures that were set aside are zero here and are dropped by the caller.
         """
-        count, size = len(shard), self.config.batch_size
-        side = self.config.resolution // self.vae.downscale
-        mean = np.zeros((count, self.vae.channels, side, side), np.float16)
-        codes = np.zeros(mean.shape, np.uint8)
-        samples: list[_Sample] = []
-        batch: list[int] = []
-        pixels = np.zeros((size, self.config.resolution, self.config.resolution, 3), np.uint8)
-        # Two batches ahead: one that the encoder takes next and one that is being decoded.
-        for i, sample in enumerate(ahead(self._loader(shard), count, self.config.decode_threads, 2 * size)):
-            samples.append(sample)
-            if sample.pixels is not None:
-                pixels[len(batch)] = sample.pixels
-                sample.pixels = None
-                batch.append(i)
-            if len(batch) == size:
-                self._encode_batch(pixels, batch, samples, mean, codes)
-                batch = []
-        if batch:
-            pixels[len(batch) :] = pixels[len(batch) - 1]
-            self._encode_batch(pixels, batch, samples, mean, codes)
-        return samples, mean, codes
+        arrays: dict[str, np.ndarray] = {}
+        for b, bucket in enumerate(self.buckets):
+            count = int((plan.bucket == b).sum())
+            side = (bucket.height // self.vae.downscale, bucket.width // self.vae.downscale)
+            for name, dtype in (("mean", np.float16), *([("logstd", np.uint8)] if self.config.moments else [])):
+                arrays[moments_column(name, b, len(self.buckets))] = np.zeros((count, self.vae.channels, *side), dtype)
+        under_way: list[Callable[[], None]] = []  # at most one batch, besides the one that is being filled
+
+        def flush(bucket: int, batch: list[tuple[int, np.ndarray]]) -> None:
+            if batch:
+                limit = limits[resolutions.index(self.buckets[bucket].resolution)]
+                under_way.append(self._encode_batch(bucket, batch, limit, plan, samples, arrays))
+            while len(under_way) > (1 if batch else 0):
+                under_way.pop(0)()
+
+        resolutions = self.config.resolutions
+        limits = [max(1, round(self.config.batch_size * (resolutions[0] / r) ** 2)) for r in resolutions]
+        filling: list[tuple[int, list[tuple[int, np.ndarray]]]] = [(-1, []) for _ in resolutions]
+        for i, sample in zip(plan.order.tolist(), decoded, strict=True):
+            samples[i] = sample
+            for r, pixels in enumerate(sample.pixels):
+                b, batch = filling[r]
+                if b != plan.bucket[i, r] or len(batch) == limits[r]:
+                    flush(b, batch)
+                    b, batch = filling[r] = (int(plan.bucket[i, r]), [])
+                batch.append((i, pixels))
+            sample.pixels = []
+        for b, batch in filling:
+            flush(b, batch)
+        flush(-1, [])
+        return arrays
 
     def _encode_batch(
-        self, pixels: np.ndarray, batch: list[int], samples: list[_Sample], mean: np.ndarray, codes: np.ndarray
-    ) -> None:
-        found_mean, found_logstd = (x.numpy()[: len(batch)] for x in self.vae.encode(pixels))
-        half, logstd = to_half(found_mean), found_logstd.copy()
-        fine = finite_rows(half) & finite_rows(logstd)
-        for j in np.flatnonzero(~fine):
-            exact_mean, exact_logstd = (x.numpy() for x in self.vae.encode_exact(pixels[j : j + 1]))
-            half[j], logstd[j] = to_half(exact_mean)[0], exact_logstd[0]
-            if not (finite_rows(half[j : j + 1])[0] and finite_rows(logstd[j : j + 1])[0]):
-                samples[batch[j]].error = ("not_finite_latent", "the latent is not finite in float16")
-                half[j], logstd[j] = 0, 0
-        mean[batch] = half
-        codes[batch] = quantise_logstd(logstd)
+        self,
+        bucket: int,
+        batch: list[tuple[int, np.ndarray]],
+        limit: int,
+        plan: _Plan,
+        samples: list[_Sample],
+        arrays: dict[str, np.ndarray],
+    ) -> Callable[[], None]:
+        """Begin with a batch of one shape; what is returned puts its moments into their columns."""
+        # Filled up to a power of two: few shapes, for whatever is tuned or compiled by shape.
+        size = min(1 << (len(batch) - 1).bit_length(), max(limit, len(batch)))
+        pixels = np.stack([p for _, p in batch] + [batch[-1][1]] * (size - len(batch)))
+        result = self.vae.encode_stored(pixels)
+        resolution = self.config.resolutions.index(self.buckets[bucket].resolution)
+        mean, logstd = (moments_column(name, bucket, len(self.buckets)) for name in ("mean", "logstd"))
 
-    def _loader(self, shard: images.ImageShard) -> Callable[[int], _Sample]:
-        side = self.config.resolution
+        def collect() -> None:
+            found = result()
+            for j, (i, picture) in enumerate(batch):
+                half, codes = found.mean[j], None if found.codes is None else found.codes[j]
+                if not found.fine[j]:
+                    exact = self._exact(picture)
+                    if exact is None:
+                        samples[i].error = ("not_finite_latent", "the latent is not finite in float16")
+                        continue
+                    half, codes = exact
+                at = plan.place[i, resolution]
+                arrays[mean][at] = half
+                if logstd in arrays:
+                    arrays[logstd][at] = codes
 
-        def load(i: int) -> _Sample:
+        return collect
+
+    def _exact(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """One picture's moments from float32 arithmetic; None where even those are not finite in half precision."""
+        mean, logstd = (x.numpy() for x in self.vae.encode_exact(picture[None].copy()))
+        half = to_half(mean)
+        fine = finite_rows(half)[0] and (not self.vae.has_posterior or finite_rows(logstd)[0])
+        return (half[0], quantise_logstd(logstd)[0]) if fine else None
+
+    def _loader(self, shard: images.ImageShard, plan: _Plan) -> Callable[[int], _Sample]:
+        order, targets = plan.order.tolist(), [[self.buckets[b] for b in row] for row in plan.bucket.tolist()]
+
+        def load(k: int) -> _Sample:
+            i = order[k]
             data = shard.image_bytes(i)  # a tar that cannot be read is the shard's fault, and is raised
             try:
-                pixels, fit = resize_crop(images.decode_rgb(data), side)
+                pixels = images.decode_rgb(data)
+                cuts = [resize_crop_to(pixels, b.width, b.height) for b in targets[i]]
             except Exception as e:  # decoders raise many things for broken data; it costs this picture alone
                 return _Sample(error=("decode_error", " ".join(str(e).split())[:500]))
-            return _Sample(pixels, fit)
+            return _Sample([p for p, _ in cuts], [f for _, f in cuts])
 
         return load
 
+    def _micro(self, shard: images.ImageShard, plan: _Plan, samples: list[_Sample]) -> np.ndarray:
+        """SDXL's micro-conditioning, int32 [N,R,6]: original height and width, crop top and left, target size."""
+        micro = np.zeros((len(samples), len(self.config.resolutions), 6), np.int32)
+        originals = _original_sizes(shard)
+        for i, sample in enumerate(samples):
+            for r, fit in enumerate(sample.fits):
+                b = self.buckets[plan.bucket[i, r]]
+                width, height = originals[i]
+                micro[i, r] = (height, width, fit.crop_top, fit.crop_left, b.height, b.width)
+        return micro
+
     # ---- text ------------------------------------------------------------------------------------
 
-    def _encode_text(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Captions and, as row N, the empty one: tokens uint16 [N+1,ctx], which row of the embeddings is each
-        one's, int64 [N+1], and the embeddings float16 [U,ctx,D] or None. Captions of the same tokens share a row."""
+    def _tokenise(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Captions and, as row N, the empty one: tokens uint16 [N+1,ctx], and which distinct row is each one's,
+        int64 [N+1]. Captions of the same tokens share a row."""
         ids = self.text.tokenize([*captions, ""]).numpy()
         if ids.max(initial=0) > np.iinfo(np.uint16).max:
             raise StageError(f"the CLIP '{self.text.ref}' has token ids beyond 65535, which the shards cannot hold")
         tokens = ids.astype(np.uint16)
         first: dict[bytes, int] = {}
-        index = np.array([first.setdefault(row.tobytes(), len(first)) for row in tokens], np.int64)
-        if self.config.text == "tokens":
-            return tokens, index, None
-        rows = self._embed(tokens[np.unique(index, return_index=True)[1]])
-        if not np.isfinite(rows[index[-1]]).all():
-            raise StageError(f"the CLIP '{self.text.ref}': the empty caption's embedding is not finite in float16")
-        return tokens, index, rows
+        return tokens, np.array([first.setdefault(row.tobytes(), len(first)) for row in tokens], np.int64)
 
-    def _embed(self, tokens: np.ndarray) -> np.ndarray:
-        """Token rows uint16 [U,ctx] -> float16 [U,ctx,D], by batches of a fixed size."""
-        size = self.config.batch_size
-        rows = np.zeros((len(tokens), self.text.context_length, self.text.width), np.float16)
-        for i in range(0, len(tokens), size):
-            part = tokens[i : i + size]
+    def _embed_captions(self, tokens: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
+        """`embeddings` float16 [U,ctx,D] and, where they are wanted, `pooled` float16 [U,P], of the distinct rows."""
+        distinct = tokens[np.unique(index, return_index=True)[1]]
+        size, pooled = self.config.batch_size, self.config.text_pooled
+        rows = np.zeros((len(distinct), self.text.context_length, self.text.width), np.float16)
+        ends = np.zeros((len(distinct), self.text.pooled_width if pooled else 0), np.float16)
+        encode = self.text.encode_pooled if pooled else lambda t: (self.text.encode(t), None)
+        for i in range(0, len(distinct), size):
+            part = distinct[i : i + size]
             full = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-            rows[i : i + size] = to_half(self.text.encode(full).numpy()[: len(part)])
-        for j in np.flatnonzero(~finite_rows(rows)):
-            rows[j] = to_half(self.text.encode_exact(tokens[j : j + 1]).numpy())[0]
-        return rows
+            found, end = encode(full)
+            rows[i : i + size] = to_half(found.numpy()[: len(part)])
+            if end is not None:
+                ends[i : i + size] = to_half(end.numpy()[: len(part)])
+        for j in np.flatnonzero(~(finite_rows(rows) & finite_rows(ends))):
+            found, end = self.text.encode_exact(distinct[j : j + 1])
+            rows[j] = to_half(found.numpy())[0]
+            if pooled:
+                ends[j] = to_half(end.numpy())[0]
+        if not (np.isfinite(rows[index[-1]]).all() and np.isfinite(ends[index[-1]]).all()):
+            raise StageError(f"the CLIP '{self.text.ref}': the empty caption's embedding is not finite in float16")
+        return {"embeddings": rows, "pooled": ends} if pooled else {"embeddings": rows}
 
     # ---- sidecar ---------------------------------------------------------------------------------
 
-    def _sidecar(self, shard: images.ImageShard, samples: list[_Sample]) -> pa.Table:
+    def _sidecar(
+        self, shard: images.ImageShard, plan: _Plan, samples: list[_Sample], excluded: dict[int, str]
+    ) -> pa.Table:
         """The image shard's rows, all of them, with what became of each here and how its picture was cut."""
         table = shard.table.drop_columns([c for c in _IMAGE_PLACE if c in shard.table.column_names])
         status, errors, messages = (_texts(table, c) for c in ("status", "error", "error_message"))
-        fits: dict[str, list[int | None]] = {c: [None] * table.num_rows for c in FIT_COLUMNS}
-        for row, reason in self.excluded.get(shard.info.index, {}).items():
+        suffixes = ["", *(f"_{r}" for r in self.config.more_resolutions)]
+        fits: dict[str, list[int | None]] = {c + s: [None] * table.num_rows for s in suffixes for c in FIT_COLUMNS}
+        for row, reason in excluded.items():
             known = reason in images.STATUSES
             status[row], errors[row] = reason if known else "filtered", None if known else reason
-        for row, sample in zip(shard.rows.tolist(), samples, strict=True):
+        for i, (row, sample) in enumerate(zip(shard.rows.tolist(), samples, strict=True)):
             if sample.error is not None:
                 status[row], (errors[row], messages[row]) = "failed_to_encode", sample.error
-            if sample.fit is not None:
-                for c in FIT_COLUMNS:
-                    fits[c][row] = getattr(sample.fit, c)
+            for r, fit in enumerate(sample.fits):
+                bucket = self.buckets[plan.bucket[i, r]]
+                facts = {"bucket_width": bucket.width, "bucket_height": bucket.height, **dataclasses.asdict(fit)}
+                for c, value in facts.items():
+                    fits[c + suffixes[r]][row] = value
         for name, values in (("status", status), ("error", errors), ("error_message", messages)):
             table = _with_column(table, name, pa.array(values, pa.string()))
         for name, numbers in fits.items():
             table = _with_column(table, name, pa.array(numbers, pa.int32()))
         return table.replace_schema_metadata(None)
+
+
+class _Clock:
+    """How long whoever takes the items waited for them, in seconds."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+
+    def timed(self, items: Iterable[_Sample]) -> Iterator[_Sample]:
+        items = iter(items)
+        while True:
+            began = time.perf_counter()
+            item = next(items, None)
+            self.waited += time.perf_counter() - began
+            if item is None:
+                return
+            yield item
+
+
+def describe(arrays: dict[str, np.ndarray], table: pa.Table, buckets: int = 1) -> dict[str, Any]:
+    """The stats of a latent shard that follow from its columns and its sidecar."""
+    rows = table.select(["status", "error"]).to_pylist()
+    stats = {
+        "rows": table.num_rows,
+        "count": len(arrays["tokens"]),
+        "status": dict(sorted(Counter(r["status"] for r in rows).items())),
+        "errors": dict(sorted(Counter(r["error"] for r in rows if r["status"] == "failed_to_encode").items())),
+        "captions": len(arrays["embeddings"]) if "embeddings" in arrays else None,
+        "channels": of_columns(arrays).to_json(),
+    }
+    if buckets > 1:
+        stats["buckets"] = [len(arrays[moments_column("mean", b, buckets)]) for b in range(buckets)]
+    return stats
+
+
+def _sizes(shard: images.ImageShard) -> np.ndarray:
+    """int64 [N,2]: width and height of the pictures in the tar, by the sidecar, else from their headers."""
+    known = [_texts(shard.table, c) for c in ("width", "height")]
+    sizes = [(known[0][row], known[1][row]) for row in shard.rows.tolist()]
+    return np.array([s if all(s) else _header(shard, i) for i, s in enumerate(sizes)], np.int64).reshape(-1, 2)
+
+
+def _header(shard: images.ImageShard, i: int) -> tuple[int, int]:
+    try:
+        return images.picture_size(shard.image_bytes(i))
+    except ValueError:
+        return 1, 1  # it will not decode either, and is set aside then
+
+
+def _original_sizes(shard: images.ImageShard) -> list[tuple[int, int]]:
+    """Width and height of the pictures as they were fetched, else as they lie in the tar; 0 where nothing says."""
+    table = shard.table
+    columns = [_texts(table, c) for c in ("original_width", "original_height", "width", "height")]
+    return [
+        (columns[0][row] or columns[2][row] or 0, columns[1][row] or columns[3][row] or 0)
+        for row in shard.rows.tolist()
+    ]
 
 
 def _check_accounting(root: str, stats: dict[str, Any], source: Any) -> None:
@@ -342,7 +526,13 @@ def _check_accounting(root: str, stats: dict[str, Any], source: Any) -> None:
 
 
 def _vae_facts(vae: VaeWeights) -> dict[str, Any]:
-    return {"ref": vae.ref, "digest": vae.digest, "scaling_factor": vae.scaling_factor, "config": vae.config}
+    return {
+        "ref": vae.ref,
+        "digest": vae.digest,
+        "kind": vae.kind,
+        "scaling_factor": vae.scaling_factor,
+        "config": vae.config,
+    }
 
 
 def _text_facts(text: ClipWeights, layer: str) -> dict[str, Any]:
@@ -363,7 +553,7 @@ def _excluded_reasons(root: str) -> dict[int, dict[int, str]]:
     return reasons
 
 
-def _texts(table: pa.Table, name: str) -> list[str | None]:
+def _texts(table: pa.Table, name: str) -> list[Any]:
     return table[name].to_pylist() if name in table.column_names else [None] * table.num_rows
 
 

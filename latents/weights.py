@@ -23,7 +23,12 @@ from safetensors import safe_open
 from shards.fingerprint import digest_file, digest_json
 from shards.settings import ConfigError
 
-VAE_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.bin")
+VAE_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.safetensors",
+)
 CLIP_WEIGHTS = (  # open_clip's own order of preference, so that the file digested is the file it loads
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -33,7 +38,8 @@ CLIP_WEIGHTS = (  # open_clip's own order of preference, so that the file digest
 )
 # Formats that are read without running code from the file: safetensors, or torch.load(weights_only=True).
 SAFE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-# AutoencoderKL's arguments, all of which diffusers' save_pretrained writes (a test compares them with its own).
+# The arguments of the two kinds of autoencoder, all of which diffusers' save_pretrained writes (a test compares them
+# with its own).
 VAE_ARGUMENTS = (
     "in_channels",
     "out_channels",
@@ -54,17 +60,39 @@ VAE_ARGUMENTS = (
     "use_post_quant_conv",
     "mid_block_add_attention",
 )
+TINY_ARGUMENTS = (
+    "in_channels",
+    "out_channels",
+    "encoder_block_out_channels",
+    "decoder_block_out_channels",
+    "act_fn",
+    "upsample_fn",
+    "latent_channels",
+    "upsampling_scaling_factor",
+    "num_encoder_blocks",
+    "num_decoder_blocks",
+    "latent_magnitude",
+    "latent_shift",
+    "force_upcast",
+    "scaling_factor",
+    "shift_factor",
+)
+ARGUMENTS = {"AutoencoderKL": VAE_ARGUMENTS, "AutoencoderTiny": TINY_ARGUMENTS}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
 class VaeWeights:
-    """A VAE that was found. config: AutoencoderKL's arguments; layout: whose names the tensors have."""
+    """A VAE that was found. kind: diffusers' class; config: its arguments; layout: whose names the tensors have.
+
+    An AutoencoderTiny (TAESD) gives latents alone, no posterior: there is no spread to store.
+    """
 
     ref: str
     file: Path
     config: dict[str, Any]
     layout: str  # "diffusers" or "ldm"
+    kind: str = "AutoencoderKL"
 
     @property
     def digest(self) -> str:
@@ -79,7 +107,8 @@ class VaeWeights:
     @property
     def downscale(self) -> int:
         """Pixels per latent place along one side."""
-        return int(2 ** (len(self.config["block_out_channels"]) - 1))
+        levels = "block_out_channels" if self.kind == "AutoencoderKL" else "encoder_block_out_channels"
+        return int(2 ** (len(self.config[levels]) - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +140,7 @@ class ClipWeights:
 
 
 def find_vae(ref: str) -> VaeWeights:
-    """Find the VAE named `ref`; raises ConfigError where there is none or it is not an AutoencoderKL."""
+    """Find the VAE named `ref`; raises ConfigError where there is none or it is of another kind."""
     path = Path(ref).expanduser()
     if path.is_file():
         return _vae_file(ref, path)
@@ -121,7 +150,7 @@ def find_vae(ref: str) -> VaeWeights:
         return _vae_folder(ref, _hub_folder(ref, "the VAE", _VAE_HUB_FILES))
     raise ConfigError(
         f"the VAE '{ref}' is neither a folder nor a file here, nor a hub name such as stabilityai/sd-vae-ft-mse; "
-        "give the path of a diffusers AutoencoderKL"
+        "give the path of a diffusers AutoencoderKL or AutoencoderTiny"
     )
 
 
@@ -144,7 +173,9 @@ def find_clip(ref: str) -> ClipWeights:
 
 # ---- VAE -------------------------------------------------------------------------------------------
 
-_VAE_HUB_FILES = [f"{folder}{name}" for folder in ("", "vae/") for name in ("config.json", VAE_WEIGHTS[0])]
+_VAE_HUB_FILES = [
+    f"{folder}{name}" for folder in ("", "vae/") for name in ("config.json", VAE_WEIGHTS[0], VAE_WEIGHTS[3])
+]
 _CLIP_HUB_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.*"]
 
 
@@ -155,12 +186,14 @@ def _vae_folder(ref: str, folder: Path) -> VaeWeights:
             continue
         config = _read_config(config_file, "the VAE")
         kind = config.get("_class_name", "AutoencoderKL")
-        if kind != "AutoencoderKL":
-            raise ConfigError(f"the VAE '{ref}': {config_file} describes a {kind}, where an AutoencoderKL is needed")
+        if kind not in ARGUMENTS:
+            raise ConfigError(
+                f"the VAE '{ref}': {config_file} describes a {kind}, where an {' or '.join(ARGUMENTS)} is needed"
+            )
         file = next((here / n for n in VAE_WEIGHTS if (here / n).is_file()), None)
         if file is None:
             raise ConfigError(f"the VAE '{ref}': {here} has a config.json but no {VAE_WEIGHTS[0]}")
-        return VaeWeights(ref, file, _vae_config(config), "diffusers")
+        return VaeWeights(ref, file, _vae_config(config, kind), "diffusers", kind)
     raise ConfigError(f"the VAE '{ref}': {folder} has no config.json; give the folder that diffusers saved a VAE in")
 
 
@@ -173,13 +206,16 @@ def _vae_file(ref: str, file: Path) -> VaeWeights:
             shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118 (not a dict)
     except Exception as e:  # safetensors raises its own type for every fault of a file
         raise ConfigError(f"the VAE '{ref}' cannot be read as safetensors: {e}") from None
+    beside = next((p for p in (file.with_suffix(".json"), file.with_name("config.json")) if p.is_file()), None)
+    if "encoder.layers.0.weight" in shapes:  # TAESD, whose shapes are its class's defaults
+        config = _read_config(beside, "the VAE") if beside else {}
+        return VaeWeights(ref, file, _vae_config(config, "AutoencoderTiny"), "diffusers", "AutoencoderTiny")
     prefix = next((p for p in ("first_stage_model.", "") if p + "encoder.conv_in.weight" in shapes), None)
     if prefix is None:
         raise ConfigError(f"the VAE '{ref}' holds no autoencoder: there is no tensor encoder.conv_in.weight in it")
     layout = "ldm" if prefix + "encoder.down.0.block.0.conv1.weight" in shapes else "diffusers"
-    beside = next((p for p in (file.with_suffix(".json"), file.with_name("config.json")) if p.is_file()), None)
     config = _read_config(beside, "the VAE") if beside else _config_from_shapes(shapes, prefix, layout)
-    return VaeWeights(ref, file, _vae_config(config), layout)
+    return VaeWeights(ref, file, _vae_config(config, "AutoencoderKL"), layout)
 
 
 def _config_from_shapes(shapes: dict[str, tuple[int, ...]], prefix: str, layout: str) -> dict[str, Any]:
@@ -198,16 +234,19 @@ def _config_from_shapes(shapes: dict[str, tuple[int, ...]], prefix: str, layout:
         "layers_per_block": 1 + max(j for _, j in found),
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "use_quant_conv": prefix + "quant_conv.weight" in shapes,
+        "use_post_quant_conv": prefix + "post_quant_conv.weight" in shapes,
+        "mid_block_add_attention": any(".mid" in k and ".att" in k for k in shapes if k.startswith(prefix)),
     }
 
 
-def _vae_config(config: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of AutoencoderKL, defaults filled in, nothing that names a place or a library's version."""
-    if all(name in config for name in VAE_ARGUMENTS):
-        return {name: config[name] for name in VAE_ARGUMENTS}
-    from diffusers import AutoencoderKL  # whose import costs seconds, only for its defaults
+def _vae_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
+    """All arguments of that class, defaults filled in, nothing that names a place or a library's version."""
+    if all(name in config for name in ARGUMENTS[kind]):
+        return {name: config[name] for name in ARGUMENTS[kind]}
+    import diffusers  # whose import costs seconds, only for its defaults
 
-    parameters = inspect.signature(AutoencoderKL.__init__).parameters
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
     filled = {n: config.get(n, p.default) for n, p in parameters.items() if n != "self"}
     return json.loads(json.dumps(filled))
 

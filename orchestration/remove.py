@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -228,7 +227,7 @@ def _taken_down_latents(root: str, index: int) -> set[int]:
 
 def _cut(paths: RunPaths, task: Task) -> bool:
     """Rewrite one latent shard as its image shard now is; False where more than the removal lies between them."""
-    from latents.moments import ChannelStats, dequantise_logstd
+    from latents.stage import describe
 
     root, name = paths.latents, shard_name(task.index)
     stats = read_stats(root, task.index)
@@ -254,15 +253,9 @@ def _cut(paths: RunPaths, task: Task) -> bool:
         table = table.set_column(place, field, pa.array(values, field.type))
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    logstd = dequantise_logstd(arrays["logstd"]) if "logstd" in arrays else None
-    rows = table.select(["status", "error"]).to_pylist()
-    new = {k: v for k, v in stats.items() if k not in ("files", "fingerprint", "shard")} | {
-        "count": len(kept),
-        "status": dict(sorted(Counter(r["status"] for r in rows).items())),
-        "errors": dict(sorted(Counter(r["error"] for r in rows if r["status"] == "failed_to_encode").items())),
-        "captions": len(arrays["embeddings"]) if "embeddings" in arrays else None,
-        "channels": ChannelStats.of(arrays["mean"], logstd).to_json(),
-    }
+    buckets = len(stats.get("buckets", [0]))
+    old = {k: v for k, v in stats.items() if k not in ("files", "fingerprint", "shard")}
+    new = old | describe(arrays, table, buckets)
     files = {".safetensors": pack_columns(arrays, metadata), ".parquet": sink.getvalue()}
     commit_shard(root, task.index, files, new, task.fingerprint)
     return True

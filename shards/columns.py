@@ -118,19 +118,26 @@ class ColumnShard:
 def keep_rows(arrays: dict[str, np.ndarray], kept: np.ndarray, count: int) -> dict[str, np.ndarray]:
     """The columns of a latent shard with some of its samples alone. kept: int64, ascending, below `count`.
 
-    Columns hold one row a sample, but for `embeddings`, one a distinct caption, to which the samples'
-    `embedding_index` points, and for what belongs to no sample, whose names begin with `empty_`.
+    Columns hold one row a sample, but for `embeddings` and `pooled`, one a distinct caption, to which the samples'
+    `embedding_index` points; for `mean.B` and `logstd.B`, one a sample whose `bucket` holds B; and for what belongs
+    to no sample, whose names begin with `empty_`.
     """
     result = {}
+    by_caption = [name for name in ("embeddings", "pooled") if name in arrays]
+    live = np.zeros(count, bool)
+    live[kept] = True
     for name, array in arrays.items():
-        if name.startswith("empty_") or name == "embeddings":
+        members = np.ones(count, bool)
+        if "." in name:
+            members = (arrays["bucket"] == int(name.partition(".")[2])).any(axis=1)
+        if name.startswith("empty_") or name in by_caption:
             result[name] = array
-        elif len(array) == count:
-            result[name] = array[kept]
+        elif len(array) == members.sum():
+            result[name] = array[live[members]]
         else:
-            raise ValueError(f"column '{name}' has {len(array)} rows where there are {count} samples")
-    if "embeddings" in arrays:
+            raise ValueError(f"column '{name}' has {len(array)} rows where there are {members.sum()} samples")
+    if by_caption:
         used, index = np.unique(result["embedding_index"], return_inverse=True)
-        result["embeddings"] = arrays["embeddings"][used]
+        result |= {name: arrays[name][used] for name in by_caption}
         result["embedding_index"] = index.astype(arrays["embedding_index"].dtype).reshape(-1)
     return result

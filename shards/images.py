@@ -133,3 +133,12 @@ def is_rgb(data: bytes) -> bool:
             return image.mode == "RGB"
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(f"the picture cannot be decoded: {e}") from None
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a picture, from its header; raises ValueError where it has none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            return image.width, image.height
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"the picture cannot be decoded: {e}") from None

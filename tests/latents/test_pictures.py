@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from latents.pictures import ahead, fit_square, resize_crop
+from latents.pictures import ahead, fit_cover, resize_crop
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([8, 32, 256]))
 def test_the_crop_lies_in_the_scaled_picture_and_in_its_middle(width, height, side):
-    fit = fit_square(width, height, side)
+    fit = fit_cover(width, height, side, side)
     assert min(fit.scaled_width, fit.scaled_height) == side
     for scaled, crop, original in (
         (fit.scaled_width, fit.crop_left, width),
@@ -38,7 +38,7 @@ def test_resizing_is_antialiased(rng):
     pixels[:, ::2] = 255
     small, fit = resize_crop(pixels, 16)
     assert small.shape == (16, 16, 3)
-    assert fit == fit_square(128, 64, 16)
+    assert fit == fit_cover(128, 64, 16, 16)
     assert np.abs(small.astype(int) - 127).max() <= 2
     noise = rng.integers(0, 256, (40, 64, 3), np.uint8)
     whole = np.asarray(Image.fromarray(noise).resize((51, 32), Image.Resampling.LANCZOS))
