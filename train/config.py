@@ -128,7 +128,7 @@ class FitConfig(Strict):
         if self.offload != "none" and self.zero_stage == 0:
             raise ValueError("offload needs zero_stage 1 or above: without ZeRO DeepSpeed ignores it")
         if self.compile and self.zero_stage == 3:
-            raise ValueError("compile cannot go with zero_stage 3, whose hooks on every layer break the graph; use 1 or 2")
+            raise ValueError("compile cannot go with zero_stage 3, whose hooks break its graph; use 1 or 2")
         return self
 
     @property
@@ -194,7 +194,7 @@ class AdapterConfig(Strict):
 
     kind: Literal["lora", "loha", "lokr"] = "lora"
     rank: int = Field(default=8, ge=1)
-    alpha: float | None = Field(default=None, gt=0, description="the update is scaled by alpha / rank; null: rank")
+    alpha: int | None = Field(default=None, ge=1, description="the update is scaled by alpha / rank; null: rank")
     targets: tuple[str, ...] = Field(
         default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="ends of the names of adapted layers"
     )
@@ -259,6 +259,9 @@ class TrainConfig(FitConfig):
     textual_inversion: InversionConfig | None = Field(default=None, description="learn a word for start_from alone")
     sources: tuple[SourceConfig, ...] = Field(
         default=(SourceConfig(),), min_length=1, description="data sets mixed by weight; by default the run's latents"
+    )
+    resolution: int | None = Field(
+        default=None, ge=8, description="which of the latents' resolutions, in pixels; null: the main one"
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = Field(
         default="epsilon", description="flow_prediction: rectified flow, whose straight path has no betas"

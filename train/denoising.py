@@ -30,15 +30,14 @@ class Diffusion(Objective):
     bins = BINS
 
     def __init__(self, config: TrainConfig, datasets: Sequence[Dataset], seed: int, device: str) -> None:
-        latents = Latents(
-            datasets, seed, config.shuffle_window, [s.weight for s in config.sources], config.batch_size
-        )
+        weights = [s.weight for s in config.sources]
+        latents = Latents(datasets, seed, config.shuffle_window, config.batch_size, weights, config.resolution)
         facts = datasets[0].manifest["text"]
-        unet = build_unet(config, latents.shape, facts["width"], seed)
+        unet = build_unet(config, latents, facts["width"], seed)
         model_config = public_config(unet)
         if config.adapter:
             unet = adapters.add(unet, config.adapter, seed)
-        super().__init__(unet, model_config, latents.orders[0])
+        super().__init__(unet, model_config, latents.order)
         self.saves_frozen = config.adapter is None
         self.config, self.latents, self.random = config, latents, Randomness(seed)
         self.figures = ("mse", "vlb") if config.learned_variance else ("mse",)
@@ -46,6 +45,11 @@ class Diffusion(Objective):
         self.process = process_of(config)
         self.sized = model_config.get("addition_embed_type") == "text_time"
         self.text: Any = None
+        if self.sized and latents.has_embeddings and not latents.has_pooled:
+            raise ConfigError(
+                "train.unet: addition_embed_type text_time is told the captions' pooled embeddings, which these "
+                "latents lack; make them with latents.text_pooled true, or with latents.text tokens"
+            )
         if not latents.has_embeddings:
             self.text = load_text(facts["ref"], facts["layer"], device)
             require_digest("the CLIP", self.text.digest, facts["digest"], facts["ref"])
@@ -59,19 +63,17 @@ class Diffusion(Objective):
         empty one; with several sources, weight [B]; for a UNet that is told sizes, pooled [B,width] and sizes [B,6].
         """
         batch = self.latent_batch(self.latents, positions, self._timesteps(positions))
-        text, pooled = self._text(positions)
-        batch["text"] = torch.from_numpy(text)
-        if self.sized:
-            batch["pooled"] = torch.from_numpy(pooled)
-            batch["sizes"] = torch.from_numpy(self.latents.sizes(positions))
+        dropped = self.random.uniform("caption", positions) < self.config.caption_dropout
+        batch |= self.text_batch(self.latents, positions, dropped)
         weights = np.array([s.loss_weight for s in self.config.sources], np.float32)
         if (weights != 1).any():
             batch["weight"] = torch.from_numpy(weights[self.latents.source(positions)])
         return batch
 
-    def latent_batch(self, latents: Latents, positions: np.ndarray, t: np.ndarray) -> Batch:
-        """x0 (a fresh draw of the posterior), noise and t of samples of `latents`."""
+    def latent_batch(self, latents: Any, positions: np.ndarray, t: np.ndarray, first: int = 0) -> Batch:
+        """x0 (a fresh draw of the posterior), noise and t of samples of `latents`; draws are those of place + first."""
         mean, logstd = latents.moments(positions)
+        positions = positions + first
         if logstd is not None:
             mean += np.exp(logstd) * self.random.normal("posterior", positions, mean.shape[1:])
         noise = self.random.normal("noise", positions, mean.shape[1:])
@@ -88,19 +90,29 @@ class Diffusion(Objective):
         """The samples' keys."""
         return self.latents.keys(positions)
 
-    def _text(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Token embeddings [B,context,width], some dropped, and of each the row of its end of text [B,width]."""
-        dropped = self.random.uniform("caption", positions) < self.config.caption_dropout
-        tokens = self.latents.tokens(positions) if self.text or self.sized else np.zeros((len(positions), 1))
-        tokens[dropped] = self.latents.empty_tokens if tokens.shape[1] > 1 else 0
+    def text_batch(self, latents: Any, positions: np.ndarray, dropped: np.ndarray) -> Batch:
+        """text, and for a UNet that is told sizes pooled and sizes; dropped: bool [B], who gets the empty caption."""
+        pooled = None
         if self.text is None:
-            text = self.latents.embeddings(positions)
-            text[dropped] = self.latents.empty_embedding
+            text = latents.embeddings(positions)
+            text[dropped] = latents.empty_embedding
+            if self.sized:
+                pooled = latents.pooled(positions)
+                pooled[dropped] = latents.empty_pooled
         else:
+            tokens = latents.tokens(positions)
+            tokens[dropped] = latents.empty_tokens
             unique, place = np.unique(tokens, axis=0, return_inverse=True)
-            text = self.text.encode(unique).numpy()[place.reshape(-1)]
-        # The end of text has the largest id, as open_clip's own pooling has it.
-        return text, text[np.arange(len(text)), tokens.argmax(axis=1)]
+            place = place.reshape(-1)
+            if self.sized:
+                rows, row = self.text.encode_pooled(unique)
+                text, pooled = rows.numpy()[place], row.numpy()[place]
+            else:
+                text = self.text.encode(unique).numpy()[place]
+        batch = {"text": torch.from_numpy(text)}
+        if pooled is not None:
+            batch |= {"pooled": torch.from_numpy(pooled), "sizes": torch.from_numpy(latents.sizes(positions))}
+        return batch
 
     def _timesteps(self, positions: np.ndarray) -> np.ndarray:
         config, steps = self.config, self.config.num_train_timesteps
@@ -164,11 +176,7 @@ class Diffusion(Objective):
             xt = xt.contiguous(memory_format=torch.channels_last)
         sizes = {"text_embeds": batch["pooled"], "time_ids": batch["sizes"]} if self.sized else None
         time = self.process.time[batch["t"]]
-        return self.model(xt, time, self.condition(batch), added_cond_kwargs=sizes, return_dict=False)[0]
-
-    def condition(self, batch: Batch) -> torch.Tensor:
-        """What cross-attention sees, [B,context,width]."""
-        return batch["text"]
+        return self.model(xt, time, batch["text"], added_cond_kwargs=sizes, return_dict=False)[0]
 
     def probe(self, batch: Batch) -> torch.Tensor:
         """The UNet alone."""
@@ -191,11 +199,11 @@ def process_of(config: TrainConfig) -> diffusion.Process:
     return diffusion.variance_preserving(alpha_bar)
 
 
-def build_unet(config: TrainConfig, shape: tuple[int, ...], width: int, seed: int) -> Any:
-    """A UNet2DConditionModel for latents of `shape` and text of `width`; raises ConfigError where it cannot be."""
+def build_unet(config: TrainConfig, latents: Latents, width: int, seed: int) -> Any:
+    """A UNet2DConditionModel for these latents and text of `width`; raises ConfigError where it cannot be."""
     from diffusers import UNet2DConditionModel
 
-    channels, height = shape[:2]
+    channels = latents.channels
     out = channels * (2 if config.learned_variance else 1)
     if config.start_from:
         unet = adapters.load_unet(config.start_from)
@@ -208,7 +216,7 @@ def build_unet(config: TrainConfig, shape: tuple[int, ...], width: int, seed: in
         adapters.check_prediction(config.start_from, config.prediction_type)
         return unet
     given = dict(config.unet)
-    for name, value in (("in_channels", channels), ("out_channels", out), ("sample_size", height)):
+    for name, value in (("in_channels", channels), ("out_channels", out), ("sample_size", latents.side)):
         if given.setdefault(name, value) != value:
             raise ConfigError(f"train.unet.{name} is {given[name]}, but the latents ask for {value}; leave it out")
     if given.setdefault("cross_attention_dim", width) != width:

@@ -219,7 +219,7 @@ def normal_quantile(u: np.ndarray) -> np.ndarray:
 
 
 def offset_noise(noise: np.ndarray, shift: np.ndarray, strength: float) -> np.ndarray:
-    """noise [B,C,h,w] plus `strength` times one normal number a channel, [B,C]: pictures may be dark or bright as a whole.
+    """noise [B,C,h,w] plus `strength` times one normal number a channel, [B,C]: whole pictures may be dark or bright.
 
     Guttenberg 2023, "Diffusion with offset noise" (crosslabs.org/blog/diffusion-with-offset-noise).
     """
@@ -232,14 +232,12 @@ def offset_noise(noise: np.ndarray, shift: np.ndarray, strength: float) -> np.nd
 def posterior(process: Process, x0: torch.Tensor, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Mean of q(x_{t-1} | x_t, x_0), [B,...] (DDPM eq. 7), of a variance-preserving process."""
     alpha_bar, before, beta = _steps(process, t, xt)
-    return (
-        before.sqrt() * beta / (1 - alpha_bar) * x0 + (1 - beta).sqrt() * (1 - before) / (1 - alpha_bar) * xt
-    ).to(xt.dtype)
+    return (before.sqrt() * beta / (1 - alpha_bar) * x0 + (1 - beta).sqrt() * (1 - before) / (1 - alpha_bar) * xt).to(
+        xt.dtype
+    )
 
 
-def log_variance_range(
-    process: Process, t: torch.Tensor, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def log_variance_range(process: Process, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The logarithms of beta_tilde_t and beta_t, float64, shaped to multiply [B,...]: the range of a learned variance.
 
     beta_tilde at t = 0 is 0; as in improved DDPM's code, the value at t = 1 stands in for it.
@@ -271,9 +269,7 @@ def variational_bound(
     return (term.flatten(1).mean(dim=1) / math.log(2)).float()
 
 
-def _steps(
-    process: Process, t: torch.Tensor, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _steps(process: Process, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """alpha_bar_t, alpha_bar_{t-1} and beta_t, float64, shaped to multiply [B,...]."""
     alpha_bar = process.signal**2
     before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])

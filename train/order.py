@@ -67,6 +67,7 @@ class Order:
         self.size = int(self.counts.sum())
         if self.size == 0:
             raise ValueError("a dataset without samples has no order")
+        self.fingerprint = fingerprint
         self._parts = (fingerprint, int(seed))
         self.window = window
         self._epoch = functools.lru_cache(maxsize=2)(self._plan)
@@ -101,21 +102,19 @@ class Order:
 class Mixture:
     """Which of several streams comes next: in proportion to their weights, in shuffled blocks of exact composition.
 
-    weights: float [streams], positive, of any sum. unit: how many draws belong together; a block is a multiple
-    of it, the smallest that meets the weights to a thousandth, so that where the weights allow it every batch of
-    `unit` samples has the same composition.
+    weights: float [streams], positive, of any sum. unit: how many draws belong together; a block is that many
+    times a power of two, the smallest that meets the weights to a thousandth, so that where the weights allow it
+    every batch of `unit` samples has the same composition.
     """
 
     def __init__(self, weights: Sequence[float], unit: int, *key: str | int) -> None:
         share = np.asarray(weights, np.float64) / np.sum(weights)
         if len(share) == 0 or not (share > 0).all():
             raise ValueError("every stream of a mixture needs a weight above 0")
-        for length in range(unit, unit * 1024 + 1, unit):
-            self.counts = _apportion(share, length)
-            if (np.abs(self.counts / length - share) <= 1e-3 * share).all():
+        for doublings in range(17):
+            self.counts = np.maximum(_apportion(share, unit << doublings), 1)  # even the rarest comes at times
+            if (np.abs(self.counts / self.counts.sum() - share) <= 1e-3 * share).all():
                 break
-        if (self.counts == 0).any():
-            raise ValueError("a weight is so small beside the others that its stream would never come")
         self.length, self._key = int(self.counts.sum()), key
         self._block = functools.lru_cache(maxsize=4)(self._plan)
 

@@ -109,13 +109,13 @@ def test_old_checkpoints_go_but_never_the_last_complete_one(tmp_path: Path) -> N
         return sorted(int(p.name.removeprefix("step-")) for p in root.iterdir())
 
     put(1), put(2), put(3, whole=False), put(4, whole=False)
-    folders.delete_old(root, 2)
+    folders.delete_old(root, folders.Keep(2))
     assert left() == [1, 2, 3, 4]  # torn ones newer than any complete one are kept for a look
     put(5)
-    folders.delete_old(root, 2)
+    folders.delete_old(root, folders.Keep(2))
     assert left() == [2, 5]
     put(6, whole=False), put(7, whole=False)
-    folders.delete_old(root, 2)
+    folders.delete_old(root, folders.Keep(2))
     assert left() == [2, 5, 6, 7]
 
 
@@ -173,9 +173,9 @@ def test_pretrained_and_unmade_inputs(run: Path) -> None:
 
 def explode(config: str) -> None:
     """A model whose output is not finite from the third step on, on rank 1 alone."""
-    from train import objectives
+    from train import denoising
 
-    forward = objectives.Diffusion.forward
+    forward = denoising.Diffusion.forward
     calls = []
 
     def broken(self: Any, batch: Any) -> Any:
@@ -184,7 +184,7 @@ def explode(config: str) -> None:
         bad = len(calls) == 3 and os.environ["RANK"] == "1"
         return (loss * float("nan") if bad else loss), figures
 
-    objectives.Diffusion.forward = broken  # type: ignore[method-assign]
+    denoising.Diffusion.forward = broken  # type: ignore[method-assign]
     forked.run_stage(config)
 
 
