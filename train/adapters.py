@@ -132,6 +132,24 @@ def merge(unet: Any) -> Any:
     return plain
 
 
+def save_lora(weights: dict[str, Any], config: AdapterConfig, folder: Path) -> None:
+    """`pytorch_lora_weights.safetensors`, which diffusers' load_lora_weights takes, with the alpha beside it."""
+    from diffusers import StableDiffusionPipeline
+
+    metadata = {k: v for k, v in peft_config(config).to_dict().items() if not k.startswith("_")}
+    metadata["target_modules"] = sorted(metadata["target_modules"])
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
+
+
+def save_peft(weights: dict[str, Any], config: AdapterConfig, folder: Path) -> None:
+    """peft's own folder, for kinds that diffusers' loaders do not know: PeftModel.from_pretrained(unet, folder)."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    peft_config(config).save_pretrained(folder)
+    save_file({f"base_model.model.{k}": v for k, v in weights.items()}, folder / "adapter_model.safetensors")
+
+
 def state(unet: Any) -> dict[str, Any]:
     """The updates alone under peft's names, as diffusers' save_lora_weights takes them."""
     from peft.utils import get_peft_model_state_dict

@@ -31,6 +31,7 @@ OPERATIONAL = (
     "offload",
     "prefetch",
     "cache_bytes",
+    "licence",
     "validation",
     "samples",
 )
@@ -286,6 +287,7 @@ class TrainConfig(FitConfig):
     )
     vlb_weight: float = Field(default=0.001, gt=0, description="of L_vlb, in bits a value over all timesteps")
     caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of captions replaced by the empty one")
+    licence: str | None = Field(default=None, description="of the weights, for the model card of what is exported")
     validation: ValidationConfig | None = None
     samples: SamplesConfig | None = None
 

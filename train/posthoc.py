@@ -8,9 +8,19 @@ profile is approximated by the linear combination of snapshots that is nearest t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from shards.settings import StageError
+
+if TYPE_CHECKING:
+    import torch
+
+_SNAPSHOT = re.compile(r"ema_(0\.\d{3})-(\d+)\.safetensors")
 
 
 def exponent(std: float) -> float:
@@ -51,3 +61,33 @@ def coefficients(times: Sequence[float], stds: Sequence[float], time: float, std
     gram = inner_product(t[:, None], gamma[:, None], t[None], gamma[None])
     solution = np.linalg.lstsq(gram, inner_product(t, gamma, one, wanted), rcond=None)[0]
     return solution / solution.sum()
+
+
+def reconstruct(folder: Path, images: int, std: float) -> dict[str, torch.Tensor]:
+    """The average of relative deviation `std` at `images`, float32, from the snapshots in `folder`.
+
+    Snapshots up to `images` are used. Raises StageError where there are none of two kinds at that time.
+    """
+    from safetensors import safe_open
+
+    found = {f: m for f in sorted(folder.glob("*.safetensors")) if (m := _SNAPSHOT.fullmatch(f.name))}
+    used = [(f, float(m[1]), int(m[2])) for f, m in found.items() if 0 < int(m[2]) <= images]
+    kinds = {s for _, s, at in used if at == images}
+    if len(kinds) < 2:
+        raise StageError(
+            f"{folder} has snapshots of {len(kinds)} EMAs at {images} images, and two are needed to put another "
+            "length together; train with ema_stds such as [0.05, 0.1]"
+        )
+    factors = coefficients([at for _, _, at in used], [s for _, s, _ in used], images, std)
+    total: dict[str, torch.Tensor] = {}
+    for (file, _, _), factor in zip(used, factors, strict=True):
+        with safe_open(file, "pt") as source:
+            for name in source.keys():  # noqa: SIM118 - not a mapping
+                value = source.get_tensor(name)
+                if not value.is_floating_point():
+                    total[name] = value
+                elif name in total:
+                    total[name].add_(value.double(), alpha=float(factor))
+                else:
+                    total[name] = value.double() * float(factor)
+    return {n: v.float() if v.is_floating_point() else v for n, v in total.items()}

@@ -113,7 +113,7 @@ def test_a_weight_is_one_weight_on_the_error_of_x0(prediction: str, kind: str) -
 
 
 def test_min_snr_is_that_of_diffusers_training_script() -> None:
-    """Its lines (train_text_to_image.py): min(snr, gamma) / snr for epsilon, / (snr + 1) for v, with its compute_snr."""
+    """Lines of train_text_to_image.py: min(snr, gamma) / snr for epsilon, / (snr + 1) for v, with its compute_snr."""
     from diffusers.training_utils import compute_snr
 
     theirs = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
@@ -161,7 +161,7 @@ def test_flow_is_that_of_diffusers_flow_matching(shift: float) -> None:
     x0, noise = torch.randn(3, 4, 2, 2, generator=g), torch.randn(3, 4, 2, 2, generator=g)
     t = torch.tensor([0, 400, 999])
     xt = diffusion.add_noise(p, x0, noise, t)
-    torch.testing.assert_close(xt, theirs.scale_noise(x0, p.time[t], noise), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(xt, theirs.scale_noise(x0, theirs.timesteps[999 - t], noise), rtol=1e-4, atol=1e-5)
     # Its Euler step with the true velocity, from any t to 0, lands on x_0.
     v = diffusion.target(p, "flow_prediction", x0, noise, t)
     torch.testing.assert_close(xt - p.noise[t].float()[:, None, None, None] * v, x0, rtol=1e-4, atol=1e-5)
