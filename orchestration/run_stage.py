@@ -9,7 +9,7 @@
     carrara remove --config configs/demo.yaml --urls FILE                take pictures out of images and latents
     carrara doctor                                                       what is here, and known traps
     carrara demo                                                         what `make demo` runs
-    carrara sample | watch | numbers | grid | explain-fid | judge        see `carrara sample --help` and so on
+    carrara export | sample | watch | numbers | grid | explain-fid | judge   see `carrara sample --help` and so on
 
 As a Ray job: ray job submit --working-dir . -- python orchestration/run_stage.py latents --config configs/demo.yaml
 
