@@ -81,7 +81,7 @@ class Journal:
         if not self.ranks.first:
             return
         batch = self.config.batch_size
-        self.progress.update(batch, loss=values[0])
+        self.progress.update(batch, **({} if skipped else {"loss": values[0]}))
         if crossed(images, batch, self.config.log_every_images) or images >= self.config.images:
             self._line(images, step, rate, norm, waited)
 
