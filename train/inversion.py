@@ -27,18 +27,22 @@ class WordAndUnet(nn.Module):
 
     def __init__(self, unet: Any, tower: Any, layer: str, rows: torch.Tensor) -> None:
         super().__init__()
-        self.unet, self.tower, self.layer = unet.requires_grad_(False), tower.requires_grad_(False), layer
+        self.unet = unet.requires_grad_(False)
+        self.token_embedding = tower.token_embedding.requires_grad_(False)
+        self.blocks = nn.ModuleList(kept_blocks(tower, layer)).requires_grad_(False)
+        self.norm = tower.ln_final.requires_grad_(False) if has_final_norm(layer) else nn.Identity()
+        self.register_buffer("places", tower.positional_embedding.detach(), persistent=False)
+        self.register_buffer("mask", tower.attn_mask.detach(), persistent=False)
         self.rows = nn.Parameter(rows)
 
     def encode(self, tokens: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Tokens int64 [B,context] -> float32 [B,context,width]; place [B,context]: which learned row, or -1."""
-        tower = self.tower
         learned = torch.nn.functional.embedding(place.clamp(min=0), self.rows)
-        x = torch.where((place >= 0)[..., None], learned, tower.token_embedding(tokens))
-        x = x + tower.positional_embedding[: tokens.shape[1]]
-        for block in kept_blocks(tower, self.layer):
-            x = block(x, attn_mask=tower.attn_mask.to(x.dtype))
-        return tower.ln_final(x) if has_final_norm(self.layer) else x
+        x = torch.where((place >= 0)[..., None], learned, self.token_embedding(tokens))
+        x = x + self.places[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x, attn_mask=self.mask.to(x.dtype))
+        return self.norm(x)
 
     def forward(self, xt: torch.Tensor, time: torch.Tensor, tokens: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """The UNet's output [B,C,h,w] under captions that hold the learned word."""

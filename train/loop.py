@@ -164,6 +164,7 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> Path:
                     guard.rolled_back()
                     journal.event(images, "rollback", checkpoint=back.name, rollbacks=guard.rollbacks)
                 elif skipped and not overflow:  # an overflow is how fp16 finds its scale
+                    guard.refuses(means[0], norm)  # DeepSpeed skips by itself where the norm is not finite
                     guard.left_out()
                     _tell_skip(job, objective, ranks, journal, guard, images, means[0], norm, last)
                 elif not skipped:

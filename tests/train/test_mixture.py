@@ -246,8 +246,10 @@ def test_the_exported_scheduler_undoes_what_training_did(options: dict[str, Any]
         at = torch.tensor([place])
         noise = (x - p.signal[place] * x0) / p.noise[place]
         x = found.step(diffusion.target(p, config.prediction_type, x0, noise, at), t, x).prev_sample
-    assert float((x - x0).abs().max()) < 0.1
-    assert float((x - x0).abs().mean()) < 0.03
+    # DDIM ends at the first timestep, whose little noise stays.
+    left = float(p.noise[0]) if config.prediction_type != "flow_prediction" else 0.0
+    assert float((x - x0).abs().max()) < 3 * left + 0.02
+    assert float((x - x0).abs().mean()) < left + 0.005
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,25 @@ def load_and_save(config: str, folder: str) -> dict[str, list[str]]:
     return different
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {"activation_checkpointing": True},
+    {"channels_last": True},
+    {"compile": True},
+    {"offload": "cpu", "zero_stage": 2},
+    {"offload": "cpu", "zero_stage": 3},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+def test_what_saves_time_or_memory_changes_no_result(run: Path, options: dict[str, Any]) -> None:
+    config = settings(run, **options)
+    forked.fit(config, 2)
+    weights, average = plain_loop(config)
+    assert_close(tensors(step_folder(run, STEPS), "weights"), weights)
+    assert_close(tensors(step_folder(run, STEPS), "ema"), average)
+
+
 def clip_gradients(config: str) -> Weights:
     """The gradient of the global batch of 8, averaged over the ranks as DeepSpeed does it."""
     from train import ranks
