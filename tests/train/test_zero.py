@@ -182,7 +182,6 @@ def load_and_save(config: str, folder: str) -> dict[str, list[str]]:
 OPTIONS: list[dict[str, Any]] = [
     {"activation_checkpointing": True},
     {"channels_last": True},
-    {"compile": True},
     {"offload": "cpu", "zero_stage": 2},
     {"offload": "cpu", "zero_stage": 3},
 ]
