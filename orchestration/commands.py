@@ -1,4 +1,5 @@
-"""The commands around the stages: plan and inspect for the latents; sample, watch, numbers, grid, explain-fid, judge.
+"""The commands around the stages: plan and inspect for the latents; export, sample, watch, numbers, grid,
+explain-fid and judge for a trained model.
 
     carrara plan [RUN] --config C [--rows N]                           what pre-encoding stores, takes and costs
     carrara inspect [RUN] --config C                                   latents decoded beside their originals
@@ -6,10 +7,11 @@
     carrara watch [RUN] --config C [--once | --forever]                every checkpoint, as it appears
     carrara numbers [RUN] --config C                                   what is measured so far, while it is drawn
     carrara grid [RUN] --config C eval.grid='{steps: [10, 20]}'        samplers x steps x guidance x EMA
+    carrara export RUN [--checkpoint step-00001000] [--weights raw] [--dtype float16] [--out DIR]   a diffusers pipeline
     carrara explain-fid A B --inception FILE                           why two FIDs of the same pictures differ
     carrara judge pack RUN --cells A B --out DIR; carrara judge score DIR VOTES.csv ...
 
-What they do is in latents/ and eval/; what is here is their arguments and Ray.
+What they do is in latents/, train/ and eval/; what is here is their arguments and Ray.
 """
 
 from __future__ import annotations
@@ -155,6 +157,21 @@ def _grid(arguments: list[str]) -> None:
     log.info("grid: the report is %s", grid.run(config, given.local, given.redo))
 
 
+def _export(arguments: list[str]) -> None:
+    parser = _Parser("carrara export", description="A checkpoint as a diffusers pipeline.")
+    parser.add_argument("run", help="the run's folder")
+    parser.add_argument("--checkpoint", default="latest", help="a folder's name under RUN/checkpoints")
+    parser.add_argument("--weights", default="ema", help="ema, raw, one of ema_stds (ema_0.050), or posthoc:0.08")
+    parser.add_argument("--dtype", default="float32", help="float32 or float16")
+    parser.add_argument("--out", help="folder of the pipeline; by default RUN/model")
+    parser.add_argument("--licence", help="of the weights, for the model card")
+    given = parser.parse_args(arguments)
+    from train.export import export
+
+    folder = export(given.run, given.checkpoint, given.weights, given.dtype, given.out, given.licence)
+    log.info("the pipeline is %s", folder)
+
+
 def _explain(arguments: list[str]) -> None:
     parser = _Parser("carrara explain-fid", description="The FID of two sets of pictures as five libraries measure it.")
     parser.add_argument("generated", help="a folder of pictures, or of finished shards")
@@ -272,6 +289,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "watch": _watch,
     "numbers": _numbers,
     "grid": _grid,
+    "export": _export,
     "explain-fid": _explain,
     "judge": _judge,
 }

@@ -140,7 +140,9 @@ def _checkpoints(config: RunConfig, paths: RunPaths, keys: set[str]) -> dict[str
             if manifest is None:
                 continue
             count: int | None = None
-            if dataset is not None and manifest["fingerprint"].get("input") == dataset.fingerprint:
+            # Where buckets or several sources were trained on, the order is not this one dataset's: not known.
+            plain = dataset is not None and "bucket_counts" not in dataset.manifest
+            if dataset is not None and plain and manifest["fingerprint"].get("input") == dataset.fingerprint:
                 settings = manifest["fingerprint"]["settings"]
                 how = (int(settings["seed"]), int(settings["shuffle_window"]))
                 if how not in firsts:

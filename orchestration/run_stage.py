@@ -10,7 +10,7 @@
     carrara plan | inspect                                               latents: what they cost, what they are worth
     carrara doctor                                                       what is here, and known traps
     carrara demo                                                         what `make demo` runs
-    carrara sample | watch | numbers | grid | explain-fid | judge        see `carrara sample --help` and so on
+    carrara export | sample | watch | numbers | grid | explain-fid | judge   see `carrara sample --help` and so on
 
 As a Ray job: ray job submit --working-dir . -- python orchestration/run_stage.py latents --config configs/demo.yaml
 

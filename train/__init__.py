@@ -4,15 +4,25 @@ One loop (loop.py) on DeepSpeed fits three objectives: the latent diffusion UNet
 who bring no weights a VAE (`autoencoder`) and a CLIP (`clip`). Modules, from the bottom up:
 
     config       what a user sets
-    order        which sample comes when: a keyed permutation, nothing to save
+    order        which sample comes when: keyed permutations and mixtures, nothing to save
     randomness   noise, timesteps and dropped captions derived from a sample's place in that order
-    diffusion    the forward process, targets and loss weights
-    optimizer    AdamW with the EMA as one more optimizer state
+    diffusion    processes, targets, loss weights, timesteps: pure functions
+    optimizer    AdamW with the EMAs as further optimizer states
+    posthoc      EMA lengths chosen afterwards
+    guard        which steps must not be taken
+    folders      checkpoint folders and their manifests, without torch
     checkpoint   name-keyed safetensors that belong to no world size
     data         shards into batches, ahead of the loop
-    objectives   the three models and their losses
+    adapters     where a UNet comes from; LoRA and its kin
+    objectives   what the loop can fit: the VAE's and the CLIP's losses
+    denoising    the UNet's loss
+    inversion    a new word's loss
+    engine       DeepSpeed around an objective
+    validation   the loss on held-out pictures, early stopping
+    journal      the log, TensorBoard, events
     loop         the training loop
     finish       what a finished stage leaves: a model folder and its marker
     main         the command
-    export       checkpoint into StableDiffusionPipeline
+    export       checkpoint into a diffusers pipeline
+    samples      grids of pictures while training
 """

@@ -23,9 +23,17 @@ OPERATIONAL = (
     "checkpoint_every_images",
     "keep_checkpoints",
     "log_every_images",
+    "keep_hours",
+    "keep_every_images",
     "channels_last",
+    "activation_checkpointing",
+    "compile",
+    "offload",
     "prefetch",
     "cache_bytes",
+    "licence",
+    "validation",
+    "samples",
 )
 
 STAGES = ("autoencoder", "clip", "train")
@@ -53,6 +61,16 @@ class FitConfig(Strict):
     ema_rampup: float | None = Field(
         default=0.05, gt=0, le=1, description="early on the half-life is at most this share of the images seen"
     )
+    ema_stds: tuple[float, ...] = Field(
+        default=(), description="further EMAs by relative standard deviation, for lengths chosen afterwards (EDM2)"
+    )
+    spike_sigmas: float | None = Field(
+        default=None, gt=0, description="skip a step whose loss or gradient norm lies so many deviations above the mean"
+    )
+    max_skips: int = Field(
+        default=10, ge=1, description="skipped steps in a row after which the weights go back to the last checkpoint"
+    )
+    max_rollbacks: int = Field(default=3, ge=0, description="how often they may go back before the run ends")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="arithmetic under autocast; weights, moments and EMA are always fp32"
     )
@@ -63,9 +81,20 @@ class FitConfig(Strict):
     threads: int | None = Field(default=None, ge=1, description="CPU threads a rank; null: the cores shared out evenly")
     checkpoint_every_images: int = Field(default=1_000_000, ge=1)
     keep_checkpoints: int = Field(default=3, ge=2, description="how many of the newest are kept (two at least)")
+    keep_hours: float | None = Field(default=None, gt=0, description="keep also those younger than this")
+    keep_every_images: int | None = Field(
+        default=None, ge=1, description="keep for ever the first at or after each multiple of this"
+    )
     log_every_images: int = Field(default=10_000, ge=1)
     channels_last: bool = Field(
         default=False, description="activations in NHWC; the weights lie in DeepSpeed's flat buffers either way"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="compute activations again in the backward pass: less memory, a third more work"
+    )
+    compile: bool = Field(default=False, description="torch.compile the model; pays on a GPU after its first minute")
+    offload: Literal["none", "cpu"] = Field(
+        default="none", description="cpu: moments, EMA and fp32 weights live in main memory (zero_stage 1 and above)"
     )
     shuffle_window: int = Field(default=16, ge=1, description="shards whose rows are mixed with one another")
     prefetch: int = Field(default=3, ge=1, le=64, description="micro-batches made ahead of the loop")
@@ -85,6 +114,22 @@ class FitConfig(Strict):
             raise ValueError(
                 f"batch_size ({self.batch_size}) is not a multiple of micro_batch_size ({self.micro_batch_size})"
             )
+        return self
+
+    @field_validator("ema_stds")
+    @classmethod
+    def _stds(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        # A power function's relative deviation cannot exceed 0.289, that of a flat average (EDM2, eq. 126).
+        if not all(0.001 <= v <= 0.28 for v in value) or len({ema_name(v) for v in value}) < len(value):
+            raise ValueError("each of ema_stds must lie between 0.001 and 0.28, and none may come twice")
+        return value
+
+    @model_validator(mode="after")
+    def _engine(self) -> Self:
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError("offload needs zero_stage 1 or above: without ZeRO DeepSpeed ignores it")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile cannot go with zero_stage 3, whose hooks break its graph; use 1 or 2")
         return self
 
     @property
@@ -135,30 +180,140 @@ class ClipConfig(FitConfig):
         return self
 
 
+class SourceConfig(Strict):
+    """One of the data sets that `train` mixes."""
+
+    latents: str | None = Field(default=None, description="folder of latent shards; null: the run's own")
+    weight: float = Field(default=1.0, gt=0, description="its share of the samples, relative to the others'")
+    loss_weight: float = Field(
+        default=1.0, ge=0, description="of its samples' loss; DreamBooth's lambda for the prior's pictures"
+    )
+
+
+class AdapterConfig(Strict):
+    """Low-rank updates in place of all weights: LoRA (Hu 2021), LoHa (Hyeon-Woo 2021) or LoKr (Yeh 2023), by peft."""
+
+    kind: Literal["lora", "loha", "lokr"] = "lora"
+    rank: int = Field(default=8, ge=1)
+    alpha: int | None = Field(default=None, ge=1, description="the update is scaled by alpha / rank; null: rank")
+    targets: tuple[str, ...] = Field(
+        default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="ends of the names of adapted layers"
+    )
+    convolutions: bool = Field(default=False, description="adapt the convolutions of the residual blocks too")
+
+
+class InversionConfig(Strict):
+    """Textual Inversion (Gal 2022): new words are learned, everything else is frozen."""
+
+    token: str = Field(min_length=1, description="how prompts will name the new word, such as <statue>")
+    initial: str = Field(min_length=1, description="a word that comes near it; its embedding is where it begins")
+    vectors: int = Field(default=1, ge=1, le=16, description="embeddings that the token stands for")
+    templates: tuple[str, ...] = Field(
+        default=("a photo of {}", "a rendering of {}", "a close-up of {}", "{}"),
+        min_length=1,
+        description="captions in place of the stored ones; {} is where the token goes",
+    )
+
+    @field_validator("templates")
+    @classmethod
+    def _places(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(t.count("{}") == 1 for t in value):
+            raise ValueError("each of templates must have one {} for the token")
+        return value
+
+
+class ValidationConfig(Strict):
+    """The loss on pictures that are never trained on, always the same with the same noise and timesteps."""
+
+    images: int = Field(default=256, ge=1)
+    every_images: int = Field(default=100_000, ge=1)
+    latents: str | None = Field(
+        default=None, description="folder of latent shards; null: the run's held-out pictures, encoded at the start"
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="stop early after so many validations without a new lowest loss"
+    )
+
+
+class SamplesConfig(Strict):
+    """Pictures from the EMA of every checkpoint, as a grid in TensorBoard and in <run>/train/samples/."""
+
+    prompts: tuple[str, ...] = Field(min_length=1, max_length=64)
+    steps: int = Field(default=20, ge=1, le=1000)
+    guidance_scale: float = Field(default=3.0, ge=0)
+    seed: int = Field(default=0, ge=0)
+
+
 class TrainConfig(FitConfig):
     """A conditional UNet on latents: DDPM (Ho 2020) with classifier-free guidance dropout (Ho & Salimans 2022)."""
 
     images: int = Field(default=10_000_000, ge=1)
     batch_size: int = Field(default=256, ge=1)
     unet: dict[str, Any] = Field(default_factory=dict, description="arguments of diffusers.UNet2DConditionModel")
+    start_from: str | None = Field(
+        default=None, description="begin with the UNet of this diffusers pipeline (a folder, or a name on the hub)"
+    )
     initialisation: Literal["torch", "zero"] = Field(
         default="zero", description="zero: residual branches and the output begin at zero, as in Ho 2020"
     )
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    adapter: AdapterConfig | None = Field(default=None, description="train low-rank updates of start_from alone")
+    textual_inversion: InversionConfig | None = Field(default=None, description="learn a word for start_from alone")
+    sources: tuple[SourceConfig, ...] = Field(
+        default=(SourceConfig(),), min_length=1, description="data sets mixed by weight; by default the run's latents"
+    )
+    resolution: int | None = Field(
+        default=None, ge=8, description="which of the latents' resolutions, in pixels; null: the main one"
+    )
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = Field(
+        default="epsilon", description="flow_prediction: rectified flow, whose straight path has no betas"
+    )
     num_train_timesteps: int = Field(default=1000, ge=2, le=100_000)
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "scaled_linear"
     beta_start: float = Field(default=0.00085, gt=0, lt=1)
     beta_end: float = Field(default=0.012, gt=0, lt=1)
+    zero_terminal_snr: bool = Field(default=False, description="the last timestep is pure noise (Lin 2023)")
+    snr_shift: float = Field(
+        default=1.0, gt=0, le=100, description="divides the SNR by its square; larger pictures need more noise"
+    )
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    stratified: bool = Field(default=False, description="spread a batch's timesteps evenly (Kingma 2021)")
     logit_mean: float = Field(default=0.0, ge=-10, le=10, description="of logit_normal; above 0 leans towards noise")
     logit_std: float = Field(default=1.0, gt=0, le=10)
     snr_gamma: float | None = Field(default=None, gt=0, description="min-SNR loss weight (Hang 2023); null for none")
+    p2_gamma: float | None = Field(default=None, gt=0, description="P2 loss weight (Choi 2022); null for none")
+    offset_noise: float = Field(default=0.0, ge=0, le=1, description="noise common to a channel (Guttenberg 2023)")
+    learned_variance: bool = Field(
+        default=False, description="the UNet gives the variance too: L_simple + vlb_weight L_vlb (Nichol 2021)"
+    )
+    vlb_weight: float = Field(default=0.001, gt=0, description="of L_vlb, in bits a value over all timesteps")
     caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of captions replaced by the empty one")
+    licence: str | None = Field(default=None, description="of the weights, for the model card of what is exported")
+    validation: ValidationConfig | None = None
+    samples: SamplesConfig | None = None
 
     @model_validator(mode="after")
-    def _betas_ordered(self) -> Self:
+    def _process(self) -> Self:
+        flow = self.prediction_type == "flow_prediction"
         if self.beta_end < self.beta_start:
             raise ValueError(f"beta_end ({self.beta_end}) is below beta_start ({self.beta_start})")
+        if self.zero_terminal_snr and (flow or self.prediction_type == "epsilon"):
+            why = "ends in pure noise by itself" if flow else "says nothing of x_0 where there is only noise"
+            raise ValueError(f"zero_terminal_snr cannot go with prediction_type {self.prediction_type}, which {why}")
+        if self.snr_gamma and self.p2_gamma:
+            raise ValueError("snr_gamma and p2_gamma are two weights for the same loss; set one of them")
+        if self.learned_variance and (flow or self.zero_terminal_snr):
+            raise ValueError("learned_variance needs the steps of DDPM: no flow_prediction and no zero_terminal_snr")
+        return self
+
+    @model_validator(mode="after")
+    def _tuning(self) -> Self:
+        for name in ("adapter", "textual_inversion"):
+            if getattr(self, name) and not self.start_from:
+                raise ValueError(f"{name} changes a model that is there; name it with start_from")
+        if self.adapter and self.textual_inversion:
+            raise ValueError("adapter and textual_inversion are two ways to fine-tune; set one of them")
+        if self.start_from and self.unet:
+            raise ValueError("unet is given by start_from; leave one of them out")
         return self
 
 
@@ -170,6 +325,11 @@ class TrainingSections(Strict):
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     clip: ClipConfig = ClipConfig()
     train: TrainConfig = TrainConfig()
+
+
+def ema_name(std: float | None = None) -> str:
+    """The name of an EMA among the optimizer's states: `ema`, or `ema_0.050` of a relative standard deviation."""
+    return "ema" if std is None else f"ema_{std:.3f}"
 
 
 def layout(stage: str, config: FitConfig, world: int) -> tuple[int, int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -15,11 +16,11 @@ import torch
 from shards.columns import ColumnShard
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
-from shards.settings import StageError
-from train.order import Order
+from shards.settings import ConfigError, StageError
+from train.order import Mixture, Order
 
 Batch = dict[str, torch.Tensor]
-S = TypeVar("S", ImageShard, ColumnShard)
+S = TypeVar("S", ImageShard, "LatentShard")
 
 
 class OpenShards(Generic[S]):
@@ -72,6 +73,11 @@ class Pictures:
         shard, row = self.order.locate(positions)
         return [self._shard_captions(int(s))[int(r)] for s, r in zip(shard, row, strict=True)]
 
+    def keys(self, positions: np.ndarray) -> list[str]:
+        """The keys of the samples at these places of the order."""
+        shard, row = self.order.locate(positions)
+        return [self._shards[int(s)].keys[int(r)] for s, r in zip(shard, row, strict=True)]
+
     def _one(self, shard: int, row: int) -> np.ndarray:
         picture = self._cache.get((shard, row))
         if picture is None:
@@ -95,50 +101,218 @@ class Pictures:
 
 
 class Latents:
-    """Posterior moments and text of latent shards."""
+    """Posterior moments and text of the latent shards of one or several datasets, mixed by weight.
 
-    def __init__(self, dataset: Dataset, order: Order) -> None:
-        self.dataset, self.order = dataset, order
-        self._shards = OpenShards(dataset, ColumnShard, 2 * order.window)
-        first = self._shards[int(np.flatnonzero(dataset.counts)[0])].arrays
-        self.shape: tuple[int, ...] = tuple(first["mean"].shape[1:])
-        self.has_embeddings = "embeddings" in first
-        self.has_spread = "logstd" in first
-        self.empty_tokens = first["empty_tokens"].astype(np.int64)
-        self.empty_embedding = first["empty_embedding"].astype(np.float32) if self.has_embeddings else None
+    A dataset with buckets gives batches of one shape: the global batches of `batch_size` samples are shared out to
+    the buckets by their number of samples, so that all ranks have the same shape at a step. Within a bucket the
+    datasets come by weight, and each (dataset, bucket) has an order of its own. resolution: which of several the
+    samples are taken at, in pixels; None is the datasets' main one. Raises ConfigError where datasets were made with
+    different encoders or shapes, which no model could tell apart.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        seed: int,
+        window: int,
+        batch_size: int,
+        weights: Sequence[float] = (1.0,),
+        resolution: int | None = None,
+    ) -> None:
+        self.dataset, self.batch_size = datasets[0], batch_size
+        self.resolution = resolution or int(self.dataset.manifest["resolution"])
+        self._shards = [OpenShards(d, LatentShard, 2 * window) for d in datasets]
+        first = [s[int(np.flatnonzero(d.counts)[0])].arrays for s, d in zip(self._shards, datasets, strict=True)]
+        for dataset, arrays in zip(datasets[1:], first[1:], strict=True):
+            _refuse_other_kind(self.dataset, first[0], dataset, arrays)
+        self.buckets, counts = _buckets(datasets, self.resolution)
+        self.has_embeddings = "embeddings" in first[0]
+        self.has_pooled = "pooled" in first[0]
+        self.has_spread = all(any(n.partition(".")[0] == "logstd" for n in arrays) for arrays in first)
+        self.empty_tokens = first[0]["empty_tokens"].astype(np.int64)
+        self.empty_embedding = first[0]["empty_embedding"].astype(np.float32) if self.has_embeddings else None
+        self.empty_pooled = first[0]["empty_pooled"].astype(np.float32) if self.has_pooled else None
+
+        # For each bucket: its datasets, their orders and how they mix.
+        self._parts: list[tuple[list[int], list[Order], Mixture]] = []
+        share = []
+        for b, bucket in enumerate(self.buckets):
+            held = [i for i, c in enumerate(counts) if c[b].sum()]
+            orders = [Order(counts[i][b], _name(datasets[i].fingerprint, bucket), seed, window) for i in held]
+            portions = [weights[i] * counts[i][b].sum() / datasets[i].counts.sum() for i in held]
+            names = [o.fingerprint for o in orders]
+            self._parts.append((held, orders, Mixture(portions, batch_size, seed, *names)))
+            share.append(sum(portions))
+        self._mixture = Mixture(share, 1, seed, "buckets", *(d.fingerprint for d in datasets))
+        self.order = self._parts[0][1][0]
+        self.side = self._side()
+        self.channels = next(int(a.shape[1]) for n, a in first[0].items() if n.partition(".")[0] == "mean")
+
+    def _side(self) -> int:
+        """Side of a square latent of `resolution` pixels."""
+        height = int(self.shape(np.zeros(1, np.int64))[1])
+        if self.buckets[0] is None:
+            return height
+        bucket = int(self._mixture.split(np.zeros(1, np.int64))[0][0])
+        number = self.buckets[bucket]
+        assert number is not None
+        return self.resolution * height // int(self.dataset.manifest["buckets"][number]["height"])
+
+    def source(self, positions: np.ndarray) -> np.ndarray:
+        """Which of the datasets each sample comes from, int64 [B]."""
+        out = np.empty(len(positions), np.int64)
+        for _, source, here, _, _ in self._groups(positions):
+            out[here] = source
+        return out
+
+    def shape(self, positions: np.ndarray) -> tuple[int, int, int]:
+        """[C,h,w] of the batch that these samples belong to."""
+        for shard, _, _, _, bucket in self._groups(positions[:1]):
+            return shard.arrays[_column("mean", bucket)].shape[1:]  # type: ignore[return-value]
+        raise ValueError("a batch without samples has no shape")
 
     def moments(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Mean and log-std, float32 [B,C,h,w], unscaled; the latter is None where only means are stored."""
-        mean = np.empty((len(positions), *self.shape), np.float32)
+        mean = np.empty((len(positions), *self.shape(positions)), np.float32)
         logstd = np.empty_like(mean) if self.has_spread else None
-        for shard, here, rows in self._groups(positions):
-            mean[here] = shard.arrays["mean"][rows]
+        for shard, _, here, rows, bucket in self._groups(positions):
+            mean[here] = shard.arrays[_column("mean", bucket)][rows]
             if logstd is not None:
                 minimum, step = float(shard.metadata["logstd_min"]), float(shard.metadata["logstd_step"])
                 table = (minimum + step * np.arange(256)).astype(np.float32)
-                logstd[here] = table[shard.arrays["logstd"][rows]]
+                logstd[here] = table[shard.arrays[_column("logstd", bucket)][rows]]
         return mean, logstd
 
     def tokens(self, positions: np.ndarray) -> np.ndarray:
         """Token ids, int64 [B,context]."""
         out = np.empty((len(positions), *self.empty_tokens.shape), np.int64)
-        for shard, here, rows in self._groups(positions):
-            out[here] = shard.arrays["tokens"][rows]
+        for shard, _, here, rows, bucket in self._groups(positions):
+            out[here] = shard.arrays["tokens"][shard.samples(bucket, rows)]
         return out
 
     def embeddings(self, positions: np.ndarray) -> np.ndarray:
         """Token embeddings, float32 [B,context,width]."""
         assert self.empty_embedding is not None
-        out = np.empty((len(positions), *self.empty_embedding.shape), np.float32)
-        for shard, here, rows in self._groups(positions):
-            out[here] = shard.arrays["embeddings"][shard.arrays["embedding_index"][rows]]
+        return self._by_caption("embeddings", self.empty_embedding.shape, positions)
+
+    def pooled(self, positions: np.ndarray) -> np.ndarray:
+        """The captions' pooled embeddings, float32 [B,width]."""
+        assert self.empty_pooled is not None
+        return self._by_caption("pooled", self.empty_pooled.shape, positions)
+
+    def sizes(self, positions: np.ndarray) -> np.ndarray:
+        """SDXL's micro-conditioning (Podell et al. 2023, arXiv:2307.01952, section 2.2), float32 [B,6].
+
+        Original height and width, top and left of the crop in the scaled picture, and the height and width that
+        were aimed at; in pixels. Raises StageError where the latents lack it.
+        """
+        out = np.empty((len(positions), 6), np.float32)
+        for shard, _, here, rows, bucket in self._groups(positions):
+            if "micro" not in shard.arrays:
+                raise StageError(
+                    f"{self.dataset.root}: shard {shard.info.name} has no column 'micro', which a UNet with "
+                    "addition_embed_type text_time is told; make the latents again"
+                )
+            level = 0 if bucket is None else _level(self.dataset, bucket)
+            out[here] = shard.arrays["micro"][shard.samples(bucket, rows), level]
         return out
 
-    def _groups(self, positions: np.ndarray) -> Iterator[tuple[ColumnShard, np.ndarray, np.ndarray]]:
-        shard, row = self.order.locate(positions)
-        for s in np.unique(shard):
-            here = np.flatnonzero(shard == s)
-            yield self._shards[int(s)], here, row[here]
+    def keys(self, positions: np.ndarray) -> list[str]:
+        """The samples' keys."""
+        out = [""] * len(positions)
+        for shard, _, here, rows, bucket in self._groups(positions):
+            for i, row in zip(here, shard.samples(bucket, rows), strict=True):
+                out[i] = shard.keys[row]
+        return out
+
+    def _by_caption(self, column: str, shape: tuple[int, ...], positions: np.ndarray) -> np.ndarray:
+        out = np.empty((len(positions), *shape), np.float32)
+        for shard, _, here, rows, bucket in self._groups(positions):
+            out[here] = shard.arrays[column][shard.arrays["embedding_index"][shard.samples(bucket, rows)]]
+        return out
+
+    def _groups(self, positions: np.ndarray) -> Iterator[tuple[LatentShard, int, np.ndarray, np.ndarray, int | None]]:
+        """Of each shard: itself, its dataset, which positions lie in it, their rows within the bucket, the bucket."""
+        batch, within = np.divmod(np.asarray(positions, np.int64), self.batch_size)
+        bucket, ordinal = self._mixture.split(batch)
+        for b in np.unique(bucket):
+            of_bucket = np.flatnonzero(bucket == b)
+            held, orders, mixture = self._parts[b]
+            source, place = mixture.split(ordinal[of_bucket] * self.batch_size + within[of_bucket])
+            for i in np.unique(source):
+                mine = np.flatnonzero(source == i)
+                shard, row = orders[i].locate(place[mine])
+                for s in np.unique(shard):
+                    here = np.flatnonzero(shard == s)
+                    opened = self._shards[held[i]][int(s)]
+                    yield opened, held[i], of_bucket[mine[here]], row[here], self.buckets[b]
+
+
+class LatentShard(ColumnShard):
+    """A latent shard whose samples may lie in several buckets."""
+
+    def samples(self, bucket: int | None, rows: np.ndarray) -> np.ndarray:
+        """The samples, int64, that the rows of a bucket's arrays belong to."""
+        if bucket is None:
+            return rows
+        members: np.ndarray = np.flatnonzero((self.arrays["bucket"] == bucket).any(axis=1))
+        return members[rows]
+
+    @functools.cached_property
+    def keys(self) -> list[str]:
+        """Keys of the samples, in their order."""
+        return super().keys
+
+
+def _buckets(datasets: Sequence[Dataset], resolution: int) -> tuple[list[int | None], list[list[np.ndarray]]]:
+    """The buckets of a resolution that hold samples, and for each dataset and bucket its samples a shard."""
+    facts = datasets[0].manifest
+    if "bucket_counts" not in facts:
+        if resolution != facts["resolution"]:
+            raise ConfigError(
+                f"train.resolution is {resolution}, but {datasets[0].root} holds {facts['resolution']} pixels"
+            )
+        return [None], [[d.counts] for d in datasets]
+    wanted = [b for b, shape in enumerate(facts["buckets"]) if shape["resolution"] == resolution]
+    if not wanted:
+        there = sorted({shape["resolution"] for shape in facts["buckets"]})
+        raise ConfigError(
+            f"train.resolution is {resolution}, but {datasets[0].root} holds latents of "
+            f"{' and '.join(map(str, there))} pixels"
+        )
+    tables = [np.asarray(d.manifest["bucket_counts"], np.int64).reshape(len(d.shards), -1) for d in datasets]
+    used: list[int | None] = [b for b in wanted if any(t[:, b].sum() for t in tables)]
+    return used, [[t[:, b] for b in used] for t in tables]
+
+
+def _level(dataset: Dataset, bucket: int) -> int:
+    """The place of a bucket's resolution among the dataset's, which is that of its row in `micro`."""
+    resolutions = list(dict.fromkeys(b["resolution"] for b in dataset.manifest["buckets"]))
+    return resolutions.index(dataset.manifest["buckets"][bucket]["resolution"])
+
+
+def _column(name: str, bucket: int | None) -> str:
+    return name if bucket is None else f"{name}.{bucket}"
+
+
+def _name(fingerprint: str, bucket: int | None) -> str:
+    return fingerprint if bucket is None else f"{fingerprint}:{bucket}"
+
+
+def _refuse_other_kind(one: Dataset, first: dict[str, Any], other: Dataset, arrays: dict[str, Any]) -> None:
+    for what, name in (("vae", "VAE"), ("text", "CLIP")):
+        if one.manifest[what]["digest"] != other.manifest[what]["digest"]:
+            raise ConfigError(
+                f"train.sources: {other.root} was made with another {name} than {one.root}; "
+                "make the latents of all sources with the same encoders"
+            )
+    same = one.manifest["resolution"] == other.manifest["resolution"]
+    same &= one.manifest.get("buckets") == other.manifest.get("buckets") and first.keys() == arrays.keys()
+    if not same:
+        raise ConfigError(
+            f"train.sources: the latents of {other.root} have other shapes, or other text, than those of {one.root}; "
+            "make them with the same settings"
+        )
 
 
 T = TypeVar("T")

@@ -3,8 +3,12 @@
     from diffusers import StableDiffusionPipeline
     StableDiffusionPipeline.from_pretrained("<run>/model")("a red circle on a blue ground").images[0]
 
+    carrara export runs/demo [--checkpoint step-00001000] [--weights raw] [--dtype float16] [--out FOLDER]
+
 The UNet's weights come from the checkpoint, the VAE and the CLIP from where the latents were made, and
-are refused where they are not the same ones. The open_clip text tower becomes a transformers
+are refused where they are not the same ones. A UNet that is told sizes becomes a StableDiffusionXLPipeline. What was
+fine-tuned with an adapter is merged, and lies beside it in the form that diffusers' load_lora_weights (or peft) reads;
+a learned word lies there as load_textual_inversion reads it. The open_clip text tower becomes a transformers
 CLIPTextModel with the layer choice baked into its depth, since `clip_skip` does not work with
 transformers 5; the tokenizer is built from open_clip's own merges, with nothing downloaded.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,15 +27,17 @@ from typing import Any
 
 import torch
 
-from latents.encoders import TextEncoder, Vae, kept_blocks, require_digest
+from latents.encoders import TextEncoder, Vae, has_final_norm, kept_blocks, require_digest
 from latents.weights import find_clip, find_vae
 from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import Fingerprint, digest_json
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
+from train import adapters, diffusion, posthoc
 from train.checkpoint import load_weights
-from train.folders import latest_complete
+from train.config import TrainConfig
+from train.folders import POSTHOC, latest_complete
 from train.model_card import model_card
 
 VERSION = 1  # raise it when the same checkpoint gives another folder
@@ -45,24 +52,34 @@ PAD, PAD_ID = "<|pad|>", 0
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
-def export(run: str, checkpoint: str = "latest", weights: str = "ema") -> Path:
-    """Write `<run>/model` from a checkpoint, atomically; nothing is done where it is there already.
+def export(
+    run: str, checkpoint: str = "latest", weights: str = "ema", dtype: str = "float32", out: str | None = None,
+    licence: str | None = None,
+) -> Path:  # fmt: skip
+    """Write `<run>/model` (or `out`) from a checkpoint, atomically; nothing is done where it is there already.
 
-    checkpoint: a folder name under `<run>/checkpoints`, or `latest`. weights: `ema` or `raw`. Returns the
-    folder. Raises StageError where the checkpoint, or the weights the latents were made with, are gone.
+    checkpoint: a folder name under `<run>/checkpoints`, or `latest`. weights: `ema`, `raw`, one of the further EMAs
+    (`ema_0.050`), or `posthoc:STD`, an EMA of any relative deviation put together from their snapshots. dtype:
+    float32 or float16. licence: of the weights, for the model card. Returns the folder. Raises StageError where the
+    checkpoint, or the weights the latents were made with, are gone.
     """
+    if dtype not in ("float32", "float16"):
+        raise ConfigError(f"the weights are exported as float32 or float16, not '{dtype}'")
     paths = RunPaths(run)
-    final = storage.local_path(paths.model)
-    source = _Source(paths, checkpoint, weights)
+    final = storage.local_path(out or paths.model)
+    source = _Source(paths, checkpoint, weights, dtype, licence)
+    if out and final.exists() and not (final / PROVENANCE).is_file():
+        raise ConfigError(f"{final} is there and is no exported model; name a folder that is not there yet")
     fingerprint = source.fingerprint()
-    existing = storage.read_json(storage.join(paths.model, PROVENANCE))
+    existing = storage.read_json(str(final / PROVENANCE))
     if existing is not None and existing.get("fingerprint", {}).get("digest") == fingerprint.digest:
         return final
     pipeline = source.pipeline()
     provenance = source.provenance(fingerprint)
     tmp = storage.temporary_folder(final)
     try:
-        _write(pipeline, provenance, tmp)
+        _write(pipeline.to(dtype=getattr(torch, dtype)), provenance, tmp)
+        source.write_tuning(tmp)
         storage.replace_folder(tmp, final)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)  # it is there only where something failed
@@ -71,15 +88,23 @@ def export(run: str, checkpoint: str = "latest", weights: str = "ema") -> Path:
 
 def build_pipeline(run: str, checkpoint: str = "latest", weights: str = "ema") -> Any:
     """The StableDiffusionPipeline of a checkpoint in memory, float32 on the CPU, without its progress bar."""
-    return _Source(RunPaths(run), checkpoint, weights).pipeline()
+    source = _Source(RunPaths(run), checkpoint, weights)
+    pipeline = source.pipeline()
+    if source.config.textual_inversion:
+        token = source.config.textual_inversion.token
+        pipeline.load_textual_inversion(source.tuned["rows"], token=token)
+    return pipeline
 
 
 def _write(pipeline: Any, provenance: dict[str, Any], folder: Path) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
-    _save_text_encoder(pipeline.text_encoder, folder / "text_encoder")
-    for file in (folder / "tokenizer").iterdir():
-        file.unlink()
-    write_tokenizer(folder / "tokenizer", pipeline.tokenizer.model_max_length)
+    for suffix in ("", "_2"):  # SDXL's one text encoder is its second
+        if (encoder := getattr(pipeline, f"text_encoder{suffix}", None)) is not None:
+            _save_text_encoder(encoder, folder / f"text_encoder{suffix}")
+            names = folder / f"tokenizer{suffix}"
+            for file in names.iterdir():
+                file.unlink()
+            write_tokenizer(names, getattr(pipeline, names.name).model_max_length)
     (folder / "README.md").write_text(model_card(provenance), encoding="utf-8")
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -87,25 +112,31 @@ def _write(pipeline: Any, provenance: dict[str, Any], folder: Path) -> None:
 class _Source:
     """What a pipeline is made of: a checkpoint, and the encoders that its latents were made with."""
 
-    def __init__(self, paths: RunPaths, checkpoint: str, weights: str) -> None:
-        if weights not in ("ema", "raw"):
-            raise ConfigError(f"the weights to export are 'ema' or 'raw', not '{weights}'")
-        self.paths, self.weights = paths, weights
+    def __init__(
+        self, paths: RunPaths, checkpoint: str, weights: str, dtype: str = "float32", licence: str | None = None
+    ) -> None:
+        if weights != "raw" and not re.fullmatch(r"ema(_0\.\d{3})?|posthoc:0?\.\d+", weights):
+            raise ConfigError(
+                f"the weights to export are 'ema', 'raw', an EMA such as 'ema_0.050' or 'posthoc:0.08', not '{weights}'"
+            )
+        self.paths, self.weights, self.dtype = paths, weights, dtype
         self.folder = _checkpoint_folder(paths, checkpoint)
         self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_bytes())
         self.latents = Dataset.open(paths.latents)
         self.vae_facts, self.text_facts = self.latents.manifest["vae"], self.latents.manifest["text"]
+        self.config = TrainConfig.model_validate(self.manifest["config"])
+        self.licence = licence or self.config.licence
+        self.tuned: dict[str, torch.Tensor] = {}  # what fine-tuning made, under its own names
 
     def fingerprint(self) -> Fingerprint:
         """What the exported folder's bytes depend on."""
         settings = {"checkpoint": self.folder.name, "weights": self.weights, "layer": self.text_facts["layer"]}
+        settings |= {"dtype": self.dtype, "licence": self.licence}
         digests = {"vae": self.vae_facts["digest"], "text": self.text_facts["digest"]}
         return Fingerprint("export", VERSION, settings, digest_json(self.manifest), digests)
 
     def pipeline(self) -> Any:
-        """The StableDiffusionPipeline."""
-        from diffusers import StableDiffusionPipeline
-
+        """The StableDiffusionPipeline, or the StableDiffusionXLPipeline of a UNet that is told sizes."""
         vae = self._vae()
         text = self._text()
         unet = self._unet(vae)
@@ -116,16 +147,8 @@ class _Source:
             )
         model = vae.model
         model.register_to_config(scaling_factor=self.vae_facts["scaling_factor"])
-        pipeline = StableDiffusionPipeline(
-            vae=model,
-            text_encoder=clip_text_model(text),
-            tokenizer=tokenizer(text),
-            unet=unet,
-            scheduler=scheduler(self.manifest["config"]),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        parts = {"vae": model, "unet": unet, "scheduler": scheduler(self.manifest["config"])}
+        pipeline = (_sdxl if unet.config.addition_embed_type == "text_time" else _sd)(text, parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -137,6 +160,9 @@ class _Source:
             "weights": self.weights,
             "images_seen": self.manifest.get("images"),
             "steps": self.manifest.get("step"),
+            "dtype": self.dtype,
+            "licence": self.licence,
+            "sources": self.manifest.get("sources", []),
             "training": {k: v for k, v in self.manifest["config"].items() if k != "unet"},
             "latents": {
                 "fingerprint": self.latents.fingerprint,
@@ -144,6 +170,8 @@ class _Source:
                 "samples": manifest["count"],
                 "rows": manifest["rows"],
                 "shards": len(manifest["shards"]),
+                "first_shard": manifest["shards"][0]["index"],
+                "last_shard": manifest["shards"][-1]["index"],
                 "status": manifest.get("status", {}),
             },
             "vae": {k: self.vae_facts[k] for k in ("ref", "digest", "scaling_factor")},
@@ -155,11 +183,50 @@ class _Source:
     def _unet(self, vae: Vae) -> Any:
         from diffusers import UNet2DConditionModel
 
-        unet = UNet2DConditionModel.from_config(self.manifest["model_config"])
-        unet.load_state_dict(load_weights(self.folder, self.weights))
+        values = self._weights()
+        if not self.config.adapter and not self.config.textual_inversion:
+            unet = UNet2DConditionModel.from_config(self.manifest["model_config"])
+            unet.load_state_dict(values)
+        else:
+            unet = self._base()
+            if self.config.adapter:
+                adapters.add(unet, self.config.adapter, 0)
+                require_all(unet.load_state_dict(values, strict=False), str(self.folder))
+                self.tuned = adapters.state(unet)
+                unet = adapters.merge(unet)
+            else:
+                self.tuned = {"rows": values["rows"]}
         # The pipeline draws pictures of this size unless told otherwise.
         unet.register_to_config(sample_size=self.latents.manifest["resolution"] // vae.downscale)
         return unet.eval().requires_grad_(False)
+
+    def _base(self) -> Any:
+        """The UNet that was fine-tuned; raises StageError where it is not the same one any more."""
+        ref = self.config.start_from or ""
+        weights = self.manifest["fingerprint"].get("weights") or {}
+        require_digest("the UNet of train.start_from", adapters.digest(ref), weights.get("start_from", ""), ref)
+        return adapters.load_unet(ref)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        if not self.weights.startswith("posthoc:"):
+            return load_weights(self.folder, self.weights)
+        return posthoc.reconstruct(
+            storage.local_path(self.paths.checkpoints) / POSTHOC,
+            int(self.manifest["images"]),
+            float(self.weights.partition(":")[2]),
+        )
+
+    def write_tuning(self, folder: Path) -> None:
+        """What fine-tuning made, in the form in which others take it; nothing for a model of its own."""
+        from safetensors.torch import save_file
+
+        values = {k: v.to(getattr(torch, self.dtype)).contiguous() for k, v in self.tuned.items()}
+        if self.config.textual_inversion:
+            save_file({self.config.textual_inversion.token: values["rows"]}, folder / "learned_embeds.safetensors")
+        elif self.config.adapter and self.config.adapter.kind == "lora":
+            adapters.save_lora(values, self.config.adapter, folder / "lora")
+        elif self.config.adapter:
+            adapters.save_peft(values, self.config.adapter, folder / "adapter")
 
     def _vae(self) -> Vae:
         beside = storage.join(self.paths.autoencoder, "model")
@@ -168,6 +235,12 @@ class _Source:
     def _text(self) -> TextEncoder:
         beside = storage.join(self.paths.clip, "model")
         return TextEncoder(_same_weights("the CLIP", find_clip, self.text_facts, beside), self.text_facts["layer"])
+
+
+def require_all(loaded: Any, where: str) -> None:
+    """Raise StageError where a fine-tuned model's file held weights that the model lacks."""
+    if loaded.unexpected_keys:
+        raise StageError(f"{where} holds {loaded.unexpected_keys[0]}, which the model of train.start_from lacks")
 
 
 def _checkpoint_folder(paths: RunPaths, checkpoint: str) -> Path:
@@ -204,32 +277,88 @@ def _same_weights(what: str, find: Callable[[str], Any], facts: dict[str, Any], 
 
 
 def scheduler(config: dict[str, Any]) -> Any:
-    """A DDIMScheduler (Song et al. 2020) of the trainer's own betas and prediction type.
+    """A scheduler of the trainer's own process and prediction type.
 
-    config: TrainConfig as a mapping. Trailing spacing starts at the noisiest timestep, as training does
-    (Lin et al. 2023, arXiv:2305.08891, table 2); the rest is as in Stable Diffusion's own configuration.
+    config: TrainConfig as a mapping. DDIM (Song et al. 2020); for a learned variance DDPM, which uses it; for
+    rectified flow DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) on the flow's sigmas, since diffusers' flow
+    scheduler does not go into a StableDiffusionPipeline. Trailing spacing starts at the noisiest timestep, as training
+    does (Lin et al. 2023, arXiv:2305.08891, table 2); the rest is as in Stable Diffusion's own configuration.
     """
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-    return DDIMScheduler(
-        **{name: config[name] for name in SCHEDULE},
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="trailing",
+    full = TrainConfig.model_validate(config)
+    if full.prediction_type == "flow_prediction":
+        return DPMSolverMultistepScheduler(
+            num_train_timesteps=full.num_train_timesteps,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=full.snr_shift,
+            final_sigmas_type="zero",
+        )
+    shared: dict[str, Any] = {name: config[name] for name in SCHEDULE}
+    shared |= {"clip_sample": False, "steps_offset": 1, "timestep_spacing": "trailing"}
+    if full.snr_shift != 1.0 or (full.beta_schedule == "sigmoid" and not full.learned_variance):
+        alpha_bar = diffusion.alphas_cumprod(
+            diffusion.betas(full.beta_schedule, full.num_train_timesteps, full.beta_start, full.beta_end)
+        )
+        shared["trained_betas"] = diffusion.to_betas(diffusion.shift_snr(alpha_bar, full.snr_shift)).tolist()
+    if full.zero_terminal_snr:
+        shared["rescale_betas_zero_snr"] = True
+    if full.learned_variance:
+        return DDPMScheduler(**shared, variance_type="learned_range")
+    return DDIMScheduler(**shared, set_alpha_to_one=False)
+
+
+def _sd(text: TextEncoder, parts: dict[str, Any]) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        **parts,
+        text_encoder=clip_text_model(text),
+        tokenizer=tokenizer(text),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
-def clip_text_model(text: TextEncoder) -> Any:
+def _sdxl(text: TextEncoder, parts: dict[str, Any]) -> Any:
+    """With one text encoder, the second of SDXL's two, as SDXL's refiner has it."""
+    from diffusers import StableDiffusionXLPipeline
+
+    if text.layer != "penultimate_no_norm":
+        raise StageError(
+            f"StableDiffusionXLPipeline reads the CLIP's last block but one without the final norm, and the latents "
+            f"were made with latents.text_layer {text.layer}; make them with penultimate_no_norm, and train on those"
+        )
+    return StableDiffusionXLPipeline(
+        **parts,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=clip_text_model(text, projected=True),
+        tokenizer_2=tokenizer(text),
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
+def clip_text_model(text: TextEncoder, projected: bool = False) -> Any:
     """transformers' CLIPTextModel with the weights of an open_clip text tower.
 
     Its `last_hidden_state` is what `text.encode` gives: blocks beyond the chosen layer are left out and
-    the final layer norm is applied.
+    the final layer norm is applied. projected: a CLIPTextModelWithProjection of all blocks, whose `text_embeds` are
+    the pooled half of `text.encode_pooled` and whose `hidden_states` hold the layers without norm. Raises StageError
+    where a layer without norm is asked for otherwise.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    if not projected and not has_final_norm(text.layer):
+        raise StageError(
+            f"StableDiffusionPipeline always applies the CLIP's final norm, and the latents were made with "
+            f"latents.text_layer {text.layer}; make them with {text.layer.removesuffix('_no_norm')}, and train on those"
+        )
     tower = text.tower
-    blocks = kept_blocks(tower, text.layer)
+    blocks = list(tower.transformer.resblocks) if projected else kept_blocks(tower, text.layer)
     first = blocks[0]
     projection = getattr(tower, "text_projection", None)
     config = CLIPTextConfig(
@@ -246,9 +375,13 @@ def clip_text_model(text: TextEncoder) -> Any:
         bos_token_id=text.tokenizer.sot_token_id,
         eos_token_id=text.tokenizer.eot_token_id,
     )
-    model = CLIPTextModel(config)
-    prefix = "text_model." if next(iter(model.state_dict())).startswith("text_model.") else ""
-    model.load_state_dict({prefix + k: v for k, v in text_tower_weights(tower, len(blocks)).items()})
+    model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+    prefix = "text_model." if any(k.startswith("text_model.") for k in model.state_dict()) else ""
+    weights = {prefix + k: v for k, v in text_tower_weights(tower, len(blocks)).items()}
+    if projected:
+        weight = projection.weight if isinstance(projection, torch.nn.Linear) else projection.T
+        weights["text_projection.weight"] = weight.detach().float().contiguous().clone()
+    model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
 
@@ -329,7 +462,10 @@ def _save_text_encoder(model: Any, folder: Path) -> None:
 
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
-    tensors = {"text_model." + k.removeprefix("text_model."): v.contiguous() for k, v in model.state_dict().items()}
+    tensors = {
+        k if k.startswith("text_projection.") else "text_model." + k.removeprefix("text_model."): v.contiguous()
+        for k, v in model.state_dict().items()
+    }
     tensors.pop("text_model.embeddings.position_ids", None)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

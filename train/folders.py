@@ -5,10 +5,12 @@ Apart from checkpoint.py, which reads and writes the weights, so that asking how
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ log = logging.getLogger("carrara.train")
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-STATES = ("exp_avg", "exp_avg_sq", "ema")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STATES = (*MOMENTS, "ema")
+POSTHOC = "posthoc"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -58,7 +62,7 @@ def damage(folder: Path, deep: bool = True) -> str:
         files = read_manifest(folder)["files"]
     except StageError as e:
         return str(e)
-    for name in sorted(f"{n}.safetensors" for n in ("weights", *STATES)):
+    for name in sorted({*files, *(f"{n}.safetensors" for n in ("weights", *STATES))}):
         file = folder / name
         expected = files.get(name, {})
         size = file.stat().st_size if file.is_file() else None
@@ -79,13 +83,35 @@ def latest_complete(root: str | Path, deep: bool = True) -> Path | None:
     return None
 
 
-def delete_old(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; the newest complete one stays in any case."""
-    complete = [f for f in folders(root) if not damage(f, deep=False)]
-    for folder in folders(root):
-        # Torn folders older than a complete one serve nobody; a complete one goes when `keep` newer ones are there.
-        newer = [c for c in complete if _step_of(c) > _step_of(folder)]
-        if len(newer) >= (keep if folder in complete else 1):
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay. newest: how many; hours: those younger than this too; every_images: for ever, the
+    first at or after each multiple of it."""
+
+    newest: int
+    hours: float | None = None
+    every_images: int | None = None
+
+
+def delete_old(root: Path, keep: Keep) -> None:
+    """Delete what need not be kept; the newest complete checkpoint stays in any case."""
+    everything = folders(root)
+    complete = [f for f in everything if not damage(f, deep=False)]
+    stay = set(complete[: keep.newest])
+    if keep.hours is not None:
+        since = time.time() - 3600 * keep.hours
+        stay |= {f for f in complete if (f / MANIFEST).stat().st_mtime >= since}
+    if keep.every_images is not None:
+        before = 0
+        for folder in reversed(complete):
+            images = int(read_manifest(folder).get("images", 0))
+            if images // keep.every_images > before // keep.every_images:
+                stay.add(folder)
+            before = images
+    for folder in everything:
+        # A torn one that is older than a complete one serves nobody; a newer one is left for a look.
+        newer_and_torn = folder not in complete and not any(_step_of(c) > _step_of(folder) for c in complete)
+        if folder not in stay and not newer_and_torn:
             shutil.rmtree(folder, ignore_errors=True)
 
 

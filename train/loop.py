@@ -1,43 +1,49 @@
 """The training loop: one for all objectives, on DeepSpeed, on any number of ranks.
 
-    while images < total:  batch by position -> loss -> all ranks agree -> step -> log -> checkpoint
+    while images < total:
+        batch by position -> loss -> all ranks agree -> step (or skip) -> log -> validate -> checkpoint
 
-The clock is in images. Nothing but a checkpoint's tensors and its number of images is needed to go on:
-order, noise, learning rate and EMA length are functions of the position.
+The clock is in images. Nothing but a checkpoint's tensors and its manifest is needed to go on: order, noise,
+learning rate and EMA lengths are functions of the position.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from shards.fingerprint import Fingerprint
-from shards.progress import Progress
 from shards.settings import ConfigError, StageError
-from train import checkpoint, folders
-from train.config import FitConfig, layout
+from train import checkpoint, folders, posthoc
+from train import engine as deep
+from train.config import FitConfig, ema_name, layout
 from train.data import Ahead, Batch
-from train.flops import count_flops, peak_flops
+from train.flops import count_flops
+from train.guard import Guard
+from train.journal import Journal, crossed
 from train.objectives import Objective
-from train.optimizer import EmaAdamW, ema_decay, learning_rate, parameter_groups
+from train.optimizer import ema_decay, learning_rate
 from train.order import batch_positions, derive_key
-from train.ranks import Ranks, Sigterm, Stopped, import_deepspeed
+from train.ranks import Ranks, Sigterm, Stopped
+from train.validation import Patience, Validator
 
 log = logging.getLogger("carrara.train")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One fit. checkpoints, logs: folders. status_url: where progress is written. facts: stored in manifests."""
+    """One fit. checkpoints, logs: folders. status_url: where progress is written. facts: stored in manifests.
+
+    validator: None for no validation. draw: a checkpoint's folder -> a grid of samples, uint8 [H,W,3]; None for none.
+    """
 
     stage: str
     config: FitConfig
@@ -47,29 +53,39 @@ class Job:
     status_url: str
     fingerprint: Fingerprint
     facts: dict[str, Any]
+    validator: Validator | None = None
+    draw: Callable[[Path], np.ndarray] | None = None
 
 
 def fit(job: Job, objective: Objective, ranks: Ranks) -> Path:
     """Train to the end from the newest complete checkpoint, or from the start; returns the last checkpoint.
 
-    Collective. Raises Stopped after SIGTERM, StageError on all ranks where the loss is not finite.
+    Collective. Raises Stopped after SIGTERM, StageError on all ranks where training cannot go on.
     """
     config = job.config
     micro, accumulation = layout(job.stage, config, ranks.world)
     start = ranks.from_first(folders.latest_complete(job.checkpoints) if ranks.first else None)
-    manifest = folders.read_manifest(start) if start else {"images": 0, "step": 0, "optimizer_steps": 0}
+    manifest: dict[str, Any] = folders.read_manifest(start) if start else {"images": 0, "step": 0, "optimizer_steps": 0}
     images, step, applied = manifest["images"], manifest["step"], manifest["optimizer_steps"]
-    if start and images >= config.images:
+    if start and (images >= config.images or manifest.get("finished")):
         return start
 
+    # ---- the model, the engine around it, and what they had learned -------------------------------
     objective.to(ranks.device)
     flops = _probe(job, objective, ranks, micro)
     if start:
         checkpoint.load_model(start, objective.model)
-    engine, optimizer = _engine(config, objective, ranks, micro, accumulation)
+    averages = deep.averages(config)
+    engine, optimizer = deep.start(config, objective, ranks, micro, accumulation)
     if start:
-        checkpoint.load_optimizer(start, engine, objective.model, optimizer)
-        _restore_loss_scale(engine, manifest.get("loss_scale"))
+        checkpoint.load_optimizer(start, engine, objective.model, optimizer, averages)
+        deep.restore_loss_scale(engine, manifest.get("loss_scale"))
+    guard = Guard(config.spike_sigmas, config.max_skips, manifest.get("guard"))
+    patience = Patience(job.validator.patience if job.validator else None, manifest.get("patience"))
+    keep = folders.Keep(config.keep_checkpoints, config.keep_hours, config.keep_every_images)
+    saver = checkpoint.Saver(
+        job.checkpoints, engine, objective.model, optimizer, averages, keep, objective.saves_frozen
+    )
 
     def save() -> Path:
         facts = {
@@ -80,30 +96,37 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> Path:
             "config": config.model_dump(mode="json"),
             "model_config": objective.model_config,
             "fingerprint": job.fingerprint.to_json(),
-            "loss_scale": _loss_scale(engine),
+            "loss_scale": deep.loss_scale(engine),
+            "guard": guard.state(),
+            "patience": patience.state(),
+            "finished": done,
         }
-        return checkpoint.save(
-            job.checkpoints, step, engine, objective.model, optimizer, facts, config.keep_checkpoints
-        )
+        return saver.save(step, facts)
 
     figures = ("loss", *objective.figures)
     batches = _batches(objective, config, ranks, micro, accumulation, images)
-    journal = Journal(job, ranks, images, flops)
+    journal = Journal(job.stage, config, job.logs, job.status_url, ranks, images, flops, figures, objective.bins)
     state = "failed"
+    last = start
+    done = False
     try:
         with Ahead(batches, config.prefetch) as ahead, Sigterm() as sigterm:
-            while images < config.images:
+            while not done:
+                # ---- rates, which are functions of the position -----------------------------------
                 rate = learning_rate(
                     images, config.batch_size, config.images, config.learning_rate,
                     config.warmup_images, config.schedule, config.final_fraction,
                 )  # fmt: skip
-                decay = ema_decay(
-                    images + config.batch_size, config.batch_size, config.ema_halflife_images, config.ema_rampup
-                )
+                after = images + config.batch_size
+                decays = {
+                    ema_name(): ema_decay(after, config.batch_size, config.ema_halflife_images, config.ema_rampup)
+                }
+                decays |= {ema_name(std): posthoc.decay(after, config.batch_size, std) for std in config.ema_stds}
                 for group in optimizer.param_groups:
-                    group["lr"], group["ema_decay"] = rate, decay
+                    group["lr"], group["ema_decays"] = rate, decays
 
-                totals = torch.zeros(len(figures) + 1, dtype=torch.float64, device=ranks.device)
+                # ---- gradients of the global batch ------------------------------------------------
+                totals = torch.zeros(len(figures) + 2 * objective.bins + 2, dtype=torch.float64, device=ranks.device)
                 for micro_step in range(accumulation):
                     batch = next(ahead)
                     if step == 0 and micro_step == 0:
@@ -114,36 +137,98 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> Path:
                     loss, details = engine(batch)
                     engine.backward(loss)
                     totals[0] += loss.detach().double() / accumulation
-                    totals[1:-1] += details.double() / accumulation
+                    totals[1:-2] += details.double() / accumulation
                     if micro_step + 1 < accumulation:
                         engine.step()
-                totals[-1] = sigterm.asked
-                *means, stop = ranks.mean(totals).tolist()
-                # Before the step and on all ranks alike: the weights are still those of the last good step.
-                if not math.isfinite(means[0]):
-                    raise StageError(
-                        f"{job.stage}: the loss is {means[0]} at {images} images (samples {images} to "
-                        f"{images + config.batch_size - 1} of the order); lower learning_rate, or look at these samples"
-                    )
-                norm = _clip_without_zero(engine, objective, config)
-                engine.step()
-                norm = norm if norm is not None else engine.get_global_grad_norm()
-                applied += bool(engine.was_step_applied())
-                images, step = images + config.batch_size, step + 1
+                totals[-2], totals[-1] = sigterm.asked, saver.failed
+                *means, stop, unsaved = ranks.mean(totals).tolist()
+                if unsaved:
+                    saver.finish()  # raises
 
-                journal.step(images, step, rate, norm, dict(zip(figures, means, strict=True)), ahead.waited)
+                # ---- the step, unless all ranks agree that it must not be taken ---------------------
+                norm = deep.clip_without_zero(engine, objective, config)
+                back = last if guard.exhausted else None
+                if back:
+                    saver.finish()
+                    checkpoint.load_masters(back, engine, objective.model)
+                    checkpoint.load_optimizer(back, engine, objective.model, optimizer, averages)
+                optimizer.applied, optimizer.veto = False, _veto(guard, engine, means[0], norm, back is not None)
+                engine.step()
+                norm = norm if norm is not None else deep.gradient_norm(engine)
+                skipped = not optimizer.applied
+                overflow = skipped and config.precision == "fp16" and math.isfinite(means[0])
+                applied += optimizer.applied
+                images, step = images + config.batch_size, step + 1
+                if back:
+                    applied = folders.read_manifest(back)["optimizer_steps"]
+                    guard.rolled_back()
+                    journal.event(images, "rollback", checkpoint=back.name, rollbacks=guard.rollbacks)
+                elif skipped and not overflow:  # an overflow is how fp16 finds its scale
+                    guard.refuses(means[0], norm)  # DeepSpeed skips by itself where the norm is not finite
+                    guard.left_out()
+                    _tell_skip(job, objective, ranks, journal, guard, images, means[0], norm, last)
+                elif not skipped:
+                    guard.taken(means[0], norm)
+
+                # ---- what a person sees, and what outlives this process ------------------------------
+                journal.step(images, step, rate, norm, means, ahead.waited, skipped)
                 done = images >= config.images
-                if done or stop or _crossed(images, config.batch_size, config.checkpoint_every_images):
+                if job.validator and (done or crossed(images, config.batch_size, job.validator.every_images)):
+                    with journal.pause():
+                        result = job.validator.measure(engine, ranks)
+                    journal.event(images, "validation", loss=result)
+                    done = patience.over(result) or done
+                if done or stop or back or crossed(images, config.batch_size, config.checkpoint_every_images):
                     with journal.pause():
                         last = save()
+                        if job.draw:
+                            saver.finish()
+                            if ranks.first:
+                                journal.grid(images, job.draw(last))
                 if stop and not done:
+                    saver.finish()
                     state = "stopped"
                     raise Stopped(f"{job.stage}: stopped by SIGTERM at {images} images; the checkpoint is {last}")
+            saver.finish()
         state = "done"
+        assert last is not None
         return last
     finally:
+        saver.wait()
         journal.close(state)
         engine.destroy()
+
+
+def _veto(guard: Guard, engine: Any, loss: float, norm: float | None, always: bool) -> Callable[[], bool]:
+    """What the optimizer asks once DeepSpeed has summed up the gradients; under ZeRO 3 once for each group."""
+
+    def veto() -> bool:
+        return always or guard.refuses(loss, norm if norm is not None else deep.step_norm(engine))
+
+    return veto
+
+
+def _tell_skip(
+    job: Job, objective: Objective, ranks: Ranks, journal: Journal, guard: Guard, images: int, loss: float,
+    norm: float | None, last: Path | None,
+) -> None:  # fmt: skip
+    """Say on rank 0 which samples a skipped step saw; raises StageError on all ranks where going on is no use."""
+    config = job.config
+    begin = images - config.batch_size
+    reason = guard.reason or f"the gradient norm is {norm}"
+    if ranks.first:
+        keys = objective.keys(np.arange(begin, images))
+        journal.event(images, "skipped", reason=reason, loss=loss, grad_norm=norm, in_a_row=guard.in_a_row, keys=keys)
+        log.warning(
+            "%s: the step at %d images is skipped: %s; its samples' keys are in %s",
+            job.stage, begin, reason, journal.events,
+        )  # fmt: skip
+    if guard.exhausted and (last is None or guard.rollbacks >= config.max_rollbacks):
+        why = "there is no checkpoint to go back to" if last is None else f"it went back {guard.rollbacks} times before"
+        raise StageError(
+            f"{job.stage}: {guard.in_a_row} steps in a row were skipped up to {images} images ({reason}), and {why}; "
+            f"lower learning_rate, or look at the samples in {journal.events}"
+        )
 
 
 def _batches(
@@ -154,74 +239,6 @@ def _batches(
         for micro_step in range(accumulation):
             batch = objective.batch(batch_positions(begin, ranks.rank, ranks.world, micro_step, micro))
             yield {k: v.pin_memory() for k, v in batch.items()} if ranks.device.type == "cuda" else batch
-
-
-def _engine(
-    config: FitConfig, objective: Objective, ranks: Ranks, micro: int, accumulation: int
-) -> tuple[Any, EmaAdamW]:
-    """DeepSpeed's engine around the objective, and the optimizer inside it.
-
-    The module stays in fp32 and precision is autocast's: DeepSpeed's own bf16 mode would make its fp32
-    masters from weights that were already rounded to bf16.
-    """
-    objective.train()
-    optimizer = EmaAdamW(
-        parameter_groups(objective.model, config.weight_decay),
-        lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True,
-    )  # fmt: skip
-    # DeepSpeed allocates its buckets in full and wants them aligned.
-    bucket = -(-min(sum(p.numel() for p in objective.parameters()), 200_000_000) // 4096) * 4096
-    settings: dict[str, Any] = {
-        "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.grad_clip if config.grad_clip and config.zero_stage else 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        # round_robin_gradients makes DeepSpeed's own maps of who owns what wrong (0.19), and with it checkpoints.
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "round_robin_gradients": False,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            # gloo has no reduce-scatter worth the name; with these two a step of the demo's UNet takes 0.85x on CPUs.
-            "reduce_scatter": ranks.device.type != "cpu",
-            "contiguous_gradients": ranks.device.type != "cpu",
-        },
-        "steps_per_print": None,
-    }
-    if config.precision != "fp32":
-        dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.precision]
-        settings["torch_autocast"] = {"enabled": True, "dtype": dtype}
-    engine = import_deepspeed().initialize(model=objective, optimizer=optimizer, config=settings)[0]
-    return engine, optimizer
-
-
-def _clip_without_zero(engine: Any, objective: Objective, config: FitConfig) -> float | None:
-    """Without ZeRO: clip the gradients, already summed over the ranks, and return their norm before; else None.
-
-    DeepSpeed would clip too, but would not tell the norm. fp16 gradients are left to its loss scaler.
-    """
-    if config.zero_stage or engine.torch_autocast_z0_gradscaler is not None:
-        return None
-    return float(torch.nn.utils.clip_grad_norm_(objective.parameters(), config.grad_clip or math.inf))
-
-
-def _loss_scale(engine: Any) -> float | None:
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if engine.torch_autocast_z0_gradscaler is not None:
-        return float(engine.torch_autocast_z0_gradscaler.get_scale())
-    return float(scaler.cur_scale) if scaler is not None and scaler.dynamic else None
-
-
-def _restore_loss_scale(engine: Any, scale: float | None) -> None:
-    if scale is None:
-        return
-    if engine.torch_autocast_z0_gradscaler is not None:
-        state = engine.torch_autocast_z0_gradscaler.state_dict()
-        engine.torch_autocast_z0_gradscaler.load_state_dict({**state, "scale": scale})
-    elif getattr(getattr(engine.optimizer, "loss_scaler", None), "dynamic", False):
-        engine.optimizer.loss_scaler.cur_scale = scale
 
 
 def _probe(job: Job, objective: Objective, ranks: Ranks, micro: int) -> float:
@@ -248,94 +265,3 @@ def _refuse_equal_draws(batch: Batch, ranks: Ranks) -> None:
     digests = ranks.gather(digest)
     if len(set(digests)) < len(digests):
         raise StageError("two ranks drew the same noise at step 0; this is a bug in the order or in the generators")
-
-
-def _crossed(images: int, batch: int, every: int) -> bool:
-    """Whether the step that ends at `images` passed a multiple of `every`."""
-    return images // every > (images - batch) // every
-
-
-class Journal:
-    """What rank 0 tells: JSON lines, TensorBoard, the bar and the status file. Silent on other ranks.
-
-    A resumed run first drops the lines that lie beyond its checkpoint, so each number of images is there once.
-    """
-
-    def __init__(self, job: Job, ranks: Ranks, images: int, flops: float) -> None:
-        self.job, self.ranks, self.flops = job, ranks, flops
-        self.every = job.config.log_every_images
-        self.peak = peak_flops(ranks.device, job.config.precision)
-        self._writer: Any = None
-        self._sums: dict[str, float] = {}
-        self._steps = 0
-        self._images = images
-        self._waited = self._paused = 0.0
-        self._began = time.perf_counter()
-        if ranks.first:
-            from torch.utils.tensorboard import SummaryWriter
-
-            job.logs.mkdir(parents=True, exist_ok=True)
-            self.file = job.logs / "log.jsonl"
-            folders.truncate_log(self.file, images)
-            self._writer = SummaryWriter(str(job.logs / "tensorboard"), purge_step=images if images else None)
-            self.progress = Progress(job.stage, job.config.images, "images", job.status_url, done=images)
-
-    def step(self, images: int, step: int, rate: float, norm: Any, figures: dict[str, float], waited: float) -> None:
-        """Count one step; writes a line when a multiple of log_every_images is passed, and at the end."""
-        self._steps += 1
-        for name, value in figures.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        if not self.ranks.first:
-            return
-        batch = self.job.config.batch_size
-        self.progress.update(batch, loss=figures["loss"])
-        if _crossed(images, batch, self.every) or images >= self.job.config.images:
-            self._line(images, step, rate, norm, waited)
-
-    def _line(self, images: int, step: int, rate: float, norm: Any, waited: float) -> None:
-        now = time.perf_counter()
-        seconds = max(now - self._began - self._paused, 1e-9)
-        speed = (images - self._images) / seconds
-        line: dict[str, Any] = {"images": images, "step": step}
-        line |= {name: total / self._steps for name, total in self._sums.items()}
-        line |= {"lr": rate, "grad_norm": None if norm is None else float(norm), "samples_per_s": speed}
-        line |= {"data_wait": (waited - self._waited) / seconds, "tflops": self.flops * speed / 1e12}
-        if self.peak:
-            line["mfu"] = self.flops * speed / (self.peak * self.ranks.world)
-        if self.ranks.device.type == "cuda":
-            line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        with open(self.file, "a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if isinstance(value, (int, float)) and name != "images":
-                self._writer.add_scalar(name, value, images)
-        self._writer.flush()
-        self.progress.update(0, lr=rate, samples_per_s=speed)
-        self._sums, self._steps, self._images = {}, 0, images
-        self._began, self._waited, self._paused = now, waited, 0.0
-
-    def pause(self) -> _Pause:
-        """Context whose seconds do not count as training (saving a checkpoint)."""
-        return _Pause(self)
-
-    def paused(self, seconds: float) -> None:
-        """Leave these seconds out of the rates."""
-        self._paused += seconds
-
-    def close(self, state: str) -> None:
-        """End the bar with a state: done, failed or stopped."""
-        if self.ranks.first:
-            self._writer.close()
-            self.progress.close(state)
-
-
-class _Pause:
-    def __init__(self, journal: Journal) -> None:
-        self._journal, self._began = journal, 0.0
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._journal.paused(time.perf_counter() - self._began)

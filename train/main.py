@@ -21,11 +21,14 @@ nothing. Exit codes: 0 done, 1 failed, 2 the configuration cannot be used, 75 st
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 if __name__ == "__main__":
     # Run as a script, Python looks for modules in this file's folder; it is the one above that holds them.
@@ -34,9 +37,14 @@ if __name__ == "__main__":
 from shards import storage
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError, load_sections
-from train.config import STAGES, TrainingSections, layout
-from train.ranks import Stopped, join
+from train.config import STAGES, TrainConfig, TrainingSections, layout
+from train.ranks import Ranks, Stopped, join
 from train.state import discard, fingerprint, judge, open_input, stage_config, stage_paths
+
+if TYPE_CHECKING:
+    from train.denoising import Diffusion
+    from train.loop import Job
+    from train.objectives import Objective
 
 log = logging.getLogger("carrara.train")
 
@@ -59,8 +67,9 @@ def run(stage: str, config: str | TrainingSections, overrides: Sequence[str] = (
         return
     layout(stage, settings, int(os.environ.get("WORLD_SIZE", "1")))
     paths = stage_paths(stage, RunPaths(sections.run))
-    dataset = open_input(stage, RunPaths(sections.run))
-    wanted = fingerprint(stage, settings, sections.seed, dataset)
+    run_paths = RunPaths(sections.run)
+    datasets = open_input(stage, run_paths, settings)
+    wanted = fingerprint(stage, settings, sections.seed, datasets)
 
     # Heavy imports come after everything that can be refused at once.
     from train.finish import finish
@@ -81,14 +90,31 @@ def run(stage: str, config: str | TrainingSections, overrides: Sequence[str] = (
                 discard(paths)
             # One trainer writes here, so whatever is temporary is a dead one's.
             storage.sweep_temporaries(str(paths.checkpoints), older_than_s=0.0)
-        objective = build(stage, settings, dataset, sections.seed, ranks.device.type)
-        facts = {"dataset": {"root": dataset.root, "fingerprint": dataset.fingerprint}, "seed": sections.seed}
-        status = storage.join(RunPaths(sections.run).status, f"{stage}.json")
+        objective = build(stage, settings, datasets, sections.seed, ranks.device.type)
+        used = [{"root": d.root, "fingerprint": d.fingerprint, "samples": len(d)} for d in datasets]
+        facts = {"dataset": used[0], "sources": used, "seed": sections.seed}
+        status = storage.join(run_paths.status, f"{stage}.json")
         job = Job(stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts)
+        if isinstance(settings, TrainConfig):
+            job = _watched(job, settings, objective, run_paths, ranks)
         last = fit(job, objective, ranks)
         finish(stage, sections.run, objective, last, wanted, paths, ranks)
     finally:
         ranks.leave()
+
+
+def _watched(job: Job, config: TrainConfig, objective: Objective, run: RunPaths, ranks: Ranks) -> Job:
+    """The job with what shows how good the UNet is becoming: validation and samples, where they are asked for."""
+    from train.samples import grid
+    from train.validation import Validator
+
+    micro, _ = layout("train", config, ranks.world)
+    validator = draw = None
+    if config.validation:
+        validator = Validator(config.validation, cast("Diffusion", objective), run, ranks, micro)
+    if config.samples:
+        draw = functools.partial(grid, run.run, config.samples, ranks.device.type)
+    return dataclasses.replace(job, validator=validator, draw=draw)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 _CARD = """---
 library_name: diffusers
 pipeline_tag: text-to-image
----
+{licence_tag}---
 
 # A text-to-image model
 
 A latent diffusion model that was trained with Carrara. It draws pictures of {resolution} x {resolution} pixels.
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("path/to/this/folder")
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
 pipeline("your prompt", num_inference_steps=30, guidance_scale=5.0).images[0].save("picture.png")
 ```
 
 Nothing but diffusers and transformers is needed. There is no safety checker in it: whoever shows its pictures to
-others decides what to let through.
-
+others decides what to let through. {licence}
+{tuning}
 ## What it was trained on
 
 - {samples} pictures with captions ({shards}), of {rows} rows in the table they came from.
@@ -30,7 +31,7 @@ others decides what to let through.
 
 ## How it was trained
 
-- {objective} ({timesteps} steps of noise, `{beta_schedule}` betas from {beta_start} to {beta_end}).
+- {objective} ({process}).
 - Pictures seen: {images_seen}; steps of the optimizer: {steps}; batch: {batch_size}; captions dropped for
   classifier-free guidance: {caption_dropout}.
 - Weights: {weights}, from the checkpoint `{checkpoint}`.
@@ -49,11 +50,14 @@ _OBJECTIVES = {
     "epsilon": "The UNet predicts the noise",
     "sample": "The UNet predicts the clean latent",
     "v_prediction": "The UNet predicts the velocity",
+    "flow_prediction": "The UNet predicts the direction from the latent to the noise (rectified flow)",
 }
 _WEIGHTS = {"ema": "an exponential moving average over training", "raw": "as the optimizer left them"}
 _LAYERS = {
     "last": "its last block after the final norm",
     "penultimate": "its last block but one after the final norm",
+    "last_no_norm": "its last block before the final norm",
+    "penultimate_no_norm": "its last block but one, without the final norm",
 }
 
 
@@ -65,20 +69,20 @@ def model_card(provenance: dict[str, Any]) -> str:
     return _CARD.format(
         resolution=data["resolution"],
         samples=f"{data['samples']:,}",
-        shards="1 shard" if data["shards"] == 1 else f"{data['shards']:,} shards",
+        shards="1 shard" if data["shards"] == 1 else f"{data['shards']:,} shards{_span(data)}",
         rows=f"{data['rows']:,}",
         status=f"- Left out: {left_out}.\n" if left_out else "",
         dataset=data["fingerprint"],
         objective=_OBJECTIVES[training["prediction_type"]],
-        timesteps=training["num_train_timesteps"],
-        beta_schedule=training["beta_schedule"],
-        beta_start=training["beta_start"],
-        beta_end=training["beta_end"],
+        process=_process(training),
+        licence=_licence(p.get("licence")),
+        licence_tag=f"license: other\nlicense_name: {json.dumps(p['licence'])}\n" if p.get("licence") else "",
+        tuning=_tuning(training),
         images_seen=_number(p["images_seen"]),
         steps=_number(p["steps"]),
         batch_size=_number(training.get("batch_size")),
         caption_dropout=training.get("caption_dropout", "not recorded"),
-        weights=_WEIGHTS[p["weights"]],
+        weights=_weights(p["weights"]),
         checkpoint=p["checkpoint"],
         vae_ref=_code(p["vae"]["ref"]),
         scaling_factor=p["vae"]["scaling_factor"],
@@ -89,6 +93,51 @@ def model_card(provenance: dict[str, Any]) -> str:
         context_length=p["text"]["context_length"],
         width=p["text"]["width"],
     )
+
+
+def _span(data: dict[str, Any]) -> str:
+    return f", {data['first_shard']:05d} to {data['last_shard']:05d}" if "first_shard" in data else ""
+
+
+def _process(training: dict[str, Any]) -> str:
+    steps = f"{training['num_train_timesteps']} steps of noise"
+    if training["prediction_type"] != "flow_prediction":
+        schedule = f"`{training['beta_schedule']}` betas from {training['beta_start']} to {training['beta_end']}"
+        steps = f"{steps}, {schedule}"
+    if training.get("zero_terminal_snr"):
+        steps += ", the last of them pure noise"
+    return steps
+
+
+def _licence(licence: str | None) -> str:
+    if not licence:
+        return "Its makers have not said under which licence it may be used."
+    return f"Licence: {licence}."
+
+
+def _tuning(training: dict[str, Any]) -> str:
+    if not training.get("start_from"):
+        return ""
+    how, where = "All weights were fine-tuned", ""
+    if adapter := training.get("adapter"):
+        how = f"Low-rank updates ({adapter['kind']}, rank {adapter['rank']}) were trained and merged"
+        where = " They lie in `lora/` too." if adapter["kind"] == "lora" else " They lie in `adapter/` too."
+    if word := training.get("textual_inversion"):
+        how = f"The word {_quoted(word['token'])} was learned and nothing else"
+        where = " It lies in `learned_embeds.safetensors`, for `load_textual_inversion`."
+    return f"\nIt began as {_quoted(training['start_from'])}. {how}.{where}\n"
+
+
+def _quoted(text: str) -> str:
+    return f"`{_code(text)}`"
+
+
+def _weights(name: str) -> str:
+    if name in _WEIGHTS:
+        return _WEIGHTS[name]
+    kind, _, std = name.partition(":") if ":" in name else name.partition("_")
+    how = ", put together from snapshots afterwards" if kind == "posthoc" else ""
+    return f"a power-function average over training of relative deviation {std}{how}"
 
 
 def _number(value: int | None) -> str:

@@ -1,4 +1,4 @@
-"""The three models that the loop can fit, and their losses.
+"""What the loop can fit: the interface of an objective, and the VAE's and the CLIP's (the UNet's: denoising.py).
 
 An objective is a module around its `model` with two methods: `batch(positions)` makes what one micro-batch
 needs, on the CPU, ahead of the loop; `forward(batch)` gives the loss and, detached, the figures named in
@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,12 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-from latents.encoders import load_text, require_digest
 from latents.pictures import resize_crop
 from shards.dataset import Dataset
 from shards.settings import ConfigError
-from train import diffusion, initial
+from train import initial
 from train.config import AutoencoderConfig, ClipConfig, TrainConfig
-from train.data import Batch, Latents, Pictures
+from train.data import Batch, Pictures
 from train.order import Order, derive_key
 from train.randomness import Randomness
 
@@ -38,6 +38,8 @@ class Objective(nn.Module):
     """What the loop needs of an objective. model_config: what rebuilds the model, as stored in checkpoints."""
 
     figures: tuple[str, ...] = ()
+    bins = 0  # where above 0, forward also gives loss by timestep: a sum and a share of the batch for each bin
+    saves_frozen = True  # whether checkpoints hold the frozen weights too
 
     def __init__(self, model: nn.Module, model_config: dict[str, Any], order: Order) -> None:
         super().__init__()
@@ -55,86 +57,13 @@ class Objective(nn.Module):
         """A scalar with the model's whole graph behind it, for counting FLOPs; no collectives."""
         return self.forward(batch)[0]
 
+    def keys(self, positions: np.ndarray) -> list[str]:
+        """The keys of the samples at `positions`, for a person who wants to look at them."""
+        raise NotImplementedError
 
-class Diffusion(Objective):
-    """Denoising of latents under text: E w(t) |target - UNet(x_t, t, c)|^2 (Ho et al. 2020, eq. 14)."""
-
-    figures = ("mse",)
-
-    def __init__(self, config: TrainConfig, dataset: Dataset, seed: int, device: str) -> None:
-        from diffusers import UNet2DConditionModel
-
-        order = Order(dataset.counts, dataset.fingerprint, seed, config.shuffle_window)
-        self_latents = Latents(dataset, order)
-        facts = dataset.manifest["text"]
-        given = dict(config.unet)
-        channels, height = self_latents.shape[:2]
-        for name, value in (("in_channels", channels), ("out_channels", channels), ("sample_size", height)):
-            if given.setdefault(name, value) != value:
-                raise ConfigError(f"train.unet.{name} is {given[name]}, but the latents ask for {value}; leave it out")
-        if given.setdefault("cross_attention_dim", facts["width"]) != facts["width"]:
-            raise ConfigError(
-                f"train.unet.cross_attention_dim is {given['cross_attention_dim']}, but the CLIP of the latents has "
-                f"{facts['width']} values a token; leave it out, or make the latents with another CLIP"
-            )
-        unet = construct(UNet2DConditionModel, given, "train.unet", seed)
-        if config.initialisation == "zero":
-            initial.quiet_unet(unet)
-        super().__init__(unet, public_config(unet), order)
-        self.config, self.latents, self.random = config, self_latents, Randomness(seed)
-        self.scale = float(dataset.manifest["vae"]["scaling_factor"])
-        self.alpha_bar = diffusion.alphas_cumprod(
-            diffusion.betas(config.beta_schedule, config.num_train_timesteps, config.beta_start, config.beta_end)
-        )
-        self.text: Any = None
-        if not self_latents.has_embeddings:
-            self.text = load_text(facts["ref"], facts["layer"], device)
-            require_digest("the CLIP", self.text.digest, facts["digest"], facts["ref"])
-
-    def batch(self, positions: np.ndarray) -> Batch:
-        """x0 [B,C,h,w], noise, t int64 [B], text [B,context,width]; a dropped caption is the stored empty one."""
-        mean, logstd = self.latents.moments(positions)
-        if logstd is not None:
-            mean += np.exp(logstd) * self.random.normal("posterior", positions, self.latents.shape)
-        dropped = self.random.uniform("caption", positions) < self.config.caption_dropout
-        if self.text is None:
-            text = self.latents.embeddings(positions)
-            text[dropped] = self.latents.empty_embedding
-        else:
-            tokens = self.latents.tokens(positions)
-            tokens[dropped] = self.latents.empty_tokens
-            unique, place = np.unique(tokens, axis=0, return_inverse=True)
-            text = self.text.encode(unique).numpy()[place.reshape(-1)]
-        return {
-            "x0": torch.from_numpy(mean * np.float32(self.scale)),
-            "noise": torch.from_numpy(self.random.normal("noise", positions, self.latents.shape)),
-            "t": torch.from_numpy(self._timesteps(positions)),
-            "text": torch.from_numpy(text),
-        }
-
-    def _timesteps(self, positions: np.ndarray) -> np.ndarray:
-        config = self.config
-        if config.timestep_sampling == "uniform":
-            return self.random.integers("timestep", positions, config.num_train_timesteps)
-        z = self.random.normal("timestep", positions, (1,))[:, 0]
-        return diffusion.logit_normal_timesteps(z, config.num_train_timesteps, config.logit_mean, config.logit_std)
-
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weighted loss, and the plain mean squared error of the prediction."""
-        kind, t = self.config.prediction_type, batch["t"]
-        alpha_bar = self.alpha_bar = self.alpha_bar.to(t.device)
-        x0, noise = batch["x0"], batch["noise"]
-        xt = diffusion.add_noise(x0, noise, t, alpha_bar)
-        if self.config.channels_last:
-            xt = xt.contiguous(memory_format=torch.channels_last)
-        output = self.model(xt, t, batch["text"], return_dict=False)[0].float()
-        error = (output - diffusion.target(kind, x0, noise, t, alpha_bar)).square().mean(dim=(1, 2, 3))
-        loss = (error * diffusion.loss_weight(kind, t, alpha_bar, self.config.snr_gamma)).mean()
-        return loss, error.detach().mean()[None]
-
-    def probe(self, batch: Batch) -> torch.Tensor:
-        """The UNet alone."""
-        return self.model(batch["x0"], batch["t"], batch["text"], return_dict=False)[0].float().mean()
+    def checkpoint_activations(self) -> None:
+        """Keep no activations inside blocks, and compute them again in the backward pass."""
+        self.model.enable_gradient_checkpointing()  # type: ignore[operator]
 
 
 class Autoencoder(Objective):
@@ -170,6 +99,10 @@ class Autoencoder(Objective):
             "pixels": torch.from_numpy(self.pictures.pixels(positions)),
             "noise": torch.from_numpy(self.random.normal("autoencoder", positions, self.latent_shape)),
         }
+
+    def keys(self, positions: np.ndarray) -> list[str]:
+        """The pictures' keys."""
+        return self.pictures.keys(positions)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss; mean absolute and squared error of values in -1..1, KL in nats per value, PSNR in dB."""
@@ -244,6 +177,14 @@ class Clip(Objective):
         accuracy = (to_text.detach().argmax(dim=1) == labels).float().mean()
         return loss, torch.stack([accuracy, scale.detach().float().reshape(())])
 
+    def keys(self, positions: np.ndarray) -> list[str]:
+        """The pictures' keys."""
+        return self.pictures.keys(positions)
+
+    def checkpoint_activations(self) -> None:
+        """open_clip's own name for it."""
+        self.model.set_grad_checkpointing(True)  # type: ignore[operator]
+
     def _features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         pixels = batch["pixels"]
         x = pixels.permute(0, 3, 1, 2).float().div(255.0)
@@ -272,14 +213,25 @@ class Clip(Objective):
 
 
 def build(
-    stage: str, config: AutoencoderConfig | ClipConfig | TrainConfig, dataset: Dataset, seed: int, device: str
+    stage: str,
+    config: AutoencoderConfig | ClipConfig | TrainConfig,
+    datasets: Sequence[Dataset],
+    seed: int,
+    device: str,
 ) -> Objective:
-    """The objective of a stage; raises ConfigError where the model cannot be built as configured."""
-    if isinstance(config, TrainConfig):
-        return Diffusion(config, dataset, seed, device)
+    """The objective of a stage; raises ConfigError where the model cannot be built as configured.
+
+    datasets: the one that the stage fits, or for `train` those of its sources, in their order.
+    """
     if isinstance(config, AutoencoderConfig):
-        return Autoencoder(config, dataset, seed)
-    return Clip(config, dataset, seed)
+        return Autoencoder(config, datasets[0], seed)
+    if isinstance(config, ClipConfig):
+        return Clip(config, datasets[0], seed)
+    from train.denoising import Diffusion
+    from train.inversion import Inversion
+
+    kind = Inversion if config.textual_inversion else Diffusion
+    return kind(config, datasets, seed, device)
 
 
 def to_unit(pixels: torch.Tensor, channels_last: bool = False) -> torch.Tensor:

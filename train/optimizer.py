@@ -1,7 +1,7 @@
-"""AdamW that keeps the exponential moving average of whatever it updates as one more of its states.
+"""AdamW that keeps exponential moving averages of whatever it updates as further states.
 
-DeepSpeed hands the optimizer exactly the fp32 values that this rank owns, so the average is exact under
-ZeRO 0 to 3, needs no communication, shrinks with the ranks, moves with the moments, and is left alone in
+DeepSpeed hands the optimizer exactly the fp32 values that this rank owns, so the averages are exact under
+ZeRO 0 to 3, need no communication, shrink with the ranks, move with the moments, and are left alone in
 steps that are skipped for an overflow.
 """
 
@@ -17,27 +17,36 @@ import torch
 class EmaAdamW(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter 2019) with `state[p]["ema"]`, which begins as the value before the first step.
 
-    Each parameter group has `ema_decay`, the factor by which the average keeps its past; set it, like
-    `lr`, before each step.
+    Each parameter group has `ema_decays`: for each average, by the name of its state, the factor by which it
+    keeps its past; set it, like `lr`, before each step. veto: asked at each step, once DeepSpeed knows the
+    gradients' norm; where it says True, nothing changes. applied: whether the last step changed the weights.
     """
 
-    def __init__(self, params: Iterable[Any], **settings: Any) -> None:
+    def __init__(self, params: Iterable[Any], averages: Iterable[str] = ("ema",), **settings: Any) -> None:
         super().__init__(params, **settings)
         for group in self.param_groups:
-            group.setdefault("ema_decay", 0.0)
+            group.setdefault("ema_decays", dict.fromkeys(averages, 0.0))
+        self.veto: Callable[[], bool] | None = None
+        self.applied = False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One AdamW update, then ema <- ema + (1 - ema_decay) (value - ema)."""
+        """One AdamW update, then ema <- ema + (1 - decay) (value - ema) for each average."""
+        # torch's loss scaler leaves it to a fused optimizer to skip a step that overflowed.
+        overflow = getattr(self, "found_inf", None)
+        self.applied = not (overflow is not None and bool(overflow.item())) and not (self.veto and self.veto())
+        if not self.applied:
+            return None
         live = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         first = {p: p.detach().clone() for _, p in live if "ema" not in self.state.get(p, {})}
         result = super().step(closure)
         for group, p in live:
             state = self.state[p]
-            # Only now: AdamW makes its moments where a parameter's state is still empty.
-            if "ema" not in state:
-                state["ema"] = first[p]
-            state["ema"].lerp_(p.detach(), 1.0 - group["ema_decay"])
+            for name, decay in group["ema_decays"].items():
+                # Only now: AdamW makes its moments where a parameter's state is still empty.
+                if name not in state:
+                    state[name] = first[p] if len(group["ema_decays"]) == 1 else first[p].clone()
+                state[name].lerp_(p.detach(), 1.0 - decay)
         return result
 
 

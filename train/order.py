@@ -12,6 +12,7 @@ until it lands below n (Black & Rogaway 2002, "Ciphers with arbitrary finite dom
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -66,6 +67,7 @@ class Order:
         self.size = int(self.counts.sum())
         if self.size == 0:
             raise ValueError("a dataset without samples has no order")
+        self.fingerprint = fingerprint
         self._parts = (fingerprint, int(seed))
         self.window = window
         self._epoch = functools.lru_cache(maxsize=2)(self._plan)
@@ -95,6 +97,58 @@ class Order:
                 slots = np.searchsorted(before, place, side="right") - 1
                 shard[here], row[here] = shards[slots], place - before[slots]
         return shard, row
+
+
+class Mixture:
+    """Which of several streams comes next: in proportion to their weights, in shuffled blocks of exact composition.
+
+    weights: float [streams], positive, of any sum. unit: how many draws belong together; a block is that many
+    times a power of two, the smallest that meets the weights to a thousandth, so that where the weights allow it
+    every batch of `unit` samples has the same composition.
+    """
+
+    def __init__(self, weights: Sequence[float], unit: int, *key: str | int) -> None:
+        share = np.asarray(weights, np.float64) / np.sum(weights)
+        if len(share) == 0 or not (share > 0).all():
+            raise ValueError("every stream of a mixture needs a weight above 0")
+        for doublings in range(17):
+            self.counts = np.maximum(_apportion(share, unit << doublings), 1)  # even the rarest comes at times
+            if (np.abs(self.counts / self.counts.sum() - share) <= 1e-3 * share).all():
+                break
+        self.length, self._key = int(self.counts.sum()), key
+        self._block = functools.lru_cache(maxsize=4)(self._plan)
+
+    def _plan(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of one block: the stream of each place, and how often that stream came before in the block."""
+        slots = np.repeat(np.arange(len(self.counts)), self.counts)
+        place = permute(np.arange(self.length, dtype=np.int64), self.length, derive_key("mixture", *self._key, block))
+        stream = slots[place]
+        before = np.empty(self.length, np.int64)
+        for s, n in enumerate(self.counts):
+            before[stream == s] = np.arange(n)
+        return stream, before
+
+    def split(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Draws int64 [B] -> (stream, place within that stream), int64 [B] each; each place of a stream comes once."""
+        index = np.asarray(index, np.int64)
+        if len(self.counts) == 1:
+            return np.zeros_like(index), index
+        stream, place = np.empty_like(index), np.empty_like(index)
+        blocks, rest = np.divmod(index, self.length)
+        for block in np.unique(blocks):
+            here = np.flatnonzero(blocks == block)
+            streams, before = self._block(int(block))
+            stream[here] = streams[rest[here]]
+            place[here] = block * self.counts[stream[here]] + before[rest[here]]
+        return stream, place
+
+
+def _apportion(share: np.ndarray, length: int) -> np.ndarray:
+    """Whole numbers, int64, in proportion to `share` with sum `length` (largest remainders)."""
+    exact = share * length
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: length - int(counts.sum())]] += 1
+    return counts
 
 
 def batch_positions(images: int, rank: int, world: int, micro_step: int, micro: int) -> np.ndarray:

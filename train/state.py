@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from shards import storage
 from shards.dataset import Dataset
-from shards.fingerprint import Fingerprint
+from shards.fingerprint import Fingerprint, digest_json
 from shards.layout import RunPaths
 from shards.settings import StageError
 from train import folders
@@ -52,20 +53,33 @@ def stage_config(stage: str, sections: Any) -> StageConfig:
     return config
 
 
-def open_input(stage: str, run: RunPaths) -> Dataset:
-    """The dataset that a stage fits; raises StageError where it is not there or has no samples."""
-    dataset = Dataset.open(run.latents if stage == "train" else run.images)
-    if len(dataset) == 0:
-        raise StageError(f"{dataset.root}: there is not one sample to train on")
-    return dataset
+def open_input(stage: str, run: RunPaths, config: StageConfig) -> list[Dataset]:
+    """The dataset that a stage fits, or for `train` those of its sources in their order.
+
+    Raises StageError where one is not there or has no samples.
+    """
+    roots = [run.images]
+    if isinstance(config, TrainConfig):
+        roots = [source.latents or run.latents for source in config.sources]
+    datasets = [Dataset.open(root) for root in roots]
+    for dataset in datasets:
+        if len(dataset) == 0:
+            raise StageError(f"{dataset.root}: there is not one sample to train on")
+    return datasets
 
 
-def fingerprint(stage: str, config: StageConfig, seed: int, dataset: Dataset) -> Fingerprint:
-    """What the weights of a stage depend on."""
+def fingerprint(stage: str, config: StageConfig, seed: int, datasets: Sequence[Dataset]) -> Fingerprint:
+    """What the weights of a stage depend on. Raises ConfigError where `train.start_from` is not there."""
     weights = None
-    if stage == "train":
-        weights = {name: dataset.manifest[name]["digest"] for name in ("vae", "text")}
-    return Fingerprint(stage, VERSION, {**config.settings(), "seed": seed}, dataset.fingerprint, weights)
+    if isinstance(config, TrainConfig):
+        weights = {name: datasets[0].manifest[name]["digest"] for name in ("vae", "text")}
+        if config.start_from:
+            from train.adapters import digest
+
+            weights["start_from"] = digest(config.start_from)
+    found = [d.fingerprint for d in datasets]
+    given = found[0] if len(found) == 1 else digest_json(found)
+    return Fingerprint(stage, VERSION, {**config.settings(), "seed": seed}, given, weights)
 
 
 def stage_state(stage: str, run: str, sections: Any) -> StageState:
@@ -78,10 +92,10 @@ def stage_state(stage: str, run: str, sections: Any) -> StageState:
     if getattr(config, "pretrained", None):
         return StageState("done", f"{stage}.pretrained names weights, so nothing is fitted")
     try:
-        dataset = open_input(stage, paths)
+        datasets = open_input(stage, paths, config)
     except StageError as e:
         return StageState("new", str(e))
-    return judge(stage, config, fingerprint(stage, config, sections.seed, dataset), stage_paths(stage, paths))
+    return judge(stage, config, fingerprint(stage, config, sections.seed, datasets), stage_paths(stage, paths))
 
 
 def judge(stage: str, config: StageConfig, wanted: Fingerprint, paths: StagePaths) -> StageState:
@@ -93,7 +107,7 @@ def judge(stage: str, config: StageConfig, wanted: Fingerprint, paths: StagePath
     if newest is None:
         return StageState("new")
     manifest = folders.read_manifest(newest)
-    fitted = manifest["images"] >= config.images
+    fitted = manifest["images"] >= config.images or manifest.get("finished", False)
     exported = stage == "train" and marker is not None and marker.get("checkpoint") == newest.name
     return _compare(
         stage, newest, wanted, manifest, StageState("done" if fitted and exported else "resumable", str(newest))
@@ -123,9 +137,10 @@ def _marker(model: Path) -> dict[str, Any] | None:
 def discard(paths: StagePaths) -> None:
     """Delete a fit: its checkpoints, its model and its log."""
     # The newest checkpoint goes last: should this be cut short, what is left still says what it was made with.
-    for folder in (paths.model, paths.logs / "tensorboard", *reversed(folders.folders(paths.checkpoints))):
+    aside = (paths.model, paths.logs / "tensorboard", paths.logs / "samples", paths.checkpoints / folders.POSTHOC)
+    for folder in (*aside, *reversed(folders.folders(paths.checkpoints))):
         shutil.rmtree(folder, ignore_errors=True)
-    for file in (paths.logs / "log.jsonl", paths.checkpoints / "latest"):
+    for file in (paths.logs / "log.jsonl", paths.logs / "events.jsonl", paths.checkpoints / "latest"):
         file.unlink(missing_ok=True)
 
 

@@ -82,7 +82,7 @@ def test_models_that_cannot_be(run: Path, stage: str, key: str, value: Any, sent
     sections = read(run, data)
     dataset = Dataset.open(str(run / ("latents" if stage == "train" else "images")))
     with pytest.raises(ConfigError, match=sentence) as e:
-        build(stage, getattr(sections, stage), dataset, 0, "cpu")
+        build(stage, getattr(sections, stage), [dataset], 0, "cpu")
     assert "\n" not in str(e.value)
 
 
@@ -112,3 +112,9 @@ def test_a_model_that_a_batch_does_not_fit_is_found_before_any_work(run: Path) -
     with pytest.raises(forked.RankError, match=r"ConfigError: train\.unet: a batch does not go through"):
         forked.fit(config, 1)
     assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("file", sorted((tiny.ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
+def test_the_configurations_that_come_with_it_can_be_used(file: Path) -> None:
+    sections = load_sections(str(file), (), TrainingSections)
+    assert layout("train", sections.train, sections.train.ranks)[0] >= 1

@@ -25,7 +25,7 @@ from train.order import Order
 def test_latents_by_position(run: Path) -> None:
     dataset = Dataset.open(str(run / "latents"))
     order = Order(dataset.counts, dataset.fingerprint, 0, 2)
-    latents = Latents(dataset, order)
+    latents = Latents([dataset], 0, 2, 8)
     positions = np.arange(25, 60)  # over the end of the epoch
     mean, logstd = latents.moments(positions)
     text, tokens = latents.embeddings(positions), latents.tokens(positions)
@@ -60,7 +60,7 @@ def test_batch_of_latents_is_the_forward_process_of_its_samples(run: Path) -> No
         str(tiny.write_config(run, tiny.configuration(run, caption_dropout=0.25))), (), TrainingSections
     )
     dataset = Dataset.open(str(run / "latents"))
-    objective = build("train", sections.train, dataset, sections.seed, "cpu")
+    objective = build("train", sections.train, [dataset], sections.seed, "cpu")
     positions = np.arange(2000)
     batch = objective.batch(positions)
     mean, logstd = objective.latents.moments(positions)  # type: ignore[union-attr,operator]
@@ -78,7 +78,7 @@ def test_batch_of_latents_is_the_forward_process_of_its_samples(run: Path) -> No
 def test_a_shard_that_is_gone_is_one_sentence(run: Path) -> None:
     (run / "latents" / "00001.safetensors").unlink()
     dataset = Dataset.open(str(run / "latents"))
-    latents = Latents(dataset, Order(dataset.counts, dataset.fingerprint, 0, 2))
+    latents = Latents([dataset], 0, 2, 8)
     with pytest.raises(StageError, match="shard 00001 cannot be read"):
         latents.moments(np.arange(40))
 

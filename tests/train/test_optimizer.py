@@ -18,7 +18,7 @@ def test_update_is_adamws_and_the_average_is_its_recursion(fused: bool) -> None:
     averages = [p.detach().double().clone() for p in theirs]
     for step in range(12):
         decay = 0.5 + 0.03 * step
-        mine.param_groups[0]["ema_decay"] = decay
+        mine.param_groups[0]["ema_decays"] = {"ema": decay}
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn(a.shape)
             b.grad = a.grad.clone()

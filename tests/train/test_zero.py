@@ -55,7 +55,7 @@ def objective_of(config: Path, stage: str = "train") -> tuple[Objective, Any]:
     sections = load_sections(str(config), (), TrainingSections)
     section = getattr(sections, stage)
     dataset = Dataset.open(sections.run + ("/latents" if stage == "train" else "/images"))
-    return build(stage, section, dataset, sections.seed, "cpu"), section
+    return build(stage, section, [dataset], sections.seed, "cpu"), section
 
 
 def plain_loop(config: Path) -> tuple[Weights, Weights]:
@@ -160,16 +160,18 @@ def test_any_stage_and_world_resumes_any_other(
 
 def load_and_save(config: str, folder: str) -> dict[str, list[str]]:
     """Load step 2 into an engine, save it as step 7 elsewhere; the tensors that are not the same to the bit."""
-    from train import loop, ranks
+    from train import engine as deep
+    from train import ranks
 
     me = ranks.join(1)
     objective, c = objective_of(Path(config))
     start = step_folder(Path(folder), 2)
     checkpoint.load_model(start, objective.model)
-    engine, optimizer = loop._engine(c, objective, me, c.batch_size // me.world, 1)
-    checkpoint.load_optimizer(start, engine, objective.model, optimizer)
-    facts = {"optimizer_steps": 2}
-    saved = checkpoint.save(Path(folder) / "echo", 7, engine, objective.model, optimizer, facts, 2)
+    engine, optimizer = deep.start(c, objective, me, c.batch_size // me.world, 1)
+    checkpoint.load_optimizer(start, engine, objective.model, optimizer, ("ema",))
+    saver = checkpoint.Saver(Path(folder) / "echo", engine, objective.model, optimizer, ("ema",), folders.Keep(2))
+    saved = saver.save(7, {"optimizer_steps": 2, "images": 56})
+    saver.finish()
     assert folders.damage(saved) == ""
     different = {}
     for name in ("weights", *folders.STATES):
@@ -178,6 +180,24 @@ def load_and_save(config: str, folder: str) -> dict[str, list[str]]:
         if bad or a.keys() != b.keys():
             different[name] = bad
     return different
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"activation_checkpointing": True},
+    {"channels_last": True},
+    {"offload": "cpu", "zero_stage": 2},
+    {"offload": "cpu", "zero_stage": 3},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+def test_what_saves_time_or_memory_changes_no_result(run: Path, options: dict[str, Any]) -> None:
+    config = settings(run, **options)
+    forked.fit(config, 2)
+    weights, average = plain_loop(config)
+    assert_close(tensors(step_folder(run, STEPS), "weights"), weights)
+    assert_close(tensors(step_folder(run, STEPS), "ema"), average)
 
 
 def clip_gradients(config: str) -> Weights:

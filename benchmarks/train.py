@@ -1,0 +1,421 @@
+"""Training side by side with its peers: python -m benchmarks.train [loop] [diffusers] [ema] [checkpoint] [resume] [gpu]
+
+loop         our loop from latent shards against a bare PyTorch loop on batches that lie in memory; wait for data
+diffusers    our loop from latents against the steps of diffusers' train_text_to_image.py (pixels -> VAE -> UNet, with
+             diffusers' and transformers' own classes), same UNet, pictures and machine; VAE and UNet are Stable
+             Diffusion's with an eighth of the channels, so that their costs stand in SD's own proportion
+ema          what the averages add to a step: AdamW with and without them on the same weights, as a share of a step
+checkpoint   for how long a step waits when a checkpoint is saved, as a share of a step
+resume       the first batch at the start of an epoch of 2e9 samples and at its end
+gpu          SD 2's UNet from latents at 256 and 512 px on the GPU here: samples/s, memory, MFU (needs CUDA)
+
+Peer and ours take turns; medians over the rounds; ratios are printed, and what DESIGN asks of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+SMALL_UNET = {
+    "block_out_channels": [64, 128],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+}
+# Stable Diffusion 1's UNet and VAE with an eighth of the channels.
+EIGHTH_UNET = {"block_out_channels": [40, 80, 160, 160], "attention_head_dim": 4, "norm_num_groups": 8}
+EIGHTH_VAE = {
+    "block_out_channels": [16, 32, 64, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+}
+SD2_UNET = {
+    "block_out_channels": [320, 640, 1280, 1280],
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+CONTEXT = 77
+
+
+# ---- data ------------------------------------------------------------------------------------------
+
+
+def latent_shards(root: Path, samples: int, side: int, width: int, captions: int = 16) -> None:
+    """Latent shards of random numbers, with the manifest that the latents stage writes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from shards.columns import pack_columns
+    from shards.dataset import commit_shard, write_manifest
+    from shards.fingerprint import Fingerprint
+    from shards.layout import sample_key
+
+    rng = np.random.default_rng(0)
+    per_shard, stats = 512, []
+    for index, begin in enumerate(range(0, samples, per_shard)):
+        n = min(per_shard, samples - begin)
+        arrays = {
+            "mean": rng.standard_normal((n, 4, side, side), np.float32).astype(np.float16),
+            "logstd": rng.integers(60, 120, (n, 4, side, side)).astype(np.uint8),
+            "tokens": rng.integers(1, 400, (n, CONTEXT)).astype(np.uint16),
+            "empty_tokens": np.zeros(CONTEXT, np.uint16),
+            "embeddings": rng.standard_normal((captions, CONTEXT, width), np.float32).astype(np.float16),
+            "embedding_index": rng.integers(0, captions, n).astype(np.int32),
+            "empty_embedding": np.zeros((CONTEXT, width), np.float16),
+        }
+        sink = io.BytesIO()
+        keys = [sample_key(index, r, per_shard) for r in range(n)]
+        pq.write_table(pa.table({"key": keys, "status": ["success"] * n}), sink)
+        data = pack_columns(arrays, {"logstd_min": "-15.0", "logstd_step": "0.098"})
+        files = {".safetensors": data, ".parquet": sink.getvalue()}
+        made = Fingerprint("latents", 1, {}, index)
+        stats.append(commit_shard(str(root), index, files, {"count": n, "rows": n}, made))
+    text = {"ref": "none", "digest": "t" * 64, "layer": "last", "context_length": CONTEXT, "width": width}
+    vae = {"ref": "none", "digest": "v" * 64, "scaling_factor": 0.18, "config": {}}
+    write_manifest(str(root), "latents", stats, {"resolution": 8 * side, "vae": vae, "text": text})
+
+
+# ---- ours and the bare loop, each in a process of its own ------------------------------------------
+
+
+def alone(work: Callable[..., Any], *arguments: Any) -> Any:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def ours(run: str, settings: dict[str, Any]) -> dict[str, float]:
+    """Train with our loop, without the export; samples/s and the wait for data, of the lines after the first."""
+    from shards.dataset import Dataset
+    from shards.fingerprint import Fingerprint
+    from train.config import TrainConfig
+    from train.loop import Job, fit
+    from train.objectives import build
+    from train.ranks import join
+
+    config = TrainConfig.model_validate(settings)
+    ranks = join(config.threads)
+    dataset = Dataset.open(run + "/latents")
+    objective = build("train", config, [dataset], 0, ranks.device.type)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        job = Job("train", config, 0, root / "c", root, str(root / "s.json"), Fingerprint("train", 1, {}, ""), {})
+        fit(job, objective, ranks)
+        lines = [json.loads(line) for line in (root / "log.jsonl").read_text().splitlines()][1:]
+    speed = statistics.median(line["samples_per_s"] for line in lines)
+    wait = statistics.median(line["data_wait"] for line in lines)
+    last = {k: lines[-1][k] for k in ("mfu", "memory_gib", "tflops") if k in lines[-1]}
+    return {"speed": speed, "wait": wait, **last}
+
+
+def bare(run: str, settings: dict[str, Any]) -> float:
+    """Samples/s of the plainest loop: the same UNet and loss, torch's AdamW, the batches ready in memory."""
+    from shards.dataset import Dataset
+    from train.config import TrainConfig
+    from train.objectives import build
+    from train.optimizer import parameter_groups
+
+    config = TrainConfig.model_validate(settings)
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    objective = build("train", config, [Dataset.open(run + "/latents")], 0, "cpu").train()
+    optimizer = torch.optim.AdamW(parameter_groups(objective.model, 0.01), lr=1e-4, fused=True)
+    batches = [
+        objective.batch(np.arange(i, i + config.batch_size)) for i in range(0, 4 * config.batch_size, config.batch_size)
+    ]
+    times = []
+    for step in range(config.images // config.batch_size):
+        began = time.perf_counter()
+        loss, _ = objective(batches[step % 4])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - began)
+    return config.batch_size / statistics.median(times[3:])
+
+
+def bench_loop(rounds: int, steps: int) -> None:
+    threads = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        latent_shards(Path(folder) / "latents", 4096, 16, 96)
+        settings = {
+            "images": 32 * steps, "batch_size": 32, "unet": SMALL_UNET, "threads": threads, "zero_stage": 1,
+            "log_every_images": 32 * 4, "checkpoint_every_images": 10**9, "initialisation": "torch",
+        }  # fmt: skip
+        them, us = [], []
+        for _ in range(rounds):
+            them.append(alone(bare, folder, settings))
+            us.append(alone(ours, folder, settings))
+    speed = statistics.median(u["speed"] for u in us)
+    peer = statistics.median(them)
+    wait = statistics.median(u["wait"] for u in us)
+    print(f"loop        bare {peer:8.1f}/s   ours {speed:8.1f}/s   ratio {speed / peer:.3f} (wanted 0.97)")
+    print(f"            wait for data {100 * wait:.2f} % of the time (wanted at most 1 %)")
+
+
+# ---- diffusers' script -----------------------------------------------------------------------------
+
+
+def make_pictures(folder: Path, count: int, side: int) -> None:
+    from PIL import Image
+
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        small = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        picture = Image.fromarray(small).resize((side + side // 4, side), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{i:05d}.jpg", quality=92)
+
+
+def peer(run: str, settings: dict[str, Any], side: int) -> float:
+    """The steps of examples/text_to_image/train_text_to_image.py with its defaults, as far as one process has them.
+
+    Decoding and augmenting in the DataLoader (no workers, its default), the VAE's latent_dist.sample() times its
+    scaling factor, the CLIP text model on the token ids, noise, DDPMScheduler.add_noise, the UNet, mse, clipping to 1,
+    AdamW. Its --use_ema is off, though ours has its EMA on.
+    """
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from PIL import Image
+    from torchvision import transforms
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    batch_size, steps = settings["batch_size"], settings["images"] // settings["batch_size"]
+    torch.set_num_threads(settings["threads"])
+    torch.manual_seed(0)
+    # CLIP ViT-L's text model with an eighth of the width.
+    text = CLIPTextModel(
+        CLIPTextConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=12, num_attention_heads=4)
+    ).requires_grad_(False)
+    vae = AutoencoderKL(**EIGHTH_VAE, sample_size=side).requires_grad_(False)
+    unet = UNet2DConditionModel(**EIGHTH_UNET, sample_size=side // 8, cross_attention_dim=96).train()
+    scheduler = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    transform = transforms.Compose(
+        [
+            transforms.Resize(side, interpolation=transforms.InterpolationMode.LANCZOS),
+            transforms.CenterCrop(side),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.5]),
+        ]
+    )
+    files = sorted(Path(run, "pictures").iterdir())
+
+    class Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 10**6
+
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+            pixels = transform(Image.open(files[i % len(files)]).convert("RGB"))
+            return pixels, torch.randint(0, 49000, (CONTEXT,))
+
+    times = []
+    began = time.perf_counter()
+    for step, (pixels, ids) in enumerate(torch.utils.data.DataLoader(Pictures(), batch_size, shuffle=False)):
+        if step == steps:
+            break
+        latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+        noise = torch.randn_like(latents)
+        t = torch.randint(0, 1000, (batch_size,)).long()
+        noisy = scheduler.add_noise(latents, noise, t)
+        states = text(ids, return_dict=False)[0]
+        prediction = unet(noisy, t, states, return_dict=False)[0]
+        loss = torch.nn.functional.mse_loss(prediction.float(), noise.float(), reduction="mean")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - began)
+        began = time.perf_counter()
+    return float(batch_size / statistics.median(times[2:]))
+
+
+def bench_diffusers(rounds: int, steps: int, side: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        latent_shards(Path(folder) / "latents", 1024, side // 8, 96)
+        make_pictures(Path(folder) / "pictures", 64, side)
+        settings = {
+            "images": 4 * steps, "batch_size": 4, "unet": EIGHTH_UNET, "threads": os.cpu_count() or 1,
+            "log_every_images": 8, "checkpoint_every_images": 10**9, "initialisation": "torch",
+        }  # fmt: skip
+        them, us = [], []
+        for _ in range(rounds):
+            them.append(alone(peer, folder, settings, side))
+            us.append(alone(ours, folder, settings)["speed"])
+    a, b = statistics.median(them), statistics.median(us)
+    print(f"diffusers   its script's steps {a:6.2f}/s   ours {b:6.2f}/s   ratio {b / a:.2f} (wanted 1.5), {side} px")
+
+
+# ---- averages, checkpoints, resume -----------------------------------------------------------------
+
+
+def steps_of(run: str, settings: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a whole step, of the averages in it, and of what a save takes from the loop (medians)."""
+    from shards.dataset import Dataset
+    from train import checkpoint, folders
+    from train import engine as deep
+    from train.config import TrainConfig
+    from train.objectives import build
+    from train.ranks import join
+
+    config = TrainConfig.model_validate(settings)
+    ranks = join(config.threads)
+    objective = build("train", config, [Dataset.open(run + "/latents")], 0, ranks.device.type)
+    objective.to(ranks.device)
+    engine, optimizer = deep.start(config, objective, ranks, config.batch_size, 1)
+    batch = {k: v.to(ranks.device) for k, v in objective.batch(np.arange(config.batch_size)).items()}
+    seconds: dict[str, list[float]] = {
+        "step": [],
+        "update": [],
+        "update and averages": [],
+        "save": [],
+        "beside a save": [],
+    }
+
+    def synchronised() -> float:
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def one() -> float:
+        began = synchronised()
+        loss, _ = engine(batch)
+        engine.backward(loss)
+        engine.step()
+        return synchronised() - began
+
+    averages = dict(optimizer.param_groups[0]["ema_decays"])
+    for _ in range(3):
+        one()
+    with tempfile.TemporaryDirectory() as folder:
+        saver = checkpoint.Saver(Path(folder), engine, objective.model, optimizer, tuple(averages), folders.Keep(2))
+        saver.save(0, {"images": 0, "optimizer_steps": 3})
+        saver.finish()
+        for i in range(1, 8):
+            seconds["step"].append(one())
+            began = synchronised()
+            saver.save(i, {"images": i, "optimizer_steps": i})
+            seconds["save"].append(synchronised() - began)
+            seconds["beside a save"].append(one())
+            saver.finish()
+    # The optimizer alone, on gradients like its own.
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p) * 1e-6
+    for i in range(20):
+        kind = "update" if i % 2 else "update and averages"
+        for group in optimizer.param_groups:
+            group["ema_decays"] = {} if kind == "update" else dict.fromkeys(averages, 0.999)
+        began = synchronised()
+        optimizer.step()
+        seconds[kind].append(synchronised() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def bench_steps(which: tuple[str, ...]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        latent_shards(Path(folder) / "latents", 512, 16, 96)
+        settings = {
+            "images": 64, "batch_size": 32, "unet": SMALL_UNET, "threads": os.cpu_count() or 1,
+            "initialisation": "torch",
+        }  # fmt: skip
+        s = alone(steps_of, folder, settings)
+    if "ema" in which:
+        added = s["update and averages"] - s["update"]
+        share = 100 * added / s["step"]
+        print(f"ema         {1e3 * added:.2f} ms of a step of {1e3 * s['step']:.0f} ms: {share:.2f} % (wanted 2 %)")
+    if "checkpoint" in which:
+        slower = s["beside a save"] - s["step"]
+        print(
+            f"checkpoint  {1e3 * s['save']:.0f} ms to copy, the next step {1e3 * slower:+.0f} ms while it is written, "
+            f"{(s['save'] + max(0.0, slower)) / s['step']:.2f} steps (wanted 1)"
+        )
+
+
+def bench_resume() -> None:
+    from train.order import Order
+
+    counts = np.full(200_000, 10_000)
+    seconds = {}
+    for name, place in (("start", 0), ("end", int(counts.sum()) - 4096)):
+        best = np.inf
+        for _ in range(3):
+            order = Order(counts, "x", 0, 16)  # nothing held over from the turn before
+            began = time.perf_counter()
+            order.locate(np.arange(place, place + 256))
+            best = min(best, time.perf_counter() - began)
+        seconds[name] = best
+    a, b = seconds["start"], seconds["end"]
+    ratio = f"ratio {b / a:.2f} (wanted 1)"
+    print(f"resume      first batch of 2e9 samples: start {1e3 * a:.0f} ms, end {1e3 * b:.0f} ms, {ratio}")
+
+
+# ---- the GPU ---------------------------------------------------------------------------------------
+
+
+def bench_gpu(micro: dict[int, int], steps: int, compiled: bool) -> None:
+    if not torch.cuda.is_available():
+        print("gpu         there is none here")
+        return
+    for side, size in micro.items():
+        with tempfile.TemporaryDirectory() as folder:
+            latent_shards(Path(folder) / "latents", 8 * size, side // 8, 1024)
+            settings = {
+                "images": size * steps, "batch_size": size, "unet": SD2_UNET, "precision": "bf16", "zero_stage": 1,
+                "channels_last": True, "compile": compiled, "log_every_images": size * 5, "prefetch": 8,
+                "checkpoint_every_images": 10**9, "initialisation": "torch",
+            }  # fmt: skip
+            found = alone(ours, folder, settings)
+        print(
+            f"gpu         SD 2, {side} px, batch {size}, compile {compiled}: {found['speed']:.1f}/s, "
+            f"{found.get('memory_gib', 0):.1f} GiB, MFU {100 * found.get('mfu', 0):.1f} % "
+            f"(published: 24 to 32 %), wait for data {100 * found['wait']:.2f} %",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["loop", "diffusers", "ema", "checkpoint", "resume"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40, help="of each turn")
+    parser.add_argument("--side", type=int, default=256, help="pixels, beside diffusers' script")
+    parser.add_argument("--batch-256", type=int, default=256, help="on the GPU")
+    parser.add_argument("--batch-512", type=int, default=64, help="on the GPU")
+    parser.add_argument("--no-compile", action="store_true", help="on the GPU")
+    given = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(f"{os.cpu_count()} CPUs, {device}, torch {torch.__version__}", flush=True)
+    what = tuple(given.what)
+    if "loop" in what:
+        bench_loop(given.rounds, given.steps)
+    if "diffusers" in what:
+        bench_diffusers(given.rounds, max(given.steps // 4, 6), given.side)
+    if {"ema", "checkpoint"} & set(what):
+        bench_steps(what)
+    if "resume" in what:
+        bench_resume()
+    if "gpu" in what:
+        bench_gpu({256: given.batch_256, 512: given.batch_512}, given.steps, not given.no_compile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""What goes wrong is skipped by all ranks together, told with the samples' names, and undone where it goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.train import forked, tiny
+from tests.train.test_zero import assert_close, assert_same, objective_of, step_folder, tensors
+from train import folders
+from train.guard import WARM_UP, Guard
+
+pytestmark = pytest.mark.timeout(900)
+
+FILES = ("weights", *folders.STATES)
+
+
+# ---- the judgement --------------------------------------------------------------------------------
+
+
+def test_a_spike_is_judged_by_what_came_before_it() -> None:
+    rng = np.random.default_rng(0)
+    values = np.exp(rng.normal(0.0, 0.1, 400))
+    guard = Guard(6.0, 3)
+    for v in values:
+        assert not guard.refuses(float(v), float(2 * v)), guard.reason
+        guard.taken(float(v), float(2 * v))
+    assert guard.refuses(math.exp(0.9), 2.0)
+    assert "deviations above its mean" in guard.reason
+    assert guard.refuses(1.0, 2 * math.exp(0.9))
+    assert "gradient norm" in guard.reason
+    assert not guard.refuses(math.exp(0.4), 2.0)
+    assert not guard.refuses(1e-6, 1e-6), "a loss that falls is no spike"
+    # The recursion's mean and deviation against numpy's with the same weights.
+    logs = np.log(values)[WARM_UP:]
+    weights = 0.98 ** np.arange(len(logs))[::-1]
+    assert guard.loss.mean == pytest.approx(np.average(logs, weights=weights), abs=0.01)
+    assert math.sqrt(guard.loss.variance) == pytest.approx(0.1, rel=0.25)
+
+
+def test_nothing_finite_is_refused_without_sigmas_or_before_there_is_anything_to_compare_with() -> None:
+    guard = Guard(None, 3)
+    for _ in range(100):
+        guard.taken(1.0, 1.0)
+    assert not guard.refuses(1e9, 1e9)
+    assert guard.refuses(math.nan, 1.0)
+    assert guard.refuses(1.0, math.inf)
+    early = Guard(3.0, 3)
+    early.taken(1.0, 1.0)
+    assert not early.refuses(1000.0, None)
+
+
+def test_its_memory_survives_a_checkpoint() -> None:
+    one = Guard(4.0, 3)
+    for i in range(100):
+        one.taken(1 + 0.01 * (i % 7), 2 + 0.01 * (i % 5))
+    one.left_out()
+    other = Guard(4.0, 3, json.loads(json.dumps(one.state())))
+    assert other.state() == one.state()
+    assert other.refuses(2.0, 2.0) == one.refuses(2.0, 2.0) == True  # noqa: E712
+
+
+# ---- in the loop ----------------------------------------------------------------------------------
+
+
+def break_steps(config: str, broken: tuple[int, ...], factor: float = math.nan) -> None:
+    """Train with the loss of these steps (from 1) times `factor`, on rank 1 alone."""
+    from train import denoising
+
+    forward = denoising.Diffusion.forward
+    calls: list[int] = []
+
+    def forward_broken(self: Any, batch: Any) -> Any:
+        loss, details = forward(self, batch)
+        calls.append(1)
+        bad = len(calls) in broken and os.environ["RANK"] == "1"
+        return (loss * factor if bad else loss), details
+
+    denoising.Diffusion.forward = forward_broken  # type: ignore[method-assign]
+    forked.run_stage(config)
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    file = run / "train" / "events.jsonl"
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.mark.slow
+def test_skipped_steps_and_rollback_are_the_same_under_every_stage(run: Path, tmp_path: Path) -> None:
+    """Steps 6 and 7 are lost; at the 8th the weights are the 4th's to the bit, and training goes on from them."""
+    ends = []
+    for stage in range(4):
+        folder = tmp_path / str(stage)
+        folder.mkdir()
+        (folder / "latents").symlink_to(run / "latents")
+        values = {"images": 80, "checkpoint_every_images": 32, "max_skips": 2, "zero_stage": stage, "eps": 1e-3}
+        config = tiny.write_config(folder, tiny.configuration(folder, **values))
+        forked.on_ranks(2, break_steps, str(config), (6, 7))
+        for name in FILES:
+            assert_same(tensors(step_folder(folder, 8), name), tensors(step_folder(folder, 4), name))
+        manifest = folders.read_manifest(step_folder(folder, 8))
+        assert (manifest["optimizer_steps"], manifest["images"]) == (4, 64)
+        assert folders.read_manifest(step_folder(folder, 10))["optimizer_steps"] == 6
+        skipped = events(folder, "skipped")
+        assert [e["images"] for e in skipped] == [48, 56]
+        assert skipped[0]["keys"] == objective_of(config)[0].keys(np.arange(40, 48))
+        assert "nan" in skipped[0]["reason"]
+        assert [(e["images"], e["checkpoint"]) for e in events(folder, "rollback")] == [(64, "step-00000004")]
+        lines = [json.loads(x) for x in (folder / "train" / "log.jsonl").read_text().splitlines()]
+        assert [x["skipped"] for x in lines] == [0, 0, 0, 0, 0, 1, 1, 1, 0, 0]
+        assert "loss" not in lines[5]
+        ends.append(tensors(step_folder(folder, 10), "weights"))
+    for end in ends[1:]:
+        assert_close(end, ends[0])
+
+
+def test_a_run_that_cannot_be_helped_ends_with_a_sentence_on_all_ranks(run: Path) -> None:
+    config = tiny.write_config(run, tiny.configuration(run, max_skips=2, checkpoint_every_images=1000))
+    ranks = forked.start(2, break_steps, str(config), (3, 4))
+    for rank in ranks:
+        with pytest.raises(forked.RankError, match="StageError: train: 2 steps in a row were skipped up to 32 images"):
+            rank.result()
+    assert folders.latest_complete(run / "checkpoints") is None
+
+
+@pytest.mark.slow
+def test_a_spike_of_the_gradient_is_skipped_and_a_resumed_run_skips_it_too(run: Path, tmp_path: Path) -> None:
+    """The gradient of step 40 is a thousand times too large; the optimizer must not see it under any stage."""
+    values = {"images": 400, "checkpoint_every_images": 280, "spike_sigmas": 12.0, "grad_clip": None, "eps": 1e-3}
+    for stage in (0, 2):
+        folder = tmp_path / str(stage)
+        folder.mkdir()
+        (folder / "latents").symlink_to(run / "latents")
+        config = tiny.write_config(folder, tiny.configuration(folder, zero_stage=stage, **values))
+        forked.on_ranks(2, break_steps, str(config), (40,), 1e3)
+        (event,) = events(folder, "skipped")
+        assert (event["images"], event["in_a_row"]) == (320, 1)
+        assert "deviations above" in event["reason"]
+        assert folders.read_manifest(step_folder(folder, 50))["optimizer_steps"] == 49
+        # Resumed at step 35, its 5th step is the broken one.
+        end = tensors(step_folder(folder, 50), "weights")
+        step_folder(folder, 50).rename(folder / "gone")
+        forked.on_ranks(2, break_steps, str(config), (5,), 1e3)
+        assert_same(tensors(step_folder(folder, 50), "weights"), end)
+        assert len(events(folder, "skipped")) == 1

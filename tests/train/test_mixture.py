@@ -1,0 +1,270 @@
+"""Data sets by weight, buckets of one shape a batch, and the UNet's objective with each of its options."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from shards.columns import ColumnShard, pack_columns
+from shards.dataset import Dataset, commit_shard, write_manifest
+from shards.fingerprint import Fingerprint
+from shards.layout import sample_key
+from shards.settings import ConfigError
+from tests.train import tiny
+from train.config import SourceConfig, TrainConfig
+from train.data import Latents
+from train.denoising import process_of
+from train.export import scheduler
+from train.objectives import build
+from train.order import Mixture
+
+SHAPES = [(4, 4), (4, 8), (8, 4)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "unit"), [([1.0, 1.0], 8), ([0.7, 0.2, 0.1], 10), ([1.0, 0.001], 16), ([1, 2, 3], 7)]
+)
+def test_a_mixture_takes_each_place_of_each_stream_once_in_proportion(weights: list[float], unit: int) -> None:
+    mixture = Mixture(weights, unit, 3)
+    index = np.arange(3 * mixture.length)
+    stream, place = mixture.split(index)
+    for s, w in enumerate(weights):
+        mine = place[stream == s]
+        assert np.array_equal(np.sort(mine), np.arange(len(mine)))
+        assert len(mine) / len(index) == pytest.approx(w / sum(weights), rel=2e-3, abs=1 / mixture.length)
+    # By position alone, in any pieces.
+    rng = np.random.default_rng(0)
+    some = rng.integers(0, 10**12, 50)
+    together = mixture.split(some)
+    for i in range(50):
+        alone = mixture.split(some[i : i + 1])
+        assert (alone[0][0], alone[1][0]) == (together[0][i], together[1][i])
+
+
+def test_where_the_weights_allow_it_every_batch_has_the_same_composition() -> None:
+    stream, _ = Mixture([3, 1], 8, 0).split(np.arange(800))
+    assert (stream.reshape(100, 8).sum(axis=1) == 2).all()
+    assert len({tuple(row) for row in stream.reshape(100, 8)}) > 20
+
+
+def bucketed(root: Path, counts: tuple[int, ...] = (9, 14, 5, 12)) -> Dataset:
+    """Latent shards of three shapes as the latents stage stores them; a mean's first value is its sample's number."""
+    rng = np.random.default_rng(1)
+    stats, table, number = [], [], 0
+    for index, n in enumerate(counts):
+        bucket = rng.integers(0, 3, n)
+        numbers = np.arange(number, number + n)
+        number += n
+        arrays: dict[str, Any] = {
+            "tokens": np.repeat(numbers[:, None], tiny.CONTEXT, axis=1).astype(np.uint16),
+            "empty_tokens": np.zeros(tiny.CONTEXT, np.uint16),
+            "embeddings": rng.normal(size=(3, tiny.CONTEXT, tiny.WIDTH)).astype(np.float16),
+            "embedding_index": rng.integers(0, 3, n).astype(np.int32),
+            "empty_embedding": np.zeros((tiny.CONTEXT, tiny.WIDTH), np.float16),
+            "micro": np.repeat(numbers[:, None, None], 6, axis=2).astype(np.int32),
+            "bucket": bucket[:, None].astype(np.uint16),
+        }
+        for b, (h, w) in enumerate(SHAPES):
+            mine = numbers[bucket == b]
+            arrays[f"mean.{b}"] = np.broadcast_to(mine[:, None, None, None], (len(mine), 4, h, w)).astype(np.float16)
+        table.append([int((bucket == b).sum()) for b in range(3)])
+        keys = [sample_key(index, r, 100) for r in range(n)]
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"key": keys, "status": ["success"] * n}), sink)
+        files = {".safetensors": pack_columns(arrays, {}), ".parquet": sink.getvalue()}
+        stats.append(
+            commit_shard(str(root), index, files, {"count": n, "rows": n}, Fingerprint("latents", 1, {}, index))
+        )
+    extra = {
+        "resolution": 32,
+        "vae": {"ref": "none", "digest": "v" * 64, "scaling_factor": 1.0, "config": {}},
+        "text": {
+            "ref": "none",
+            "digest": "t" * 64,
+            "layer": "last",
+            "context_length": tiny.CONTEXT,
+            "width": tiny.WIDTH,
+        },
+        "buckets": [{"resolution": 32, "width": 8 * w, "height": 8 * h} for h, w in SHAPES],
+        "bucket_counts": table,
+    }
+    write_manifest(str(root), "latents", stats, extra)
+    return Dataset.open(str(root))
+
+
+def test_a_batch_has_one_shape_and_its_own_samples(tmp_path: Path) -> None:
+    dataset = bucketed(tmp_path)
+    latents = Latents([dataset], 7, 2, 4)
+    assert (latents.channels, latents.side, latents.has_spread) == (4, 4, False)
+    seen: dict[tuple[int, ...], list[int]] = {}
+    batches = 400
+    for b in range(batches):
+        whole = np.arange(4 * b, 4 * b + 4)
+        mean, _ = latents.moments(whole)
+        numbers = mean[:, 0, 0, 0].astype(int)
+        assert np.array_equal(latents.tokens(whole)[:, 0], numbers), "tokens of the same samples"
+        assert np.array_equal(latents.sizes(whole)[:, 0], numbers)
+        for rank in range(2):  # what two ranks see is the two halves
+            half = latents.moments(whole[2 * rank : 2 * rank + 2])[0]
+            assert half.shape[1:] == mean.shape[1:]
+            assert np.array_equal(half, mean[2 * rank : 2 * rank + 2])
+        seen.setdefault(mean.shape[2:], []).extend(numbers)
+    table = np.array(dataset.manifest["bucket_counts"]).sum(axis=0)
+    for shape, total in zip(SHAPES, table, strict=True):
+        samples = seen[shape]
+        assert len(samples) / (4 * batches) == pytest.approx(total / table.sum(), abs=0.03)
+        for begin in range(0, len(samples) - total, total):  # each sample of a bucket once in its epoch
+            assert len(set(samples[begin : begin + total])) == total
+    shard = ColumnShard(dataset, 2)
+    number = int(shard.arrays["tokens"][3, 0])
+    place = next(p for p in range(4 * batches) if latents.tokens(np.array([p]))[0, 0] == number)
+    assert latents.keys(np.array([place])) == [sample_key(2, 3, 100)]
+
+
+def test_buckets_train_through_the_objective(tmp_path: Path) -> None:
+    dataset = bucketed(tmp_path)
+    config = TrainConfig(images=8, batch_size=4, unet=tiny.UNET)
+    objective = build("train", config, [dataset], 0, "cpu")
+    shapes = set()
+    for b in range(8):
+        batch = objective.batch(np.arange(4 * b, 4 * b + 4))
+        loss, _ = objective(batch)
+        assert torch.isfinite(loss)
+        shapes.add(tuple(batch["x0"].shape[2:]))
+    assert shapes == set(SHAPES)
+
+
+def test_another_resolution_that_is_not_there(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"resolution is 64, but .* holds 32 pixels"):
+        Latents([Dataset.open(str(run / "latents"))], 0, 2, 8, resolution=64)
+    with pytest.raises(ConfigError, match=r"resolution is 64, but .* holds latents of 32 pixels"):
+        Latents([bucketed(tmp_path / "b")], 0, 2, 8, resolution=64)
+
+
+def test_sources_come_by_weight_and_must_be_of_one_kind(run: Path, tmp_path: Path) -> None:
+    tiny.make_latents(tmp_path / "more", counts=(20,))
+    datasets = [Dataset.open(str(run / "latents")), Dataset.open(str(tmp_path / "more"))]
+    latents = Latents(datasets, 0, 2, 8, (3.0, 1.0))
+    source = latents.source(np.arange(800))
+    assert (source.reshape(100, 8).sum(axis=1) == 2).all()
+    mean, _ = latents.moments(np.arange(160))
+    second = mean[source[:160] == 1]
+    stored = ColumnShard(datasets[1], 0).arrays["mean"].astype(np.float32)
+    assert {m.tobytes() for m in second[:20]} == {m.tobytes() for m in stored}
+    manifest = tmp_path / "more" / "dataset.json"
+    manifest.write_text(manifest.read_text().replace("v" * 64, "w" * 64))
+    with pytest.raises(ConfigError, match=r"train\.sources: .* another VAE"):
+        Latents([datasets[0], Dataset.open(str(tmp_path / "more"))], 0, 2, 8, (1.0, 1.0))
+
+
+def unet_config(**values: Any) -> TrainConfig:
+    return TrainConfig(images=64, batch_size=8, unet=tiny.UNET, **values)
+
+
+@pytest.mark.parametrize("weighting", [{}, {"snr_gamma": 5.0}, {"p2_gamma": 1.0}])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "flow_prediction"])
+def test_the_loss_is_written_out_in_float64(run: Path, prediction: str, weighting: dict[str, float]) -> None:
+    """The objective's loss and its bins against the formulas in numpy, from the batch and the UNet's own output."""
+    config = unet_config(prediction_type=prediction, initialisation="torch", stratified=True, **weighting)
+    objective: Any = build("train", config, [Dataset.open(str(run / "latents"))], 0, "cpu")
+    objective.eval()
+    batch = objective.batch(np.arange(64))
+    p = process_of(config)
+    a, s = (v[batch["t"]].numpy()[:, None, None, None] for v in (p.signal, p.noise))
+    x0, noise = (batch[k].double().numpy() for k in ("x0", "noise"))
+    with torch.no_grad():
+        loss, details = objective(batch)
+        xt = torch.from_numpy(a * x0 + s * noise).float()
+        out = objective.model(xt, p.time[batch["t"]], batch["text"]).sample.double().numpy()
+    targets = {"epsilon": noise, "sample": x0, "v_prediction": a * noise - s * x0, "flow_prediction": noise - x0}
+    error = ((out - targets[prediction]) ** 2).mean(axis=(1, 2, 3))
+    snr = ((a / s) ** 2).reshape(-1)
+    of_x0 = np.ones(64)
+    if weighting:
+        of_x0 = np.minimum(snr, 5.0) if "snr_gamma" in weighting else snr / (1 + snr)
+        of_x0 = of_x0 * {"epsilon": 1 / snr, "sample": 1.0}.get(prediction, (s**2).reshape(-1))
+    assert float(loss) == pytest.approx((error * of_x0).mean(), rel=1e-4)
+    assert float(details[0]) == pytest.approx(error.mean(), rel=1e-4)
+    bins = batch["t"].numpy() * 10 // 1000
+    for b in range(10):
+        assert float(details[1 + b]) * 64 == pytest.approx(error[bins == b].sum(), rel=1e-4, abs=1e-6)
+        assert float(details[11 + b]) * 64 == pytest.approx((bins == b).sum())
+    # Stratified: one timestep in each 64th, whatever the rank's share.
+    whole = np.sort(np.concatenate([objective.batch(np.arange(i, i + 4))["t"].numpy() for i in range(0, 8, 4)]))
+    assert np.array_equal(whole * 8 // 1000, np.arange(8))
+
+
+def test_a_learned_variance_learns_and_leaves_the_mean_to_the_simple_loss(run: Path) -> None:
+    config = unet_config(learned_variance=True, initialisation="torch")
+    objective: Any = build("train", config, [Dataset.open(str(run / "latents"))], 0, "cpu")
+    assert objective.model.config.out_channels == 8
+    batch = objective.batch(np.arange(16))
+    loss, details = objective(batch)
+    loss.backward()
+    whole = objective.model.conv_out.weight.grad.clone()
+    assert whole[4:].abs().max() > 0
+    objective.zero_grad()
+    objective.errors(batch)[0].mean().backward()
+    torch.testing.assert_close(objective.model.conv_out.weight.grad[:4], whole[:4], rtol=1e-4, atol=1e-7)
+    assert float(loss) == pytest.approx(float(details[0] + 0.001 * 1000 * details[1]), rel=1e-5)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"prediction_type": "epsilon"},
+    {"prediction_type": "v_prediction", "zero_terminal_snr": True},
+    {"prediction_type": "v_prediction", "zero_terminal_snr": True, "snr_shift": 2.0},
+    {"prediction_type": "sample", "beta_schedule": "sigmoid", "beta_start": 1e-4, "beta_end": 0.02},
+    {"prediction_type": "flow_prediction"},
+    {"prediction_type": "flow_prediction", "snr_shift": 3.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_the_exported_scheduler_undoes_what_training_did(options: dict[str, Any]) -> None:
+    """With a network that knows the one picture there is, sampling ends at that picture."""
+    from train import diffusion
+
+    config = unet_config(**options)
+    found = scheduler(config.model_dump())
+    p = process_of(config)
+    if config.prediction_type != "flow_prediction":
+        torch.testing.assert_close(found.alphas_cumprod.double(), p.signal**2, rtol=1e-4, atol=1e-6)
+    x0 = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found.set_timesteps(50)
+    for t in found.timesteps:
+        told = float(found.scale_model_input(x, t).sub(x).abs().max())
+        assert told == 0
+        place = int((p.time.double() - float(t)).abs().argmin())  # the nearest timestep that training had
+        at = torch.tensor([place])
+        noise = (x - p.signal[place] * x0) / p.noise[place]
+        x = found.step(diffusion.target(p, config.prediction_type, x0, noise, at), t, x).prev_sample
+    # DDIM ends at the first timestep, whose little noise stays.
+    left = float(p.noise[0]) if config.prediction_type != "flow_prediction" else 0.0
+    assert float((x - x0).abs().max()) < 3 * left + 0.02
+    assert float((x - x0).abs().mean()) < left + 0.005
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"zero_terminal_snr": True}, "zero_terminal_snr cannot go with prediction_type epsilon"),
+        ({"zero_terminal_snr": True, "prediction_type": "flow_prediction"}, "ends in pure noise by itself"),
+        ({"snr_gamma": 5, "p2_gamma": 1}, "two weights for the same loss"),
+        ({"learned_variance": True, "prediction_type": "flow_prediction"}, "learned_variance needs the steps of DDPM"),
+        ({"offload": "cpu", "zero_stage": 0}, "offload needs zero_stage 1"),
+        ({"compile": True, "zero_stage": 3}, "compile cannot go with zero_stage 3"),
+        ({"ema_stds": [0.05, 0.0501]}, "none may come twice"),
+    ],
+)
+def test_options_that_exclude_one_another(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        unet_config(**values)
+    assert SourceConfig().loss_weight == 1.0

@@ -1,0 +1,83 @@
+"""EMA lengths chosen afterwards: against the averages themselves, computed one by one in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.integrate
+import torch
+from safetensors.torch import save_file
+
+from shards.settings import StageError
+from tests.train import forked, tiny
+from tests.train.test_zero import assert_same, initial, step_folder, tensors
+from train import folders, posthoc
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.mark.parametrize("std", [0.02, 0.05, 0.1, 0.2])
+def test_exponent_gives_the_profile_its_deviation(std: float) -> None:
+    """Against the moments of tau^gamma on [0, 1] by numerical integration."""
+    gamma = posthoc.exponent(std)
+    area, first, second = (scipy.integrate.quad(lambda x, k=k: x ** (gamma + k), 0, 1)[0] for k in range(3))
+    assert (second / area - (first / area) ** 2) ** 0.5 == pytest.approx(std, rel=1e-6)
+
+
+def test_inner_product_is_the_integral() -> None:
+    for a, ga, b, gb in ((1.0, 16.97, 1.0, 6.94), (0.5, 6.94, 1.0, 16.97), (1.0, 3.0, 0.25, 10.0)):
+        integral = scipy.integrate.quad(
+            lambda x, a=a, ga=ga, b=b, gb=gb: (ga + 1) * x**ga / a ** (ga + 1) * (gb + 1) * x**gb / b ** (gb + 1),
+            0, min(a, b),
+        )[0]  # fmt: skip
+        got = posthoc.inner_product(*(np.array(v) for v in (a, ga, b, gb)))
+        assert float(got) == pytest.approx(integral, rel=1e-6)
+
+
+def average(values: np.ndarray, batch: int, std: float) -> np.ndarray:
+    out = np.zeros(values.shape[1])
+    for i, v in enumerate(values):
+        beta = posthoc.decay((i + 1) * batch, batch, std)
+        out = beta * out + (1 - beta) * v
+    return out
+
+
+def test_a_length_between_two_is_put_together_from_their_snapshots(tmp_path: Path) -> None:
+    """A curve with a trend and noise; the third average that was never kept comes out to a part in a hundred."""
+    rng = np.random.default_rng(0)
+    t = np.linspace(0, 1, 2000)[:, None]
+    values = np.concatenate([np.exp(-3 * t), t**2, np.sin(9 * t)], axis=1) + 0.05 * rng.standard_normal((2000, 3))
+    for std in (0.05, 0.1):
+        for steps in range(250, 2001, 250):
+            snapshot = {"w": torch.from_numpy(average(values[:steps], 8, std)).half()}
+            save_file(snapshot, tmp_path / f"ema_{std:.3f}-{steps * 8:012d}.safetensors")
+    for std in (0.05, 0.07, 0.1, 0.14):
+        expected = average(values, 8, std)
+        got = posthoc.reconstruct(tmp_path, 16000, std)["w"].numpy()
+        assert got == pytest.approx(expected, abs=0.01), std
+    assert np.abs(average(values, 8, 0.05) - average(values, 8, 0.14)).max() > 0.1
+    with pytest.raises(StageError, match="snapshots of 0 EMAs at 999 images"):
+        posthoc.reconstruct(tmp_path, 999, 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_further_averages_are_exact_under_every_stage(run: Path, stage: int) -> None:
+    config = tiny.write_config(
+        run,
+        tiny.configuration(run, images=32, checkpoint_every_images=8, ema_stds=[0.05, 0.1], zero_stage=stage),
+    )
+    forked.fit(config, 2)
+    for std in (0.05, 0.1):
+        expected = initial(config)
+        for step in range(1, 5):
+            weights = tensors(step_folder(run, step), "weights")
+            expected = {n: e.lerp(weights[n], 1.0 - posthoc.decay(8 * step, 8, std)) for n, e in expected.items()}
+            assert_same(tensors(step_folder(run, step), f"ema_{std:.3f}"), expected)
+    names = sorted(p.name for p in (run / "checkpoints" / folders.POSTHOC).iterdir())
+    assert names == [f"ema_{s}-{i:012d}.safetensors" for s in ("0.050", "0.100") for i in (8, 16, 24, 32)]
+    assert folders.damage(step_folder(run, 4)) == ""
+    (step_folder(run, 4) / "ema_0.050.safetensors").unlink()
+    assert "ema_0.050" in folders.damage(step_folder(run, 4))

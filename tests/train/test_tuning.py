@@ -1,0 +1,221 @@
+"""Fine-tuning through the one loop, and what comes out opened by diffusers and peft alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from latents.config import LatentsConfig
+from latents.encoders import load_text
+from latents.stage import LatentsStage
+from shards.dataset import Dataset
+from shards.layout import RunPaths
+from shards.settings import ConfigError, load_sections, validate
+from tests.latents import world
+from tests.train import forked, tiny
+from tests.train.test_export import pictures, save_checkpoint
+from train import adapters
+from train.config import TrainConfig, TrainingSections
+from train.export import build_pipeline, export
+from train.objectives import build
+
+pytestmark = pytest.mark.timeout(900)
+
+SHAPE: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tiny.UNET.items()}
+
+
+def make_run(root: Path, **latents: Any) -> RunPaths:
+    run = RunPaths(str(root))
+    vae = world.save_vae(Path(run.autoencoder) / "model")
+    clip = world.save_clip(Path(run.clip) / "model")
+    world.image_dataset(run, shards=1, rows=12)
+    config = LatentsConfig(resolution=32, batch_size=4, device="cpu", **latents)
+    stage = LatentsStage(config, run, str(vae), str(clip))
+    work = stage.worker()
+    stage.finish([work(task) for task in stage.tasks()])
+    return run
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPaths, Path]:
+    """A run, and the pipeline that was exported from it."""
+    run = make_run(tmp_path_factory.mktemp("base") / "r")
+    save_checkpoint(run, 10, seed=2)
+    return run, export(run.run)
+
+
+def tuned(base: tuple[RunPaths, Path], folder: Path, **train: Any) -> tuple[RunPaths, Path]:
+    """A run on the same latents that begins with the exported pipeline, trained for four steps."""
+    for name in ("latents", "autoencoder", "clip"):
+        (folder / name).symlink_to(Path(base[0].run) / name)
+    data = tiny.configuration(folder, images=32, learning_rate=1e-2, ema_halflife_images=1, **train)
+    data["train"] |= {"unet": {}, "start_from": str(base[1]), "num_train_timesteps": 100, "beta_schedule": "linear"}
+    data["train"]["prediction_type"] = "v_prediction"
+    config = tiny.write_config(folder, data)
+    forked.on_ranks(1, run_and_export, str(config))
+    return RunPaths(str(folder)), config
+
+
+def run_and_export(config: str) -> None:
+    from train.main import run
+
+    run("train", config)
+
+
+def plain(folder: Path | str) -> Any:
+    return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_begins_with_the_pipelines_weights(base: Any, tmp_path: Path) -> None:
+    run, config = tuned(base, tmp_path)
+    sections = load_sections(str(config), (), TrainingSections)
+    objective = build("train", sections.train, [Dataset.open(run.latents)], 5, "cpu")
+    start = UNet2DConditionModel.from_pretrained(base[1] / "unet").state_dict()
+    assert all(torch.equal(start[k], v) for k, v in objective.model.state_dict().items())
+    end = UNet2DConditionModel.from_pretrained(Path(run.model) / "unet").state_dict()
+    assert max(float((start[k] - end[k]).abs().max()) for k in start) > 1e-3
+    assert "began as" in (Path(run.model) / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_lora_is_what_load_lora_weights_takes(base: Any, tmp_path: Path) -> None:
+    adapter = {"kind": "lora", "rank": 4, "alpha": 8, "convolutions": True}
+    run, _ = tuned(base, tmp_path, adapter=adapter, micro_batch_size=4, activation_checkpointing=True)
+    prompt = {"prompt": ["a blue square", "a red circle"]}
+    merged = pictures(plain(run.model), **prompt)
+    pipeline = plain(base[1])
+    before = pictures(pipeline, **prompt)
+    pipeline.load_lora_weights(Path(run.model) / "lora")
+    assert pipeline.unet.peft_config["default_0"].lora_alpha == 8
+    assert np.abs(pictures(pipeline, **prompt) - merged).max() < 2e-5
+    assert np.abs(before - merged).max() > 1e-3
+    names = load_file(Path(run.model) / "lora" / "pytorch_lora_weights.safetensors")
+    assert any("resnets.0.conv1.lora" in n for n in names)
+    # Checkpoints hold the updates alone, and the frozen weights never moved.
+    checkpoint = load_file(Path(run.checkpoints) / "step-00000004" / "weights.safetensors")
+    assert all(".lora_" in n for n in checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_other_adapters_are_pefts(base: Any, tmp_path: Path, kind: str) -> None:
+    from peft import PeftModel
+
+    run, _ = tuned(base, tmp_path, adapter={"kind": kind, "rank": 4})
+    merged = plain(run.model).unet
+    unet = UNet2DConditionModel.from_pretrained(base[1] / "unet")
+    x, t, text = torch.randn(2, 4, 16, 16), torch.tensor([3, 70]), torch.randn(2, 20, 32)
+    with torch.no_grad():
+        before = unet(x, t, text).sample
+        theirs = PeftModel.from_pretrained(unet, Path(run.model) / "adapter")(x, t, text).sample
+        ours = merged(x, t, text).sample
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    assert (before - ours).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_a_learned_word_is_what_load_textual_inversion_takes(base: Any, tmp_path: Path) -> None:
+    word = {"token": "<thing>", "initial": "circle", "vectors": 2, "templates": ["a photo of {} on blue", "{}"]}
+    run, config = tuned(base, tmp_path, textual_inversion=word, zero_stage=2)
+    sections = load_sections(str(config), (), TrainingSections)
+    objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5, "cpu")
+    begin = objective.model.rows.detach().clone()
+    learned = load_file(Path(run.model) / "learned_embeds.safetensors")["<thing>"]
+    assert (learned - begin).abs().max() > 1e-3
+    # The UNet and the CLIP are those of the start, to the bit.
+    start = UNet2DConditionModel.from_pretrained(base[1] / "unet").state_dict()
+    assert all(torch.equal(start[k], v) for k, v in plain(run.model).unet.state_dict().items())
+    pipeline = plain(run.model)
+    pipeline.load_textual_inversion(Path(run.model) / "learned_embeds.safetensors")
+    got, _ = pipeline.encode_prompt("a photo of <thing> on blue", "cpu", 1, False)
+    objective.model.rows.data.copy_(learned)
+    tokens, place = (torch.from_numpy(v)[None] for v in objective.captions[0])
+    with torch.no_grad():
+        torch.testing.assert_close(got, objective.model.encode(tokens, place), rtol=1e-4, atol=1e-5)
+    in_memory = pictures(build_pipeline(run.run), prompt="a photo of <thing>")
+    assert np.abs(pictures(pipeline, prompt="a photo of <thing>") - in_memory).max() < 2e-5
+
+
+@pytest.mark.slow
+def test_a_unet_that_is_told_sizes_becomes_an_sdxl_pipeline(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", text_layer="penultimate_no_norm", text_pooled=True)
+    unet = {
+        **tiny.UNET,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 16 + 6 * 8,
+    }
+    data = tiny.configuration(tmp_path / "r", images=16)
+    data["train"] |= {"unet": unet}
+    config = tiny.write_config(tmp_path, data)
+    forked.on_ranks(1, run_and_export, str(config))
+    pipeline = DiffusionPipeline.from_pretrained(run.model)
+    assert isinstance(pipeline, StableDiffusionXLPipeline)
+    text = load_text(str(Path(run.clip) / "model"), "penultimate_no_norm")
+    rows, pooled = text.encode_pooled(text.tokenize(["a blue square"]))
+    got_rows, _, got_pooled, _ = pipeline.encode_prompt(
+        "a blue square", device="cpu", do_classifier_free_guidance=False
+    )
+    torch.testing.assert_close(got_rows, rows, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got_pooled, pooled, rtol=1e-4, atol=1e-5)
+    assert pictures(pipeline, prompt="a blue square").shape == (1, 32, 32, 3)
+    # What the UNet is told in training: the stored sizes, in SDXL's order.
+    sections = load_sections(str(config), (), TrainingSections)
+    objective = build("train", sections.train, [Dataset.open(run.latents)], 5, "cpu")
+    batch = objective.batch(np.arange(9))
+    micro = load_file(Path(run.latents) / "00000.safetensors")["micro"][:, 0].float()
+    assert len(micro) == len(batch["sizes"]) + 1  # nine of the ten samples
+    assert {tuple(row) for row in batch["sizes"].tolist()} <= {tuple(row) for row in micro.tolist()}
+
+
+def test_where_a_unet_cannot_come_from(base: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no UNet"):
+        adapters.find_unet(str(tmp_path / "empty"))
+    data = {"start_from": str(base[1]), "adapter": {"targets": ["no_such_layer"]}}
+    config = TrainConfig(images=8, batch_size=8, **data)
+    with pytest.raises(ConfigError, match=r"train\.adapter\.targets"):
+        build("train", config, [Dataset.open(base[0].latents)], 0, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"adapter": {}}, "adapter changes a model that is there; name it with start_from"),
+        ({"start_from": "x", "unet": {"layers_per_block": 1}}, "unet is given by start_from"),
+        ({"start_from": "x", "adapter": {}, "textual_inversion": {"token": "<a>", "initial": "b"}}, "two ways"),
+        ({"start_from": "x", "textual_inversion": {"token": "<a>", "initial": "b", "templates": ["c"]}}, "one {}"),
+    ],
+)
+def test_tuning_that_cannot_be(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        validate(TrainConfig, values, "x.yaml")
+
+
+@pytest.mark.slow
+def test_dreambooth_is_two_sources_with_a_weight_of_their_loss(base: Any, tmp_path: Path) -> None:
+    """Half of each batch from either; the prior's loss counts lambda times, as in the paper's equation 2."""
+    prior = make_run(tmp_path / "prior")
+    sources = [{"weight": 1}, {"latents": prior.latents, "weight": 1, "loss_weight": 0.25}]
+    (tmp_path / "run").mkdir()
+    run, config = tuned(base, tmp_path / "run", sources=sources)
+    manifest = json.loads((Path(run.checkpoints) / "step-00000004" / "manifest.json").read_text())
+    assert [s["root"] for s in manifest["sources"]] == [run.latents, prior.latents]
+    sections = load_sections(str(config), (), TrainingSections)
+    datasets = [Dataset.open(run.latents), Dataset.open(prior.latents)]
+    objective: Any = build("train", sections.train, datasets, 5, "cpu")
+    batch = objective.batch(np.arange(8))
+    assert sorted(batch["weight"].tolist()) == [0.25] * 4 + [1.0] * 4
+    with torch.no_grad():
+        error, _ = objective.errors(batch)
+        loss, details = objective(batch)
+    assert float(loss) == pytest.approx(float((error * batch["weight"]).mean()), rel=1e-5)
+    assert float(details[0]) == pytest.approx(float(error.mean()), rel=1e-5)

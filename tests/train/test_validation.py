@@ -1,0 +1,179 @@
+"""Validation, early stopping, samples and what they leave behind; checkpoints that cannot be written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latents.encoders import load_vae
+from latents.pictures import resize_crop
+from shards.dataset import Dataset
+from shards.images import ImageShard, decode_rgb
+from shards.layout import RunPaths
+from shards.settings import ConfigError, load_sections
+from tests.train import forked, tiny
+from tests.train.test_guard import events
+from tests.train.test_tuning import make_run, run_and_export
+from tests.train.test_zero import step_folder
+from train import folders, samples, validation
+from train.config import TrainingSections, ValidationConfig
+from train.objectives import build
+from train.ranks import Ranks
+from train.state import stage_state
+
+pytestmark = pytest.mark.timeout(900)
+
+HERE = Ranks(0, 1, torch.device("cpu"), False)
+
+
+class Engine:
+    """What Validator asks of DeepSpeed's engine, around an objective alone."""
+
+    def __init__(self, objective: Any) -> None:
+        self.objective = objective
+
+    def __call__(self, batch: Any) -> Any:
+        return self.objective(batch)
+
+    def eval(self) -> None:
+        self.objective.eval()
+
+    def train(self) -> None:
+        self.objective.train()
+
+
+def test_the_same_whatever_the_ranks_and_the_mean_of_all_its_pictures(run: Path, tmp_path: Path) -> None:
+    tiny.make_latents(tmp_path / "held", counts=(7, 6))
+    sections = load_sections(
+        str(tiny.write_config(run, tiny.configuration(run, initialisation="torch"))), (), TrainingSections
+    )
+    objective: Any = build("train", sections.train, [Dataset.open(str(run / "latents"))], 5, "cpu")
+    config = ValidationConfig(images=11, latents=str(tmp_path / "held"))
+    losses = {}
+    for micro in (11, 4, 3):
+        validator = validation.Validator(config, objective, RunPaths(str(run)), HERE, micro)
+        timesteps = torch.cat([b["t"] for _, b in validator._batches])
+        assert sorted(int(t) * 11 // 1000 for t in timesteps) == list(range(11)), "one timestep in each eleventh"
+        losses[micro] = validator.measure(Engine(objective), HERE)
+        assert validator.measure(Engine(objective), HERE) == losses[micro]
+    # By hand, over the shares of two ranks.
+    total = count = 0.0
+    for rank in range(2):
+        share = validation.Validator(config, objective, RunPaths(str(run)), Ranks(rank, 2, HERE.device, False), 3)
+        for weight, batch in share._batches:
+            with torch.no_grad():
+                error, _ = objective.errors(batch)
+            total, count = total + float(error.mean()) * weight, count + weight
+    assert count == 11
+    assert total / count == pytest.approx(losses[3], rel=1e-5)
+
+
+def test_held_out_pictures_are_encoded_as_the_latents_are(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r")
+    data = tiny.configuration(tmp_path / "r")
+    sections = load_sections(str(tiny.write_config(tmp_path, data)), (), TrainingSections)
+    objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5, "cpu")
+    config = ValidationConfig(images=5)
+    with pytest.raises(ConfigError, match=r"holds no pictures; give ingest\.heldout_table"):
+        validation.Validator(config, objective, run, HERE, 4)
+    Path(run.heldout).symlink_to(run.images)
+    validator = validation.Validator(config, objective, run, HERE, 5)
+    ((_, batch),) = validator._batches
+    shard = ImageShard(Dataset.open(run.heldout), 0)
+    pixels = np.stack([resize_crop(decode_rgb(shard.image_bytes(i)), 32)[0] for i in range(5)])
+    mean, logstd = load_vae(str(Path(run.autoencoder) / "model")).encode(pixels)
+    draw = objective.random.normal("posterior", np.arange(5) + validation.FIRST, mean.shape[1:])
+    expected = 0.7 * (mean + torch.exp(logstd) * torch.from_numpy(draw))
+    torch.testing.assert_close(batch["x0"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_patience() -> None:
+    patience = validation.Patience(2)
+    assert [patience.over(v) for v in (3.0, 2.0, 2.5, 2.0)] == [False, False, False, True]
+    again = validation.Patience(2, {"best": 2.0, "since": 1})
+    assert not again.over(1.9)
+    assert not validation.Patience(None).over(9.0)
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_getting_better_ends_there_and_stays_ended(tmp_path: Path) -> None:
+    """A learning rate too small to move anything in float32: the second validation is no better, so it ends."""
+    run = make_run(tmp_path / "r")
+    Path(run.heldout).symlink_to(run.images)
+    validate = {"images": 6, "every_images": 16, "patience": 1}
+    drawn = {"prompts": ["a red circle", "a blue square", ""], "steps": 2}
+    values = {"images": 800, "learning_rate": 1e-20, "validation": validate, "samples": drawn, "weight_decay": 0.0}
+    data = tiny.configuration(tmp_path / "r", **values)
+    config = tiny.write_config(tmp_path, data)
+    forked.on_ranks(2, run_and_export, str(config))
+    found = events(tmp_path / "r", "validation")
+    assert [e["images"] for e in found] == [16, 32]
+    assert found[0]["loss"] == found[1]["loss"]
+    last = folders.latest_complete(run.checkpoints)
+    assert last == step_folder(tmp_path / "r", 4)
+    assert folders.read_manifest(last)["finished"]
+    sections = load_sections(str(config), (), TrainingSections)
+    assert stage_state("train", run.run, sections).state == "done"
+    grid = np.asarray(Image.open(tmp_path / "r" / "train" / "samples" / f"{32:012d}.png"))
+    assert grid.shape == (32 + samples.GAP + 32, 32 + samples.GAP + 32, 3)
+    assert (grid[-32:, -32:] == 255).all()
+    assert grid[:32, :32].std() > 1
+
+
+def full_disk(config: str) -> None:
+    """The second checkpoint finds the disk full."""
+    from train import checkpoint
+
+    save_file, calls = checkpoint.save_file, []
+
+    def full(tensors: Any, file: Any) -> None:
+        calls.append(1)
+        if len(calls) > 5:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, file)
+
+    checkpoint.save_file = full
+    forked.run_stage(config)
+
+
+def test_a_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(run: Path) -> None:
+    config = tiny.write_config(run, tiny.configuration(run))
+    for rank in forked.start(2, full_disk, str(config)):
+        with pytest.raises(forked.RankError, match=r"StageError.*step-00000004: the checkpoint cannot .*No space"):
+            rank.result()
+    assert folders.latest_complete(run / "checkpoints") == step_folder(run, 2)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
+    assert json.loads((run / "status" / "train.json").read_text())["state"] == "failed"
+
+
+def test_checkpoints_are_kept_by_number_by_age_and_by_images(tmp_path: Path) -> None:
+    import os
+    import time
+
+    for step in range(1, 9):
+        folder = tmp_path / folders.folder_name(step)
+        folder.mkdir()
+        files = {}
+        for name in ("weights", *folders.STATES):
+            (folder / f"{name}.safetensors").write_bytes(b"12345")
+            files[f"{name}.safetensors"] = {"size": 5, "sha256": "?"}
+        record = {"format_version": 1, "files": files, "images": 10 * step}
+        (folder / "manifest.json").write_text(json.dumps(record))
+        hours = 9 - step
+        os.utime(folder / "manifest.json", times=(time.time() - 3600 * hours,) * 2)
+
+    def left() -> list[int]:
+        return sorted(int(p.name.removeprefix("step-")) for p in tmp_path.iterdir())
+
+    folders.delete_old(tmp_path, folders.Keep(2, hours=4.5, every_images=25))
+    assert left() == [3, 5, 6, 7, 8]  # 30 passed 25, 50 and 80 a multiple; the last four are young
+    folders.delete_old(tmp_path, folders.Keep(2, every_images=25))
+    assert left() == [3, 5, 7, 8]
+    folders.delete_old(tmp_path, folders.Keep(2))
+    assert left() == [7, 8]

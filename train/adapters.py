@@ -1,0 +1,157 @@
+"""Fine-tuning: where a UNet comes from, and low-rank updates in place of all its weights.
+
+LoRA: Hu et al. 2021, arXiv:2106.09685. LoHa: Hyeon-Woo et al. 2021, arXiv:2108.06098. LoKr: Yeh et al. 2023,
+arXiv:2309.14859. The layers and their arithmetic are peft's, so that diffusers and peft read what is trained here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from shards.fingerprint import digest_file, digest_json
+from shards.settings import ConfigError
+from train.config import AdapterConfig
+from train.order import derive_key
+
+log = logging.getLogger("carrara.train")
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+# The convolutions of a UNet's residual blocks and of its down- and upsamplers, by the ends of their names.
+CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+
+
+@functools.cache
+def find_unet(ref: str) -> Path:
+    """The folder of a UNet: of a diffusers pipeline, or the UNet's own; from the hub's cache where `ref` is no folder.
+
+    Raises ConfigError where there is none.
+    """
+    root = Path(ref)
+    if not root.is_dir():
+        root = _from_hub(ref)
+    for folder in (root / "unet", root):
+        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            return folder
+    raise ConfigError(
+        f"train.start_from: {ref} holds no UNet ({CONFIG} and {WEIGHTS}, there or in unet/); name a diffusers pipeline"
+    )
+
+
+def _from_hub(ref: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"{p}{name}" for p in ("unet/", "") for name in (CONFIG, WEIGHTS)]
+        return Path(snapshot_download(ref, allow_patterns=[*patterns, "scheduler/*.json"]))
+    except Exception as e:
+        line = " ".join(str(e).split())[:200]
+        raise ConfigError(
+            f"train.start_from: '{ref}' is no folder here and cannot be had from the hub: {line}"
+        ) from None
+
+
+@functools.cache
+def digest(ref: str) -> str:
+    """What a fine-tuned model depends on: the bytes of the UNet's config and weights."""
+    folder = find_unet(ref)
+    return digest_json([digest_file(folder / name) for name in (CONFIG, WEIGHTS)])
+
+
+def load_unet(ref: str) -> Any:
+    """The UNet2DConditionModel, float32; raises ConfigError where it cannot be loaded."""
+    from diffusers import UNet2DConditionModel
+
+    folder = find_unet(ref)
+    try:
+        return UNet2DConditionModel.from_pretrained(folder, low_cpu_mem_usage=False).float()
+    except Exception as e:
+        line = " ".join(str(e).split())[:300]
+        raise ConfigError(f"train.start_from: the UNet in {folder} cannot be loaded: {line}") from None
+
+
+def check_prediction(ref: str, prediction: str) -> None:
+    """Warn where a pipeline says of itself that it predicts something else than it is now trained to predict."""
+    file = find_unet(ref).parent / "scheduler" / "scheduler_config.json"
+    if file.is_file():
+        stored = json.loads(file.read_bytes()).get("prediction_type", "epsilon")
+        if stored != prediction:
+            log.warning(
+                "train.prediction_type is %s, but %s says that it predicts %s; it will have to learn anew what its "
+                "output means", prediction, ref, stored,
+            )  # fmt: skip
+
+
+def add(unet: Any, config: AdapterConfig, seed: int) -> Any:
+    """Freeze `unet` and add trainable updates to its layers, in place; raises ConfigError where no layer matches."""
+    import torch
+    from peft import inject_adapter_in_model
+
+    unet.requires_grad_(False)
+    # A fork, so that a caller's generator is left as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_key("init", "adapter", seed) >> 1)
+        try:
+            inject_adapter_in_model(peft_config(config), unet)
+        except ValueError as e:
+            raise ConfigError(f"train.adapter.targets: {' '.join(str(e).split())[:300]}") from None
+    return unet
+
+
+def peft_config(config: AdapterConfig) -> Any:
+    """peft's own configuration of this adapter."""
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
+
+    targets = [*config.targets, *(CONVOLUTIONS if config.convolutions else ())]
+    alpha = config.rank if config.alpha is None else config.alpha
+    if config.kind == "lora":
+        return LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True)
+    kind = LoHaConfig if config.kind == "loha" else LoKrConfig
+    return kind(r=config.rank, alpha=alpha, target_modules=targets, init_weights=True)
+
+
+def merge(unet: Any) -> Any:
+    """The plain UNet2DConditionModel with the updates added to its weights."""
+    from diffusers import UNet2DConditionModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in unet.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    weights = {}
+    for name, value in unet.state_dict().items():
+        if ".base_layer." in name:
+            weights[name.replace(".base_layer.", ".")] = value
+        elif not any(part in name for part in (".lora_", ".hada_", ".lokr_")):
+            weights[name] = value
+    plain = UNet2DConditionModel.from_config({k: v for k, v in dict(unet.config).items() if not k.startswith("_")})
+    plain.load_state_dict(weights)
+    return plain
+
+
+def save_lora(weights: dict[str, Any], config: AdapterConfig, folder: Path) -> None:
+    """`pytorch_lora_weights.safetensors`, which diffusers' load_lora_weights takes, with the alpha beside it."""
+    from diffusers import StableDiffusionPipeline
+
+    metadata = {k: v for k, v in peft_config(config).to_dict().items() if not k.startswith("_")}
+    metadata["target_modules"] = sorted(metadata["target_modules"])
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
+
+
+def save_peft(weights: dict[str, Any], config: AdapterConfig, folder: Path) -> None:
+    """peft's own folder, for kinds that diffusers' loaders do not know: PeftModel.from_pretrained(unet, folder)."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    peft_config(config).save_pretrained(folder)
+    save_file({f"base_model.model.{k}": v for k, v in weights.items()}, folder / "adapter_model.safetensors")
+
+
+def state(unet: Any) -> dict[str, Any]:
+    """The updates alone under peft's names, as diffusers' save_lora_weights takes them."""
+    from peft.utils import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(unet))

@@ -1,0 +1,230 @@
+"""The UNet's objective: latents and text in, the loss of its prediction out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from latents.encoders import load_text, require_digest
+from shards.dataset import Dataset
+from shards.settings import ConfigError
+from train import adapters, diffusion, initial
+from train.config import TrainConfig
+from train.data import Batch, Latents
+from train.objectives import Objective, construct, public_config
+from train.order import derive_key, permute
+from train.randomness import Randomness
+
+log = logging.getLogger("carrara.train")
+
+BINS = 10  # of the loss by timestep
+
+
+class Diffusion(Objective):
+    """Denoising of latents under text: E w(t) |target - UNet(x_t, t, c)|^2 (Ho et al. 2020, eq. 14)."""
+
+    bins = BINS
+
+    def __init__(self, config: TrainConfig, datasets: Sequence[Dataset], seed: int, device: str) -> None:
+        weights = [s.weight for s in config.sources]
+        latents = Latents(datasets, seed, config.shuffle_window, config.batch_size, weights, config.resolution)
+        facts = datasets[0].manifest["text"]
+        unet = build_unet(config, latents, facts["width"], seed)
+        model_config = public_config(unet)
+        if config.adapter:
+            unet = adapters.add(unet, config.adapter, seed)
+        super().__init__(unet, model_config, latents.order)
+        self.saves_frozen = config.adapter is None
+        self.config, self.latents, self.random = config, latents, Randomness(seed)
+        self.figures = ("mse", "vlb") if config.learned_variance else ("mse",)
+        self.scale = float(datasets[0].manifest["vae"]["scaling_factor"])
+        self.process = process_of(config)
+        self.sized = model_config.get("addition_embed_type") == "text_time"
+        self.text: Any = None
+        if self.sized and latents.has_embeddings and not latents.has_pooled:
+            raise ConfigError(
+                "train.unet: addition_embed_type text_time is told the captions' pooled embeddings, which these "
+                "latents lack; make them with latents.text_pooled true, or with latents.text tokens"
+            )
+        if not latents.has_embeddings:
+            self.text = load_text(facts["ref"], facts["layer"], device)
+            require_digest("the CLIP", self.text.digest, facts["digest"], facts["ref"])
+
+    # ---- batches, on the CPU -----------------------------------------------------------------------
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """What the samples at `positions` (int64 [B]) need.
+
+        x0 [B,C,h,w], noise [B,C,h,w], t int64 [B], text [B,context,width], a dropped caption being the stored
+        empty one; with several sources, weight [B]; for a UNet that is told sizes, pooled [B,width] and sizes [B,6].
+        """
+        batch = self.latent_batch(self.latents, positions, self._timesteps(positions))
+        dropped = self.random.uniform("caption", positions) < self.config.caption_dropout
+        batch |= self.text_batch(self.latents, positions, dropped)
+        weights = np.array([s.loss_weight for s in self.config.sources], np.float32)
+        if (weights != 1).any():
+            batch["weight"] = torch.from_numpy(weights[self.latents.source(positions)])
+        return batch
+
+    def latent_batch(self, latents: Any, positions: np.ndarray, t: np.ndarray, first: int = 0) -> Batch:
+        """x0 (a fresh draw of the posterior), noise and t of samples of `latents`; draws are those of place + first."""
+        mean, logstd = latents.moments(positions)
+        positions = positions + first
+        if logstd is not None:
+            mean += np.exp(logstd) * self.random.normal("posterior", positions, mean.shape[1:])
+        noise = self.random.normal("noise", positions, mean.shape[1:])
+        if self.config.offset_noise:
+            shift = self.random.normal("offset", positions, mean.shape[1:2])
+            noise = diffusion.offset_noise(noise, shift, self.config.offset_noise)
+        return {
+            "x0": torch.from_numpy(mean * np.float32(self.scale)),
+            "noise": torch.from_numpy(noise),
+            "t": torch.from_numpy(t),
+        }
+
+    def keys(self, positions: np.ndarray) -> list[str]:
+        """The samples' keys."""
+        return self.latents.keys(positions)
+
+    def text_batch(self, latents: Any, positions: np.ndarray, dropped: np.ndarray) -> Batch:
+        """text, and for a UNet that is told sizes pooled and sizes; dropped: bool [B], who gets the empty caption."""
+        pooled = None
+        if self.text is None:
+            text = latents.embeddings(positions)
+            text[dropped] = latents.empty_embedding
+            if self.sized:
+                pooled = latents.pooled(positions)
+                pooled[dropped] = latents.empty_pooled
+        else:
+            tokens = latents.tokens(positions)
+            tokens[dropped] = latents.empty_tokens
+            unique, place = np.unique(tokens, axis=0, return_inverse=True)
+            place = place.reshape(-1)
+            if self.sized:
+                rows, row = self.text.encode_pooled(unique)
+                text, pooled = rows.numpy()[place], row.numpy()[place]
+            else:
+                text = self.text.encode(unique).numpy()[place]
+        batch = {"text": torch.from_numpy(text)}
+        if pooled is not None:
+            batch |= {"pooled": torch.from_numpy(pooled), "sizes": torch.from_numpy(latents.sizes(positions))}
+        return batch
+
+    def _timesteps(self, positions: np.ndarray) -> np.ndarray:
+        config, steps = self.config, self.config.num_train_timesteps
+        normal = config.timestep_sampling == "logit_normal"
+        if config.stratified:
+            # Which stratum is whose changes from batch to batch, so that no rank keeps to one end.
+            stratum = np.empty(len(positions), np.int64)
+            for b in np.unique(positions // config.batch_size):
+                here = np.flatnonzero(positions // config.batch_size == b)
+                key = derive_key("strata", self.random.seed, int(b))
+                stratum[here] = permute(positions[here] % config.batch_size, config.batch_size, key)
+            u = diffusion.stratified(self.random.uniform("timestep", positions), stratum, config.batch_size)
+            if not normal:
+                return diffusion.uniform_timesteps(u, steps)
+            z = diffusion.normal_quantile(u)
+        elif not normal:
+            return self.random.integers("timestep", positions, steps)
+        else:
+            z = self.random.normal("timestep", positions, (1,))[:, 0]
+        return diffusion.logit_normal_timesteps(z, steps, config.logit_mean, config.logit_std)
+
+    # ---- the loss, on the device -------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weighted loss; details: the plain mean squared error, and its sums and counts by bins of t."""
+        error, vlb = self.errors(batch)
+        t = batch["t"]
+        weight = diffusion.loss_weight(
+            self.process, self.config.prediction_type, t, self.config.snr_gamma, self.config.p2_gamma
+        )
+        each = error * weight
+        details = [error.detach().mean()[None]]
+        if vlb is not None:
+            # Over all timesteps L_vlb is a sum; one timestep stands for all of them (improved DDPM, eq. 16).
+            each = each + self.config.vlb_weight * self.process.steps * vlb
+            details.append(vlb.detach().mean()[None])
+        if "weight" in batch:
+            each = each * batch["weight"]
+        place = torch.nn.functional.one_hot(t * BINS // self.process.steps, BINS).to(error.dtype)
+        details += [error.detach() @ place / len(t), place.mean(dim=0)]
+        return each.mean(), torch.cat(details)
+
+    def errors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mean squared error of the prediction and, with a learned variance, L_vlb's term; float32 [B] each."""
+        kind, t, x0, noise = self.config.prediction_type, batch["t"], batch["x0"], batch["noise"]
+        process = self.process = self.process.to(t.device)
+        xt = diffusion.add_noise(process, x0, noise, t)
+        output = self.predict(xt, batch).float()
+        vlb = None
+        if self.config.learned_variance:
+            output, v = output.chunk(2, dim=1)
+            # The mean learns from L_simple alone (improved DDPM, section 3.1).
+            guess, _ = diffusion.to_x0_and_noise(process, kind, output.detach().double(), xt.double(), t)
+            vlb = diffusion.variational_bound(process, x0, xt, guess, v, t)
+        error = (output - diffusion.target(process, kind, x0, noise, t)).square().mean(dim=(1, 2, 3))
+        return error, vlb
+
+    def predict(self, xt: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The UNet's output at x_t [B,C,h,w]."""
+        if self.config.channels_last:
+            xt = xt.contiguous(memory_format=torch.channels_last)
+        sizes = {"text_embeds": batch["pooled"], "time_ids": batch["sizes"]} if self.sized else None
+        time = self.process.time[batch["t"]]
+        return self.model(xt, time, batch["text"], added_cond_kwargs=sizes, return_dict=False)[0]
+
+    def probe(self, batch: Batch) -> torch.Tensor:
+        """The UNet alone."""
+        self.process = self.process.to(batch["t"].device)
+        return self.predict(batch["x0"], batch).float().mean()
+
+
+def process_of(config: TrainConfig) -> diffusion.Process:
+    """The forward process that a configuration asks for."""
+    steps = config.num_train_timesteps
+    if config.prediction_type == "flow_prediction":
+        return diffusion.rectified_flow(steps, config.snr_shift)
+    alpha_bar = diffusion.alphas_cumprod(
+        diffusion.betas(config.beta_schedule, steps, config.beta_start, config.beta_end)
+    )
+    if config.snr_shift != 1.0:
+        alpha_bar = diffusion.shift_snr(alpha_bar, config.snr_shift)
+    if config.zero_terminal_snr:
+        alpha_bar = diffusion.zero_terminal_snr(alpha_bar)
+    return diffusion.variance_preserving(alpha_bar)
+
+
+def build_unet(config: TrainConfig, latents: Latents, width: int, seed: int) -> Any:
+    """A UNet2DConditionModel for these latents and text of `width`; raises ConfigError where it cannot be."""
+    from diffusers import UNet2DConditionModel
+
+    channels = latents.channels
+    out = channels * (2 if config.learned_variance else 1)
+    if config.start_from:
+        unet = adapters.load_unet(config.start_from)
+        for name, value in (("in_channels", channels), ("out_channels", out), ("cross_attention_dim", width)):
+            if unet.config[name] != value:
+                raise ConfigError(
+                    f"train.start_from: the UNet of {config.start_from} has {name} {unet.config[name]}, but the "
+                    f"latents ask for {value}; make the latents with that model's own VAE and CLIP"
+                )
+        adapters.check_prediction(config.start_from, config.prediction_type)
+        return unet
+    given = dict(config.unet)
+    for name, value in (("in_channels", channels), ("out_channels", out), ("sample_size", latents.side)):
+        if given.setdefault(name, value) != value:
+            raise ConfigError(f"train.unet.{name} is {given[name]}, but the latents ask for {value}; leave it out")
+    if given.setdefault("cross_attention_dim", width) != width:
+        raise ConfigError(
+            f"train.unet.cross_attention_dim is {given['cross_attention_dim']}, but the CLIP of the latents has "
+            f"{width} values a token; leave it out, or make the latents with another CLIP"
+        )
+    unet = construct(UNet2DConditionModel, given, "train.unet", seed)
+    if config.initialisation == "zero":
+        initial.quiet_unet(unet)
+    return unet
