@@ -70,6 +70,8 @@ class Crew:
         self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
         self._thread.start()
         self._fetcher: Fetcher | None = None
+        import torch  # noqa: F401  # that resizes: to load it takes seconds, in which no request would be looked after
+
         gc.collect()
         gc.freeze()  # or each full collection walks over all that was imported: a tenth of the time of small pictures
         atexit.register(self.close)  # or the client complains of connections left open
