@@ -35,7 +35,7 @@ _FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Filter)}
 _MAY_MOVE = ("GIF", "PNG", "WEBP", "AVIF")  # the further pages of a TIFF or MPO are other pictures
 LARGEST_PROFILE = 4 << 20
 LARGEST_JPEG = 1 << 29  # pixels that simplejpeg can count the bytes of
-QUICK_BYTES, QUICK_PIXELS = 16 << 10, 1 << 18
+QUICK_BYTES, QUICK_PIXELS = 256 << 10, 1 << 19
 SMALL = 1 << 14  # pixels up to which Pillow resizes: a third of a millisecond at most
 
 # Pillow's remarks on large or odd pictures; what is wrong with a picture is judged here. (At import, since the
