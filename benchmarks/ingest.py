@@ -38,7 +38,10 @@ SIZES = {"http": (640, 480), "https": (640, 480), "large": (1920, 1440), "bare":
 
 
 def draw(seed: int, width: int, height: int) -> bytes:
-    """A JPEG (quality 92) of noise with a photograph's 1/f spectrum, some edges and a little grain."""
+    """A JPEG of noise with a photograph's 1/f spectrum, some edges and a little grain.
+
+    Quality 86 gives it the 160 KB that COCO's pictures of 640x480 have on average.
+    """
     rng = np.random.default_rng(seed)
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     weight = 1 / np.maximum(np.hypot(fy, fx), 1 / max(width, height))
@@ -54,7 +57,7 @@ def draw(seed: int, width: int, height: int) -> bytes:
         pixels[top : top + height // 5, left : left + width // 5] += rng.normal(0, 40, 3)
     pixels += rng.normal(0, 3, pixels.shape)
     sink = io.BytesIO()
-    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(sink, "JPEG", quality=92)
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(sink, "JPEG", quality=86)
     return sink.getvalue()
 
 

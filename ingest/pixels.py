@@ -32,10 +32,11 @@ from ingest.errors import Rejected
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what shards may hold
 _FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Filter)}
+_MARGIN: dict[Filter, float] = {"lanczos": 2.0, "bicubic": 4 / 3}  # how much larger a JPEG is decoded at least
 _MAY_MOVE = ("GIF", "PNG", "WEBP", "AVIF")  # the further pages of a TIFF or MPO are other pictures
 LARGEST_PROFILE = 4 << 20
 LARGEST_JPEG = 1 << 29  # pixels that simplejpeg can count the bytes of
-QUICK_BYTES, QUICK_PIXELS = 256 << 10, 1 << 19
+QUICK_BYTES, QUICK_PIXELS = 2 << 20, 1 << 20
 SMALL = 1 << 14  # pixels up to which Pillow resizes: a third of a millisecond at most
 
 # Pillow's remarks on large or odd pictures; what is wrong with a picture is judged here. (At import, since the
@@ -161,15 +162,16 @@ def decode(data: bytes, settings: PixelSettings) -> Decoded:
 def _jpeg_pixels(data: bytes, image: Image.Image, settings: PixelSettings) -> np.ndarray | None:
     """A faultless grey or colour JPEG as RGB, uint8 [H,W,3]; None for all others, which Pillow decodes and judges.
 
-    libjpeg decodes at a fraction where the picture stays at least twice as large as what is stored: twice, so
-    that the filter still has what it needs; the DCT does the rest of the averaging.
+    libjpeg decodes at a half, quarter or eighth where the picture stays larger than what is stored by the
+    filter's margin, so that the filter still has what it needs; the DCT does the rest of the averaging.
     """
     if image.format not in ("JPEG", "MPO") or math.prod(image.size) > LARGEST_JPEG:
         return None
     if image.mode != "RGB" and (image.mode != "L" or image.info.get("icc_profile")):
         return None
     wanted = target_size(*image.size, settings)
-    room = min(have // (2 * want) for have, want in zip(image.size, wanted, strict=True))
+    margin = _MARGIN[settings.downscale_filter]
+    room = min(have / (margin * want) for have, want in zip(image.size, wanted, strict=True))
     part = next((f for f in (8, 4, 2) if f <= room), 1)
     width, height = (-(-side // part) for side in image.size)
     # Into memory of the size that the header gave, so that no later header can ask for more.
@@ -233,7 +235,7 @@ def header_size(data: bytes) -> tuple[int, int] | None:
 
 
 def is_quick(data: bytes) -> bool:
-    """Whether `process` surely takes no more than a few milliseconds: a small file, and a small picture in it."""
+    """Whether `process` takes milliseconds rather than tenths of a second: a small file, and a small picture in it."""
     if len(data) > QUICK_BYTES:
         return False
     size = header_size(data)
