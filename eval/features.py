@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from eval import networks
+from eval.accounts import accounted
 from eval.reference import parquet
 from latents.pictures import ahead, resize_crop
 from shards import images, storage
@@ -75,15 +76,7 @@ class FeaturesStage:
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Check that every picture is accounted for and write the manifest, with counts of what was dropped."""
         expected = {s.index: s.count for s in Dataset.open(self.source).shards}
-        status: Counter[str] = Counter()
-        kept = []
-        for s in stats:
-            status.update(s["status"])
-            if s["rows"] != expected.pop(s["shard"], None) or sum(s["status"].values()) != s["rows"]:
-                raise StageError(f"{self.root}: shard {s['shard']} does not have its source's pictures; run again")
-            kept.append({k: s[k] for k in ("shard", "rows", "count", "files")})
-        if expected:
-            raise StageError(f"{self.root}: {len(expected)} shards are missing, the first is {min(expected)}")
+        kept, status = accounted(self.root, expected, stats)
         extra = {
             "source": Dataset.open(self.source).fingerprint,
             "weights": self.weights,

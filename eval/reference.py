@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from eval import clipscore, encoders, faithfulness
+from eval.accounts import accounted
 from eval.config import EvalConfig
 from latents.pictures import resize_crop
 from latents.weights import find_clip, find_vae
@@ -27,7 +28,6 @@ from shards.columns import pack_columns
 from shards.dataset import Dataset, commit_shard, write_manifest
 from shards.fingerprint import Fingerprint, digest_json
 from shards.layout import RunPaths
-from shards.settings import StageError
 from shards.stage import Task
 
 VERSION = 1
@@ -61,17 +61,7 @@ class ReferenceStage:
         """Check that every live held-out sample is accounted for and write the manifest."""
         heldout = Dataset.open(self.run.heldout)
         expected = {s.index: s.count for s in heldout.shards}
-        status: Counter[str] = Counter()
-        kept = []
-        for s in stats:
-            status.update(s["status"])
-            if s["rows"] != expected.pop(s["shard"], None) or sum(s["status"].values()) != s["rows"]:
-                raise StageError(
-                    f"{self.root}: shard {s['shard']} does not have the held-out shard's samples; run again"
-                )
-            kept.append({k: s[k] for k in ("shard", "rows", "count", "files")})
-        if expected:
-            raise StageError(f"{self.root}: {len(expected)} shards are missing, the first is {min(expected)}")
+        kept, status = accounted(self.root, expected, stats)
         extra = {
             "resolution": self.resolution,
             "weights": self.weights,

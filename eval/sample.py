@@ -25,6 +25,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from eval import checkpoints
+from eval.accounts import accounted
 from eval.config import Sampler
 from eval.generate import Draw, placed, seed_of, start_noise, swap_sampler, to_uint8
 from eval.inputs import read_lines, read_picture
@@ -36,7 +37,7 @@ from shards.dataset import Dataset, commit_shard, write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
 from shards.images import ImageShard, pack_tar
 from shards.layout import RunPaths, sample_key
-from shards.settings import ConfigError, StageError, Strict, validate
+from shards.settings import ConfigError, Strict, validate
 from shards.stage import Task
 
 VERSION = 1
@@ -140,9 +141,7 @@ class SampleStage:
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Write the manifest, and unpack the pictures beside it where there are not too many."""
-        kept = [{k: s[k] for k in ("shard", "rows", "count", "files")} for s in stats]
-        if sum(s["rows"] for s in kept) != self.total:
-            raise StageError(f"{self.root}: shards are missing; run the same command again")
+        kept, _ = accounted(self.root, {task.index: len(task.payload) for task in self.tasks()}, stats)
         extra = {"checkpoint": self.subject.name, "settings": self.config.model_dump(mode="json")}
         manifest = write_manifest(self.root, "samples", kept, extra)
         if self.total <= UNPACKED:

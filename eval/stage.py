@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from eval import checkpoints, clipscore, faithfulness, networks, prompts, results
+from eval.accounts import accounted
 from eval.config import EvalConfig
 from eval.features import FeaturesStage, Settings
 from eval.generate import Artist, Draw, seed_of
@@ -218,15 +219,7 @@ class GenerateStage:
         Held-out shards whose features are missing are seen here first, one after another.
         """
         expected = {task.index: len(task.payload) for task in self.tasks()}
-        status: Counter[str] = Counter()
-        kept = []
-        for s in stats:
-            status.update(s["status"])
-            if s["rows"] != expected.pop(s["shard"], None) or sum(s["status"].values()) != s["rows"]:
-                raise StageError(f"{self.root}: shard {s['shard']} does not have the pictures of its task; run again")
-            kept.append({k: s[k] for k in ("shard", "rows", "count", "files")})
-        if expected:
-            raise StageError(f"{self.root}: {len(expected)} shards are missing, the first is {min(expected)}")
+        kept, status = accounted(self.root, expected, stats)
         self._finish_reference()
         extra = {
             "checkpoint": self.subject.name,

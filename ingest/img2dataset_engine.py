@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -123,7 +124,7 @@ class Img2datasetCrew:
             data = members.get(f"{row['key']}.{self.config.encode_format}", b"")
             try:
                 with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-                    size, rgb = image.size, image.convert("RGB")
+                    size, rgb = image.size, np.asarray(image.convert("RGB"))
             except Exception as e:
                 raise StageError(f"img2dataset stored a picture that cannot be decoded ({type(e).__name__})") from None
             if size != (row["width"], row["height"]):

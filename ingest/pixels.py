@@ -4,20 +4,26 @@ Dimensions are read from the header and checked before a decoder allocates anyth
 always three channels of 8 bits: EXIF orientation applied, ICC profiles and CMYK taken to sRGB, 16 bits
 scaled (v / 257), transparency laid on a stated ground, and of an animation the first frame (or it is
 refused, if so configured). The same bytes in give the same bytes out.
+
+Pillow judges and decodes; for the two steps that cost the most there are quicker hands with the same pixels:
+libjpeg-turbo itself (simplejpeg) for whole JPEGs, and torch's antialiased resize, which is Pillow's in SIMD.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import io
 import json
+import math
 import struct
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
+import simplejpeg
+import xxhash
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from ingest.config import Animations, EncodeFormat, Filter, Reencode, ResizeMode
@@ -26,9 +32,12 @@ from ingest.errors import Rejected
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what shards may hold
 _FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Filter)}
+_MARGIN: dict[Filter, float] = {"lanczos": 2.0, "bicubic": 4 / 3}  # how much larger a JPEG is decoded at least
 _MAY_MOVE = ("GIF", "PNG", "WEBP", "AVIF")  # the further pages of a TIFF or MPO are other pictures
 LARGEST_PROFILE = 4 << 20
-QUICK_BYTES, QUICK_PIXELS = 16 << 10, 1 << 18
+LARGEST_JPEG = 1 << 29  # pixels that simplejpeg can count the bytes of
+QUICK_BYTES, QUICK_PIXELS = 2 << 20, 1 << 20
+SMALL = 1 << 14  # pixels up to which Pillow resizes: a third of a millisecond at most
 
 # Pillow's remarks on large or odd pictures; what is wrong with a picture is judged here. (At import, since the
 # filters are the whole process's: to set them for a call would not be safe in several threads.)
@@ -58,7 +67,7 @@ class PixelSettings:
 class Picture:
     """A stored picture. Sizes in pixels; the original ones as seen upright. exif: JSON of its plain tags.
 
-    pixel_hash: BLAKE2b (128 bits) of width, height and RGB bytes before encoding. phash: see `perceptual_hash`.
+    pixel_hash: XXH3 (128 bits) of width, height and RGB bytes before encoding. phash: see `perceptual_hash`.
     """
 
     data: bytes
@@ -73,13 +82,13 @@ class Picture:
 
 
 class Decoded(NamedTuple):
-    """An upright RGB picture, its EXIF as JSON, its upright size as fetched.
+    """An upright RGB picture, uint8 [H,W,3], its EXIF as JSON, its upright size (width, height) as fetched.
 
     kept_as: the extension under which the fetched bytes can be stored as they are, None where the pixels
     had to be changed to be upright sRGB.
     """
 
-    image: Image.Image
+    pixels: np.ndarray
     exif: str
     size: tuple[int, int]
     kept_as: str | None
@@ -88,19 +97,21 @@ class Decoded(NamedTuple):
 def process(data: bytes, settings: PixelSettings) -> Picture:
     """Fetched bytes to a Picture; raises Rejected (not_an_image, image_*, animation_refused)."""
     decoded = decode(data, settings)
-    image = resize(decoded.image, settings)
-    if settings.reencode == "needed" and decoded.kept_as and image is decoded.image and image.size == decoded.size:
+    pixels = resize(decoded.pixels, settings)
+    height, width = pixels.shape[:2]
+    untouched = pixels is decoded.pixels and (width, height) == decoded.size
+    if settings.reencode == "needed" and decoded.kept_as and untouched:
         stored, extension = data, decoded.kept_as
     else:
-        stored, extension = encode(image, settings), settings.encode_format
-    return Picture(stored, extension, *image.size, *decoded.size, decoded.exif, *hashes(image))
+        stored, extension = encode(pixels, settings), settings.encode_format
+    return Picture(stored, extension, width, height, *decoded.size, decoded.exif, *hashes(pixels))
 
 
-def hashes(image: Image.Image) -> tuple[str, str]:
-    """pixel_hash and phash of an RGB picture."""
-    digest = hashlib.blake2b(struct.pack("<II", *image.size), digest_size=16)
-    digest.update(image.tobytes())
-    return digest.hexdigest(), perceptual_hash(image)
+def hashes(pixels: np.ndarray) -> tuple[str, str]:
+    """pixel_hash and phash of an RGB picture, uint8 [H,W,3]."""
+    digest = xxhash.xxh3_128(struct.pack("<II", pixels.shape[1], pixels.shape[0]))
+    digest.update(np.ascontiguousarray(pixels))
+    return digest.hexdigest(), perceptual_hash(Image.fromarray(pixels))
 
 
 def decode(data: bytes, settings: PixelSettings) -> Decoded:
@@ -117,19 +128,22 @@ def decode(data: bytes, settings: PixelSettings) -> Decoded:
         _check_size(original, settings.max_pixels)
         if image.format in _MAY_MOVE and settings.animations == "refuse" and getattr(image, "is_animated", False):
             raise Rejected("animation_refused")
-        _draft(image, settings)
-        image.decodermaxblock = max(len(data), 1 << 16)  # in one go, as all of it is here
-        reduced = image.size != original
-        image.load()
+        pixels = _jpeg_pixels(data, image, settings)
+        if pixels is None:
+            image.decodermaxblock = max(len(data), 1 << 16)  # in one go, as all of it is here
+            image.load()
         # Only now, since Pillow loads a PNG to find its EXIF block, and a failure in there would be taken
         # for a damaged block.
         orientation, tags = _exif(image)
         profile = image.info.get("icc_profile")
         kept_as = _kept_as(image, data, orientation, profile) if settings.reencode == "needed" else None
-        if orientation in _TURNS and image.format != "TIFF":  # Pillow turns a TIFF by itself
-            rgb = to_rgb(image.transpose(_TURNS[orientation]), settings.background, profile)
-        else:
-            rgb = to_rgb(image, settings.background, profile)
+        if pixels is None:
+            pixels = np.array(to_rgb(image, settings.background, profile))
+            original = (pixels.shape[1], pixels.shape[0])
+            if image.format == "TIFF":  # turned already: Pillow does that while it loads
+                orientation = 1
+        elif _changes(profile, "RGB"):
+            pixels = np.array(_to_srgb(Image.fromarray(pixels), profile))
     except Rejected:
         raise
     except UnidentifiedImageError:
@@ -140,9 +154,33 @@ def decode(data: bytes, settings: PixelSettings) -> Decoded:
         if "truncated" in str(e).lower() or isinstance(e, EOFError):
             raise Rejected("image_truncated") from None
         raise Rejected("image_corrupt", f"the picture cannot be decoded ({type(e).__name__})") from None
-    if not reduced:
-        return Decoded(rgb, tags, rgb.size, kept_as)
-    return Decoded(rgb, tags, (original[1], original[0]) if orientation in (5, 6, 7, 8) else original, None)
+    if orientation in _TURNS:
+        pixels = np.ascontiguousarray(_TURNS[orientation](pixels))
+    return Decoded(pixels, tags, (original[1], original[0]) if orientation in (5, 6, 7, 8) else original, kept_as)
+
+
+def _jpeg_pixels(data: bytes, image: Image.Image, settings: PixelSettings) -> np.ndarray | None:
+    """A faultless grey or colour JPEG as RGB, uint8 [H,W,3]; None for all others, which Pillow decodes and judges.
+
+    libjpeg decodes at a half, quarter or eighth where the picture stays larger than what is stored by the
+    filter's margin, so that the filter still has what it needs; the DCT does the rest of the averaging.
+    """
+    if image.format not in ("JPEG", "MPO") or math.prod(image.size) > LARGEST_JPEG:
+        return None
+    if image.mode != "RGB" and (image.mode != "L" or image.info.get("icc_profile")):
+        return None
+    wanted = target_size(*image.size, settings)
+    margin = _MARGIN[settings.downscale_filter]
+    room = min(have / (margin * want) for have, want in zip(image.size, wanted, strict=True))
+    part = next((f for f in (8, 4, 2) if f <= room), 1)
+    width, height = (-(-side // part) for side in image.size)
+    # Into memory of the size that the header gave, so that no later header can ask for more.
+    pixels = np.empty((height, width, 3), np.uint8)
+    try:
+        found = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, buffer=pixels)
+    except ValueError:  # damaged or cut, be it ever so little
+        return None
+    return pixels if found.shape == pixels.shape else None
 
 
 def _kept_as(image: Image.Image, data: bytes, orientation: int, profile: bytes | None) -> str | None:
@@ -152,9 +190,7 @@ def _kept_as(image: Image.Image, data: bytes, orientation: int, profile: bytes |
         return None
     if getattr(image, "is_animated", False) or (image.format == "PNG" and data[24:25] != b"\x08"):
         return None
-    if profile and len(profile) <= LARGEST_PROFILE and _transform(profile, image.mode) is not None:
-        return None
-    return extension
+    return None if _changes(profile, image.mode) else extension
 
 
 # The first 8 rows of the 32-point DCT-II, times 2^14: in integers, so that no machine rounds otherwise.
@@ -199,7 +235,7 @@ def header_size(data: bytes) -> tuple[int, int] | None:
 
 
 def is_quick(data: bytes) -> bool:
-    """Whether `process` surely takes no more than a few milliseconds: a small file, and a small picture in it."""
+    """Whether `process` takes milliseconds rather than tenths of a second: a small file, and a small picture in it."""
     if len(data) > QUICK_BYTES:
         return False
     size = header_size(data)
@@ -226,13 +262,12 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int], profile: bytes 
         image = image.convert("RGB")  # drops alpha; colours as stored
     if image.mode in ("1", "LA", "La", "P", "PA"):
         image = image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
-    if profile and len(profile) <= LARGEST_PROFILE:
+    if profile:
         image = _to_srgb(image, profile)
     if image.mode != "RGB":
         image = image.convert("RGB")
     if alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, background), alpha)
-    image.info = {}  # or PNG and WebP would store the profile again, that has been applied
     return image
 
 
@@ -251,36 +286,63 @@ def target_size(width: int, height: int, settings: PixelSettings) -> tuple[int, 
     return max(1, round(width * (wanted / side))), max(1, round(height * (wanted / side)))
 
 
-def resize(image: Image.Image, settings: PixelSettings) -> Image.Image:
-    """Scale with a filter of the right support (none of its input is left out), then crop or pad as the mode says."""
+def resize(pixels: np.ndarray, settings: PixelSettings) -> np.ndarray:
+    """Scale uint8 [H,W,3] with a filter of the right support, then crop or pad as the mode says.
+
+    Raises Rejected (image_too_large) where what is to be stored has more than max_pixels pixels, as of a
+    picture a pixel wide whose smaller side is to be enlarged.
+    """
     wanted = settings.image_size
-    width, height = target_size(image.width, image.height, settings)
-    unchanged = (width, height) == image.size
-    kernel = _FILTERS[settings.downscale_filter] if width < image.width else Image.Resampling.LANCZOS
-    if settings.only_if_bigger and unchanged and settings.resize_mode != "no":
-        return image
+    had = (pixels.shape[1], pixels.shape[0])
+    width, height = target_size(*had, settings)
+    unchanged = (width, height) == had
+    kernel = settings.downscale_filter if width < had[0] else "lanczos"
+    if settings.resize_mode == "no" or (settings.only_if_bigger and unchanged):
+        return pixels
     if settings.resize_mode == "center_crop":
         left, top = (width - wanted) // 2, (height - wanted) // 2
-        if unchanged:
-            return image if image.size == (wanted, wanted) else image.crop((left, top, left + wanted, top + wanted))
-        across, down = image.width / width, image.height / height
-        box = (left * across, top * down, (left + wanted) * across, (top + wanted) * down)
-        return image.resize((wanted, wanted), kernel, box)
+        if not unchanged:
+            return _scaled(pixels, (width, height), (left, top, left + wanted, top + wanted), kernel)
+        return pixels if had == (wanted, wanted) else pixels[top : top + wanted, left : left + wanted]
+    if width * height > settings.max_pixels:
+        raise Rejected("image_too_large", f"{width}x{height} pixels once scaled")
     if not unchanged:
-        image = image.resize((width, height), kernel)
+        pixels = _scaled(pixels, (width, height), (0, 0, width, height), kernel)
     if settings.resize_mode == "border":
-        ground = Image.new("RGB", (wanted, wanted), settings.background)
-        ground.paste(image, ((wanted - width) // 2, (wanted - height) // 2))
+        ground = np.empty((wanted, wanted, 3), np.uint8)
+        ground[:] = settings.background
+        left, top = (wanted - width) // 2, (wanted - height) // 2
+        ground[top : top + height, left : left + width] = pixels
         return ground
-    return image
+    return pixels
 
 
-def encode(image: Image.Image, settings: PixelSettings) -> bytes:
-    """The stored bytes: no metadata, 4:2:0 for JPEG as everywhere."""
-    sink = io.BytesIO()
+def _scaled(pixels: np.ndarray, size: tuple[int, int], box: tuple[int, int, int, int], kernel: Filter) -> np.ndarray:
+    """The part `box` (left, top, right, bottom) of the picture scaled to `size` (width, height)."""
+    left, top, right, bottom = box
+    part = (bottom - top, right - left)
+    if pixels.shape[0] * pixels.shape[1] <= SMALL or math.prod(size) > 8 * math.prod(part):
+        # Small, or so long that most of the scaled picture would be thrown away.
+        across, down = pixels.shape[1] / size[0], pixels.shape[0] / size[1]
+        source = (left * across, top * down, right * across, bottom * down)
+        return np.asarray(Image.fromarray(pixels).resize(part[::-1], _FILTERS[kernel], source))
+    import torch  # a worker has it; who only judges headers does without
+    from torch.nn.functional import interpolate
+
+    batch = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    planes = interpolate(batch, (size[1], size[0]), mode=kernel, antialias=True)[0].numpy()
+    scaled = np.empty((*part, 3), np.uint8)
+    for channel in range(3):
+        scaled[..., channel] = planes[channel, top:bottom, left:right]
+    return scaled
+
+
+def encode(pixels: np.ndarray, settings: PixelSettings) -> bytes:
+    """The stored bytes of uint8 [H,W,3]: no metadata, 4:2:0 for JPEG as everywhere."""
     if settings.encode_format == "jpg":
-        image.save(sink, "JPEG", quality=settings.quality, subsampling="4:2:0")
-    elif settings.encode_format == "webp":
+        return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), settings.quality, "RGB", "420")
+    image, sink = Image.fromarray(pixels), io.BytesIO()
+    if settings.encode_format == "webp":
         image.save(sink, "WEBP", quality=settings.quality, method=4)
     else:
         image.save(sink, "PNG", compress_level=settings.quality)
@@ -293,18 +355,6 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise Rejected("image_corrupt", "the header gives a size of zero")
     if width * height > max_pixels:
         raise Rejected("image_too_large", f"{width}x{height} pixels")
-
-
-def _draft(image: Image.Image, settings: PixelSettings) -> None:
-    """Let libjpeg decode at a fraction where the picture stays at least twice as large as what is stored.
-
-    Twice, so that the filter still has what it needs; the DCT does the rest of the averaging.
-    """
-    if image.format != "JPEG" or image.mode not in ("RGB", "L", "YCbCr"):
-        return
-    width, height = target_size(image.width, image.height, settings)
-    if width < image.width and height < image.height:
-        image.draft(None, (2 * width, 2 * height))
 
 
 _SRGB = ImageCms.createProfile("sRGB")
@@ -322,24 +372,27 @@ def _transform(profile: bytes, mode: str) -> Any:
         return None
 
 
+def _changes(profile: bytes | None, mode: str) -> bool:
+    """Whether a profile can be applied to pixels of this mode, and is not sRGB's own."""
+    return bool(profile) and len(profile) <= LARGEST_PROFILE and _transform(profile, mode) is not None
+
+
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    if image.mode not in ("RGB", "CMYK", "L", "LAB"):
+    if image.mode not in ("RGB", "CMYK", "L", "LAB") or not _changes(profile, image.mode):
         return image
-    transform = _transform(profile, image.mode)
-    if transform is None:
-        return image
-    converted = ImageCms.applyTransform(image, transform)
+    converted = ImageCms.applyTransform(image, _transform(profile, image.mode))
     return image if converted is None else converted
 
 
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+# EXIF orientation: what makes uint8 [H,W,3] upright.
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.swapaxes(0, 1),
+    6: lambda p: np.rot90(p, -1),
+    7: lambda p: p[::-1, ::-1].swapaxes(0, 1),
+    8: lambda p: np.rot90(p),
 }
 
 

@@ -35,7 +35,7 @@ from shards.fingerprint import Fingerprint
 from shards.settings import ConfigError, StageError
 from shards.stage import Task
 
-VERSION = 2
+VERSION = 3
 PENDING = "pending.json"  # in the staging folder: the shards of a dataset that is being rewritten
 
 Split = Literal["train", "heldout"]

@@ -69,7 +69,10 @@ class Crew:
         self._loop.set_default_executor(ThreadPoolExecutor(DNS_THREADS, "dns"))
         self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
         self._thread.start()
+        self._turn = asyncio.Lock()
         self._fetcher: Fetcher | None = None
+        import torch  # noqa: F401  # that resizes: to load it takes seconds, in which no request would be looked after
+
         gc.collect()
         gc.freeze()  # or each full collection walks over all that was imported: a tenth of the time of small pictures
         atexit.register(self.close)  # or the client complains of connections left open
@@ -112,9 +115,11 @@ class Crew:
                     if self.taken_down.has_bytes(sha256):
                         raise Rejected("taken_down")
                     if is_quick(fetched.body):
-                        # To hand over a picture of a millisecond costs more than it takes: both threads want
-                        # the interpreter, and each hand-over may wait for the other's turn to end.
-                        picture = process(fetched.body, self.pixels)
+                        # To hand a picture of a few milliseconds over costs a good part of what it takes: both
+                        # threads want the interpreter, and a thread's own memory is given back after each
+                        # picture. One a turn of the loop, so that requests are looked after in between.
+                        async with self._turn:
+                            picture = process(fetched.body, self.pixels)
                     else:
                         picture = await self._loop.run_in_executor(self._decoders, process, fetched.body, self.pixels)
                 except Rejected as e:

@@ -29,6 +29,8 @@ def picture(seed: int, width: int = 48, height: int = 40, fmt: str = "PNG", **op
 class Site:
     """`pages`: path -> (status, headers, body) or a function of the request. `hits`: requests by path.
 
+    `slow`: seconds that every page of these waits before it answers.
+
     `raw`: path -> bytes that are written to a second, plain socket server (`raw_url`), then closed; or an
     async function of the stream.
     """
@@ -38,6 +40,7 @@ class Site:
         self.raw: dict[str, bytes | Callable[[asyncio.StreamWriter], Any]] = {}
         self.hits: Counter[str] = Counter()
         self.busy = self.most_busy = 0
+        self.slow = 0.0
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -89,6 +92,7 @@ class Site:
         self.busy += 1
         self.most_busy = max(self.most_busy, self.busy)
         try:
+            await asyncio.sleep(self.slow)
             page = self.pages.get(request.raw_path)
             if page is None:
                 return web.Response(status=404, text="no such page")
