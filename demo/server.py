@@ -6,7 +6,7 @@ Only the files that lie in FOLDER/pictures when the server starts are served, fr
 looked up, never opened. It listens on 127.0.0.1 alone. From Python, as a process of its own that ends with the block,
 and also when the process that started it dies:
 
-    with serve(folder, port=8090) as url: ...
+    with serve(folder, port=8090) as server: ...  # server.url
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import os
 import select
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,32 +106,31 @@ async def _run(folder: Path, port: int, ends_with_stdin: bool) -> None:
         await runner.cleanup()
 
 
-@contextlib.contextmanager
-def serve(folder: str | Path, port: int = 0, timeout: float = 60.0) -> Iterator[str]:
-    """Serve a corpus from a process of its own while the block runs; gives the server's base URL.
+class Server:
+    """A server in a process of its own, which ends by itself when its standard input closes: however the process that
+    started it ends, none is left behind. `url` is the base of its addresses.
 
-    port 0 takes a free one. Raises ServerError where the server does not answer within `timeout` seconds. The process
-    ends by itself when its standard input closes, so that none is left behind however this one ends.
+    Raises ServerError where the server does not answer within `timeout` seconds.
     """
-    command = [sys.executable, "-m", "demo.server", str(Path(folder).absolute()), "--port", str(port), "--with-stdin"]
-    home = str(Path(__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))}
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        deadline = time.monotonic() + timeout
-        ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-        line = process.stdout.readline() if ready else ""
-        if not line.startswith(_READY):
-            process.kill()
-            complaint = process.stderr.read().strip().splitlines()
-            raise ServerError(complaint[-1] if complaint else f"the picture server did not start within {timeout:g} s")
-        yield line.split()[-1]
-    finally:
+
+    def __init__(self, folder: str | Path, port: int = 0, timeout: float = 60.0) -> None:
+        self._folder, self._timeout = Path(folder).absolute(), timeout
+        self._process, self.url = self._start(port)
+
+    def revive(self) -> bool:
+        """Start the server again, at the same port, if it has died; whether it had."""
+        if self._process.poll() is None:
+            return False
+        self.stop()
+        self._process, self.url = self._start(int(self.url.rsplit(":", 1)[1]))
+        return True
+
+    def stop(self) -> None:
+        """End the process."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         with contextlib.suppress(OSError):
             process.stdin.close()
         try:
@@ -142,6 +140,35 @@ def serve(folder: str | Path, port: int = 0, timeout: float = 60.0) -> Iterator[
             process.wait()
         process.stdout.close()
         process.stderr.close()
+
+    def _start(self, port: int) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-m", "demo.server", str(self._folder), "--port", str(port), "--with-stdin"]
+        home = str(Path(__file__).resolve().parent.parent)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))}
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        ready, _, _ = select.select([process.stdout], [], [], self._timeout)
+        line = process.stdout.readline() if ready else ""
+        if not line.startswith(_READY):
+            process.kill()
+            complaint = process.communicate()[1].strip().splitlines()
+            raise ServerError(
+                complaint[-1] if complaint else f"the picture server did not start within {self._timeout:g} s"
+            )
+        return process, line.split()[-1]
+
+
+@contextlib.contextmanager
+def serve(folder: str | Path, port: int = 0, timeout: float = 60.0) -> Iterator[Server]:
+    """A Server for a corpus while the block runs; port 0 takes a free one. Raises ServerError where none starts."""
+    server = Server(folder, port, timeout)
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,7 +25,8 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from demo.corpus import CorpusError, draw_corpus, load_summary
-from demo.server import ServerError, serve
+from demo.server import Server, ServerError, serve
+from ingest.errors import RETRYABLE
 from orchestration import stages, status
 from orchestration.cluster import Cluster
 from orchestration.config import RunConfig, load
@@ -38,6 +39,7 @@ from shards.settings import StageError
 PORT = 8090
 TAIL = 40  # lines of a failed job's log that are shown
 LINE_EVERY_S = 10.0
+ATTEMPTS = 3  # how often pictures that were missed are fetched again
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,12 +69,11 @@ def _demo(args: argparse.Namespace) -> None:
             try:
                 draw_corpus(corpus, url, args.pictures, args.heldout, config.seed)
                 with contextlib.ExitStack() as stack:
-                    if needs_pictures:
-                        stack.enter_context(serve(corpus, urlsplit(url).port or PORT))
+                    server = stack.enter_context(serve(corpus, urlsplit(url).port or PORT)) if needs_pictures else None
                     _say("starting a Ray head on loopback, with token authentication")
                     cluster = stack.enter_context(Cluster(record=run / "status" / "cluster.json"))
                     for name in open_stages:
-                        _stage(cluster, config, name, args)
+                        _stage(cluster, config, name, args, server)
             except (CorpusError, ServerError) as e:
                 raise StageError(str(e)) from None
     _farewell(config, time.monotonic() - began)
@@ -81,9 +82,26 @@ def _demo(args: argparse.Namespace) -> None:
 def _incomplete(config: RunConfig) -> list[str]:
     """The stages from the first incomplete one on; those after it are judged when their turn comes."""
     for i, name in enumerate(stages.STAGES):
-        if not stages.is_complete(name, config):
+        if not stages.is_complete(name, config) or (name == "ingest" and _missed(config)):
             return list(stages.STAGES[i:])
     return []
+
+
+def _missed(config: RunConfig) -> int:
+    """Pictures that were not fetched though they were there: the server, or the network to it, had gone for a while.
+
+    The corpus knows which of its links fail, and how.
+    """
+    try:
+        expected = load_summary(Path(config.ingest.table).parent).expected["errors"]
+    except CorpusError:
+        return 0
+    paths = RunPaths(config.run)
+    missed = 0
+    for root, known in ((paths.images, expected), (paths.heldout, {})):
+        manifest = _read(storage.join(root, "dataset.json")) or {"errors": {}}
+        missed += sum(max(0, n - known.get(code, 0)) for code, n in manifest["errors"].items() if code in RETRYABLE)
+    return missed
 
 
 def _base_url(corpus: Path) -> str:
@@ -98,7 +116,23 @@ def _base_url(corpus: Path) -> str:
         return f"http://127.0.0.1:{s.getsockname()[1]}"
 
 
-def _stage(cluster: Cluster, config: RunConfig, name: str, args: argparse.Namespace) -> None:
+def _stage(
+    cluster: Cluster, config: RunConfig, name: str, args: argparse.Namespace, server: Server | None = None
+) -> None:
+    """One stage as a job. A server of pictures that died meanwhile is started again, and what was missed is fetched."""
+    if not stages.is_complete(name, config):
+        _job(cluster, config, name, args, server)
+    for _ in range(ATTEMPTS if name == "ingest" else 0):
+        missed = _missed(config)
+        if not missed:
+            return
+        _say(f"{missed} pictures were missed while their server was away: they are fetched now")
+        _job(cluster, config, name, args, server, "--retry", "transient")
+
+
+def _job(
+    cluster: Cluster, config: RunConfig, name: str, args: argparse.Namespace, server: Server | None, *options: str
+) -> None:
     step = f"[{stages.STAGES.index(name) + 1}/{len(stages.STAGES)}] {name}"
     began = time.monotonic()
     logs = storage.local_path(RunPaths(config.run).status) / "logs"
@@ -114,9 +148,13 @@ def _stage(cluster: Cluster, config: RunConfig, name: str, args: argparse.Namesp
             if re.match(r"(WARNING|ERROR|carrara:) ", line):
                 follower.write(f"  {line}")
 
-        code = cluster.submit(
-            [name, "--config", _config_in_job(args.config), *args.overrides], on_line, while_waiting=follower.look
-        )
+        def while_waiting() -> None:
+            follower.look()
+            if server is not None and server.revive():
+                follower.write("  WARNING the server of the pictures died, and was started again")
+
+        command = [name, *options, "--config", _config_in_job(args.config), *args.overrides]
+        code = cluster.submit(command, on_line, while_waiting=while_waiting)
     if code:
         print("\n".join(f"  | {line}" for line in lines), file=sys.stderr)
         raise StageError(f"{name} failed (exit code {code}); its whole log is {logs / f'{name}.log'}")

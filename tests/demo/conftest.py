@@ -19,5 +19,5 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusSummary:
 
 @pytest.fixture(scope="session")
 def server(corpus: CorpusSummary) -> Iterator[str]:
-    with serve(corpus.folder) as url:
-        yield url
+    with serve(corpus.folder) as running:
+        yield running.url

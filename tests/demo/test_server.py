@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -90,7 +92,8 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "server.json").write_text("{}")
     (tmp_path / "pictures" / "link.png").symlink_to("/etc/passwd")
     (tmp_path / "pictures" / "real.png").write_bytes(b"pixels")
-    with serve(tmp_path) as url:
+    with serve(tmp_path) as server:
+        url = server.url
         assert urlsplit(url).hostname == "127.0.0.1"
         for name, status in (("link", 404), ("real", 200)):
             connection = connect(url)
@@ -98,6 +101,21 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
             assert connection.getresponse().status == status
     with pytest.raises(ConnectionRefusedError):
         connect(url).connect()
+
+
+def test_killed_it_is_started_again_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "server.json").write_text("{}")
+    with serve(tmp_path) as server:
+        before = server.url
+        assert not server.revive()
+        os.kill(server._process.pid, signal.SIGKILL)
+        server._process.wait()
+        with pytest.raises(ConnectionRefusedError):
+            connect(before).connect()
+        assert server.revive()
+        assert server.url == before
+        connect(before).connect()
 
 
 def test_it_says_why_it_does_not_start(corpus: CorpusSummary, server: str, tmp_path: Path) -> None:
@@ -119,7 +137,7 @@ def test_it_ends_with_the_process_that_started_it(corpus: CorpusSummary) -> None
     """kill -9 of the parent leaves no server behind."""
     code = (
         "import sys, time\nfrom demo.server import serve\n"
-        f"with serve({corpus.folder!r}) as url:\n    print(url, flush=True)\n    time.sleep(60)\n"
+        f"with serve({corpus.folder!r}) as server:\n    print(server.url, flush=True)\n    time.sleep(60)\n"
     )
     home = Path(__file__).resolve().parents[2]
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=home)

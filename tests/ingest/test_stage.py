@@ -188,10 +188,10 @@ def test_the_demos_corpus_gives_the_funnel_that_was_planted(tmp_path: Path) -> N
     corpus = demo_corpus.draw_corpus(tmp_path / "corpus", "http://127.0.0.1:8123", 60, 8, progress=False)
     with open(Path(__file__).parents[2] / "configs" / "demo.yaml", encoding="utf-8") as f:
         settings = yaml.safe_load(f)["ingest"]
-    with demo_server.serve(tmp_path / "corpus") as url:
+    with demo_server.serve(tmp_path / "corpus") as server:
         for name in ("table", "heldout_table"):
             table = pq.read_table(getattr(corpus, name))
-            urls = pc.replace_substring(table["URL"], "http://127.0.0.1:8123", url)
+            urls = pc.replace_substring(table["URL"], "http://127.0.0.1:8123", server.url)
             pq.write_table(table.set_column(0, "URL", urls), tmp_path / f"{name}.parquet")
             settings[name] = str(tmp_path / f"{name}.parquet")
         settings["fetch"] |= {"backoff": 0.01}
