@@ -379,7 +379,10 @@ def clip_text_model(text: TextEncoder, projected: bool = False) -> Any:
     prefix = "text_model." if any(k.startswith("text_model.") for k in model.state_dict()) else ""
     weights = {prefix + k: v for k, v in text_tower_weights(tower, len(blocks)).items()}
     if projected:
-        weight = projection.weight if isinstance(projection, torch.nn.Linear) else projection.T
+        if projection is None:
+            weight = torch.eye(text.width)
+        else:
+            weight = projection.weight if isinstance(projection, torch.nn.Linear) else projection.T
         weights["text_projection.weight"] = weight.detach().float().contiguous().clone()
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
