@@ -102,7 +102,8 @@ def row_count(file: str, seen: int, end: int) -> int:
 def _parquet_batches(
     stream: IO[bytes], file: str, columns: Columns, start: int, stop: int | None
 ) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
-    reader = pq.ParquetFile(stream)
+    # Without pre_buffer, which keeps every byte read until the last row: the whole file, in the end.
+    reader = pq.ParquetFile(stream, pre_buffer=False)
     _require(reader.schema_arrow.names, columns, file)
     group_ends = np.cumsum(
         [reader.metadata.row_group(g).num_rows for g in range(reader.num_row_groups)], dtype=np.int64

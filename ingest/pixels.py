@@ -110,7 +110,7 @@ def process(data: bytes, settings: PixelSettings) -> Picture:
 def hashes(pixels: np.ndarray) -> tuple[str, str]:
     """pixel_hash and phash of an RGB picture, uint8 [H,W,3]."""
     digest = xxhash.xxh3_128(struct.pack("<II", pixels.shape[1], pixels.shape[0]))
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(memoryview(np.ascontiguousarray(pixels)))
     return digest.hexdigest(), perceptual_hash(Image.fromarray(pixels))
 
 
@@ -142,7 +142,7 @@ def decode(data: bytes, settings: PixelSettings) -> Decoded:
             original = (pixels.shape[1], pixels.shape[0])
             if image.format == "TIFF":  # turned already: Pillow does that while it loads
                 orientation = 1
-        elif _changes(profile, "RGB"):
+        elif profile and _changes(profile, "RGB"):
             pixels = np.array(_to_srgb(Image.fromarray(pixels), profile))
     except Rejected:
         raise
@@ -374,7 +374,7 @@ def _transform(profile: bytes, mode: str) -> Any:
 
 def _changes(profile: bytes | None, mode: str) -> bool:
     """Whether a profile can be applied to pixels of this mode, and is not sRGB's own."""
-    return bool(profile) and len(profile) <= LARGEST_PROFILE and _transform(profile, mode) is not None
+    return profile is not None and 0 < len(profile) <= LARGEST_PROFILE and _transform(profile, mode) is not None
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:

@@ -30,22 +30,26 @@ class OpenShards(Generic[S]):
         self._kind: Callable[[Dataset, int], S] = kind
         self.dataset, self._limit = dataset, limit
         self._open: OrderedDict[int, S] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __getitem__(self, position: int) -> S:
-        shard = self._open.get(position)
-        if shard is None:
-            try:
-                shard = self._kind(self.dataset, position)
-            except (OSError, ValueError, KeyError) as e:
-                name = self.dataset.shards[position].name
-                raise StageError(f"{self.dataset.root}: shard {name} cannot be read: {e}; run its stage again") from e
-            self._open[position] = shard
-            if len(self._open) > self._limit:
-                _, oldest = self._open.popitem(last=False)
-                if isinstance(oldest, ImageShard):
-                    oldest.close()
-        self._open.move_to_end(position)
-        return shard
+        with self._lock:  # the loop asks for keys while the loader's thread reads
+            shard = self._open.get(position)
+            if shard is None:
+                try:
+                    shard = self._kind(self.dataset, position)
+                except (OSError, ValueError, KeyError) as e:
+                    name = self.dataset.shards[position].name
+                    raise StageError(
+                        f"{self.dataset.root}: shard {name} cannot be read: {e}; run its stage again"
+                    ) from e
+                self._open[position] = shard
+                if len(self._open) > self._limit:
+                    _, oldest = self._open.popitem(last=False)
+                    if isinstance(oldest, ImageShard):
+                        oldest.close()
+            self._open.move_to_end(position)
+            return shard
 
 
 class Pictures:

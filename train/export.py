@@ -170,8 +170,7 @@ class _Source:
                 "samples": manifest["count"],
                 "rows": manifest["rows"],
                 "shards": len(manifest["shards"]),
-                "first_shard": manifest["shards"][0]["index"],
-                "last_shard": manifest["shards"][-1]["index"],
+                **_shard_range([s["index"] for s in manifest["shards"]]),
                 "status": manifest.get("status", {}),
             },
             "vae": {k: self.vae_facts[k] for k in ("ref", "digest", "scaling_factor")},
@@ -235,6 +234,10 @@ class _Source:
     def _text(self) -> TextEncoder:
         beside = storage.join(self.paths.clip, "model")
         return TextEncoder(_same_weights("the CLIP", find_clip, self.text_facts, beside), self.text_facts["layer"])
+
+
+def _shard_range(indices: list[int]) -> dict[str, int]:
+    return {"first_shard": min(indices), "last_shard": max(indices)} if indices else {}
 
 
 def require_all(loaded: Any, where: str) -> None:
@@ -379,7 +382,10 @@ def clip_text_model(text: TextEncoder, projected: bool = False) -> Any:
     prefix = "text_model." if any(k.startswith("text_model.") for k in model.state_dict()) else ""
     weights = {prefix + k: v for k, v in text_tower_weights(tower, len(blocks)).items()}
     if projected:
-        weight = projection.weight if isinstance(projection, torch.nn.Linear) else projection.T
+        if projection is None:
+            weight = torch.eye(text.width)
+        else:
+            weight = projection.weight if isinstance(projection, torch.nn.Linear) else projection.T
         weights["text_projection.weight"] = weight.detach().float().contiguous().clone()
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)

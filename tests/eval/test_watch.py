@@ -167,5 +167,13 @@ def test_watch_has_a_run_on_its_command_line(
     (tmp_path / "c.yaml").write_text(json.dumps(data))
     assert main(["watch", trained.run, "--config", str(tmp_path / "c.yaml"), "--once", "--local"]) == 0
     assert done(trained) == ["step-00000002"]
+    capsys.readouterr()
+    assert main(["numbers", trained.run, "--config", str(tmp_path / "c.yaml")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("step-00000002 ")
+    assert told[0].endswith(" 0 pictures missing")
+    kept = json.loads(next(Path(trained.eval).rglob("metrics.json")).read_text())["metrics"]
+    assert [line.split()[0] for line in told[1:]] == list(kept)
+    assert all(f"n {metric['n']}" in line for line, metric in zip(told[1:], kept.values(), strict=True))
     assert main(["watch", "--config", str(tmp_path / "c.yaml"), "--onec"]) == 2
     assert "unrecognized arguments: --onec" in capsys.readouterr().err

@@ -29,7 +29,7 @@ from shards.layout import RunPaths
 from tests.latents.world import image_dataset, save_clip, save_vae
 from tests.orchestration.head import ROOT, ended, folder_bytes
 
-SHARDS, ROWS = 24, 100
+SHARDS, ROWS = 24, 40
 
 
 @dataclasses.dataclass
@@ -180,7 +180,6 @@ def lose_one(tmp_path: Path, both: Nodes) -> None:
             "clip": {"pretrained": str(tmp_path / "clip")},
             "latents": {
                 "resolution": 64,
-                "more_resolutions": [128],
                 "batch_size": 8,
                 "buckets": {"step": 16},
                 "device": "cpu",

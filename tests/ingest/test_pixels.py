@@ -8,6 +8,7 @@ import struct
 import zlib
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import scipy.fft
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
+from benchmarks.ingest import draw
 from ingest.errors import Rejected
 from ingest.pixels import PixelSettings, decode, header_size, perceptual_hash, process, resize, target_size
 from tests.ingest.site import picture
@@ -361,9 +363,24 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_without_loss_of_quality() -> None
     decoded = decode(data, settings)
     assert decoded.size == (1600, 1200)
     assert decoded.pixels.shape == (150, 200, 3)
-    whole = resize(np.asarray(Image.open(io.BytesIO(data))), settings)
+    whole = resize(np.array(Image.open(io.BytesIO(data))), settings)
     error = resize(decoded.pixels, settings).astype(float) - whole
     assert 10 * np.log10(255**2 / np.mean(error**2)) > 45
+
+
+@pytest.mark.parametrize("size", [(1024, 768), (640, 480), (500, 900)])
+def test_scaled_jpegs_are_no_worse_than_img2datasets(size: tuple[int, int]) -> None:
+    """PSNR against a full decode and Lanczos, ours by the default filter, theirs by OpenCV's area as they use it."""
+    data = draw(7, *size)
+    settings = dataclasses.replace(PLAIN, resize_mode="keep_ratio", image_size=140, downscale_filter="bicubic")
+    width, height = target_size(*size, settings)
+    exact = np.asarray(Image.open(io.BytesIO(data)).resize((width, height), Image.Resampling.LANCZOS)).astype(float)
+    whole = np.asarray(Image.open(io.BytesIO(data)))
+    theirs = cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA)
+    decoded = decode(data, settings).pixels
+    assert decoded.shape[0] < size[1], "decoded at a fraction"
+    ours = resize(decoded, settings)
+    assert np.mean((ours - exact) ** 2) < np.mean((theirs - exact) ** 2)
 
 
 @pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 1, "progressive": True}, {"quality": 60}])

@@ -219,7 +219,8 @@ def test_prompts_draw_what_open_clip_embeddings_draw(source, exported):
     from_prompt = pictures(pipeline, prompt=prompts)
     from_embeddings = pictures(pipeline, prompt_embeds=embeddings, negative_prompt_embeds=negative)
     assert from_prompt.shape == (2, 32, 32, 3)
-    assert np.abs(from_prompt - from_embeddings).max() <= 1e-6
+    # Two implementations of the same CLIP: what remains is float32 rounding, through three steps and a decoder.
+    assert np.abs(from_prompt - from_embeddings).max() <= 1e-5
     assert np.abs(pictures(pipeline, prompt=["a red circle", ""]) - from_prompt).max() > 1e-3
     in_memory = pictures(build_pipeline(run.run), prompt=prompts)
     assert np.abs(from_prompt - in_memory).max() <= 1e-6

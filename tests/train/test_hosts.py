@@ -21,7 +21,7 @@ from tests.train import tiny
 from tests.train.test_zero import assert_close, step_folder, tensors
 from train import folders
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SSH = """#!/bin/bash
 # ssh [options] address command...
@@ -105,7 +105,7 @@ def launch(hosts: dict[str, str], space: str, *arguments: str) -> subprocess.Pop
 
 def wait(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     try:
-        out, _ = process.communicate(timeout=240)
+        out, _ = process.communicate(timeout=500)
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, "")

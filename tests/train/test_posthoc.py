@@ -36,11 +36,14 @@ def test_inner_product_is_the_integral() -> None:
         assert float(got) == pytest.approx(integral, rel=1e-6)
 
 
-def average(values: np.ndarray, batch: int, std: float) -> np.ndarray:
-    out = np.zeros(values.shape[1])
+def averages(values: np.ndarray, batch: int, std: float) -> np.ndarray:
+    """After each step: the EMA by its recursion."""
+    power = posthoc.exponent(std) + 1
+    out = np.zeros_like(values)
     for i, v in enumerate(values):
-        beta = posthoc.decay((i + 1) * batch, batch, std)
-        out = beta * out + (1 - beta) * v
+        beta = (1 - 1 / (i + 1)) ** power
+        assert i % 100 or beta == pytest.approx(posthoc.decay((i + 1) * batch, batch, std))
+        out[i] = beta * out[i - 1] + (1 - beta) * v
     return out
 
 
@@ -50,14 +53,15 @@ def test_a_length_between_two_is_put_together_from_their_snapshots(tmp_path: Pat
     t = np.linspace(0, 1, 2000)[:, None]
     values = np.concatenate([np.exp(-3 * t), t**2, np.sin(9 * t)], axis=1) + 0.05 * rng.standard_normal((2000, 3))
     for std in (0.05, 0.1):
+        kept = averages(values, 8, std)
         for steps in range(250, 2001, 250):
-            snapshot = {"w": torch.from_numpy(average(values[:steps], 8, std)).half()}
+            snapshot = {"w": torch.from_numpy(kept[steps - 1]).half()}
             save_file(snapshot, tmp_path / f"ema_{std:.3f}-{steps * 8:012d}.safetensors")
     for std in (0.05, 0.07, 0.1, 0.14):
-        expected = average(values, 8, std)
+        expected = averages(values, 8, std)[-1]
         got = posthoc.reconstruct(tmp_path, 16000, std)["w"].numpy()
         assert got == pytest.approx(expected, abs=0.01), std
-    assert np.abs(average(values, 8, 0.05) - average(values, 8, 0.14)).max() > 0.1
+    assert np.abs(averages(values, 8, 0.05)[-1] - averages(values, 8, 0.14)[-1]).max() > 0.1
     with pytest.raises(StageError, match="snapshots of 0 EMAs at 999 images"):
         posthoc.reconstruct(tmp_path, 999, 0.1)
 

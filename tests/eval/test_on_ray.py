@@ -1,0 +1,66 @@
+"""The grid, the watcher and `carrara sample --ray` on a real Ray, seen to their ends; a worker killed in the grid."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from shards.layout import RunPaths
+from tests.eval.test_checkpoints import trained  # noqa: F401  (a fixture)
+from tests.eval.test_grid import digests, workplace  # noqa: F401  (a fixture)
+from tests.eval.test_watch import configured, done
+from tests.orchestration.head import ROOT, ended, head, run_stage, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def workers() -> set[int]:
+    """Process ids of the cluster's shard workers that have loaded what they need."""
+    found = psutil.process_iter(["pid", "cmdline"])
+    return {p.info["pid"] for p in found if (p.info["cmdline"] or [""])[0].startswith("ray::ShardWorker")}
+
+
+def test_a_grid_whose_worker_is_killed_ends_with_the_same_bytes(workplace: tuple[Path, RunPaths]) -> None:  # noqa: F811
+    folder, own = workplace
+    config = folder / "run.yaml"
+    ended(run_stage("grid", config, "--local"))
+    expected = digests(own.eval)
+    shutil.rmtree(own.eval)
+    before = workers()
+    process = run_stage("grid", config)
+    wait_for(lambda: len(list(Path(own.eval).rglob("*_stats.json"))) >= 4 and bool(workers() - before), process)
+    os.kill(min(workers() - before), signal.SIGKILL)
+    ended(process)
+    found = digests(own.eval)
+    assert found.keys() == expected.keys()
+    for name, data in expected.items():
+        assert found[name] == data, name
+    assert Path(own.reports, "step-00000004.html").exists()
+
+
+def test_watch_and_sample_end_on_ray(trained: RunPaths, tmp_path: Path) -> None:  # noqa: F811
+    config = configured(trained).model_dump(mode="json")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    ended(run_stage("watch", tmp_path / "c.yaml", "--once"))
+    assert done(trained) == ["step-00000002"]
+
+    cluster = head()
+    for out, words in (("ray", ["--ray"]), ("local", [])):
+        command = ["sample", trained.run, "--prompt", "a red circle", "--count", "3", "--steps", "2"]
+        arguments = [sys.executable, "orchestration/run_stage.py", *command, "--out", str(tmp_path / out), *words]
+        env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address}
+        ended(subprocess.Popen(arguments, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True))
+    pictures = [sorted((tmp_path / out).glob("*.png")) for out in ("ray", "local")]
+    assert [p.name for p in pictures[0]] == [p.name for p in pictures[1]]
+    assert len(pictures[0]) == 3
+    assert [p.read_bytes() for p in pictures[0]] == [p.read_bytes() for p in pictures[1]]
+    assert len(json.loads((tmp_path / "ray" / "samples.json").read_text())["pictures"]) == 3
