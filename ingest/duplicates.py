@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import tempfile
 from collections import Counter
@@ -25,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ingest.config import DuplicatesConfig
 from shards import storage
@@ -122,7 +120,7 @@ def _successes(
     """Rows by status, and of the successes the columns that are compared and their places in the run."""
     columns = ["url", "caption", "sha256", *(["phash"] if "duplicate_picture" in makers else [])]
     url = storage.join(root, shard_name(index) + ".parquet")
-    table = pq.read_table(io.BytesIO(storage.read_bytes(url)), columns=["status", *columns])
+    table = storage.read_parquet(url, ["status", *columns])
     status = table["status"].to_pylist()
     rows = [i for i, s in enumerate(status) if s == "success"]
     live = table.take(pa.array(rows, pa.int64()))

@@ -114,7 +114,7 @@ def new_sidecar(
 def read_back(root: str, index: int) -> tuple[Sidecar, list[Outcome]]:
     """A committed shard as it was before it was packed, its pictures included."""
     name = shard_name(index)
-    table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(root, name + ".parquet"))))
+    table = storage.read_parquet(storage.join(root, name + ".parquet"))
     tar = memoryview(storage.read_bytes(storage.join(root, name + ".tar")))
     kept = tuple((f.name, f.type) for f in table.schema if f.name not in RESERVED)
     values = {n: table[n].to_pylist() for n in table.column_names}

@@ -110,7 +110,7 @@ def process(data: bytes, settings: PixelSettings) -> Picture:
 def hashes(pixels: np.ndarray) -> tuple[str, str]:
     """pixel_hash and phash of an RGB picture, uint8 [H,W,3]."""
     digest = xxhash.xxh3_128(struct.pack("<II", pixels.shape[1], pixels.shape[0]))
-    digest.update(memoryview(np.ascontiguousarray(pixels)))
+    digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest(), perceptual_hash(Image.fromarray(pixels))
 
 

@@ -39,7 +39,7 @@ class TakenDown:
         if not storage.exists(url):
             return cls()
         by_kind: dict[str, set[str]] = {"url": set(), "sha256": set(), "host": set()}
-        for row in pq.read_table(io.BytesIO(storage.read_bytes(url))).to_pylist():
+        for row in storage.read_parquet(url).to_pylist():
             by_kind[row["kind"]].add(row["value"])
         return cls(frozenset(by_kind["url"]), frozenset(by_kind["sha256"]), frozenset(by_kind["host"]))
 

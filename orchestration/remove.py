@@ -111,8 +111,7 @@ def _find(root: str, listed: TakenDown) -> list[_Found]:
 
 
 def _sidecar(root: str, index: int, columns: list[str] | None = None) -> pa.Table:
-    data = storage.read_bytes(storage.join(root, shard_name(index) + ".parquet"))
-    return pq.read_table(io.BytesIO(data), columns=columns)
+    return storage.read_parquet(storage.join(root, shard_name(index) + ".parquet"), columns)
 
 
 # ---- who saw them ------------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def read_exclusions(root: str) -> pa.Table:
     url = storage.join(root, EXCLUSIONS)
     if not storage.exists(url):
         return EXCLUSIONS_SCHEMA.empty_table()
-    return pq.read_table(io.BytesIO(storage.read_bytes(url)))
+    return storage.read_parquet(url)
 
 
 def write_manifest(
@@ -372,7 +372,7 @@ class Dataset:
 
     def sidecar(self, index: int) -> pa.Table:
         """The parquet sidecar of shard number `index`: one row per input row."""
-        return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(self.root, shard_name(index) + ".parquet"))))
+        return storage.read_parquet(storage.join(self.root, shard_name(index) + ".parquet"))
 
     def excluded_rows(self, index: int) -> np.ndarray:
         """Row numbers (int64, sorted) of the samples of shard number `index` that are not to be used."""
