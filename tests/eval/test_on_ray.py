@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -18,15 +17,9 @@ from shards.layout import RunPaths
 from tests.eval.test_checkpoints import trained  # noqa: F401  (a fixture)
 from tests.eval.test_grid import digests, workplace  # noqa: F401  (a fixture)
 from tests.eval.test_watch import configured, done
-from tests.orchestration.head import ROOT, ended, head, run_stage, wait_for
+from tests.orchestration.head import ROOT, actors, ended, head, run_stage, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def workers() -> set[int]:
-    """Process ids of the cluster's shard workers that have loaded what they need."""
-    found = psutil.process_iter(["pid", "cmdline"])
-    return {p.info["pid"] for p in found if (p.info["cmdline"] or [""])[0].startswith("ray::ShardWorker")}
 
 
 def test_a_grid_whose_worker_is_killed_ends_with_the_same_bytes(workplace: tuple[Path, RunPaths]) -> None:  # noqa: F811
@@ -35,10 +28,12 @@ def test_a_grid_whose_worker_is_killed_ends_with_the_same_bytes(workplace: tuple
     ended(run_stage("grid", config, "--local"))
     expected = digests(own.eval)
     shutil.rmtree(own.eval)
-    before = workers()
+    before = actors("ShardWorker")
     process = run_stage("grid", config)
-    wait_for(lambda: len(list(Path(own.eval).rglob("*_stats.json"))) >= 4 and bool(workers() - before), process)
-    os.kill(min(workers() - before), signal.SIGKILL)
+    wait_for(
+        lambda: len(list(Path(own.eval).rglob("*_stats.json"))) >= 4 and bool(actors("ShardWorker") - before), process
+    )
+    os.kill(min(actors("ShardWorker") - before), signal.SIGKILL)
     ended(process)
     found = digests(own.eval)
     assert found.keys() == expected.keys()

@@ -7,12 +7,11 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 
 from orchestration.gang import RankDied, environments, told_by
 from shards.settings import ConfigError, StageError
-from tests.orchestration.head import ended, run_stage, wait_for
+from tests.orchestration.head import actors, ended, run_stage, wait_for
 from tests.train import forked, tiny
 from train.folders import folders, latest_complete, read_manifest
 
@@ -25,11 +24,9 @@ def write_config(run: Path) -> Path:
     return tiny.write_config(run, {**data, "ingest": {"table": str(run)}})
 
 
-def ranks() -> list[int]:
+def ranks() -> set[int]:
     """Process ids of the ranks that are fitting on the cluster."""
-    return [
-        p.pid for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::Rank.fit")
-    ]
+    return actors("Rank.fit")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -55,11 +52,11 @@ def test_a_killed_rank_and_a_stopped_job_cost_time_and_nothing_else(run: Path, t
     config = write_config(run)
     process = run_stage("autoencoder", config)
     wait_for(lambda: len(checkpoints(run)) >= 2, process)
-    first = set(ranks())
+    first = ranks()
     assert len(first) == 2
     os.kill(min(first), signal.SIGKILL)
     before = len(checkpoints(run))
-    wait_for(lambda: bool(ranks()) and not first & set(ranks()), process)
+    wait_for(lambda: bool(ranks()) and not first & ranks(), process)
     wait_for(lambda: len(checkpoints(run)) > before, process)
     process.send_signal(signal.SIGTERM)
     assert "stopped by SIGTERM at" in ended(process, 75)

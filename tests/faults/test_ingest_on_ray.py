@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +16,7 @@ import yaml
 
 from shards.dataset import verify_shard
 from tests.ingest.site import Site, picture
-from tests.orchestration.head import ended, folder_bytes, run_stage, wait_for
+from tests.orchestration.head import actors, ended, folder_bytes, run_stage, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -55,12 +54,6 @@ def committed(run: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in (run / "images").glob("*_stats.json")}
 
 
-def workers() -> set[int]:
-    """Process ids of the cluster's shard workers."""
-    found = psutil.process_iter(["pid", "cmdline"])
-    return {p.info["pid"] for p in found if (p.info["cmdline"] or [""])[0].startswith("ray::ShardWorker")}
-
-
 @pytest.mark.timeout(900)
 def test_killed_workers_and_drivers_cost_time_and_nothing_else(site: Site, tmp_path: Path) -> None:
     rows = [(site.add(f"/{i}.png", picture(i % 200)), f"caption {i % 200}") for i in range(ROWS)]
@@ -71,17 +64,17 @@ def test_killed_workers_and_drivers_cost_time_and_nothing_else(site: Site, tmp_p
     ended(run_stage("ingest", prepare(site, tmp_path, "clean"), "--local"))
     expected = folder_bytes(clean / "images")
 
-    config, before = prepare(site, tmp_path, "torn"), workers()
+    config, before = prepare(site, tmp_path, "torn"), actors("ShardWorker")
     site.slow = 0.3  # each answer waits so long: a shard of 8 pictures takes a third of a second
     process = run_stage("ingest", config)
     wait_for(lambda: len(committed(torn)) >= 2, process)
-    os.kill(min(workers() - before), signal.SIGKILL)
+    os.kill(min(actors("ShardWorker") - before), signal.SIGKILL)
     at = len(committed(torn))
     wait_for(lambda: len(committed(torn)) >= at + 3, process)
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 60
-    while workers() - before:  # they notice that their driver is gone
+    while actors("ShardWorker") - before:  # they notice that their driver is gone
         assert time.monotonic() < deadline
         time.sleep(0.1)
     done = committed(torn)

@@ -6,13 +6,12 @@ import os
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from shards.layout import RunPaths
 from tests.latents.world import image_dataset, save_clip, save_vae
-from tests.orchestration.head import ended, folder_bytes, run_stage, wait_for
+from tests.orchestration.head import actors, ended, folder_bytes, run_stage, wait_for
 
 SHARDS = 10
 
@@ -48,16 +47,6 @@ def committed(run: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in (run / "latents").glob("*_stats.json")}
 
 
-def workers() -> list[psutil.Process]:
-    """The processes of the cluster that have this stage's worker in them."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or [""]
-        if words[0].startswith("ray::ShardWorker"):
-            found.append(process)
-    return found
-
-
 @pytest.mark.timeout(900)
 def test_killed_workers_and_drivers_cost_time_and_nothing_else(world: Path, tmp_path: Path) -> None:
     clean, torn = tmp_path / "clean", tmp_path / "torn"
@@ -66,11 +55,11 @@ def test_killed_workers_and_drivers_cost_time_and_nothing_else(world: Path, tmp_
     assert len(expected) == 2 * SHARDS + 1
 
     config = prepare(world, torn)
-    before = {p.pid for p in workers()}
+    before = actors("ShardWorker")
     process = run_stage("latents", config)
     wait_for(lambda: len(committed(torn)) >= 1, process)
-    victim = next(p for p in workers() if p.pid not in before)
-    os.kill(victim.pid, signal.SIGKILL)
+    victim = min(actors("ShardWorker") - before)
+    os.kill(victim, signal.SIGKILL)
     wait_for(lambda: len(committed(torn)) >= 3, process)
     process.kill()
     process.communicate()

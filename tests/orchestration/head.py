@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import subprocess
@@ -11,7 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestration.cluster import Cluster
+import psutil
+
+from orchestration.cluster import Cluster, _marked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,6 +47,16 @@ def drive(*arguments: object, on_ray: bool = True) -> tuple[int, str]:
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of a dataset but the stats, which hold times."""
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if not p.name.endswith("_stats.json")}
+
+
+def actors(title: str) -> set[int]:
+    """Process ids of the head's own actors that Ray calls `ray::TITLE...`; other tests may have a head beside it."""
+    found = set()
+    for process in _marked(head().id):
+        with contextlib.suppress(psutil.Error):
+            if "".join(process.cmdline()[:1]).startswith(f"ray::{title}"):
+                found.add(process.pid)
+    return found
 
 
 def run_stage(stage: str, config: Path, *words: str) -> subprocess.Popen[str]:
