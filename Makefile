@@ -1,6 +1,6 @@
 # The two commands a newcomer needs:
 #   make demo    set-up, then the whole pipeline on the embedded default
-#   make test    set-up, then the tests but the slowest, which are make test-slow (CI runs both)
+#   make test    set-up, then the tests but the slowest, which are make test-slow
 SHELL := /bin/bash
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)

@@ -43,7 +43,7 @@ GROUNDS: dict[str, tuple[int, int, int]] = {
     "mint": (180, 232, 205),
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star")
-SIZES: dict[str, float] = {"small": 0.23, "large": 0.30}  # radius of a thing alone, in sides of the centred square
+SIZES: dict[str, float] = {"small": 0.21, "large": 0.30}  # radius of a thing alone, in sides of the centred square
 PAIR_SIZES: dict[str, float] = {"small": 0.18, "large": 0.26}  # of each of two, which must share the room
 PLACES: dict[str, tuple[float, float]] = {  # centre (x, y) of a thing that stands alone
     "left": (0.345, 0.5),

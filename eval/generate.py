@@ -32,6 +32,9 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
 }
+# Those that know rectified flows (use_flow_sigmas), and those that take a variance beside the prediction.
+FLOW_SAMPLERS = ["dpm-solver++", "unipc"]
+LEARNED_VARIANCE_SAMPLERS = ["ddpm"]
 
 
 class Draw(NamedTuple):
@@ -65,6 +68,14 @@ def swap_sampler(pipeline: Any, sampler: str, timestep_spacing: str | None = Non
 
     if sampler not in SAMPLERS:
         raise ConfigError(f"eval.sampler is '{sampler}'; it must be one of {', '.join(SAMPLERS)}")
+    config = pipeline.scheduler.config
+    fitting = list(SAMPLERS)
+    if config.prediction_type == "flow_prediction":
+        fitting, what = FLOW_SAMPLERS, "a rectified flow"
+    elif str(config.get("variance_type", "")).startswith("learned"):
+        fitting, what = LEARNED_VARIANCE_SAMPLERS, "a model that has learned its variance"
+    if sampler not in fitting:
+        raise ConfigError(f"eval.sampler is '{sampler}', which cannot sample {what}; take {' or '.join(fitting)}")
     name, extra = SAMPLERS[sampler]
     if timestep_spacing is not None:
         extra = {**extra, "timestep_spacing": timestep_spacing}

@@ -24,6 +24,22 @@ log = logging.getLogger("carrara.train")
 BINS = 10  # of the loss by timestep
 
 
+def _require_layer(layer: str, sized: bool) -> None:
+    """Raises ConfigError where no pipeline of diffusers would show this UNet the captions as it is to learn them."""
+    if sized and layer != "penultimate_no_norm":
+        raise ConfigError(
+            f"train.unet: a UNet with addition_embed_type text_time is exported as Stable Diffusion XL, which reads "
+            f"the CLIP's last block but one without the final norm, and these latents were made with "
+            f"latents.text_layer {layer}; make them with penultimate_no_norm"
+        )
+    if not sized and layer.endswith("_no_norm"):
+        raise ConfigError(
+            f"train: these latents were made with latents.text_layer {layer}, and Stable Diffusion's pipeline, as "
+            f"which this UNet is exported, always applies the CLIP's final norm; make them with "
+            f"{layer.removesuffix('_no_norm')}"
+        )
+
+
 class Diffusion(Objective):
     """Denoising of latents under text: E w(t) |target - UNet(x_t, t, c)|^2 (Ho et al. 2020, eq. 14)."""
 
@@ -44,6 +60,7 @@ class Diffusion(Objective):
         self.scale = float(datasets[0].manifest["vae"]["scaling_factor"])
         self.process = process_of(config)
         self.sized = model_config.get("addition_embed_type") == "text_time"
+        _require_layer(facts["layer"], self.sized)
         self.text: Any = None
         if self.sized and latents.has_embeddings and not latents.has_pooled:
             raise ConfigError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from eval import prompts
 from eval.config import EvalConfig
@@ -145,3 +147,19 @@ def test_config_refuses_what_cannot_be() -> None:
             validate(EvalConfig, bad, "run.yaml")
     assert EvalConfig(sampler="dpm-solver++", steps=20, guidance_scale=7.5).cell == "dpm-solver++-20-7.5"
     assert np.isfinite(EvalConfig().guidance_scale)
+
+
+@pytest.mark.parametrize(
+    ("made", "right", "wrong"),
+    [
+        ({"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 2.0}, "unipc", "ddim"),
+        ({"prediction_type": "epsilon", "variance_type": "learned_range"}, "ddpm", "dpm-solver++"),
+    ],
+)
+def test_samplers_that_do_not_know_the_process_are_refused(made: dict[str, Any], right: str, wrong: str) -> None:
+    exported = DPMSolverMultistepScheduler if "use_flow_sigmas" in made else DDPMScheduler
+    pipeline = SimpleNamespace(scheduler=exported(**made))
+    with pytest.raises(ConfigError, match=rf"eval.sampler is '{wrong}', which cannot sample .*{right}"):
+        swap_sampler(pipeline, wrong)
+    swap_sampler(pipeline, right)
+    assert all(pipeline.scheduler.config[name] == value for name, value in made.items())

@@ -219,3 +219,18 @@ def test_dreambooth_is_two_sources_with_a_weight_of_their_loss(base: Any, tmp_pa
         loss, details = objective(batch)
     assert float(loss) == pytest.approx(float((error * batch["weight"]).mean()), rel=1e-5)
     assert float(details[0]) == pytest.approx(float(error.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("layer", "sized"), [("last", True), ("penultimate", True), ("last_no_norm", False)])
+def test_captions_that_no_pipeline_would_show_are_refused_before_training(
+    tmp_path: Path, layer: str, sized: bool
+) -> None:
+    run = make_run(tmp_path / "r", text_layer=layer, text_pooled=True)
+    told = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
+    }
+    config = TrainConfig(images=16, unet={**tiny.UNET, **(told if sized else {})})
+    with pytest.raises(ConfigError, match=f"latents.text_layer {layer}"):
+        build("train", config, [Dataset.open(run.latents)], 5, "cpu")
