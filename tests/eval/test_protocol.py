@@ -159,7 +159,7 @@ def test_config_refuses_what_cannot_be() -> None:
 def test_samplers_that_do_not_know_the_process_are_refused(made: dict[str, Any], right: str, wrong: str) -> None:
     exported = DPMSolverMultistepScheduler if "use_flow_sigmas" in made else DDPMScheduler
     pipeline = SimpleNamespace(scheduler=exported(**made))
-    with pytest.raises(ConfigError, match=rf"eval.sampler is '{wrong}', which cannot sample .*{right}"):
+    with pytest.raises(ConfigError, match=rf"which cannot sample .* take .*{right}"):
         swap_sampler(pipeline, wrong)
     swap_sampler(pipeline, right)
     assert all(pipeline.scheduler.config[name] == value for name, value in made.items())
