@@ -1,3 +1,5 @@
+"""What the tests of the latents share: image shards, a small VAE and a small CLIP."""
+
 from __future__ import annotations
 
 from pathlib import Path

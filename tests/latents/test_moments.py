@@ -1,3 +1,5 @@
+"""Stored moments and per-channel statistics against float64."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Pictures fitted to squares and buckets, against Pillow."""
+
 from __future__ import annotations
 
 import threading

@@ -1,3 +1,5 @@
+"""The latents stage: its shards against the encoders themselves, the accounting, the same bytes however it runs."""
+
 from __future__ import annotations
 
 import os

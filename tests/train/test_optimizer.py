@@ -1,3 +1,5 @@
+"""AdamW with its averages against torch, and the schedules against their formulas."""
+
 from __future__ import annotations
 
 import math

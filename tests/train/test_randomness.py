@@ -1,3 +1,5 @@
+"""Draws by position: the same for any ranks and batches, and distributed as they should be."""
+
 from __future__ import annotations
 
 import numpy as np
