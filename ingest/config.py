@@ -36,7 +36,7 @@ class ColumnsConfig(Strict):
     url: str | None = None
     caption: str | None = None
     types: dict[str, Literal["string", "int", "float"]] = Field(
-        default={}, description="types of columns of text tables, where the first rows do not show them"
+        default={}, description="types of columns, where the first rows (of a text table) or files do not show them"
     )
 
 

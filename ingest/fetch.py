@@ -29,9 +29,12 @@ from ingest.config import FetchConfig, OptOutConfig
 from ingest.errors import ERRORS, Rejected
 from ingest.optout import product_name, robots_refusal, robots_txt_refuses, tdm_refusal
 
+_WITH_BODY = (200, 203)  # 203: a proxy on the way has changed something
 _REDIRECTS = (301, 302, 303, 307, 308)
+_COMPRESSIONS = ("gzip", "deflate", "br", "zstd", "compress", "dcb", "dcz", "lzma", "xz", "bzip", "exi", "pack200")
 _FORBIDDEN = (401, 402, 403, 407, 451)
 _CHUNK = 1 << 18
+_HEADER_BYTES, _HEADERS = 1 << 16, 1000  # the client's own limits, 8190 and 128, lose pictures of wordy servers
 
 # Failures that are the host's rather than the picture's.
 _HOST_FAULTS = frozenset(
@@ -118,6 +121,9 @@ class Fetcher:
             auto_decompress=False,
             read_bufsize=_CHUNK,
             trust_env=False,
+            max_line_size=_HEADER_BYTES,
+            max_field_size=_HEADER_BYTES,
+            max_headers=_HEADERS,
         )
 
     async def close(self) -> None:
@@ -201,6 +207,8 @@ class Fetcher:
             raise _Failed(Rejected("timeout")) from None
         except OSError:
             raise _Failed(Rejected("connection_lost")) from None
+        except ValueError as e:  # what a hostile header may make a parser raise; it must not end the other rows
+            raise _Failed(Rejected("http_malformed", f"an answer that cannot be read ({type(e).__name__})")) from None
         # Off the loop's thread for large bodies alone: hashing 100 KB takes less than a thread switch costs.
         return Fetched(body, hashlib.sha256(body).hexdigest(), attempt)
 
@@ -216,11 +224,12 @@ class Fetcher:
             async with self._session.get(url, allow_redirects=False, ssl=self._tls_for(url)) as response:
                 if host is not None and hop == 0 and response.status != 429:
                     host.answered()
-                if response.status in (200, *_REDIRECTS) and not robots:  # error pages say noindex of themselves
+                # Error pages are not asked: they say noindex of themselves.
+                if response.status in (*_WITH_BODY, *_REDIRECTS) and not robots:
                     self._check_opt_out(response)
                 if response.status not in _REDIRECTS:
                     _check_status(response)
-                    return await self._read(response, limit)
+                    return await self._read(response, limit, cut=robots)
                 url = _redirect(url, response.headers.get("Location"))
             if url in seen:
                 raise Rejected("too_many_redirects", "a circle of redirects")
@@ -279,17 +288,16 @@ class Fetcher:
         except Rejected as e:
             if e.retryable:
                 raise Rejected(e.code) from None
-            if e.code in ("dns_not_found", "tls_error", "address_refused"):
+            if e.code in ("dns_not_found", "tls_error", "address_refused", "http_malformed", "encoding_unsupported"):
                 raise
-            if e.code == "body_too_large":
-                raise Rejected("robots_txt", "it is longer than anybody could mean it") from None
             return None
-        except (aiohttp.ClientError, TimeoutError, OSError) as e:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as e:
             raise (_as_rejected(e) if isinstance(e, aiohttp.ClientError) else Rejected("timeout")) from None
-        return Protego.parse(body.decode("utf-8", "replace"))
+        return Protego.parse(body.decode("utf-8-sig", "replace"))
 
-    async def _read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
-        if response.content_length is not None and response.content_length > limit:
+    async def _read(self, response: aiohttp.ClientResponse, limit: int, cut: bool = False) -> bytes:
+        """The body; raises Rejected where it is longer than limit, unless cut: then it is what lies within."""
+        if not cut and response.content_length is not None and response.content_length > limit:
             raise Rejected("body_too_large", f"more than {limit} bytes")
         inflate = _inflater(response.headers.get("Content-Encoding", ""))
         pieces: list[bytes] = []
@@ -302,17 +310,19 @@ class Fetcher:
             async with asyncio.timeout(patience) as silence:
                 while chunk := await response.content.read(_CHUNK):
                     received += len(chunk)
-                    if received > limit:
+                    if received > limit and not cut:
                         raise Rejected("body_too_large", f"more than {limit} bytes")
                     if inflate is not None:
                         try:
                             chunk = inflate.decompress(chunk, limit + 1 - size)
                         except zlib.error:
                             raise Rejected("http_malformed", "the compressed body is damaged") from None
-                        if size + len(chunk) > limit or inflate.unconsumed_tail:
+                        if size + len(chunk) > limit and not cut:
                             raise Rejected("body_too_large", f"more than {limit} bytes once decompressed")
                     size += len(chunk)
                     pieces.append(chunk)
+                    if cut and size >= limit:
+                        return b"".join(pieces)[:limit]
                     now = clock()
                     if now - began > self.config.min_speed_after and received < self.config.min_speed * (now - began):
                         raise Rejected("too_slow", f"less than {self.config.min_speed:g} bytes a second")
@@ -322,7 +332,7 @@ class Fetcher:
             if not silence.expired():
                 raise
             raise Rejected("too_slow", f"less than {self.config.min_speed:g} bytes a second") from None
-        if inflate is not None and not inflate.eof and received:
+        if inflate is not None and not inflate.complete and received:
             raise Rejected("body_truncated")
         if not size:
             raise Rejected("body_empty")
@@ -372,7 +382,7 @@ def _redirect(url: URL, location: str | None) -> URL:
 
 def _check_status(response: aiohttp.ClientResponse) -> None:
     status = response.status
-    if status == 200:
+    if status in _WITH_BODY:
         return
     message = f"HTTP {status}"
     if status in (404, 410):
@@ -391,21 +401,55 @@ def _check_status(response: aiohttp.ClientResponse) -> None:
 def _retry_after(response: aiohttp.ClientResponse) -> float | None:
     """Seconds that Retry-After asks for (RFC 9110, 10.2.3: seconds or a date); None where it says nothing."""
     text = response.headers.get("Retry-After", "").strip()
-    if text.isdigit() and len(text) < 10:
+    if text.isascii() and text.isdigit() and len(text) < 10:
         return float(text)
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     return None
 
 
-def _inflater(encoding: str) -> zlib._Decompress | None:
+class _Inflater:
     """A bounded decompressor for gzip and deflate, which some servers send though asked not to."""
+
+    def __init__(self, encoding: str) -> None:
+        # 32: gzip or zlib by its header. Deflate comes with zlib's header, as it should, or without.
+        self._kinds = [zlib.MAX_WBITS | 32, *([-zlib.MAX_WBITS] if encoding == "deflate" else [])]
+        self._stream = zlib.decompressobj(self._kinds.pop(0))
+        self._begun = False
+
+    def decompress(self, data: bytes, most: int) -> bytes:
+        """What so many bytes more give; longer than `most` where there is more of it. Raises zlib.error."""
+        found = b""
+        while data and len(found) < most:
+            if self._stream.eof:  # another gzip member, or padding
+                data = data.lstrip(b"\0")
+                if not data.startswith(b"\x1f"):
+                    break
+                self._stream = zlib.decompressobj(zlib.MAX_WBITS | 32)
+            try:
+                found += self._stream.decompress(data, most - len(found))
+            except zlib.error:
+                if self._begun or not self._kinds:
+                    raise
+                self._stream = zlib.decompressobj(self._kinds.pop(0))
+                continue
+            self._begun = True
+            data = self._stream.unused_data if self._stream.eof else self._stream.unconsumed_tail
+        return found
+
+    @property
+    def complete(self) -> bool:
+        """Whether the end of the stream was seen."""
+        return self._stream.eof
+
+
+def _inflater(encoding: str) -> _Inflater | None:
     encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        return None
     if encoding in ("gzip", "x-gzip", "deflate"):
-        return zlib.decompressobj(zlib.MAX_WBITS | 32 if encoding != "deflate" else zlib.MAX_WBITS)
-    raise Rejected("encoding_unsupported", "a content encoding that was not asked for")
+        return _Inflater(encoding)
+    if any(name in encoding for name in _COMPRESSIONS):
+        raise Rejected("encoding_unsupported", "a content encoding that was not asked for")
+    return None  # identity, or what is no encoding, such as utf-8 or none
 
 
 def _as_rejected(error: aiohttp.ClientError) -> Rejected:

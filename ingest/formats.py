@@ -1,4 +1,4 @@
-"""The file formats of tables: parquet, CSV, TSV and JSON lines as streams of record batches with their places.
+"""The file formats of tables: parquet, CSV, TSV, JSON lines, lists of URLs as streams of batches with their places.
 
 A place is a row number in a parquet file and a byte offset in a (decompressed) text file: with it a worker
 reads just its own part. No file is ever held whole.
@@ -27,9 +27,10 @@ BLOCK_BYTES = 4 << 20
 BATCH_ROWS = 8192
 LONGEST_RECORD = 64 << 20
 
-FORMAT = re.compile(r"\.(parquet|csv|tsv|jsonl|ndjson)(\.gz)?\Z", re.IGNORECASE)
+FORMAT = re.compile(r"\.(parquet|csv|tsv|jsonl|ndjson|txt)(\.gz)?\Z", re.IGNORECASE)
 
-# (name in the file, name from here on, type from here on) of each column that is read
+# (name in the file, name from here on, type from here on) of each column that is read. Without a name in the file it
+# is null throughout.
 Columns = tuple[tuple[str, str, pa.DataType], ...]
 
 
@@ -114,7 +115,7 @@ def _parquet_batches(
     if not groups:
         return
     position = int(group_ends[first - 1]) if first else 0
-    names = [source for source, _, _ in columns]
+    names = [source for source, _, _ in columns if source]
     for batch in reader.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
         low, high = max(start - position, 0), batch.num_rows if stop is None else min(batch.num_rows, stop - position)
         if high > low:
@@ -137,7 +138,9 @@ def _text_batches(
         _require(header, columns, file)
     for chunk, ends in _records(stream, file, start, stop, delimiter):
         if delimiter:
-            arrays = _parse_csv(chunk, file, header, [source for source, _, _ in columns])
+            arrays = _parse_csv(chunk, file, header, [source for source, _, _ in columns if source])
+        elif _format(file)[0] == "txt":
+            arrays = {"url": pa.array([u for line in chunk.split(b"\n") if (u := line.rstrip(b"\r"))], pa.binary())}
         else:
             arrays = _parse_jsonl(chunk, file, columns)
         if any(len(a) != len(ends) for a in arrays.values()):
@@ -148,7 +151,7 @@ def _text_batches(
 
 
 def _delimiter(file: str) -> bytes:
-    """The delimiter of a CSV or TSV file; empty for JSON lines."""
+    """The delimiter of a CSV or TSV file; empty where every line is a record."""
     return {"csv": b",", "tsv": b"\t"}.get(_format(file)[0], b"")
 
 
@@ -254,12 +257,12 @@ def _csv_header(stream: IO[bytes], file: str) -> tuple[list[str], int]:
     line = stream.readline(1 << 20)
     skip = 3 if line.startswith(b"\xef\xbb\xbf") else 0
     try:
-        text = line[skip:].decode("utf-8").rstrip("\r\n")
-        names = next(csv.reader([text], delimiter=_delimiter(file).decode()), [])
-    except (UnicodeDecodeError, csv.Error):
+        names = next(csv.reader([_decoded(line[skip:]).rstrip("\r\n")], delimiter=_delimiter(file).decode()), [])
+    except csv.Error:
         names = []
-    if not names or len(set(names)) != len(names):
-        raise ConfigError(f"{file}: the first line must hold the column names, each once")
+    if not names or len(set(names)) != len(names) or any("\0" in n for n in names):
+        what = "it is empty; its" if not line else "the"
+        raise ConfigError(f"{file}: {what} first line must hold the column names, each once, in UTF-8")
     return names, len(line)
 
 
@@ -268,15 +271,12 @@ def _parse_jsonl(chunk: bytes, file: str, columns: Columns) -> dict[str, pa.Arra
     for line in chunk.split(b"\n"):
         if line in (b"", b"\r"):
             continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
+        row = _loads(line)
         if not isinstance(row, dict):
-            raise ConfigError(f"{file}: not one JSON object a line: {line[:60].decode('utf-8', 'replace')!r}")
+            raise _no_object(file, line)
         rows.append(row)
     arrays = {}
-    for source, _, kind in columns:
+    for source, _, kind in (c for c in columns if c[0]):
         values = [row.get(source) for row in rows]
         if pa.types.is_string(kind):
             # A lone surrogate is legal in JSON and nowhere else.
@@ -286,35 +286,44 @@ def _parse_jsonl(chunk: bytes, file: str, columns: Columns) -> dict[str, pa.Arra
             continue
         try:
             arrays[source] = pa.array(values, kind)
-        except pa.ArrowException as e:
+        except (pa.ArrowException, OverflowError) as e:
             raise _wrong_type(file, source, kind, str(e)) from None
     return arrays
 
 
+def _no_object(file: str, line: bytes) -> ConfigError:
+    return ConfigError(f"{file}: not one JSON object a line: {line[:60].decode('utf-8', 'replace')!r}")
+
+
 def read_schema(file: str, types: dict[str, str]) -> pa.Schema:
-    """Names and types of the columns; for text tables from their first block and `types` (of the configuration)."""
+    """Names and types of the columns, those of text tables by their first block; `types`: the configuration's."""
     try:
         with _open(file) as stream:
             if _format(file)[0] == "parquet":
-                return pq.ParquetFile(stream).schema_arrow
-            return _infer_schema(stream, file, types)
+                schema = pq.ParquetFile(stream).schema_arrow
+            else:
+                schema = _infer_schema(stream, file)
     except (pa.ArrowException, EOFError, OSError, zlib.error) as e:
         raise ConfigError(f"{file}: cannot be read as a table: {' '.join(str(e).split())[:300]}") from None
+    kinds = {"string": pa.string(), "int": pa.int64(), "float": pa.float64()}
+    for name, word in types.items():
+        if name not in schema.names:
+            raise ConfigError(f"ingest.columns.types: {file} has no column '{name}'; it has {', '.join(schema.names)}")
+        schema = schema.set(schema.names.index(name), pa.field(name, kinds[word]))
+    return schema
 
 
-def _infer_schema(stream: IO[bytes], file: str, types: dict[str, str]) -> pa.Schema:
+def _infer_schema(stream: IO[bytes], file: str) -> pa.Schema:
     fields: dict[str, pa.DataType] = {}
-    if _format(file)[0] == "jsonl":
+    if _format(file)[0] == "txt":
+        fields = {"url": pa.string()}
+    elif _format(file)[0] == "jsonl":
         chunk = next(_records(stream, file, 0, None, b""), (b"", None))[0]
         rows = [row for line in chunk.split(b"\n")[:10_000] if line.strip() and isinstance(row := _loads(line), dict)]
+        if not rows:
+            raise _no_object(file, chunk.split(b"\n", 1)[0])
         names = list(dict.fromkeys(name for row in rows for name in row))
-        for name in names:
-            values = [row.get(name) for row in rows]
-            kinds = {type(v) for v in values if v is not None}
-            fields[name] = (
-                pa.bool_() if kinds == {bool} else pa.int64() if kinds == {int} else
-                pa.float64() if kinds and kinds <= {int, float} else pa.string()
-            )  # fmt: skip
+        fields = {name: _json_type([row[name] for row in rows if row.get(name) is not None]) for name in names}
     else:
         header, first = _csv_header(stream, file)
         fields = {name: pa.string() for name in header}
@@ -322,18 +331,26 @@ def _infer_schema(stream: IO[bytes], file: str, types: dict[str, str]) -> pa.Sch
         if chunk:
             texts = _parse_csv(chunk, file, header, header)
             fields = {name: _text_type(_text_array(texts[name])) for name in header}
-    kinds_by_word = {"string": pa.string(), "int": pa.int64(), "float": pa.float64()}
-    for name, word in types.items():
-        if name not in fields:
-            raise ConfigError(f"ingest.columns.types: {file} has no column '{name}'; it has {', '.join(fields)}")
-        fields[name] = kinds_by_word[word]
     return pa.schema(list(fields.items()))
 
 
+def _json_type(values: list[Any]) -> pa.DataType:
+    kinds = {type(v) for v in values}
+    if kinds == {bool}:
+        return pa.bool_()
+    if not kinds or not kinds <= {int, float} or any(abs(v) >= 2**63 for v in values if isinstance(v, int)):
+        return pa.string()
+    return pa.int64() if kinds == {int} else pa.float64()
+
+
 def _loads(line: bytes) -> Any:
+    """The value of a line; None where it has none (or one so deep that the parser gives up)."""
     try:
-        return json.loads(line)
-    except ValueError:
+        try:
+            return json.loads(line)
+        except UnicodeDecodeError:
+            return json.loads(_decoded(line))
+    except (ValueError, RecursionError):
         return None
 
 
@@ -361,7 +378,7 @@ def kept_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _require(names: Sequence[str], columns: Columns, file: str) -> None:
-    missing = [source for source, _, _ in columns if source not in names]
+    missing = [source for source, _, _ in columns if source and source not in names]
     if missing:
         raise ConfigError(
             f"{file}: has no column {', '.join(missing)}, which the table's first file has; "
@@ -377,9 +394,12 @@ def _wrong_type(file: str, column: str, kind: pa.DataType, why: str) -> ConfigEr
 
 
 def _conform(found: dict[str, Any], columns: Columns, file: str) -> pa.RecordBatch:
-    """The columns in their types, all text valid UTF-8 (what is not becomes U+FFFD)."""
+    """The columns in their types, all text valid UTF-8 (see `_decoded` for what is not)."""
     arrays = []
     for source, _, kind in columns:
+        if not source:
+            arrays.append(pa.nulls(len(arrays[0]), kind))
+            continue
         array = found[source]
         if pa.types.is_dictionary(array.type):
             array = array.dictionary_decode()
@@ -404,7 +424,11 @@ def _text_array(array: pa.Array) -> pa.Array:
         return pa.array([None if v is None else _as_text(v) for v in array.to_pylist()], pa.string())
 
 
+def _decoded(value: bytes) -> str:
+    """UTF-8; what has none of it beyond ASCII is taken for Windows-1252, as browsers do (it covers Latin-1)."""
+    text = value.decode("utf-8", "replace")
+    return text if any(c > "\x7f" and c != "\ufffd" for c in text) else value.decode("cp1252", "replace")
+
+
 def _as_text(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return _decoded(value) if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False, default=str)

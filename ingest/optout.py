@@ -44,15 +44,17 @@ def robots_refusal(headers: Iterable[str], agents: Sequence[str], refused: Itera
     """
     ours = {a.lower() for a in agents} | {"*"}
     no = {d.lower() for d in refused}
-    for agent, directive in robots_directives(headers):
-        if directive in no and (agent is None or agent.split("/")[0] in ours):
-            return directive
+    for agent, directives in robots_directives(headers):
+        if agent is None or agent.split("/")[0] in ours:
+            for directive in re.split(r"[\s;\"']+", directives):  # not as specified, and yet no doubt what is meant
+                if directive in no:
+                    return directive
     return None
 
 
 def tdm_refusal(headers: Iterable[str]) -> bool:
     """Whether text and data mining is reserved: the header's value is 1."""
-    return any(h.strip() == "1" for h in headers)
+    return any(value.strip() == "1" for h in headers for value in h.split(","))
 
 
 def robots_txt_refuses(rules: Protego, url: str, agents: Sequence[str]) -> bool:

@@ -11,6 +11,7 @@ libjpeg-turbo itself (simplejpeg) for whole JPEGs, and torch's antialiased resiz
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -37,7 +38,12 @@ _MAY_MOVE = ("GIF", "PNG", "WEBP", "AVIF")  # the further pages of a TIFF or MPO
 LARGEST_PROFILE = 4 << 20
 LARGEST_JPEG = 1 << 29  # pixels that simplejpeg can count the bytes of
 QUICK_BYTES, QUICK_PIXELS = 2 << 20, 1 << 20
+LONGEST_SIDE: dict[EncodeFormat, int] = {"jpg": 65_500, "webp": 16_383, "png": (1 << 31) - 1}  # that a file can hold
 SMALL = 1 << 14  # pixels up to which Pillow resizes: a third of a millisecond at most
+
+_JPEG_END = b"\xff\xd9"
+# libjpeg's words for picture data that is missing or senseless. It goes on with grey, and Pillow with it.
+_JPEG_LOSSES = ("remature end", "bad Huffman code", "bad arithmetic code", "instead of RST")
 
 # Pillow's remarks on large or odd pictures; what is wrong with a picture is judged here. (At import, since the
 # filters are the whole process's: to set them for a call would not be safe in several threads.)
@@ -119,6 +125,19 @@ def decode(data: bytes, settings: PixelSettings) -> Decoded:
 
     A JPEG much larger than what is stored may come out at a half, quarter or eighth of its size.
     """
+    try:
+        return _decode(data, settings)
+    except Rejected as e:
+        rejected = e
+    # What browsers show: a PNG with damaged or overlong texts, or with such a profile, is whole all the same.
+    if data.startswith(_PNG) and rejected.code in ("not_an_image", "image_corrupt"):
+        for kept in (_PNG_DRAWN | {b"iCCP"}, _PNG_DRAWN):
+            with contextlib.suppress(Rejected):
+                return _decode(_png_chunks(data, kept), settings)._replace(kept_as=None)
+    raise rejected
+
+
+def _decode(data: bytes, settings: PixelSettings) -> Decoded:
     size = header_size(data)
     if size is not None:
         _check_size(size, settings.max_pixels)
@@ -138,6 +157,8 @@ def decode(data: bytes, settings: PixelSettings) -> Decoded:
         profile = image.info.get("icc_profile")
         kept_as = _kept_as(image, data, orientation, profile) if settings.reencode == "needed" else None
         if pixels is None:
+            if image.format == "PNG":
+                _mend_colour_key(image, data[24])
             pixels = np.array(to_rgb(image, settings.background, profile))
             original = (pixels.shape[1], pixels.shape[0])
             if image.format == "TIFF":  # turned already: Pillow does that while it loads
@@ -176,11 +197,19 @@ def _jpeg_pixels(data: bytes, image: Image.Image, settings: PixelSettings) -> np
     width, height = (-(-side // part) for side in image.size)
     # Into memory of the size that the header gave, so that no later header can ask for more.
     pixels = np.empty((height, width, 3), np.uint8)
-    try:
-        found = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, buffer=pixels)
-    except ValueError:  # damaged or cut, be it ever so little
-        return None
-    return pixels if found.shape == pixels.shape else None
+    complaint = ""
+    for ending in (b"", _JPEG_END):  # all that a file lacks may be its last two bytes
+        try:
+            found = simplejpeg.decode_jpeg(data + ending, "RGB", min_height=height, min_width=width, buffer=pixels)
+        except ValueError as e:  # a blemish, be it ever so little
+            complaint = str(e)
+            if _JPEG_LOSSES[0] not in complaint:
+                break
+        else:
+            return pixels if found.shape == pixels.shape else None
+    if any(loss in complaint for loss in _JPEG_LOSSES):
+        raise Rejected("image_truncated" if _JPEG_LOSSES[0] in complaint else "image_corrupt")
+    return None
 
 
 def _kept_as(image: Image.Image, data: bytes, orientation: int, profile: bytes | None) -> str | None:
@@ -213,12 +242,27 @@ def perceptual_hash(image: Image.Image) -> str:
     return np.packbits(low > np.median(low)).tobytes().hex()
 
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_DRAWN = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
+
+
+def _png_chunks(data: bytes, kept: set[bytes]) -> bytes:
+    """A PNG with its chunks of some kinds alone."""
+    parts, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        if data[at + 4 : at + 8] in kept:
+            parts.append(data[at:end])
+        at = end
+    return b"".join(parts)
+
+
 def header_size(data: bytes) -> tuple[int, int] | None:
     """Width and height from the header of a WebP or PNG, None for what is neither.
 
     These two are read here since Pillow's WebP reader allocates the canvas as soon as it opens a file.
     """
-    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
+    if data.startswith(_PNG) and data[12:16] == b"IHDR" and len(data) >= 24:
         return struct.unpack(">II", data[16:24])
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return None
@@ -244,18 +288,29 @@ def is_quick(data: bytes) -> bool:
     return size[0] * size[1] <= QUICK_PIXELS
 
 
+def _mend_colour_key(image: Image.Image, bits: int) -> None:
+    """Bring the one transparent colour of a PNG (tRNS) from its own bits to the 8 that Pillow decodes to."""
+    key = image.info.get("transparency")
+    if isinstance(key, int) and image.mode == "L":
+        image.info["transparency"] = (key & (2**bits - 1)) * 255 // (2**bits - 1)
+    elif isinstance(key, tuple) and bits == 16:
+        image.info["transparency"] = tuple(v >> 8 for v in key)
+
+
 def to_rgb(image: Image.Image, background: tuple[int, int, int], profile: bytes | None = None) -> Image.Image:
     """Any mode that Pillow decodes to RGB, 8 bits, sRGB, on a ground; raises Rejected (image_unsupported)."""
+    alpha = None
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image)
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
             raise Rejected("image_unsupported", "integers of more than 16 bits")
+        if isinstance(key := image.info.get("transparency"), int):
+            alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
         # (255 v + 32895) >> 16 is v / 257, rounded, for every v of 16 bits.
         image = Image.fromarray(((values.astype(np.int64) * 255 + 32895) >> 16).astype(np.uint8))
         profile = None
     if image.mode == "F":
         raise Rejected("image_unsupported", "floating point pixels")
-    alpha = None
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
@@ -338,7 +393,13 @@ def _scaled(pixels: np.ndarray, size: tuple[int, int], box: tuple[int, int, int,
 
 
 def encode(pixels: np.ndarray, settings: PixelSettings) -> bytes:
-    """The stored bytes of uint8 [H,W,3]: no metadata, 4:2:0 for JPEG as everywhere."""
+    """The stored bytes of uint8 [H,W,3]: no metadata, 4:2:0 for JPEG as everywhere.
+
+    Raises Rejected (image_too_large) where the format has no room for such a side.
+    """
+    height, width = pixels.shape[:2]
+    if max(height, width) > LONGEST_SIDE[settings.encode_format]:
+        raise Rejected("image_too_large", f"{width}x{height} pixels do not fit into a {settings.encode_format} file")
     if settings.encode_format == "jpg":
         return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), settings.quality, "RGB", "420")
     image, sink = Image.fromarray(pixels), io.BytesIO()

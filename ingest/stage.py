@@ -35,7 +35,7 @@ from shards.fingerprint import Fingerprint
 from shards.settings import ConfigError, StageError
 from shards.stage import Task
 
-VERSION = 3
+VERSION = 4
 PENDING = "pending.json"  # in the staging folder: the shards of a dataset that is being rewritten
 
 Split = Literal["train", "heldout"]
@@ -189,7 +189,8 @@ class IngestStage:
 
     def _plan(self) -> tables.Plan:
         wanted = [*self.config.keep_columns, *filters.needed_columns(self.config.filters)]
-        plan = tables.make_plan(self._table(), self.config.columns, wanted, statistics.LOOKED_AT)
+        captionless = self.config.empty_captions == "keep"
+        plan = tables.make_plan(self._table(), self.config.columns, wanted, statistics.LOOKED_AT, captionless)
         types = {}
         for f in self.config.filters:
             if f.column not in filters.DERIVED:

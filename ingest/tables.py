@@ -1,5 +1,7 @@
 """Tables of URLs and captions, streamed: parquet, CSV, TSV, JSON lines (all also .gz), a file, folder or glob.
 
+A .txt is a list of URLs, one a line, without captions.
+
 The planner walks through the tables once and cuts them into shards of `samples_per_shard` rows. As in
 img2dataset a shard never spans two files. What it hands to a worker is small: a file and a range of it
 (rows of a parquet file, bytes of a text file), and a digest of the rows, so that an edited table is seen.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import fsspec
@@ -24,7 +27,9 @@ from shards.settings import ConfigError, StageError
 # LAION-400M/5B, COYO and DataComp use URL/TEXT or url/text, Re-LAION and img2dataset's own sidecars url/caption,
 # laion-coco has a top_caption. Compared without regard to case, in this order.
 URL_NAMES = ("url", "image_url", "img_url")
-CAPTION_NAMES = ("caption", "text", "top_caption", "alt", "alt_text", "title")
+CAPTION_NAMES = ("caption", "text", "top_caption", "alt", "alt_text", "title", "txt")
+
+_TEXT = re.compile(r"\.txt(\.gz)?\Z", re.IGNORECASE)
 
 Keep = Callable[[pa.RecordBatch], np.ndarray]
 
@@ -61,37 +66,55 @@ class Plan:
 
 def list_files(table: str) -> list[str]:
     """The files of a table in a fixed order; raises ConfigError where there are none that can be read."""
-    fs, path = fsspec.core.url_to_fs(table)
-    if any(c in table for c in "*?["):
-        found = sorted(fs.glob(path))
-    elif fs.isdir(path):
-        found = sorted(p for p in fs.ls(path, detail=False) if FORMAT.search(p))
-    elif fs.exists(path):
-        found = [path]
-    else:
-        raise ConfigError(f"ingest.table: there is no file or folder '{table}'")
+    try:
+        fs, path = fsspec.core.url_to_fs(table)
+        there, folder = fs.exists(path), fs.isdir(path)
+        if any(c in table for c in "*?[") and not there:
+            found = sorted(p for p in fs.glob(path) if not _hidden(p))
+        elif folder:
+            found = sorted(p for p in fs.ls(path, detail=False) if FORMAT.search(p) and not _hidden(p))
+            # Where there are tables, texts beside them are notes.
+            found = [p for p in found if not _TEXT.search(p)] or found
+        elif there:
+            found = [path]
+        else:
+            raise ConfigError(f"ingest.table: there is no file or folder '{table}'")
+    except ConfigError:
+        raise
+    except Exception as e:  # each kind of store has its own
+        raise ConfigError(f"ingest.table: '{table}' cannot be opened: {' '.join(str(e).split())[:300]}") from None
     files = [str(fs.unstrip_protocol(p)) if "://" in table else str(p) for p in found]
     if not files:
         raise ConfigError(
-            f"ingest.table: nothing in '{table}' ends in .parquet, .csv, .tsv or .jsonl (or those with .gz)"
+            f"ingest.table: nothing in '{table}' ends in .parquet, .csv, .tsv or .jsonl (or those with .gz); "
+            "folders below are reached by a glob such as tables/**/*.parquet"
         )
     for file in files:
         if not FORMAT.search(file):
             raise ConfigError(
-                f"ingest.table: '{file}' ends in none of .parquet, .csv, .tsv, .jsonl, with or without .gz"
+                f"ingest.table: '{file}' ends in none of .parquet, .csv, .tsv, .jsonl, .txt, with or without .gz"
             )
     return files
 
 
-def make_plan(table: str, columns: ColumnsConfig, wanted: Sequence[str], welcome: Sequence[str] = ()) -> Plan:
+def _hidden(path: str) -> bool:
+    """Whether a file is a writer's own note, such as _metadata, or another program's: so all readers of tables."""
+    return path.rstrip("/").rpartition("/")[2].startswith((".", "_"))
+
+
+def make_plan(
+    table: str, columns: ColumnsConfig, wanted: Sequence[str], welcome: Sequence[str] = (), captionless: bool = False
+) -> Plan:
     """Find the URL, caption and `wanted` columns; raises ConfigError naming the columns that there are.
 
-    welcome: columns that are read where the table has them, in any case.
+    welcome: columns that are read where the table has them, in any case. captionless: captions may be absent.
     """
     files = list_files(table)
     schema = read_schema(files[0], dict(columns.types))
     url = _find(schema, columns.url, URL_NAMES, "url", files[0])
-    caption = _find(schema, columns.caption, CAPTION_NAMES, "caption", files[0])
+    names = {n.lower() for n in schema.names}
+    absent = captionless and columns.caption is None and names.isdisjoint(CAPTION_NAMES)
+    caption = "" if absent else _find(schema, columns.caption, CAPTION_NAMES, "caption", files[0])
     chosen = [(url, "url", pa.string()), (caption, "caption", pa.string())]
     for name in dict.fromkeys(wanted):
         if name.lower() in ("url", "caption"):
@@ -101,7 +124,7 @@ def make_plan(table: str, columns: ColumnsConfig, wanted: Sequence[str], welcome
             chosen.append((column, column, kept_type(schema.field(column).type)))
     taken = {source for source, _, _ in chosen}
     for column in schema.names:
-        if column not in taken and column.lower() in welcome:
+        if column not in taken and column.lower() in welcome and schema.names.count(column) == 1:
             chosen.append((column, column, kept_type(schema.field(column).type)))
     return Plan(tuple(files), tuple(chosen))
 
@@ -156,13 +179,17 @@ def _find(schema: pa.Schema, given: str | None, names: Sequence[str], what: str,
     for name in names:
         for column in schema.names:
             if column.lower() == name:
-                return str(column)
+                return _named(schema, column, f"the {what} is read from the column '{column}'", file)
+    or_not = " (or ingest.empty_captions to keep, to do without)" if what == "caption" else ""
     raise ConfigError(
-        f"{file}: no column is known to hold the {what}; set ingest.columns.{what} to one of {', '.join(schema.names)}"
+        f"{file}: no column is known to hold the {what}; "
+        f"set ingest.columns.{what} to one of {', '.join(schema.names)}{or_not}"
     )
 
 
 def _named(schema: pa.Schema, name: str, saying: str, file: str) -> str:
+    if schema.names.count(name) > 1:
+        raise ConfigError(f"{saying}, which {file} has {schema.names.count(name)} times; leave one of them")
     if name in schema.names:
         return name
     near = [c for c in schema.names if c.lower() == name.lower()]

@@ -184,8 +184,36 @@ def test_bodies_are_bounded(site: Site) -> None:
     assert fetch(site.add("/deflate", zlib.compress(body), Content_Encoding="deflate")) == body
     assert fetch(site.add("/half", gzip.compress(body)[:-9], Content_Encoding="gzip")) == "body_truncated"
     assert fetch(site.add("/noise", b"noise", Content_Encoding="gzip")) == "http_malformed"
-    assert fetch(site.add("/br", body, Content_Encoding="br")) == "encoding_unsupported"
+    raw = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    assert fetch(site.add("/raw", raw.compress(body) + raw.flush(), Content_Encoding="deflate")) == body
+    members = gzip.compress(body[:99]) + gzip.compress(body[99:]) + bytes(64)
+    assert fetch(site.add("/members", members, Content_Encoding="gzip")) == body
+    assert fetch(site.url("/members"), max_bytes=len(body) - 1) == "body_too_large"
+    for name in ("br", "zstd", "gzip, gzip"):
+        assert fetch(site.add("/other", body, Content_Encoding=name)) == "encoding_unsupported"
+    for name in ("identity", "none", "utf-8"):
+        assert fetch(site.add("/none", body, Content_Encoding=name)) == body
     assert fetch(site.add("/empty", b"")) == "body_empty"
+
+
+def test_wordy_and_odd_headers_lose_no_picture(site: Site) -> None:
+    headers = {
+        "long": b"Content-Security-Policy: " + b"a" * 30_000,
+        "many": b"\r\n".join(b"X-%d: 1" % i for i in range(500)),
+        "latin": b"X-Name: caf\xe9",
+        "cookie": b'Set-Cookie: "\xff;;;=',
+        "before": b"X: 1",
+    }
+    for name, header in headers.items():
+        early = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * (name == "before")
+        site.raw[f"/{name}"] = early + b"HTTP/1.1 203 OK\r\n" + header + b"\r\nContent-Length: 1\r\n\r\nx"
+    assert fetch(*(site.raw_url(f"/{n}") for n in headers)) == [b"x"] * len(headers)
+    site.raw["/bomb"] = b"HTTP/1.1 200 OK\r\nX: " + b"a" * 5_000_000 + b"\r\n\r\n"
+    for i, after in enumerate(("²", "soon", "-5", "0.1", "9" * 30, "Wed, 99 Foo 2015 99:99:99 GMT")):
+        site.raw[f"/{i}"] = f"HTTP/1.1 429 No\r\nRetry-After: {after}\r\nContent-Length: 0\r\n\r\n".encode()
+    # One that the client cannot make out does not end the others.
+    found = fetch(site.raw_url("/bomb"), *(site.raw_url(f"/{i}") for i in range(6)), site.raw_url("/long"))
+    assert found == ["http_malformed", *["http_rate_limited"] * 6, b"x"]
 
 
 def test_broken_and_slow_servers(site: Site) -> None:
@@ -432,8 +460,17 @@ def test_robots_txt_is_respected_where_switched_on(site: Site) -> None:
     assert fetch(*urls, opt_out=on) == [body] * 3
     site.add("/robots.txt", b"", 503)  # unreachable forbids it, for now
     assert fetch(*urls, opt_out=on) == ["host_unavailable"] * 3
-    site.add("/robots.txt", b"x" * (600 << 10))
-    assert fetch(*urls, opt_out=on) == ["robots_txt"] * 3
+    # Of a long one the first 500 KiB and more are read (RFC 9309, 2.5).
+    rules = b"User-agent: *\nDisallow: /private\n"
+    site.add("/robots.txt", b"#" * (499 << 10) + b"\n" + rules + b"#" * (90 << 10) + b"\nDisallow: /\n")
+    assert fetch(*urls, opt_out=on) == [body, "robots_txt", body]
+    site.add("/robots.txt", b"\xef\xbb\xbf" + rules.replace(b"\n", b"\r\n"))
+    assert fetch(*urls, opt_out=on) == [body, "robots_txt", body]
+    site.add("/robots.txt", b"", 302, Location="/elsewhere")
+    site.add("/elsewhere", rules)
+    assert fetch(*urls, opt_out=on) == [body, "robots_txt", body]
+    site.raw["/robots.txt"] = b"no HTTP at all"  # there is one, and nobody can say what it forbids
+    assert fetch(site.raw_url("/a.png"), opt_out=on) == "http_malformed"
     # A redirect leads to what the other host's file forbids.
     site.add("/robots.txt", b"User-agent: *\nDisallow: /private\n")
     assert fetch(site.add("/hop", b"", 302, Location="/private/b.png"), opt_out=on) == "robots_txt"

@@ -83,12 +83,47 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert np.abs(found.astype(float) - rows.astype(float) / 257).max() <= 1.0
 
 
-def png_of(width: int, height: int, bits: int, colour: int, raw: bytes) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+
+def png_of(width: int, height: int, bits: int, colour: int, raw: bytes, more: bytes = b"") -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + more + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_the_transparent_colour_of_a_png_is_told_in_its_own_bits(bits: int) -> None:
+    values = np.arange(min(2**bits, 16)) * (4000 if bits == 16 else 1)
+    digits = "".join(format(v, f"0{bits}b") for v in values)
+    raw = b"\0" + int(digits + "0" * (-len(digits) % 8), 2).to_bytes(-(-len(digits) // 8), "big")
+    for key in (int(values[0]), int(values[-1])):
+        expected = np.rint(values * (255 / (2**bits - 1)))
+        expected[values == key] = 7
+        data = png_of(len(values), 1, bits, 0, raw, chunk(b"tRNS", struct.pack(">H", key)))
+        assert stored(data, background=(7, 7, 7))[0, :, 0].tolist() == expected.tolist(), key
+    if bits == 16:
+        raw = b"\0" + np.repeat(values, 3).astype(">u2").tobytes()
+        data = png_of(len(values), 1, 16, 2, raw, chunk(b"tRNS", struct.pack(">HHH", *[int(values[2])] * 3)))
+        found = stored(data, background=(7, 7, 7))[0, :, 0].astype(int)
+        expected = np.rint(values / 257)
+        expected[2] = 7
+        assert np.abs(found - expected).max() <= 1
+
+
+def test_a_png_is_not_lost_over_its_texts() -> None:
+    """As libpng has it, and with it the browsers: what is damaged or overlong beside the picture is overlooked."""
+    data = encoded(smooth(), "PNG")
+    damaged = chunk(b"tEXt", b"key\0value")[:-1] + b"?"
+    long = chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"{}" * 1_000_000))
+    bomb = chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(50_000_000)))
+    profile = encoded(smooth(), "PNG", icc_profile=swapped_profile())
+    keep = dataclasses.replace(PLAIN, reencode="needed")
+    for beside in (damaged, long, bomb):
+        odd = data[:33] + beside + data[33:]
+        assert np.array_equal(stored(odd), np.asarray(smooth()))
+        assert process(odd, keep).data != odd  # stored anew, for readers that are stricter
+    assert np.array_equal(stored(profile[:33] + long + profile[33:]), stored(profile))
 
 
 def test_alpha_lies_on_the_ground() -> None:
@@ -408,6 +443,32 @@ def test_a_jpeg_with_a_blemish_is_decoded_by_pillow() -> None:
     with pytest.raises(ValueError, match="extraneous"):
         simplejpeg.decode_jpeg(blemished)
     assert np.array_equal(stored(blemished), np.asarray(Image.open(io.BytesIO(data))))
+
+
+def test_a_jpeg_that_lacks_its_end_alone_is_whole_and_one_that_lacks_more_is_not() -> None:
+    data = encoded(smooth("RGB", (64, 48)), "JPEG", quality=95)
+    whole = np.asarray(Image.open(io.BytesIO(data)))
+    for short in (data[:-1], data[:-2], data + b"and more"):
+        assert np.array_equal(stored(short), whole)
+    size = struct.pack(">HH", 48, 64)
+    lossy = data[: len(data) // 2] + data[-2:]  # an end, but half of the picture: Pillow shows grey
+    for short in (data[:-5], lossy, data.replace(size, struct.pack(">HH", 480, 640), 1)):
+        assert short.count(size) <= 1
+        with pytest.raises(Rejected) as caught:
+            process(short, PLAIN)
+        assert caught.value.code in ("image_truncated", "image_corrupt")
+    assert Image.open(io.BytesIO(lossy)).convert("RGB").size == (64, 48)
+
+
+@pytest.mark.parametrize(("fmt", "side"), [("jpg", 65_500), ("webp", 16_383), ("png", 70_000)])
+def test_what_a_format_cannot_hold_is_refused(fmt: Any, side: int) -> None:
+    settings = dataclasses.replace(PLAIN, encode_format=fmt, quality=9)
+    made = process(encoded(Image.new("RGB", (side, 1)), "PNG"), settings)
+    assert (made.width, made.height) == (side, 1)
+    assert Image.open(io.BytesIO(made.data)).size == (side, 1)
+    if fmt != "png":
+        with pytest.raises(Rejected, match="image_too_large"):
+            process(encoded(Image.new("RGB", (1, side + 1)), "PNG"), settings)
 
 
 def test_header_sizes() -> None:

@@ -166,31 +166,86 @@ def test_folders_globs_and_dirty_values(tmp_path: Path) -> None:
             pa.table(
                 {
                     "url": pa.array([f"{name}{i}" for i in range(5)]).dictionary_encode(),
-                    "caption": pa.array([f"x{i}".encode() + b"\xff" * (i == 2) for i in range(5)], pa.binary()),
+                    "caption": pa.array(
+                        [f"x{i}".encode() + (b"\xc3\xa9\xff", b"\xe9")[i % 2] * (i > 1) for i in range(5)], pa.binary()
+                    ),
                     "tags": [["p", "q"], None, [], ["r"], ["s"]],
                     "width": pa.array([1, 2, None, 4, 5], pa.int32()),
                 }
             ),
             tmp_path / f"{name}.parquet",
         )
-    (tmp_path / "notes.txt").write_text("not a table")
+    for name in ("notes.txt", "_metadata.parquet", "._a.parquet"):
+        (tmp_path / name).write_text("not a table")
     for table in (str(tmp_path), str(tmp_path / "*.parquet")):
         plan = make_plan(table, ColumnsConfig(), ["tags", "WIDTH"])
         parts = [read_range(plan, r) for r in shard_ranges(plan, 3)]
         assert [p.num_rows for p in parts] == [3, 2, 3, 2]  # no shard spans two files
         assert parts[0].to_pydict() == {
             "url": ["a0", "a1", "a2"],
-            "caption": ["x0", "x1", "x2\ufffd"],
+            "caption": ["x0", "x1", "x2é\ufffd"],
             "tags": ['["p", "q"]', None, "[]"],
             "width": [1, 2, None],
         }
+        assert parts[1]["caption"].to_pylist() == ["x3é", "x4é\ufffd"]  # no UTF-8 at all: Windows-1252
+
+
+def rows_read(table: Path, columns: dict[str, Any] | None = None, wanted: Any = (), **more: Any) -> list[Any]:
+    plan = make_plan(str(table), ColumnsConfig.model_validate(columns or {}), wanted, **more)
+    return [row for place in shard_ranges(plan, 2) for row in read_range(plan, place).to_pylist()]
+
+
+def test_lists_of_urls_and_tables_without_captions(tmp_path: Path) -> None:
+    urls = [f"http://host/{i} a" for i in range(5)]
+    (tmp_path / "list.txt").write_text("\n".join(urls[:3]) + "\r\n\n" + "\n".join(urls[3:]))
+    (tmp_path / "list.txt.gz").write_bytes(gzip.compress("\n".join(urls).encode()))
+    (tmp_path / "t.csv").write_text("url\n" + "\n".join(urls))
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"url": u}) + "\n" for u in urls))
+    pq.write_table(pa.table({"url": urls}), tmp_path / "t.parquet")
+    for name in ("list.txt", "list.txt.gz", "t.csv", "t.jsonl", "t.parquet"):
+        assert rows_read(tmp_path / name, captionless=True) == [{"url": u, "caption": None} for u in urls], name
+
+
+def test_odd_columns_and_names_of_files(tmp_path: Path) -> None:
+    twice = pa.table([["a"], ["b"], ["c"], [1], [2]], ["url", "caption", "caption", "width", "width"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(ConfigError, match=r"'caption', which .* has 2 times"):
+        rows_read(tmp_path / "twice.parquet")
+    pq.write_table(twice.select([0, 1, 3, 4]), tmp_path / "sizes.parquet")
+    assert rows_read(tmp_path / "sizes.parquet", welcome=("width",)) == [{"url": "a", "caption": "b"}]
+    name = tmp_path / "part [1]*.jsonl"
+    name.write_text('{"url":"a","caption":"b","n":1}\n{"url":"a","caption":"b","n":99999999999999999999}\n')
+    assert [r["n"] for r in rows_read(name, wanted=["n"])] == ["1", "99999999999999999999"]
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes("url,caption,prénom\nhttp://a/1,café,x\n".encode("latin-1"))
+    assert rows_read(latin, wanted=["prénom"]) == [{"url": "http://a/1", "caption": "café", "prénom": "x"}]
+    folder = tmp_path / "kinds"
+    folder.mkdir()
+    for i, values in enumerate([[1, 2], [1.5, 2.5]]):
+        pq.write_table(pa.table({"url": ["a", "b"], "caption": ["c", "d"], "n": values}), folder / f"{i}.parquet")
+    with pytest.raises(ConfigError, match=r"1\.parquet: column 'n' is not int64 .* set its type"):
+        rows_read(folder, wanted=["n"])
+    assert [r["n"] for r in rows_read(folder, {"types": {"n": "float"}}, ["n"])] == [1.0, 2.0, 1.5, 2.5]
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        make_plan("nosuch://bucket/t.csv", ColumnsConfig(), [])
 
 
 @pytest.mark.parametrize(
     ("files", "columns", "wanted", "sentence"),
     [
         ({}, {}, [], "there is no file or folder"),
-        ({"t.txt": "x"}, {}, [], "ends in none of"),
+        ({"t.json": "{}"}, {}, [], "ends in none of"),
+        ({"t.txt": "http://a"}, {}, [], "empty_captions to keep"),
+        ({"t.csv": ""}, {}, [], "t.csv: it is empty"),
+        ({"t.csv": "u\0r\0l\0,\0"}, {}, [], "in UTF-8"),
+        ({"t.jsonl": "[" * 100_000}, {}, [], "not one JSON object a line"),
+        (
+            {"t.jsonl": '{"url":"a","caption":"b","n":1}\n' + '{"n":99999999999999999999}\n'},
+            {"types": {"n": "int"}},
+            ["n"],
+            "not int64",
+        ),
+        ({"t.jsonl": '{"url":"a","caption":"b"}\n{"url":"a","capt'}, {}, [], "not one JSON object a line"),
         ({"t.csv": "link,caption\n"}, {}, [], "set ingest.columns.url to one of link, caption"),
         ({"t.csv": "url,words\n"}, {}, [], "set ingest.columns.caption to one of url, words"),
         ({"t.csv": "url,caption\n"}, {"url": "uri"}, [], "ingest.columns.url is 'uri', which .* url, caption"),
