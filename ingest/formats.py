@@ -31,7 +31,7 @@ FORMAT = re.compile(r"\.(parquet|csv|tsv|jsonl|ndjson|txt)(\.gz)?\Z", re.IGNOREC
 
 # (name in the file, name from here on, type from here on) of each column that is read. Without a name in the file it
 # is null throughout.
-Columns = tuple[tuple[str, str, pa.DataType], ...]
+Columns = tuple[tuple[str | None, str, pa.DataType], ...]
 
 
 def schema_of(columns: Columns) -> pa.Schema:
@@ -115,7 +115,7 @@ def _parquet_batches(
     if not groups:
         return
     position = int(group_ends[first - 1]) if first else 0
-    names = [source for source, _, _ in columns if source]
+    names = [source for source, _, _ in columns if source is not None]
     for batch in reader.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False):
         low, high = max(start - position, 0), batch.num_rows if stop is None else min(batch.num_rows, stop - position)
         if high > low:
@@ -138,7 +138,7 @@ def _text_batches(
         _require(header, columns, file)
     for chunk, ends in _records(stream, file, start, stop, delimiter):
         if delimiter:
-            arrays = _parse_csv(chunk, file, header, [source for source, _, _ in columns if source])
+            arrays = _parse_csv(chunk, file, header, [source for source, _, _ in columns if source is not None])
         elif _format(file)[0] == "txt":
             arrays = {"url": pa.array([u for line in chunk.split(b"\n") if (u := line.rstrip(b"\r"))], pa.binary())}
         else:
@@ -276,7 +276,9 @@ def _parse_jsonl(chunk: bytes, file: str, columns: Columns) -> dict[str, pa.Arra
             raise _no_object(file, line)
         rows.append(row)
     arrays = {}
-    for source, _, kind in (c for c in columns if c[0]):
+    for source, _, kind in columns:
+        if source is None:
+            continue
         values = [row.get(source) for row in rows]
         if pa.types.is_string(kind):
             # A lone surrogate is legal in JSON and nowhere else.
@@ -378,7 +380,7 @@ def kept_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _require(names: Sequence[str], columns: Columns, file: str) -> None:
-    missing = [source for source, _, _ in columns if source and source not in names]
+    missing = [source for source, _, _ in columns if source is not None and source not in names]
     if missing:
         raise ConfigError(
             f"{file}: has no column {', '.join(missing)}, which the table's first file has; "
@@ -397,7 +399,7 @@ def _conform(found: dict[str, Any], columns: Columns, file: str) -> pa.RecordBat
     """The columns in their types, all text valid UTF-8 (see `_decoded` for what is not)."""
     arrays = []
     for source, _, kind in columns:
-        if not source:
+        if source is None:
             arrays.append(pa.nulls(len(arrays[0]), kind))
             continue
         array = found[source]

@@ -23,6 +23,7 @@ from ingest.work import Outcome
 from shards import storage
 from shards.images import pack_tar
 from shards.layout import sample_key, shard_name
+from shards.settings import ConfigError
 
 _IMG2DATASET = [
     ("caption", pa.string()),
@@ -102,7 +103,7 @@ def new_sidecar(
     cleaned: list[str],
 ) -> Sidecar:
     """The rows of a shard from the table's; raw and cleaned: their captions."""
-    kept = _kept_columns(plan, config.keep_columns)
+    kept = kept_columns(plan, config.keep_columns)
     columns: dict[str, list[Any]] = {kept_as: rows[name].to_pylist() for name, kept_as in kept.items()}
     columns["caption"] = list(cleaned)
     columns["url"] = rows["url"].to_pylist()
@@ -132,7 +133,18 @@ def read_back(root: str, index: int) -> tuple[Sidecar, list[Outcome]]:
     return Sidecar({n: values[n] for n in (*_ROW, *(n for n, _ in kept))}, kept), outcomes
 
 
-def _kept_columns(plan: tables.Plan, keep: Iterable[str]) -> dict[str, str]:
-    """The plan's names of the kept columns and their names in the sidecar: `source_width` for a `width`."""
-    names = [n for n in (tables.resolve(plan, k) for k in keep) if n is not None and n not in ("url", "caption")]
-    return {n: f"source_{n}" if n in RESERVED else n for n in dict.fromkeys(names)}
+def kept_columns(plan: tables.Plan, keep: Iterable[str]) -> dict[str, str]:
+    """The plan's names of the kept columns and their names in the sidecar: `source_width` for a `width`.
+
+    Raises ConfigError where two of them would have one name.
+    """
+    found = (tables.resolve(plan, k) for k in keep)
+    names = dict.fromkeys(n for n in found if n is not None and n not in ("url", "caption"))
+    kept = {n: f"source_{n}" if n in RESERVED else n for n in names}
+    for name, kept_as in kept.items():
+        if name != kept_as and kept_as in kept:
+            raise ConfigError(
+                f"ingest.keep_columns: '{name}' is kept as '{kept_as}', and the table has a column of that name too; "
+                "keep one of them"
+            )
+    return kept

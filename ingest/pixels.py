@@ -41,6 +41,8 @@ QUICK_BYTES, QUICK_PIXELS = 2 << 20, 1 << 20
 LONGEST_SIDE: dict[EncodeFormat, int] = {"jpg": 65_500, "webp": 16_383, "png": (1 << 31) - 1}  # that a file can hold
 SMALL = 1 << 14  # pixels up to which Pillow resizes: a third of a millisecond at most
 
+MOST_SCANS = 500  # of a JPEG: each goes over the whole picture, and may take a hundred bytes
+_JPEG_SCAN = b"\xff\xda"
 _JPEG_END = b"\xff\xd9"
 # libjpeg's words for picture data that is missing or senseless. It goes on with grey, and Pillow with it.
 _JPEG_LOSSES = ("remature end", "bad Huffman code", "bad arithmetic code", "instead of RST")
@@ -188,6 +190,8 @@ def _jpeg_pixels(data: bytes, image: Image.Image, settings: PixelSettings) -> np
     """
     if image.format not in ("JPEG", "MPO") or math.prod(image.size) > LARGEST_JPEG:
         return None
+    if data.count(_JPEG_SCAN) > MOST_SCANS:
+        raise Rejected("image_corrupt", f"more than {MOST_SCANS} scans")
     if image.mode != "RGB" and (image.mode != "L" or image.info.get("icc_profile")):
         return None
     wanted = target_size(*image.size, settings)

@@ -25,7 +25,7 @@ from ingest.duplicates import find_duplicates
 from ingest.errors import ERRORS, EXCLUSION_STATUS
 from ingest.img2dataset_engine import Img2datasetCrew
 from ingest.img2dataset_engine import require as require_img2dataset
-from ingest.packing import new_sidecar
+from ingest.packing import kept_columns, new_sidecar
 from ingest.statistics import COUNTED, sum_counts
 from ingest.takedown import TakenDown
 from ingest.work import Crew, Outcome
@@ -196,6 +196,7 @@ class IngestStage:
             if f.column not in filters.DERIVED:
                 types[f.column] = plan.schema.field(tables.resolve(plan, f.column)).type
         filters.check_types(self.config.filters, types)
+        kept_columns(plan, self.config.keep_columns)
         return plan
 
     def _keep(self) -> tables.Keep | None:

@@ -114,8 +114,8 @@ def make_plan(
     url = _find(schema, columns.url, URL_NAMES, "url", files[0])
     names = {n.lower() for n in schema.names}
     absent = captionless and columns.caption is None and names.isdisjoint(CAPTION_NAMES)
-    caption = "" if absent else _find(schema, columns.caption, CAPTION_NAMES, "caption", files[0])
-    chosen = [(url, "url", pa.string()), (caption, "caption", pa.string())]
+    caption = None if absent else _find(schema, columns.caption, CAPTION_NAMES, "caption", files[0])
+    chosen: list[tuple[str | None, str, pa.DataType]] = [(url, "url", pa.string()), (caption, "caption", pa.string())]
     for name in dict.fromkeys(wanted):
         if name.lower() in ("url", "caption"):
             continue
@@ -136,8 +136,8 @@ def resolve(plan: Plan, name: str) -> str | None:
     """
     if name.lower() in ("url", "caption"):
         return name.lower()
-    exact = {source: target for source, target, _ in plan.columns}
-    lower = {source.lower(): target for source, target, _ in plan.columns}
+    exact = {source: target for source, target, _ in plan.columns if source is not None}
+    lower = {source.lower(): target for source, target in exact.items()}
     return exact.get(name) or lower.get(name.lower())
 
 

@@ -460,6 +460,14 @@ def test_a_jpeg_that_lacks_its_end_alone_is_whole_and_one_that_lacks_more_is_not
     assert Image.open(io.BytesIO(lossy)).convert("RGB").size == (64, 48)
 
 
+def test_a_jpeg_of_endless_scans_is_refused() -> None:
+    data = encoded(smooth("RGB", (64, 48)), "JPEG", quality=95, progressive=True)
+    last = data.rindex(b"\xff\xda")
+    bomb = data[:-2] + data[last:-2] * 2000 + data[-2:]
+    with pytest.raises(Rejected, match="image_corrupt"):
+        process(bomb, PLAIN)
+
+
 @pytest.mark.parametrize(("fmt", "side"), [("jpg", 65_500), ("webp", 16_383), ("png", 70_000)])
 def test_what_a_format_cannot_hold_is_refused(fmt: Any, side: int) -> None:
     settings = dataclasses.replace(PLAIN, encode_format=fmt, quality=9)

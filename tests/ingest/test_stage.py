@@ -262,6 +262,17 @@ def test_an_edited_table_and_changed_settings_are_seen(site: Site, tmp_path: Pat
     assert [shard_state(stage.root, t).state for t in faster.tasks()] == ["done", "input_changed", "done"]
 
 
+def test_kept_columns_never_share_a_name(site: Site, tmp_path: Path) -> None:
+    rows = {"url": [site.add("/a.png", picture(0))], "caption": ["a"], "width": [1], "source_width": [2], "key": ["k"]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    with pytest.raises(ConfigError, match="'width' is kept as 'source_width'"):
+        IngestStage(make_config(tmp_path / "t.parquet", keep_columns=["width", "source_width"]), "").check()
+    stage = IngestStage(make_config(tmp_path / "t.parquet", keep_columns=["WIDTH", "key"]), str(tmp_path / "images"))
+    run(stage)
+    (row,) = pq.read_table(tmp_path / "images" / "00000.parquet").to_pylist()
+    assert (row["source_width"], row["source_key"], row["width"], row["key"]) == (1, "k", 32, "000000")
+
+
 def test_accounts_that_do_not_hold_are_an_error(site: Site, tmp_path: Path) -> None:
     table = dirty_table(site, tmp_path)
     stage = IngestStage(make_config(table), str(tmp_path / "images"))
