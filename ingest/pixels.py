@@ -143,6 +143,8 @@ def _decode(data: bytes, settings: PixelSettings) -> Decoded:
     size = header_size(data)
     if size is not None:
         _check_size(size, settings.max_pixels)
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses twice that by itself
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, settings.max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=_OPENABLE)
         original = image.size
@@ -312,7 +314,6 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int], profile: bytes 
             alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
         # (255 v + 32895) >> 16 is v / 257, rounded, for every v of 16 bits.
         image = Image.fromarray(((values.astype(np.int64) * 255 + 32895) >> 16).astype(np.uint8))
-        profile = None
     if image.mode == "F":
         raise Rejected("image_unsupported", "floating point pixels")
     if image.has_transparency_data:

@@ -169,6 +169,30 @@ def test_profiles_and_cmyk_come_out_as_srgb() -> None:
     assert np.abs(stored(data).astype(int) - np.asarray(smooth())).mean() < 4
 
 
+def grey_profile(gamma: float) -> bytes:
+    """The least that is a grey display profile by ICC.1:2001: a white point and one curve."""
+    texts = b"desc" + bytes(4) + struct.pack(">I", 5) + b"grey\0" + bytes(78), b"text" + bytes(4) + b"none\0" + bytes(3)
+    white = b"XYZ " + bytes(4) + struct.pack(">iii", 63190, 65536, 54061)  # D50
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    tags, table, at = (texts[0] + bytes(-len(texts[0]) % 4), texts[1], white, curve), b"", 128 + 4 + 4 * 12
+    for name, tag in zip((b"desc", b"cprt", b"wtpt", b"kTRC"), tags, strict=True):
+        table += name + struct.pack(">II", at, len(tag))
+        at += len(tag)
+    head = struct.pack(">I4sI4s4s4s", at, b"none", 0x02400000, b"mntr", b"GRAY", b"XYZ ") + bytes(12) + b"acsp"
+    head += bytes(28) + struct.pack(">iii", 63190, 65536, 54061)
+    return head + bytes(128 - len(head)) + struct.pack(">I", 4) + table + b"".join(tags)
+
+
+def test_a_grey_profile_is_applied_whatever_the_bits() -> None:
+    linear = np.linspace(0, 1, 256) ** 1.8
+    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)  # IEC 61966-2-1
+    for values in (np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint16) * 257):
+        data = encoded(Image.fromarray(values[None]), "PNG", icc_profile=grey_profile(1.8))
+        found = stored(data)[0].astype(int)
+        assert np.abs(found - 255 * srgb[:, None]).max() <= 2
+        assert (found == found[:, :1]).all()
+
+
 def swapped_profile() -> bytes:
     """sRGB with the primaries of red and green exchanged in the tag table: a profile whose effect is known."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
