@@ -183,6 +183,12 @@ def test_addresses_and_telephone_numbers_can_be_taken_out(raw: str, clean: str) 
     assert captions.clean(raw, captions.DEFAULT_STEPS) == " ".join(raw.split())
 
 
+def test_a_caption_of_megabytes_takes_no_square_of_its_length() -> None:
+    long = "a" * 500_000
+    assert captions.clean(f"{long} @ é", ("mojibake", "nfc", "emails", "telephones", "whitespace")) == f"{long} @ é"
+    assert captions.emails(f"{long} jane@example.org") == f"{long} "
+
+
 def test_a_similarity_that_cannot_be_is_missing() -> None:
     column = "SIMILARITY"
     assert passes(0.3, column, min=0.28)
