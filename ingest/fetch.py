@@ -34,7 +34,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _COMPRESSIONS = ("gzip", "deflate", "br", "zstd", "compress", "dcb", "dcz", "lzma", "xz", "bzip", "exi", "pack200")
 _FORBIDDEN = (401, 402, 403, 407, 451)
 _CHUNK = 1 << 18
-_HEADER_BYTES, _HEADERS = 1 << 16, 1000  # the client's own limits, 8190 and 128, lose pictures of wordy servers
+_HEADER_BYTES, _HEADERS = 1 << 15, 256  # the client's own limits, 8190 and 128, lose pictures of wordy servers
 
 # Failures that are the host's rather than the picture's.
 _HOST_FAULTS = frozenset(

@@ -43,6 +43,7 @@ SMALL = 1 << 14  # pixels up to which Pillow resizes: a third of a millisecond a
 
 MOST_SCANS = 500  # of a JPEG: each goes over the whole picture, and may take a hundred bytes
 _JPEG_SCAN = b"\xff\xda"
+_JPEG_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 _JPEG_END = b"\xff\xd9"
 # libjpeg's words for picture data that is missing or senseless. It goes on with grey, and Pillow with it.
 _JPEG_LOSSES = ("remature end", "bad Huffman code", "bad arithmetic code", "instead of RST")
@@ -194,25 +195,26 @@ def _jpeg_pixels(data: bytes, image: Image.Image, settings: PixelSettings) -> np
         return None
     if data.count(_JPEG_SCAN) > MOST_SCANS:
         raise Rejected("image_corrupt", f"more than {MOST_SCANS} scans")
-    if image.mode != "RGB" and (image.mode != "L" or image.info.get("icc_profile")):
+    if image.mode not in _JPEG_SPACES:
         return None
-    wanted = target_size(*image.size, settings)
-    margin = _MARGIN[settings.downscale_filter]
+    wanted, margin = target_size(*image.size, settings), _MARGIN[settings.downscale_filter]
     room = min(have / (margin * want) for have, want in zip(image.size, wanted, strict=True))
-    part = next((f for f in (8, 4, 2) if f <= room), 1)
+    space, part = "RGB", next((f for f in (8, 4, 2) if f <= room), 1)
+    if image.mode == "CMYK" or (image.mode == "L" and image.info.get("icc_profile")):
+        space, part = _JPEG_SPACES[image.mode], 8  # Pillow's to decode; here it is only seen whether all of it is there
     width, height = (-(-side // part) for side in image.size)
     # Into memory of the size that the header gave, so that no later header can ask for more.
-    pixels = np.empty((height, width, 3), np.uint8)
+    pixels = np.empty((height, width, {"RGB": 3, "CMYK": 4, "GRAY": 1}[space]), np.uint8)
     complaint = ""
     for ending in (b"", _JPEG_END):  # all that a file lacks may be its last two bytes
         try:
-            found = simplejpeg.decode_jpeg(data + ending, "RGB", min_height=height, min_width=width, buffer=pixels)
+            found = simplejpeg.decode_jpeg(data + ending, space, min_height=height, min_width=width, buffer=pixels)
         except ValueError as e:  # a blemish, be it ever so little
             complaint = str(e)
             if _JPEG_LOSSES[0] not in complaint:
                 break
         else:
-            return pixels if found.shape == pixels.shape else None
+            return pixels if space == "RGB" and found.shape == pixels.shape else None
     if any(loss in complaint for loss in _JPEG_LOSSES):
         raise Rejected("image_truncated" if _JPEG_LOSSES[0] in complaint else "image_corrupt")
     return None
@@ -224,6 +226,10 @@ def _kept_as(image: Image.Image, data: bytes, orientation: int, profile: bytes |
     if extension is None or image.mode != "RGB" or orientation != 1 or image.has_transparency_data:
         return None
     if getattr(image, "is_animated", False) or (image.format == "PNG" and data[24:25] != b"\x08"):
+        return None
+    if image.format == "JPEG" and data.rfind(_JPEG_END) < data.rfind(
+        _JPEG_SCAN
+    ):  # without an end; not all readers cope
         return None
     return None if _changes(profile, image.mode) else extension
 

@@ -199,7 +199,7 @@ def test_bodies_are_bounded(site: Site) -> None:
 def test_wordy_and_odd_headers_lose_no_picture(site: Site) -> None:
     headers = {
         "long": b"Content-Security-Policy: " + b"a" * 30_000,
-        "many": b"\r\n".join(b"X-%d: 1" % i for i in range(500)),
+        "many": b"\r\n".join(b"X-%d: 1" % i for i in range(200)),
         "latin": b"X-Name: caf\xe9",
         "cookie": b'Set-Cookie: "\xff;;;=',
         "before": b"X: 1",

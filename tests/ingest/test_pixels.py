@@ -472,11 +472,24 @@ def test_a_jpeg_with_a_blemish_is_decoded_by_pillow() -> None:
 def test_a_jpeg_that_lacks_its_end_alone_is_whole_and_one_that_lacks_more_is_not() -> None:
     data = encoded(smooth("RGB", (64, 48)), "JPEG", quality=95)
     whole = np.asarray(Image.open(io.BytesIO(data)))
-    for short in (data[:-1], data[:-2], data + b"and more"):
-        assert np.array_equal(stored(short), whole)
+    keep = dataclasses.replace(PLAIN, reencode="needed")
+    for odd in (data[:-1], data[:-2], data + b"and more"):
+        assert np.array_equal(stored(odd), whole)
+        assert (process(odd, keep).data == odd) == (b"and more" in odd)  # what Pillow would not read is stored anew
     size = struct.pack(">HH", 48, 64)
     lossy = data[: len(data) // 2] + data[-2:]  # an end, but half of the picture: Pillow shows grey
-    for short in (data[:-5], lossy, data.replace(size, struct.pack(">HH", 480, 640), 1)):
+    others = [
+        encoded(smooth(mode, (64, 48)), "JPEG", **options)
+        for mode, options in (("L", {"icc_profile": grey_profile(1.8)}), ("CMYK", {}), ("CMYK", {"icc_profile": b"x"}))
+    ]
+    for other in others:
+        assert stored(other).shape == (48, 64, 3)
+    for short in (
+        data[:-5],
+        lossy,
+        *(o[: -len(o) // 8] + o[-2:] for o in others),
+        data.replace(size, struct.pack(">HH", 480, 640), 1),
+    ):
         assert short.count(size) <= 1
         with pytest.raises(Rejected) as caught:
             process(short, PLAIN)
