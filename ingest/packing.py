@@ -74,7 +74,7 @@ class Sidecar:
             meta = {name: values[i] for name, values in columns.items()}
             members = {
                 picture.extension: picture.data,
-                "json": json.dumps(meta, indent=4, default=str).encode(),
+                "json": _indented(meta),
                 "txt": columns["caption"][i].encode("utf-8", "replace"),
             }
             samples.append((columns["key"][i], members))
@@ -92,6 +92,12 @@ class Sidecar:
         sink = io.BytesIO()
         pq.write_table(pa.table(columns, schema), sink, compression="zstd")
         return {".tar": tar, ".parquet": sink.getvalue()}
+
+
+def _indented(flat: dict[str, Any]) -> bytes:
+    """json.dumps(flat, indent=4) of a dict without containers in it, by json's C encoder, which knows no indent."""
+    text = json.dumps(flat, default=str, separators=(",\n    ", ": "))
+    return f"{{\n    {text[1:-1]}\n}}".encode()
 
 
 def new_sidecar(

@@ -120,6 +120,7 @@ def test_sidecar_offsets_and_tar_members_tell_the_same(site: Site, tmp_path: Pat
         assert members[r["key"] + ".txt"].decode() == r["caption"]
         meta = json.loads(members[r["key"] + ".json"])
         assert {k: r[k] for k in meta} == meta
+        assert members[r["key"] + ".json"] == json.dumps(meta, indent=4).encode()  # as img2dataset writes it
         assert meta["similarity"] == 0.3
 
 
@@ -260,6 +261,16 @@ def test_an_edited_table_and_changed_settings_are_seen(site: Site, tmp_path: Pat
     assert "settings.image_size: 32 -> 16" in states[0].reason
     faster = IngestStage(make_config(table, decode_threads=2, fetch={"timeout": 99.0}), stage.root)
     assert [shard_state(stage.root, t).state for t in faster.tasks()] == ["done", "input_changed", "done"]
+
+
+def test_a_list_of_urls_is_a_table_without_captions(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("".join(site.add(f"/{i}.png", picture(i)) + "\n" for i in range(3)))
+    with pytest.raises(ConfigError, match="empty_captions to keep"):
+        IngestStage(make_config(tmp_path / "list.txt"), "").check()
+    stage = IngestStage(make_config(tmp_path / "list.txt", empty_captions="keep"), str(tmp_path / "images"))
+    assert run(stage)["counts"]["success"] == 3
+    rows = pq.read_table(tmp_path / "images" / "00000.parquet").to_pylist()
+    assert [(r["caption"], r["caption_raw"]) for r in rows] == [("", None)] * 3
 
 
 def test_kept_columns_never_share_a_name(site: Site, tmp_path: Path) -> None:
