@@ -397,7 +397,7 @@ def _wrong_type(file: str, column: str, kind: pa.DataType, why: str) -> ConfigEr
 
 def _conform(found: dict[str, Any], columns: Columns, file: str) -> pa.RecordBatch:
     """The columns in their types, all text valid UTF-8 (see `_decoded` for what is not)."""
-    arrays = []
+    arrays: list[pa.Array] = []
     for source, _, kind in columns:
         if source is None:
             arrays.append(pa.nulls(len(arrays[0]), kind))
