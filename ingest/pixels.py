@@ -193,7 +193,7 @@ def _jpeg_pixels(data: bytes, image: Image.Image, settings: PixelSettings) -> np
     """
     if image.format not in ("JPEG", "MPO") or math.prod(image.size) > LARGEST_JPEG:
         return None
-    if data.count(_JPEG_SCAN) > MOST_SCANS:
+    if image.info.get("progressive") and data.count(_JPEG_SCAN) > MOST_SCANS:
         raise Rejected("image_corrupt", f"more than {MOST_SCANS} scans")
     if image.mode not in _JPEG_SPACES:
         return None
