@@ -34,9 +34,9 @@ from latents.config import LatentsConfig
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
 from latents.pictures import Fit, ahead, resize_crop_to
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
-from shards import images
+from shards import images, storage
 from shards.columns import pack_columns
-from shards.dataset import Dataset, commit_shard, read_exclusions, write_manifest
+from shards.dataset import MANIFEST, Dataset, commit_shard, read_exclusions, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
@@ -89,6 +89,7 @@ class LatentsStage:
         # stages are built alike, and kept out of the fingerprint.
         self.seed = seed
         self.root = run.latents
+        self._opened: tuple[tuple[int, int] | None, Dataset] | None = None
 
     def tasks(self) -> Iterator[Task]:
         """One task an image shard; raises ConfigError where weights are missing or do not fit the resolution."""
@@ -119,6 +120,7 @@ class LatentsStage:
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Check the accounting, merge the statistics in shard order, write the manifest and return it."""
         vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
+        weights = {"vae": vae.digest, "text": text.digest}
         expected = {s.index: s for s in self._images().shards}
         total: ChannelStats | None = None
         status: Counter[str] = Counter()
@@ -126,6 +128,11 @@ class LatentsStage:
         kept, buckets, bucket_counts = [], self.config.bucket_list(), []
         for s in stats:
             _check_accounting(self.root, s, expected.pop(s["shard"], None))
+            if s["fingerprint"]["weights"] != weights:
+                raise StageError(
+                    f"{self.root}: shard {s['shard']} was made with other weights than lie at '{vae.ref}' and "
+                    f"'{text.ref}' now; put those back, or run with --redo"
+                )
             status.update(s["status"])
             errors.update(s["errors"])
             if s["channels"]:
@@ -153,7 +160,14 @@ class LatentsStage:
         return write_manifest(self.root, "latents", kept, extra)
 
     def _images(self) -> Dataset:
-        return Dataset.open(self.run.images)
+        """The image shards by their manifest as it is now, which is parsed once: 200,000 shards make it long."""
+        stamp = storage.stamp(storage.join(self.run.images, MANIFEST))
+        if self._opened is None or self._opened[0] != stamp:
+            self._opened = (stamp, Dataset.open(self.run.images))
+        return self._opened[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}  # workers open it themselves
 
 
 class _Worker:

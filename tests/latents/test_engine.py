@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from latents.stage import LatentsStage
+from latents.weights import find_vae
 from orchestration import commands, engine
 from orchestration.config import Pool, RayConfig
 from shards import storage
@@ -101,6 +103,36 @@ def test_a_full_disk_is_named_and_the_same_command_finishes(stage, monkeypatch):
         assert json.loads(path.read_text())["count"] > 0, "what is there is whole"
     run(stage)
     assert len(Dataset.open(stage.root)) == sum(Dataset.open(stage.run.images).counts)
+
+
+def test_a_vae_that_is_exchanged_during_the_run_is_noticed(stage, tmp_path):
+    """Workers go on with the weights they loaded; the manifest must not name the new ones."""
+    ours, first = tmp_path / "vae", Path(stage.vae_ref)
+    shutil.copytree(first, ours)
+
+    class Exchanged(LatentsStage):
+        def worker(self):
+            make = super().worker()
+
+            def one(task):
+                stats = make(task)
+                if task.index == 1:
+                    world.save_vae(ours, seed=9)
+                return stats
+
+            return one
+
+    torn = Exchanged(stage.config, stage.run, str(ours), stage.text_ref)
+    with pytest.raises(StageError, match=r"shard 00000 is of before a change .*\(weights.vae: \w+\.\.\.\w+ -> "):
+        run(torn)
+    assert not Path(stage.root, "dataset.json").exists()
+    with pytest.raises(StageError, match="was made with other settings"):
+        run(LatentsStage(stage.config, stage.run, str(ours), stage.text_ref))
+    # With the first one put back, what was made stands.
+    before = made(stage)
+    run(stage)
+    assert made(stage) == before
+    assert Dataset.open(stage.root).manifest["vae"]["digest"] == find_vae(str(first)).digest
 
 
 def test_an_unreadable_tar_sets_its_shard_aside_and_the_rest_is_made(stage):
