@@ -93,7 +93,7 @@ class LatentsStage:
 
     def tasks(self) -> Iterator[Task]:
         """One task an image shard; raises ConfigError where weights are missing or do not fit the resolution."""
-        dataset = self._images()
+        dataset = self.images()
         vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
         for bucket in self.config.bucket_list():
             if bucket.width % vae.downscale or bucket.height % vae.downscale:
@@ -121,7 +121,7 @@ class LatentsStage:
         """Check the accounting, merge the statistics in shard order, write the manifest and return it."""
         vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
         weights = {"vae": vae.digest, "text": text.digest}
-        expected = {s.index: s for s in self._images().shards}
+        expected = {s.index: s for s in self.images().shards}
         total: ChannelStats | None = None
         status: Counter[str] = Counter()
         errors: Counter[str] = Counter()
@@ -159,7 +159,7 @@ class LatentsStage:
         }
         return write_manifest(self.root, "latents", kept, extra)
 
-    def _images(self) -> Dataset:
+    def images(self) -> Dataset:
         """The image shards by their manifest as it is now, which is parsed once: 200,000 shards make it long."""
         stamp = storage.stamp(storage.join(self.run.images, MANIFEST))
         if self._opened is None or self._opened[0] != stamp:
@@ -180,7 +180,7 @@ class _Worker:
         self.config, self.root = stage.config, stage.root
         self.buckets = stage.config.bucket_list()
         self.device = pick_device(stage.config.device)
-        self.dataset = stage._images()
+        self.dataset = stage.images()
         self.excluded = _excluded_reasons(self.dataset.root)
         self._encoders, self._reading = threading.Lock(), threading.Lock()
         how = {"channels_last": self.config.channels_last, "compile": self.config.compile}
