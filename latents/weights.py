@@ -82,8 +82,6 @@ TINY_ARGUMENTS = (
 )
 ARGUMENTS = {"AutoencoderKL": VAE_ARGUMENTS, "AutoencoderTiny": TINY_ARGUMENTS}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
 # By what a whole checkpoint holds beside its VAE: the VAE's scaling and shift, which its tensors do not tell.
 WHOLE_CHECKPOINTS = {
     "conditioner.embedders.": {"scaling_factor": 0.13025},  # Stable Diffusion XL
@@ -107,6 +105,24 @@ class VaeWeights:
     layout: str  # "diffusers" or "ldm"
     kind: str = "AutoencoderKL"
     prefix: str = ""
+
+    def __post_init__(self) -> None:
+        levels = "block_out_channels" if self.kind == "AutoencoderKL" else "encoder_block_out_channels"
+        wrong = {
+            "in_channels": None if self.config["in_channels"] == 3 else "3, red, green and blue",
+            "latent_channels": None if _positive(self.config["latent_channels"], int) else "a number of channels",
+            "scaling_factor": None if _positive(self.config["scaling_factor"], (int, float)) else "a number above 0",
+            levels: None
+            if isinstance(self.config[levels], list)
+            and self.config[levels]
+            and all(_positive(w, int) for w in self.config[levels])
+            else "a list of widths",
+        }
+        for name, right in wrong.items():
+            if right:
+                raise ConfigError(
+                    f"the VAE '{self.ref}': {name} is {self.config[name]!r} in its configuration; it must be {right}"
+                )
 
     @property
     def files(self) -> list[Path]:
@@ -225,7 +241,7 @@ def _vae_folder(ref: str, folder: Path) -> VaeWeights:
         if file is None:
             raise ConfigError(f"the VAE '{ref}': {here} has a config.json but no {VAE_WEIGHTS[0]}")
         found = VaeWeights(ref, file, _vae_config(config, kind), "diffusers", kind)
-        assert found.files  # an index that leads nowhere is found out now
+        found.files  # noqa: B018 (an index that leads nowhere is found out now)
         return found
     raise ConfigError(f"the VAE '{ref}': {folder} has no config.json; give the folder that diffusers saved a VAE in")
 
@@ -401,6 +417,10 @@ def _read_config(file: Path, what: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{what}: {file} is not a JSON object")
     return config
+
+
+def _positive(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
 
 
 def _line(error: BaseException) -> str:
