@@ -108,15 +108,13 @@ class VaeWeights:
 
     def __post_init__(self) -> None:
         levels = "block_out_channels" if self.kind == "AutoencoderKL" else "encoder_block_out_channels"
+        widths = self.config[levels]
+        listed = isinstance(widths, list) and widths and all(_positive(w, int) for w in widths)
         wrong = {
             "in_channels": None if self.config["in_channels"] == 3 else "3, red, green and blue",
             "latent_channels": None if _positive(self.config["latent_channels"], int) else "a number of channels",
             "scaling_factor": None if _positive(self.config["scaling_factor"], (int, float)) else "a number above 0",
-            levels: None
-            if isinstance(self.config[levels], list)
-            and self.config[levels]
-            and all(_positive(w, int) for w in self.config[levels])
-            else "a list of widths",
+            levels: None if listed else "a list of widths",
         }
         for name, right in wrong.items():
             if right:
