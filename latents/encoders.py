@@ -333,7 +333,8 @@ def _tensors(file: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 def _placed(model: Any, device: str, precision: str) -> Any:
     model = model.to(device)
-    return model if precision == "float32" else model.to(dtype=DTYPES[precision])
+    # Not diffusers' own `to`, which warns of modules to be kept in float32 even where there are none.
+    return model if precision == "float32" else torch.nn.Module.to(model, dtype=DTYPES[precision])
 
 
 def _build_clip(weights: ClipWeights) -> Any:

@@ -197,13 +197,19 @@ class _Worker:
         weights = task.fingerprint.weights or {}
         require_digest("the VAE", self.vae.digest, weights["vae"], self.vae.ref)
         require_digest("the CLIP", self.text.digest, weights["text"], self.text.ref)
-        shard, excluded = self._open(task)
         started = time.perf_counter()
         try:
-            shard.fetch()
-            files, stats = self._make(shard, excluded)
-        finally:
-            shard.close()
+            shard, excluded = self._open(task)
+            try:
+                shard.fetch()
+                files, stats = self._make(shard, excluded)
+            finally:
+                shard.close()
+        except FileNotFoundError as e:
+            raise StageError(
+                f"{self.dataset.root}: image shard {task.index} lacks {e.filename or e}; run ingest again, "
+                "which makes such a shard anew"
+            ) from None
         seconds = time.perf_counter() - started
         stats["seconds"] = round(seconds, 3)
         stats["images_per_second"] = round(stats["count"] / seconds, 3)

@@ -24,6 +24,8 @@ from shards.stage import Task
 BLOCK = 2000  # tasks at a time
 LARGE = 1000  # from so many shards on it pays to remember
 STATS = "_stats.json"
+# Of shards' names: an object store gives the listings of so many prefixes side by side.
+PREFIXES = [f"{i:02d}" for i in range(100)]
 _ABSENT = -1  # a size: there is no such file
 
 
@@ -78,9 +80,7 @@ class Inventory:
         """Sizes and stamps of all shards' files, as they are now."""
         found: dict[str, tuple[list[int], list[int]]] = {}
         stamps: list[int] = []
-        # By the first two digits, where a store can do that: such listings go on side by side.
-        prefixes = [f"{i:02d}" for i in range(100)] if self._large else [""]
-        for name, size, stamp in storage.list_files(self.root, prefixes):
+        for name, size, stamp in storage.list_files(self.root, PREFIXES if self._large else [""]):
             head, dot, tail = name.partition(".")
             is_stats = tail == "json" and head.endswith("_stats")
             if is_stats:

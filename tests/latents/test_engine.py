@@ -142,6 +142,9 @@ def test_an_unreadable_tar_sets_its_shard_aside_and_the_rest_is_made(stage):
     with pytest.raises(StageError, match=r"1 of 4 shards failed.*\(00001\).*ends before the picture of sample"):
         run(stage, attempts=2)
     assert sorted(p.name for p in Path(stage.root).glob("*_stats.json")) == [f"0000{i}_stats.json" for i in (0, 2, 3)]
+    tar.unlink()
+    with pytest.raises(StageError, match=r"image shard 1 lacks .*00001.tar; run ingest again"):
+        run(stage, attempts=1)
     tar.write_bytes(whole)
     run(stage)
     assert len(Dataset.open(stage.root).shards) == SHARDS

@@ -43,6 +43,7 @@ def reads(monkeypatch) -> list[str]:
     """The stats files that are opened."""
     monkeypatch.setattr(inventory, "LARGE", 4)
     monkeypatch.setattr(inventory, "BLOCK", 5)
+    monkeypatch.setattr(inventory, "PREFIXES", ["00", "01", "99"])
     opened: list[str] = []
     real = storage.read_many
     monkeypatch.setattr(storage, "read_many", lambda urls: opened.extend(urls) or real(urls))
