@@ -26,6 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -206,13 +207,8 @@ def encode(given: argparse.Namespace, folder: Path) -> None:
         worker.root = this.root
         tasks = list(this.tasks())
         began = time.perf_counter()
-        if on_gpu:  # two shards in hand, as on Ray
-            from concurrent.futures import ThreadPoolExecutor
-
-            with ThreadPoolExecutor(this.in_hand) as pool:
-                stats = list(pool.map(worker, tasks))
-        else:
-            stats = [worker(task) for task in tasks]
+        with ThreadPoolExecutor(this.in_hand) as pool:  # as many shards in hand as on Ray
+            stats = list(pool.map(worker, tasks))
         this.finish(stats)
         return time.perf_counter() - began
 
@@ -420,12 +416,14 @@ def scale(given: argparse.Namespace, folder: Path) -> None:
         "{resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MiB'); sys.exit(code)"
     )
     command = [sys.executable, "-m", "orchestration.run_stage", "plan", "--config", str(folder / "large.json")]
-    found = subprocess.run(
-        [sys.executable, "-c", watch, *command, "--rows", str(count * 10_000)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
     print(f"scale: plan and resume over {count:,} shards of 10,000 rows")
-    print("  " + found.stdout.strip().replace("\n", "\n  "))
+    for turn in ("every stats file is read", "they were read before"):
+        found = subprocess.run(
+            [sys.executable, "-c", watch, *command, "--rows", str(count * 10_000)],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        left, took = found.stdout.strip().splitlines()[-2:]
+        print(f"  {turn}: {took}; {left}", flush=True)
 
 
 PARTS = {"encode": encode, "read": read, "bytes": bytes_a_sample, "scale": scale}

@@ -10,11 +10,13 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
@@ -60,6 +62,7 @@ class Vae:
         self.has_posterior = weights.kind == "AutoencoderKL"
         self.device, self.precision = device, precision
         self.model: Any = _placed(_build_vae(weights), device, precision)
+        require_digest("the VAE", weights.digest, self.digest, self.ref)  # it may have been exchanged meanwhile
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         if compile:
@@ -78,6 +81,7 @@ class Vae:
         """As `encode`, in float32 from the weights as stored; that network is loaded when first needed."""
         if self._exact is None:
             self._exact = _build_vae(self.weights).to(self.device)
+            require_digest("the VAE", self.weights.digest, self.digest, self.ref)
         mean, logstd = self._moments(self._exact, pixels)
         return mean.cpu(), logstd.cpu()
 
@@ -143,6 +147,7 @@ class TextEncoder:
         self.ref, self.digest = weights.ref, weights.digest
         self.device, self.precision = device, precision
         self.model: Any = _placed(_build_clip(weights), device, precision)
+        require_digest("the CLIP", weights.digest, self.digest, self.ref)
         self.tower: Any = plain_text_tower(self.model, weights.ref)
         self._exact: Any = self.tower if precision == "float32" else None
         self.context_length = int(self.tower.context_length)
@@ -175,6 +180,7 @@ class TextEncoder:
         """As `encode_pooled`, in float32 from the weights as stored; that network is loaded when first needed."""
         if self._exact is None:
             self._exact = plain_text_tower(_build_clip(self.weights).to(self.device), self.ref)
+            require_digest("the CLIP", self.weights.digest, self.digest, self.ref)
         return self._encode(self._exact, tokens, pooled=True)
 
     @property
@@ -300,14 +306,12 @@ def _new_attention(match: re.Match[str]) -> str:
 
 def _build_vae(weights: VaeWeights) -> Any:
     import diffusers
-    from safetensors.torch import load_file
 
     try:
         model = getattr(diffusers, weights.kind)(**weights.config)
-        if weights.file.suffix == ".safetensors":
-            tensors = load_file(weights.file)
-        else:
-            tensors = torch.load(weights.file, map_location="cpu", weights_only=True)
+        tensors: dict[str, torch.Tensor] = {}
+        for file in weights.files:
+            tensors |= _tensors(file, weights.prefix)
         if weights.layout == "ldm":
             from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
@@ -319,9 +323,18 @@ def _build_vae(weights: VaeWeights) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def _tensors(file: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file whose names begin so, under the rest of their names; of a whole checkpoint no others."""
+    if file.suffix != ".safetensors":
+        return torch.load(file, map_location="cpu", weights_only=True)
+    with safe_open(file, "pt") as f:
+        return {k.removeprefix(prefix): f.get_tensor(k) for k in f.keys() if k.startswith(prefix)}  # noqa: SIM118
+
+
 def _placed(model: Any, device: str, precision: str) -> Any:
     model = model.to(device)
-    return model if precision == "float32" else model.to(dtype=DTYPES[precision])
+    # Not diffusers' own `to`, which warns of modules to be kept in float32 even where there are none.
+    return model if precision == "float32" else torch.nn.Module.to(model, dtype=DTYPES[precision])
 
 
 def _build_clip(weights: ClipWeights) -> Any:

@@ -13,6 +13,8 @@ from PIL import Image
 
 T = TypeVar("T")
 
+MAX_SCALED = 64_000_000  # pixels of a scaled picture that are held in memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
@@ -38,8 +40,13 @@ def resize_crop_to(pixels: np.ndarray, to_width: int, to_height: int) -> tuple[n
     height, width = pixels.shape[:2]
     fit = fit_cover(width, height, to_width, to_height)
     if (fit.scaled_width, fit.scaled_height) != (width, height):
-        image = Image.fromarray(pixels).resize((fit.scaled_width, fit.scaled_height), Image.Resampling.LANCZOS)
-        pixels = np.asarray(image)
+        image = Image.fromarray(pixels)
+        if fit.scaled_width * fit.scaled_height > MAX_SCALED:  # a strip: no more of it is scaled than is kept
+            across, down = width / fit.scaled_width, height / fit.scaled_height
+            left, top = fit.crop_left * across, fit.crop_top * down
+            box = (left, top, left + to_width * across, top + to_height * down)
+            return np.asarray(image.resize((to_width, to_height), Image.Resampling.LANCZOS, box)), fit
+        pixels = np.asarray(image.resize((fit.scaled_width, fit.scaled_height), Image.Resampling.LANCZOS))
     return pixels[fit.crop_top : fit.crop_top + to_height, fit.crop_left : fit.crop_left + to_width], fit
 
 

@@ -18,9 +18,7 @@ from latents.config import LatentsConfig
 from latents.stage import LatentsStage
 from latents.weights import find_clip, find_vae
 from shards import images, storage
-from shards.dataset import Dataset
 from shards.fingerprint import digest_json
-from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 
 MICRO_BYTES, INDEX_BYTES = 24, 4  # of a sample and a resolution; of a sample
@@ -148,7 +146,7 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
     from latents.stage import fixed_arithmetic
 
     try:
-        dataset = Dataset.open(stage.run.images)
+        dataset = stage.images()
     except StageError:
         dataset = None
     position = next((p for p, s in enumerate(dataset.shards) if s.count), None) if dataset else None
@@ -247,15 +245,17 @@ def report(
     return "\n".join(lines)
 
 
-def pictures_of(run: RunPaths, rows: int | None) -> int:
+def pictures_of(stage: LatentsStage, rows: int | None) -> int:
     """How many pictures there are to plan for: those of the run, or `rows` times the share that was a success there."""
     try:
-        dataset = Dataset.open(run.images)
+        dataset = stage.images()
     except StageError:
         dataset = None
     if rows is None:
         if dataset is None:
-            raise ConfigError(f"plan: {run.images} has no finished image shards, so give the table's size with --rows")
+            raise ConfigError(
+                f"plan: {stage.run.images} has no finished image shards, so give the table's size with --rows"
+            )
         return len(dataset)
     share = len(dataset) / max(dataset.manifest["rows"], 1) if dataset is not None else 1.0
     return round(rows * share)

@@ -34,9 +34,9 @@ from latents.config import LatentsConfig
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
 from latents.pictures import Fit, ahead, resize_crop_to
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
-from shards import images
+from shards import images, storage
 from shards.columns import pack_columns
-from shards.dataset import Dataset, commit_shard, read_exclusions, write_manifest
+from shards.dataset import MANIFEST, Dataset, commit_shard, read_exclusions, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
@@ -89,10 +89,11 @@ class LatentsStage:
         # stages are built alike, and kept out of the fingerprint.
         self.seed = seed
         self.root = run.latents
+        self._opened: tuple[tuple[int, int] | None, Dataset] | None = None
 
     def tasks(self) -> Iterator[Task]:
         """One task an image shard; raises ConfigError where weights are missing or do not fit the resolution."""
-        dataset = self._images()
+        dataset = self.images()
         vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
         for bucket in self.config.bucket_list():
             if bucket.width % vae.downscale or bucket.height % vae.downscale:
@@ -119,13 +120,19 @@ class LatentsStage:
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Check the accounting, merge the statistics in shard order, write the manifest and return it."""
         vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
-        expected = {s.index: s for s in self._images().shards}
+        weights = {"vae": vae.digest, "text": text.digest}
+        expected = {s.index: s for s in self.images().shards}
         total: ChannelStats | None = None
         status: Counter[str] = Counter()
         errors: Counter[str] = Counter()
         kept, buckets, bucket_counts = [], self.config.bucket_list(), []
         for s in stats:
             _check_accounting(self.root, s, expected.pop(s["shard"], None))
+            if s["fingerprint"]["weights"] != weights:
+                raise StageError(
+                    f"{self.root}: shard {s['shard']} was made with other weights than lie at '{vae.ref}' and "
+                    f"'{text.ref}' now; put those back, or run with --redo"
+                )
             status.update(s["status"])
             errors.update(s["errors"])
             if s["channels"]:
@@ -152,8 +159,15 @@ class LatentsStage:
         }
         return write_manifest(self.root, "latents", kept, extra)
 
-    def _images(self) -> Dataset:
-        return Dataset.open(self.run.images)
+    def images(self) -> Dataset:
+        """The image shards by their manifest as it is now, which is parsed once: 200,000 shards make it long."""
+        stamp = storage.stamp(storage.join(self.run.images, MANIFEST))
+        if self._opened is None or self._opened[0] != stamp:
+            self._opened = (stamp, Dataset.open(self.run.images))
+        return self._opened[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}  # workers open it themselves
 
 
 class _Worker:
@@ -166,7 +180,7 @@ class _Worker:
         self.config, self.root = stage.config, stage.root
         self.buckets = stage.config.bucket_list()
         self.device = pick_device(stage.config.device)
-        self.dataset = stage._images()
+        self.dataset = stage.images()
         self.excluded = _excluded_reasons(self.dataset.root)
         self._encoders, self._reading = threading.Lock(), threading.Lock()
         how = {"channels_last": self.config.channels_last, "compile": self.config.compile}
@@ -183,13 +197,19 @@ class _Worker:
         weights = task.fingerprint.weights or {}
         require_digest("the VAE", self.vae.digest, weights["vae"], self.vae.ref)
         require_digest("the CLIP", self.text.digest, weights["text"], self.text.ref)
-        shard, excluded = self._open(task)
         started = time.perf_counter()
         try:
-            shard.fetch()
-            files, stats = self._make(shard, excluded)
-        finally:
-            shard.close()
+            shard, excluded = self._open(task)
+            try:
+                shard.fetch()
+                files, stats = self._make(shard, excluded)
+            finally:
+                shard.close()
+        except FileNotFoundError as e:
+            raise StageError(
+                f"{self.dataset.root}: image shard {task.index} lacks {e.filename or e}; run ingest again, "
+                "which makes such a shard anew"
+            ) from None
         seconds = time.perf_counter() - started
         stats["seconds"] = round(seconds, 3)
         stats["images_per_second"] = round(stats["count"] / seconds, 3)

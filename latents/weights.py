@@ -23,11 +23,14 @@ from safetensors import safe_open
 from shards.fingerprint import digest_file, digest_json
 from shards.settings import ConfigError
 
+INDEX = ".safetensors.index"  # in the name of a file that says which of several files holds which tensor
 VAE_WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
+    f"diffusion_pytorch_model{INDEX}.json",
     "model.safetensors",
     "diffusion_pytorch_model.bin",
     "diffusion_pytorch_model.fp16.safetensors",
+    f"diffusion_pytorch_model{INDEX}.fp16.json",
 )
 CLIP_WEIGHTS = (  # open_clip's own order of preference, so that the file digested is the file it loads
     "open_clip_model.safetensors",
@@ -79,11 +82,19 @@ TINY_ARGUMENTS = (
 )
 ARGUMENTS = {"AutoencoderKL": VAE_ARGUMENTS, "AutoencoderTiny": TINY_ARGUMENTS}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# By what a whole checkpoint holds beside its VAE: the VAE's scaling and shift, which its tensors do not tell.
+WHOLE_CHECKPOINTS = {
+    "conditioner.embedders.": {"scaling_factor": 0.13025},  # Stable Diffusion XL
+    "model.diffusion_model.joint_blocks.": {"scaling_factor": 1.5305, "shift_factor": 0.0609},  # 3
+    "cond_stage_model.": {"scaling_factor": 0.18215},  # 1 and 2
+}
+VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 
 
 @dataclasses.dataclass(frozen=True)
 class VaeWeights:
-    """A VAE that was found. kind: diffusers' class; config: its arguments; layout: whose names the tensors have.
+    """A VAE that was found. kind: diffusers' class; config: its arguments; layout: whose names the tensors have, and
+    prefix what stands before each of them; file: the weights, or the index of several files.
 
     An AutoencoderTiny (TAESD) gives latents alone, no posterior: there is no spread to store.
     """
@@ -93,11 +104,43 @@ class VaeWeights:
     config: dict[str, Any]
     layout: str  # "diffusers" or "ldm"
     kind: str = "AutoencoderKL"
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        levels = "block_out_channels" if self.kind == "AutoencoderKL" else "encoder_block_out_channels"
+        widths = self.config[levels]
+        listed = isinstance(widths, list) and widths and all(_positive(w, int) for w in widths)
+        wrong = {
+            "in_channels": None if self.config["in_channels"] == 3 else "3, red, green and blue",
+            "latent_channels": None if _positive(self.config["latent_channels"], int) else "a number of channels",
+            "scaling_factor": None if _positive(self.config["scaling_factor"], (int, float)) else "a number above 0",
+            levels: None if listed else "a list of widths",
+        }
+        for name, right in wrong.items():
+            if right:
+                raise ConfigError(
+                    f"the VAE '{self.ref}': {name} is {self.config[name]!r} in its configuration; it must be {right}"
+                )
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors; raises ConfigError where an index cannot be read or names one that is not
+        there."""
+        if INDEX not in self.file.name:
+            return [self.file]
+        places = _read_config(self.file, f"the VAE '{self.ref}'").get("weight_map")
+        names = sorted(set(places.values())) if isinstance(places, dict) else []
+        missing = next((n for n in names if not (self.file.parent / Path(n).name).is_file()), None)
+        if not names or missing:
+            what = f"names {missing}, which is not there" if missing else "has no weight_map"
+            raise ConfigError(f"the VAE '{self.ref}': {self.file} {what}")
+        return [self.file.parent / Path(n).name for n in names]
 
     @property
     def digest(self) -> str:
-        """sha256 over the weights file's digest and the configuration."""
-        return digest_json({"weights": _file_digest(self.file), "config": self.config})
+        """sha256 over the weights files' digests and the configuration."""
+        digests = [_file_digest(f) for f in self.files]
+        return digest_json({"weights": digests[0] if len(digests) == 1 else digests, "config": self.config})
 
     @property
     def scaling_factor(self) -> float:
@@ -174,7 +217,9 @@ def find_clip(ref: str) -> ClipWeights:
 # ---- VAE -------------------------------------------------------------------------------------------
 
 _VAE_HUB_FILES = [
-    f"{folder}{name}" for folder in ("", "vae/") for name in ("config.json", VAE_WEIGHTS[0], VAE_WEIGHTS[3])
+    f"{folder}{name}"
+    for folder in ("", "vae/")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model[.-]*.safetensors")
 ]
 _CLIP_HUB_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.*"]
 
@@ -193,7 +238,9 @@ def _vae_folder(ref: str, folder: Path) -> VaeWeights:
         file = next((here / n for n in VAE_WEIGHTS if (here / n).is_file()), None)
         if file is None:
             raise ConfigError(f"the VAE '{ref}': {here} has a config.json but no {VAE_WEIGHTS[0]}")
-        return VaeWeights(ref, file, _vae_config(config, kind), "diffusers", kind)
+        found = VaeWeights(ref, file, _vae_config(config, kind), "diffusers", kind)
+        found.files  # noqa: B018 (an index that leads nowhere is found out now)
+        return found
     raise ConfigError(f"the VAE '{ref}': {folder} has no config.json; give the folder that diffusers saved a VAE in")
 
 
@@ -206,16 +253,41 @@ def _vae_file(ref: str, file: Path) -> VaeWeights:
             shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118 (not a dict)
     except Exception as e:  # safetensors raises its own type for every fault of a file
         raise ConfigError(f"the VAE '{ref}' cannot be read as safetensors: {e}") from None
-    beside = next((p for p in (file.with_suffix(".json"), file.with_name("config.json")) if p.is_file()), None)
-    if "encoder.layers.0.weight" in shapes:  # TAESD, whose shapes are its class's defaults
-        config = _read_config(beside, "the VAE") if beside else {}
+    if "encoder.layers.0.weight" in shapes and "decoder.layers.0.weight" in shapes:  # TAESD in diffusers' names
+        config = _config_beside(ref, file, "AutoencoderTiny") or {
+            "latent_channels": shapes["decoder.layers.0.weight"][1]
+        }
         return VaeWeights(ref, file, _vae_config(config, "AutoencoderTiny"), "diffusers", "AutoencoderTiny")
-    prefix = next((p for p in ("first_stage_model.", "") if p + "encoder.conv_in.weight" in shapes), None)
-    if prefix is None:
-        raise ConfigError(f"the VAE '{ref}' holds no autoencoder: there is no tensor encoder.conv_in.weight in it")
+    prefix = next((p for p in VAE_PREFIXES if p + "encoder.conv_in.weight" in shapes), None)
+    if prefix is None or prefix + "decoder.conv_in.weight" not in shapes:
+        what = "decoder.conv_in.weight" if prefix is not None else "encoder.conv_in.weight"
+        raise ConfigError(f"the VAE '{ref}' holds no autoencoder: there is no tensor {what} in it")
     layout = "ldm" if prefix + "encoder.down.0.block.0.conv1.weight" in shapes else "diffusers"
-    config = _read_config(beside, "the VAE") if beside else _config_from_shapes(shapes, prefix, layout)
-    return VaeWeights(ref, file, _vae_config(config, "AutoencoderKL"), layout)
+    found = None if prefix else _config_beside(ref, file, "AutoencoderKL")
+    if found is None:
+        found = _config_from_shapes(shapes, prefix, layout)
+        whole = next(
+            (known for start, known in WHOLE_CHECKPOINTS.items() if any(k.startswith(start) for k in shapes)), {}
+        )
+        if not whole and found["latent_channels"] > 4:
+            raise ConfigError(
+                f"the VAE '{ref}' has {found['latent_channels']} latent channels, and a single file does not say what "
+                "they are scaled by; put its config.json beside it, or give the folder that diffusers saved it in"
+            )
+        found |= whole
+    return VaeWeights(ref, file, _vae_config(found, "AutoencoderKL"), layout, "AutoencoderKL", prefix)
+
+
+def _config_beside(ref: str, file: Path, kind: str) -> dict[str, Any] | None:
+    """The configuration in the .json of the file's own name, else in config.json, if that is of such a network."""
+    for path in (file.with_suffix(".json"), file.with_name("config.json")):
+        if path.is_file():
+            config = _read_config(path, "the VAE")
+            if config.get("_class_name", kind) == kind and "latent_channels" in config:
+                return config
+            if path.name != "config.json":
+                raise ConfigError(f"the VAE '{ref}': {path} is not the configuration of an {kind}")
+    return None
 
 
 def _config_from_shapes(shapes: dict[str, tuple[int, ...]], prefix: str, layout: str) -> dict[str, Any]:
@@ -223,6 +295,8 @@ def _config_from_shapes(shapes: dict[str, tuple[int, ...]], prefix: str, layout:
     level, block = ("encoder.down.", "block") if layout == "ldm" else ("encoder.down_blocks.", "resnets")
     pattern = re.compile(re.escape(prefix + level) + rf"(\d+)\.{block}\.(\d+)\.conv2\.weight")
     found = {(int(m[1]), int(m[2])): s[0] for k, s in shapes.items() if (m := pattern.fullmatch(k))}
+    if not found:
+        raise ConfigError("the VAE's shape cannot be told from the names of its tensors; give a folder of diffusers")
     widths = [found[i, 0] for i in range(1 + max(i for i, _ in found))]
     if any(w % 32 for w in widths):
         raise ConfigError("the VAE's group norms cannot be told from its shapes; put its config.json beside the file")
@@ -261,10 +335,36 @@ def _clip_folder(ref: str, folder: Path) -> ClipWeights:
     model_cfg = _read_config(config_file, "the CLIP").get("model_cfg")
     if not isinstance(model_cfg, dict) or "text_cfg" not in model_cfg:
         raise ConfigError(f"the CLIP '{ref}': {config_file} has no model_cfg with a text_cfg")
+    _require_plain_text(ref, model_cfg["text_cfg"])
     file = next((folder / n for n in CLIP_WEIGHTS if (folder / n).is_file()), None)
     if file is None:
         raise ConfigError(f"the CLIP '{ref}': {folder} has a configuration but no {CLIP_WEIGHTS[0]}")
     return ClipWeights(ref, f"local-dir:{folder}", None, file, model_cfg, bool(model_cfg.get("quick_gelu", False)))
+
+
+def _require_plain_text(ref: str, text: dict[str, Any]) -> None:
+    """Refuse, before any weights are fetched, a text tower that is not CLIP's own; ConfigError says what it is.
+
+    Such a tower fits no text encoder of a Stable Diffusion pipeline. encoders.plain_text_tower looks at what is built.
+    """
+    odd = ""
+    if not isinstance(text, dict):
+        odd = "has no settings"
+    elif text.get("hf_model_name"):
+        odd = f"is {text['hf_model_name']}, not open_clip's own text transformer"
+    elif text.get("hf_tokenizer_name"):
+        odd = f"reads the tokens of {text['hf_tokenizer_name']}, not CLIP's"
+    elif text.get("no_causal_mask"):
+        odd = "is not causal"
+    elif text.get("embed_cls"):
+        odd = "appends a class token (CoCa)"
+    elif int(text.get("vocab_size", 49408)) > 65536:
+        odd = "has token ids beyond 65535, which the shards cannot hold"
+    if odd:
+        raise ConfigError(
+            f"the CLIP '{ref}' cannot condition a Stable Diffusion pipeline: its text tower {odd}; "
+            "give one with CLIP's causal text transformer, such as ViT-L-14 or ViT-H-14"
+        )
 
 
 def _clip_named(ref: str, model: str, weights: str) -> ClipWeights:
@@ -274,6 +374,7 @@ def _clip_named(ref: str, model: str, weights: str) -> ClipWeights:
     model_cfg = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if model_cfg is None:
         raise ConfigError(f"the CLIP '{ref}': open_clip has no model '{model}'; open_clip.list_models() names them")
+    _require_plain_text(ref, model_cfg["text_cfg"])
     quick_gelu = bool(model_cfg.get("quick_gelu", False))
     tag = open_clip.get_pretrained_cfg(name, weights)
     if tag:
@@ -314,6 +415,10 @@ def _read_config(file: Path, what: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{what}: {file} is not a JSON object")
     return config
+
+
+def _positive(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
 
 
 def _line(error: BaseException) -> str:

@@ -251,7 +251,7 @@ def _plan(arguments: list[str]) -> None:
     paths = RunPaths(config.run)
     (stage, pool), *_ = stages.shard_stages("latents", config)
     prices = planning.Prices(**{k: v for k, v in vars(given).items() if k in planning.Prices.__dataclass_fields__})
-    samples = planning.pictures_of(paths, given.rows)
+    samples = planning.pictures_of(stage, given.rows)  # type: ignore[arg-type]
     rates = planning.rates_of(stage, given.samples, given.again)  # type: ignore[arg-type]
     facts = planning.facts_of(stage)  # type: ignore[arg-type]
     print(planning.report(config.latents, samples, given.workers or pool.workers or 1, rates, prices, facts))

@@ -81,6 +81,7 @@ def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = 
             state = "stopped"
             raise
         finally:
+            ledger.inventory.save()
             progress.close(state)
     return True
 
@@ -109,7 +110,7 @@ class Job:
 
     def done(self, task: Task, stats: dict[str, Any] | None, **figures: Any) -> None:
         """Count a committed shard."""
-        self.ledger.done(task)
+        self.ledger.done(task, stats)
         if stats:
             self.samples += int(stats.get("count", 0))
             self.rows += int(stats.get("rows", 0))

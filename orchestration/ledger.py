@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import logging
 import socket
 import time
@@ -16,7 +17,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from shards import storage
-from shards.dataset import MANIFEST, read_stats, shard_state
+from shards.dataset import MANIFEST, shard_state
+from shards.inventory import Inventory, read_stats_of
 from shards.layout import shard_name
 from shards.settings import StageError
 from shards.stage import Stage, Task
@@ -42,8 +44,8 @@ class Retries:
 class Ledger:
     """The tasks of one stage in one run of the command.
 
-    Made by one pass over `stage.tasks()` that keeps one byte a shard, so that a resume over 200,000
-    shards costs their stats files' reading and no memory to speak of. Raises StageError where a shard
+    Made by one pass over `stage.tasks()` that keeps one byte a shard, and by one listing of the stage's folder
+    (shards/inventory.py), so that a resume over 200,000 shards opens few files. Raises StageError where a shard
     was made with other settings, unless `redo`.
     """
 
@@ -52,8 +54,8 @@ class Ledger:
         self.failed: dict[int, str] = {}
         self.skipped = self.made = 0
         self._open = bytearray()  # by position in stage.tasks(): is it to be made?
-        for task in stage.tasks():
-            found = shard_state(stage.root, task)
+        self.inventory = Inventory(stage.root, storage.join(status, f"{stage.name}-inventory.safetensors"))
+        for task, found in self.inventory.states(stage.tasks()):
             if found.state == "stale" and not redo:
                 raise StageError(
                     f"{found.reason}; put the settings back, give --redo to make such shards again, "
@@ -138,8 +140,10 @@ class Ledger:
         """Whether the shard is on disk after all, whatever became of the worker that made it."""
         return shard_state(self.stage.root, task).state == "done"
 
-    def done(self, task: Task) -> None:
-        """The shard is committed."""
+    def done(self, task: Task, stats: dict[str, Any] | None = None) -> None:
+        """The shard is committed, with these stats."""
+        if stats is not None:
+            self.inventory.remember(task.index, stats)
         self._in_a_row = 0
         self.made += 1
         if shard_name(task.index) + ".json" in self._old_failures:
@@ -198,9 +202,17 @@ class Ledger:
         )
 
     def stats(self) -> Iterator[dict[str, Any]]:
-        """The committed stats of every shard, in the order of the tasks, read from disk."""
-        for task in self.stage.tasks():
-            stats = read_stats(self.stage.root, task.index)
+        """The committed stats of every shard, in the order of the tasks, read from disk. Raises StageError where one
+        is not there, or is not the one that its task would make now: weights, say, that were exchanged during the run.
+        """
+        tasks, again = itertools.tee(self.stage.tasks())
+        root = self.stage.root
+        for task, (index, stats) in zip(tasks, read_stats_of(root, (t.index for t in again)), strict=True):
             if stats is None:
-                raise StageError(f"{self.stage.root}: shard {shard_name(task.index)} was removed during the run")
+                raise StageError(f"{root}: shard {shard_name(index)} was removed during the run")
+            if stats["fingerprint"]["digest"] != task.fingerprint.digest:
+                raise StageError(
+                    f"{root}: shard {shard_name(index)} is of before a change that was made during the run "
+                    f"({'; '.join(task.fingerprint.differs(stats['fingerprint']))}); run the same command again"
+                )
             yield stats

@@ -51,6 +51,7 @@ class Fingerprint:
         if rest is None:
             parts = {k: v for k, v in self._parts().items() if k != "input"}
             rest = _canonical(parts).removeprefix("{")
+            object.__setattr__(self, "_rest", rest)  # a cache; the dataclass is frozen
         other = object.__new__(Fingerprint)  # the constructor of a frozen dataclass takes six times as long
         other.__dict__.update(self.__dict__, input=input, _rest=rest)
         return other

@@ -130,7 +130,7 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
                 raise ValueError(f"the picture has {image.width}x{image.height} pixels, more than {max_pixels}")
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(f"the picture cannot be decoded: {e}") from None
+        raise ValueError(_undecodable(e)) from None
 
 
 def is_rgb(data: bytes) -> bool:
@@ -139,7 +139,7 @@ def is_rgb(data: bytes) -> bool:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             return image.mode == "RGB"
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(f"the picture cannot be decoded: {e}") from None
+        raise ValueError(_undecodable(e)) from None
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
@@ -148,4 +148,11 @@ def picture_size(data: bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             return image.width, image.height
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(f"the picture cannot be decoded: {e}") from None
+        raise ValueError(_undecodable(e)) from None
+
+
+def _undecodable(error: Exception) -> str:
+    """Why, in words that are the same in every process: Pillow's own may hold an address in memory."""
+    if isinstance(error, UnidentifiedImageError):
+        return "the picture cannot be decoded: it is neither JPEG, PNG nor WebP"
+    return f"the picture cannot be decoded: {error}"

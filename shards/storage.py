@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TMP_MARK = ".tmp-"
+_AT_ONCE = 16  # requests under way, over a network
+_SLOW_READ_S = 5e-5  # a small file that takes longer comes from a disk or over a network
+_LISTS_BY_PREFIX = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
 
 
 def join(base: str, *parts: str) -> str:
@@ -136,6 +141,98 @@ def list_names(url: str) -> list[str]:
         return sorted(os.path.basename(p.rstrip("/")) for p in fs.ls(path, detail=False))
     except FileNotFoundError:
         return []
+
+
+def list_files(url: str, prefixes: Sequence[str] = ("",)) -> Iterator[tuple[str, int, int]]:
+    """(name, size in bytes, stamp as `stamp` gives it) of what lies in a folder, in no order; none where there is no
+    folder. On an object store one listing for each of `prefixes`, which no two may share a file, several at a time."""
+    fs, path = _fs(url)
+    if isinstance(fs, LocalFileSystem):
+        for entry in _scan(Path(path)):
+            try:
+                info = entry.stat()
+            except FileNotFoundError:  # it went meanwhile
+                continue
+            yield entry.name, info.st_size, _local_mark(info)
+        return
+    fs.invalidate_cache()
+    if len(prefixes) < 2 or not _LISTS_BY_PREFIX.intersection(
+        [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
+    ):
+        with contextlib.suppress(FileNotFoundError):
+            for info in fs.ls(path, detail=True):
+                if info["type"] == "file":
+                    yield info["name"].rsplit("/", 1)[-1], int(info["size"]), _mark(info)
+        return
+    start = len(fs._strip_protocol(path).rstrip("/")) + 1
+
+    def listed(prefix: str) -> list[tuple[str, int, int]]:
+        found = fs.find(path, prefix=prefix, detail=True).values()
+        return [(info["name"][start:], int(info["size"]), _mark(info)) for info in found]
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for part in pool.map(listed, prefixes):
+            yield from part
+
+
+def stamp(url: str) -> tuple[int, int] | None:
+    """Size in bytes of a file, and a number that is another one once it is written again; None where it is absent."""
+    fs, path = _fs(url)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            found = os.stat(path)
+            return found.st_size, _local_mark(found)
+        fs.invalidate_cache()
+        info = fs.info(path)
+        return int(info["size"]), _mark(info)
+    except FileNotFoundError:
+        return None
+
+
+def _local_mark(info: os.stat_result) -> int:
+    return (info.st_mtime_ns ^ info.st_ino << 1) & 0x7FFF_FFFF_FFFF_FFFF
+
+
+def _mark(info: dict[str, Any]) -> int:
+    """Of a file on an object store, by whichever of these its file system tells."""
+    names = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "updated", "mtime", "created")
+    told = next((str(info[n]) for n in names if info.get(n) is not None), secrets.token_hex(8))
+    return int.from_bytes(hashlib.sha256(told.strip('"').encode()).digest()[:8], "big") % 2**63
+
+
+def read_many(urls: Sequence[str]) -> list[bytes | None]:
+    """The whole of each file, None where it is absent; many are read at once."""
+    if not urls:
+        return []
+    fs, _ = _fs(urls[0])
+    if not isinstance(fs, LocalFileSystem):
+        paths = [_fs(url)[1] for url in urls]
+        found = fs.cat(paths, on_error="return")
+        values = [found[p] for p in paths]
+        for value in values:
+            if isinstance(value, Exception) and not isinstance(value, FileNotFoundError):
+                raise value
+        return [None if isinstance(v, Exception) else bytes(v) for v in values]
+
+    # Threads pay where a file is waited for; out of a warm cache they only get in each other's way.
+    began = time.perf_counter()
+    first, rest = _read_some(urls[:32]), urls[32:]
+    if time.perf_counter() - began < _SLOW_READ_S * len(first):
+        return first + _read_some(rest)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        parts = pool.map(_read_some, (rest[i : i + 16] for i in range(0, len(rest), 16)))
+        return first + [data for part in parts for data in part]
+
+
+def _read_some(urls: Sequence[str]) -> list[bytes | None]:
+    return [_read_or_none(url) for url in urls]
+
+
+def _read_or_none(url: str) -> bytes | None:
+    try:
+        return read_bytes(url)
+    except FileNotFoundError:
+        return None
 
 
 def make_folder(url: str) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from latents.encoders import load_text, load_vae
 from latents.moments import quantise_logstd
 from latents.weights import find_clip, find_vae
-from shards.settings import ConfigError
+from shards.settings import ConfigError, StageError
 from tests.latents import world
 
 
@@ -122,6 +122,86 @@ def test_a_single_file_of_standard_widths_needs_no_config(tmp_path):
     assert (found.downscale, found.channels, found.scaling_factor) == (4, 3, 0.18215)
     for name, tensor in vae.state_dict().items():
         assert torch.equal(found.model.state_dict()[name], tensor), name
+
+
+# Shapes of the VAEs that people bring, at a fraction of their widths.
+KINDS = {
+    "Stable Diffusion 1": {"latent_channels": 4},
+    "XL": {"latent_channels": 4, "scaling_factor": 0.13025},
+    "3": {
+        "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609,
+        "use_quant_conv": False, "use_post_quant_conv": False,
+    },
+}  # fmt: skip
+
+
+def vae_like(kind: str) -> AutoencoderKL:
+    torch.manual_seed(5)
+    return AutoencoderKL(
+        **KINDS[kind],
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vae_in_several_files_or_in_half_precision_is_found(tmp_path, pixels, kind):
+    vae = vae_like(kind)
+    vae.save_pretrained(tmp_path / "whole")
+    vae.save_pretrained(tmp_path / "parts", max_shard_size="100KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    whole, parts = load_vae(str(tmp_path / "whole")), load_vae(str(tmp_path / "parts"))
+    assert torch.equal(whole.encode(pixels)[0], parts.encode(pixels)[0])
+    assert parts.channels == KINDS[kind]["latent_channels"]
+    next((tmp_path / "parts").glob("*-00001-of-*")).unlink()
+    with pytest.raises(ConfigError, match=r"names diffusion_pytorch_model-00001-of-.*which is not there"):
+        find_vae(str(tmp_path / "parts"))
+    vae.half().save_pretrained(tmp_path / "half", variant="fp16")
+    assert [p.name for p in (tmp_path / "half").glob("*.safetensors")] == ["diffusion_pytorch_model.fp16.safetensors"]
+    torch.testing.assert_close(
+        load_vae(str(tmp_path / "half")).encode(pixels)[0], whole.encode(pixels)[0], rtol=0.1, atol=0.02
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "beside"),
+    [
+        ("Stable Diffusion 1", "cond_stage_model.transformer.text_model.final_layer_norm.weight"),
+        ("XL", "conditioner.embedders.1.model.ln_final.weight"),
+        ("3", "model.diffusion_model.joint_blocks.0.context_block.attn.proj.weight"),
+    ],
+)
+def test_a_whole_checkpoint_gives_its_vae_and_what_it_is_scaled_by(tmp_path, pixels, kind, beside):
+    vae = vae_like(kind).eval()
+    tensors = {f"first_stage_model.{_original_name(k)}": v for k, v in vae.state_dict().items()}
+    save_file({**tensors, beside: torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')  # of something else
+    found = load_vae(str(tmp_path / "model.safetensors"))
+    assert found.scaling_factor == vae.config.scaling_factor
+    assert found.config["shift_factor"] == vae.config.shift_factor
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        assert torch.equal(found.encode(pixels)[0], vae.encode(x).latent_dist.mean)
+
+
+def test_sixteen_channels_alone_do_not_say_their_scaling(tmp_path):
+    vae = vae_like("3")
+    save_file(vae.state_dict(), tmp_path / "ae.safetensors")
+    with pytest.raises(ConfigError, match=r"has 16 latent channels.*put its config.json beside it"):
+        find_vae(str(tmp_path / "ae.safetensors"))
+    vae.save_config(tmp_path)
+    assert find_vae(str(tmp_path / "ae.safetensors")).scaling_factor == 1.5305
+
+
+def test_weights_exchanged_while_they_are_in_use_are_refused(tmp_path, vae_folder, pixels):
+    """The second network, for what is not finite, is loaded when it is needed: it has to be the first one's."""
+    folder = tmp_path / "vae"
+    shutil.copytree(vae_folder, folder)
+    vae = load_vae(str(folder), precision="bfloat16")
+    world.save_vae(folder, seed=9)
+    with pytest.raises(StageError, match="is not the one the latents were made with"):
+        vae.encode_exact(pixels)
 
 
 def test_digests_follow_the_weights_not_the_place(vae_folder, clip_folder, tmp_path):
@@ -306,11 +386,18 @@ BAD = [
     (find_clip, "ViT-Z-99:laion2b", "has no model 'ViT-Z-99'"),
     (find_clip, "ViT-B-32:no_such_tag", "neither a file nor a tag of ViT-B-32"),
     (find_clip, "ViT-B-32:{tmp}/w.npz", "weights must be one of"),
+    (find_clip, "roberta-ViT-B-32:laion2b_s12b_b32k", "is roberta-base, not open_clip's own"),
+    (find_clip, "ViT-B-16-SigLIP:webli", "reads the tokens of timm/ViT-B-16-SigLIP"),
+    (find_clip, "coca_ViT-B-32:laion2b_s13b_b90k", "appends a class token"),
+    (find_clip, "MobileCLIP-S1:datacompdr", "is not causal"),
+    (find_clip, "hf-hub:nobody/nothing", "cannot be had from the hub"),
+    (find_vae, "nobody/nothing", "cannot be had from the hub"),
 ]
 
 
 @pytest.mark.parametrize(("find", "ref", "said"), BAD)
-def test_a_wrong_name_is_one_sentence(tmp_path, find, ref, said):
+def test_a_wrong_name_is_one_sentence(tmp_path, find, ref, said, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nothing is asked for over a network
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from latents.stage import LatentsStage
+from latents.weights import find_vae
 from orchestration import commands, engine
 from orchestration.config import Pool, RayConfig
 from shards import storage
@@ -103,6 +105,36 @@ def test_a_full_disk_is_named_and_the_same_command_finishes(stage, monkeypatch):
     assert len(Dataset.open(stage.root)) == sum(Dataset.open(stage.run.images).counts)
 
 
+def test_a_vae_that_is_exchanged_during_the_run_is_noticed(stage, tmp_path):
+    """Workers go on with the weights they loaded; the manifest must not name the new ones."""
+    ours, first = tmp_path / "vae", Path(stage.vae_ref)
+    shutil.copytree(first, ours)
+
+    class Exchanged(LatentsStage):
+        def worker(self):
+            make = super().worker()
+
+            def one(task):
+                stats = make(task)
+                if task.index == 1:
+                    world.save_vae(ours, seed=9)
+                return stats
+
+            return one
+
+    torn = Exchanged(stage.config, stage.run, str(ours), stage.text_ref)
+    with pytest.raises(StageError, match=r"shard 00000 is of before a change .*\(weights.vae: \w+\.\.\.\w+ -> "):
+        run(torn)
+    assert not Path(stage.root, "dataset.json").exists()
+    with pytest.raises(StageError, match="was made with other settings"):
+        run(LatentsStage(stage.config, stage.run, str(ours), stage.text_ref))
+    # With the first one put back, what was made stands.
+    before = made(stage)
+    run(stage)
+    assert made(stage) == before
+    assert Dataset.open(stage.root).manifest["vae"]["digest"] == find_vae(str(first)).digest
+
+
 def test_an_unreadable_tar_sets_its_shard_aside_and_the_rest_is_made(stage):
     tar = Path(stage.run.images, "00001.tar")
     whole = tar.read_bytes()
@@ -110,6 +142,9 @@ def test_an_unreadable_tar_sets_its_shard_aside_and_the_rest_is_made(stage):
     with pytest.raises(StageError, match=r"1 of 4 shards failed.*\(00001\).*ends before the picture of sample"):
         run(stage, attempts=2)
     assert sorted(p.name for p in Path(stage.root).glob("*_stats.json")) == [f"0000{i}_stats.json" for i in (0, 2, 3)]
+    tar.unlink()
+    with pytest.raises(StageError, match=r"image shard 1 lacks .*00001.tar; run ingest again"):
+        run(stage, attempts=1)
     tar.write_bytes(whole)
     run(stage)
     assert len(Dataset.open(stage.root).shards) == SHARDS

@@ -79,3 +79,21 @@ def test_ahead_raises_at_the_item():
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="gone"):
         next(items)
+
+
+@pytest.mark.parametrize(("width", "height"), [(4000, 1), (1, 4000), (3000, 2)])
+def test_a_strip_is_scaled_no_further_than_it_is_kept(width, height, monkeypatch):
+    across = np.linspace(0, 255, width)[None, :, None]
+    pixels = np.broadcast_to(
+        across if width > height else np.linspace(0, 255, height)[:, None, None], (height, width, 3)
+    )
+    pixels = np.ascontiguousarray(pixels.astype(np.uint8))
+    whole, fit = resize_crop(pixels, 32)
+    monkeypatch.setattr("latents.pictures.MAX_SCALED", 0)
+    calls: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a: calls.append(size) or resize(self, size, *a))
+    cut, same = resize_crop(pixels, 32)
+    assert calls == [(32, 32)]
+    assert same == fit
+    assert np.abs(cut.astype(int) - whole).max() <= 1

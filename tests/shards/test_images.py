@@ -114,6 +114,12 @@ def test_decoding_refuses_a_bomb_before_decoding_and_what_is_no_picture():
         decode_rgb(png(1), max_pixels=5)
     with pytest.raises(ValueError, match="cannot be decoded"):
         decode_rgb(b"<html>no picture</html>")
+    said = []
+    for data in (b"", b"GIF89a" + bytes(40)):
+        with pytest.raises(ValueError, match="neither JPEG, PNG nor WebP") as error:
+            decode_rgb(data)
+        said.append(str(error.value))
+    assert said[0] == said[1], "it goes into a shard's sidecar, whose bytes are the same in every process"
     np.testing.assert_array_equal(decode_rgb(png(7))[0, 0], [7, 0, 0])
 
 
