@@ -6,10 +6,11 @@ diffusers    our loop from latents against the steps of diffusers' train_text_to
              Diffusion's with an eighth of the channels, so that their costs stand in SD's own proportion
 ema          what the averages add to a step: AdamW with and without them on the same weights, as a share of a step
 checkpoint   for how long a step waits when a checkpoint is saved, as a share of a step
-resume       the first batch at the start of an epoch of 2e9 samples and at its end
+resume       the first batch at the start of an epoch and at its end: its place in 2e9 samples, its latents from shards
 gpu          SD 2's UNet from latents at 256 and 512 px on the GPU here: samples/s, memory, MFU (needs CUDA)
 
-Peer and ours take turns; medians over the rounds; ratios are printed, and what DESIGN asks of them.
+Peer and ours take turns, each in a fresh process; medians over the rounds; ratios are printed, and what DESIGN asks of
+them. On two cores all but `gpu` take about five minutes.
 """
 
 from __future__ import annotations
@@ -102,6 +103,25 @@ def alone(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(work, *arguments).result()
 
 
+def in_turn(rounds: int, peer: Callable[[], Any], mine: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
+    """What both give in each round; who begins changes from round to round."""
+    theirs, ours = [], []
+    for r in range(rounds):
+        for work, found in ((peer, theirs), (mine, ours))[:: 1 if r % 2 == 0 else -1]:
+            found.append(work())
+    return theirs, ours
+
+
+def middle(speeds: list[float]) -> str:
+    return f"{statistics.median(speeds):.2f}/s"
+
+
+def ratio(ours: list[float], theirs: list[float]) -> str:
+    """The median of the rounds' ratios, and their range."""
+    found = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(found):.3f} [{min(found):.3f}, {max(found):.3f}]"
+
+
 def ours(run: str, settings: dict[str, Any]) -> dict[str, float]:
     """Train with our loop, without the export; samples/s and the wait for data, of the lines after the first."""
     from shards.dataset import Dataset
@@ -160,15 +180,11 @@ def bench_loop(rounds: int, steps: int) -> None:
             "images": 32 * steps, "batch_size": 32, "unet": SMALL_UNET, "threads": threads, "zero_stage": 1,
             "log_every_images": 32 * 4, "checkpoint_every_images": 10**9, "initialisation": "torch",
         }  # fmt: skip
-        them, us = [], []
-        for _ in range(rounds):
-            them.append(alone(bare, folder, settings))
-            us.append(alone(ours, folder, settings))
-    speed = statistics.median(u["speed"] for u in us)
-    peer = statistics.median(them)
+        them, us = in_turn(rounds, lambda: alone(bare, folder, settings), lambda: alone(ours, folder, settings))
+    speeds = [u["speed"] for u in us]
     wait = statistics.median(u["wait"] for u in us)
-    print(f"loop        bare {peer:8.1f}/s   ours {speed:8.1f}/s   ratio {speed / peer:.3f} (wanted 0.97)")
-    print(f"            wait for data {100 * wait:.2f} % of the time (wanted at most 1 %)")
+    print(f"loop        bare {middle(them)}   ours {middle(speeds)}   ratio {ratio(speeds, them)} (wanted 0.97)")
+    print(f"            wait for data {100 * wait:.2f} % of the time (wanted at most 1 %)", flush=True)
 
 
 # ---- diffusers' script -----------------------------------------------------------------------------
@@ -256,12 +272,14 @@ def bench_diffusers(rounds: int, steps: int, side: int) -> None:
             "images": 4 * steps, "batch_size": 4, "unet": EIGHTH_UNET, "threads": os.cpu_count() or 1,
             "log_every_images": 8, "checkpoint_every_images": 10**9, "initialisation": "torch",
         }  # fmt: skip
-        them, us = [], []
-        for _ in range(rounds):
-            them.append(alone(peer, folder, settings, side))
-            us.append(alone(ours, folder, settings)["speed"])
-    a, b = statistics.median(them), statistics.median(us)
-    print(f"diffusers   its script's steps {a:6.2f}/s   ours {b:6.2f}/s   ratio {b / a:.2f} (wanted 1.5), {side} px")
+        them, us = in_turn(
+            rounds, lambda: alone(peer, folder, settings, side), lambda: alone(ours, folder, settings)["speed"]
+        )
+    print(
+        f"diffusers   its script's steps {middle(them)}   ours {middle(us)}   ratio {ratio(us, them)} (wanted 1.5), "
+        f"{side} px",
+        flush=True,
+    )
 
 
 # ---- averages, checkpoints, resume -----------------------------------------------------------------
@@ -351,6 +369,8 @@ def bench_steps(which: tuple[str, ...]) -> None:
 
 
 def bench_resume() -> None:
+    from shards.dataset import Dataset
+    from train.data import Latents
     from train.order import Order
 
     counts = np.full(200_000, 10_000)
@@ -364,8 +384,29 @@ def bench_resume() -> None:
             best = min(best, time.perf_counter() - began)
         seconds[name] = best
     a, b = seconds["start"], seconds["end"]
-    ratio = f"ratio {b / a:.2f} (wanted 1)"
-    print(f"resume      first batch of 2e9 samples: start {1e3 * a:.0f} ms, end {1e3 * b:.0f} ms, {ratio}")
+    print(
+        f"resume      the place of the first batch in 2e9 samples: start {1e3 * a:.0f} ms, end {1e3 * b:.0f} ms, "
+        f"ratio {b / a:.2f} (wanted 1)"
+    )
+    # From real shards: everything that is opened anew after a kill, up to the first batch.
+    size, batch = 8192, 64
+    with tempfile.TemporaryDirectory() as folder:
+        latent_shards(Path(folder) / "latents", size, 32, 96)
+        first: dict[str, list[float]] = {"start": [], "end": []}
+        for _ in range(7):
+            for name, place in (("start", 0), ("end", size - batch)):
+                began = time.perf_counter()
+                latents = Latents([Dataset.open(folder + "/latents")], 0, 16, batch)
+                positions = np.arange(place, place + batch)
+                latents.moments(positions)
+                latents.embeddings(positions)
+                first[name].append(time.perf_counter() - began)
+    a, b = (statistics.median(first[name]) for name in ("start", "end"))
+    print(
+        f"            its latents and text, of {size} in shards: start {1e3 * a:.0f} ms, end {1e3 * b:.0f} ms, "
+        f"ratio {b / a:.2f} (wanted 1)",
+        flush=True,
+    )
 
 
 # ---- the GPU ---------------------------------------------------------------------------------------
@@ -396,7 +437,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["loop", "diffusers", "ema", "checkpoint", "resume"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="of each turn")
+    parser.add_argument("--steps", type=int, default=20, help="of each turn")
     parser.add_argument("--side", type=int, default=256, help="pixels, beside diffusers' script")
     parser.add_argument("--batch-256", type=int, default=256, help="on the GPU")
     parser.add_argument("--batch-512", type=int, default=64, help="on the GPU")
@@ -408,7 +449,7 @@ def main() -> None:
     if "loop" in what:
         bench_loop(given.rounds, given.steps)
     if "diffusers" in what:
-        bench_diffusers(given.rounds, max(given.steps // 4, 6), given.side)
+        bench_diffusers(given.rounds, max(given.steps // 2, 6), given.side)
     if {"ema", "checkpoint"} & set(what):
         bench_steps(what)
     if "resume" in what:

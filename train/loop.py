@@ -3,6 +3,14 @@
     while images < total:
         batch by position -> loss -> all ranks agree -> step (or skip) -> log -> validate -> checkpoint
 
+It is launched by one of these (main.py says more); killed at any moment, the same line goes on:
+
+    deepspeed train/main.py --config mine.yaml                                one machine
+    deepspeed --hostfile hosts train/main.py --config mine.yaml               several, by pdsh
+    deepspeed --hostfile hosts --no_ssh --node_rank 0 --master_addr node1 train/main.py --config mine.yaml
+                                                                              several, the line on each
+    carrara train --config mine.yaml                                          on Ray
+
 The clock is in images. Nothing but a checkpoint's tensors and its manifest is needed to go on: order, noise,
 learning rate and EMA lengths are functions of the position.
 """
@@ -30,7 +38,7 @@ from train.flops import count_flops
 from train.guard import Guard
 from train.journal import Journal, crossed
 from train.objectives import Objective
-from train.optimizer import ema_decay, learning_rate
+from train.optimizer import EmaAdamW, ema_decay, learning_rate
 from train.order import derive_key
 from train.ranks import Ranks, Sigterm, Stopped
 from train.validation import Patience, Validator
@@ -112,20 +120,8 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> Path:
     try:
         with Ahead(batches, config.prefetch) as ahead, Sigterm() as sigterm:
             while not done:
-                # ---- rates, which are functions of the position -----------------------------------
-                rate = learning_rate(
-                    images, config.batch_size, config.images, config.learning_rate,
-                    config.warmup_images, config.schedule, config.final_fraction,
-                )  # fmt: skip
-                after = images + config.batch_size
-                decays = {
-                    ema_name(): ema_decay(after, config.batch_size, config.ema_halflife_images, config.ema_rampup)
-                }
-                decays |= {ema_name(std): posthoc.decay(after, config.batch_size, std) for std in config.ema_stds}
-                for group in optimizer.param_groups:
-                    group["lr"], group["ema_decays"] = rate, decays
-
                 # ---- gradients of the global batch ------------------------------------------------
+                rate = _set_rates(optimizer, config, images)
                 totals = torch.zeros(len(figures) + 2 * objective.bins + 2, dtype=torch.float64, device=ranks.device)
                 for micro_step in range(accumulation):
                     batch = next(ahead)
@@ -152,7 +148,8 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> Path:
                     saver.finish()
                     checkpoint.load_masters(back, engine, objective.model)
                     checkpoint.load_optimizer(back, engine, objective.model, optimizer, averages)
-                optimizer.applied, optimizer.veto = False, _veto(guard, engine, means[0], norm, back is not None)
+                optimizer.applied = False
+                optimizer.veto = _veto(guard, engine, means[0], norm, back is not None)
                 engine.step()
                 norm = norm if norm is not None else deep.gradient_norm(engine)
                 skipped = not optimizer.applied
@@ -199,6 +196,20 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> Path:
         saver.wait()
         journal.close(state)
         engine.destroy()
+
+
+def _set_rates(optimizer: EmaAdamW, config: FitConfig, images: int) -> float:
+    """Give the optimizer the learning rate, returned, and the EMAs' factors of the step that begins at `images`."""
+    rate = learning_rate(
+        images, config.batch_size, config.images, config.learning_rate, config.warmup_images, config.schedule,
+        config.final_fraction,
+    )  # fmt: skip
+    after = images + config.batch_size
+    decays = {ema_name(): ema_decay(after, config.batch_size, config.ema_halflife_images, config.ema_rampup)}
+    decays |= {ema_name(std): posthoc.decay(after, config.batch_size, std) for std in config.ema_stds}
+    for group in optimizer.param_groups:
+        group["lr"], group["ema_decays"] = rate, decays
+    return rate
 
 
 def _veto(guard: Guard, engine: Any, loss: float, norm: float | None, always: bool) -> Callable[[], bool]:
