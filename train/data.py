@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import queue
 import threading
 import time
@@ -301,7 +303,7 @@ class LatentShard(ColumnShard):
             found = []
             for value, status in zip(self.table[column].to_pylist(), self.table["status"].to_pylist(), strict=True):
                 if status == "success":
-                    found.append(value if isinstance(value, list) else [value])
+                    found.append(_as_list(value))
             if not all(isinstance(t, str | None) for texts in found for t in texts):
                 raise StageError(
                     f"{self._dataset.root}: column '{column}' of shard {self.info.name} holds no text, nor lists of "
@@ -313,6 +315,14 @@ class LatentShard(ColumnShard):
     @functools.cached_property
     def _texts(self) -> dict[str, list[list[str]]]:
         return {}
+
+
+def _as_list(value: Any) -> list[Any]:
+    """The entry of a column of captions: a list, also one that ingest carried as JSON, or one text."""
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    return value if isinstance(value, list) else [value]
 
 
 def _buckets(

@@ -263,6 +263,7 @@ def test_captions_of_several_columns_are_drawn_anew_each_epoch_and_encoded(tmp_p
         choose_caption(c, [1.0, 3.0], u)
         for c, u in zip(found, objective.random.uniform("choice", positions), strict=True)
     ]
+    assert objective.latents.captions(positions[:40], ["caption", "as_json"]) == found[:40], "as ingest carries lists"
     stored = [c[0][0] for c in found]
     others = np.array([bool(c[1]) for c in found])
     assert 0 < others.mean() < 1, "some have one caption, some several"

@@ -172,10 +172,10 @@ def test_a_unet_that_is_told_sizes_becomes_an_sdxl_pipeline(tmp_path: Path) -> N
     )
     torch.testing.assert_close(got_rows, rows, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got_pooled, pooled, rtol=1e-4, atol=1e-5)
-    # The pictures are the trainer's own, to the bit, and those of a sampler written out below.
+    # The pictures are the trainer's own, up to where the weights lie in memory, and a sampler's written out below.
     drawn = pictures(pipeline, prompt="a blue square")
     assert drawn.shape == (1, 32, 32, 3)
-    assert np.array_equal(drawn, pictures(build_pipeline(run.run), prompt="a blue square"))
+    assert np.abs(drawn - pictures(build_pipeline(run.run), prompt="a blue square")).max() < 1e-6
     by_hand = sampled_by_hand(run, text, "a blue square", steps=3, scale=4.0, seed=0)
     assert np.abs(by_hand - drawn[0]).max() < 2e-5
     assert drawn.std() > 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import socket
 import subprocess
@@ -80,7 +81,7 @@ def make_images(root: Path, counts: tuple[int, ...] = (10, 7, 11), side: int = 1
             # Every third picture has no caption beside its own.
             others = [f"{COLOURS[colour]} {what} {r}" for what in ("box", "tile")] if r % 3 != 2 else None
             row = {"key": key, "caption": f"a {COLOURS[colour]} square", "status": "success", "image_ext": "png"}
-            rows.append({**row, "others": others})
+            rows.append({**row, "others": others, "as_json": others and json.dumps(others)})
         data, places = pack_tar(samples)
         for row, place in zip(rows, places, strict=True):
             row["image_offset"], row["image_size"] = place["png"]
