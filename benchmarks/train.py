@@ -39,8 +39,8 @@ SMALL_UNET = {
     "attention_head_dim": 4,
     "norm_num_groups": 16,
 }
-# Stable Diffusion 1's UNet and VAE with an eighth of the channels.
-EIGHTH_UNET = {"block_out_channels": [40, 80, 160, 160], "attention_head_dim": 4, "norm_num_groups": 8}
+# Stable Diffusion 1's UNet and VAE with an eighth of the channels, and of the heads: one, as wide as each of SD's.
+EIGHTH_UNET = {"block_out_channels": [40, 80, 160, 160], "attention_head_dim": 1, "norm_num_groups": 8}
 EIGHTH_VAE = {
     "block_out_channels": [16, 32, 64, 64],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
