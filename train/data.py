@@ -135,7 +135,8 @@ class Latents:
         resolutions = resolutions or (int(self.dataset.manifest["resolution"]),)
         self.resolution = resolutions[0]
         self._shards = [OpenShards(d, LatentShard, 2 * window) for d in datasets]
-        first = [s[int(np.flatnonzero(d.counts)[0])].arrays for s, d in zip(self._shards, datasets, strict=True)]
+        self._first = [s[int(np.flatnonzero(d.counts)[0])] for s, d in zip(self._shards, datasets, strict=True)]
+        first = [shard.arrays for shard in self._first]
         for dataset, arrays in zip(datasets[1:], first[1:], strict=True):
             _refuse_other_kind(self.dataset, first[0], dataset, arrays)
         self.buckets, counts = _buckets(datasets, resolutions)
@@ -236,6 +237,12 @@ class Latents:
             out[here] = shard.arrays["micro"][shard.samples(bucket, rows), level]
         return out
 
+    def require_captions(self, columns: Sequence[str]) -> None:
+        """Raises StageError where the first shard of a dataset has no texts in one of these columns of its sidecar."""
+        for shard in self._first:
+            for column in columns:
+                shard.texts(column)
+
     def captions(self, positions: np.ndarray, columns: Sequence[str]) -> list[list[list[str]]]:
         """Of each sample, the captions in each of these columns of the sidecar, whose entries are texts or lists of
         texts; empty ones are left out. Raises StageError where a column is not there."""
@@ -321,7 +328,9 @@ def _as_list(value: Any) -> list[Any]:
     """The entry of a column of captions: a list, also one that ingest carried as JSON, or one text."""
     if isinstance(value, str) and value.startswith("["):
         with contextlib.suppress(ValueError):
-            value = json.loads(value)
+            parsed = json.loads(value)
+            if all(isinstance(v, str | None) for v in parsed):  # "[2]" may be a caption
+                return list(parsed)
     return value if isinstance(value, list) else [value]
 
 

@@ -56,6 +56,7 @@ class Diffusion(Objective):
                 "train.unet: addition_embed_type text_time is told the captions' pooled embeddings, which these "
                 "latents lack; make them with latents.text_pooled true, or with latents.text tokens"
             )
+        latents.require_captions(list(config.captions or ()))
         if config.captions or not latents.has_embeddings:
             self.text = load_text(facts["ref"], facts["layer"], device)
             require_digest("the CLIP", self.text.digest, facts["digest"], facts["ref"])

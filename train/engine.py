@@ -44,11 +44,11 @@ class LossScale:
             self.value, self.steady = self.value * 2, 0
 
 
-def loss_scale(config: FitConfig, state: dict[str, Any] | None) -> LossScale:
-    """The scale of a fit, or as a checkpoint kept it (its fields)."""
+def loss_scale(config: FitConfig, state: Any) -> LossScale:
+    """The scale of a fit: where a checkpoint kept its fields, as they were."""
     if config.precision != "fp16":
         return LossScale()
-    return LossScale(**state) if state else LossScale(FIRST_SCALE, dynamic=True)
+    return LossScale(**state) if isinstance(state, dict) else LossScale(FIRST_SCALE, dynamic=True)
 
 
 def averages(config: FitConfig) -> tuple[str, ...]:

@@ -281,7 +281,7 @@ def test_captions_of_several_columns_are_drawn_anew_each_epoch_and_encoded(tmp_p
     with pytest.raises(
         StageError, match=r"no column 'other' in its \.parquet; carry it there with ingest.keep_columns"
     ):
-        build("train", TrainConfig(captions={"other": 1.0}, **values), [dataset], 5, "cpu").batch(positions[:2])
+        build("train", TrainConfig(captions={"other": 1.0}, **values), [dataset], 5, "cpu")
     # Without the setting nothing of this is read, and the settings' fingerprint is what it was before there was one.
     assert "captions" not in TrainConfig(**values).settings()
 
