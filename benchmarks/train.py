@@ -117,7 +117,7 @@ class Turns:
         if self._began is not None:
             self.seconds.append(time.perf_counter() - self._began)
             self.other.release()
-        if not self.mine.acquire(timeout=240):
+        if not self.mine.acquire(timeout=600):
             raise RuntimeError("the other one does not come to its step")
         self._began = time.perf_counter()
 
@@ -231,11 +231,11 @@ def bare(run: str, settings: dict[str, Any]) -> list[float]:
     return turns.seconds
 
 
-def bench_loop(steps: int) -> None:
+def bench_loop(steps: int, threads: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         latent_shards(Path(folder) / "latents", 4096, 16, 96)
         settings = {
-            "images": 32 * steps, "batch_size": 32, "unet": SMALL_UNET, "threads": os.cpu_count() or 1, "zero_stage": 1,
+            "images": 32 * steps, "batch_size": 32, "unet": SMALL_UNET, "threads": threads, "zero_stage": 1,
             "log_every_images": 32 * 4, "checkpoint_every_images": 10**9, "initialisation": "torch",
         }  # fmt: skip
         pairs = in_turn(functools.partial(bare, folder, settings), functools.partial(paced, folder, settings), 3)
@@ -321,12 +321,12 @@ def peer(run: str, settings: dict[str, Any], side: int) -> list[float]:
     return turns.seconds
 
 
-def bench_diffusers(steps: int, side: int, compiled: bool) -> None:
+def bench_diffusers(steps: int, threads: int, side: int, compiled: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         latent_shards(Path(folder) / "latents", 1024, side // 8, 96)
         make_pictures(Path(folder) / "pictures", 64, side)
         settings = {
-            "images": 4 * steps, "batch_size": 4, "unet": EIGHTH_UNET, "threads": os.cpu_count() or 1,
+            "images": 4 * steps, "batch_size": 4, "unet": EIGHTH_UNET, "threads": threads,
             "log_every_images": 8, "checkpoint_every_images": 10**9, "initialisation": "torch", "compile": compiled,
         }  # fmt: skip
         pairs = in_turn(functools.partial(peer, folder, settings, side), functools.partial(paced, folder, settings), 3)
@@ -489,6 +489,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["loop", "diffusers", "ema", "checkpoint", "resume"])
     parser.add_argument("--steps", type=int, default=40, help="of each")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each side, without a GPU")
     parser.add_argument("--compile", action="store_true", help="beside diffusers' script, with train.compile")
     parser.add_argument("--side", type=int, default=256, help="pixels, beside diffusers' script")
     parser.add_argument("--batch-256", type=int, default=256, help="on the GPU")
@@ -499,9 +500,9 @@ def main() -> None:
     print(f"{os.cpu_count()} CPUs, {device}, torch {torch.__version__}", flush=True)
     what = tuple(given.what)
     if "loop" in what:
-        bench_loop(given.steps)
+        bench_loop(given.steps, given.threads)
     if "diffusers" in what:
-        bench_diffusers(given.steps, given.side, given.compile)
+        bench_diffusers(given.steps, given.threads, given.side, given.compile)
     if {"ema", "checkpoint"} & set(what):
         bench_steps(what)
     if "resume" in what:
