@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DiffusionPipeline,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -252,7 +253,7 @@ def save_public(name: str, run: RunPaths, folder: Path) -> dict[str, Any]:
     text = load_text(str(Path(run.clip) / "model"), layer)
     parts = {
         "unet": unet,
-        "vae": load_vae(str(Path(run.autoencoder) / "model"), "cpu").model,
+        "vae": AutoencoderKL.from_pretrained(Path(run.autoencoder) / "model"),
         "scheduler": PNDMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
         ),
@@ -270,7 +271,7 @@ def save_public(name: str, run: RunPaths, folder: Path) -> dict[str, Any]:
             feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
     variant = how.get("variant")
-    (made.half() if variant else made).save_pretrained(folder, **how)
+    made.to(dtype=torch.float16 if variant else torch.float32).save_pretrained(folder, **how)
     return {"variant": variant} if variant else {}
 
 
