@@ -44,3 +44,5 @@ if [ ! -x .venv/bin/python ]; then
 fi
 echo "setup: filling .venv (6.5 GB with CUDA's libraries; a few minutes)"
 "$uv" pip install --quiet --compile-bytecode --python .venv/bin/python --constraint constraints.txt --editable '.[dev]'
+command -v g++ >/dev/null || command -v c++ >/dev/null || command -v "${CXX:-g++}" >/dev/null ||
+    echo "setup: no C++ compiler here; all works without one but the setting 'compile' (install g++ for that)"

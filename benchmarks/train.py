@@ -6,15 +6,17 @@ diffusers    our loop from latents against the steps of diffusers' train_text_to
              Diffusion's with an eighth of the channels, so that their costs stand in SD's own proportion
 ema          what the averages add to a step: AdamW with and without them on the same weights, as a share of a step
 checkpoint   for how long a step waits when a checkpoint is saved, as a share of a step
-resume       the first batch at the start of an epoch of 2e9 samples and at its end
+resume       the first batch at the start of an epoch and at its end: its place in 2e9 samples, its latents from shards
 gpu          SD 2's UNet from latents at 256 and 512 px on the GPU here: samples/s, memory, MFU (needs CUDA)
 
-Peer and ours take turns; medians over the rounds; ratios are printed, and what DESIGN asks of them.
+Peer and ours, each in a process of its own, take turns step by step; the median of the pairs' ratios is printed with
+its interval, and what DESIGN asks of it. On two cores all but `gpu` take about five minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import multiprocessing
@@ -38,8 +40,8 @@ SMALL_UNET = {
     "attention_head_dim": 4,
     "norm_num_groups": 16,
 }
-# Stable Diffusion 1's UNet and VAE with an eighth of the channels.
-EIGHTH_UNET = {"block_out_channels": [40, 80, 160, 160], "attention_head_dim": 4, "norm_num_groups": 8}
+# Stable Diffusion 1's UNet and VAE with an eighth of the channels, and of the heads: one, as wide as each of SD's.
+EIGHTH_UNET = {"block_out_channels": [40, 80, 160, 160], "attention_head_dim": 1, "norm_num_groups": 8}
 EIGHTH_VAE = {
     "block_out_channels": [16, 32, 64, 64],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -102,6 +104,82 @@ def alone(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(work, *arguments).result()
 
 
+class Turns:
+    """One of two processes that take a step each in turn, so that whatever else the machine does meets both alike."""
+
+    def __init__(self, mine: Any, other: Any) -> None:
+        self.mine, self.other = mine, other
+        self.seconds: list[float] = []
+        self._began: float | None = None
+
+    def next(self) -> None:
+        """Between two steps: note how long the last took, and wait while the other takes one."""
+        if self._began is not None:
+            self.seconds.append(time.perf_counter() - self._began)
+            self.other.release()
+        if not self.mine.acquire(timeout=600):
+            raise RuntimeError("the other one does not come to its step")
+        self._began = time.perf_counter()
+
+    def leave(self) -> None:
+        """No more steps here: the other need not wait any more."""
+        for _ in range(1000):
+            self.other.release()
+
+
+TURNS: Turns | None = None  # of this process, where it is one of two
+
+
+def _sit_down(mine: Any, other: Any) -> None:
+    global TURNS
+    TURNS = Turns(mine, other)
+
+
+def in_turn(theirs: Callable[..., Any], mine: Callable[..., Any], skip: int) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of each step of both, in pairs, without the first `skip`. theirs, mine: picklable, without arguments."""
+    context = multiprocessing.get_context("spawn")
+    one, two = context.Semaphore(1), context.Semaphore(0)
+    pools = [
+        ProcessPoolExecutor(1, mp_context=context, initializer=_sit_down, initargs=pair)
+        for pair in ((one, two), (two, one))
+    ]
+    found = [pool.submit(work) for pool, work in zip(pools, (theirs, mine), strict=True)]
+    a, b = (np.array(f.result()) for f in found)
+    for pool in pools:
+        pool.shutdown()
+    n = min(len(a), len(b))
+    return a[skip:n], b[skip:n]
+
+
+def compared(peer: np.ndarray, mine: np.ndarray, batch: int) -> str:
+    """Speeds of median steps, and the median of the pairs' ratios with its 95 % interval (bootstrap over pairs)."""
+    pairs = peer / mine
+    draws = np.random.default_rng(0).choice(pairs, (2000, len(pairs)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return (
+        f"{batch / np.median(peer):6.2f}/s   ours {batch / np.median(mine):6.2f}/s   ratio {np.median(pairs):.3f} "
+        f"[{low:.3f}, {high:.3f}] of {len(pairs)} pairs of steps"
+    )
+
+
+def paced(run: str, settings: dict[str, Any]) -> list[float]:
+    """The seconds of our loop's steps, all that is between two forward passes, taken in turn with another process."""
+    from train import denoising
+
+    turns = TURNS
+    assert turns is not None
+    forward = denoising.Diffusion.forward
+
+    def in_my_turn(self: Any, batch: Any) -> Any:
+        turns.next()
+        return forward(self, batch)
+
+    denoising.Diffusion.forward = in_my_turn  # type: ignore[method-assign]
+    ours(run, settings)
+    turns.leave()
+    return turns.seconds
+
+
 def ours(run: str, settings: dict[str, Any]) -> dict[str, float]:
     """Train with our loop, without the export; samples/s and the wait for data, of the lines after the first."""
     from shards.dataset import Dataset
@@ -126,13 +204,15 @@ def ours(run: str, settings: dict[str, Any]) -> dict[str, float]:
     return {"speed": speed, "wait": wait, **last}
 
 
-def bare(run: str, settings: dict[str, Any]) -> float:
-    """Samples/s of the plainest loop: the same UNet and loss, torch's AdamW, the batches ready in memory."""
+def bare(run: str, settings: dict[str, Any]) -> list[float]:
+    """The seconds of the plainest loop's steps: the same UNet and loss, torch's AdamW, the batches ready in memory."""
     from shards.dataset import Dataset
     from train.config import TrainConfig
     from train.objectives import build
     from train.optimizer import parameter_groups
 
+    turns = TURNS
+    assert turns is not None
     config = TrainConfig.model_validate(settings)
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     objective = build("train", config, [Dataset.open(run + "/latents")], 0, "cpu").train()
@@ -140,35 +220,28 @@ def bare(run: str, settings: dict[str, Any]) -> float:
     batches = [
         objective.batch(np.arange(i, i + config.batch_size)) for i in range(0, 4 * config.batch_size, config.batch_size)
     ]
-    times = []
     for step in range(config.images // config.batch_size):
-        began = time.perf_counter()
+        turns.next()
         loss, _ = objective(batches[step % 4])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        times.append(time.perf_counter() - began)
-    return config.batch_size / statistics.median(times[3:])
+    turns.leave()
+    return turns.seconds
 
 
-def bench_loop(rounds: int, steps: int) -> None:
-    threads = os.cpu_count() or 1
+def bench_loop(steps: int, threads: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         latent_shards(Path(folder) / "latents", 4096, 16, 96)
         settings = {
             "images": 32 * steps, "batch_size": 32, "unet": SMALL_UNET, "threads": threads, "zero_stage": 1,
             "log_every_images": 32 * 4, "checkpoint_every_images": 10**9, "initialisation": "torch",
         }  # fmt: skip
-        them, us = [], []
-        for _ in range(rounds):
-            them.append(alone(bare, folder, settings))
-            us.append(alone(ours, folder, settings))
-    speed = statistics.median(u["speed"] for u in us)
-    peer = statistics.median(them)
-    wait = statistics.median(u["wait"] for u in us)
-    print(f"loop        bare {peer:8.1f}/s   ours {speed:8.1f}/s   ratio {speed / peer:.3f} (wanted 0.97)")
-    print(f"            wait for data {100 * wait:.2f} % of the time (wanted at most 1 %)")
+        pairs = in_turn(functools.partial(bare, folder, settings), functools.partial(paced, folder, settings), 3)
+        print(f"loop        bare {compared(*pairs, 32)} (wanted 0.97)", flush=True)
+        found = alone(ours, folder, {**settings, "images": 32 * 20})
+    print(f"            wait for data {100 * found['wait']:.2f} % of the time (wanted at most 1 %)", flush=True)
 
 
 # ---- diffusers' script -----------------------------------------------------------------------------
@@ -185,18 +258,20 @@ def make_pictures(folder: Path, count: int, side: int) -> None:
         picture.save(folder / f"{i:05d}.jpg", quality=92)
 
 
-def peer(run: str, settings: dict[str, Any], side: int) -> float:
-    """The steps of examples/text_to_image/train_text_to_image.py with its defaults, as far as one process has them.
+def peer(run: str, settings: dict[str, Any], side: int) -> list[float]:
+    """The seconds of the steps of diffusers' examples/text_to_image/train_text_to_image.py with its defaults.
 
-    Decoding and augmenting in the DataLoader (no workers, its default), the VAE's latent_dist.sample() times its
-    scaling factor, the CLIP text model on the token ids, noise, DDPMScheduler.add_noise, the UNet, mse, clipping to 1,
-    AdamW. Its --use_ema is off, though ours has its EMA on.
+    As far as one process has them: decoding and augmenting in the DataLoader (no workers, its default), the VAE's
+    latent_dist.sample() times its scaling factor, the CLIP text model on the token ids, noise,
+    DDPMScheduler.add_noise, the UNet, mse, clipping to 1, AdamW. Its --use_ema is off, though ours has its EMA on.
     """
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from PIL import Image
     from torchvision import transforms
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    turns = TURNS
+    assert turns is not None
     batch_size, steps = settings["batch_size"], settings["images"] // settings["batch_size"]
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
@@ -227,11 +302,10 @@ def peer(run: str, settings: dict[str, Any], side: int) -> float:
             pixels = transform(Image.open(files[i % len(files)]).convert("RGB"))
             return pixels, torch.randint(0, 49000, (CONTEXT,))
 
-    times = []
-    began = time.perf_counter()
-    for step, (pixels, ids) in enumerate(torch.utils.data.DataLoader(Pictures(), batch_size, shuffle=False)):
-        if step == steps:
-            break
+    batches = iter(torch.utils.data.DataLoader(Pictures(), batch_size, shuffle=False))
+    for _ in range(steps):
+        turns.next()
+        pixels, ids = next(batches)
         latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
         noise = torch.randn_like(latents)
         t = torch.randint(0, 1000, (batch_size,)).long()
@@ -243,25 +317,21 @@ def peer(run: str, settings: dict[str, Any], side: int) -> float:
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter() - began)
-        began = time.perf_counter()
-    return float(batch_size / statistics.median(times[2:]))
+    turns.leave()
+    return turns.seconds
 
 
-def bench_diffusers(rounds: int, steps: int, side: int) -> None:
+def bench_diffusers(steps: int, threads: int, side: int, compiled: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         latent_shards(Path(folder) / "latents", 1024, side // 8, 96)
         make_pictures(Path(folder) / "pictures", 64, side)
         settings = {
-            "images": 4 * steps, "batch_size": 4, "unet": EIGHTH_UNET, "threads": os.cpu_count() or 1,
-            "log_every_images": 8, "checkpoint_every_images": 10**9, "initialisation": "torch",
+            "images": 4 * steps, "batch_size": 4, "unet": EIGHTH_UNET, "threads": threads,
+            "log_every_images": 8, "checkpoint_every_images": 10**9, "initialisation": "torch", "compile": compiled,
         }  # fmt: skip
-        them, us = [], []
-        for _ in range(rounds):
-            them.append(alone(peer, folder, settings, side))
-            us.append(alone(ours, folder, settings)["speed"])
-    a, b = statistics.median(them), statistics.median(us)
-    print(f"diffusers   its script's steps {a:6.2f}/s   ours {b:6.2f}/s   ratio {b / a:.2f} (wanted 1.5), {side} px")
+        pairs = in_turn(functools.partial(peer, folder, settings, side), functools.partial(paced, folder, settings), 3)
+    how = "compiled" if compiled else "with its defaults"
+    print(f"diffusers   its script's steps {compared(*pairs, 4)} (wanted 1.5), {side} px, ours {how}", flush=True)
 
 
 # ---- averages, checkpoints, resume -----------------------------------------------------------------
@@ -351,6 +421,8 @@ def bench_steps(which: tuple[str, ...]) -> None:
 
 
 def bench_resume() -> None:
+    from shards.dataset import Dataset
+    from train.data import Latents
     from train.order import Order
 
     counts = np.full(200_000, 10_000)
@@ -364,8 +436,29 @@ def bench_resume() -> None:
             best = min(best, time.perf_counter() - began)
         seconds[name] = best
     a, b = seconds["start"], seconds["end"]
-    ratio = f"ratio {b / a:.2f} (wanted 1)"
-    print(f"resume      first batch of 2e9 samples: start {1e3 * a:.0f} ms, end {1e3 * b:.0f} ms, {ratio}")
+    print(
+        f"resume      the place of the first batch in 2e9 samples: start {1e3 * a:.0f} ms, end {1e3 * b:.0f} ms, "
+        f"ratio {b / a:.2f} (wanted 1)"
+    )
+    # From real shards: everything that is opened anew after a kill, up to the first batch.
+    size, batch = 8192, 64
+    with tempfile.TemporaryDirectory() as folder:
+        latent_shards(Path(folder) / "latents", size, 32, 96)
+        first: dict[str, list[float]] = {"start": [], "end": []}
+        for _ in range(7):
+            for name, place in (("start", 0), ("end", size - batch)):
+                began = time.perf_counter()
+                latents = Latents([Dataset.open(folder + "/latents")], 0, 16, batch)
+                positions = np.arange(place, place + batch)
+                latents.moments(positions)
+                latents.embeddings(positions)
+                first[name].append(time.perf_counter() - began)
+    a, b = (statistics.median(first[name]) for name in ("start", "end"))
+    print(
+        f"            its latents and text, of {size} in shards: start {1e3 * a:.0f} ms, end {1e3 * b:.0f} ms, "
+        f"ratio {b / a:.2f} (wanted 1)",
+        flush=True,
+    )
 
 
 # ---- the GPU ---------------------------------------------------------------------------------------
@@ -395,8 +488,9 @@ def bench_gpu(micro: dict[int, int], steps: int, compiled: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["loop", "diffusers", "ema", "checkpoint", "resume"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="of each turn")
+    parser.add_argument("--steps", type=int, default=40, help="of each")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each side, without a GPU")
+    parser.add_argument("--compile", action="store_true", help="beside diffusers' script, with train.compile")
     parser.add_argument("--side", type=int, default=256, help="pixels, beside diffusers' script")
     parser.add_argument("--batch-256", type=int, default=256, help="on the GPU")
     parser.add_argument("--batch-512", type=int, default=64, help="on the GPU")
@@ -406,9 +500,9 @@ def main() -> None:
     print(f"{os.cpu_count()} CPUs, {device}, torch {torch.__version__}", flush=True)
     what = tuple(given.what)
     if "loop" in what:
-        bench_loop(given.rounds, given.steps)
+        bench_loop(given.steps, given.threads)
     if "diffusers" in what:
-        bench_diffusers(given.rounds, max(given.steps // 4, 6), given.side)
+        bench_diffusers(given.steps, given.threads, given.side, given.compile)
     if {"ema", "checkpoint"} & set(what):
         bench_steps(what)
     if "resume" in what:

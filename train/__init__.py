@@ -13,6 +13,7 @@ who bring no weights a VAE (`autoencoder`) and a CLIP (`clip`). Modules, from th
     folders      checkpoint folders and their manifests, without torch
     checkpoint   name-keyed safetensors that belong to no world size
     data         shards into batches, ahead of the loop
+    pipelines    which of diffusers' pipelines a UNet becomes, and which text it reads
     adapters     where a UNet comes from; LoRA and its kin
     objectives   what the loop can fit: the VAE's and the CLIP's losses
     denoising    the UNet's loss

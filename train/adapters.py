@@ -6,6 +6,7 @@ arXiv:2309.14859. The layers and their arithmetic are peft's, so that diffusers 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -19,34 +20,82 @@ from train.order import derive_key
 
 log = logging.getLogger("carrara.train")
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
+# What diffusers saves weights under: whole, in half precision as a variant, and either in several files with an index.
+KINDS = {
+    f"{WEIGHTS}.safetensors": None,
+    f"{WEIGHTS}.safetensors.index.json": None,
+    f"{WEIGHTS}.fp16.safetensors": "fp16",
+    f"{WEIGHTS}.safetensors.index.fp16.json": "fp16",
+}
 # The convolutions of a UNet's residual blocks and of its down- and upsamplers, by the ends of their names.
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
 
 
-@functools.cache
-def find_unet(ref: str) -> Path:
-    """The folder of a UNet: of a diffusers pipeline, or the UNet's own; from the hub's cache where `ref` is no folder.
+@dataclasses.dataclass(frozen=True)
+class StoredUnet:
+    """A UNet on disk as diffusers saves it. variant: None, or `fp16`. files: its config and what holds its weights."""
 
-    Raises ConfigError where there is none.
+    folder: Path
+    variant: str | None
+    files: tuple[Path, ...]
+
+
+@functools.cache
+def find_unet(ref: str) -> StoredUnet:
+    """The UNet of a diffusers pipeline, or a UNet's own folder; from the hub where `ref` is no folder.
+
+    Weights in full precision are preferred to a variant in half. Raises ConfigError where there is none, or where it
+    is not whole.
     """
     root = Path(ref)
     if not root.is_dir():
         root = _from_hub(ref)
+    pickled = None
     for folder in (root / "unet", root):
-        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-            return folder
+        if not (folder / CONFIG).is_file():
+            continue
+        for name, variant in KINDS.items():
+            if (folder / name).is_file():
+                return StoredUnet(folder, variant, (folder / CONFIG, folder / name, *_parts(folder / name)))
+        pickled = next(iter(folder.glob(f"{WEIGHTS}*.bin")), pickled)
+    if pickled is not None:
+        raise ConfigError(
+            f"train.start_from: the weights in {pickled} are pickled, and a pickle may run anything; load that "
+            "pipeline with diffusers and save it with save_pretrained, which writes safetensors"
+        )
     raise ConfigError(
-        f"train.start_from: {ref} holds no UNet ({CONFIG} and {WEIGHTS}, there or in unet/); name a diffusers pipeline"
+        f"train.start_from: {ref} holds no UNet ({CONFIG} and {WEIGHTS}.safetensors, whole, in parts or as an fp16 "
+        "variant, there or in unet/); name a diffusers pipeline"
     )
+
+
+def _parts(index: Path) -> list[Path]:
+    """The files that an index of weights names; none where the file is no index."""
+    if index.suffix != ".json":
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"train.start_from: {index} is no index of weights; save the pipeline again") from None
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise ConfigError(f"train.start_from: {index} names {name}, which is not beside it; bring it back")
+    return [index.parent / name for name in names]
 
 
 def _from_hub(ref: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        patterns = [f"{p}{name}" for p in ("unet/", "") for name in (CONFIG, WEIGHTS)]
-        return Path(snapshot_download(ref, allow_patterns=[*patterns, "scheduler/*.json"]))
+        patterns = [f"{p}{name}" for p in ("unet/", "") for name in (CONFIG, f"{WEIGHTS}*.safetensors*")]
+        # A variant in half precision is left where it is as long as there are the weights themselves.
+        halves = [f"{p}{WEIGHTS}*fp16*" for p in ("unet/", "")]
+        wanted = [*patterns, "scheduler/*.json"]
+        root = Path(snapshot_download(ref, allow_patterns=wanted, ignore_patterns=halves))
+        if any((f / k).is_file() for f in (root / "unet", root) for k in KINDS):
+            return root
+        return Path(snapshot_download(ref, allow_patterns=wanted))
     except Exception as e:
         line = " ".join(str(e).split())[:200]
         raise ConfigError(
@@ -57,25 +106,27 @@ def _from_hub(ref: str) -> Path:
 @functools.cache
 def digest(ref: str) -> str:
     """What a fine-tuned model depends on: the bytes of the UNet's config and weights."""
-    folder = find_unet(ref)
-    return digest_json([digest_file(folder / name) for name in (CONFIG, WEIGHTS)])
+    return digest_json([digest_file(file) for file in find_unet(ref).files])
 
 
 def load_unet(ref: str) -> Any:
     """The UNet2DConditionModel, float32; raises ConfigError where it cannot be loaded."""
     from diffusers import UNet2DConditionModel
 
-    folder = find_unet(ref)
+    found = find_unet(ref)
     try:
-        return UNet2DConditionModel.from_pretrained(folder, low_cpu_mem_usage=False).float()
+        unet = UNet2DConditionModel.from_pretrained(
+            found.folder, variant=found.variant, use_safetensors=True, low_cpu_mem_usage=False
+        )
+        return unet.float()
     except Exception as e:
         line = " ".join(str(e).split())[:300]
-        raise ConfigError(f"train.start_from: the UNet in {folder} cannot be loaded: {line}") from None
+        raise ConfigError(f"train.start_from: the UNet in {found.folder} cannot be loaded: {line}") from None
 
 
 def check_prediction(ref: str, prediction: str) -> None:
     """Warn where a pipeline says of itself that it predicts something else than it is now trained to predict."""
-    file = find_unet(ref).parent / "scheduler" / "scheduler_config.json"
+    file = find_unet(ref).folder.parent / "scheduler" / "scheduler_config.json"
     if file.is_file():
         stored = json.loads(file.read_bytes()).get("prediction_type", "epsilon")
         if stored != prediction:

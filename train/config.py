@@ -7,7 +7,7 @@ name here and so cannot be set.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -35,6 +35,9 @@ OPERATIONAL = (
     "validation",
     "samples",
 )
+
+# Settings that came after runs had been made without them, to which their absence means what null means.
+LATER = ("batch_by_area", "captions")
 
 STAGES = ("autoencoder", "clip", "train")
 
@@ -139,7 +142,8 @@ class FitConfig(Strict):
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide what comes out, for the fingerprint."""
-        return self.model_dump(mode="json", exclude=set(OPERATIONAL))
+        found = self.model_dump(mode="json", exclude=set(OPERATIONAL))
+        return {k: v for k, v in found.items() if v is not None or k not in LATER}
 
 
 class AutoencoderConfig(FitConfig):
@@ -261,8 +265,18 @@ class TrainConfig(FitConfig):
     sources: tuple[SourceConfig, ...] = Field(
         default=(SourceConfig(),), min_length=1, description="data sets mixed by weight; by default the run's latents"
     )
-    resolution: int | None = Field(
-        default=None, ge=8, description="which of the latents' resolutions, in pixels; null: the main one"
+    resolution: Annotated[int, Field(ge=8)] | tuple[Annotated[int, Field(ge=8)], ...] | None = Field(
+        default=None, description="which of the latents' resolutions, in pixels, one or several; null: the main one"
+    )
+    batch_by_area: int | None = Field(
+        default=None,
+        ge=1,
+        description="batch_size is that of the smallest bucket; larger ones get fewer, in multiples of this",
+    )
+    captions: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="columns of the latents' sidecar from which each sample's caption is drawn anew, and their weights",
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = Field(
         default="epsilon", description="flow_prediction: rectified flow, whose straight path has no betas"
@@ -291,6 +305,23 @@ class TrainConfig(FitConfig):
     validation: ValidationConfig | None = None
     samples: SamplesConfig | None = None
 
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """The resolutions to train at; none where it is the latents' main one."""
+        if self.resolution is None:
+            return ()
+        return (self.resolution,) if isinstance(self.resolution, int) else self.resolution
+
+    @model_validator(mode="after")
+    def _batches(self) -> Self:
+        if len(set(self.resolutions)) < len(self.resolutions) or self.resolution == ():
+            raise ValueError("resolution names one resolution twice, or none; give each once")
+        if self.batch_by_area and self.batch_size % self.batch_by_area:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) is not a multiple of batch_by_area ({self.batch_by_area})"
+            )
+        return self
+
     @model_validator(mode="after")
     def _process(self) -> Self:
         flow = self.prediction_type == "flow_prediction"
@@ -312,6 +343,8 @@ class TrainConfig(FitConfig):
                 raise ValueError(f"{name} changes a model that is there; name it with start_from")
         if self.adapter and self.textual_inversion:
             raise ValueError("adapter and textual_inversion are two ways to fine-tune; set one of them")
+        if self.captions and self.textual_inversion:
+            raise ValueError("captions cannot go with textual_inversion, whose templates are its captions")
         if self.start_from and self.unet:
             raise ValueError("unet is given by start_from; leave one of them out")
         return self
@@ -344,5 +377,11 @@ def layout(stage: str, config: FitConfig, world: int) -> tuple[int, int]:
     if share % micro:
         raise ConfigError(
             f"{stage}.micro_batch_size is {micro}, which does not divide the {share} images of one of {world} ranks"
+        )
+    parts, by_area = config.batch_size // micro, getattr(config, "batch_by_area", None)
+    if by_area and by_area % parts:
+        raise ConfigError(
+            f"{stage}.batch_by_area is {by_area}, which the {parts} micro-batches of a step ({world} ranks times "
+            f"{share // micro}) cannot share evenly; make it a multiple of {parts}"
         )
     return micro, share // micro

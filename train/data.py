@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import queue
 import threading
 import time
@@ -107,11 +109,16 @@ class Pictures:
 class Latents:
     """Posterior moments and text of the latent shards of one or several datasets, mixed by weight.
 
-    A dataset with buckets gives batches of one shape: the global batches of `batch_size` samples are shared out to
-    the buckets by their number of samples, so that all ranks have the same shape at a step. Within a bucket the
-    datasets come by weight, and each (dataset, bucket) has an order of its own. resolution: which of several the
-    samples are taken at, in pixels; None is the datasets' main one. Raises ConfigError where datasets were made with
-    different encoders or shapes, which no model could tell apart.
+    A dataset with buckets gives batches of one shape: the global batches are shared out to the buckets so that each
+    sample comes equally often, and all ranks have the same shape at a step. Within a bucket the datasets come by
+    weight, and each (dataset, bucket) has an order of its own. resolutions: which of several the samples are taken at,
+    in pixels, the main one first; none given is the datasets' main one.
+
+    Each batch has `batch_size` places in the order of samples. With `by_area` the smallest pictures fill them, and
+    larger ones take the first few alone, in inverse proportion to their area and in multiples of `by_area`, so that
+    every step is about as much work.
+
+    Raises ConfigError where datasets were made with different encoders or shapes, which no model could tell apart.
     """
 
     def __init__(
@@ -121,15 +128,19 @@ class Latents:
         window: int,
         batch_size: int,
         weights: Sequence[float] = (1.0,),
-        resolution: int | None = None,
+        resolutions: Sequence[int] = (),
+        by_area: int | None = None,
     ) -> None:
         self.dataset, self.batch_size = datasets[0], batch_size
-        self.resolution = resolution or int(self.dataset.manifest["resolution"])
+        resolutions = resolutions or (int(self.dataset.manifest["resolution"]),)
+        self.resolution = resolutions[0]
         self._shards = [OpenShards(d, LatentShard, 2 * window) for d in datasets]
-        first = [s[int(np.flatnonzero(d.counts)[0])].arrays for s, d in zip(self._shards, datasets, strict=True)]
+        self._first = [s[int(np.flatnonzero(d.counts)[0])] for s, d in zip(self._shards, datasets, strict=True)]
+        first = [shard.arrays for shard in self._first]
         for dataset, arrays in zip(datasets[1:], first[1:], strict=True):
             _refuse_other_kind(self.dataset, first[0], dataset, arrays)
-        self.buckets, counts = _buckets(datasets, self.resolution)
+        self.buckets, counts = _buckets(datasets, resolutions)
+        self._sizes = _batch_sizes(self.dataset, self.buckets, batch_size, by_area)
         self.has_embeddings = "embeddings" in first[0]
         self.has_pooled = "pooled" in first[0]
         self.has_spread = all(any(n.partition(".")[0] == "logstd" for n in arrays) for arrays in first)
@@ -145,8 +156,8 @@ class Latents:
             orders = [Order(counts[i][b], _name(datasets[i].fingerprint, bucket), seed, window) for i in held]
             portions = [weights[i] * counts[i][b].sum() / datasets[i].counts.sum() for i in held]
             names = [o.fingerprint for o in orders]
-            self._parts.append((held, orders, Mixture(portions, batch_size, seed, *names)))
-            share.append(sum(portions))
+            self._parts.append((held, orders, Mixture(portions, self._sizes[b], seed, *names)))
+            share.append(sum(portions) * (batch_size / self._sizes[b]))
         self._mixture = Mixture(share, 1, seed, "buckets", *(d.fingerprint for d in datasets))
         self.order = self._parts[0][1][0]
         self.side = self._side()
@@ -161,6 +172,11 @@ class Latents:
         number = self.buckets[bucket]
         assert number is not None
         return self.resolution * height // int(self.dataset.manifest["buckets"][number]["height"])
+
+    def samples_in(self, batch: int) -> int:
+        """How many samples the global batch of this number has."""
+        bucket, _ = self._mixture.split(np.array([batch]))
+        return self._sizes[int(bucket[0])]
 
     def source(self, positions: np.ndarray) -> np.ndarray:
         """Which of the datasets each sample comes from, int64 [B]."""
@@ -221,6 +237,22 @@ class Latents:
             out[here] = shard.arrays["micro"][shard.samples(bucket, rows), level]
         return out
 
+    def require_captions(self, columns: Sequence[str]) -> None:
+        """Raises StageError where the first shard of a dataset has no texts in one of these columns of its sidecar."""
+        for shard in self._first:
+            for column in columns:
+                shard.texts(column)
+
+    def captions(self, positions: np.ndarray, columns: Sequence[str]) -> list[list[list[str]]]:
+        """Of each sample, the captions in each of these columns of the sidecar, whose entries are texts or lists of
+        texts; empty ones are left out. Raises StageError where a column is not there."""
+        out: list[list[list[str]]] = [[] for _ in positions]
+        for shard, _, here, rows, bucket in self._groups(positions):
+            texts = [shard.texts(column) for column in columns]
+            for i, row in zip(here, shard.samples(bucket, rows), strict=True):
+                out[i] = [column[row] for column in texts]
+        return out
+
     def keys(self, positions: np.ndarray) -> list[str]:
         """The samples' keys."""
         out = [""] * len(positions)
@@ -242,7 +274,7 @@ class Latents:
         for b in np.unique(bucket):
             of_bucket = np.flatnonzero(bucket == b)
             held, orders, mixture = self._parts[b]
-            source, place = mixture.split(ordinal[of_bucket] * self.batch_size + within[of_bucket])
+            source, place = mixture.split(ordinal[of_bucket] * self._sizes[b] + within[of_bucket])
             for i in np.unique(source):
                 mine = np.flatnonzero(source == i)
                 shard, row = orders[i].locate(place[mine])
@@ -267,26 +299,76 @@ class LatentShard(ColumnShard):
         """Keys of the samples, in their order."""
         return super().keys
 
+    def texts(self, column: str) -> list[list[str]]:
+        """Of each sample, the texts in a column of the sidecar: one, several, or none. Raises StageError."""
+        if column not in self._texts:
+            if column not in self.table.column_names:
+                raise StageError(
+                    f"{self._dataset.root}: shard {self.info.name} has no column '{column}' in its .parquet; carry it "
+                    "there with ingest.keep_columns, or leave it out of train.captions"
+                )
+            found = []
+            for value, status in zip(self.table[column].to_pylist(), self.table["status"].to_pylist(), strict=True):
+                if status == "success":
+                    found.append(_as_list(value))
+            if not all(isinstance(t, str | None) for texts in found for t in texts):
+                raise StageError(
+                    f"{self._dataset.root}: column '{column}' of shard {self.info.name} holds no text, nor lists of "
+                    "text; leave it out of train.captions"
+                )
+            self._texts[column] = [[t for t in texts if t and t.strip()] for texts in found]
+        return self._texts[column]
 
-def _buckets(datasets: Sequence[Dataset], resolution: int) -> tuple[list[int | None], list[list[np.ndarray]]]:
-    """The buckets of a resolution that hold samples, and for each dataset and bucket its samples a shard."""
+    @functools.cached_property
+    def _texts(self) -> dict[str, list[list[str]]]:
+        return {}
+
+
+def _as_list(value: Any) -> list[Any]:
+    """The entry of a column of captions: a list, also one that ingest carried as JSON, or one text."""
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError):
+            parsed = json.loads(value)
+            if all(isinstance(v, str | None) for v in parsed):  # "[2]" may be a caption
+                return list(parsed)
+    return value if isinstance(value, list) else [value]
+
+
+def _buckets(
+    datasets: Sequence[Dataset], resolutions: Sequence[int]
+) -> tuple[list[int | None], list[list[np.ndarray]]]:
+    """The buckets of these resolutions that hold samples, and for each dataset and bucket its samples a shard."""
     facts = datasets[0].manifest
-    if "bucket_counts" not in facts:
-        if resolution != facts["resolution"]:
+    shapes = facts["buckets"] if "bucket_counts" in facts else [{"resolution": facts["resolution"]}]
+    there = sorted({shape["resolution"] for shape in shapes})
+    for resolution in resolutions:
+        if resolution not in there:
             raise ConfigError(
-                f"train.resolution is {resolution}, but {datasets[0].root} holds {facts['resolution']} pixels"
+                f"train.resolution is {resolution}, but {datasets[0].root} holds latents of "
+                f"{' and '.join(map(str, there))} pixels"
             )
+    if "bucket_counts" not in facts:
         return [None], [[d.counts] for d in datasets]
-    wanted = [b for b, shape in enumerate(facts["buckets"]) if shape["resolution"] == resolution]
-    if not wanted:
-        there = sorted({shape["resolution"] for shape in facts["buckets"]})
-        raise ConfigError(
-            f"train.resolution is {resolution}, but {datasets[0].root} holds latents of "
-            f"{' and '.join(map(str, there))} pixels"
-        )
+    wanted = [b for b, shape in enumerate(shapes) if shape["resolution"] in resolutions]
     tables = [np.asarray(d.manifest["bucket_counts"], np.int64).reshape(len(d.shards), -1) for d in datasets]
     used: list[int | None] = [b for b in wanted if any(t[:, b].sum() for t in tables)]
     return used, [[t[:, b] for b in used] for t in tables]
+
+
+def _batch_sizes(dataset: Dataset, buckets: Sequence[int | None], batch_size: int, by_area: int | None) -> list[int]:
+    """Samples of a global batch of each bucket; raises ConfigError where its pictures leave room for none."""
+    if by_area is None or buckets[0] is None:
+        return [batch_size] * len(buckets)
+    shapes = [dataset.manifest["buckets"][b] for b in buckets]
+    areas = [int(shape["width"]) * int(shape["height"]) for shape in shapes]
+    sizes = [batch_size * min(areas) // area // by_area * by_area for area in areas]
+    if 0 in sizes:
+        largest = shapes[int(np.argmax(areas))]
+        raise ConfigError(
+            f"train.batch_by_area is {by_area}, but a batch_size of {batch_size} leaves fewer pictures of "
+            f"{largest['width']} x {largest['height']} pixels than that; raise batch_size, or lower it"
+        )
+    return sizes
 
 
 def _level(dataset: Dataset, bucket: int) -> int:

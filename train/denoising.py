@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -16,28 +17,13 @@ from train import adapters, diffusion, initial
 from train.config import TrainConfig
 from train.data import Batch, Latents
 from train.objectives import Objective, construct, public_config
-from train.order import derive_key, permute
+from train.order import batch_positions, derive_key, permute
+from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of, require_layer
 from train.randomness import Randomness
 
 log = logging.getLogger("carrara.train")
 
 BINS = 10  # of the loss by timestep
-
-
-def _require_layer(layer: str, sized: bool) -> None:
-    """Raises ConfigError where no pipeline of diffusers would show this UNet the captions as it is to learn them."""
-    if sized and layer != "penultimate_no_norm":
-        raise ConfigError(
-            f"train.unet: a UNet with addition_embed_type text_time is exported as Stable Diffusion XL, which reads "
-            f"the CLIP's last block but one without the final norm, and these latents were made with "
-            f"latents.text_layer {layer}; make them with penultimate_no_norm"
-        )
-    if not sized and layer.endswith("_no_norm"):
-        raise ConfigError(
-            f"train: these latents were made with latents.text_layer {layer}, and Stable Diffusion's pipeline, as "
-            f"which this UNet is exported, always applies the CLIP's final norm; make them with "
-            f"{layer.removesuffix('_no_norm')}"
-        )
 
 
 class Diffusion(Objective):
@@ -47,7 +33,9 @@ class Diffusion(Objective):
 
     def __init__(self, config: TrainConfig, datasets: Sequence[Dataset], seed: int, device: str) -> None:
         weights = [s.weight for s in config.sources]
-        latents = Latents(datasets, seed, config.shuffle_window, config.batch_size, weights, config.resolution)
+        latents = Latents(
+            datasets, seed, config.shuffle_window, config.batch_size, weights, config.resolutions, config.batch_by_area
+        )
         facts = datasets[0].manifest["text"]
         unet = build_unet(config, latents, facts["width"], seed)
         model_config = public_config(unet)
@@ -59,19 +47,33 @@ class Diffusion(Objective):
         self.figures = ("mse", "vlb") if config.learned_variance else ("mse",)
         self.scale = float(datasets[0].manifest["vae"]["scaling_factor"])
         self.process = process_of(config)
-        self.sized = model_config.get("addition_embed_type") == "text_time"
-        _require_layer(facts["layer"], self.sized)
+        pipeline = pipeline_of(model_config)
+        require_layer(pipeline, facts["layer"])
+        self.sized = pipeline is STABLE_DIFFUSION_XL
         self.text: Any = None
         if self.sized and latents.has_embeddings and not latents.has_pooled:
             raise ConfigError(
                 "train.unet: addition_embed_type text_time is told the captions' pooled embeddings, which these "
                 "latents lack; make them with latents.text_pooled true, or with latents.text tokens"
             )
-        if not latents.has_embeddings:
+        latents.require_captions(list(config.captions or ()))
+        if config.captions or not latents.has_embeddings:
             self.text = load_text(facts["ref"], facts["layer"], device)
             require_digest("the CLIP", self.text.digest, facts["digest"], facts["ref"])
+            self._tokens = functools.lru_cache(maxsize=100_000)(
+                lambda caption: self.text.tokenize([caption])[0].numpy()
+            )
+        if self.sized:
+            pooled = len(latents.empty_pooled) if latents.empty_pooled is not None else self.text.pooled_width
+            _require_told(model_config, pooled, "train.start_from" if config.start_from else "train.unet")
 
     # ---- batches, on the CPU -----------------------------------------------------------------------
+
+    def positions(self, images: int, rank: int, world: int, micro_step: int, micro: int) -> np.ndarray:
+        """As the base's; where batches go by area, a batch of large pictures has the first of its places alone."""
+        whole = self.config.batch_size
+        samples = self.latents.samples_in(images // whole)
+        return batch_positions(images, rank, world, micro_step, micro * samples // whole)
 
     def batch(self, positions: np.ndarray) -> Batch:
         """What the samples at `positions` (int64 [B]) need.
@@ -81,7 +83,12 @@ class Diffusion(Objective):
         """
         batch = self.latent_batch(self.latents, positions, self._timesteps(positions))
         dropped = self.random.uniform("caption", positions) < self.config.caption_dropout
-        batch |= self.text_batch(self.latents, positions, dropped)
+        chosen = None
+        if columns := self.config.captions:
+            u = self.random.uniform("choice", positions)
+            found = self.latents.captions(positions, list(columns))
+            chosen = [choose_caption(c, list(columns.values()), x) for c, x in zip(found, u, strict=True)]
+        batch |= self.text_batch(self.latents, positions, dropped, chosen)
         weights = np.array([s.loss_weight for s in self.config.sources], np.float32)
         if (weights != 1).any():
             batch["weight"] = torch.from_numpy(weights[self.latents.source(positions)])
@@ -107,8 +114,13 @@ class Diffusion(Objective):
         """The samples' keys."""
         return self.latents.keys(positions)
 
-    def text_batch(self, latents: Any, positions: np.ndarray, dropped: np.ndarray) -> Batch:
-        """text, and for a UNet that is told sizes pooled and sizes; dropped: bool [B], who gets the empty caption."""
+    def text_batch(
+        self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None = None
+    ) -> Batch:
+        """text, and for a UNet that is told sizes pooled and sizes; dropped: bool [B], who gets the empty caption.
+
+        captions: in place of the stored ones.
+        """
         pooled = None
         if self.text is None:
             text = latents.embeddings(positions)
@@ -117,7 +129,7 @@ class Diffusion(Objective):
                 pooled = latents.pooled(positions)
                 pooled[dropped] = latents.empty_pooled
         else:
-            tokens = latents.tokens(positions)
+            tokens = latents.tokens(positions) if captions is None else np.stack([self._tokens(c) for c in captions])
             tokens[dropped] = latents.empty_tokens
             unique, place = np.unique(tokens, axis=0, return_inverse=True)
             place = place.reshape(-1)
@@ -136,12 +148,13 @@ class Diffusion(Objective):
         normal = config.timestep_sampling == "logit_normal"
         if config.stratified:
             # Which stratum is whose changes from batch to batch, so that no rank keeps to one end.
-            stratum = np.empty(len(positions), np.int64)
+            stratum, strata = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
             for b in np.unique(positions // config.batch_size):
                 here = np.flatnonzero(positions // config.batch_size == b)
                 key = derive_key("strata", self.random.seed, int(b))
-                stratum[here] = permute(positions[here] % config.batch_size, config.batch_size, key)
-            u = diffusion.stratified(self.random.uniform("timestep", positions), stratum, config.batch_size)
+                strata[here] = samples = self.latents.samples_in(int(b))
+                stratum[here] = permute(positions[here] % config.batch_size, samples, key)
+            u = diffusion.stratified(self.random.uniform("timestep", positions), stratum, strata)
             if not normal:
                 return diffusion.uniform_timesteps(u, steps)
             z = diffusion.normal_quantile(u)
@@ -201,6 +214,26 @@ class Diffusion(Objective):
         return self.predict(batch["x0"], batch).float().mean()
 
 
+def choose_caption(columns: Sequence[Sequence[str]], weights: Sequence[float], u: float) -> str:
+    """One caption of a sample by a uniform `u` in [0, 1): columns that have one by weight, within a column alike."""
+    texts = [t for column in columns for t in column]
+    if not texts:
+        return ""
+    share = np.array([w / len(column) for column, w in zip(columns, weights, strict=True) for _ in column])
+    place = int(np.searchsorted(np.cumsum(share), u * share.sum(), side="right"))
+    return texts[min(place, len(texts) - 1)]
+
+
+def _require_told(unet: dict[str, Any], pooled: int, field: str) -> None:
+    """Raises ConfigError where a UNet that is told sizes expects something else beside the time than these."""
+    told, one = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    if one is None or told != pooled + 6 * one:
+        raise ConfigError(
+            f"{field}: its projection_class_embeddings_input_dim is {told}, but {pooled} values of pooled text and six "
+            f"sizes of addition_time_embed_dim {one} each are what it is told beside the time"
+        )
+
+
 def process_of(config: TrainConfig) -> diffusion.Process:
     """The forward process that a configuration asks for."""
     steps = config.num_train_timesteps
@@ -226,9 +259,12 @@ def build_unet(config: TrainConfig, latents: Latents, width: int, seed: int) -> 
         unet = adapters.load_unet(config.start_from)
         for name, value in (("in_channels", channels), ("out_channels", out), ("cross_attention_dim", width)):
             if unet.config[name] != value:
+                why = "make the latents with that model's own VAE and CLIP"
+                if name == "cross_attention_dim" and unet.config.addition_embed_type == "text_time":
+                    why += " (SDXL's base model reads two CLIPs side by side, of which latents hold one)"
                 raise ConfigError(
                     f"train.start_from: the UNet of {config.start_from} has {name} {unet.config[name]}, but the "
-                    f"latents ask for {value}; make the latents with that model's own VAE and CLIP"
+                    f"latents ask for {value}; {why}"
                 )
         adapters.check_prediction(config.start_from, config.prediction_type)
         return unet

@@ -189,7 +189,7 @@ def loss_weight(
 # ---- timesteps and noise ---------------------------------------------------------------------------
 
 
-def stratified(u: np.ndarray, stratum: np.ndarray, strata: int) -> np.ndarray:
+def stratified(u: np.ndarray, stratum: np.ndarray, strata: int | np.ndarray) -> np.ndarray:
     """Uniform u of [0, 1), float64 [B] -> uniform within each sample's own of `strata` equal parts of [0, 1).
 
     One sample in each stratum of a batch keeps the batch's mean of the loss over t from fluctuating

@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import shutil
 from typing import Any
 
 import torch
 
+from shards.settings import ConfigError
 from train.config import FitConfig, ema_name
 from train.objectives import Objective
 from train.optimizer import EmaAdamW, parameter_groups
 from train.ranks import Ranks, import_deepspeed
+
+FIRST_SCALE = 2.0**16  # as torch's scaler, and so is how often it grows
+
+
+@dataclasses.dataclass
+class LossScale:
+    """What the loss is multiplied with so that fp16 gradients do not vanish, alike on all ranks; 1 otherwise.
+
+    Halved when the gradients overflow, doubled after GROWTH steps without (Micikevicius et al. 2018,
+    arXiv:1710.03740, section 3.2). A power of two, so that it rounds nothing. Our own, since DeepSpeed (0.19) clips
+    gradients that torch's scaler has not unscaled yet, and does not tell that scaler of an overflow.
+    """
+
+    GROWTH = 2000
+
+    value: float = 1.0
+    steady: int = 0  # steps since it last changed
+    dynamic: bool = False
+
+    def update(self, overflow: bool) -> None:
+        """Take in whether a step overflowed."""
+        if not self.dynamic:
+            return
+        self.steady = 0 if overflow else self.steady + 1
+        if overflow:
+            self.value = max(self.value / 2, 1.0)
+        elif self.steady == self.GROWTH:
+            self.value, self.steady = self.value * 2, 0
+
+
+def loss_scale(config: FitConfig, state: Any) -> LossScale:
+    """The scale of a fit: where a checkpoint kept its fields, as they were."""
+    if config.precision != "fp16":
+        return LossScale()
+    return LossScale(**state) if isinstance(state, dict) else LossScale(FIRST_SCALE, dynamic=True)
 
 
 def averages(config: FitConfig) -> tuple[str, ...]:
@@ -28,8 +66,9 @@ def start(config: FitConfig, objective: Objective, ranks: Ranks, micro: int, acc
     if config.activation_checkpointing:
         objective.checkpoint_activations()
     if config.compile:
-        # In place, so that names stay as they are. Each shape of a bucket is compiled once.
-        objective.model.compile(dynamic=False)
+        _compile(objective)
+    if config.precision == "fp16":  # bf16 is DeepSpeed's autocast, see below
+        objective.forward = torch.autocast(ranks.device.type, torch.float16)(objective.forward)  # type: ignore[method-assign]
     # An optimizer on the CPU (offload) has no fused kernel on every build of torch; the plain one is everywhere.
     optimizer = EmaAdamW(
         parameter_groups(objective.model, config.weight_decay), averages(config),
@@ -61,40 +100,53 @@ def start(config: FitConfig, objective: Objective, ranks: Ranks, micro: int, acc
         "zero_optimization": zero,
         "steps_per_print": None,
     }
-    if config.precision != "fp32":
-        dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.precision]
-        settings["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    if config.precision == "bf16":
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     engine = import_deepspeed().initialize(model=objective, optimizer=optimizer, config=settings)[0]
     return engine, optimizer
 
 
-def clip_without_zero(engine: Any, objective: Objective, config: FitConfig) -> float | None:
-    """Without ZeRO: clip the gradients, already summed over the ranks, and return their norm before; else None.
+def _compile(objective: Objective) -> None:
+    """Compile the model in place, so that names stay as they are; each shape of a bucket is compiled once."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
 
-    DeepSpeed would clip too, but would not tell the norm. fp16 gradients are left to its loss scaler.
-    """
-    if config.zero_stage or engine.torch_autocast_z0_gradscaler is not None:
+    try:
+        compiler = get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        compiler = ""
+    if not shutil.which(compiler):
+        raise ConfigError(
+            "compile: torch.compile builds its kernels with a C++ compiler, and there is none here; install g++, or "
+            "set compile to false"
+        )
+    # Beyond its limit torch would go on without compiling, and say so in a log at most.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+    objective.model.compile(dynamic=False)
+
+
+def backward(engine: Any, loss: torch.Tensor, scale: LossScale) -> None:
+    """Add the gradients of one micro-batch's loss, times the scale; DeepSpeed takes it out again under ZeRO."""
+    if scale.dynamic and engine.zero_optimization_stage():
+        engine.optimizer.override_loss_scale(scale.value)
+    elif scale.dynamic:
+        loss = loss * scale.value
+    engine.backward(loss)
+
+
+def clip_without_zero(engine: Any, objective: Objective, config: FitConfig, scale: LossScale) -> float | None:
+    """Without ZeRO: unscale and clip the gradients, summed over the ranks already, and return their norm before the
+    clipping; else None. DeepSpeed would clip too, but would not tell the norm."""
+    if config.zero_stage:
         return None
+    if scale.dynamic:
+        torch._foreach_mul_([p.grad for p in objective.parameters() if p.grad is not None], 1.0 / scale.value)
     return float(torch.nn.utils.clip_grad_norm_(objective.parameters(), config.grad_clip or math.inf))
 
 
-def loss_scale(engine: Any) -> float | None:
-    """The present scale of fp16's loss; None where it is not scaled, or always alike."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if engine.torch_autocast_z0_gradscaler is not None:
-        return float(engine.torch_autocast_z0_gradscaler.get_scale())
-    return float(scaler.cur_scale) if scaler is not None and scaler.dynamic else None
-
-
-def restore_loss_scale(engine: Any, scale: float | None) -> None:
-    """Go on with the scale that `loss_scale` gave."""
-    if scale is None:
-        return
-    if engine.torch_autocast_z0_gradscaler is not None:
-        state = engine.torch_autocast_z0_gradscaler.state_dict()
-        engine.torch_autocast_z0_gradscaler.load_state_dict({**state, "scale": scale})
-    elif getattr(getattr(engine.optimizer, "loss_scaler", None), "dynamic", False):
-        engine.optimizer.loss_scaler.cur_scale = scale
+def overflowed(engine: Any, norm: float | None) -> bool:
+    """Whether the last step's gradients, whose norm was `norm`, were too large for fp16, or not finite at all."""
+    return bool(getattr(engine.optimizer, "overflow", False)) or (norm is not None and not math.isfinite(norm))
 
 
 def gradient_norm(engine: Any) -> float | None:

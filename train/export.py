@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from latents.encoders import TextEncoder, Vae, has_final_norm, kept_blocks, require_digest
+from latents.encoders import TextEncoder, Vae, kept_blocks, require_digest
 from latents.weights import find_clip, find_vae
 from shards import storage
 from shards.dataset import Dataset
@@ -39,6 +39,7 @@ from train.checkpoint import load_weights
 from train.config import TrainConfig
 from train.folders import POSTHOC, latest_complete
 from train.model_card import model_card
+from train.pipelines import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, pipeline_of, require_layer
 
 VERSION = 1  # raise it when the same checkpoint gives another folder
 PROVENANCE = "carrara.json"
@@ -148,7 +149,7 @@ class _Source:
         model = vae.model
         model.register_to_config(scaling_factor=self.vae_facts["scaling_factor"])
         parts = {"vae": model, "unet": unet, "scheduler": scheduler(self.manifest["config"])}
-        pipeline = (_sdxl if unet.config.addition_embed_type == "text_time" else _sd)(text, parts)
+        pipeline = (_sdxl if pipeline_of(unet.config) is STABLE_DIFFUSION_XL else _sd)(text, parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -329,11 +330,6 @@ def _sdxl(text: TextEncoder, parts: dict[str, Any]) -> Any:
     """With one text encoder, the second of SDXL's two, as SDXL's refiner has it."""
     from diffusers import StableDiffusionXLPipeline
 
-    if text.layer != "penultimate_no_norm":
-        raise StageError(
-            f"StableDiffusionXLPipeline reads the CLIP's last block but one without the final norm, and the latents "
-            f"were made with latents.text_layer {text.layer}; make them with penultimate_no_norm, and train on those"
-        )
     return StableDiffusionXLPipeline(
         **parts,
         text_encoder=None,
@@ -350,16 +346,12 @@ def clip_text_model(text: TextEncoder, projected: bool = False) -> Any:
 
     Its `last_hidden_state` is what `text.encode` gives: blocks beyond the chosen layer are left out and
     the final layer norm is applied. projected: a CLIPTextModelWithProjection of all blocks, whose `text_embeds` are
-    the pooled half of `text.encode_pooled` and whose `hidden_states` hold the layers without norm. Raises StageError
-    where a layer without norm is asked for otherwise.
+    the pooled half of `text.encode_pooled` and whose `hidden_states` hold the layers without norm. Raises ConfigError
+    where no pipeline reads that layer of it.
     """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    if not projected and not has_final_norm(text.layer):
-        raise StageError(
-            f"StableDiffusionPipeline always applies the CLIP's final norm, and the latents were made with "
-            f"latents.text_layer {text.layer}; make them with {text.layer.removesuffix('_no_norm')}, and train on those"
-        )
+    require_layer(STABLE_DIFFUSION_XL if projected else STABLE_DIFFUSION, text.layer)
     tower = text.tower
     blocks = list(tower.transformer.resblocks) if projected else kept_blocks(tower, text.layer)
     first = blocks[0]

@@ -93,7 +93,9 @@ class Inversion(Diffusion):
         place[end : end + vectors] = np.arange(vectors)
         return tokens, place
 
-    def text_batch(self, latents: Any, positions: np.ndarray, dropped: np.ndarray) -> Batch:
+    def text_batch(
+        self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None = None
+    ) -> Batch:
         """tokens and place, int64 [B,context] each: a template by the sample's place, or the empty caption."""
         chosen = self.random.integers("template", positions, len(self.captions))
         tokens = np.stack([self.captions[i][0] for i in chosen])

@@ -3,6 +3,14 @@
     while images < total:
         batch by position -> loss -> all ranks agree -> step (or skip) -> log -> validate -> checkpoint
 
+It is launched by one of these (main.py says more); killed at any moment, the same line goes on:
+
+    deepspeed train/main.py --config mine.yaml                                one machine
+    deepspeed --hostfile hosts train/main.py --config mine.yaml               several, by pdsh
+    deepspeed --hostfile hosts --no_ssh --node_rank 0 --master_addr node1 train/main.py --config mine.yaml
+                                                                              several, the line on each
+    carrara train --config mine.yaml                                          on Ray
+
 The clock is in images. Nothing but a checkpoint's tensors and its manifest is needed to go on: order, noise,
 learning rate and EMA lengths are functions of the position.
 """
@@ -30,8 +38,8 @@ from train.flops import count_flops
 from train.guard import Guard
 from train.journal import Journal, crossed
 from train.objectives import Objective
-from train.optimizer import ema_decay, learning_rate
-from train.order import batch_positions, derive_key
+from train.optimizer import EmaAdamW, ema_decay, learning_rate
+from train.order import derive_key
 from train.ranks import Ranks, Sigterm, Stopped
 from train.validation import Patience, Validator
 
@@ -79,7 +87,7 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> Path:
     engine, optimizer = deep.start(config, objective, ranks, micro, accumulation)
     if start:
         checkpoint.load_optimizer(start, engine, objective.model, optimizer, averages)
-        deep.restore_loss_scale(engine, manifest.get("loss_scale"))
+    scale = deep.loss_scale(config, manifest.get("loss_scale"))
     guard = Guard(config.spike_sigmas, config.max_skips, manifest.get("guard"))
     patience = Patience(job.validator.patience if job.validator else None, manifest.get("patience"))
     keep = folders.Keep(config.keep_checkpoints, config.keep_hours, config.keep_every_images)
@@ -96,7 +104,7 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> Path:
             "config": config.model_dump(mode="json"),
             "model_config": objective.model_config,
             "fingerprint": job.fingerprint.to_json(),
-            "loss_scale": deep.loss_scale(engine),
+            "loss_scale": dataclasses.asdict(scale),
             "guard": guard.state(),
             "patience": patience.state(),
             "finished": done,
@@ -112,20 +120,8 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> Path:
     try:
         with Ahead(batches, config.prefetch) as ahead, Sigterm() as sigterm:
             while not done:
-                # ---- rates, which are functions of the position -----------------------------------
-                rate = learning_rate(
-                    images, config.batch_size, config.images, config.learning_rate,
-                    config.warmup_images, config.schedule, config.final_fraction,
-                )  # fmt: skip
-                after = images + config.batch_size
-                decays = {
-                    ema_name(): ema_decay(after, config.batch_size, config.ema_halflife_images, config.ema_rampup)
-                }
-                decays |= {ema_name(std): posthoc.decay(after, config.batch_size, std) for std in config.ema_stds}
-                for group in optimizer.param_groups:
-                    group["lr"], group["ema_decays"] = rate, decays
-
                 # ---- gradients of the global batch ------------------------------------------------
+                rate = _set_rates(optimizer, config, images)
                 totals = torch.zeros(len(figures) + 2 * objective.bins + 2, dtype=torch.float64, device=ranks.device)
                 for micro_step in range(accumulation):
                     batch = next(ahead)
@@ -135,7 +131,7 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> Path:
                     torch.manual_seed(derive_key("model", job.seed, images, micro_step, ranks.rank) >> 1)
                     batch = {k: v.to(ranks.device, non_blocking=True) for k, v in batch.items()}
                     loss, details = engine(batch)
-                    engine.backward(loss)
+                    deep.backward(engine, loss, scale)
                     totals[0] += loss.detach().double() / accumulation
                     totals[1:-2] += details.double() / accumulation
                     if micro_step + 1 < accumulation:
@@ -146,24 +142,27 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> Path:
                     saver.finish()  # raises
 
                 # ---- the step, unless all ranks agree that it must not be taken ---------------------
-                norm = deep.clip_without_zero(engine, objective, config)
+                norm = deep.clip_without_zero(engine, objective, config, scale)
                 back = last if guard.exhausted else None
                 if back:
                     saver.finish()
                     checkpoint.load_masters(back, engine, objective.model)
                     checkpoint.load_optimizer(back, engine, objective.model, optimizer, averages)
-                optimizer.applied, optimizer.veto = False, _veto(guard, engine, means[0], norm, back is not None)
+                optimizer.applied = False
+                optimizer.veto = _veto(guard, engine, means[0], norm, back is not None)
                 engine.step()
                 norm = norm if norm is not None else deep.gradient_norm(engine)
                 skipped = not optimizer.applied
-                overflow = skipped and config.precision == "fp16" and math.isfinite(means[0])
+                # An overflow is how fp16 finds its scale, as long as there is any to take away.
+                overflow = scale.value > 1.0 and math.isfinite(means[0]) and deep.overflowed(engine, norm)
+                scale.update(overflow)
                 applied += optimizer.applied
                 images, step = images + config.batch_size, step + 1
                 if back:
                     applied = folders.read_manifest(back)["optimizer_steps"]
                     guard.rolled_back()
                     journal.event(images, "rollback", checkpoint=back.name, rollbacks=guard.rollbacks)
-                elif skipped and not overflow:  # an overflow is how fp16 finds its scale
+                elif skipped and not overflow:
                     guard.refuses(means[0], norm)  # DeepSpeed skips by itself where the norm is not finite
                     guard.left_out()
                     _tell_skip(job, objective, ranks, journal, guard, images, means[0], norm, last)
@@ -199,6 +198,20 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> Path:
         engine.destroy()
 
 
+def _set_rates(optimizer: EmaAdamW, config: FitConfig, images: int) -> float:
+    """Give the optimizer the learning rate, returned, and the EMAs' factors of the step that begins at `images`."""
+    rate = learning_rate(
+        images, config.batch_size, config.images, config.learning_rate, config.warmup_images, config.schedule,
+        config.final_fraction,
+    )  # fmt: skip
+    after = images + config.batch_size
+    decays = {ema_name(): ema_decay(after, config.batch_size, config.ema_halflife_images, config.ema_rampup)}
+    decays |= {ema_name(std): posthoc.decay(after, config.batch_size, std) for std in config.ema_stds}
+    for group in optimizer.param_groups:
+        group["lr"], group["ema_decays"] = rate, decays
+    return rate
+
+
 def _veto(guard: Guard, engine: Any, loss: float, norm: float | None, always: bool) -> Callable[[], bool]:
     """What the optimizer asks once DeepSpeed has summed up the gradients; under ZeRO 3 once for each group."""
 
@@ -217,7 +230,7 @@ def _tell_skip(
     begin = images - config.batch_size
     reason = guard.reason or f"the gradient norm is {norm}"
     if ranks.first:
-        keys = objective.keys(np.arange(begin, images))
+        keys = objective.keys(objective.positions(begin, 0, 1, 0, config.batch_size))
         journal.event(images, "skipped", reason=reason, loss=loss, grad_norm=norm, in_a_row=guard.in_a_row, keys=keys)
         log.warning(
             "%s: the step at %d images is skipped: %s; its samples' keys are in %s",
@@ -237,7 +250,7 @@ def _batches(
     """This rank's micro-batches from position `images` to the end."""
     for begin in range(images, config.images, config.batch_size):
         for micro_step in range(accumulation):
-            batch = objective.batch(batch_positions(begin, ranks.rank, ranks.world, micro_step, micro))
+            batch = objective.batch(objective.positions(begin, ranks.rank, ranks.world, micro_step, micro))
             yield {k: v.pin_memory() for k, v in batch.items()} if ranks.device.type == "cuda" else batch
 
 
@@ -246,11 +259,13 @@ def _probe(job: Job, objective: Objective, ranks: Ranks, micro: int) -> float:
 
     Done on all ranks alike, so that all raise ConfigError where a batch does not go through the model.
     """
-    batch = objective.batch(batch_positions(0, 0, 1, 0, min(micro, 2)))
+    whole = objective.positions(0, 0, 1, 0, job.config.batch_size)
+    batch = objective.batch(whole[: min(micro, 2)])
     batch = {k: v.to(ranks.device) for k, v in batch.items()}
     field = "train.unet" if job.stage == "train" else f"{job.stage}.model"
     try:
-        return count_flops(objective, batch) / len(next(iter(batch.values())))
+        each = count_flops(objective, batch) / len(next(iter(batch.values())))
+        return each * len(whole) / job.config.batch_size
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
         raise ConfigError(f"{field}: a batch does not go through this model: {' '.join(str(e).split())[:300]}") from e
 

@@ -27,7 +27,7 @@ from shards.settings import ConfigError
 from train import initial
 from train.config import AutoencoderConfig, ClipConfig, TrainConfig
 from train.data import Batch, Pictures
-from train.order import Order, derive_key
+from train.order import Order, batch_positions, derive_key
 from train.randomness import Randomness
 
 # 1 / 0.01, as in CLIP (Radford et al. 2021, section 2.5): keeps the logits from growing without bound.
@@ -44,6 +44,10 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module, model_config: dict[str, Any], order: Order) -> None:
         super().__init__()
         self.model, self.model_config, self.order = model, model_config, order
+
+    def positions(self, images: int, rank: int, world: int, micro_step: int, micro: int) -> np.ndarray:
+        """The places in the order, int64 [B], of one rank's micro-batch of the global batch that begins at `images`."""
+        return batch_positions(images, rank, world, micro_step, micro)
 
     def batch(self, positions: np.ndarray) -> Batch:
         """The tensors of the samples at `positions` (int64 [B]), on the CPU."""

@@ -127,7 +127,7 @@ def _stored(root: str, objective: Diffusion, micro: int) -> _Source:
             f"the {what} of train.validation.latents", dataset.manifest[what]["digest"],
             objective.latents.dataset.manifest[what]["digest"], root,
         )  # fmt: skip
-    return _Source(Latents([dataset], 0, 1, micro, resolution=objective.config.resolution), len(dataset))
+    return _Source(Latents([dataset], 0, 1, micro, resolutions=objective.config.resolutions[:1]), len(dataset))
 
 
 def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, device: str) -> _Source:

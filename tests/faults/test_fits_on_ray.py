@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
+from safetensors.torch import load_file
 
 from orchestration.gang import RankDied, environments, told_by
 from shards.settings import ConfigError, StageError
-from tests.orchestration.head import actors, ended, run_stage, wait_for
+from tests.faults import test_two_nodes as two_nodes
+from tests.orchestration.head import ROOT, actors, ended, run_stage, wait_for
 from tests.train import forked, tiny
 from train.folders import folders, latest_complete, read_manifest
 
@@ -70,6 +75,43 @@ def test_a_killed_rank_and_a_stopped_job_cost_time_and_nothing_else(run: Path, t
     assert "rank died" not in err
     assert digests(run) == digests(clean)
     assert "nothing to do" in ended(run_stage("autoencoder", config))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_node_lost_in_mid_run_leaves_fewer_ranks_that_go_on(run: Path, tmp_path: Path) -> None:
+    """Two ranks; the node of at least one of them is killed; by itself the fit goes on with the one that has room."""
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    tiny.make_images(clean / "images")
+    forked.fit(write_config(clean), 2, stage="autoencoder")
+
+    data = yaml.safe_load(write_config(run).read_text())
+    data["ray"] = {"autoencoder": {"min_ranks": 1}, "wait_for_nodes_s": 5}
+    config = tiny.write_config(run, data)
+    with two_nodes.killed() as both:
+        two_nodes.wait_for(lambda: two_nodes.alive(both.cluster) == 2, both.node)
+        env = {**both.cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": both.cluster.address}
+        command = [sys.executable, "orchestration/run_stage.py", "autoencoder", "--config", str(config)]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        wait_for(lambda: len(checkpoints(run)) >= 2, process)
+        both.lose()
+        assert len(checkpoints(run)) < IMAGES // EVERY - 1, "killed in mid-run"
+        said = ended(process)
+    assert "a rank died" in said
+    assert "going on with fewer" in said
+    last = latest_complete(run / "autoencoder" / "checkpoints")
+    undisturbed = latest_complete(clean / "autoencoder" / "checkpoints")
+    assert last is not None
+    assert undisturbed is not None
+    manifest = read_manifest(last)
+    assert (last.name, manifest["images"]) == (undisturbed.name, IMAGES)
+    # Sums in another order: the same weights up to what 250 steps make of rounding.
+    ours, theirs = (load_file(f / "ema.safetensors") for f in (last, undisturbed))
+    far = sum(float((ours[n] - theirs[n]).square().sum()) for n in ours)
+    assert far < 1e-2**2 * sum(float(v.square().sum()) for v in theirs.values())
 
 
 def test_ranks_get_what_a_launcher_would_set() -> None:

@@ -27,6 +27,7 @@ from shards.fingerprint import digest_file
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from tests.latents import world
+from train import posthoc
 from train.config import TrainConfig
 from train.export import build_pipeline, clip_text_model, export, scheduler, tokenizer, write_tokenizer
 from train.folders import FORMAT_VERSION, STATES
@@ -293,6 +294,70 @@ def test_a_second_export_does_nothing_and_another_checkpoint_replaces(copy):
     export(copy.run)
     assert json.loads((folder / "carrara.json").read_text())["checkpoint"] == "step-00000010"
     assert sorted(p.name for p in Path(copy.run).iterdir() if p.name.startswith(".")) == []
+
+
+def test_options_of_the_command(copy, source, tmp_path, capsys):
+    from orchestration.run_stage import main
+
+    out = tmp_path / "half"
+    options = ["--dtype", "float16", "--out", str(out), "--licence", "CC-BY-4.0", "--weights", "raw"]
+    assert main(["export", copy.run, "--checkpoint", "step-00000005", *options]) == 0
+    assert not Path(copy.model).exists(), "--out is in place of RUN/model"
+    raw = load_file(Path(copy.checkpoints) / "step-00000005" / "weights.safetensors")
+    stored = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert stored.keys() == raw.keys()
+    assert all(stored[k].dtype == torch.float16 and torch.equal(stored[k], v.half()) for k, v in raw.items())
+    for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert {v.dtype for v in load_file(out / part).values()} == {torch.float16}
+    card, facts = (out / "README.md").read_text(), json.loads((out / "carrara.json").read_text())
+    assert (facts["dtype"], facts["licence"], facts["weights"]) == ("float16", "CC-BY-4.0", "raw")
+    assert 'license: other\nlicense_name: "CC-BY-4.0"' in card.split("---")[1]
+    assert "Licence: CC-BY-4.0." in card
+    # Half precision is the whole model rounded, and nothing else.
+    whole = tmp_path / "whole"
+    assert main(["export", copy.run, "--checkpoint", "step-00000005", "--out", str(whole), "--weights", "raw"]) == 0
+    rounded = StableDiffusionPipeline.from_pretrained(whole).to(dtype=torch.float16).to(dtype=torch.float32)
+    half = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    drawn = [pictures(p, prompt="a red circle") for p in (half, rounded)]
+    assert np.abs(drawn[0] - drawn[1]).max() < 1e-5
+    assert "have not said under which licence" in (whole / "README.md").read_text()
+    # Another option is another model; a folder that is none is left alone.
+    before = (out / "carrara.json").read_text()
+    assert main(["export", copy.run, "--checkpoint", "step-00000005", *options, "--weights", "ema"]) == 0
+    assert (out / "carrara.json").read_text() != before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    capsys.readouterr()
+    assert main(["export", copy.run, "--out", str(mine)]) == 2
+    assert "is there and is no exported model" in capsys.readouterr().err
+    assert [p.name for p in mine.iterdir()] == ["thesis.txt"]
+    assert main(["export", copy.run, "--dtype", "float8"]) == 2
+    assert "float32 or float16, not 'float8'" in capsys.readouterr().err
+
+
+def test_a_length_of_the_average_chosen_afterwards(copy, source):
+    torch.manual_seed(3)
+    folder = Path(copy.checkpoints) / "posthoc"
+    folder.mkdir()
+    unet = source[1].state_dict()
+    kept = {(images, std): {k: torch.randn_like(v).half() for k, v in unet.items()}
+            for images in (50, 100) for std in ("0.050", "0.100")}  # fmt: skip
+    for (images, std), weights in kept.items():
+        save_file(weights, folder / f"ema_{std}-{images:012d}.safetensors")
+    export(copy.run, weights="posthoc:0.075")
+    times, stds = [t for t, _ in kept], [float(s) for _, s in kept]
+    factors = posthoc.coefficients(times, stds, 100, 0.075)
+    stored = load_file(Path(copy.model) / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, value in stored.items():
+        expected = sum(f * w[name].double() for f, w in zip(factors, kept.values(), strict=True))
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    assert "put together from snapshots afterwards" in (Path(copy.model) / "README.md").read_text()
+    shutil.rmtree(folder)
+    with pytest.raises(StageError, match="snapshots of 0 EMAs at 50 images"):
+        export(copy.run, "step-00000005", weights="posthoc:0.075")
+    with pytest.raises(StageError, match=r"has no weights 'ema_0\.050'; it has raw, ema"):
+        export(copy.run, weights="ema_0.050")
 
 
 def test_a_run_that_was_moved_still_exports(copy, source):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from latents.config import LatentsConfig
+from latents.encoders import load_text
+from latents.stage import LatentsStage
 from shards.columns import ColumnShard, pack_columns
 from shards.dataset import Dataset, commit_shard, write_manifest
 from shards.fingerprint import Fingerprint
-from shards.layout import sample_key
-from shards.settings import ConfigError
-from tests.train import tiny
-from train.config import SourceConfig, TrainConfig
+from shards.layout import RunPaths, sample_key
+from shards.settings import ConfigError, StageError
+from tests.latents import world
+from tests.train import forked, tiny
+from tests.train.test_zero import assert_close, step_folder, tensors
+from train.config import SourceConfig, TrainConfig, layout
 from train.data import Latents
-from train.denoising import process_of
+from train.denoising import choose_caption, process_of
 from train.export import scheduler
 from train.objectives import build
 from train.order import Mixture
@@ -141,11 +149,150 @@ def test_buckets_train_through_the_objective(tmp_path: Path) -> None:
     assert shapes == set(SHAPES)
 
 
+def test_batches_by_area_are_equal_work_and_take_each_sample_equally_often(tmp_path: Path) -> None:
+    dataset = bucketed(tmp_path)
+    latents = Latents([dataset], 7, 2, 8, by_area=2)
+    seen: dict[tuple[int, ...], list[int]] = {}
+    for b in range(1200):
+        n = latents.samples_in(b)
+        mean, _ = latents.moments(np.arange(8 * b, 8 * b + n))
+        assert n * mean.shape[2] * mean.shape[3] == 8 * 16  # the smallest of SHAPES has 16 places
+        seen.setdefault(mean.shape[2:], []).extend(mean[:, 0, 0, 0].astype(int))
+    for shape in SHAPES:
+        numbers, counts = np.unique(seen[shape], return_counts=True)
+        assert counts.max() - counts.min() <= 1, "in an epoch each sample comes once"
+        assert np.unique(seen[shape][: len(numbers)]).size == len(numbers)
+    batches = np.bincount(latents._mixture.split(np.arange(2**18))[0])
+    held = np.array(dataset.manifest["bucket_counts"]).sum(axis=0)
+    often = batches * np.array([8, 4, 4]) / held
+    assert max(often) < 1.01 * min(often)
+    with pytest.raises(ConfigError, match=r"batch_by_area is 8, but a batch_size of 8 leaves fewer pictures of"):
+        Latents([dataset], 7, 2, 8, by_area=8)
+
+
+def test_batches_by_area_are_the_same_whatever_the_ranks_and_accumulation(tmp_path: Path) -> None:
+    dataset = bucketed(tmp_path)
+    config = TrainConfig(images=64, batch_size=8, batch_by_area=4, stratified=True, unet=tiny.UNET, shuffle_window=2)
+    objective = build("train", config, [dataset], 0, "cpu")
+    sizes = set()
+    for begin in range(0, 400, 8):
+        whole = objective.positions(begin, 0, 1, 0, 8)
+        sizes.add(len(whole))
+        one = objective.batch(whole)
+        for ranks, steps in ((2, 1), (1, 2), (2, 2), (4, 1)):
+            micro = 8 // ranks // steps
+            parts = [objective.positions(begin, r, ranks, a, micro) for a in range(steps) for r in range(ranks)]
+            assert len({len(p) for p in parts}) == 1
+            assert np.array_equal(np.concatenate(parts), whole)
+            for name in ("x0", "noise", "t", "text"):
+                assert torch.equal(torch.cat([objective.batch(p)[name] for p in parts]), one[name])
+        strata = np.sort(one["t"].numpy() * len(whole) // 1000)
+        assert np.array_equal(strata, np.arange(len(whole))), "one timestep in each part, however many samples"
+    assert sizes == {8, 4}
+    with pytest.raises(ConfigError, match="batch_by_area is 4, which the 8 micro-batches of a step"):
+        layout("train", config.model_copy(update={"micro_batch_size": 1}), 2)
+
+
+@pytest.mark.slow
+def test_batches_by_area_train_alike_on_any_ranks(tmp_path: Path) -> None:
+    bucketed(tmp_path / "latents")
+    ends = []
+    for ranks in (1, 2):
+        run = tmp_path / str(ranks)
+        run.mkdir()
+        (run / "latents").symlink_to(tmp_path / "latents")
+        values = {"batch_by_area": 4, "micro_batch_size": 4, "eps": 1e-3, "images": 80, "precision": "fp32"}
+        forked.fit(tiny.write_config(run, tiny.configuration(run, **values)), ranks)
+        ends.append(tensors(step_folder(run, 10), "weights"))
+    assert_close(*ends)
+
+
+def test_several_resolutions_are_mixed_and_each_sample_comes_at_each(tmp_path: Path) -> None:
+    """The latents stage keeps a sample at every resolution; batches are of one of them."""
+    dataset = bucketed(tmp_path)
+    manifest = {**dataset.manifest, "buckets": [dict(b) for b in dataset.manifest["buckets"]]}
+    for bucket, side in zip(manifest["buckets"], (16, 32, 32), strict=True):
+        bucket["resolution"] = side
+    object.__setattr__(dataset, "manifest", manifest)
+    latents = Latents([dataset], 7, 2, 4, resolutions=[32, 16])
+    shapes = {tuple(latents.shape(np.array([4 * b]))) for b in range(50)}
+    assert shapes == {(4, *s) for s in SHAPES}
+    assert {tuple(Latents([dataset], 7, 2, 4, resolutions=[16]).shape(np.array([4 * b]))) for b in range(50)} == {
+        (4, *SHAPES[0])
+    }
+    with pytest.raises(ConfigError, match=r"resolution is 64, but .* holds latents of 16 and 32 pixels"):
+        Latents([dataset], 0, 2, 8, resolutions=[32, 64])
+
+
+# ---- several captions a picture ------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.tuples(st.lists(st.text("ab", min_size=1), max_size=4), st.floats(0.1, 9)), min_size=1, max_size=4),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_caption_is_chosen_by_its_share(columns: list[tuple[list[str], float]], u: float) -> None:
+    """... against the shares laid end to end in exact fractions."""
+    texts = [(t, Fraction(w) / len(c)) for c, w in columns for t in c]
+    total, end, expected = sum(f for _, f in texts), Fraction(0), ""
+    for text, share in texts:
+        end += share
+        if abs(Fraction(u) * total - end) < Fraction(1, 10**12):
+            return  # where float64 may say either
+        if not expected and Fraction(u) * total < end:
+            expected = text
+    assert choose_caption([c for c, _ in columns], [w for _, w in columns], u) == expected
+
+
+def test_captions_of_several_columns_are_drawn_anew_each_epoch_and_encoded(tmp_path: Path) -> None:
+    """From the image shards' columns through the latents stage, whose own columns hold the first caption alone."""
+    run = RunPaths(str(tmp_path))
+    vae = world.save_vae(Path(run.autoencoder) / "model")
+    clip = world.save_clip(Path(run.clip) / "model")
+    tiny.make_images(Path(run.images), counts=(6, 5), side=32)
+    stage = LatentsStage(LatentsConfig(resolution=32, batch_size=4, device="cpu"), run, str(vae), str(clip))
+    work = stage.worker()
+    stage.finish([work(task) for task in stage.tasks()])
+    dataset = Dataset.open(run.latents)
+    values: dict[str, Any] = {"batch_size": 11, "unet": tiny.UNET, "caption_dropout": 0.25}
+    config = TrainConfig(images=5500, captions={"caption": 1.0, "others": 3.0}, **values)
+    objective: Any = build("train", config, [dataset], 5, "cpu")
+    positions = np.arange(11 * 200)
+    found = objective.latents.captions(positions, ["caption", "others"])
+    chosen = [
+        choose_caption(c, [1.0, 3.0], u)
+        for c, u in zip(found, objective.random.uniform("choice", positions), strict=True)
+    ]
+    assert objective.latents.captions(positions[:40], ["caption", "as_json"]) == found[:40], "as ingest carries lists"
+    stored = [c[0][0] for c in found]
+    others = np.array([bool(c[1]) for c in found])
+    assert 0 < others.mean() < 1, "some have one caption, some several"
+    first = np.array([a == b for a, b in zip(chosen, stored, strict=True)])
+    assert first[~others].all()
+    assert first[others].mean() == pytest.approx(0.25, abs=0.04)
+    assert len({c for c, o in zip(chosen, others, strict=True) if o}) > 8
+    keys = objective.keys(positions)
+    one = keys[int(np.flatnonzero(others)[0])]
+    assert len({c for c, k in zip(chosen, keys, strict=True) if k == one}) == 3, "over the epochs, all of them"
+    # What the UNet is shown is the chosen caption as the CLIP encodes it, or the empty one.
+    text = load_text(str(clip), "penultimate")
+    dropped = objective.random.uniform("caption", positions[:33]) < 0.25
+    shown = ["" if d else c for c, d in zip(chosen, dropped, strict=False)]
+    assert torch.equal(objective.batch(positions[:33])["text"], text.encode(text.tokenize(shown)))
+    with pytest.raises(
+        StageError, match=r"no column 'other' in its \.parquet; carry it there with ingest.keep_columns"
+    ):
+        build("train", TrainConfig(captions={"other": 1.0}, **values), [dataset], 5, "cpu")
+    # Without the setting nothing of this is read, and the settings' fingerprint is what it was before there was one.
+    assert "captions" not in TrainConfig(**values).settings()
+
+
 def test_another_resolution_that_is_not_there(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"resolution is 64, but .* holds 32 pixels"):
-        Latents([Dataset.open(str(run / "latents"))], 0, 2, 8, resolution=64)
     with pytest.raises(ConfigError, match=r"resolution is 64, but .* holds latents of 32 pixels"):
-        Latents([bucketed(tmp_path / "b")], 0, 2, 8, resolution=64)
+        Latents([Dataset.open(str(run / "latents"))], 0, 2, 8, resolutions=[64])
+    with pytest.raises(ConfigError, match=r"resolution is 64, but .* holds latents of 32 pixels"):
+        Latents([bucketed(tmp_path / "b")], 0, 2, 8, resolutions=[64])
 
 
 def test_sources_come_by_weight_and_must_be_of_one_kind(run: Path, tmp_path: Path) -> None:

@@ -9,11 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file
 
 from latents.config import LatentsConfig
-from latents.encoders import load_text
+from latents.encoders import load_text, load_vae
 from latents.stage import LatentsStage
 from shards.dataset import Dataset
 from shards.layout import RunPaths
@@ -21,9 +28,9 @@ from shards.settings import ConfigError, load_sections, validate
 from tests.latents import world
 from tests.train import forked, tiny
 from tests.train.test_export import pictures, save_checkpoint
-from train import adapters
+from train import adapters, folders
 from train.config import TrainConfig, TrainingSections
-from train.export import build_pipeline, export
+from train.export import build_pipeline, clip_text_model, export, tokenizer
 from train.objectives import build
 
 pytestmark = pytest.mark.timeout(900)
@@ -166,7 +173,13 @@ def test_a_unet_that_is_told_sizes_becomes_an_sdxl_pipeline(tmp_path: Path) -> N
     )
     torch.testing.assert_close(got_rows, rows, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got_pooled, pooled, rtol=1e-4, atol=1e-5)
-    assert pictures(pipeline, prompt="a blue square").shape == (1, 32, 32, 3)
+    # The pictures are the trainer's own, up to where the weights lie in memory, and a sampler's written out below.
+    drawn = pictures(pipeline, prompt="a blue square")
+    assert drawn.shape == (1, 32, 32, 3)
+    assert np.abs(drawn - pictures(build_pipeline(run.run), prompt="a blue square")).max() < 1e-6
+    by_hand = sampled_by_hand(run, text, "a blue square", steps=3, scale=4.0, seed=0)
+    assert np.abs(by_hand - drawn[0]).max() < 2e-5
+    assert drawn.std() > 0.01
     # What the UNet is told in training: the stored sizes, in SDXL's order.
     sections = load_sections(str(config), (), TrainingSections)
     objective = build("train", sections.train, [Dataset.open(run.latents)], 5, "cpu")
@@ -174,6 +187,150 @@ def test_a_unet_that_is_told_sizes_becomes_an_sdxl_pipeline(tmp_path: Path) -> N
     micro = load_file(Path(run.latents) / "00000.safetensors")["micro"][:, 0].float()
     assert len(micro) == len(batch["sizes"]) + 1  # nine of the ten samples
     assert {tuple(row) for row in batch["sizes"].tolist()} <= {tuple(row) for row in micro.tolist()}
+
+
+@torch.no_grad()
+def sampled_by_hand(run: RunPaths, text: Any, prompt: str, steps: int, scale: float, seed: int) -> np.ndarray:
+    """DDIM (Song et al. 2020, eq. 12 with eta 0) from the checkpoint's EMA, open_clip's text and the latents' VAE."""
+    folder = folders.latest_complete(run.checkpoints)
+    assert folder is not None
+    unet = UNet2DConditionModel.from_config(folders.read_manifest(folder)["model_config"]).eval()
+    unet.load_state_dict(load_file(folder / "ema.safetensors"))
+    vae = load_vae(str(Path(run.autoencoder) / "model"), "cpu")
+    alpha_bar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    rows, pooled = text.encode_pooled(text.tokenize(["", prompt]))
+    told = {"text_embeds": pooled, "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)}
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+    times = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
+    for t in times:
+        empty, full = unet(x.repeat(2, 1, 1, 1), t, rows, added_cond_kwargs=told).sample.chunk(2)
+        noise = empty + scale * (full - empty)
+        now, then = alpha_bar[t], alpha_bar[max(t - 1000 // steps, 0)]
+        x0 = (x - (1 - now) ** 0.5 * noise) / now**0.5
+        x = then**0.5 * x0 + (1 - then) ** 0.5 * noise
+    factor = Dataset.open(run.latents).manifest["vae"]["scaling_factor"]
+    return (vae.model.decode(x / factor).sample[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+# ---- pipelines as diffusers saves them -------------------------------------------------------------
+
+DEEP: dict[str, Any] = {
+    "block_out_channels": (8, 16, 16, 16), "layers_per_block": 2, "norm_num_groups": 4, "cross_attention_dim": 32,
+    "sample_size": 16,
+}  # fmt: skip
+PUBLIC: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "sd15": ("last", {**DEEP, "attention_head_dim": 2}, {}),
+    "sd15-fp16": ("last", {**DEEP, "attention_head_dim": 2}, {"variant": "fp16"}),
+    "sd2-sharded": (
+        "penultimate",
+        {**DEEP, "attention_head_dim": (1, 2, 2, 2), "use_linear_projection": True},
+        {"max_shard_size": "100KB"},
+    ),
+    "sdxl-fp16-sharded": (
+        "penultimate_no_norm",
+        {
+            **DEEP,
+            "block_out_channels": (8, 16, 16),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 3),
+            "attention_head_dim": (1, 2, 2),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 16 + 6 * 8,
+        },
+        {"variant": "fp16", "max_shard_size": "100KB"},
+    ),
+}
+
+
+def save_public(name: str, run: RunPaths, folder: Path) -> dict[str, Any]:
+    """A pipeline of random weights in the layout of a public one, saved by diffusers alone; how to open it."""
+    layer, shape, how = PUBLIC[name]
+    torch.manual_seed(11)
+    unet = UNet2DConditionModel(**shape)
+    text = load_text(str(Path(run.clip) / "model"), layer)
+    parts = {
+        "unet": unet,
+        "vae": AutoencoderKL.from_pretrained(Path(run.autoencoder) / "model"),
+        "scheduler": PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        ),
+    }
+    made: Any
+    if name.startswith("sdxl"):
+        encoder = clip_text_model(text, projected=True)
+        made = StableDiffusionXLPipeline(
+            **parts, text_encoder=None, tokenizer=None, text_encoder_2=encoder, tokenizer_2=tokenizer(text),
+            force_zeros_for_empty_prompt=False, add_watermarker=False,
+        )  # fmt: skip
+    else:
+        made = StableDiffusionPipeline(
+            **parts, text_encoder=clip_text_model(text), tokenizer=tokenizer(text), safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+    variant = how.get("variant")
+    made.to(dtype=torch.float16 if variant else torch.float32).save_pretrained(folder, **how)
+    return {"variant": variant} if variant else {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_pipeline_is_fine_tuned_and_takes_the_lora(name: str, tmp_path: Path) -> None:
+    layer = PUBLIC[name][0]
+    run = make_run(tmp_path / "r", text_layer=layer, text_pooled=name.startswith("sdxl"))
+    public = tmp_path / "public"
+    opened = save_public(name, run, public)
+    files = {p.name for p in (public / "unet").iterdir()}
+    assert ("sharded" in name) == any("00001-of-" in f for f in files)
+    assert ("fp16" in name) == all("fp16" in f for f in files if f != "config.json")
+    data = tiny.configuration(tmp_path / "r", images=32, learning_rate=1e-2, ema_halflife_images=1)
+    data["train"] |= {"unet": {}, "start_from": str(public), "adapter": {"rank": 4, "convolutions": True}}
+    config = tiny.write_config(tmp_path, data)
+    sections = load_sections(str(config), (), TrainingSections)
+    theirs = UNet2DConditionModel.from_pretrained(public / "unet", torch_dtype=torch.float32, **opened).state_dict()
+    ours = adapters.load_unet(str(public)).state_dict()
+    assert all(torch.equal(theirs[k], v) for k, v in ours.items())
+    forked.on_ranks(1, run_and_export, str(config))
+    merged = DiffusionPipeline.from_pretrained(run.model)
+    pipeline = DiffusionPipeline.from_pretrained(public, torch_dtype=torch.float32, safety_checker=None, **opened)
+    pipeline.scheduler = merged.scheduler
+    pipeline.vae, prompt = merged.vae, {"prompt": ["a blue square", "a red circle"]}
+    for part in ("text_encoder", "text_encoder_2"):
+        if getattr(pipeline, part, None) is not None:
+            setattr(pipeline, part, getattr(merged, part))  # half precision rounds those too
+    before, after = pictures(pipeline, **prompt), pictures(merged, **prompt)
+    pipeline.load_lora_weights(Path(run.model) / "lora")
+    assert np.abs(pictures(pipeline, **prompt) - after).max() < 5e-5
+    assert np.abs(before - after).max() > 1e-3
+    # A part of the weights that is gone, or pickles: one sentence.
+    adapters.find_unet.cache_clear()
+    for part in (public / "unet").glob("*.safetensors"):
+        part.rename(part.with_suffix(".bin"))
+    with pytest.raises(ConfigError, match=r"which is not beside it" if "sharded" in name else "are pickled"):
+        build("train", sections.train, [Dataset.open(run.latents)], 5, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"projection_class_embeddings_input_dim": 16 + 5 * 8},
+            "input_dim is 56, but 16 values of pooled text and six",
+        ),
+        ({"cross_attention_dim": 64}, r"cross_attention_dim 64, but the latents ask for 32; .* two CLIPs side by side"),
+    ],
+)
+def test_sdxl_models_that_are_told_something_else_are_refused(
+    change: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    """SDXL's refiner, which is told an aesthetic score, and its base model, which reads two CLIPs."""
+    run = make_run(tmp_path / "r", text_layer="penultimate_no_norm", text_pooled=True)
+    UNet2DConditionModel(**{**PUBLIC["sdxl-fp16-sharded"][1], **change}).save_pretrained(tmp_path / "unet")
+    config = TrainConfig(images=16, start_from=str(tmp_path / "unet"))
+    with pytest.raises(ConfigError, match=sentence):
+        build("train", config, [Dataset.open(run.latents)], 5, "cpu")
 
 
 def test_where_a_unet_cannot_come_from(base: Any, tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import random
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from shards.dataset import Dataset
 from shards.settings import load_sections
 from tests.train import forked, tiny
 from train import checkpoint, folders
+from train import engine as deep
 from train.config import TrainingSections
 from train.objectives import Objective, build
 from train.optimizer import ema_decay, learning_rate
@@ -100,7 +105,7 @@ def initial(config: Path) -> Weights:
     return {n: p.detach() for n, p in objective_of(config)[0].model.named_parameters()}
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (2, "fp16")])
 def test_average_is_exact_of_the_fp32_weights(run: Path, stage: int, precision: str) -> None:
     """The EMA is, to the bit, the recursion over the fp32 weights of every step, unrounded start included."""
     config = settings(run, zero_stage=stage, precision=precision)
@@ -114,22 +119,108 @@ def test_average_is_exact_of_the_fp32_weights(run: Path, stage: int, precision: 
         assert_same(tensors(step_folder(run, step), "ema"), average)
 
 
-def test_ranks_and_accumulation_see_the_same_samples_and_noise(run: Path, tmp_path: Path) -> None:
-    """1 rank x 2 accumulation, 2 ranks x 1 and 2 ranks x 2 agree to rounding, in the loss of every step too."""
-    import json
+def losses(run: Path) -> list[float]:
+    lines = (run / "train" / "log.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
 
+
+def beside(run: Path, folder: Path) -> Path:
+    """Another run on the same latents."""
+    folder.mkdir()
+    (folder / "latents").symlink_to(run / "latents")
+    return folder
+
+
+def test_ranks_times_accumulation_see_the_same_samples_and_noise(run: Path, tmp_path: Path) -> None:
+    """1x4, 2x2 and 4x1 agree to rounding, in the loss of every step too; at equal layout to the bit."""
     results = []
-    for name, world, micro in (("a", 1, 4), ("b", 2, None), ("c", 2, 2)):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "latents").symlink_to(run / "latents")
-        forked.fit(settings(folder, micro_batch_size=micro), world)
-        lines = [json.loads(x) for x in (folder / "train" / "log.jsonl").read_text().splitlines()]
-        results.append((tensors(step_folder(folder, STEPS), "weights"), [x["loss"] for x in lines]))
-    for weights, losses in results[1:]:
+    for i, world in enumerate((1, 2, 4, 2)):
+        folder = beside(run, tmp_path / str(i))
+        forked.fit(settings(folder, micro_batch_size=2), world)
+        results.append((tensors(step_folder(folder, STEPS), "weights"), losses(folder)))
+    for weights, curve in results[1:]:
         assert_close(weights, results[0][0])
-        assert len(losses) == STEPS
-        assert losses == pytest.approx(results[0][1], rel=1e-5)
+        assert len(curve) == STEPS
+        assert curve == pytest.approx(results[0][1], rel=1e-5)
+    assert_same(results[1][0], results[3][0])
+    assert results[1][1] == results[3][1]
+    assert max(results[0][1]) > 1.01 * min(results[0][1])  # curves that were flat would agree whatever they saw
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp16_takes_the_steps_of_fp32_and_finds_its_scale(
+    run: Path, tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norm, clipping and update are those of fp32 up to fp16's rounding, whatever the loss is scaled with."""
+    plain, half = beside(run, tmp_path / "plain"), beside(run, tmp_path / "half")
+    forked.fit(settings(plain, zero_stage=stage), 2)
+    forked.fit(settings(half, zero_stage=stage, precision="fp16"), 2)
+    norms = [
+        [json.loads(line)["grad_norm"] for line in (f / "train" / "log.jsonl").read_text().splitlines()]
+        for f in (plain, half)
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)
+    assert max(norms[0]) > 0.5, "clipping took place"
+    start = initial(settings(run))
+    steps = [{n: w - start[n] for n, w in tensors(step_folder(f, STEPS), "weights").items()} for f in (plain, half)]
+    far = sum(float((a - b).square().sum()) for a, b in zip(*(s.values() for s in steps), strict=True))
+    assert far < 0.03**2 * sum(float(a.square().sum()) for a in steps[0].values())
+    # From a scale at which the gradients overflow it comes down, step by step, and nothing else happens there.
+    high = beside(run, tmp_path / "high")
+    monkeypatch.setattr(deep, "FIRST_SCALE", 2.0**40)
+    config = settings(high, zero_stage=stage, precision="fp16", max_skips=2, images=8 * 40, checkpoint_every_images=64)
+    forked.fit(config, 2)
+    manifest = folders.read_manifest(step_folder(high, 40))
+    skipped = 40 - manifest["optimizer_steps"]
+    assert 10 < skipped < 30
+    assert manifest["loss_scale"] == {"value": 2.0 ** (40 - skipped), "steady": 40 - skipped, "dynamic": True}
+    assert not (high / "train" / "events.jsonl").exists()
+    # A resumed run goes on with the scale that was found.
+    end = tensors(step_folder(high, 40), "weights")
+    for step in range(40, 24, -8):
+        shutil.rmtree(step_folder(high, step))
+    forked.fit(config, 2)
+    assert folders.read_manifest(step_folder(high, 40))["loss_scale"] == manifest["loss_scale"]
+    assert_same(tensors(step_folder(high, 40), "weights"), end)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_eager_training_up_to_rounding(run: Path, tmp_path: Path) -> None:
+    eager, compiled = beside(run, tmp_path / "eager"), beside(run, tmp_path / "compiled")
+    forked.fit(settings(eager), 1)
+    config = settings(compiled, compile=True)
+    forked.on_ranks(1, run_counting_graphs, str(config), 1)
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+    for name in ("weights", *folders.STATES):
+        assert_close(tensors(step_folder(compiled, STEPS), name), tensors(step_folder(eager, STEPS), name))
+    # Names are the plain model's: it resumes compiled from an eager checkpoint, and the other way round.
+    for folder, compile_ in ((eager, True), (compiled, False)):
+        end = tensors(step_folder(folder, STEPS), "weights")
+        for step in range(STEPS, 2, -1):
+            shutil.rmtree(step_folder(folder, step))
+        forked.on_ranks(1, run_counting_graphs, str(settings(folder, compile=compile_)), int(compile_))
+        assert_close(tensors(step_folder(folder, STEPS), "weights"), end)
+
+
+def run_counting_graphs(config: str, at_least: int) -> None:
+    """Train, and see that the model was really compiled (or was not)."""
+    from torch._dynamo.utils import counters
+
+    forked.run_stage(config)
+    found = counters["stats"]["unique_graphs"]
+    assert (found >= at_least) if at_least else (found == 0), found
+
+
+def test_without_a_compiler_compile_is_refused_with_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import exc
+
+    def none_here() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none_here)
+    with pytest.raises(forked.RankError, match=r"ConfigError: compile: .* there is none here; install g\+\+"):
+        forked.fit(settings(run, compile=True), 1)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +247,36 @@ def test_any_stage_and_world_resumes_any_other(
     forked.fit(config, then[1])
     for name in ("weights", *folders.STATES):
         assert_close(tensors(step_folder(half, STEPS), name), tensors(step_folder(run, STEPS), name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_and_resumed_elsewhere_ends_where_the_undisturbed_run_does(
+    run: Path, tmp_path: Path, seed: int
+) -> None:
+    """kill -9 of a rank whenever it may be, and on with another number of ranks and another ZeRO stage each time."""
+    rng = random.Random(seed)
+    values = {"images": 8 * 30, "checkpoint_every_images": 16, "micro_batch_size": 2}
+    calm, killed = beside(run, tmp_path / "calm"), beside(run, tmp_path / "killed")
+    forked.fit(settings(calm, zero_stage=1, **values), 1)
+    log = killed / "train" / "log.jsonl"
+
+    def steps() -> int:
+        return len(losses(killed)) if log.exists() else 0
+
+    for at in sorted(rng.sample(range(1, 26), 4)):
+        config = settings(killed, zero_stage=rng.randrange(4), **values)
+        ranks = forked.start(rng.choice([1, 2, 4]), forked.run_stage, str(config))
+        forked.wait_for(lambda at=at: steps() >= at)
+        time.sleep(rng.random() / 5)
+        rng.choice(ranks).kill()
+        for rank in ranks:
+            with pytest.raises(forked.RankError):
+                rank.result()
+    forked.fit(settings(killed, zero_stage=rng.randrange(4), **values), rng.choice([1, 2, 4]))
+    for name in ("weights", *folders.STATES):
+        assert_close(tensors(step_folder(killed, 30), name), tensors(step_folder(calm, 30), name), rtol=2e-3, atol=1e-5)
+    assert losses(killed) == pytest.approx(losses(calm), rel=1e-4)
 
 
 def load_and_save(config: str, folder: str) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import socket
 import subprocess
@@ -77,7 +78,10 @@ def make_images(root: Path, counts: tuple[int, ...] = (10, 7, 11), side: int = 1
             Image.fromarray(pixels).save(sink, "PNG")
             key = sample_key(index, r, 100)
             samples.append((key, {"png": sink.getvalue(), "txt": f"a {COLOURS[colour]} square".encode()}))
-            rows.append({"key": key, "caption": f"a {COLOURS[colour]} square", "status": "success", "image_ext": "png"})
+            # Every third picture has no caption beside its own.
+            others = [f"{COLOURS[colour]} {what} {r}" for what in ("box", "tile")] if r % 3 != 2 else None
+            row = {"key": key, "caption": f"a {COLOURS[colour]} square", "status": "success", "image_ext": "png"}
+            rows.append({**row, "others": others, "as_json": others and json.dumps(others)})
         data, places = pack_tar(samples)
         for row, place in zip(rows, places, strict=True):
             row["image_offset"], row["image_size"] = place["png"]
