@@ -7,6 +7,7 @@ of one network at once.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -102,9 +103,14 @@ def read(url: str) -> dict[str, Any] | None:
         return None
     whole = isinstance(found, dict) and "metrics" in found
     if not whole or found.pop("digest", None) != digest_json(found):
-        log.warning("%s is torn or was edited and does not count; the eval stage measures it again", url)
+        _warn(url, digest_json(found))
         return None
     return dict(found)
+
+
+@functools.lru_cache(maxsize=1024)  # once, however often it is looked at
+def _warn(url: str, _content: str) -> None:
+    log.warning("%s is torn or was edited and does not count; the eval stage measures it again", url)
 
 
 def dataset_of(root: str, stats: Sequence[dict[str, Any]]) -> Dataset:
