@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from shards.settings import Strict
 
@@ -109,6 +109,12 @@ class EvalConfig(Strict):
         if not name or name.startswith(".") or "/" in name or "\\" in name:
             raise ValueError("it must be the name of a folder in <run>/checkpoints, such as step-00001000, or latest")
         return name
+
+    @model_validator(mode="after")
+    def _reference_is_used(self) -> EvalConfig:
+        if self.reference is not None and self.inception is None and self.dinov2 is None:
+            raise ValueError("reference is what the Inception's and DINOv2's distances are to; set inception or dinov2")
+        return self
 
     @property
     def cell(self) -> str:

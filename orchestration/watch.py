@@ -45,6 +45,10 @@ COMMAND_S = 60.0  # how long the user's alarm command may take
 def watch(config: RunConfig, local: bool = False, once: bool = False, forever: bool = False) -> None:
     """Evaluate until training is done (or for ever), or once. StageError where --once found something that failed."""
     paths, failures = RunPaths(config.run), Counter[str]()
+    if not storage.list_names(paths.run):
+        raise ConfigError(f"watch: {paths.run} is no run's folder, or an empty one; name the run that is trained")
+    if not checkpoints.complete(paths):
+        log.info("watch: %s has no complete checkpoint yet", paths.checkpoints)
     due = _clock(config)
     with stop_on_sigterm(StopFlag()) as stop:
         while True:

@@ -249,8 +249,9 @@ def test_position_embeddings_are_torch_hubs() -> None:
     grid = torch.arange(37.0).reshape(37, 1).expand(37, 37)  # each place's own row
     embeddings = torch.cat([torch.zeros(1, 1), grid.reshape(-1, 1)])[None]
     found = dinov2.positions(embeddings, 14)[0, 1:, 0].reshape(16, 16)
-    expected = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5
-    np.testing.assert_allclose(found[2:-2, 5], expected[2:-2], atol=1e-3)
+    theirs, other = ((torch.arange(16) + 0.5) * 37 / wanted - 0.5 for wanted in (16.1, 16))
+    assert (found[2:-2, 5] - theirs[2:-2]).abs().max() < 0.06  # bicubic bends a ramp by so much
+    assert (found[2:-2, 5] - other[2:-2]).abs().max() > 0.15
     torch.testing.assert_close(dinov2.positions(embeddings[:, : 1 + 16 * 16], 14), embeddings[:, : 1 + 16 * 16])
     with pytest.raises(ValueError, match="no square"):
         dinov2.positions(embeddings[:, :-1], 14)
