@@ -76,11 +76,10 @@ def watch(config: RunConfig, local: bool = False, once: bool = False, forever: b
 
 
 def next_checkpoint(config: RunConfig, leave_out: list[str]) -> str | None:
-    """The newest complete checkpoint, if it has no result yet; with backfill the newest of all that have none."""
+    """The newest complete checkpoint, if it has no result yet; with backfill the newest of all that have none. Those
+    in `leave_out` have failed too often."""
     for name in checkpoints.complete(RunPaths(config.run)):
-        if name in leave_out:
-            continue
-        if not stages.is_complete("eval", for_checkpoint(config, name)):
+        if name not in leave_out and not stages.is_complete("eval", for_checkpoint(config, name)):
             return name
         if not config.eval.watch.backfill:
             return None

@@ -53,6 +53,7 @@ def test_the_newest_comes_first_and_what_is_late_is_skipped(trained: RunPaths) -
     assert watch.next_checkpoint(config, []) is None
     watch.watch(config, local=True, once=True)  # a second time there is nothing to do
     assert watch.next_checkpoint(configured(trained, backfill=True), []) == "step-00000001"
+    assert watch.next_checkpoint(configured(trained, backfill=True), ["step-00000001"]) is None
     assert (Path(trained.reports) / "step-00000002.html").is_file()
 
 
