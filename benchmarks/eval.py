@@ -11,6 +11,7 @@ Peer and ours take turns in one process, the best of several turns counts. Ratio
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import subprocess
 import sys
@@ -205,7 +206,7 @@ def bench_features(count: int = 24, side: int = 256, batch: int = 8) -> None:
         def staged() -> float:
             stage = FeaturesStage(f"{folder}/images", f"{folder}/{next(folders)}", "x", {}, settings, "cpu")
             work = stage.worker()
-            work.networks = [network]  # type: ignore[attr-defined]  # loaded before: the shard alone is timed
+            work.networks = [network]  # loaded before: the shard alone is timed
             for task in stage.tasks():
                 work(task)
             return 0.0
@@ -226,15 +227,15 @@ def bench_features(count: int = 24, side: int = 256, batch: int = 8) -> None:
 
 
 def memory(what: str) -> float:
-    """This process's resident memory in MB, now (VmRSS) or at most so far (VmHWM). getrusage would begin with the
-    parent's."""
+    """This process's resident memory in MB: now, without mapped files (RssAnon), or at most so far (VmHWM). getrusage
+    would begin with the parent's."""
     [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{what}:")]
     return int(line.split()[1]) / 1000
 
 
 def peak(count: int) -> None:
     """Peak resident memory of a process that takes 2048 numbers of each of so many pictures through the stage."""
-    from eval.features import FeaturesStage, Settings, _Worker
+    from eval.features import FeaturesStage, FeaturesWorker, Settings
 
     class Network:
         def prepare(self, pixels: np.ndarray) -> np.ndarray:
@@ -246,7 +247,7 @@ def peak(count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         image_shards(f"{folder}/images", count, 128, 128)
         stage = FeaturesStage(f"{folder}/images", f"{folder}/out", "x", {}, Settings(128, 16), "cpu")
-        work = _Worker(stage)
+        work = FeaturesWorker(stage)
         work.networks = [Network()]  # type: ignore[list-item]
         stage.finish([work(task) for task in stage.tasks()])
         print(memory("VmHWM"))
@@ -256,7 +257,8 @@ def peak(count: int) -> None:
 
 
 def bench_merge(shards: int, d: int, distinct: int = 64) -> None:
-    """Each shard is read from its file: `distinct` files, read over and over, so that the disk's cache serves them."""
+    """Each shard is read from its file, memory-mapped as everywhere: `distinct` files over and over, so that the disk's
+    cache serves them. Memory is without those pages, which belong to the cache."""
     from shards.columns import pack_columns, unpack_columns
 
     with tempfile.TemporaryDirectory() as folder:
@@ -267,13 +269,14 @@ def bench_merge(shards: int, d: int, distinct: int = 64) -> None:
         began = time.perf_counter()
         first = None
         for i in range(shards):
-            arrays, _ = unpack_columns(Path(folder, f"{i % distinct}.safetensors").read_bytes())
+            with open(Path(folder, f"{i % distinct}.safetensors"), "rb") as f:
+                arrays, _ = unpack_columns(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
             total.merge_columns(arrays)
             if i == shards // 10:
-                first = memory("VmRSS")
+                first = memory("RssAnon")
         result = total.result()
         seconds = time.perf_counter() - began
-        last = memory("VmRSS")
+        last = memory("RssAnon")
     again = Accumulator(d)
     for i in range(min(shards, distinct)):
         again.merge(parts[i % distinct])

@@ -109,8 +109,9 @@ def _uri(line: Line, palette: str) -> str:
 
 
 def pareto(points: Sequence[dict[str, Any]], distance: str) -> Chart:
-    """Cells of a grid: distance against CLIP score with 95 % intervals, area by seconds a picture, the frontier as a
-    line, the knee ringed and named. points: as grid.record writes them."""
+    """Cells of a grid: distance against CLIP score with 95 % intervals, area by seconds a picture, the frontier of
+    those two as a line, the knee ringed; cells on the frontier are named where there is room. points: as grid.record
+    writes them."""
     knee = next((p["cell"] for p in points if p["knee"]), "")
     frontier = [p["cell"] for p in points if p["frontier"]]
     words = f"{len(points)} cells; on the frontier {', '.join(frontier)}" + (f"; the knee is {knee}" if knee else "")
@@ -136,17 +137,44 @@ def _pareto_uri(points: Sequence[dict[str, Any]], distance: str, palette: str) -
             axes.scatter([x], [y], s=14 + 90 * p["seconds"] / slowest, color=shade, zorder=3)
             if p["knee"]:
                 axes.scatter([x], [y], s=220, facecolors="none", edgecolors=colour["ink"], linewidths=1.2, zorder=4)
-            if p["frontier"]:
-                axes.annotate(
-                    p["cell"], (x, y), xytext=(7, -10), textcoords="offset points", fontsize=7, color=colour["ink"]
-                )
-        line = sorted((p["distance"][0], p["score"][0]) for p in points if p["frontier"])
+        flat = sorted((p for p in points if _flat(p, points)), key=lambda p: p["distance"][0])
+        line = [(p["distance"][0], p["score"][0]) for p in flat]
         axes.plot([x for x, _ in line], [y for _, y in line], color=colour["line"], linewidth=0.8, alpha=0.6)
         axes.set_xlabel(distance, color=colour["ink"])
         axes.set_ylabel("clip_score", color=colour["ink"])
         axes.margins(0.12)
+        others = [p for p in points if p["frontier"] and p not in flat]
+        for p, left in _labelled([*(p for p in points if p["knee"]), *flat, *others], axes):
+            axes.annotate(
+                p["cell"], (p["distance"][0], p["score"][0]), xytext=(-7 if left else 7, -10), fontsize=7,
+                textcoords="offset points", ha="right" if left else "left", color=colour["ink"],
+            )  # fmt: skip
 
     return _figure(paint, palette, (6.2, 3.6))
+
+
+def _flat(p: dict[str, Any], points: Sequence[dict[str, Any]]) -> bool:
+    """Whether no other cell is as good in distance and in score, and better in one, whatever it costs."""
+    x, y = p["distance"][0], p["score"][0]
+    return not any(
+        (a := q["distance"][0]) <= x and (b := q["score"][0]) >= y and (a < x or b > y) for q in points if q is not p
+    )
+
+
+def _labelled(wanted: Sequence[dict[str, Any]], axes: Any) -> list[tuple[dict[str, Any], bool]]:
+    """(cell, whether its name goes to the left) of those whose names find a free place, the first ones first."""
+    (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+    taken: list[tuple[float, float, float, float]] = []
+    found = []
+    for p in wanted:
+        x, y = (p["distance"][0] - x0) / (x1 - x0), (p["score"][0] - y0) / (y1 - y0)
+        wide, high = 0.0115 * len(p["cell"]) + 0.02, 0.05
+        left = x + wide > 1
+        box = (x - wide if left else x, y - 1.3 * high, x if left else x + wide, y - 0.3 * high)
+        if all(box[0] >= b[2] or box[2] <= b[0] or box[1] >= b[3] or box[3] <= b[1] for b in taken):
+            taken.append(box)
+            found.append((p, left))
+    return found
 
 
 def _figure(paint: Callable[[Any], None], palette: str, size: tuple[float, float]) -> str:

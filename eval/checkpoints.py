@@ -15,7 +15,10 @@ from shards.fingerprint import digest_file, digest_json
 from shards.layout import RunPaths
 from shards.settings import StageError
 
-WEIGHT_FILES = {"ema": "ema.safetensors", "raw": "weights.safetensors"}
+
+def weights_file(weights: str) -> str | None:
+    """The file of a checkpoint that holds these weights; None for those that are put together (posthoc:0.08)."""
+    return None if weights.startswith("posthoc:") else f"{'weights' if weights == 'raw' else weights}.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,11 @@ def find(run: RunPaths, checkpoint: str = "latest", weights: str = "ema") -> Sub
     if exported is None:
         raise StageError(f"{run.run}: there is no complete checkpoint and no exported model; run the train stage first")
     provenance = storage.read_json(storage.join(run.model, "carrara.json")) or {}
+    if provenance.get("weights", weights) != weights:
+        raise StageError(
+            f"{run.model}: the exported pipeline has the weights '{provenance['weights']}', and there is no checkpoint "
+            f"with others; set eval.weights to {provenance['weights']}"
+        )
     file = storage.local_path(storage.join(run.model, "unet", "diffusion_pytorch_model.safetensors"))
     if not file.is_file():
         raise StageError(
@@ -60,8 +68,10 @@ def build_pipeline(run: RunPaths, subject: Subject) -> Any:
     if not subject.exported:
         saved = storage.local_path(storage.join(run.checkpoints, subject.name))
         recorded = (storage.read_json(str(saved / "manifest.json")) or {}).get("files", {})
-        file = WEIGHT_FILES[subject.weights]
-        if not (saved / file).is_file() or digest_file(saved / file) != recorded.get(file, {}).get("sha256"):
+        file = weights_file(subject.weights)
+        if file is not None and (
+            not (saved / file).is_file() or digest_file(saved / file) != recorded.get(file, {}).get("sha256")
+        ):
             raise StageError(f"{saved / file} is gone or is not what was saved; evaluate another checkpoint")
         from train.export import build_pipeline as build
 
@@ -73,7 +83,7 @@ def build_pipeline(run: RunPaths, subject: Subject) -> Any:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     model = str(storage.local_path(run.model))
-    return diffusers.StableDiffusionPipeline.from_pretrained(model, local_files_only=True)
+    return diffusers.DiffusionPipeline.from_pretrained(model, local_files_only=True)
 
 
 def complete(run: RunPaths) -> list[str]:
@@ -97,19 +107,30 @@ def _checkpoint(run: RunPaths, name: str, weights: str) -> Subject:
         raise StageError(
             f"eval.checkpoint: {folder} is not a complete checkpoint; there are {', '.join(there[-5:]) or 'none'}"
         )
-    file = WEIGHT_FILES[weights]
-    recorded = manifest.get("files", {}).get(file)
-    if recorded is None:
-        raise StageError(f"{folder} has no {file}; set eval.weights to {'raw' if weights == 'ema' else 'ema'}")
     config = manifest.get("model_config") or {}
     return Subject(
         name=name,
         weights=weights,
-        digest=digest_json({"weights": recorded["sha256"], "config": config}),
+        digest=digest_json({"weights": _weights_digest(run, folder, manifest, weights), "config": config}),
         resolution=int(Dataset.open(run.latents).manifest["resolution"]),
         images=manifest.get("images"),
         exported=False,
     )
+
+
+def _weights_digest(run: RunPaths, folder: str, manifest: dict[str, Any], weights: str) -> str:
+    files, file = manifest.get("files", {}), weights_file(weights)
+    if file is None:  # from the snapshots up to this checkpoint: which ones there are, of which training
+        from train.folders import POSTHOC
+
+        place, images = storage.join(run.checkpoints, POSTHOC), int(manifest.get("images") or 0)
+        times = {n: n.removesuffix(".safetensors").rpartition("-")[2] for n in storage.list_names(place)}
+        used = {n: storage.size(storage.join(place, n)) for n, t in times.items() if t.isdigit() and int(t) <= images}
+        return digest_json({"weights": weights, "snapshots": used, "raw": files["weights.safetensors"]["sha256"]})
+    if file not in files:
+        there = sorted(n.removesuffix(".safetensors") for n in files if n.startswith("ema") and weights_file(n))
+        raise StageError(f"{folder} has no {file}; set eval.weights to {' or '.join([*there, 'raw'])}")
+    return str(files[file]["sha256"])
 
 
 def _exported_resolution(run: RunPaths, unet: dict[str, Any]) -> int:

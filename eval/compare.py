@@ -99,28 +99,39 @@ def alarms(results: Sequence[dict[str, Any]], checkpoint: str, sigmas: float) ->
     """Where the named checkpoint is worse than the best comparable one before it by more than `sigmas` errors.
 
     results: contents of metrics.json of one run; only complete ones of the checkpoint's own cell and protocol count.
+    One that raised an alarm itself is nobody's best: a collapsed model can have a fine CLIP score.
     """
-    mine = [r for r in results if r["checkpoint"] == checkpoint and _whole(r)]
     found: list[Alarm] = []
-    for result in mine:
-        earlier = [
-            r
-            for r in results
-            if r["cell"] == result["cell"]
-            and r["protocol"]["id"] == result["protocol"]["id"]
-            and (r["images_seen"] or 0) < (result["images_seen"] or 0)
-            and _whole(r)
-        ]
-        for name in WATCHED:
-            rivals = [r for r in earlier if name in r.get("jackknife", {})]
-            if not rivals or name not in result.get("jackknife", {}):
-                continue
-            better = result["metrics"][name]["better"]
-            best = (max if better == "higher" else min)(rivals, key=lambda r: _value(r, name))
-            for d in differences(best, result):
-                if d.metric == name and d.worse_by() > sigmas and d.verdict == "worse":
-                    found.append(Alarm(checkpoint, best["checkpoint"], d, d.worse_by()))
+    for mine in [r for r in results if r["checkpoint"] == checkpoint and _whole(r)]:
+        like = [r for r in results if _whole(r) and _kind(r) == _kind(mine)]
+        sound: list[dict[str, Any]] = []
+        for result in sorted(like, key=_seen):
+            if _seen(result) < _seen(mine) and not _against(result, sound, sigmas):
+                sound.append(result)
+        found += _against(mine, sound, sigmas)
     return found
+
+
+def _against(result: dict[str, Any], sound: Sequence[dict[str, Any]], sigmas: float) -> list[Alarm]:
+    """Alarms of a result beside those of fewer images among `sound`."""
+    found = []
+    for name in WATCHED:
+        rivals = [r for r in sound if _seen(r) < _seen(result) and name in r.get("jackknife", {})]
+        if not rivals or name not in result.get("jackknife", {}):
+            continue
+        best = (max if result["metrics"][name]["better"] == "higher" else min)(rivals, key=lambda r: _value(r, name))
+        for d in differences(best, result):
+            if d.metric == name and d.worse_by() > sigmas and d.verdict == "worse":
+                found.append(Alarm(result["checkpoint"], best["checkpoint"], d, d.worse_by()))
+    return found
+
+
+def _kind(result: dict[str, Any]) -> tuple[str, str]:
+    return result["cell"], result["protocol"]["id"]
+
+
+def _seen(result: dict[str, Any]) -> int:
+    return int(result["images_seen"] or 0)
 
 
 def _value(result: dict[str, Any], name: str) -> float:

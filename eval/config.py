@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from shards.settings import Strict
 
+# The model's own weights, its EMA, a further EMA (train.ema_stds), or one of any length put together from those.
+Weights = Annotated[str, Field(pattern=r"^(raw|ema|ema_0\.\d{3}|posthoc:0?\.\d+)$")]
 Sampler = Literal["ddpm", "ddim", "pndm", "dpm-solver++", "unipc", "euler", "euler-a", "heun"]
 
 
@@ -44,7 +46,9 @@ class GridConfig(Strict):
     samplers: list[Sampler] = Field(default=["ddim"], min_length=1)
     steps: list[Annotated[int, Field(ge=1, le=1000)]] = Field(default=[25], min_length=1)
     guidance_scales: list[Annotated[float, Field(ge=0.0, le=100.0)]] = Field(default=[3.0], min_length=1)
-    weights: list[Literal["ema", "raw"]] = Field(default=["ema"], min_length=1)
+    weights: list[Weights] = Field(
+        default=["ema"], min_length=1, description="ema, raw, one of train.ema_stds (ema_0.050), or posthoc:0.08"
+    )
     first_percent: int = Field(
         default=25, ge=1, le=100, description="share of a cell that is drawn before it may be given up; 100: never"
     )
@@ -61,7 +65,7 @@ class EvalConfig(Strict):
     """Settings of the evaluation of one checkpoint with one sampler."""
 
     checkpoint: str = Field(default="latest", description="name of a checkpoint folder, or latest")
-    weights: Literal["ema", "raw"] = "ema"
+    weights: Weights = Field(default="ema", description="ema, raw, one of train.ema_stds (ema_0.050), or posthoc:0.08")
     prompts: int = Field(default=256, ge=1, description="number of captions, distinct ones first")
     prompt_file: str | None = Field(
         default=None, description="text file, one prompt a line, in place of held-out captions"
@@ -106,8 +110,15 @@ class EvalConfig(Strict):
             raise ValueError("it must be the name of a folder in <run>/checkpoints, such as step-00001000, or latest")
         return name
 
+    @model_validator(mode="after")
+    def _reference_is_used(self) -> EvalConfig:
+        if self.reference is not None and self.inception is None and self.dinov2 is None:
+            raise ValueError("reference is what the Inception's and DINOv2's distances are to; set inception or dinov2")
+        return self
+
     @property
     def cell(self) -> str:
-        """Folder name of this sampler, step count and guidance: `ddim-25-3`; with `-raw` for weights without EMA."""
-        raw = "-raw" if self.weights == "raw" else ""
-        return f"{self.sampler}-{self.steps}-{self.guidance_scale:g}{raw}"
+        """Folder name of this sampler, step count and guidance: `ddim-25-3`; with `-raw` or the like where the weights
+        are not the EMA."""
+        other = "" if self.weights == "ema" else f"-{self.weights.replace(':', '')}"
+        return f"{self.sampler}-{self.steps}-{self.guidance_scale:g}{other}"

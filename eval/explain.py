@@ -9,6 +9,7 @@ what range it is fed in. Pictures are decoded once. A set is a folder of picture
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ from shards.settings import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("carrara.eval")
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 WIDTH = 2048  # of the Inception's features
@@ -125,7 +128,14 @@ def _pictures(source: str) -> tuple[int, Iterator[np.ndarray]]:
     folder = Path(source)
     if not folder.is_dir():
         raise ConfigError(f"explain-fid: {source} is neither a folder of pictures nor finished shards")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = [p for p in found if p.suffix.lower() in EXTENSIONS]
+    if len(files) < len(found):
+        other = next(p for p in found if p.suffix.lower() not in EXTENSIONS)
+        log.warning(
+            "explain-fid: %s is left out, and so are all files of %s that are not PNG, JPEG or WebP (%d of %d)",
+            other.name, source, len(found) - len(files), len(found),
+        )  # fmt: skip
     return len(files), ahead(
         lambda i: read_picture(files[i], "explain-fid", "take it out of the folder"), len(files), 2, 32
     )

@@ -2,8 +2,9 @@
 
 One feature shard a picture shard, one float32 column a feature (networks.COLUMNS), one row a picture in the parquet.
 A metric that is invented next month reads these and needs neither pictures nor networks. The same stage serves
-generated pictures, held-out ones and the training set. Pictures are read, decoded and resized in threads ahead of the
-networks, three batches at most, so the networks wait for nothing and memory does not grow with the number of pictures.
+generated pictures, held-out ones and the training set; a generated shard has its features as soon as it is drawn.
+Pictures are read, decoded and resized in threads ahead of the networks, three batches at most, so the networks wait
+for nothing and memory does not grow with the number of pictures.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from eval.reference import parquet
 from latents.pictures import ahead, resize_crop
 from shards import images, storage
 from shards.columns import pack_columns
-from shards.dataset import Dataset, commit_shard, write_manifest
+from shards.dataset import Dataset, ShardInfo, commit_shard, write_manifest
 from shards.fingerprint import Fingerprint, digest_json
 from shards.settings import StageError
 from shards.stage import Task
@@ -62,16 +63,17 @@ class FeaturesStage:
     def tasks(self) -> Iterator[Task]:
         """One task a shard of pictures; StageError where the pictures are not finished."""
         for position, info in enumerate(Dataset.open(self.source).shards):
-            settings = dataclasses.asdict(self.settings)
-            yield Task(
-                info.index,
-                Fingerprint("features", VERSION, settings, info.digest, self.weights),
-                {"position": position},
-            )
+            yield self.task(position, info)
 
-    def worker(self) -> Callable[[Task], dict[str, Any]]:
+    def task(self, position: int, info: ShardInfo) -> Task:
+        """The task of the shard at this position of the pictures, which need not be finished."""
+        settings = dataclasses.asdict(self.settings)
+        fingerprint = Fingerprint("features", VERSION, settings, info.digest, self.weights)
+        return Task(info.index, fingerprint, {"position": position})
+
+    def worker(self) -> FeaturesWorker:
         """Load the networks once; the result makes one shard a call."""
-        return _Worker(self)
+        return FeaturesWorker(self)
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Check that every picture is accounted for and write the manifest, with counts of what was dropped."""
@@ -86,7 +88,9 @@ class FeaturesStage:
         return write_manifest(self.root, "features", kept, extra)
 
 
-class _Worker:
+class FeaturesWorker:
+    """The networks of one process, and the features of one shard with them."""
+
     def __init__(self, stage: FeaturesStage) -> None:
         from latents.encoders import pick_device
         from latents.stage import fixed_arithmetic
@@ -98,18 +102,24 @@ class _Worker:
                 raise StageError(f"{found.ref}: the {found.name} weights here are others than where this was begun")
         with fixed_arithmetic(self.settings.threads):
             self.networks = [networks.load(f, device, self.settings.precision) for f in stage.found.values()]
-        self.dataset = Dataset.open(stage.source)
+        self.dataset: Dataset | None = None
 
     def __call__(self, task: Task) -> dict[str, Any]:
-        position = task.payload["position"]
-        if position >= len(self.dataset.shards) or self.dataset.shards[position].digest != task.fingerprint.input:
-            self.dataset = Dataset.open(self.stage.source)  # it was finished again since this worker started
+        """Make and commit the features of one shard of the finished pictures; returns their committed stats."""
+        position, known = task.payload["position"], self.dataset
+        if known is None or position >= len(known.shards) or known.shards[position].digest != task.fingerprint.input:
+            self.dataset = Dataset.open(self.stage.source)  # perhaps finished again since this worker started
             if self.dataset.shards[position].digest != task.fingerprint.input:
                 raise StageError(
                     f"{self.stage.source}: the pictures changed during the run; run the same command again"
                 )
+        assert self.dataset is not None
+        return self.of(self.dataset, task)
+
+    def of(self, pictures: Dataset, task: Task) -> dict[str, Any]:
+        """As a call, from these pictures, of which this shard alone need be committed."""
         started = time.perf_counter()
-        shard = images.ImageShard(self.dataset, position)
+        shard = images.ImageShard(pictures, task.payload["position"])
         with self.fixed(self.settings.threads):
             files, stats = self._make(shard)
         shard.close()

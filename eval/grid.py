@@ -212,6 +212,15 @@ def record_file(run: RunPaths, checkpoint: str) -> str:
     return storage.join(run.eval, checkpoint, "grid.json")
 
 
+def read_record(run: RunPaths, checkpoint: str) -> dict[str, Any] | None:
+    """What `record` wrote; None where there is none, or a torn one."""
+    try:
+        found = storage.read_json(record_file(run, checkpoint))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.get("points") else None
+
+
 def record(
     run: RunPaths, stages: Sequence[GenerateStage], given_up: Sequence[GivenUp], first: dict[str, int]
 ) -> dict[str, Any]:
@@ -219,8 +228,8 @@ def record(
     gone = {g.cell for g in given_up}
     found = []
     for stage in stages:
-        metrics = storage.read_json(storage.join(stage.root, results.METRICS))
-        if stage.config.cell not in gone and isinstance(metrics, dict):
+        metrics = results.read(storage.join(stage.root, results.METRICS))
+        if stage.config.cell not in gone and metrics is not None:
             found.append((stage.config, metrics, seconds_a_picture(stage)))
     name, placed = points(found)
     outcome = {

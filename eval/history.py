@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eval.results import METRICS
+from eval import results
 from shards import storage
 from shards.layout import RunPaths
 
@@ -39,43 +39,40 @@ def cells(run: RunPaths, checkpoint: str | None = None) -> list[dict[str, Any]]:
     names = [n for n in storage.list_names(run.eval) if n != "reference" and not n.startswith(".")]
     for name in names if checkpoint is None else [checkpoint]:
         for cell in storage.list_names(storage.join(run.eval, name)):
-            try:
-                metrics = storage.read_json(storage.join(run.eval, name, cell, METRICS))
-            except (ValueError, NotADirectoryError):
-                continue
-            if isinstance(metrics, dict) and "metrics" in metrics:
+            metrics = results.read(storage.join(run.eval, name, cell, results.METRICS))
+            if metrics is not None:
                 found.append(metrics)
     return found
 
 
-def table(results: list[dict[str, Any]]) -> pa.Table:
-    """One row a checkpoint, cell and metric, in SCHEMA."""
-    rows = [
-        {
-            "checkpoint": r["checkpoint"],
-            "images_seen": r["images_seen"],
-            "cell": r["cell"],
-            "protocol": r["protocol"]["id"],
-            "metric": name,
-            "missing_pictures": r["missing"]["pictures"],
-            **{k: m.get(k) for k in ("n", "value", "se", "low", "high", "bias_corrected")},
-        }
-        for r in results
-        for name, m in sorted(r["metrics"].items())
-    ]
+def table(found: list[dict[str, Any]]) -> pa.Table:
+    """One row a checkpoint, cell and metric or count (of blank pictures, say: `count_blank`), in SCHEMA."""
+    rows = []
+    for r in found:
+        counts = {f"count_{name}": {"value": number} for name, number in sorted(r["counts"].items())}
+        for name, m in {**dict(sorted(r["metrics"].items())), **counts}.items():
+            row = {
+                "checkpoint": r["checkpoint"],
+                "images_seen": r["images_seen"],
+                "cell": r["cell"],
+                "protocol": r["protocol"]["id"],
+                "metric": name,
+                "missing_pictures": r["missing"]["pictures"],
+            }
+            rows.append(row | {k: m.get(k) for k in ("n", "value", "se", "low", "high", "bias_corrected")})
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
 def write(run: RunPaths) -> list[dict[str, Any]]:
     """Rebuild <run>/reports/history.parquet; returns the results it was made from."""
-    results = cells(run)
+    found = cells(run)
     sink = io.BytesIO()
-    pq.write_table(table(results), sink, compression="zstd")
+    pq.write_table(table(found), sink, compression="zstd")
     storage.write_atomic(storage.join(run.reports, FILE), sink.getvalue())
-    rows = table(results).to_pylist()
+    rows = table(found).to_pylist()
     storage.write_atomic(storage.join(run.reports, "history.csv"), as_csv(rows).encode())
     storage.write_json(storage.join(run.reports, "history.json"), rows)
-    return results
+    return found
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:

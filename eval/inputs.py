@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -39,4 +40,5 @@ def read_picture(path: str | Path, option: str, advice: str) -> np.ndarray:
     try:
         return decode_rgb(file.read_bytes())
     except ValueError as e:
-        raise ConfigError(f"{option}: {path}: {e}; {advice}") from None
+        why = re.sub(r"cannot identify image file <.*?>", "it is no picture", str(e))
+        raise ConfigError(f"{option}: {path}: {why}; {advice}") from None

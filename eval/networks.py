@@ -1,7 +1,8 @@
 """The networks whose features pictures are judged by: the Inception of every FID, DINOv2, and any CLIP.
 
-    inception   TensorFlow's Inception of 2015 as torch-fidelity ported it: a file of its weights, or "download"
-    dinov2      a folder with a DINOv2 model (config.json, model.safetensors), as transformers saves it
+    inception   TensorFlow's Inception of 2015: the file of weights that torch-fidelity and pytorch-fid publish, each by
+                a name of its own, or "download"
+    dinov2      a folder with a DINOv2 model, as transformers saves it, or a file of torch.hub's
     clip        as everywhere: a folder, MODEL:TAG or MODEL:/file
 
 Weights are found and digested without being loaded, so that a fingerprint costs no network; a file is read without
@@ -15,14 +16,16 @@ import contextlib
 import dataclasses
 import functools
 import io
+import logging
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from eval import resize
+from eval import dinov2, resize
 from latents.weights import find_clip
 from shards.fingerprint import digest_file, digest_json
 from shards.settings import ConfigError
@@ -30,13 +33,13 @@ from shards.settings import ConfigError
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger("carrara.eval")
+
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 MAX_WEIGHTS = 8_000_000_000
-DINO_SIDE = 224
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # network -> columns of its features in a shard
 COLUMNS = {
@@ -76,7 +79,10 @@ def find(name: str, ref: str) -> Found:
         return _find_dinov2(ref)
     path = _downloaded() if ref == "download" else Path(ref)
     _check_file(path, "eval.inception", "torch-fidelity's weights-inception-2015-12-05-6726825d.pth, or say download")
-    return Found(name, ref, path, _digest(str(path), os.stat(path).st_mtime_ns))
+    digest = _digest(str(path), os.stat(path).st_mtime_ns)
+    if digest != INCEPTION_SHA256:
+        _warn(str(path), digest)
+    return Found(name, ref, path, digest)
 
 
 def load(found: Found, device: str = "cpu", precision: str = "float32") -> Network:
@@ -157,32 +163,19 @@ class _Clip:
 
 
 class _Dinov2:
-    """DINOv2's class token after the last norm (Stein et al. 2023): stretched to 224 px by Pillow, ImageNet's norm."""
+    """DINOv2 of either layout (dinov2.py), in float32 as the Inception is."""
 
     def __init__(self, found: Found, device: str) -> None:
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            model = transformers.Dinov2Model.from_pretrained(
-                str(found.path), local_files_only=True, use_safetensors=True
-            )
-        except (OSError, ValueError, RuntimeError) as e:
-            raise ConfigError(f"eval.dinov2: {found.path} cannot be loaded: {' '.join(str(e).split())[:200]}") from None
-        self.device = device
-        self.model: Any = model.eval().requires_grad_(False).to(device)
-
-    def prepare(self, pixels: np.ndarray) -> torch.Tensor:
-        import torch
-
-        mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return (resize.bicubic(pixels, DINO_SIDE) / 255 - mean) / std
+        assert found.path is not None
+        state = None if found.path.is_dir() else _tensors(found.path, "eval.dinov2")
+        self.network = dinov2.Dinov2(found.path, state, device)
+        self.prepare = self.network.prepare
 
     def __call__(self, prepared: torch.Tensor) -> dict[str, np.ndarray]:
         import torch
 
         with torch.inference_mode(), _exact():
-            return {"dinov2": self.model(prepared.to(self.device)).last_hidden_state[:, 0].cpu().numpy()}
+            return {"dinov2": self.network.features(prepared).cpu().numpy()}
 
 
 @contextlib.contextmanager
@@ -199,11 +192,13 @@ def _exact() -> Iterator[None]:
 
 
 def _find_dinov2(ref: str) -> Found:
-    folder = Path(ref)
-    for name in ("config.json", "model.safetensors"):
-        _check_file(folder / name, "eval.dinov2", "a folder with a DINOv2's config.json and model.safetensors")
-    digests = [_digest(str(folder / n), os.stat(folder / n).st_mtime_ns) for n in ("config.json", "model.safetensors")]
-    return Found("dinov2", ref, folder, digest_json(digests))
+    files = dinov2.weight_files(ref)
+    for file in files:
+        _check_file(
+            file, "eval.dinov2", "a folder with a DINOv2's config.json and model.safetensors, or a file of torch.hub's"
+        )
+    digests = [_digest(str(f), os.stat(f).st_mtime_ns) for f in files]
+    return Found("dinov2", ref, Path(ref), digest_json(digests))
 
 
 def _check_file(path: Path, field: str, wanted: str) -> None:
@@ -214,6 +209,14 @@ def _check_file(path: Path, field: str, wanted: str) -> None:
 
 
 @functools.lru_cache(maxsize=16)
+def _warn(path: str, digest: str) -> None:
+    log.warning(
+        "eval.inception: %s is not the published file (its sha256 is %s... where %s... is expected): no published "
+        "number compares with what it measures", path, digest[:12], INCEPTION_SHA256[:12],
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=16)
 def _digest(path: str, _changed: int) -> str:
     return digest_file(path)
 
@@ -221,6 +224,11 @@ def _digest(path: str, _changed: int) -> str:
 def _tensors(path: Path, field: str) -> dict[str, torch.Tensor]:
     import torch
 
+    if _is_program(path):
+        raise ConfigError(
+            f"{field}: {path} is a TorchScript program, as clean-fid has it, and is not run; give the weights that "
+            "torch-fidelity or pytorch-fid publish, which are the same network's: fid_clean is measured with them too"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -228,10 +236,19 @@ def _tensors(path: Path, field: str) -> dict[str, torch.Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever a hostile or torn file makes a reader raise
-        raise ConfigError(f"{field}: {path} cannot be read as weights: {' '.join(str(e).split())[:160]}") from None
+        why = " ".join(str(e).split()).split(". ")[0][:160]
+        raise ConfigError(f"{field}: {path} cannot be read as weights: {why}") from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ConfigError(f"{field}: {path} holds something other than named tensors; give the network's weights")
     return state
+
+
+def _is_program(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _downloaded() -> Path:

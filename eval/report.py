@@ -30,6 +30,7 @@ PROMPTS_SHOWN = 24
 EXTREMES_SHOWN = 6
 TWINS_SHOWN = 12
 RECONSTRUCTIONS_SHOWN = 12
+CELLS_SHOWN = 20  # of a grid; the rest folded away
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,8 @@ def _against(
     if not earlier:
         return {}
     before = max(earlier, key=lambda r: r["images_seen"] or 0)
-    shown = [d for d in compare.differences(before, metrics) if d.better]
+    # What is measured on real pictures alone says nothing of a checkpoint.
+    shown = [d for d in compare.differences(before, metrics) if d.better and not d.metric.endswith("_real")]
     shown.sort(key=lambda d: (d.metric not in HEADLINE, d.metric))
     twins = gather.twins(gather.Pictures(run, before["checkpoint"], before["cell"]), pictures, TWINS_SHOWN)
     alarms = compare.alarms(every, metrics["checkpoint"], 3.0)
@@ -138,13 +140,13 @@ def _context(
     best, worst = pictures.by_score(EXTREMES_SHOWN)
     decoded = gather.reconstructions(run, metrics, RECONSTRUCTIONS_SHOWN)
     against = _against(run, metrics, every, pictures)
-    tried = storage.read_json(grid.record_file(run, metrics["checkpoint"]))
-    tried = tried if isinstance(tried, dict) and tried.get("points") else None
+    tried = grid.read_record(run, metrics["checkpoint"])
     return {
         "against": against,
         "script": against.get("script", ""),
         "script_hash": against.get("script_hash", ""),
         "tried": tried,
+        "few": [p for p in tried["points"] if p["frontier"]] if tried and len(tried["points"]) > CELLS_SHOWN else None,
         "pareto": charts.pareto(tried["points"], tried["distance"]) if tried else None,
         "neighbours": gather.neighbours(run, metrics, pictures),
         "run": _run_name(run),
@@ -327,17 +329,17 @@ LABELS = {
 }
 
 
-def headline(result: dict[str, Any]) -> dict[str, str]:
-    """The headline metrics of a result as short texts; an empty one where it was not measured."""
+def headline(result: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The headline metrics of a result, value and 95 % interval as short texts; empty where it was not measured."""
     texts = {}
     for name in HEADLINE:
         estimate = result["metrics"].get(name)
         if estimate is None:
-            texts[name] = ""
-        elif name.startswith(("faithful", "retrieval")):
-            texts[name] = percent(estimate["value"])
+            texts[name] = ("", "")
+        elif name.startswith(("faithful", "retrieval")) and "low" in estimate:
+            texts[name] = _share(estimate)
         else:
-            texts[name] = spread(estimate)[0]
+            texts[name] = spread(estimate)
     return texts
 
 

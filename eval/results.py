@@ -7,6 +7,8 @@ of one network at once.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,9 +21,12 @@ from eval.inception_score import inception_score
 from eval.moments import Accumulator
 from eval.networks import INCEPTION_SHA256
 from eval.retrieval import distinct, of_pairs
+from shards import storage
 from shards.columns import ColumnShard
 from shards.dataset import Dataset
 from shards.fingerprint import digest_bytes, digest_json
+
+log = logging.getLogger("carrara.eval")
 
 METRICS = "metrics.json"
 
@@ -80,14 +85,56 @@ for _space, _where in (("tf", "fid_tf's features"), ("dinov2_pil", "DINOv2's fea
         DEFINITIONS[f"{_name}_{_space}"] = (_better, f"{_text}, on {_where}; depends on the numbers of pictures")
 
 
+def write(url: str, metrics: dict[str, Any]) -> None:
+    """Write the content of a metrics.json, with its own digest."""
+    storage.write_json(url, {**metrics, "digest": digest_json(metrics)})
+
+
+def read(url: str) -> dict[str, Any] | None:
+    """The content of a metrics.json; None where there is none, it is torn, or it is not what was written: a number that
+    was changed by hand is no measurement."""
+    try:
+        found = storage.read_json(url)
+    except NotADirectoryError:
+        return None
+    except ValueError:
+        found = {}
+    if found is None:
+        return None
+    whole = isinstance(found, dict) and "metrics" in found
+    if not whole or found.pop("digest", None) != digest_json(found):
+        _warn(url, digest_json(found))
+        return None
+    return dict(found)
+
+
+@functools.lru_cache(maxsize=1024)  # once, however often it is looked at
+def _warn(url: str, _content: str) -> None:
+    log.warning("%s is torn or was edited and does not count; the eval stage measures it again", url)
+
+
 def dataset_of(root: str, stats: Sequence[dict[str, Any]]) -> Dataset:
-    """The committed shards as a dataset, whether or not its manifest is written yet."""
+    """The committed shards as a dataset, whether or not its manifest is written yet; digests are the manifest's.
+
+    Its own manifest also tells how many pictures were dropped, and how many were converted to RGB."""
     shards = [
-        {"index": s["shard"], "rows": s["rows"], "count": s["count"], "digest": digest_json(s["files"])[:32]}
+        {
+            "index": s["shard"],
+            "rows": s["rows"],
+            "count": s["count"],
+            "digest": digest_json({"files": s["files"], "excluded": []})[:32],
+        }
         for s in sorted(stats, key=lambda s: s["shard"])
     ]
     weights = stats[0]["fingerprint"].get("weights") or {} if stats else {}
-    manifest = {"kind": "generated", "fingerprint": digest_json(shards)[:32], "shards": shards, "weights": weights}
+    manifest = {
+        "kind": "generated",
+        "fingerprint": digest_json(shards)[:32],
+        "shards": shards,
+        "weights": weights,
+        "dropped": sum(s["rows"] - s["count"] for s in stats),
+        "converted": sum(s.get("converted", 0) for s in stats),
+    }
     return Dataset(root, manifest)
 
 

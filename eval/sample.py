@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 
 from eval import checkpoints
 from eval.accounts import accounted
-from eval.config import Sampler
+from eval.config import Sampler, Weights
 from eval.generate import Draw, placed, seed_of, start_noise, swap_sampler, to_uint8
 from eval.inputs import read_lines, read_picture
 from eval.prompts import MAX_CHARS
@@ -59,7 +59,7 @@ class SampleConfig(Strict):
     wishes: list[Wish] = Field(min_length=1)
     count: int = Field(default=1, ge=1, le=100_000, description="pictures a prompt")
     checkpoint: str = "latest"
-    weights: Literal["ema", "raw"] = "ema"
+    weights: Weights = "ema"
     sampler: Sampler = "ddim"
     steps: int = Field(default=25, ge=1, le=1000)
     guidance_scale: float = Field(default=3.0, ge=0.0, le=100.0)
@@ -263,5 +263,5 @@ def _kind(base: Any, image: bool, mask: bool) -> Any:
         return base
     import diffusers
 
-    kind = diffusers.StableDiffusionInpaintPipeline if mask else diffusers.StableDiffusionImg2ImgPipeline
-    return kind(**base.components, requires_safety_checker=False)
+    kind = diffusers.AutoPipelineForInpainting if mask else diffusers.AutoPipelineForImage2Image
+    return kind.from_pipe(base)

@@ -126,9 +126,13 @@ class GenerateStage:
         found = {}
         for label, stage in self.features().items():
             try:
-                done = [t.index for t in stage.tasks() if shard_state(stage.root, t).state == "done"]
+                tasks = list(stage.tasks())
             except StageError:  # its pictures are not finished
-                continue
+                if label != "generated":
+                    continue
+                drawn = results.dataset_of(self.root, self._committed()[0])
+                tasks = [stage.task(position, info) for position, info in enumerate(drawn.shards)]
+            done = [t.index for t in tasks if shard_state(stage.root, t).state == "done"]
             stats = [s for index in done if (s := read_stats(stage.root, index)) is not None]
             if stats:
                 found[label] = results.dataset_of(stage.root, stats)
@@ -238,14 +242,14 @@ class GenerateStage:
         The report of earlier numbers goes first, so that a kill in between cannot leave it standing for these.
         """
         storage.remove(storage.join(self.run.reports, f"{self.subject.name}.html"))
-        storage.write_json(storage.join(self.root, results.METRICS), self.metrics())
+        results.write(storage.join(self.root, results.METRICS), self.metrics())
 
     def metrics_are_current(self) -> bool:
         """Whether metrics.json is of this protocol and these settings of the statistics, and nothing is missing from
         it."""
-        found = storage.read_json(storage.join(self.root, results.METRICS))
+        found = results.read(storage.join(self.root, results.METRICS))
         return (
-            isinstance(found, dict)
+            found is not None
             and found.get("protocol") == self.protocol().to_json()
             and found.get("statistics") == self._statistics()
             and not found["missing"]["pictures"]
@@ -262,13 +266,7 @@ class GenerateStage:
 
         What is missing is in the result, so a partial one can be read at any moment.
         """
-        done, missing = [], {}
-        for task in self.tasks():
-            stats = read_stats(self.root, task.index) if shard_state(self.root, task).state == "done" else None
-            if stats is None:
-                missing[task.index] = len(task.payload)
-            else:
-                done.append(stats)
+        done, missing = self._committed()
         reference = self.reference()
         real = Dataset.open(reference.root) if reference and storage.exists(join_manifest(reference.root)) else None
         features = self._feature_shards()
@@ -284,6 +282,17 @@ class GenerateStage:
             **results.measure(self.config, results.dataset_of(self.root, done), real, features),
         }
 
+    def _committed(self) -> tuple[list[dict[str, Any]], dict[int, int]]:
+        """Stats of the shards that are committed now, and the numbers of pictures of those that are missing."""
+        done, missing = [], {}
+        for task in self.tasks():
+            stats = read_stats(self.root, task.index) if shard_state(self.root, task).state == "done" else None
+            if stats is None:
+                missing[task.index] = len(task.payload)
+            else:
+                done.append(stats)
+        return done, missing
+
     def _finish_reference(self) -> None:
         reference = self.reference()
         if reference is None:
@@ -298,7 +307,8 @@ class GenerateStage:
 
 
 def _described(features: dict[str, Dataset]) -> dict[str, Any]:
-    return {label: {"fingerprint": d.fingerprint, "pictures": len(d)} for label, d in features.items()}
+    told = ("fingerprint", "dropped", "converted")
+    return {label: {"pictures": len(d), **{k: d.manifest[k] for k in told}} for label, d in features.items()}
 
 
 def join_manifest(root: str) -> str:
@@ -345,20 +355,27 @@ class _Worker:
                 pipeline, c.sampler, c.steps, c.guidance_scale, c.timestep_spacing, c.precision, device
             )
             self.clip = load_text(stage.features_ref, "last", device, c.precision)
+            features = stage.features().get("generated")
+            self.features = None if features is None else features.worker()
         if self.artist.side != stage.resolution:
             raise StageError(
                 f"the pipeline draws pictures of {self.artist.side} px where {stage.resolution} were expected"
             )
 
     def __call__(self, task: Task) -> dict[str, Any]:
-        """Draw, judge and commit one shard; returns its committed stats."""
+        """Draw, judge and commit one shard; returns its committed stats. Its features follow at once, so that they can
+        be measured while the rest is drawn; should this process die in between, the feature stage makes them."""
         weights = task.fingerprint.weights or {}
         same_weights("the CLIP", self.clip.digest, weights["features"], self.clip.ref)
         started = time.perf_counter()
         with self.fixed(self.config.threads):
             files, stats = self._make(task.index, task.payload)
         stats["seconds"] = round(time.perf_counter() - started, 3)
-        return commit_shard(self.stage.root, task.index, files, stats, task.fingerprint)
+        committed = commit_shard(self.stage.root, task.index, files, stats, task.fingerprint)
+        if self.features is not None:
+            drawn = results.dataset_of(self.stage.root, [committed])
+            self.features.of(drawn, self.features.stage.task(0, drawn.shards[0]))
+        return committed
 
     def _make(self, index: int, items: list[Item]) -> tuple[dict[str, bytes], dict[str, Any]]:
         size = self.config.batch_size

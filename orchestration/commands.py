@@ -47,7 +47,7 @@ def _sample(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1, help="pictures a prompt")
     parser.add_argument("--checkpoint", default="latest")
-    parser.add_argument("--weights", default="ema", help="ema or raw")
+    parser.add_argument("--weights", default="ema", help="ema, raw, one of train.ema_stds (ema_0.050), or posthoc:0.08")
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)

@@ -166,7 +166,7 @@ def _submit(args: argparse.Namespace) -> None:
     if not args.rest:
         raise ConfigError("submit needs a stage: carrara submit latents --config configs/demo.yaml")
     stage, *overrides = args.rest
-    known(stage, ("all",))
+    known(stage, ("all", "watch", "grid"))
     options = [*(["--config", args.config] if args.config else []), *(["--redo"] if args.redo else []), *overrides]
     address = args.address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     code = subprocess.run(job_command(address, [stage, *options])).returncode

@@ -13,6 +13,7 @@ gave one, a call of their command.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
@@ -21,15 +22,17 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from cronsim import CronSim
 
-from eval import checkpoints, compare, history
+from eval import checkpoints, compare, history, results
 from orchestration import stages
 from orchestration.config import RunConfig
-from orchestration.lease import Busy
+from orchestration.lease import Busy, Lease
 from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
+from shards import storage
+from shards.fingerprint import digest_json
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 
@@ -42,17 +45,23 @@ COMMAND_S = 60.0  # how long the user's alarm command may take
 def watch(config: RunConfig, local: bool = False, once: bool = False, forever: bool = False) -> None:
     """Evaluate until training is done (or for ever), or once. StageError where --once found something that failed."""
     paths, failures = RunPaths(config.run), Counter[str]()
+    if not storage.list_names(paths.run):
+        raise ConfigError(f"watch: {paths.run} is no run's folder, or an empty one; name the run that is trained")
+    if not checkpoints.complete(paths):
+        log.info("watch: %s has no complete checkpoint yet", paths.checkpoints)
     due = _clock(config)
     with stop_on_sigterm(StopFlag()) as stop:
         while True:
+            settle(config, paths)
             checkpoint = next_checkpoint(config, [n for n, count in failures.items() if count >= ATTEMPTS])
+            time_has_come = due()  # asked in any case: a moment at which there was nothing to do has passed
             if checkpoint is None:
                 if once or (not forever and stages.is_complete("train", config)):
                     break
-            elif once or due():
+            elif once or time_has_come:
                 outcome = _evaluate(config, checkpoint, local)
                 if outcome == "done":
-                    raise_alarms(config, paths, checkpoint)
+                    settle(config, paths)
                 elif outcome == "failed":
                     failures[checkpoint] += 1
                     if failures[checkpoint] >= ATTEMPTS:
@@ -67,11 +76,10 @@ def watch(config: RunConfig, local: bool = False, once: bool = False, forever: b
 
 
 def next_checkpoint(config: RunConfig, leave_out: list[str]) -> str | None:
-    """The newest complete checkpoint, if it has no result yet; with backfill the newest of all that have none."""
+    """The newest complete checkpoint, if it has no result yet; with backfill the newest of all that have none. Those
+    in `leave_out` have failed too often."""
     for name in checkpoints.complete(RunPaths(config.run)):
-        if name in leave_out:
-            continue
-        if not stages.is_complete("eval", for_checkpoint(config, name)):
+        if name not in leave_out and not stages.is_complete("eval", for_checkpoint(config, name)):
             return name
         if not config.eval.watch.backfill:
             return None
@@ -83,13 +91,60 @@ def for_checkpoint(config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update={"eval": config.eval.model_copy(update={"checkpoint": name})})
 
 
-def raise_alarms(config: RunConfig, paths: RunPaths, checkpoint: str) -> list[compare.Alarm]:
-    """Log what is alarming about a checkpoint and call the user's command for each; returns the alarms."""
-    results, sigmas = history.cells(paths), config.eval.watch.alarm_sigmas
-    found = compare.alarms(results, checkpoint, sigmas)
+def settle(config: RunConfig, paths: RunPaths) -> None:
+    """Raise the alarms of every result that none were raised for, and note that beside it.
+
+    The note comes last: a watcher that is killed in between leaves its alarm to the next one, twice rather than never.
+    """
+    open_ = _unsettled(config, paths)
+    if not open_:
+        return
+    try:
+        with Lease(paths.status, "alarms", paths.eval, on_ray=False):
+            raised = {alarm for name in checkpoints.complete(paths) for alarm in _note(config, paths, name)["alarms"]}
+            for checkpoint, digest in _unsettled(config, paths):
+                found = raise_alarms(config, paths, checkpoint, raised)
+                raised |= {str(alarm) for alarm in found}
+                noted = {"metrics": digest, "alarms": [str(alarm) for alarm in found]}
+                storage.write_json(_note_file(config, paths, checkpoint), noted)
+    except Busy:
+        log.info("another watcher raises the alarms of %s", ", ".join(name for name, _ in open_))
+
+
+def _unsettled(config: RunConfig, paths: RunPaths) -> list[tuple[str, str]]:
+    """(checkpoint, digest of its numbers) of complete results without a note, oldest first."""
+    found = []
+    for name in reversed(checkpoints.complete(paths)):
+        result = results.read(storage.join(paths.eval, name, config.eval.cell, results.METRICS))
+        if result is not None and not result["missing"]["pictures"]:
+            digest = digest_json(result)
+            if _note(config, paths, name)["metrics"] != digest:
+                found.append((name, digest))
+    return found
+
+
+def _note_file(config: RunConfig, paths: RunPaths, checkpoint: str) -> str:
+    return storage.join(paths.eval, checkpoint, config.eval.cell, "alarm.json")
+
+
+def _note(config: RunConfig, paths: RunPaths, checkpoint: str) -> dict[str, Any]:
+    """The numbers that alarms were raised for, and the alarms; empty where there is no note, or a torn one."""
+    with contextlib.suppress(ValueError):
+        found = storage.read_json(_note_file(config, paths, checkpoint))
+        if isinstance(found, dict) and found.keys() >= {"metrics", "alarms"}:
+            return found
+    return {"metrics": "", "alarms": []}
+
+
+def raise_alarms(config: RunConfig, paths: RunPaths, checkpoint: str, raised: set[str]) -> list[compare.Alarm]:
+    """Log what is alarming about a checkpoint and was not raised before, call the user's command for each; returns the
+    alarms."""
+    every, sigmas = history.cells(paths), config.eval.watch.alarm_sigmas
+    found = compare.alarms(every, checkpoint, sigmas)
     # One that was evaluated late may be what newer ones are to be held against.
-    newer = sorted({r["checkpoint"] for r in results} - {checkpoint})
-    found += [alarm for name in newer for alarm in compare.alarms(results, name, sigmas) if alarm.best == checkpoint]
+    newer = sorted({r["checkpoint"] for r in every} - {checkpoint})
+    found += [alarm for name in newer for alarm in compare.alarms(every, name, sigmas) if alarm.best == checkpoint]
+    found = [alarm for alarm in found if str(alarm) not in raised]
     for alarm in found:
         log.warning("ALARM %s", alarm)
         print(f"ALARM {alarm}", file=sys.stdout, flush=True)
@@ -109,6 +164,11 @@ def _evaluate(config: RunConfig, checkpoint: str, local: bool) -> Literal["done"
         return "busy"
     except (StageError, ConfigError) as e:  # such as a checkpoint that training has deleted meanwhile
         log.error("%s: %s", checkpoint, e)
+        return "failed"
+    except Stopped:
+        raise
+    except Exception:  # whatever goes wrong with one checkpoint, training's next one is judged
+        log.exception("the evaluation of %s broke", checkpoint)
         return "failed"
     return "done"
 

@@ -8,18 +8,21 @@ from pathlib import Path
 
 import pytest
 from diffusers import UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from eval import checkpoints
-from eval.config import EvalConfig
+from eval.config import EvalConfig, GridConfig
+from eval.grid import cells
 from eval.stage import GenerateStage
 from latents.weights import find_clip, find_vae
 from shards.fingerprint import digest_file
 from shards.layout import RunPaths
-from shards.settings import StageError
+from shards.settings import ConfigError, StageError, validate
 from tests.eval.conftest import SIDE, drive, refs, shard_bytes
 from train.config import TrainConfig
 from train.export import export
+from train.folders import POSTHOC
+from train.posthoc import coefficients
 
 
 def write_checkpoint(run: RunPaths, step: int, unet: UNet2DConditionModel, images: int) -> Path:
@@ -88,6 +91,51 @@ def test_a_checkpoint_and_its_export_draw_the_same_pictures(trained: RunPaths) -
     assert (from_export.subject.name, from_export.subject.images) == ("step-00000002", 128)
     drive(from_export)
     assert shard_bytes(from_export.root)["00000.tar"] == pictures
+
+
+def test_an_export_of_other_weights_is_not_taken_for_these(trained: RunPaths) -> None:
+    export(trained.run, weights="raw")
+    shutil.rmtree(trained.checkpoints)
+    assert checkpoints.find(trained, weights="raw").exported
+    with pytest.raises(StageError, match=r"has the weights 'raw', .* set eval\.weights to raw"):
+        checkpoints.find(trained)
+
+
+def test_every_ema_length_can_be_evaluated(trained: RunPaths) -> None:
+    """Further EMAs lie in the checkpoint; any other length is put together from the snapshots up to it."""
+    folder = Path(trained.checkpoints) / "step-00000002"
+    raw = load_file(folder / "weights.safetensors")
+    save_file({k: v * 3 for k, v in raw.items()}, folder / "ema_0.050.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    file = folder / "ema_0.050.safetensors"
+    manifest["files"][file.name] = {"size": file.stat().st_size, "sha256": digest_file(file)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (snapshots := Path(trained.checkpoints) / POSTHOC).mkdir()
+    for std, images, scale in (("0.050", 64, 1), ("0.100", 64, 1), ("0.050", 128, 3), ("0.100", 128, 2)):
+        save_file({k: v * scale for k, v in raw.items()}, snapshots / f"ema_{std}-{images:012d}.safetensors")
+    grid = GridConfig(weights=["raw", "ema", "ema_0.050", "posthoc:0.08"])
+    found = {}
+    for config in cells(EvalConfig(grid=grid)):
+        subject = checkpoints.find(trained, weights=config.weights)
+        pipeline = checkpoints.build_pipeline(trained, subject)
+        found[config.weights] = (config.cell, subject.digest, float(pipeline.unet.conv_out.bias[0]))
+    assert found["ema_0.050"][0] == "ddim-25-3-ema_0.050"
+    assert found["posthoc:0.08"][0] == "ddim-25-3-posthoc0.08"
+    assert len({digest for _, digest, _ in found.values()}) == 4
+    unit = found["raw"][2]
+    assert found["ema"][2] == pytest.approx(2 * unit)
+    assert found["ema_0.050"][2] == pytest.approx(3 * unit)
+    factors = coefficients([64, 128, 64, 128], [0.05, 0.05, 0.1, 0.1], 128, 0.08)
+    assert found["posthoc:0.08"][2] == pytest.approx(float(factors @ [1, 3, 1, 2]) * unit, rel=1e-5)
+    before = found["posthoc:0.08"][1]
+    (snapshots / f"ema_0.050-{64:012d}.safetensors").unlink()
+    assert checkpoints.find(trained, weights="posthoc:0.08").digest != before
+    with pytest.raises(
+        StageError, match=r"has no ema_0\.100\.safetensors; set eval\.weights to ema or ema_0\.050 or raw"
+    ):
+        checkpoints.find(trained, weights="ema_0.100")
+    with pytest.raises(ConfigError, match="weights"):
+        validate(EvalConfig, {"weights": "../ema"}, "run.yaml")
 
 
 def test_other_encoders_than_those_of_the_latents_are_refused(trained: RunPaths) -> None:

@@ -98,6 +98,20 @@ def test_a_worse_checkpoint_is_an_alarm_against_the_best_before_it() -> None:
         assert not compare.alarms([{**run[1], **change}, run[3]], "step-4", 3.0)
 
 
+def test_one_that_was_alarming_is_nobodys_best() -> None:
+    """The second collapsed: far from the real pictures, and by luck with a fine CLIP score."""
+    rng = np.random.default_rng(7)
+    luck = rng.standard_normal(200)
+    levels = {"step-1": (0.2, 20.0), "step-2": (0.9, 26.0), "step-3": (0.19, 21.0), "step-4": (0.3, 21.0)}
+    run = []
+    for i, (name, (far, points)) in enumerate(levels.items()):
+        values = [v + luck * s + 0.01 * rng.standard_normal(200) for v, s in ((far, 0.01), (points, 1.0))]
+        run.append(result(name, i + 1, dict(zip(("fd_clip_unit", "clip_score"), map(score, values), strict=True))))
+    told = [[(a.best, a.difference.metric) for a in compare.alarms(run, name, 3.0)] for name in levels]
+    assert told == [[], [("step-1", "fd_clip_unit")], [], [("step-3", "fd_clip_unit")]]
+    assert told == [[(a.best, a.difference.metric) for a in compare.alarms(run[::-1], n, 3.0)] for n in levels]
+
+
 def test_groups_of_a_mean_are_means_without_them() -> None:
     x = np.random.default_rng(6).standard_normal(17)
     owner = np.array([0, 3, 3, 5] * 4 + [5])

@@ -20,7 +20,7 @@ from eval.config import EvalConfig
 from eval.features import FeaturesStage, Settings
 from eval.stage import GenerateStage, conclude, stages
 from shards.columns import ColumnShard, pack_columns
-from shards.dataset import Dataset, commit_shard, read_stats, write_manifest
+from shards.dataset import Dataset, commit_shard, read_stats, shard_state, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.images import ImageShard, decode_rgb, pack_tar
 from shards.layout import RunPaths
@@ -79,7 +79,7 @@ def test_an_evaluation_with_every_network(own: RunPaths, judged: EvalConfig) -> 
         drive(stage)
     generate = made[3]
     assert isinstance(generate, GenerateStage)
-    assert not generate.metrics_are_current()
+    assert generate.metrics_are_current()  # every network saw the pictures as they were drawn
     page = Path(conclude(judged, own, *refs(own))).read_text()
     assert generate.metrics_are_current()
     metrics = json.loads(Path(generate.root, "metrics.json").read_bytes())
@@ -115,6 +115,9 @@ def test_an_evaluation_with_every_network(own: RunPaths, judged: EvalConfig) -> 
     assert metrics["counts"]["training_pictures"] == 30
     assert metrics["counts"]["near_training"] == 0
     assert "fid_tf" in page
+    real = {k: v for k, v in metrics["features"]["real"].items() if k != "fingerprint"}
+    assert real == {"pictures": 30, "dropped": 0, "converted": 0}
+    assert "are to 30 real pictures; 0 more could not be read" in page
 
 
 def test_shards_are_the_same_from_any_worker_in_any_order(own: RunPaths, judged: EvalConfig, tmp_path: Path) -> None:
@@ -133,17 +136,28 @@ def test_shards_are_the_same_from_any_worker_in_any_order(own: RunPaths, judged:
 
 
 def test_a_metric_of_part_of_the_shards(own: RunPaths, judged: EvalConfig) -> None:
-    """A partial result at any moment, with an error that shrinks; the same from any order of arrival."""
+    """A partial result, distances too, at any moment while pictures are drawn; a shard whose features a dead worker
+    still owes has them made later, with the same bytes."""
     made = stages(judged, own, *refs(own))
-    for stage in made[:4]:
+    for stage in made[:3]:
         drive(stage)
-    work = made[4].worker()
+    generate, features = made[3], made[4]
+    assert isinstance(generate, GenerateStage)
+    work = generate.worker()
     values = []
-    for task in made[4].tasks():
+    for task in generate.tasks():
         work(task)
-        values.append(made[3].metrics()["metrics"]["fid_tf"])  # type: ignore[attr-defined]
+        values.append(generate.metrics()["metrics"]["fid_tf"])
     assert [v["n"] for v in values] == [8, 16, 20]
     assert all(np.isfinite(v["se"]) for v in values)
+    expected = shard_bytes(features.root)
+    for file in Path(features.root).glob("00001*"):
+        file.unlink()
+    assert generate.metrics()["metrics"]["fid_tf"]["n"] == 12
+    generate.finish(s for t in generate.tasks() if (s := read_stats(generate.root, t.index)) is not None)
+    assert [shard_state(features.root, t).state for t in features.tasks()] == ["done", "missing", "done"]
+    drive(features)
+    assert shard_bytes(features.root) == expected
 
 
 def test_broken_and_converted_pictures_are_counted(tmp_path: Path, run: RunPaths) -> None:

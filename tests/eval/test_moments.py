@@ -57,6 +57,15 @@ def test_unmerge_is_the_inverse_of_merge(part_size: int, rest_size: int, offset:
     close(moments.unmerge(moments.merge(rest, part), part), rest, 1e-10)
 
 
+def test_unmerge_of_features_is_exact_to_twelve_digits() -> None:
+    """Features as networks have them: the inverse costs no digit that matters."""
+    parts = [moments.of(np.abs(random_features(100, 64, s))) for s in range(20)]
+    total = moments.merge_all(enumerate(parts))
+    for g in (0, 7, 19):
+        direct = moments.merge_all((i, p) for i, p in enumerate(parts) if i != g)
+        close(moments.unmerge(total, parts[g]), direct, 1e-12)
+
+
 def test_float32_features_give_float64_moments() -> None:
     x = random_features(5000, 8, 4)
     close(moments.of(x.astype(np.float32)), moments.of(x), 1e-6)

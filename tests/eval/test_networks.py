@@ -4,7 +4,10 @@ same pictures; resizes against their own code and against golden values; hostile
 from __future__ import annotations
 
 import pickle
+import re
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import cleanfid.fid
 import cleanfid.resize
@@ -12,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+import transformers
 from PIL import Image
 from pytorch_fid.fid_score import calculate_frechet_distance
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from eval import frechet, manifold, mmd, moments, networks, resize
+from eval import dinov2, frechet, manifold, mmd, moments, networks, resize
 from eval.inception_score import inception_score
 from shards.settings import ConfigError
 
@@ -160,31 +164,108 @@ def test_weights_that_are_not_weights_are_one_sentence(tmp_path: Path) -> None:
     torch.save([torch.zeros(2)], file)
     with pytest.raises(ConfigError, match="other than named tensors"):
         networks.load(networks.find("inception", str(file)))
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("inception-2015-12-05/code/__torch__.py", "class Module(Module):\n  pass\n")
+    with pytest.raises(ConfigError, match="is a TorchScript program, as clean-fid has it, and is not run"):
+        networks.load(networks.find("inception", str(file)))
     with pytest.raises(ConfigError, match=r"eval\.dinov2: there is no file .*config\.json"):
         networks.find("dinov2", str(tmp_path))
 
 
-def test_dinov2_is_transformers_class_token(tmp_path: Path) -> None:
-    import transformers
-
+def dinov2_model(side: int, **settings: object) -> Any:
     torch.manual_seed(5)
-    model = transformers.Dinov2Model(
-        transformers.Dinov2Config(
-            hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14, mlp_ratio=2
-        )
-    ).eval()
+    config = transformers.Dinov2Config(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=side, patch_size=14, mlp_ratio=2,
+        layerscale_value=0.5, **settings,
+    )  # fmt: skip
+    model = transformers.Dinov2Model(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def hub_state(model: Any) -> dict[str, torch.Tensor]:
+    """A transformers model's weights under the names that torch.hub's files have."""
+    names = {
+        "embeddings.cls_token": "cls_token", "embeddings.mask_token": "mask_token",
+        "embeddings.position_embeddings": "pos_embed", "embeddings.patch_embeddings.projection": "patch_embed.proj",
+        "encoder.layer.": "blocks.", ".attention.o_proj.": ".attn.proj.", ".layer_scale1.lambda1": ".ls1.gamma",
+        ".layer_scale2.lambda1": ".ls2.gamma", ".mlp.down_proj.": ".mlp.w3.", "layernorm.": "norm.",
+    }  # fmt: skip
+    state = dict(model.state_dict())
+    joined = {("q_proj", "k_proj", "v_proj"): "attn.qkv", ("gate_proj", "up_proj"): "mlp.w12"}
+    found = {}
+    for parts, name in joined.items():
+        for first in [n for n in state if f".{parts[0]}." in n]:
+            together = torch.cat([state.pop(first.replace(parts[0], p)) for p in parts])
+            found[re.sub(r"\.(attention|mlp)\.\w+\.", f".{name}.", first).replace("encoder.layer.", "blocks.")] = (
+                together
+            )
+    for name, value in state.items():
+        for a, b in names.items():
+            name = name.replace(a, b)
+        found[name] = value
+    return found
+
+
+def dinov2_features(ref: Path, p: np.ndarray) -> np.ndarray:
+    network = networks.load(networks.find("dinov2", str(ref)))
+    return network(network.prepare(p))["dinov2"]
+
+
+def test_dinov2_is_transformers_class_token(tmp_path: Path) -> None:
+    model = dinov2_model(224)
     model.save_pretrained(tmp_path)
-    found = networks.find("dinov2", str(tmp_path))
     p = pictures(6, (60, 30))
-    network = networks.load(found)
-    ours = network(network.prepare(p))["dinov2"]
     processor = transformers.BitImageProcessorPil(
         do_resize=True, size={"height": 224, "width": 224}, resample=3, do_center_crop=False, do_convert_rgb=False,
-        image_mean=networks.IMAGENET_MEAN, image_std=networks.IMAGENET_STD,
+        image_mean=dinov2.IMAGENET_MEAN, image_std=dinov2.IMAGENET_STD,
     )  # fmt: skip
     with torch.inference_mode():
         x = processor([Image.fromarray(q) for q in p], return_tensors="pt").pixel_values
         theirs = model(x).pooler_output
-    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
+    np.testing.assert_allclose(dinov2_features(tmp_path, p), theirs.numpy(), atol=1e-4)
+    before = networks.find("dinov2", str(tmp_path)).digest
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + " ")
-    assert networks.find("dinov2", str(tmp_path)).digest != found.digest
+    assert networks.find("dinov2", str(tmp_path)).digest != before
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dinov2_is_the_same_from_either_public_layout(gated: bool, tmp_path: Path) -> None:
+    """transformers' network from its folder, timm's from torch.hub's file; both are of 518 px and used at 224."""
+    model = dinov2_model(518, use_swiglu_ffn=gated)
+    model.save_pretrained(tmp_path / "folder")
+    torch.save(hub_state(model), tmp_path / "dinov2_vitl14_pretrain.pth")
+    p = pictures(8, (50, 70))
+    x, y = (dinov2_features(tmp_path / n, p) for n in ("folder", "dinov2_vitl14_pretrain.pth"))
+    assert x.shape == (COUNT, 128)
+    assert np.abs(x - x[:1]).max() > 1e-2
+    np.testing.assert_allclose(x, y, atol=2e-4)
+
+
+def test_position_embeddings_are_torch_hubs() -> None:
+    """37 x 37 to 16 x 16 by the factor 16.1 / 37, not by 16 / 37: the place that an output pixel reads from."""
+    grid = torch.arange(37.0).reshape(37, 1).expand(37, 37)  # each place's own row
+    embeddings = torch.cat([torch.zeros(1, 1), grid.reshape(-1, 1)])[None]
+    found = dinov2.positions(embeddings, 14)[0, 1:, 0].reshape(16, 16)
+    theirs, other = ((torch.arange(16) + 0.5) * 37 / wanted - 0.5 for wanted in (16.1, 16))
+    assert (found[2:-2, 5] - theirs[2:-2]).abs().max() < 0.06  # bicubic bends a ramp by so much
+    assert (found[2:-2, 5] - other[2:-2]).abs().max() > 0.15
+    torch.testing.assert_close(dinov2.positions(embeddings[:, : 1 + 16 * 16], 14), embeddings[:, : 1 + 16 * 16])
+    with pytest.raises(ValueError, match="no square"):
+        dinov2.positions(embeddings[:, :-1], 14)
+
+
+def test_what_is_no_dinov2_is_one_sentence(tmp_path: Path) -> None:
+    state = hub_state(dinov2_model(224))
+    for change, says in (
+        ({"register_tokens": torch.zeros(1, 4, 128)}, "register tokens"),
+        ({"blocks.0.norm1.weight": torch.zeros(3)}, "is not a DINOv2"),
+    ):
+        torch.save({**state, **change}, tmp_path / "w.pth")
+        with pytest.raises(ConfigError, match=says):
+            networks.load(networks.find("dinov2", str(tmp_path / "w.pth")))
+    torch.save({"x": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="is not a DINOv2"):
+        networks.load(networks.find("dinov2", str(tmp_path / "w.pth")))

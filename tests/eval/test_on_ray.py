@@ -59,3 +59,25 @@ def test_watch_and_sample_end_on_ray(trained: RunPaths, tmp_path: Path) -> None:
     assert len(pictures[0]) == 3
     assert [p.read_bytes() for p in pictures[0]] == [p.read_bytes() for p in pictures[1]]
     assert len(json.loads((tmp_path / "ray" / "samples.json").read_text())["pictures"]) == 3
+
+
+def test_two_watchers_that_are_killed_end_with_the_same_bytes(trained: RunPaths, tmp_path: Path) -> None:  # noqa: F811
+    config = configured(trained, backfill=True).model_dump(mode="json")
+    config["eval"] |= {"shard_size": 5, "batch_size": 5}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    words = ("watch", tmp_path / "c.yaml", "--once", "--local")
+    ended(run_stage(*words))
+    expected = digests(trained.eval)
+    shutil.rmtree(trained.eval)
+    for committed in (4, 11):  # among the first checkpoint's shards, and among the second's
+        both = [run_stage(*words) for _ in range(2)]
+        wait_for(lambda n=committed: len(list(Path(trained.eval).rglob("*_stats.json"))) >= n, both[0])  # type: ignore[misc]
+        for process in both:
+            process.kill()
+            process.communicate()
+        assert len(digests(trained.eval)) < len(expected)
+    for process in [run_stage(*words) for _ in range(2)]:
+        ended(process)
+    assert digests(trained.eval) == expected
+    notes = [json.loads(p.read_text()) for p in Path(trained.eval).rglob("alarm.json")]
+    assert len(notes) == 2

@@ -91,13 +91,30 @@ def test_the_slider_moves_the_cut(two: RunPaths) -> None:
         )
         after = await tab.value(cut)
         assert ("50%" in before, "80%" in after) == (True, True), (before, after)
+        await tab.value("document.getElementById('cut').focus()")
+        for kind in ("rawKeyDown", "keyUp"):
+            await tab.call("Input.dispatchKeyEvent", type=kind, key="ArrowLeft", windowsVirtualKeyCode=37)
+        assert "79%" in await tab.value(cut)
         assert await tab.value("document.querySelectorAll('.wipe').length") == 6
+        place = "i => JSON.stringify(i.getBoundingClientRect())"
+        places = f"new Set(Array.from(document.querySelectorAll('.wipe img')).map({place})).size"
+        assert await tab.value(places) == 6  # one lies over the other
         assert tab.said == []
         text = await tab.value("document.body.innerText")
         assert "Against step-00000004" in text
         assert "Nearest training pictures" in text
 
     visit(Path(two.reports) / "step-00000008.html", look)
+
+
+def test_nothing_overflows_a_narrow_window(two: RunPaths) -> None:
+    async def look(tab: Tab) -> None:
+        await tab.call("Emulation.setDeviceMetricsOverride", width=340, height=800, deviceScaleFactor=1, mobile=True)
+        await asyncio.sleep(0.2)
+        assert await tab.value("document.documentElement.scrollWidth") <= 340
+
+    for name in ("step-00000008.html", "step-00000004.html", "index.html"):
+        visit(Path(two.reports) / name, look)
 
 
 def test_the_grid_and_the_numbers_are_on_the_page(two: RunPaths) -> None:

@@ -142,6 +142,7 @@ def test_config_refuses_what_cannot_be() -> None:
         ({"sampler": "plms"}, "sampler"),
         ({"checkpoint": "../x"}, "checkpoint"),
         ({"stepss": 3}, "steps"),
+        ({"reference": "/coco"}, "set inception or dinov2"),
     ):
         with pytest.raises(ConfigError, match=says):
             validate(EvalConfig, bad, "run.yaml")

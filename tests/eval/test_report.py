@@ -147,7 +147,10 @@ def test_the_page_is_the_same_when_rendered_again(page: str, done: RunPaths) -> 
 def test_history_and_index_have_every_result(page: str, done: RunPaths) -> None:
     table = pq.read_table(Path(done.reports) / "history.parquet").to_pylist()
     metrics = json.loads((Path(done.eval) / "step-00000004" / "ddim-1-3" / "metrics.json").read_bytes())
-    assert {r["metric"]: r["value"] for r in table} == {n: m["value"] for n, m in metrics["metrics"].items()}
+    assert {r["metric"]: r["value"] for r in table} == {
+        **{n: m["value"] for n, m in metrics["metrics"].items()},
+        **{f"count_{n}": number for n, number in metrics["counts"].items()},
+    }
     index = Page((Path(done.reports) / "index.html").read_text(encoding="utf-8"))
     assert ("a", {"href": "step-00000004.html"}) in index.tags
     assert not index.open

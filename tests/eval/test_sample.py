@@ -61,8 +61,10 @@ def test_image_to_image_stays_near_and_inpainting_keeps_the_rest(run: RunPaths, 
     b = draw(run, tmp_path / "b", **given, strength=0.5, count=2, batch_size=1)
     assert all(apart(x, y) <= 1 for x, y in zip(a, b, strict=True))
     assert apart(a[0], a[1]) > 0
-    [painted] = draw(run, tmp_path / "c", **given, strength=1.0, mask=str(tmp_path / "mask.png"))
-    assert painted.shape == (SIDE, SIDE, 3)
+    painted = draw(run, tmp_path / "c", **given, strength=1.0, mask=str(tmp_path / "mask.png"), count=2)
+    assert painted[0].shape == (SIDE, SIDE, 3)
+    change = np.abs(painted[0].astype(float) - painted[1]).mean(axis=(0, 2))
+    assert change[SIDE // 2 :].mean() > 3 * change[: SIDE // 2].mean()  # the other noise shows under the mask alone
 
 
 def test_it_goes_on_where_it_stood(run: RunPaths, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from eval import checkpoints, frechet, moments, report
+from eval import checkpoints, frechet, history, moments, report
 from eval.config import EvalConfig
 from eval.generate import Artist, Draw, seed_of, start_noise
 from eval.reference import ReferenceStage
@@ -210,6 +210,24 @@ def test_changed_statistics_are_measured_again_without_new_pictures(evaluated: R
     assert shard_bytes(stage.root) == before
     assert Path(page).is_file()
     conclude(config, evaluated, *refs(evaluated))
+
+
+@pytest.mark.parametrize("spoil", ["edit", "tear"])
+def test_numbers_that_are_not_what_was_measured_do_not_count(
+    evaluated: RunPaths, config: EvalConfig, spoil: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = generate_stage(evaluated, config)
+    file = Path(stage.root, "metrics.json")
+    before = file.read_bytes()
+    found = json.loads(before)
+    found["metrics"]["clip_score"]["value"] += 1
+    file.write_text(json.dumps(found) if spoil == "edit" else before.decode()[:-40])
+    assert not stage.metrics_are_current()
+    assert history.cells(evaluated) == []
+    assert f"{file} is torn or was edited" in caplog.text
+    conclude(config, evaluated, *refs(evaluated))
+    assert file.read_bytes() == before
+    assert len(history.cells(evaluated)) == 1
 
 
 def test_a_picture_that_is_not_finite_is_counted_and_left_out(

@@ -17,6 +17,7 @@ from eval import history
 from orchestration import stages, watch
 from orchestration.config import RunConfig
 from orchestration.lease import Lease
+from orchestration.stopping import Stopped
 from shards.fingerprint import digest_file
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError, validate
@@ -52,6 +53,7 @@ def test_the_newest_comes_first_and_what_is_late_is_skipped(trained: RunPaths) -
     assert watch.next_checkpoint(config, []) is None
     watch.watch(config, local=True, once=True)  # a second time there is nothing to do
     assert watch.next_checkpoint(configured(trained, backfill=True), []) == "step-00000001"
+    assert watch.next_checkpoint(configured(trained, backfill=True), ["step-00000001"]) is None
     assert (Path(trained.reports) / "step-00000002.html").is_file()
 
 
@@ -91,11 +93,7 @@ def test_a_busy_run_is_waited_for(trained: RunPaths) -> None:  # noqa: F811
     assert watch.next_checkpoint(config, []) == "step-00000002"
 
 
-def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
-    trained: RunPaths,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def collapse(trained: RunPaths) -> None:  # noqa: F811
     """Checkpoint 3 has collapsed: its UNet's last layer says the same of every picture."""
     unet = UNet2DConditionModel.from_config(
         json.loads((Path(trained.checkpoints) / "step-00000002" / "manifest.json").read_text())["model_config"]
@@ -108,9 +106,26 @@ def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
     file = folder / "weights.safetensors"
     manifest["files"]["weights.safetensors"] = {"size": file.stat().st_size, "sha256": digest_file(file)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
+    trained: RunPaths,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once, also where the watcher was killed between its numbers and its alarm."""
+    collapse(trained)
     told = tmp_path / "told.jsonl"
     code = f"import os, sys; open({str(told)!r}, 'a').write(os.environ['CARRARA_ALARM'] + '\\n')"
     config = configured(trained, backfill=True, alarm_command=[sys.executable, "-c", code])
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "raise_alarms", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            watch.watch(config, local=True, once=True)
+    assert done(trained) == ["step-00000003"]
+    watch.watch(config, local=True, once=True)
+    assert len(done(trained)) == 3
     watch.watch(config, local=True, once=True)
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("ALARM ")]
     assert lines
@@ -153,6 +168,46 @@ def test_cron_decides_when(trained: RunPaths, monkeypatch: pytest.MonkeyPatch) -
         configured(trained, cron="soon")
 
 
+def test_a_moment_with_nothing_to_do_has_passed(trained: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """A checkpoint that appears after a moment of the cron expression waits for the next one."""
+    looks = iter([(None, True), ("step-00000002", False), ("step-00000002", True)])
+    moments: list[bool] = []
+
+    def look(*_: Any) -> str | None:
+        name, moment = next(looks)
+        moments.append(moment)
+        return name
+
+    def evaluate(*_: Any) -> str:
+        raise Stopped("seen")
+
+    monkeypatch.setattr(watch, "next_checkpoint", look)
+    monkeypatch.setattr(watch, "_clock", lambda _: lambda: moments[-1] and not due.append(True))
+    monkeypatch.setattr(watch, "_evaluate", evaluate)
+    due: list[bool] = []
+    with pytest.raises(Stopped, match="seen"):
+        watch.watch(configured(trained, cron="0 12 * * *"), local=True, forever=True)
+    assert moments == [True, False, True]
+    assert len(due) == 2  # the first moment, too, was taken notice of
+
+
+def test_what_breaks_on_one_checkpoint_does_not_end_the_watch(
+    trained: RunPaths,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = stages.run
+
+    def run(name: str, c: RunConfig, *rest: Any) -> None:
+        if c.eval.checkpoint == "step-00000002":
+            raise OSError(28, "No space left on device")
+        real(name, c, *rest)
+
+    monkeypatch.setattr(stages, "run", run)
+    with pytest.raises(StageError, match="the evaluation of step-00000002 failed"):
+        watch.watch(configured(trained, backfill=True), local=True, once=True)
+    assert done(trained) == ["step-00000001"]
+
+
 def test_watch_has_a_run_on_its_command_line(
     trained: RunPaths,  # noqa: F811
     tmp_path: Path,
@@ -177,3 +232,5 @@ def test_watch_has_a_run_on_its_command_line(
     assert all(f"n {metric['n']}" in line for line, metric in zip(told[1:], kept.values(), strict=True))
     assert main(["watch", "--config", str(tmp_path / "c.yaml"), "--onec"]) == 2
     assert "unrecognized arguments: --onec" in capsys.readouterr().err
+    assert main(["watch", "--config", str(tmp_path / "c.yaml"), "--once", "--local"]) == 2
+    assert "nowhere is no run's folder" in capsys.readouterr().err
