@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tests.train import forked, tiny
 from tests.train.test_export import pictures, save_checkpoint
 from train import adapters, folders
 from train.config import TrainConfig, TrainingSections
-from train.export import build_pipeline, clip_text_model, export, tokenizer
+from train.export import build_pipeline, clip_text_model, export, tokenizer, write_tokenizer
 from train.objectives import build
 
 pytestmark = pytest.mark.timeout(900)
@@ -272,6 +273,9 @@ def save_public(name: str, run: RunPaths, folder: Path) -> dict[str, Any]:
         )  # fmt: skip
     variant = how.get("variant")
     made.to(dtype=torch.float16 if variant else torch.float32).save_pretrained(folder, **how)
+    for names in folder.glob("tokenizer*"):  # which transformers does not save as it was read, with open_clip's pad
+        shutil.rmtree(names)
+        write_tokenizer(names, text.context_length)
     return {"variant": variant} if variant else {}
 
 
