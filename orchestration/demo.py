@@ -228,11 +228,12 @@ def _read(url: str) -> Any:
 
 def _farewell(config: RunConfig, seconds: float) -> None:
     """Where the results are, and the numbers that one looks at first."""
+    from eval import results
     from eval.stage import GenerateStage
 
     paths = RunPaths(config.run)
     stage = GenerateStage(config.eval, paths, stages.vae_ref(config), stages.text_ref(config), config.seed)
-    metrics = storage.read_json(storage.join(stage.root, "metrics.json")) or {}
+    metrics = results.read(storage.join(stage.root, results.METRICS))
     _say("")
     for line in _headline(metrics):
         _say(line)
@@ -241,10 +242,16 @@ def _farewell(config: RunConfig, seconds: float) -> None:
     _say(f"total   {status.duration(seconds)}")
 
 
-def _headline(metrics: dict[str, Any]) -> list[str]:
+def _headline(metrics: dict[str, Any] | None) -> list[str]:
+    """What was measured, a line a metric, with its 95 % interval."""
     from eval.report import LABELS, headline
 
-    return [f"{LABELS[name]}: {text}" for name, text in headline(metrics).items() if text] if metrics else []
+    texts = headline(metrics) if metrics else {}
+    return [
+        f"{LABELS[n]}: {value}" + (f" ({interval})" if interval else "")
+        for n, (value, interval) in texts.items()
+        if value
+    ]
 
 
 @contextlib.contextmanager
