@@ -34,6 +34,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _COMPRESSIONS = ("gzip", "deflate", "br", "zstd", "compress", "dcb", "dcz", "lzma", "xz", "bzip", "exi", "pack200")
 _FORBIDDEN = (401, 402, 403, 407, 451)
 _CHUNK = 1 << 18
+_MEMBERS = 4096  # of a gzip body; each costs a copy of what follows it, however little it holds
 _HEADER_BYTES, _HEADERS = 1 << 15, 256  # the client's own limits, 8190 and 128, lose pictures of wordy servers
 
 # Failures that are the host's rather than the picture's.
@@ -209,7 +210,7 @@ class Fetcher:
             raise _Failed(Rejected("connection_lost")) from None
         except ValueError as e:  # what a hostile header may make a parser raise; it must not end the other rows
             raise _Failed(Rejected("http_malformed", f"an answer that cannot be read ({type(e).__name__})")) from None
-        # Off the loop's thread for large bodies alone: hashing 100 KB takes less than a thread switch costs.
+        # In the loop's own thread: hashing 100 KB takes less than a thread switch costs.
         return Fetched(body, hashlib.sha256(body).hexdigest(), attempt)
 
     async def _follow(self, url: URL, host: _Host | None, robots: bool = False) -> bytes:
@@ -416,6 +417,7 @@ class _Inflater:
         self._kinds = [zlib.MAX_WBITS | 32, *([-zlib.MAX_WBITS] if encoding == "deflate" else [])]
         self._stream = zlib.decompressobj(self._kinds.pop(0))
         self._begun = False
+        self._members = 0
 
     def decompress(self, data: bytes, most: int) -> bytes:
         """What so many bytes more give; longer than `most` where there is more of it. Raises zlib.error."""
@@ -425,6 +427,9 @@ class _Inflater:
                 data = data.lstrip(b"\0")
                 if not data.startswith(b"\x1f"):
                     break
+                self._members += 1
+                if self._members > _MEMBERS:
+                    raise zlib.error("more gzip members than anybody could mean")
                 self._stream = zlib.decompressobj(zlib.MAX_WBITS | 32)
             try:
                 found += self._stream.decompress(data, most - len(found))

@@ -189,6 +189,8 @@ def test_bodies_are_bounded(site: Site) -> None:
     members = gzip.compress(body[:99]) + gzip.compress(body[99:]) + bytes(64)
     assert fetch(site.add("/members", members, Content_Encoding="gzip")) == body
     assert fetch(site.url("/members"), max_bytes=len(body) - 1) == "body_too_large"
+    many = gzip.compress(b"") * 5000
+    assert fetch(site.add("/many", many, Content_Encoding="gzip")) == "http_malformed"
     for name in ("br", "zstd", "gzip, gzip"):
         assert fetch(site.add("/other", body, Content_Encoding=name)) == "encoding_unsupported"
     for name in ("identity", "none", "utf-8"):
