@@ -211,10 +211,8 @@ def shard_state(root: str, task: Task) -> ShardState:
 
 # The part of a stats file that says what was committed, as `_json_bytes` writes it; a string holds no line break.
 _FILE = re.compile(rb'  "(\.\w+)": \{\n   "sha256": "[0-9a-f]{64}",\n   "size": (\d+)\n  \},?\n')
-_COMMIT = re.compile(
-    rb'\n "files": \{\n((?:' + re.sub(rb"[()]", b"", _FILE.pattern) + rb')+) \},\n "fingerprint": \{\n'
-    rb'  "digest": "([0-9a-f]{32})"'
-)
+_FILES = re.compile(rb'\n "files": \{\n((?:' + re.sub(rb"[()]", b"", _FILE.pattern) + rb")+) \},\n")
+_DIGEST = re.compile(rb'\n "fingerprint": \{\n  "digest": "([0-9a-f]{32})"')
 DONE, MISSING = ShardState("done"), ShardState("missing")
 
 
@@ -225,9 +223,10 @@ def committed(data: bytes) -> tuple[str, dict[str, int]] | None:
     A resume asks this of every shard, and to parse 200,000 of these files takes as long as all else together: those
     written here are told by the few lines that matter.
     """
-    commit = _COMMIT.match(data, max(0, data.find(b'\n "files": {')))
-    if commit is not None and data.endswith(b"\n}\n"):
-        return commit[2].decode(), {suffix.decode(): int(size) for suffix, size in _FILE.findall(commit[1])}
+    files = _FILES.match(data, max(0, data.find(b'\n "files": {')))
+    digest = _DIGEST.match(data, max(0, data.find(b'\n "fingerprint": {')))
+    if files is not None and digest is not None and data.endswith(b"\n}\n"):
+        return digest[1].decode(), {suffix.decode(): int(size) for suffix, size in _FILE.findall(files[1])}
     try:
         stats = json.loads(data)
         return str(stats["fingerprint"]["digest"]), {s: int(f["size"]) for s, f in stats["files"].items()}
