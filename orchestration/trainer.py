@@ -131,12 +131,11 @@ def _fit_once(
         nonlocal passed_on
         lease.check()
         if asked.is_set():
-            now = time.monotonic()
-            if gang is None or not gang.places or now - passed_on > config.grace_s:
+            if gang is None or not gang.places or time.monotonic() - passed_on > config.grace_s:
                 raise _stopped(stage)
             if passed_on == math.inf:
-                passed_on = now
                 gang.signal(signal.SIGTERM)
+                passed_on = time.monotonic()  # only now: on a busy node the signal itself may take its time
 
     counts = _counts(stage, fit, ranks)
     for count in counts:

@@ -64,7 +64,8 @@ def test_a_killed_rank_and_a_stopped_job_cost_time_and_nothing_else(run: Path, t
     wait_for(lambda: bool(ranks()) and not first & ranks(), process)
     wait_for(lambda: len(checkpoints(run)) > before, process)
     process.send_signal(signal.SIGTERM)
-    assert "stopped by SIGTERM at" in ended(process, 75)
+    said = ended(process, 75)
+    assert "stopped by SIGTERM at" in said, said[-2000:]
     newest = latest_complete(run / "autoencoder" / "checkpoints")
     assert newest is not None
     at = read_manifest(newest)["images"]
