@@ -116,12 +116,13 @@ class Gang:
         return list(ray.get(calls))
 
     def signal(self, number: int) -> None:
-        """Send a signal to every rank's process, wherever it runs."""
-        kill = ray.remote(num_cpus=0, max_retries=0)(_kill)
-        sent = [
-            kill.options(scheduling_strategy=NodeAffinitySchedulingStrategy(p.node, soft=False)).remote(p.pid, number)
-            for p in self.places
-        ]
+        """Send a signal to the first rank's process, wherever it runs; ranks that train agree on what to do of it.
+
+        Not to every one: the last might get it when all have ended on account of the first, and would die of it.
+        """
+        first = self.places[0]
+        there = NodeAffinitySchedulingStrategy(first.node, soft=False)
+        sent = ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=there).remote(first.pid, number)
         with contextlib.suppress(RayError):
             ray.get(sent, timeout=30)
 
