@@ -21,6 +21,7 @@ from ingest.work import Outcome
 from shards import storage
 from shards.dataset import MANIFEST, Dataset, files_digest, put_in_place, read_stats, stage_replacement, staging
 from shards.fingerprint import Fingerprint
+from shards.inventory import read_stats_of
 from shards.layout import shard_name
 from shards.settings import ConfigError, StageError
 from shards.stage import Task
@@ -216,8 +217,7 @@ def committed_indices(root: str) -> list[int]:
 def committed_stats(root: str, indices: Iterable[int]) -> list[dict[str, Any]]:
     """The stats of these shards; raises StageError where one is not committed."""
     found = []
-    for index in indices:
-        stats = read_stats(root, index)
+    for index, stats in read_stats_of(root, indices):
         if stats is None:
             raise StageError(f"{root}: shard {shard_name(index)} is not committed; run ingest again")
         found.append(stats)
