@@ -4,8 +4,9 @@
     python -m tests.mutants --only plan --jobs 2
 
 The table is the TOML files beside this one: a promise, the file and exact text that keep it, what stands there
-instead, and the tests that must notice. Everything happens in copies of the tree; the checkout itself is never changed. First the
-tests named in the table run unchanged and must pass. Exit code 1 where a mutation goes unseen or an entry does not fit.
+instead, and the tests that must notice. Everything happens in copies of the tree; the checkout itself is never
+changed. First the tests named in the table run unchanged and must pass. Exit code 1 where a mutation goes unseen or
+an entry does not fit.
 """
 
 from __future__ import annotations
