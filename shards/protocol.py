@@ -80,7 +80,10 @@ def adopt(names: Names, codec: Codec) -> Steps:
         beside = yield ("read", ready)
         if beside is not None:
             return (yield from _end(names, ready, beside, codec))
-    raise TryAgain(f"{names.large}: a file without those that belong to it")
+    raise TryAgain(
+        f"{names.large}: a file without those that belong to it; delete it, and what else has its number, when nothing "
+        "runs, to have the shard made again"
+    )
 
 
 def _end(names: Names, ready: str, beside: Any, codec: Codec) -> Steps:
