@@ -150,7 +150,9 @@ class Folder:
         except protocol.TryAgain as e:
             raise StageError(f"{self.root}: {e}") from None
         except FileNotFoundError as e:
-            raise StageError(f"{self.root}: this folder was set aside or deleted while a shard was made ({e})") from None
+            raise StageError(
+                f"{self.root}: this folder was set aside or deleted while a shard was made ({e})"
+            ) from None
         if found is None:
             return None
         stats = parse_stats(found)
@@ -292,7 +294,9 @@ def read_made_with(root: str) -> dict[str, Any] | None:
     if not isinstance(stored, dict) or not {"id", "stage", "settings"} <= stored.keys():
         raise ConfigError(f"{url}: cannot be read; it is not a file of Carrara, or was damaged")
     if stored.get("format_version") != FORMAT_VERSION:
-        raise ConfigError(f"{url}: is of format {stored.get('format_version')}, and this Carrara knows {FORMAT_VERSION}")
+        raise ConfigError(
+            f"{url}: is of format {stored.get('format_version')}, and this Carrara knows {FORMAT_VERSION}"
+        )
     return stored
 
 

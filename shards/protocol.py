@@ -94,7 +94,9 @@ def _end(names: Names, ready: str, beside: Any, codec: Codec) -> Steps:
     if not (yield ("create", names.stats, stats)):
         there = yield ("read", names.stats)
         if there is None or codec.born(there) != codec.born(stats):
-            raise TryAgain(f"{names.stats}: is not of the {names.large} that was created now; somebody deleted or wrote one of them")
+            raise TryAgain(
+                f"{names.stats}: is not of the {names.large} that was created now; somebody deleted or wrote one of them"
+            )
         stats = there
     yield ("remove", ready)
     return stats
