@@ -218,6 +218,6 @@ def _refuse_other_input(stage: Stage, task: Task, stats: dict[str, Any] | None) 
     made_from = None if stats is None else stats.get("input")
     if made_from is not None and task.input is not None and made_from != task.input:
         raise StageError(
-            f"{stage.root}: shard {shard_name(task.index)} was made from other data than lies there now; give --redo to "
-            "set this folder aside and make it anew, or set 'run' to another folder"
+            f"{stage.root}: shard {shard_name(task.index)} was made from other data than lies there now; give "
+            "--redo to set this folder aside and make it anew, or set 'run' to another folder"
         )

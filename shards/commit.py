@@ -67,7 +67,8 @@ class Folder:
             refuse_foreign(root, data, known)
             if take_over:
                 storage.probe(root)
-                from shards.takeover import is_old, take_over as take_over_old
+                from shards.takeover import is_old
+                from shards.takeover import take_over as take_over_old
 
                 if is_old(root):
                     take_over_old(root, made_with, data, redo)
@@ -365,8 +366,8 @@ def _set_aside(root: str, stored: Mapping[str, Any]) -> None:
     if not storage.is_local(root):
         if not empty:
             raise ConfigError(
-                f"{root}: --redo sets a folder aside by renaming it, which an object store cannot; set 'run' to another "
-                "prefix"
+                f"{root}: --redo sets a folder aside by renaming it, which an object store cannot; set 'run' to "
+                "another prefix"
             )
         storage.remove(storage.join(root, MADE_WITH))
         return

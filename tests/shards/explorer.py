@@ -78,8 +78,8 @@ def explore(
     """(states, what is wrong or "", the way there).
 
     look(store): in every state. step(store, store after): of every operation. end(name, returned, store): when a
-    process ends. final(store, {name: returned}): when all have ended. weak: "ignores If-None-Match"; "409": a create may
-    say False once a process although nothing is there, as where a store's "busy, try again" is taken for that; "stale":
+    process ends. final(store, {name: returned}): when all have ended. weak: "ignores If-None-Match"; "409": a create
+    may say False once a process although nothing is there, as where a store's "busy" is taken for that; "stale":
     a read may say once a process that a file is not there which is, as NFS clients do that looked for it before.
     """
     known: dict[Any, Any] = {}
