@@ -90,8 +90,9 @@ class Ledger:
             manifest = storage.read_json(storage.join(self.stage.root, MANIFEST))
         except ValueError:
             return False
-        whole = isinstance(manifest, dict) and manifest.get("format_version") == FORMAT_VERSION
-        return whole and len(manifest.get("shards", ())) == self.total
+        if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+            return False
+        return len(manifest.get("shards", ())) == self.total
 
     @property
     def empty(self) -> bool:

@@ -111,7 +111,9 @@ class Folder:
         if not {"count", "rows"} <= stats.keys():
             raise ValueError("the stats of a shard need 'count' and 'rows'")
         name = shard_name(index)
-        described = {s: {"size": len(d), "sha256": digest_bytes(d)} for s, d in sorted(files.items())}
+        described: dict[str, dict[str, Any]] = {
+            s: {"size": len(d), "sha256": digest_bytes(d)} for s, d in sorted(files.items())
+        }
         record = {
             **stats,
             "shard": index,
