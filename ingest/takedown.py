@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import idna
 import numpy as np
@@ -129,8 +129,13 @@ class Digests:
             at += 1
         return False
 
-    def __iter__(self) -> Iterable[str]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[str]:
         return (row.tobytes().hex() for row in self._all)
+
+    def has_number(self, first_bits: int) -> bool:
+        """Whether one of them begins with these 64 bits."""
+        at = int(np.searchsorted(self.numbers, np.uint64(first_bits)))
+        return at < len(self) and int(self.numbers[at]) == first_bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +170,7 @@ class TakenDown:
 
     def create(self, run: str) -> int:
         """Write this as the next part of a run's list; returns how many parts there are then."""
-        rows = [("url", v) for v in self.urls] + [("sha256", v) for v in self.bytes]  # type: ignore[attr-defined]
+        rows = [("url", v) for v in self.urls] + [("sha256", v) for v in self.bytes]
         rows += [("host", v) for v in sorted(self.hosts)]
         kinds, values = zip(*rows, strict=True) if rows else ((), ())
         sink = io.BytesIO()
@@ -189,20 +194,23 @@ class TakenDown:
 
     def has_host(self, url: str) -> bool:
         """Whether the host of a URL is on the list, or a domain above it."""
+        return bool(self.hosts_of(url))
+
+    def hosts_of(self, url: str) -> set[str]:
+        """The listed hosts that a URL belongs to."""
         try:
             parsed = URL(url.strip())
             host, port = (parsed.raw_host or "").lower().rstrip("."), parsed.port
         except (ValueError, UnicodeError, IndexError, TypeError):
-            return False
+            return set()
         labels = host.split(".")
+        forms: set[str] = set()
         for i in range(len(labels)):
             name = ".".join(labels[i:])
-            forms = {name, f"{name}:{port}"}
+            forms |= {name, f"{name}:{port}"}
             if i:
                 forms |= {f".{name}", f".{name}:{port}"}
-            if not forms.isdisjoint(self.hosts):
-                return True
-        return False
+        return forms & self.hosts
 
     def has_bytes(self, sha256: str | None) -> bool:
         """Whether a picture of these bytes is on the list."""
