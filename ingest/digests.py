@@ -38,7 +38,10 @@ PLACE = f"(regexp_extract(filename, '(\\d+)\\.parquet$', 1)::BIGINT << {ROW_BITS
 
 
 def of_texts(
-    urls: Sequence[str | None], captions: Sequence[str | None], sha256: Sequence[str | None], final: Sequence[str | None]
+    urls: Sequence[str | None],
+    captions: Sequence[str | None],
+    sha256: Sequence[str | None],
+    final: Sequence[str | None],
 ) -> dict[str, list[Any]]:
     """The columns of DIGESTS. final: where redirects led; None where there were none."""
     return {
@@ -66,6 +69,12 @@ def with_digests(table: pa.Table) -> pa.Table:
     for name, kind in DIGESTS:
         table = table.append_column(name, pa.array(made[name], kind))
     return table
+
+
+def has_digests(root: str, index: int) -> bool:
+    """Whether a shard's sidecar holds digests; reads its footer."""
+    with storage.open_read(storage.join(root, shard_name(index) + ".parquet")) as file:
+        return "url_digest" in pq.read_schema(file).names
 
 
 def connect(scratch: str, memory: str, threads: int) -> duckdb.DuckDBPyConnection:

@@ -94,8 +94,8 @@ def find_duplicates(
 ) -> Found:
     """Find what is to be left out of a dataset, and hand it to `write` as tables of shards.exclusions.SCHEMA, in order.
 
-    other: the other split. progress: called with the number of sidecars that were read. Takes `memory` and about as much
-    again, and scratch space of some 50 bytes a sample in the folder for temporary files (TMPDIR).
+    other: the other split. progress: called with the number of sidecars that were read. Takes `memory` and about as
+    much again, and scratch space of some 50 bytes a sample in the folder for temporary files (TMPDIR).
     """
     rules = rules or DuplicatesConfig()
     with tempfile.TemporaryDirectory(prefix="carrara-duplicates-") as scratch:

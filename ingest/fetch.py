@@ -219,7 +219,10 @@ class Fetcher:
         return Fetched(body, hashlib.sha256(body).hexdigest(), attempt, led_to)
 
     async def _follow(self, url: URL, host: _Host | None, robots: bool = False) -> tuple[bytes, URL]:
-        """The body at the end of the redirects from `url`, and where that is. robots: it is a robots.txt, so no opt-out is looked for."""
+        """The body at the end of the redirects from `url`, and where that is.
+
+        robots: it is a robots.txt, so no opt-out is looked for.
+        """
         seen = {url}
         limit = _ROBOTS_BYTES if robots else self.config.max_bytes
         for hop in range(self.config.max_redirects + 1):

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from ingest import tables
 from ingest.config import IngestConfig
 from ingest.digests import DIGESTS, of_texts
-from ingest.pixels import Picture
 from ingest.work import Outcome
 from shards.images import pack_tar
 from shards.layout import sample_key

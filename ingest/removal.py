@@ -98,11 +98,12 @@ def _condition(listed: TakenDown) -> str:
         tests.append("bytes_digest IN (SELECT n FROM listed_bytes)")
     if listed.hosts:
         names = {entry.strip(".").partition(":")[0] if entry.count(":") == 1 else entry for entry in listed.hosts}
-        texts = "'" + "', '".join(n.replace("'", "''") for n in sorted(names | set(map(_unicode, names)))) + "'"
+        texts = [n.replace("'", "''") for n in sorted(names | set(map(_unicode, names)))]
         for column in ("url", "final_origin"):
             # A host that is not written in plain letters is looked at closely, whatever it is.
             odd = f"NOT regexp_full_match({column}, '[!-$&-~]*') OR contains({column}, '%')"
-            tests.append(f"({column} IS NOT NULL AND (list_any(x -> contains(lower({column}), x), [{texts}]) OR {odd}))")
+            named = " OR ".join(f"contains(lower({column}), '{text}')" for text in texts)
+            tests.append(f"({column} IS NOT NULL AND ({named} OR {odd}))")
     return " OR ".join(tests)
 
 

@@ -32,9 +32,7 @@ def of_shard(outcomes: Sequence[Outcome], urls: Sequence[str | None], began: flo
     """A shard's counts and times. `count` is the number of samples in its tar, `rows` that of its input rows."""
     ended = time.time()
     return {
-        **counts_of(
-            [o.status for o in outcomes], [o.error for o in outcomes], [o.message for o in outcomes]
-        ),
+        **counts_of([o.status for o in outcomes], [o.error for o in outcomes], [o.message for o in outcomes]),
         "hosts": _worst_hosts(outcomes, urls),
         "smaller_sides": dict(_sides(outcomes)),
         "body_sizes": dict(Counter(_power(o.bytes_fetched) for o in outcomes if o.bytes_fetched)),
@@ -47,9 +45,7 @@ def of_shard(outcomes: Sequence[Outcome], urls: Sequence[str | None], began: flo
     }
 
 
-def counts_of(
-    statuses: Sequence[str], errors: Sequence[str | None], messages: Sequence[str | None]
-) -> dict[str, Any]:
+def counts_of(statuses: Sequence[str], errors: Sequence[str | None], messages: Sequence[str | None]) -> dict[str, Any]:
     """What is counted of a shard's rows; the same from outcomes and from a sidecar's columns."""
     status = Counter(statuses)
     filters = Counter(
@@ -172,7 +168,7 @@ class Lines:
 
 
 # What to do about rows that ended so; for codes that `--retry transient` may help, see `summary`.
-_ADVICE = {
+ADVICE = {
     "address_refused": "where these hosts are your own, name their network in ingest.fetch.allow_addresses",
     "url_invalid": "look at ingest.columns.url: what stands there is not a URL with http:// or https://",
     "url_missing": "look at ingest.columns.url: these rows have none",
@@ -209,8 +205,8 @@ def summary(name: str, counts: dict[str, int], errors: Counter[str]) -> list[str
     if again:
         advice.append(f"{again:,} rows may come now: run ingest with --retry transient")
     for code, n in errors.most_common():
-        if code in _ADVICE and n >= 0.01 * rows and len(advice) < 3:
-            advice.append(f"{code}: {_ADVICE[code]}")
+        if code in ADVICE and n >= 0.01 * rows and len(advice) < 3:
+            advice.append(f"{code}: {ADVICE[code]}")
     if advice:
         lines.append(f"{name}: what can be done: {'; '.join(advice)}")
     return lines

@@ -106,6 +106,8 @@ def read_layout(
     welcome: columns that are read where the table has them, in any case. captionless: captions may be absent.
     """
     files = list_files(table)
+    if _TEXT.search(files[0]):
+        _require_urls(files[0])
     schema = read_schema(files[0], dict(columns.types))
     url = _find(schema, columns.url, URL_NAMES, "url", files[0])
     names = {n.lower() for n in schema.names}
@@ -129,6 +131,21 @@ def read_layout(
     return Layout(tuple(files), (*chosen, *looked_at), len(looked_at), lists)
 
 
+def _require_urls(file: str) -> None:
+    """Raise ConfigError where a .txt is no list of URLs: the captions beside the pictures of a folder, say."""
+    try:
+        with fsspec.open(file, "rb", compression="infer") as stream:
+            line = stream.readline(1000).decode("utf-8", "replace").strip()
+    except (OSError, EOFError) as e:
+        raise ConfigError(f"{file}: cannot be read: {e}") from None
+    if line and "://" not in line:
+        raise ConfigError(
+            f"{file}: a .txt is read as a list of URLs, one a line, and this one begins with '{line[:60]}'; give "
+            "ingest.table a table of URLs and captions (.parquet, .csv, .tsv, .jsonl): a folder of pictures with their "
+            "captions beside is none"
+        )
+
+
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
@@ -146,6 +163,13 @@ def _check_texts(schema: pa.Schema, url: str, caption: str | None, file: str) ->
                 f"{file}: the column '{name}' holds {kind}, not {what}"
                 + ("; a table for ingest names pictures by URL, it does not hold their bytes" if name == url else "")
             )
+
+
+def first_values(layout: Layout, names: Mapping[str, str]) -> dict[str, list[object]]:
+    """Of the first rows of the table, the values of some columns: the layout's names by what they are to be called."""
+    for batch, _ in batches(layout.files[0], layout.columns):
+        return {called: batch.column(name).to_pylist() for called, name in names.items()}
+    return {}
 
 
 def first_caption(text: str | None) -> str:
@@ -291,11 +315,23 @@ def _find(schema: pa.Schema, given: str | None, names: Sequence[str], what: str,
         for column in schema.names:
             if column.lower() == name:
                 return _named(schema, column, f"the {what} is read from the column '{column}'", file)
+    holds = [f"'{f.name}' holds {f.type}" for f in schema if _holds_bytes(f.type)] if what == "url" else []
+    if holds:
+        raise ConfigError(
+            f"{file}: no column is known to hold the url, and {holds[0]}: ingest fetches pictures by URL, it does not "
+            "read their bytes from a table; give a table with a column of URLs"
+        )
     or_not = " (or ingest.empty_captions to keep, to do without)" if what == "caption" else ""
     raise ConfigError(
         f"{file}: no column is known to hold the {what}; "
         f"set ingest.columns.{what} to one of {', '.join(schema.names)}{or_not}"
     )
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _named(schema: pa.Schema, name: str, saying: str, file: str) -> str:

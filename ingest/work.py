@@ -127,7 +127,9 @@ class Crew:
                     else:
                         picture = await self._loop.run_in_executor(self._decoders, process, fetched.body, self.pixels)
                 except Rejected as e:
-                    return Outcome.of(e.code, e.message, sha256=sha256, bytes_fetched=size, attempts=attempts, final_url=final)
+                    return Outcome.of(
+                        e.code, e.message, sha256=sha256, bytes_fetched=size, attempts=attempts, final_url=final
+                    )
         except Rejected as e:
             return Outcome.of(e.code, e.message, attempts=e.attempts)
         return Outcome("success", None, None, picture, sha256, size, attempts, final)

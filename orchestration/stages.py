@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import os
@@ -154,12 +155,12 @@ def run(name: str, config: RunConfig, local: bool = False, redo: bool = False) -
 
 
 def retry_ingest(config: RunConfig, codes: str, local: bool = False) -> None:
-    """Fetch the rows again that ended with these codes (`transient`: all that may pass), into their shards' place."""
-    from ingest.rewrite import RetryStage, codes_to_retry
+    """Fetch the rows again that ended with these codes (`transient`: all that may pass), in shards of their own."""
+    from ingest.stage import codes_to_retry
 
     chosen = codes_to_retry(codes)
     stages: list[tuple[Stage, Pool]] = [
-        (RetryStage(s, chosen), pool)  # type: ignore[arg-type]
+        (dataclasses.replace(s, retry=chosen), pool)  # type: ignore[type-var]
         for s, pool in shard_stages("ingest", config)
     ]
     if local:
@@ -189,6 +190,10 @@ def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, 
     paths = RunPaths(config.run)
     for stage, pool in stages:
         engine.run(stage, paths.status, config.ray, pool, local, redo)
+    for stage, pool in stages:
+        # Looked at once more now that the lease is let go: what was asked to be taken down meanwhile.
+        while not getattr(stage, "is_current", lambda: True)():
+            engine.run(stage, paths.status, config.ray, pool, local)
     if name == "eval":
         from eval.stage import conclude
 

@@ -140,6 +140,10 @@ class Plan:
         chosen = np.flatnonzero(self.table["takes_over"].is_valid().to_numpy())
         return [_line(row) for row in self.table.take(pa.array(chosen, pa.int64())).to_pylist()]
 
+    def has(self, file: str) -> bool:
+        """Whether rows of a file are planned."""
+        return file in pc.unique(self.table["file"]).to_pylist()
+
     def rows(self) -> dict[int, int]:
         """How many rows each shard stands for."""
         return dict(zip(self.shards.tolist(), self.table["rows"].to_pylist(), strict=True))
@@ -147,6 +151,15 @@ class Plan:
 
 def _line(row: dict[str, Any]) -> Line:
     return Line(**{**row, "takes_over": tuple(row["takes_over"] or ()), "codes": tuple(row["codes"] or ())})
+
+
+def is_grown(root: str, files: Sequence[str]) -> bool:
+    """Whether a plan is up to these files: each is planned as it is now."""
+    known = read(root)
+    planned = dict(known.without_rows)
+    for file, stamp in zip(known.table["file"].to_pylist(), known.table["stamp"].to_pylist(), strict=True):
+        planned[file] = stamp
+    return all(planned.get(file) == stamp for file, stamp in stamps(files).items())
 
 
 def part_url(root: str, number: int) -> str:
