@@ -113,7 +113,7 @@ def readable(
     with ThreadPoolExecutor(threads) as pool:
         for batch in _batches(shards, FILES_AT_ONCE):
             copies = {i: pool.submit(copied, i, has) for i, has in batch if not (local and has)}
-            here = {i: storage.local_path(storage.join(root, shard_name(i) + ".parquet")) for i, _ in batch if local}
+            here = {i: str(storage.local_path(storage.join(root, shard_name(i) + ".parquet"))) for i, _ in batch if local}
             yield [copies[i].result() if i in copies else here[i] for i, _ in batch]
             for i in copies:
                 (folder / (shard_name(i) + ".parquet")).unlink()

@@ -180,7 +180,7 @@ def _find_elsewhere(
 
 
 def _tables(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
-    reader = db.execute("SELECT place, winner, reason FROM out ORDER BY place").to_arrow_reader(1 << 16)
+    reader = db.sql("SELECT place, winner, reason FROM out ORDER BY place").to_arrow_reader(1 << 16)
     for batch in reader:
         places = batch.column("place").to_numpy()
         columns = {
@@ -205,7 +205,7 @@ def _alike(db: duckdb.DuckDBPyConnection, caption: str, distance: int, scratch: 
     files = [Path(scratch, f"band-{p}") for p in range(partitions)]
     for file in files:
         file.touch()
-    reader = db.execute(f"SELECT place, p, {caption} AS c FROM firsts").to_arrow_reader(1 << 20)
+    reader = db.sql(f"SELECT place, p, {caption} AS c FROM firsts").to_arrow_reader(1 << 20)
     for batch in reader:
         records = _band_records(*(batch.column(n).to_numpy() for n in ("p", "c", "place")), distance)
         home = records["high"] % np.uint64(partitions)

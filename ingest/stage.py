@@ -232,6 +232,11 @@ class IngestStage:
         found: dict[str, Any] = {}
 
         def extra() -> dict[str, Any]:
+            missing = sum(t.index not in digests for t in self.tasks())
+            if missing:
+                raise StageError(
+                    f"{self.root}: {missing} shards of the plan are not committed; run the same command again"
+                )
             found["exclusions"], more = self._conclude(counts, digests)
             return more | {"list": parts}
 
