@@ -82,6 +82,7 @@ def connect(scratch: str, memory: str, threads: int) -> duckdb.DuckDBPyConnectio
     config = {"memory_limit": memory, "threads": str(threads), "temp_directory": scratch}
     db = duckdb.connect(config=config)
     run(db, "SET preserve_insertion_order = false")
+    run(db, "SET enable_progress_bar = false")
     return db
 
 
@@ -109,12 +110,14 @@ def readable(
         pq.write_table(table.select(columns), folder / name, compression="none")
         return str(folder / name)
 
+    def here(index: int) -> str:
+        return str(storage.local_path(storage.join(root, shard_name(index) + ".parquet")))
+
     local = storage.is_local(root)
     with ThreadPoolExecutor(threads) as pool:
         for batch in _batches(shards, FILES_AT_ONCE):
             copies = {i: pool.submit(copied, i, has) for i, has in batch if not (local and has)}
-            here = {i: str(storage.local_path(storage.join(root, shard_name(i) + ".parquet"))) for i, _ in batch if local}
-            yield [copies[i].result() if i in copies else here[i] for i, _ in batch]
+            yield [copies[i].result() if i in copies else here(i) for i, _ in batch]
             for i in copies:
                 (folder / (shard_name(i) + ".parquet")).unlink()
 
