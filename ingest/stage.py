@@ -32,9 +32,9 @@ from ingest.tables import HeldoutRule, Layout, TableSource
 from ingest.takedown import TakenDown
 from ingest.work import Crew, Outcome
 from shards import plan, storage
-from shards.commit import Folder
-from shards.dataset import MANIFEST, Dataset, read_stats, read_stats_of, write_manifest
-from shards.exclusions import write_exclusions
+from shards.commit import Folder, read_made_with
+from shards.dataset import MANIFEST, Dataset, ShardInfo, amend_manifest, read_stats, read_stats_of, write_manifest
+from shards.exclusions import Exclusions, write_exclusions
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths, shard_name
 from shards.listing import listed
@@ -171,15 +171,19 @@ class IngestStage:
         known = plan.read(self.root)
         if not len(known):
             return
-        files = set(tables.list_files(self._table()))
+        files: set[str] | None = None  # a finished dataset is looked through without its table
         there = listed(self.root)
         begun = set(there.committed.tolist()) | set(there.begun.tolist())
         taken = _Taken()
         for line in known.lines():
             if line.takes_over:
                 yield Task(line.shard, None, Retry(line, taken.open_codes(line)))
-            elif line.file in files or line.shard in begun:
+            elif line.shard in begun:
                 yield Task(line.shard, None, line)
+            else:
+                files = set(tables.list_files(self._table())) if files is None else files
+                if line.file in files:
+                    yield Task(line.shard, None, line)
 
     def worker(self) -> IngestWorker:
         """A worker with its connections and threads; `close()` ends them, as the end of the process does."""
@@ -196,9 +200,12 @@ class IngestStage:
             return False
         if not plan.is_grown(self.root, tables.list_files(self._table())):
             return False
-        if manifest is None:
-            return True
-        return manifest.get("passes") == self._passes() and manifest.get("list", 0) == takedown.length(self.run)
+        return manifest is None or (manifest.get("passes") == self._passes() and not self.list_grew(manifest))
+
+    def list_grew(self, manifest: dict[str, Any] | None = None) -> bool:
+        """Whether there is a finished dataset that was not looked through for the whole list of take-downs."""
+        manifest = manifest or storage.read_json(storage.join(self.root, MANIFEST))
+        return manifest is not None and manifest.get("list", 0) < takedown.length(self.run)
 
     def _passes(self) -> dict[str, Any]:
         return self.config.model_dump(mode="json", include={"duplicates", "caption_repeats"})
@@ -208,7 +215,7 @@ class IngestStage:
 
         Raises StageError where the accounts do not hold.
         """
-        parts, changed = self.apply_list()
+        parts, changed, _ = self.apply_list()
         counts, lines = RunCounts(), Lines()
         digests: dict[int, bool] = {}
         rows = plan.read(self.root).rows()
@@ -238,7 +245,8 @@ class IngestStage:
                     f"{self.root}: {missing} shards of the plan are not committed; run the same command again"
                 )
             found["exclusions"], more = self._conclude(counts, digests)
-            return more | {"list": parts}
+            old = [i for i, has in digests.items() if not has]
+            return more | {"list": parts, **({"without_digests": old} if old else {})}
 
         manifest = write_manifest(self.root, "images", folded(), extra, lambda: found["exclusions"])
         lines.write(self.root)
@@ -311,29 +319,88 @@ class IngestStage:
         except StageError:
             return None, None, 0
 
-        def shards() -> Iterator[tuple[int, bool]]:
-            for index, stats in read_stats_of(root, (s.index for s in dataset.shards)):
-                yield index, bool((stats or {}).get("digests"))
+        indices = [s.index for s in dataset.shards]
+        return Sidecars(root, lambda: with_flags(root, indices)), dataset.exclusions, len(indices)
 
-        return Sidecars(root, shards), dataset.exclusions, len(dataset.shards)
+    def open_for_removal(self) -> None:
+        """Take over a folder of an earlier version, so that samples can be taken out of it; under the lease."""
+        if read_made_with(self.root) is None:
+            Folder.begin(self.root, self.made_with(), take_over=True, known=BEFORE_ANY_SHARD)
+            self._plan_what_is_there()
 
-    def apply_list(self) -> tuple[int, set[int]]:
+    def finish_removal(self) -> set[int]:
+        """`finish` where nothing but take-downs has happened since; under the lease. Returns the shards that changed.
+
+        No duplicates are looked for: what was excluded stays excluded. Only shards with listed rows are read, and all
+        that is counted is counted from them and from the manifest, so that it can be done again after a kill.
+        """
+        manifest = dict(Dataset.open(self.root).manifest)
+        if manifest.get("format_version") == 1:
+            parts, changed, _ = self.apply_list()
+            self.finish(s for _, s in read_stats_of(self.root, [t.index for t in self.tasks()]) if s is not None)
+            return changed
+        parts, changed, touched = self.apply_list()
+        shards = [ShardInfo(**s) for s in manifest["shards"]]
+        gone = {i: self._taken_down(i) for i in touched & {s.index for s in shards}}
+        before, after = Counter[str](), Counter[str]()
+        excluded = Exclusions(self.root, manifest["exclusions"])
+
+        def left() -> Iterator[pa.Table]:
+            for table in excluded.tables():
+                pairs = zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)
+                keep = [row not in gone.get(shard, ()) for shard, row in pairs]
+                before.update(table["reason"].to_pylist())
+                table = table.filter(pa.array(keep))
+                after.update(table["reason"].to_pylist())
+                yield table
+
+        name = write_exclusions(self.root, left())
+        out = Exclusions(self.root, name)
+        stats = {i: s for i, s in read_stats_of(self.root, sorted(gone)) if s is not None}
+        shards = [
+            dataclasses.replace(s, count=stats[s.index]["count"] - len(out.rows(s.index))) if s.index in stats else s
+            for s in shards
+        ]
+        counts = dict(manifest["counts"])
+        for reason in before:
+            counts[EXCLUSION_STATUS[reason]] += after[reason] - before[reason]
+        counts["success"] = sum(s.count for s in shards)
+        taken = counts["rows"] - sum(n for k, n in counts.items() if k not in ("rows", "opted_out"))
+        errors = Counter(manifest["errors"]) + Counter(taken_down=taken - counts["opted_out"])
+        counts["opted_out"] = taken
+        duplicates = {r: n for r, n in sorted(after.items()) if EXCLUSION_STATUS[r] == "duplicate"}
+        more = {"counts": counts, "errors": dict(sorted(errors.items())), "duplicates_by": duplicates, "list": parts}
+        amend_manifest(self.root, manifest, shards, name, more)
+        return changed
+
+    def _taken_down(self, index: int) -> set[int]:
+        """The rows of a shard that were taken down."""
+        table = storage.read_parquet(storage.join(self.root, shard_name(index) + ".parquet"), ["error"])
+        return {i for i, error in enumerate(table["error"].to_pylist()) if error == "taken_down"}
+
+    def apply_list(self) -> tuple[int, set[int], set[int]]:
         """Take what is listed out of the committed shards that were not looked through for it; under the lease.
 
-        Returns how many parts of the list that was, and the shards that changed. Pictures with the bytes of one that is
-        listed by its URL or host are listed by these bytes first, in a part of their own.
+        Returns how many parts of the list that was, the shards that changed, and those with listed rows, whenever these
+        were taken out. Pictures with the bytes of one that is listed by its URL or host are listed by these bytes
+        first, in a part of their own.
         """
         hits, parts = self.listed_rows()
         copies = {h.sha256 for h in hits if h.sha256 is not None}
-        new = [s for s in copies if not TakenDown.read(self.run).has_bytes(s)]
-        if new:
-            TakenDown.of(bytes=new).create(self.run)
-            hits, parts = self.listed_rows()
-        return parts, removal.take_out(self.root, hits, parts, self.name)
+        if copies:
+            known = TakenDown.read(self.run)
+            new = TakenDown.of(bytes=[s for s in copies if not known.has_bytes(s)])
+            if new:
+                new.create(self.run)
+                hits, parts = self.listed_rows()
+        changed = removal.take_out(self.root, (h for h in hits if h.live), parts, self.name)
+        return parts, changed, {h.shard for h in hits}
 
     def listed_rows(self) -> tuple[list[removal.Hit], int]:
-        """The rows with a picture that are listed, of shards that were not looked through for it; and how many parts
-        the list has. Shards of the manifest were looked through for the parts that it knows, others for none."""
+        """The listed rows of shards that were not looked through for them; and how many parts the list has.
+
+        Shards of the manifest were looked through for the parts that it knows, others for none.
+        """
         parts = takedown.length(self.run)
         if not parts:
             return [], 0
@@ -349,9 +416,8 @@ class IngestStage:
             ([i for i in committed if i not in known], 0),
         ):
             if shards and after < parts:
-                listed_ = TakenDown.read(self.run, after)
-                found = removal.find(self.root, with_flags(self.root, shards), listed_, len(shards), self.name)
-                hits += [h for h in found if h.live]
+                wanted = TakenDown.read(self.run, after)
+                hits += removal.find(self.root, with_flags(self.root, shards), wanted, len(shards), self.name)
         return hits, parts
 
     # ---- the table -----------------------------------------------------------------------------------------
@@ -475,9 +541,19 @@ def retry_lines(root: str, known: plan.Plan, codes: frozenset[str], full: int) -
 
 
 def with_flags(root: str, shards: Sequence[int]) -> Iterator[tuple[int, bool]]:
-    """(shard, whether its sidecar holds digests) of committed shards; by the footers of the sidecars alone."""
+    """(shard, whether its sidecar holds digests) of committed shards; those of an earlier version have none."""
+    made_with = read_made_with(root) or {}
+    if "taken_over_from" not in made_with:
+        yield from ((i, True) for i in shards)
+        return
+    try:
+        manifest = Dataset.open(root).manifest
+    except StageError:
+        manifest = {}
+    old = set(manifest.get("without_digests", ()))
+    known = {s["index"] for s in manifest.get("shards", ())} if manifest.get("format_version") == 2 else set()
     for index in shards:
-        yield index, has_digests(root, index)
+        yield index, index not in old if index in known else has_digests(root, index)
 
 
 def _stored(root: str, shards: Sequence[int]) -> tuple[int, int]:

@@ -180,6 +180,11 @@ class TakenDown:
             if storage.create(storage.join(run, FOLDER, f"{number:05d}.parquet"), sink.getvalue()):
                 return length(run)
 
+    def create_if_any(self, run: str) -> None:
+        """`create`, unless this is empty."""
+        if self:
+            self.create(run)
+
     def __bool__(self) -> bool:
         return bool(len(self.urls) or len(self.bytes) or self.hosts)
 
