@@ -194,6 +194,12 @@ def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, 
         # Looked at once more now that the lease is let go: what was asked to be taken down meanwhile.
         while not getattr(stage, "is_current", lambda: True)():
             engine.run(stage, paths.status, config.ray, pool, local)
+    from ingest import takedown
+
+    if name in ("ingest", "latents") and takedown.length(paths.run):
+        from orchestration.remove import settle_latents
+
+        settle_latents(config, again=name == "latents")
     if name == "eval":
         from eval.stage import conclude
 

@@ -54,7 +54,8 @@ def take_over(root: str, made_with: Fingerprint, data: str, redo: bool = False) 
     from shards.commit import write_made_with
     from shards.dataset import MANIFEST, read_stats_of
 
-    waiting = [n for n in storage.list_names(storage.join(root, ".staged")) if n.endswith((STATS, "pending.json"))]
+    # A pending.json alone was left behind by every take-down that found nothing.
+    waiting = [n for n in storage.list_names(storage.join(root, ".staged")) if n.endswith(STATS)]
     if waiting:
         raise ConfigError(
             f"{root}/.staged: an older version was rewriting shards here ({waiting[0]}); finish it with that version, "
