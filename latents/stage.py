@@ -600,8 +600,10 @@ def _original_sizes(shard: images.ImageShard) -> list[tuple[int, int]]:
 
 
 def _check_accounting(root: str, stats: dict[str, Any], source: Any, left_out: _LeftOut | None) -> int:
-    """Rows in = rows out, each with one status; raises StageError naming the shard where that does not hold. Returns how
-    many images of the shard that can be used now have no latent, since they were left out when it was made."""
+    """Rows in = rows out, each with one status; raises StageError naming the shard where that does not hold.
+
+    Returns how many images of the shard that can be used now have no latent: they were left out when it was made.
+    """
     shard = f"{root}: shard {stats['shard']}"
     if source is None:
         raise StageError(f"{shard} has no image shard; the images changed during the run, run the same command again")

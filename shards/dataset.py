@@ -83,10 +83,10 @@ def write_manifest(
 ) -> dict[str, Any]:
     """Write `dataset.json` from the stats of all shards, and return it.
 
-    stats: `shard`, `rows`, `count`, `files` and `born` of each; taken as they come, and not kept. extra: what else is to
-    stand there; exclusions: what `write_exclusions` returned. Either may be a function, which is called after the last of
-    the stats. Raises StageError where a file of a shard is missing, has another size than was committed, or
-    is of another folder.
+    stats: `shard`, `rows`, `count`, `files` and `born` of each; taken as they come, and not kept. extra: what else is
+    to stand there; exclusions: what `write_exclusions` returned. Either may be a function, which is called after the
+    last of the stats. Raises StageError where a file of a shard is missing, has another size than was committed, or is
+    of another folder.
     """
     sizes: dict[str, dict[int, int]] | None = None
     made_with = (read_made_with(root) or {}).get("id")
@@ -97,8 +97,8 @@ def write_manifest(
         index = s["shard"]
         if s.get("made_with", made_with) != made_with:
             raise StageError(
-                f"{root}: shard {shard_name(index)} was made for another folder, or by a process of before this one was "
-                "begun; move its files away, and run the same command again"
+                f"{root}: shard {shard_name(index)} was made for another folder, or by a process of before this one "
+                "was begun; move its files away, and run the same command again"
             )
         for suffix, file in s["files"].items():
             found = sizes.get(suffix, {}).get(index)

@@ -102,8 +102,8 @@ def refuse_other_settings(stage: Stage) -> None:
     changes = ["not begun"] if stored is None else stage.made_with().differs(made_with_of(stored))
     if changes:
         raise StageError(
-            f"{stage.root}: was made with other settings or weights than there are now ({'; '.join(changes)}); put them "
-            "back, or run with --redo"
+            f"{stage.root}: was made with other settings or weights than there are now ({'; '.join(changes)}); put "
+            "them back, or run with --redo"
         )
 
 

@@ -50,7 +50,7 @@ def is_old(root: str) -> bool:
 
 
 def take_over(root: str, made_with: Fingerprint, data: str, redo: bool = False) -> None:
-    """Take over a folder of format 1; under the lease. Raises ConfigError where it cannot be, and changes nothing then."""
+    """Take over a folder of format 1; under the lease. Raises ConfigError, and changes nothing, where it cannot be."""
     from shards.commit import write_made_with
     from shards.dataset import MANIFEST, read_stats_of
 
