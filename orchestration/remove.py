@@ -33,6 +33,7 @@ from shards.layout import RunPaths
 from shards.listing import listed
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
+from shards.takeover import take_over_as_it_is
 
 log = logging.getLogger("carrara")
 
@@ -141,6 +142,7 @@ def settle_latents(config: RunConfig, again: bool = True) -> str:
     (stage, _), *_ = stages.shard_stages("latents", config)
     try:
         with Lease(paths.status, stage.name, paths.latents, on_ray=False):
+            take_over_as_it_is(paths.latents, ".safetensors")
             bar = Progress("latents: take-down", len(shards), "shards")
             changed = latents_takedown.take_out(paths.latents, paths.images, bar.update)
             bar.close()

@@ -376,7 +376,8 @@ class _Growing:
         if committed:
             raise ConfigError(
                 f"{len(lost)} shards that an earlier version made ({shard_name(shards[0])} to "
-                f"{shard_name(shards[-1])}, {samples:,} pictures) were made of other rows than the table has now, which makes {new} new ones. "
+                f"{shard_name(shards[-1])}, {samples:,} pictures) were made of other rows than the table has now, and "
+                f"it makes {new} new ones. "
                 "Nothing was touched. Put the table back as it was, and give new rows as a file of their own; or take "
                 "its rows anew, as further shards, with --add-changed: what is stored stays, and a row that is there "
                 "twice counts as a duplicate"

@@ -96,6 +96,14 @@ def take_over(root: str, made_with: Fingerprint, data: str, redo: bool = False) 
     log.info("%s: %d shards of an older version are taken over", root, len(there.committed))
 
 
+def take_over_as_it_is(root: str, data: str) -> None:
+    """Take over a folder of format 1 with the settings it was made with, whatever those of today: for a take-down."""
+    from shards.commit import read_made_with
+
+    if read_made_with(root) is None and is_old(root):
+        take_over(root, Fingerprint("", 0, {}), data, redo=True)
+
+
 def _move_aside(root: str, name: str) -> None:
     for other in storage.list_names(root):
         if other.startswith(name + "."):
