@@ -123,9 +123,10 @@ def report_path(config: RunConfig, checkpoint: str) -> str:
     return storage.join(RunPaths(config.run).reports, f"{checkpoint}.html")
 
 
-def run(name: str, config: RunConfig, local: bool = False, redo: bool = False) -> None:
+def run(name: str, config: RunConfig, local: bool = False, redo: bool = False, add_changed: bool = False) -> None:
     """Run one stage to its end; on Ray, which is connected to only if there is something to do.
 
+    add_changed: of ingest, take the rows of a table's file that changed anew, as further shards.
     Raises ConfigError where an input is missing, StageError, or Stopped.
     """
     if pretrained(name, config):
@@ -142,6 +143,7 @@ def run(name: str, config: RunConfig, local: bool = False, redo: bool = False) -
     else:
         stages = shard_stages(name, config)
         if name == "ingest":
+            stages = [(dataclasses.replace(s, add_changed=add_changed), pool) for s, pool in stages]  # type: ignore[type-var]
             for stage, _ in stages:
                 stage.check()  # type: ignore[attr-defined]  # opens the table and finds its columns
         work = lambda: _run_shards(name, stages, config, local, redo)  # noqa: E731
