@@ -8,6 +8,7 @@ threads; a node of two cores is assumed where hours are given.
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import sys
@@ -85,7 +86,7 @@ def plan_() -> None:
             for what, rule in cases:
                 roots = {s: f"{name}/{what}/{s}" for s in ("train", *(["heldout"] if rule else []))}
                 source = TableSource(layout, A_SHARD, rule)
-                seconds, cpu, _ = timed(lambda r=roots, s=source: plan.grow(r, s))
+                seconds, cpu, _ = timed(functools.partial(plan.grow, roots, source))
                 rate = files * rows / cpu
                 scaled = f"2e9 rows / {rate:,.0f} = {ROWS / rate / 60:.1f} core-minutes"
                 if rule:
@@ -138,7 +139,7 @@ def _sidecars(folder: Path, shards: int, rows: int = A_SHARD) -> None:
             "caption": pa.array(_words(rng, rows, 0.8)),
             "key": pa.array([f"{s:05d}{i:04d}" for i in range(rows)]),
             "status": pa.array(np.where(ok, "success", "failed_to_download")),
-            "error": pa.array(np.where(ok, None, "timeout"), pa.string()),
+            "error": pa.array([None if o else "timeout" for o in ok.tolist()], pa.string()),
             "sha256": pa.array(sha),
             "url_digest": pa.array(numbers),
             "final_url_digest": pa.nulls(rows, pa.uint64()),

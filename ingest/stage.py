@@ -517,7 +517,8 @@ def retry_lines(root: str, known: plan.Plan, codes: frozenset[str], full: int) -
     taken = _Taken()
     for line in known.retries():
         taken.open_codes(line)
-    number, lines, total = known.next_number, [], 0
+    number, total = known.next_number, 0
+    lines: list[Line] = []
     shards: list[int] = []
     rows = 0
 
