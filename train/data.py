@@ -19,7 +19,11 @@ from shards.columns import ColumnShard
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.settings import ConfigError, StageError
-from train.order import Mixture, Order
+from train.order import Order
+
+
+def batch_slots(samples, rank, world, micro_step, accumulation):
+    return np.arange(rank + world * micro_step, samples, world * accumulation, dtype=np.int64)
 
 Batch = dict[str, torch.Tensor]
 S = TypeVar("S", ImageShard, "LatentShard")
