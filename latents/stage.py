@@ -19,6 +19,7 @@ import dataclasses
 import io
 import itertools
 import json
+import logging
 import threading
 import time
 from collections import Counter
@@ -35,15 +36,18 @@ from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, 
 from latents.pictures import Fit, ahead, crop_before, resize_crop_to
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
 from shards import images, storage
-from shards.columns import column, members, pack_columns
-from shards.dataset import MANIFEST, Dataset, commit_shard, read_exclusions, read_stats, write_manifest
-from shards.fingerprint import Fingerprint
-from shards.layout import RunPaths
+from shards.columns import COLUMN_ROW, column, members, pack_columns
+from shards.dataset import MANIFEST, Dataset, read_stats, write_manifest
+from shards.exclusions import write_exclusions
+from shards.fingerprint import Fingerprint, digest_bytes
+from shards.layout import RunPaths, shard_name
 from shards.settings import ConfigError, StageError
-from shards.stage import Task
+from shards.stage import Task, open_folder, refuse_other_settings
 
 if TYPE_CHECKING:
     from latents.encoders import TextEncoder, Vae
+
+log = logging.getLogger("carrara.latents")
 
 VERSION = 3  # raise it when the bytes of a shard change for the same settings
 
@@ -75,11 +79,24 @@ class _Plan:
     order: np.ndarray
 
 
+@dataclasses.dataclass
+class _LeftOut:
+    """Rows (int64) of a latent shard that are excluded by now: those with a latent, those that were set aside."""
+
+    latents: np.ndarray
+    failed: np.ndarray
+
+
+def _rows_digest(rows: np.ndarray) -> str:
+    return digest_bytes(rows.astype("<i8").tobytes())[:16]
+
+
 class LatentsStage:
     """Stage over the run's image shards. Small and picklable: settings and paths."""
 
     name = "latents"
     unit = "images"
+    data = ".safetensors"
     in_hand = 2  # shards a worker is given at a time
 
     def __init__(self, config: LatentsConfig, run: RunPaths, vae_ref: str, text_ref: str, seed: int = 0) -> None:
@@ -91,10 +108,8 @@ class LatentsStage:
         self.root = run.latents
         self._opened: tuple[tuple[int, int] | None, Dataset] | None = None
 
-    def tasks(self) -> Iterator[Task]:
-        """One task an image shard; raises ConfigError where weights are missing or do not fit the resolution."""
-        dataset = self.images()
-        self._refuse_void(dataset)
+    def made_with(self) -> Fingerprint:
+        """Settings and weights; raises ConfigError where weights are missing or do not fit the resolution."""
         vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
         for bucket in self.config.bucket_list():
             if bucket.width % vae.downscale or bucket.height % vae.downscale:
@@ -110,9 +125,20 @@ class LatentsStage:
                 "set latents.moments to false"
             )
         weights = {"vae": vae.digest, "text": text.digest}
-        common = Fingerprint(self.name, VERSION, self.config.settings(), None, weights)
-        for position, info in enumerate(dataset.shards):
-            yield Task(info.index, common.of(info.digest), {"position": position})
+        return Fingerprint(self.name, VERSION, self.config.settings(), None, weights)
+
+    def tasks(self) -> Iterator[Task]:
+        """One task an image shard. Its latents are done where they are committed for the shard as it was born: what is
+        excluded or taken out later is left out by the reader."""
+        images = self.images()
+        self._refuse_void(images)
+        for position, info in enumerate(images.shards):
+            yield Task(info.index, info.born, position)
+
+    def is_current(self) -> bool:
+        """Whether the manifest was written for the image shards' present one."""
+        manifest = storage.read_json(storage.join(self.root, MANIFEST))
+        return isinstance(manifest, dict) and manifest.get("images") == self.images().fingerprint
 
     def _refuse_void(self, dataset: Dataset) -> None:
         """Raises ConfigError where the pictures have lost already what these settings are about."""
@@ -138,44 +164,71 @@ class LatentsStage:
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Check the accounting, merge the statistics in shard order, write the manifest and return it."""
         vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
-        weights = {"vae": vae.digest, "text": text.digest}
-        expected = {s.index: s for s in self.images().shards}
-        total: ChannelStats | None = None
+        refuse_other_settings(self)  # weights may have been exchanged during the run
+        images, total = self.images(), None
+        expected = {s.index: s for s in images.shards}
         status: Counter[str] = Counter()
         errors: Counter[str] = Counter()
-        kept, buckets, bucket_counts = [], self.config.bucket_list(), []
-        for s in stats:
-            _check_accounting(self.root, s, expected.pop(s["shard"], None))
-            if s["fingerprint"]["weights"] != weights:
-                raise StageError(
-                    f"{self.root}: shard {s['shard']} was made with other weights than lie at '{vae.ref}' and "
-                    f"'{text.ref}' now; put those back, or run with --redo"
-                )
-            status.update(s["status"])
-            errors.update(s["errors"])
-            if s["channels"]:
-                part = ChannelStats.from_json(s["channels"])
-                total = part if total is None else total.merge(part)
-            if len(buckets) > 1:
-                bucket_counts.append(s["buckets"])
-            # Only what the manifest needs, so that a table of 200,000 shards stays small in memory.
-            kept.append({k: s[k] for k in ("shard", "rows", "count", "files")})
-        if expected:
-            raise StageError(f"{self.root}: {len(expected)} shards are missing, the first is {min(expected)}")
-        if total is None:
-            raise StageError(f"{self.root}: not one picture could be encoded; see 'error' in the shards' .parquet")
-        extra = {
-            "resolution": self.config.resolution,
-            "buckets": [b.to_json() for b in buckets],
-            **({"bucket_counts": bucket_counts} if len(buckets) > 1 else {}),
-            "settings": self.config.settings(),
-            "vae": _vae_facts(vae),
-            "text": _text_facts(text, self.config.text_layer),
-            "channels": total.summary(),
-            "status": {k: status[k] for k in STATUSES if status[k]},
-            "errors": dict(sorted(errors.items())),
-        }
-        return write_manifest(self.root, "latents", kept, extra)
+        buckets = self.config.bucket_list()
+        laid: list[list[int]] = []  # rows of each bucket in each shard's columns, whatever became of their samples since
+        later: list[int] = []  # shards of which samples were excluded since
+        without = 0
+
+        def folded() -> Iterator[dict[str, Any]]:
+            nonlocal total, without
+            for s in stats:
+                index = s["shard"]
+                source = expected.pop(index, None)
+                out = images.exclusions.rows(index)
+                left_out = self._left_out(index, out) if len(out) and s.get("excluded") != _rows_digest(out) else None
+                without += _check_accounting(self.root, s, source, left_out)
+                if left_out is not None and len(left_out.latents):
+                    later.append(index)
+                status.update(s["status"])
+                errors.update(s["errors"])
+                if s["channels"]:
+                    part = ChannelStats.from_json(s["channels"])
+                    total = part if total is None else total.merge(part)
+                laid.append(s.get("laid") or s.get("buckets") or [s["count"]])
+                yield s
+
+        def exclusions() -> str | None:
+            return write_exclusions(self.root, (self._excluded(images, index) for index in later))
+
+        def extra() -> dict[str, Any]:
+            if expected:
+                raise StageError(f"{self.root}: {len(expected)} shards are missing, the first is {min(expected)}")
+            if total is None:
+                raise StageError(f"{self.root}: not one picture could be encoded; see 'error' in the shards' .parquet")
+            if without:
+                log.warning("%s: %d images that can be used have no latents: they were left out when the latents were "
+                            "made; --redo makes them", self.root, without)
+            return {
+                "images": images.fingerprint,
+                "resolution": self.config.resolution,
+                "buckets": [b.to_json() for b in buckets],
+                "laid": laid,
+                "settings": self.config.settings(),
+                "vae": _vae_facts(vae),
+                "text": _text_facts(text, self.config.text_layer),
+                "channels": total.summary(),
+                "status": {k: status[k] for k in STATUSES if status[k]},
+                "errors": dict(sorted(errors.items())),
+                "without_latents": without,
+            }
+
+        return write_manifest(self.root, "latents", folded(), extra, exclusions)
+
+    def _left_out(self, index: int, out: np.ndarray) -> _LeftOut:
+        """Of the rows that are excluded now: those that have a latent, and those that were to have one."""
+        table = storage.read_parquet(storage.join(self.root, shard_name(index) + ".parquet"), ["status"])
+        status = np.array(table["status"].to_pylist())[out]
+        return _LeftOut(out[status == "success"], out[status == "failed_to_encode"])
+
+    def _excluded(self, images: Dataset, index: int) -> pa.Table:
+        table = images.exclusions.of(index)
+        rows = table["row"].to_numpy()
+        return table.filter(pa.array(np.isin(rows, self._left_out(index, rows.astype(np.int64)).latents)))
 
     def images(self) -> Dataset:
         """The image shards by their manifest as it is now, which is parsed once: 200,000 shards make it long."""
@@ -200,7 +253,8 @@ class _Worker:
         self.device = pick_device(stage.config.device)
         self.dataset = stage.images()
         self.cropped = picture_settings(self.dataset).get("resize_mode") == "center_crop"
-        self.excluded = _excluded_reasons(self.dataset.root)
+        self.made_with = stage.made_with()
+        self.folder = open_folder(stage)
         self._encoders, self._reading = threading.Lock(), threading.Lock()
         how = {"channels_last": self.config.channels_last, "compile": self.config.compile}
         with fixed_arithmetic(self.config.threads):
@@ -213,12 +267,15 @@ class _Worker:
         """Encode and commit one shard; returns its committed stats."""
         from latents.encoders import require_digest
 
-        weights = task.fingerprint.weights or {}
+        weights = self.made_with.weights or {}
         require_digest("the VAE", self.vae.digest, weights["vae"], self.vae.ref)
         require_digest("the CLIP", self.text.digest, weights["text"], self.text.ref)
+        if (found := self.folder.adopt(task.index)) is not None:
+            return found
         started = time.perf_counter()
         try:
             shard, excluded = self._open(task)
+            known = np.array(sorted(excluded), np.int64)
             try:
                 shard.fetch()
                 files, stats = self._make(shard, excluded)
@@ -232,22 +289,22 @@ class _Worker:
         seconds = time.perf_counter() - started
         stats["seconds"] = round(seconds, 3)
         stats["images_per_second"] = round(stats["count"] / seconds, 3)
-        return commit_shard(self.root, task.index, files, stats, task.fingerprint)
+        if len(known):
+            stats["excluded"] = _rows_digest(known)
+        return self.folder.commit(task.index, files, stats, task.input)
 
     def _open(self, task: Task) -> tuple[images.ImageShard, dict[int, str]]:
-        position = task.payload["position"]
+        position = task.payload
         with self._reading:
             info = self.dataset.shards[position] if position < len(self.dataset.shards) else None
-            if info is None or info.digest != task.fingerprint.input:
+            if info is None or info.born != task.input:
                 # The images were finished again since this worker started.
                 self.dataset = Dataset.open(self.dataset.root)
-                self.excluded = _excluded_reasons(self.dataset.root)
-                if self.dataset.shards[position].digest != task.fingerprint.input:
+                if self.dataset.shards[position].born != task.input:
                     raise StageError(
                         f"{self.dataset.root}: the images changed during the run; run the same command again"
                     )
-            shard = images.ImageShard(self.dataset, position)
-            return shard, self.excluded.get(shard.info.index, {})
+            return images.ImageShard(self.dataset, position), self.dataset.exclusions.reasons(task.index)
 
     def _make(self, shard: images.ImageShard, excluded: dict[int, str]) -> tuple[dict[str, bytes], dict[str, Any]]:
         count = len(shard)
@@ -521,7 +578,7 @@ class _Worker:
             table = _with_column(table, name, pa.array(values, pa.string()))
         for name, numbers in fits.items():
             table = _with_column(table, name, pa.array(numbers, pa.int32()))
-        table = _with_column(table, "sample", pa.array(number, pa.int32()))
+        table = _with_column(table, COLUMN_ROW, pa.array(number, pa.int32()))
         return table.replace_schema_metadata(None)
 
 
@@ -553,8 +610,7 @@ def describe(arrays: dict[str, np.ndarray], table: pa.Table, buckets: int = 1) -
         "captions": len(arrays["embeddings"]) if "embeddings" in arrays else None,
         "channels": of_columns(arrays).to_json(),
     }
-    if buckets > 1:
-        stats["buckets"] = [len(arrays[column("mean", b, buckets)]) for b in range(buckets)]
+    stats["laid"] = [len(arrays[column("mean", b, buckets)]) for b in range(buckets)]
     return stats
 
 
@@ -636,8 +692,9 @@ def picture_settings(dataset: Dataset) -> dict[str, Any]:
     return dict((made or {}).get("settings") or {})
 
 
-def _check_accounting(root: str, stats: dict[str, Any], source: Any) -> None:
-    """Rows in = rows out, each with one status; raises StageError naming the shard where that does not hold."""
+def _check_accounting(root: str, stats: dict[str, Any], source: Any, left_out: _LeftOut | None) -> int:
+    """Rows in = rows out, each with one status; raises StageError naming the shard where that does not hold. Returns how
+    many images of the shard that can be used now have no latent, since they were left out when it was made."""
     shard = f"{root}: shard {stats['shard']}"
     if source is None:
         raise StageError(f"{shard} has no image shard; the images changed during the run, run the same command again")
@@ -647,10 +704,15 @@ def _check_accounting(root: str, stats: dict[str, Any], source: Any) -> None:
     if sum(stats["status"].values()) != stats["rows"] or stats["rows"] != source.rows:
         raise StageError(f"{shard} has {stats['rows']} rows where its image shard has {source.rows}; rows were lost")
     success, failed = stats["status"].get("success", 0), stats["status"].get("failed_to_encode", 0)
-    if success != stats["count"] or success + failed != source.count:
+    done = success + failed
+    if left_out is not None:
+        done -= len(left_out.latents) + len(left_out.failed)
+    changed = left_out is not None or "excluded" in stats  # what was left out once may be in use again
+    if success != stats["count"] or done > source.count or (done < source.count and not changed):
         raise StageError(
             f"{shard} has {stats['count']} latents and {failed} set aside where there were {source.count} pictures"
         )
+    return source.count - done
 
 
 def _vae_facts(vae: VaeWeights) -> dict[str, Any]:
@@ -671,14 +733,6 @@ def _text_facts(text: ClipWeights, layer: str) -> dict[str, Any]:
         "context_length": text.context_length,
         "width": text.width,
     }
-
-
-def _excluded_reasons(root: str) -> dict[int, dict[int, str]]:
-    """Why a sample is not to be used, by shard number and row."""
-    reasons: dict[int, dict[int, str]] = {}
-    for line in read_exclusions(root).to_pylist():
-        reasons.setdefault(line["shard"], {})[line["row"]] = line["reason"]
-    return reasons
 
 
 def _texts(table: pa.Table, name: str) -> list[Any]:

@@ -36,6 +36,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+HEADER = 8  # bytes of the header's length
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -147,8 +148,26 @@ class ColumnFile:
         return np.frombuffer(data, dtype).reshape(shape)
 
 
+COLUMN_ROW = "column_row"  # of a sidecar: int32, the row in the columns; null where a sample has none
+
+
+def column_rows(table: pa.Table) -> np.ndarray:
+    """The row in the columns of each row of a sidecar, int64; -1 where it has none.
+
+    Sidecars that do not say so lie in the order of the columns, and those rows are in them that are a success.
+    """
+    if COLUMN_ROW in table.column_names:
+        return table[COLUMN_ROW].fill_null(-1).to_numpy().astype(np.int64)
+    success = np.array([s == "success" for s in table["status"].to_pylist()], bool)
+    return np.where(success, np.cumsum(success) - 1, -1).astype(np.int64)
+
+
 class ColumnShard:
-    """One shard of columns, memory-mapped where the dataset lies on a file system."""
+    """One shard of columns, memory-mapped where the dataset lies on a file system.
+
+    arrays: the columns of the samples that can be used, in their order. Where some were excluded or taken out since the
+    shard was made, they are left out of these.
+    """
 
     def __init__(self, dataset: Dataset, position: int) -> None:
         self.info = dataset.shards[position]
@@ -161,6 +180,9 @@ class ColumnShard:
             buffer = storage.read_bytes(url)
         self.arrays, self.metadata = unpack_columns(buffer)
         self._table: pa.Table | None = None
+        count = _length(self.arrays)
+        if count is not None and count != self.info.count:
+            self.arrays = keep_rows(self.arrays, np.sort(column_rows(self.table)[self._live()]), count)
 
     def __len__(self) -> int:
         return self.info.count
@@ -172,12 +194,24 @@ class ColumnShard:
             self._table = self._dataset.sidecar(self.info.index)
         return self._table
 
+    def _live(self) -> np.ndarray:
+        """The rows of the sidecar whose samples can be used, int64, sorted."""
+        live = np.array([s == "success" for s in self.table["status"].to_pylist()], bool)
+        live[self._dataset.excluded_rows(self.info.index)] = False
+        return np.flatnonzero(live)
+
     @property
     def keys(self) -> list[str]:
-        """Keys of the samples that are in the columns, in their order."""
-        table = self.table
-        keys, status = table["key"].to_pylist(), table["status"].to_pylist()
-        return [k for k, s in zip(keys, status, strict=True) if s == "success"]
+        """Keys of the samples that are in `arrays`, in their order."""
+        rows = self._live()
+        rows = rows[np.argsort(column_rows(self.table)[rows], kind="stable")]
+        return list(self.table["key"].take(pa.array(rows)).to_pylist())
+
+
+def _length(arrays: dict[str, np.ndarray]) -> int | None:
+    """How many samples the columns hold; None where no column has one row a sample."""
+    plain = [n for n in arrays if "." not in n and n not in BY_CAPTION and not n.startswith("empty_")]
+    return len(arrays[plain[0]]) if plain else None
 
 
 # ---- latents: which rows are a sample's ----------------------------------------------------------------------------
@@ -201,7 +235,8 @@ def members(arrays: Mapping[str, np.ndarray], bucket: int, samples: int) -> np.n
 def _rows(arrays: Mapping[str, np.ndarray], name: str, samples: int) -> np.ndarray:
     """The samples, int64, that the rows of a column belong to."""
     number = name.rpartition(".")[2]
-    return members(arrays, int(number), samples) if "." in name and number.isdigit() else np.arange(samples)
+    of_bucket = "." in name and number.isdigit() and "bucket" in arrays
+    return members(arrays, int(number), samples) if of_bucket else np.arange(samples)
 
 
 def value_of(arrays: Mapping[str, np.ndarray], name: str, sample: int, resolution: int = 0) -> np.ndarray | None:
@@ -215,43 +250,32 @@ def value_of(arrays: Mapping[str, np.ndarray], name: str, sample: int, resolutio
     return arrays[name][sample] if name in arrays else None
 
 
-def blank_columns(data: bytes, samples: np.ndarray) -> bytes:
-    """A latent shard of the same length in which every row of some samples is zero: they are not `alive` any more.
+def samples_columns(arrays: dict[str, np.ndarray], gone: np.ndarray, living: np.ndarray) -> dict[str, np.ndarray]:
+    """By column, the rows that belong to the samples `gone` alone: what is zeroed when they are taken out.
 
-    samples: int64, by their place among the shard's samples. Embeddings go with the last sample that shares their
-    caption. Where the shard has no column `alive`, whoever reads it must know by other means. Done twice it is the
-    same as done once.
+    Where a sample lies (`bucket`, `embedding_index`, `text_end.*`) stays, so that the others are still found. living:
+    the samples that stay; an embedding goes when none of them has it.
     """
-    arrays, _ = unpack_columns(data)
-    count = len(arrays["bucket"]) if "bucket" in arrays else len(arrays["tokens"])
-    gone = np.zeros(count, bool)
-    gone[np.asarray(samples, np.int64)] = True
-    head = 8 + int.from_bytes(data[:8], "little")
-    _, columns = _parse(data[8:head], len(data) - head)
-    result = bytearray(data)
-    after = {n: np.frombuffer(memoryview(result)[head:], dtype, int(np.prod(shape, dtype=np.int64)), at).reshape(shape)
-             for n, (dtype, shape, at) in columns.items()}  # fmt: skip
-    used: dict[int, bool] = {}
+    found = {}
+    count = _length(arrays) or 0
+    taken, stays = np.zeros(count, bool), np.zeros(count, bool)
+    taken[gone], stays[living] = True, True
+    lost: set[int] = set()
+    kept: set[int] = set()
     for name, array in arrays.items():
-        base = name.split(".")[0]
-        if name.startswith("empty_") or name == "bucket" or base in BY_CAPTION or base in ("text", "text_end"):
-            continue
+        base, _, rest = name.partition(".")
         rows = _rows(arrays, name, count)
         if base == "embedding_index":
-            alive = arrays.get(name.replace("embedding_index", "alive"), np.ones(len(array), np.uint8)) != 0
-            for row, caption in enumerate(array.tolist()):
-                used[caption] = used.get(caption, False) or bool(alive[row] and not gone[rows[row]])
-            continue  # it stays, so that a second time finds the same captions
-        after[name][gone[rows]] = 0
-    for name in arrays:
-        base, _, rest = name.partition(".")
-        if base in BY_CAPTION:
-            after[name][[caption for caption, still in used.items() if not still]] = 0
+            lost.update(array[taken[rows]].tolist())
+            kept.update(array[stays[rows]].tolist())
         elif base == "text":
-            ends, rows = arrays["text_end." + rest], _rows(arrays, name, count)
-            for row in np.flatnonzero(gone[rows]).tolist():
-                after[name][(ends[row - 1] if row else 0) : ends[row]] = ord(" ")
-    return bytes(result)
+            ends = arrays["text_end." + rest]
+            found[name] = np.flatnonzero(np.repeat(taken[rows], np.diff(ends, prepend=0)))
+        elif base not in ("bucket", "text_end", *BY_CAPTION) and not name.startswith("empty_"):
+            if len(array) != len(rows):
+                raise ValueError(f"column '{name}' has {len(array)} rows where there are {len(rows)} samples")
+            found[name] = np.flatnonzero(taken[rows])
+    return found | {name: np.array(sorted(lost - kept), np.int64) for name in BY_CAPTION if name in arrays}
 
 
 def keep_rows(arrays: dict[str, np.ndarray], kept: np.ndarray, count: int) -> dict[str, np.ndarray]:
