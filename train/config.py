@@ -374,7 +374,7 @@ class TrainConfig(FitConfig):
 
 
 def stored_config(data: dict[str, Any]) -> TrainConfig:
-    """The `train` section as a checkpoint keeps it, also of an older version: settings that are no more are left out."""
+    """The `train` section as a checkpoint keeps it, also of an older version: settings that are gone are left out."""
     known = {k: v for k, v in data.items() if k in TrainConfig.model_fields}
     return TrainConfig.model_validate(known, context={"stored": True})
 

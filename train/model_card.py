@@ -39,7 +39,8 @@ others decides what to let through. {licence}
 ## Its parts
 
 - VAE: `{vae_ref}`, latents times {scaling_factor}, sha256 `{vae_digest}`.
-- Text encoder: `{text_ref}`, sha256 `{text_digest}`; {layer}, {context_length} tokens of {width} values;\n  a shorter prompt is filled up with {pad}.
+- Text encoder: `{text_ref}`, sha256 `{text_digest}`; {layer}, {context_length} tokens of {width} values;
+  a shorter prompt is filled up with {pad}.
 - The tokenizer is open_clip's. Captions were cleaned before training as open_clip does it: lower case, HTML entities
   resolved, broken encodings repaired. A prompt gives the same tokens if it is clean in that sense.
 

@@ -92,14 +92,8 @@ def bucketed(root: Path, counts: tuple[int, ...] = (9, 14, 5, 12)) -> Dataset:
         )
     extra = {
         "resolution": 32,
-        "vae": {"ref": "none", "digest": "v" * 64, "scaling_factor": 1.0, "config": {}},
-        "text": {
-            "ref": "none",
-            "digest": "t" * 64,
-            "layer": "last",
-            "context_length": tiny.CONTEXT,
-            "width": tiny.WIDTH,
-        },
+        "vae": {**tiny.encoders()["vae"], "scaling_factor": 1.0},
+        "text": tiny.encoders()["text"],
         "buckets": [{"resolution": 32, "width": 8 * w, "height": 8 * h} for h, w in SHAPES],
         "bucket_counts": table,
     }
@@ -308,7 +302,7 @@ def test_sources_come_by_weight_and_must_be_of_one_kind(run: Path, tmp_path: Pat
     stored = ColumnShard(datasets[1], 0).arrays["mean"].astype(np.float32)
     assert {m.tobytes() for m in second[:20]} == {m.tobytes() for m in stored}
     manifest = tmp_path / "more" / "dataset.json"
-    manifest.write_text(manifest.read_text().replace("v" * 64, "w" * 64))
+    manifest.write_text(manifest.read_text().replace(tiny.encoders()["vae"]["digest"], "w" * 64))
     with pytest.raises(ConfigError, match=r"train\.sources: .* another VAE"):
         Latents([datasets[0], Dataset.open(str(tmp_path / "more"))], 0, 2, 8, (1.0, 1.0))
 
