@@ -112,7 +112,7 @@ def _checkpoint(run: RunPaths, name: str, weights: str) -> Subject:
         name=name,
         weights=weights,
         digest=digest_json({"weights": _weights_digest(run, folder, manifest, weights), "config": config}),
-        resolution=int(Dataset.open(run.latents).manifest["resolution"]),
+        resolution=int(manifest.get("resolution") or Dataset.open(run.latents).manifest["resolution"]),
         images=manifest.get("images"),
         exported=False,
     )

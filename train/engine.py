@@ -11,7 +11,7 @@ import torch
 
 from shards.settings import ConfigError
 from train.config import FitConfig, ema_name
-from train.objectives import Objective
+from train.objective import Objective
 from train.optimizer import EmaAdamW, parameter_groups
 from train.ranks import Ranks, import_deepspeed
 
@@ -122,7 +122,8 @@ def _compile(objective: Objective) -> None:
         )
     # Beyond its limit torch would go on without compiling, and say so in a log at most.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
-    objective.model.compile(dynamic=False)
+    for network in objective.networks():
+        network.compile(dynamic=False)
 
 
 def backward(engine: Any, loss: torch.Tensor, scale: LossScale) -> None:

@@ -22,7 +22,9 @@ from shards import storage
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths
 from train import checkpoint, folders
-from train.objectives import MAX_LOGIT_SCALE, Autoencoder, Clip, Objective, to_unit
+from train.autoencoder import Autoencoder, to_unit
+from train.clip import MAX_LOGIT_SCALE, Clip
+from train.objective import Objective
 from train.order import batch_positions
 from train.ranks import Ranks
 from train.state import MARKER, StagePaths

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
     from train.data import Batch
-    from train.objectives import Objective
+    from train.objective import Objective
 
 # Dense peaks in FLOP/s of the makers' data sheets, by a part of the device's name: (16-bit, fp32 or TF32).
 PEAKS = {

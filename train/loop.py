@@ -37,7 +37,7 @@ from train.data import Ahead, Batch
 from train.flops import count_flops
 from train.guard import Guard
 from train.journal import Journal, crossed
-from train.objectives import Objective
+from train.objective import Objective
 from train.optimizer import EmaAdamW, ema_decay, learning_rate
 from train.order import derive_key
 from train.ranks import Ranks, Sigterm, Stopped

@@ -82,7 +82,7 @@ def test_models_that_cannot_be(run: Path, stage: str, key: str, value: Any, sent
     sections = read(run, data)
     dataset = Dataset.open(str(run / ("latents" if stage == "train" else "images")))
     with pytest.raises(ConfigError, match=sentence) as e:
-        build(stage, getattr(sections, stage), [dataset], 0, "cpu")
+        build(stage, getattr(sections, stage), [dataset], 0)
     assert "\n" not in str(e.value)
 
 
