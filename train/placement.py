@@ -19,6 +19,9 @@ import numpy as np
 from train.order import Order
 
 
+FEWEST_ROWS = 8  # of a window, however rare its bucket
+
+
 class Ring:
     """Deals turns to kinds in proportion to weights, by a fixed cycle of the shortest length that meets them."""
 
@@ -122,7 +125,9 @@ class Placement:
             for b in held.used:
                 for x in held.sources[b]:
                     if (x.key, b) not in self.orders:
-                        self.orders[x.key, b] = Order(x.counts[:, b], f"{x.key}:{seed}", streams, window)
+                        # Where a stream lies open in every bucket, they share what it holds.
+                        rows = max(min(window, FEWEST_ROWS), round(window * x.counts[:, b].sum() / x.counts.sum()))
+                        self.orders[x.key, b] = Order(x.counts[:, b], f"{x.key}:{seed}", streams, int(rows))
             self._held.append(held)
             if n + 1 < len(segments):
                 steps, rest = divmod(segments[n + 1].images - segment.images, segment.batch_size)
