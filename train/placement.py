@@ -136,6 +136,8 @@ class Placement:
                 begin, given = _after(held, steps, streams)
 
     def _at(self, position: int) -> _Held:
+        if position < self.first:
+            raise ValueError(f"position {position} lies before the order that begins at {self.first}")
         return next(h for h in reversed(self._held) if h.segment.images <= position)
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -157,6 +159,22 @@ class Placement:
     def samples(self, position: int) -> int:
         """How many samples the batch that a position belongs to has."""
         return self._at(position).segment.sizes[self.bucket(position)]
+
+    def batch_size(self, position: int) -> int:
+        """How many positions the step that a position belongs to counts."""
+        return self._at(position).segment.batch_size
+
+    @property
+    def first(self) -> int:
+        """The first position that there is."""
+        return self.segments[0].images
+
+    @property
+    def size(self) -> int:
+        """How many samples the last segment's sources hold, of the buckets that are trained on."""
+        last = self.segments[-1]
+        used = np.flatnonzero(last.sizes)
+        return sum(int(x.counts[:, used].sum()) for x in last.sources)
 
     def locate(self, positions: np.ndarray) -> list[Part]:
         """Where the samples at these positions (int64 [B]) come from: each of them in one part."""
@@ -205,7 +223,7 @@ class Placement:
             return held.segment.images + step * held.segment.batch_size + slot
         return None
 
-    def first(self, key: str, bucket: int, shard: int, row: int) -> int | None:
+    def first_seen(self, key: str, bucket: int, shard: int, row: int) -> int | None:
         """The position at which a sample comes for the first time."""
         # A sample's second epoch may overtake its first by a few turns, where epochs are that short.
         found = [p for e in (0, 1) if (p := self.position(key, bucket, shard, row, e)) is not None]

@@ -136,6 +136,14 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     return History(streams, window, (record,))
 
 
+def place(
+    config: FitConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None
+) -> Placement:
+    """Where the samples of a run come from; history: None for one that begins now."""
+    history = history or begin(config, datasets)
+    return history.placement(tables(history, config, datasets), seed)
+
+
 def resume(
     stored: dict[str, Any] | None, images: int, step: int, config: FitConfig, datasets: Sequence[Dataset],
     adopt: bool = False, changes: Sequence[str] = (),

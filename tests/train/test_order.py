@@ -208,12 +208,12 @@ def test_the_inverse_says_when_each_sample_came_and_no_sample_comes_twice_more_o
     for key, when in list(came.items())[::7]:
         # Streams are a turn or so apart, so with epochs of a few turns a sample's next epoch may overtake.
         assert set(when) <= {placement.position(*key, e) for e in range(len(when) + 1)}
-        assert placement.first(*key) == min(when)
+        assert placement.first_seen(*key) == min(when)
     for x in sources[:2]:
         assert all(evenly(came, x, b) for b in range(3))
     never = [(k, b, s, r) for (k, b), o in placement.orders.items() for s in range(len(o.counts))
              for r in range(o.counts[s]) if (k, b, s, r) not in came]  # fmt: skip
-    assert all(placement.first(*key) >= 150 * 96 for key in never[::7])  # type: ignore[operator]
+    assert all(placement.first_seen(*key) >= 150 * 96 for key in never[::7])  # type: ignore[operator]
 
 
 def test_segments_change_nothing_before_them_and_break_no_epoch(sources: tuple[Source, ...]) -> None:
