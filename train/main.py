@@ -43,7 +43,7 @@ from train.state import discard, fingerprint, judge, open_input, stage_config, s
 
 if TYPE_CHECKING:
     from train.denoising import Diffusion
-    from train.loop import Job
+    from train.job import Job
     from train.objectives import Objective
 
 log = logging.getLogger("carrara.train")
@@ -73,7 +73,8 @@ def run(stage: str, config: str | TrainingSections, overrides: Sequence[str] = (
 
     # Heavy imports come after everything that can be refused at once.
     from train.finish import finish
-    from train.loop import Job, fit
+    from train.job import Job
+    from train.loop import fit
     from train.objectives import build
 
     ranks = join(settings.threads)
@@ -89,7 +90,7 @@ def run(stage: str, config: str | TrainingSections, overrides: Sequence[str] = (
             if found.state == "stale":
                 discard(paths)
             # One trainer writes here, so whatever is temporary is a dead one's.
-            storage.sweep_temporaries(str(paths.checkpoints), older_than_s=0.0)
+            storage.sweep_temporaries(paths.checkpoints, older_than_s=0.0)
         objective = build(stage, settings, datasets, sections.seed, ranks.device.type)
         used = [{"root": d.root, "fingerprint": d.fingerprint, "samples": len(d)} for d in datasets]
         facts = {"dataset": used[0], "sources": used, "seed": sections.seed}
