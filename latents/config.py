@@ -34,6 +34,11 @@ class LatentsConfig(Strict):
         description="the block whose output conditions the UNet, after the final norm or without: Stable Diffusion 1 "
         "has last, 2 penultimate, SDXL penultimate_no_norm",
     )
+    text_pad: Literal["zero", "end"] | None = Field(
+        default=None,
+        description="what follows a caption's end token: id 0 (Stable Diffusion 2, SDXL's second encoder), or the end "
+        "token again (Stable Diffusion 1); null: as the tokenizer of train.start_from has it, else zero",
+    )
     text_pooled: bool = Field(default=False, description="with embeddings: the CLIP's text embedding too, as for SDXL")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="arithmetic of the encoders; what is not finite is encoded again in float32"
@@ -64,6 +69,11 @@ class LatentsConfig(Strict):
         """All of them, the main one first."""
         return [self.resolution, *self.more_resolutions]
 
+    @property
+    def pad(self) -> str:
+        """What follows a caption's end token."""
+        return self.text_pad or "zero"
+
     def bucket_list(self) -> list[Bucket]:
         """Every shape there is, resolution by resolution; a bucket's number is its place here."""
         if self.buckets is None:
@@ -72,4 +82,7 @@ class LatentsConfig(Strict):
 
     def settings(self) -> dict[str, Any]:
         """The settings that change the bytes of a shard, for its fingerprint."""
-        return self.model_dump(exclude=set(PLACEMENT))
+        found = self.model_dump(exclude=set(PLACEMENT))
+        if self.pad == "zero":  # as all latents had it before there was a choice
+            del found["text_pad"]
+        return found

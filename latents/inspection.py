@@ -99,7 +99,9 @@ def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
     buckets = [Bucket(**b) for b in manifest["buckets"]]
     vae, text = load_vae(stage.vae_ref, device, config.precision), None
     require_digest("the VAE", vae.digest, manifest["vae"]["digest"], vae.ref)
-    text = load_text(stage.text_ref, manifest["text"]["layer"], device, config.precision)
+    text = load_text(
+        stage.text_ref, manifest["text"]["layer"], device, config.precision, manifest["text"].get("pad", "zero")
+    )
     require_digest("the CLIP", text.digest, manifest["text"]["digest"], text.ref)
     rng = np.random.default_rng(seed)
     seen: list[Seen] = []

@@ -152,7 +152,7 @@ class LatentsStage:
             **({"bucket_counts": bucket_counts} if len(buckets) > 1 else {}),
             "settings": self.config.settings(),
             "vae": _vae_facts(vae),
-            "text": _text_facts(text, self.config.text_layer),
+            "text": _text_facts(text, self.config.text_layer, self.config.pad),
             "channels": total.summary(),
             "status": {k: status[k] for k in STATUSES if status[k]},
             "errors": dict(sorted(errors.items())),
@@ -187,7 +187,7 @@ class _Worker:
         with fixed_arithmetic(self.config.threads):
             self.vae: Vae = load_vae(stage.vae_ref, self.device, self.config.precision, **how)
             self.text: TextEncoder = load_text(
-                stage.text_ref, self.config.text_layer, self.device, self.config.precision
+                stage.text_ref, self.config.text_layer, self.device, self.config.precision, self.config.pad
             )
 
     def __call__(self, task: Task) -> dict[str, Any]:
@@ -256,6 +256,8 @@ class _Worker:
             "micro": self._micro(shard, plan, samples)[kept],
         }
         metadata = {"vae": self.vae.digest, "text": self.text.digest, "text_layer": self.text.layer}
+        if self.text.pad != "zero":
+            metadata["text_pad"] = self.text.pad
         if self.config.moments:
             metadata |= {"logstd_min": repr(LOGSTD_MIN), "logstd_step": repr(LOGSTD_STEP)}
         if len(self.buckets) > 1:
@@ -556,11 +558,12 @@ def _vae_facts(vae: VaeWeights) -> dict[str, Any]:
     }
 
 
-def _text_facts(text: ClipWeights, layer: str) -> dict[str, Any]:
+def _text_facts(text: ClipWeights, layer: str, pad: str) -> dict[str, Any]:
     return {
         "ref": text.ref,
         "digest": text.digest,
         "layer": layer,
+        "pad": pad,
         "context_length": text.context_length,
         "width": text.width,
     }

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.fingerprint import digest_file, digest_json
-from shards.settings import ConfigError
-from train.config import AdapterConfig
+from shards.settings import ConfigError, StageError
+from train.config import AdapterConfig, TextEncoderConfig, TrainConfig
 from train.order import derive_key
 
 log = logging.getLogger("carrara.train")
@@ -30,6 +30,9 @@ KINDS = {
 }
 # The convolutions of a UNet's residual blocks and of its down- and upsamplers, by the ends of their names.
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+
+
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +127,39 @@ def load_unet(ref: str) -> Any:
         raise ConfigError(f"train.start_from: the UNet in {found.folder} cannot be loaded: {line}") from None
 
 
-def check_prediction(ref: str, prediction: str) -> None:
-    """Warn where a pipeline says of itself that it predicts something else than it is now trained to predict."""
+def check_process(ref: str, config: TrainConfig) -> None:
+    """Warn where a pipeline says of itself that it predicts something else, or was trained on another process of noise,
+    than it is now trained on: its output would have to be learned anew."""
     file = find_unet(ref).folder.parent / "scheduler" / "scheduler_config.json"
-    if file.is_file():
-        stored = json.loads(file.read_bytes()).get("prediction_type", "epsilon")
-        if stored != prediction:
+    if not file.is_file():
+        return
+    try:
+        stored = json.loads(file.read_bytes())
+    except ValueError:
+        stored = None
+    if not isinstance(stored, dict):
+        raise ConfigError(f"train.start_from: {file} is not the configuration of a scheduler; save the pipeline again")
+    flow = config.prediction_type == "flow_prediction"
+    zero = bool(stored.get("rescale_betas_zero_snr", False))
+    # Their names in the scheduler's configuration, its defaults, and what is now asked for.
+    said: list[tuple[str, Any, Any]] = [
+        ("prediction_type", stored.get("prediction_type", "epsilon"), config.prediction_type)
+    ]
+    if not flow and said[0][1] != "flow_prediction":
+        said.append(("zero_terminal_snr", zero, config.zero_terminal_snr))
+        said.append(("num_train_timesteps", stored.get("num_train_timesteps", 1000), config.num_train_timesteps))
+        if stored.get("trained_betas") is None:
+            said.append(("beta_schedule", stored.get("beta_schedule", "linear"), config.beta_schedule))
+            if stored.get("beta_schedule", "linear") != "squaredcos_cap_v2":
+                said.append(("beta_start", stored.get("beta_start", 0.0001), config.beta_start))
+                said.append(("beta_end", stored.get("beta_end", 0.02), config.beta_end))
+    elif flow and "shift" in stored:
+        said.append(("snr_shift", stored["shift"], config.snr_shift))
+    for name, theirs, ours in said:
+        if theirs != ours:
             log.warning(
-                "train.prediction_type is %s, but %s says that it predicts %s; it will have to learn anew what its "
-                "output means", prediction, ref, stored,
+                "train.%s is %s, but %s says that it was trained with %s; what its output means will have to be "
+                "learned anew", name, ours, ref, theirs,
             )  # fmt: skip
 
 
@@ -164,32 +191,98 @@ def peft_config(config: AdapterConfig) -> Any:
     return kind(r=config.rank, alpha=alpha, target_modules=targets, init_weights=True)
 
 
+def learning_text(text: Any, projected: bool, config: TextEncoderConfig, seed: int) -> Any:
+    """transformers' model of a text tower (TextEncoder), which learns: all of it, or the updates of its attention."""
+    import torch
+    from peft import inject_adapter_in_model
+
+    from train.text_export import clip_text_model
+
+    model = clip_text_model(text, projected=projected)
+    if config.kind == "full":
+        # The positions and words of a caption learn too, as in diffusers' script for DreamBooth.
+        return model.requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_key("init", "text adapter", seed) >> 1)
+        inject_adapter_in_model(text_peft_config(config), model)
+    return model
+
+
+def text_peft_config(config: TextEncoderConfig) -> Any:
+    """peft's own configuration of a text encoder's LoRA, on the four projections that diffusers' script adapts."""
+    from peft import LoraConfig
+
+    alpha = config.rank if config.alpha is None else config.alpha
+    return LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=list(TEXT_TARGETS), init_lora_weights=True)
+
+
+def tuned_text(encoder: Any, learned: dict[str, Any], config: TextEncoderConfig, where: str) -> Any:
+    """transformers' text encoder with learned updates in it, in place; StageError where it lacks what they change."""
+    import torch
+    from peft import inject_adapter_in_model
+
+    with torch.random.fork_rng(devices=[]):
+        inject_adapter_in_model(text_peft_config(config), encoder)
+    loaded = encoder.load_state_dict(learned, strict=False)
+    if loaded.unexpected_keys:
+        raise StageError(f"{where} holds {loaded.unexpected_keys[0]}, which the text encoder of the latents lacks")
+    return encoder
+
+
 def merge(unet: Any) -> Any:
     """The plain UNet2DConditionModel with the updates added to its weights."""
     from diffusers import UNet2DConditionModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for module in unet.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-    weights = {}
-    for name, value in unet.state_dict().items():
-        if ".base_layer." in name:
-            weights[name.replace(".base_layer.", ".")] = value
-        elif not any(part in name for part in (".lora_", ".hada_", ".lokr_")):
-            weights[name] = value
     plain = UNet2DConditionModel.from_config({k: v for k, v in dict(unet.config).items() if not k.startswith("_")})
-    plain.load_state_dict(weights)
+    plain.load_state_dict(merged_weights(unet))
     return plain
 
 
-def save_lora(weights: dict[str, Any], config: AdapterConfig, folder: Path) -> None:
-    """`pytorch_lora_weights.safetensors`, which diffusers' load_lora_weights takes, with the alpha beside it."""
+def merged_weights(model: Any) -> dict[str, Any]:
+    """A model's state dict as it was before updates were added to its layers, with them in its weights; unmerged then.
+
+    The names and shapes are those of the plain model.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in layers:
+        layer.merge()
+    weights = {}
+    for name, value in model.state_dict().items():
+        if ".base_layer." in name:
+            weights[name.replace(".base_layer.", ".")] = value.clone()
+        elif not any(part in name for part in (".lora_", ".hada_", ".lokr_")):
+            weights[name] = value.clone()
+    return weights
+
+
+def save_lora(
+    unet: dict[str, Any], config: AdapterConfig | None, text: dict[str, Any], text_config: TextEncoderConfig | None,
+    folder: Path,
+) -> None:  # fmt: skip
+    """`pytorch_lora_weights.safetensors`, which diffusers' load_lora_weights takes, with the alphas beside them.
+
+    unet, text: the updates of either under peft's names; empty where there are none.
+    """
     from diffusers import StableDiffusionPipeline
 
-    metadata = {k: v for k, v in peft_config(config).to_dict().items() if not k.startswith("_")}
-    metadata["target_modules"] = sorted(metadata["target_modules"])
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
+    given: dict[str, Any] = {}
+    if unet:
+        assert config is not None
+        given |= {"unet_lora_layers": unet, "unet_lora_adapter_metadata": _metadata(peft_config(config))}
+    if text:
+        assert text_config is not None
+        given |= {
+            "text_encoder_lora_layers": text,
+            "text_encoder_lora_adapter_metadata": _metadata(text_peft_config(text_config)),
+        }
+    StableDiffusionPipeline.save_lora_weights(folder, **given)
+
+
+def _metadata(config: Any) -> dict[str, Any]:
+    found = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+    return {**found, "target_modules": sorted(found["target_modules"])}
 
 
 def save_peft(weights: dict[str, Any], config: AdapterConfig, folder: Path) -> None:

@@ -7,10 +7,10 @@
     posthoc/step-00001000/                          the further EMAs alone, in float16 (see posthoc.py)
 
 Each rank writes what it owns, and nothing is gathered but records: the manifest has each file's size and sha256, where
-its arrays begin, and its pieces [parameter, offset, length, flat, start]. In the loop `save` copies the flat arrays into
-memory that it keeps, and does nothing else; a thread writes and hashes, the threads exchange their records over a
-process group of their own, and rank 0's writes the manifest. No folder is renamed, so any fsspec URL will do. <attempt>
-is drawn at each start, so that a writer that was thought dead cannot touch a file of a committed checkpoint.
+its arrays begin, and its pieces [parameter, offset, length, flat, start]. In the loop `save` copies the flat arrays
+into memory that it keeps, and does nothing else; a thread writes and hashes, the threads exchange their records over
+a process group of their own, and rank 0's writes the manifest. No folder is renamed, so any fsspec URL will do.
+<attempt> is drawn at each start, so that a writer that was thought dead cannot touch a committed checkpoint's files.
 
 Loading compares the pieces of the new layout with those of the old, merges them into ranges of bytes, and reads one
 state at a time. A checkpoint of format 1 (a file a state, keyed by parameter) is read as one whole piece a parameter.
@@ -133,7 +133,7 @@ class Saver:
                 halves = {k: v.half() for k, v in self._held.items() if k[1] in further}
                 records.append(self._rank_file(aside, halves, rows))
             if others:
-                records.append(self._others_file(folder, others))
+                records += [self._others_file(where, others) for where in ((folder, aside) if further else (folder,))]
         except Exception as e:  # whatever it is, all ranks must hear of it
             records = [{"error": f"{self._name}: {e or type(e).__name__}"}]
         try:
@@ -413,21 +413,15 @@ def _fill_from(
         raise StageError(f"{index.folder} lacks {wanted - filled} of {wanted} values of '{state}'")
 
 
-def states(manifest: dict[str, Any]) -> set[str]:
-    """Which states a checkpoint has, by its manifest: weights, exp_avg, ema, ..."""
-    if manifest["format_version"] == 1:
-        return {f.removesuffix(".safetensors") for f in manifest["files"]}
-    return {array.partition(".")[2] for f in manifest["files"].values() for array in f.get("arrays", ())}
-
-
 def whole(folder: str, state: str, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
     """The whole parameters of a state, {name: float32 tensor}: all that are trained, or those of `names`.
 
     Raises StageError where the checkpoint has no such state, or cannot be read.
     """
     manifest = folders.read_manifest(folder)
-    if state not in states(manifest):
-        averages = ", ".join(sorted(s for s in states(manifest) if s.startswith("ema")))
+    there = folders.states(manifest)
+    if state not in there:
+        averages = ", ".join(sorted(s for s in there if s.startswith("ema")))
         raise StageError(f"{folder} has no weights '{state}'; it has raw, {averages}")
     try:
         return _whole(Index(str(folder), manifest), state, names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shards.settings import ConfigError, Strict
 
@@ -38,7 +38,7 @@ OPERATIONAL = (
 )
 
 # Settings that came after runs had been made without them, to which their absence means what null means.
-LATER = ("batch_by_area", "captions", "cooldown_images")
+LATER = ("batch_by_area", "captions", "text_encoder", "cooldown_images")
 
 STAGES = ("autoencoder", "clip", "train")
 
@@ -243,6 +243,14 @@ class AdapterConfig(Strict):
     convolutions: bool = Field(default=False, description="adapt the convolutions of the residual blocks too")
 
 
+class TextEncoderConfig(Strict):
+    """The text encoder learns with the UNet: all of it, or by a LoRA on its attention."""
+
+    kind: Literal["lora", "full"] = "lora"
+    rank: int = Field(default=8, ge=1, description="of the LoRA")
+    alpha: int | None = Field(default=None, ge=1, description="the update is scaled by alpha / rank; null: rank")
+
+
 class InversionConfig(Strict):
     """Textual Inversion (Gal 2022): new words are learned, everything else is frozen."""
 
@@ -298,6 +306,9 @@ class TrainConfig(FitConfig):
         default="zero", description="zero: residual branches and the output begin at zero, as in Ho 2020"
     )
     adapter: AdapterConfig | None = Field(default=None, description="train low-rank updates of start_from alone")
+    text_encoder: TextEncoderConfig | None = Field(
+        default=None, description="the text encoder of the latents learns too; null: it is frozen"
+    )
     textual_inversion: InversionConfig | None = Field(default=None, description="learn a word for start_from alone")
     sources: tuple[SourceConfig, ...] = Field(
         default=(SourceConfig(),), min_length=1, description="data sets mixed by weight; by default the run's latents"
@@ -360,7 +371,7 @@ class TrainConfig(FitConfig):
         return self
 
     @model_validator(mode="after")
-    def _process(self) -> Self:
+    def _process(self, info: ValidationInfo) -> Self:
         flow = self.prediction_type == "flow_prediction"
         if self.beta_end < self.beta_start:
             raise ValueError(f"beta_end ({self.beta_end}) is below beta_start ({self.beta_start})")
@@ -369,24 +380,42 @@ class TrainConfig(FitConfig):
             raise ValueError(f"zero_terminal_snr cannot go with prediction_type {self.prediction_type}, which {why}")
         if self.snr_gamma and self.p2_gamma:
             raise ValueError("snr_gamma and p2_gamma are two weights for the same loss; set one of them")
+        # What was trained before these two were refused is opened all the same.
+        new = not (info.context or {}).get("stored")
+        if new and (self.snr_gamma or self.p2_gamma) and (flow or self.zero_terminal_snr):
+            name = "snr_gamma" if self.snr_gamma else "p2_gamma"
+            why = "prediction_type flow_prediction" if flow else "zero_terminal_snr"
+            raise ValueError(
+                f"{name} gives the last timestep no weight under {why}, where it is pure noise, and pictures are drawn "
+                f"from there; leave {name} out"
+            )
+        if new and self.learned_variance and self.offset_noise:
+            raise ValueError("learned_variance learns the variance of plain noise; set offset_noise to 0")
         if self.learned_variance and (flow or self.zero_terminal_snr):
             raise ValueError("learned_variance needs the steps of DDPM: no flow_prediction and no zero_terminal_snr")
         return self
 
     @model_validator(mode="after")
     def _tuning(self) -> Self:
-        for name in ("adapter", "textual_inversion"):
+        for name in ("adapter", "text_encoder", "textual_inversion"):
             if getattr(self, name) and not self.start_from:
                 raise ValueError(f"{name} changes a model that is there; name it with start_from")
-        if (self.adapter or self.textual_inversion) and self.optimizer == "muon":
+        if (self.adapter or self.text_encoder or self.textual_inversion) and self.optimizer == "muon":
             raise ValueError("optimizer muon is for the matrices of a whole model; with an adapter or a word use adamw")
-        if self.adapter and self.textual_inversion:
-            raise ValueError("adapter and textual_inversion are two ways to fine-tune; set one of them")
+        for name in ("adapter", "text_encoder"):
+            if getattr(self, name) and self.textual_inversion:
+                raise ValueError(f"{name} and textual_inversion are two ways to fine-tune; set one of them")
         if self.captions and self.textual_inversion:
             raise ValueError("captions cannot go with textual_inversion, whose templates are its captions")
         if self.start_from and self.unet:
             raise ValueError("unet is given by start_from; leave one of them out")
         return self
+
+
+def stored_config(data: dict[str, Any]) -> TrainConfig:
+    """The `train` section as a checkpoint keeps it, also of an older version: settings that are gone are left out."""
+    known = {k: v for k, v in data.items() if k in TrainConfig.model_fields}
+    return TrainConfig.model_validate(known, context={"stored": True})
 
 
 class TrainingSections(Strict):

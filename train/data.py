@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from latents.encoders import other_encoder
 from shards.columns import ColumnShard
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
@@ -386,12 +387,11 @@ def _name(fingerprint: str, bucket: int | None) -> str:
 
 
 def _refuse_other_kind(one: Dataset, first: dict[str, Any], other: Dataset, arrays: dict[str, Any]) -> None:
-    for what, name in (("vae", "VAE"), ("text", "CLIP")):
-        if one.manifest[what]["digest"] != other.manifest[what]["digest"]:
-            raise ConfigError(
-                f"train.sources: {other.root} was made with another {name} than {one.root}; "
-                "make the latents of all sources with the same encoders"
-            )
+    if different := other_encoder(one.manifest, other.manifest):
+        raise ConfigError(
+            f"train.sources: {other.root} was made with another {different} than {one.root}; "
+            "make the latents of all sources with the same encoders"
+        )
     same = one.manifest["resolution"] == other.manifest["resolution"]
     same &= one.manifest.get("buckets") == other.manifest.get("buckets") and first.keys() == arrays.keys()
     if not same:

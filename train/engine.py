@@ -24,7 +24,7 @@ import torch.distributed as dist
 from shards.settings import ConfigError
 from train.config import FitConfig, ema_name
 from train.data import Batch
-from train.objectives import Objective
+from train.objective import Objective
 from train.optimizer import AdamW, AdamW8bit, parameter_groups, shape_of
 from train.ranks import Ranks, import_deepspeed
 
@@ -219,9 +219,7 @@ class Engine:
         for p in self.pieces:
             first, end = p.length * rank // world, p.length * (rank + 1) // world
             if end > first:
-                found.append(
-                    dataclasses.replace(p, offset=p.offset + first, length=end - first, start=p.start + first)
-                )
+                found.append(dataclasses.replace(p, offset=p.offset + first, length=end - first, start=p.start + first))
         return found
 
     def parameters(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -385,10 +383,12 @@ def _compile(objective: Objective, how: bool | str) -> None:
         )
     # Beyond its limit torch would go on without compiling, and say so in a log at most.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+    networks = objective.networks()
     if how != "blocks":
-        objective.model.compile(dynamic=False)
+        for network in networks:
+            network.compile(dynamic=False)
         return
-    blocks = [m for m in objective.model.modules() if type(m).__name__ in REPEATED]
+    blocks = [m for network in networks for m in network.modules() if type(m).__name__ in REPEATED]
     if not blocks:
         raise ConfigError("compile: this model has no blocks that are known to repeat; set compile to true or false")
     for block in blocks:

@@ -19,6 +19,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from shards import storage
+from shards.fingerprint import digest_json
 from shards.settings import StageError
 
 log = logging.getLogger("carrara.train")
@@ -103,6 +104,21 @@ def digest(url: str) -> str:
         while part := f.read(CHUNK):
             found.update(part)
     return found.hexdigest()
+
+
+def states(manifest: dict[str, Any]) -> set[str]:
+    """Which states a checkpoint has, by its manifest: weights, exp_avg, ema, ..."""
+    if manifest["format_version"] == 1:
+        return {f.removesuffix(".safetensors") for f in manifest["files"]}
+    return {array.partition(".")[2] for f in manifest["files"].values() for array in f.get("arrays", ())}
+
+
+def weights_digest(manifest: dict[str, Any], state: str) -> str:
+    """A digest of what a state of a checkpoint was read from, by its manifest; no weights are read."""
+    files = manifest["files"]
+    if manifest["format_version"] == 1:
+        return str(files[f"{state}.safetensors"]["sha256"])
+    return digest_json([state, sorted(f["sha256"] for f in files.values())])
 
 
 def latest_complete(root: str | Path, deep: bool = True) -> str | None:

@@ -18,7 +18,7 @@ from train.config import FitConfig, layout
 from train.data import Batch
 from train.engine import resolve_precision
 from train.folders import Keep
-from train.objectives import Objective
+from train.objective import Objective
 from train.order import derive_key
 from train.ranks import Ranks
 from train.run import Run

@@ -37,7 +37,7 @@ from train.run import Run, Told, crossed
 if TYPE_CHECKING:
     from train.guard import Guard
     from train.job import Job
-    from train.objectives import Objective
+    from train.objective import Objective
     from train.ranks import Ranks
 
 log = logging.getLogger("carrara.train")

@@ -27,7 +27,7 @@ from train.folders import name_of
 from train.guard import Guard
 from train.job import Job, begin, micro_batches
 from train.journal import Journal
-from train.objectives import Objective
+from train.objective import Objective
 from train.ranks import Alarm, Ranks, Sigterm, Stopped
 from train.run import Late, Run, crossed
 from train.validation import Patience
@@ -59,9 +59,11 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
         return saver.save(run.step, {**job.manifest(objective, run, engine.precision), **kept})
 
     try:
-        with Ahead(micro_batches(job, objective, ranks, run), config.prefetch) as ahead, Sigterm() as sigterm, Alarm(
-            config.hang_s, job.logs, ranks
-        ) as alarm:
+        with (
+            Ahead(micro_batches(job, objective, ranks, run), config.prefetch) as ahead,
+            Sigterm() as sigterm,
+            Alarm(config.hang_s, job.logs, ranks) as alarm,
+        ):
             while not run.finished and run.images < config.images:
                 alarm.again()
                 # ---- gradients of the global batch ------------------------------------------------------

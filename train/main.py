@@ -39,12 +39,12 @@ from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError, load_sections
 from train.config import STAGES, TrainConfig, TrainingSections, layout
 from train.ranks import Ranks, Stopped, join
-from train.state import discard, fingerprint, judge, open_input, stage_config, stage_paths
+from train.state import describe, discard, fingerprint, judge, open_input, stage_config, stage_paths
 
 if TYPE_CHECKING:
     from train.denoising import Diffusion
     from train.job import Job
-    from train.objectives import Objective
+    from train.objective import Objective
 
 log = logging.getLogger("carrara.train")
 
@@ -91,9 +91,9 @@ def run(stage: str, config: str | TrainingSections, overrides: Sequence[str] = (
                 discard(paths)
             # One trainer writes here, so whatever is temporary is a dead one's.
             storage.sweep_temporaries(paths.checkpoints, older_than_s=0.0)
-        objective = build(stage, settings, datasets, sections.seed, ranks.device.type)
-        used = [{"root": d.root, "fingerprint": d.fingerprint, "samples": len(d)} for d in datasets]
-        facts = {"dataset": used[0], "sources": used, "seed": sections.seed}
+        objective = build(stage, settings, datasets, sections.seed)
+        used = [describe(d) for d in datasets]
+        facts = {"dataset": used[0], "sources": used, "seed": sections.seed, **objective.facts}
         status = storage.join(run_paths.status, f"{stage}.json")
         job = Job(stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts)
         if isinstance(settings, TrainConfig):

@@ -25,7 +25,7 @@ from train.config import FitConfig
 
 if TYPE_CHECKING:
     from train.data import Batch
-    from train.objectives import Objective
+    from train.objective import Objective
 
 # Dense peaks in FLOP/s of the makers' data sheets, by a part of the device's name: (16-bit, fp32 or TF32).
 PEAKS = {
@@ -178,11 +178,11 @@ def describe(found: Plan, config: FitConfig, precision: str, device: torch.devic
     peak = peak_flops(device, precision)
     speed = f"; at {REACHED:.0%} of the peak {REACHED * peak * world / found.flops:,.0f} images/s" if peak else ""
     lines = [
-        f"plan: {found.values / 1e6:,.1f} M trained values, {found.flops / 1e9:,.1f} GFLOP an image, {precision}{speed}",
-        f"plan: a rank keeps {found.kept / GIB:.2f} GiB and needs {found.activations / GIB:.2f} GiB for a micro-batch of "
-        f"{micro}" + (f", and {found.host / GIB:.2f} GiB of main memory" if found.host else ""),
+        f"{found.values / 1e6:,.1f} M trained values, {found.flops / 1e9:,.1f} GFLOP an image, {precision}{speed}",
+        f"a rank keeps {found.kept / GIB:.2f} GiB, and needs {found.activations / GIB:.2f} GiB for {micro} images at once"
+        + (f" and {found.host / GIB:.2f} GiB of main memory" if found.host else ""),
     ]
-    return "\n".join(lines)
+    return "\n".join(f"plan: {line}" for line in lines)
 
 
 def require_room(found: Plan, config: FitConfig, capacity: int, stage: str, micro: int, world: int) -> None:

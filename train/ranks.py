@@ -141,7 +141,9 @@ class Alarm:
     on from the last checkpoint. The stacks go to stderr and, where `logs` lies on a disk, to `<logs>/stacks/`.
     """
 
-    BACKSTOP_S = 60.0  # after this long Python's own thread did not get to it: faulthandler's, which needs no lock, does
+    BACKSTOP_S = (
+        60.0  # after this long Python's own thread did not get to it: faulthandler's, which needs no lock, does
+    )
 
     def __init__(self, seconds: float, logs: str, ranks: Ranks) -> None:
         self.seconds, self.logs, self.rank = seconds, logs, ranks.rank

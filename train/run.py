@@ -64,7 +64,9 @@ class Run:
     def roll_back(self, stage: str, to: dict[str, Any] | None, most: int, events: str) -> None:
         """The weights go back to a checkpoint, by its manifest. Raises StageError where that is no use any more."""
         if to is None or self.rollbacks >= most:
-            why = "there is no checkpoint to go back to" if to is None else f"it went back {self.rollbacks} times before"
+            why = (
+                "there is no checkpoint to go back to" if to is None else f"it went back {self.rollbacks} times before"
+            )
             raise StageError(
                 f"{stage}: {self.in_a_row} steps in a row were skipped up to {self.last_veto} images, and {why}; lower "
                 f"learning_rate, or look at the samples in {events}"

@@ -69,6 +69,21 @@ def open_input(stage: str, run: RunPaths, config: StageConfig) -> list[Dataset]:
     return datasets
 
 
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """What a checkpoint keeps of a dataset, so that whoever has the checkpoint knows what it saw."""
+    indices = [s.index for s in dataset.shards]
+    return {
+        "root": dataset.root,
+        "fingerprint": dataset.fingerprint,
+        "samples": len(dataset),
+        "rows": dataset.manifest.get("rows"),
+        "shards": len(indices),
+        "first_shard": min(indices, default=None),
+        "last_shard": max(indices, default=None),
+        "status": dataset.manifest.get("status", {}),
+    }
+
+
 def fingerprint(stage: str, config: StageConfig, seed: int, datasets: Sequence[Dataset]) -> Fingerprint:
     """What the weights of a stage depend on. Raises ConfigError where `train.start_from` is not there."""
     weights = None

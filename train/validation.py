@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latents.encoders import load_text, load_vae, require_digest
+from latents.encoders import load_text_of, load_vae, other_encoder, require_digest
 from latents.pictures import resize_crop
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
@@ -122,11 +122,11 @@ class _Source:
 def _stored(root: str, objective: Diffusion, micro: int) -> _Source:
     """Latent shards of pictures that nobody trains on, of the same encoders as the training's."""
     dataset = Dataset.open(root)
-    for what in ("vae", "text"):
-        require_digest(
-            f"the {what} of train.validation.latents", dataset.manifest[what]["digest"],
-            objective.latents.dataset.manifest[what]["digest"], root,
-        )  # fmt: skip
+    if different := other_encoder(objective.latents.dataset.manifest, dataset.manifest):
+        raise StageError(
+            f"train.validation.latents: {root} was made with another {different} than the latents that are trained on; "
+            "make it with the same encoders"
+        )
     return _Source(Latents([dataset], 0, 1, micro, resolutions=objective.config.resolutions[:1]), len(dataset))
 
 
@@ -147,8 +147,7 @@ def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, dev
         ) from None
     vae = load_vae(facts["vae"]["ref"], device)
     require_digest("the VAE", vae.digest, facts["vae"]["digest"], facts["vae"]["ref"])
-    text = objective.text or load_text(facts["text"]["ref"], facts["text"]["layer"])
-    require_digest("the CLIP", text.digest, facts["text"]["digest"], facts["text"]["ref"])
+    text = load_text_of(facts["text"])
     pixels, captions = _pictures(dataset, config.images, objective.latents.resolution)
     encoded = [vae.encode(pixels[i : i + 16]) for i in range(0, len(pixels), 16)]
     tokens = text.tokenize(captions)

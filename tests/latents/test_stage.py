@@ -92,6 +92,7 @@ def test_latents_are_what_the_encoders_give(make):
         "ref": stage.text_ref,
         "digest": text.digest,
         "layer": "penultimate",
+        "pad": "zero",
         "context_length": 20,
         "width": 32,
     }

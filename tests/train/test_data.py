@@ -60,7 +60,7 @@ def test_batch_of_latents_is_the_forward_process_of_its_samples(run: Path) -> No
         str(tiny.write_config(run, tiny.configuration(run, caption_dropout=0.25))), (), TrainingSections
     )
     dataset = Dataset.open(str(run / "latents"))
-    objective = build("train", sections.train, [dataset], sections.seed, "cpu")
+    objective = build("train", sections.train, [dataset], sections.seed)
     positions = np.arange(2000)
     batch = objective.batch(positions)
     mean, logstd = objective.latents.moments(positions)  # type: ignore[union-attr,operator]

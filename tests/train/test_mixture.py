@@ -29,9 +29,9 @@ from tests.train.test_zero import assert_close, step_folder, tensors
 from train.config import SourceConfig, TrainConfig, layout
 from train.data import Latents
 from train.denoising import choose_caption, process_of
-from train.export import scheduler
 from train.objectives import build
 from train.order import Mixture
+from train.schedulers import scheduler
 
 SHAPES = [(4, 4), (4, 8), (8, 4)]
 
@@ -92,14 +92,8 @@ def bucketed(root: Path, counts: tuple[int, ...] = (9, 14, 5, 12)) -> Dataset:
         )
     extra = {
         "resolution": 32,
-        "vae": {"ref": "none", "digest": "v" * 64, "scaling_factor": 1.0, "config": {}},
-        "text": {
-            "ref": "none",
-            "digest": "t" * 64,
-            "layer": "last",
-            "context_length": tiny.CONTEXT,
-            "width": tiny.WIDTH,
-        },
+        "vae": {**tiny.encoders()["vae"], "scaling_factor": 1.0},
+        "text": tiny.encoders()["text"],
         "buckets": [{"resolution": 32, "width": 8 * w, "height": 8 * h} for h, w in SHAPES],
         "bucket_counts": table,
     }
@@ -139,7 +133,7 @@ def test_a_batch_has_one_shape_and_its_own_samples(tmp_path: Path) -> None:
 def test_buckets_train_through_the_objective(tmp_path: Path) -> None:
     dataset = bucketed(tmp_path)
     config = TrainConfig(images=8, batch_size=4, unet=tiny.UNET)
-    objective = build("train", config, [dataset], 0, "cpu")
+    objective = build("train", config, [dataset], 0)
     shapes = set()
     for b in range(8):
         batch = objective.batch(np.arange(4 * b, 4 * b + 4))
@@ -173,7 +167,7 @@ def test_batches_by_area_are_equal_work_and_take_each_sample_equally_often(tmp_p
 def test_batches_by_area_are_the_same_whatever_the_ranks_and_accumulation(tmp_path: Path) -> None:
     dataset = bucketed(tmp_path)
     config = TrainConfig(images=64, batch_size=8, batch_by_area=4, stratified=True, unet=tiny.UNET, shuffle_window=2)
-    objective = build("train", config, [dataset], 0, "cpu")
+    objective = build("train", config, [dataset], 0)
     sizes = set()
     for begin in range(0, 400, 8):
         whole = objective.positions(begin, 0, 1, 0, 8)
@@ -257,7 +251,7 @@ def test_captions_of_several_columns_are_drawn_anew_each_epoch_and_encoded(tmp_p
     dataset = Dataset.open(run.latents)
     values: dict[str, Any] = {"batch_size": 11, "unet": tiny.UNET, "caption_dropout": 0.25}
     config = TrainConfig(images=5500, captions={"caption": 1.0, "others": 3.0}, **values)
-    objective: Any = build("train", config, [dataset], 5, "cpu")
+    objective: Any = build("train", config, [dataset], 5)
     positions = np.arange(11 * 200)
     found = objective.latents.captions(positions, ["caption", "others"])
     chosen = [
@@ -279,11 +273,13 @@ def test_captions_of_several_columns_are_drawn_anew_each_epoch_and_encoded(tmp_p
     text = load_text(str(clip), "penultimate")
     dropped = objective.random.uniform("caption", positions[:33]) < 0.25
     shown = ["" if d else c for c, d in zip(chosen, dropped, strict=False)]
-    assert torch.equal(objective.batch(positions[:33])["text"], text.encode(text.tokenize(shown)))
+    batch = objective.batch(positions[:33])
+    assert torch.equal(batch["tokens"], text.tokenize(shown)), "nothing is encoded in the loader's thread"
+    assert torch.equal(objective.conditioning.told(batch)[0], text.encode(text.tokenize(shown)))
     with pytest.raises(
         StageError, match=r"no column 'other' in its \.parquet; carry it there with ingest.keep_columns"
     ):
-        build("train", TrainConfig(captions={"other": 1.0}, **values), [dataset], 5, "cpu")
+        build("train", TrainConfig(captions={"other": 1.0}, **values), [dataset], 5)
     # Without the setting nothing of this is read, and the settings' fingerprint is what it was before there was one.
     assert "captions" not in TrainConfig(**values).settings()
 
@@ -306,7 +302,7 @@ def test_sources_come_by_weight_and_must_be_of_one_kind(run: Path, tmp_path: Pat
     stored = ColumnShard(datasets[1], 0).arrays["mean"].astype(np.float32)
     assert {m.tobytes() for m in second[:20]} == {m.tobytes() for m in stored}
     manifest = tmp_path / "more" / "dataset.json"
-    manifest.write_text(manifest.read_text().replace("v" * 64, "w" * 64))
+    manifest.write_text(manifest.read_text().replace(tiny.encoders()["vae"]["digest"], "w" * 64))
     with pytest.raises(ConfigError, match=r"train\.sources: .* another VAE"):
         Latents([datasets[0], Dataset.open(str(tmp_path / "more"))], 0, 2, 8, (1.0, 1.0))
 
@@ -319,8 +315,12 @@ def unet_config(**values: Any) -> TrainConfig:
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "flow_prediction"])
 def test_the_loss_is_written_out_in_float64(run: Path, prediction: str, weighting: dict[str, float]) -> None:
     """The objective's loss and its bins against the formulas in numpy, from the batch and the UNet's own output."""
+    if prediction == "flow_prediction" and weighting:
+        with pytest.raises(ValueError, match="gives the last timestep no weight under prediction_type flow_prediction"):
+            unet_config(prediction_type=prediction, **weighting)
+        return
     config = unet_config(prediction_type=prediction, initialisation="torch", stratified=True, **weighting)
-    objective: Any = build("train", config, [Dataset.open(str(run / "latents"))], 0, "cpu")
+    objective: Any = build("train", config, [Dataset.open(str(run / "latents"))], 0)
     objective.eval()
     batch = objective.batch(np.arange(64))
     p = process_of(config)
@@ -350,7 +350,7 @@ def test_the_loss_is_written_out_in_float64(run: Path, prediction: str, weightin
 
 def test_a_learned_variance_learns_and_leaves_the_mean_to_the_simple_loss(run: Path) -> None:
     config = unet_config(learned_variance=True, initialisation="torch")
-    objective: Any = build("train", config, [Dataset.open(str(run / "latents"))], 0, "cpu")
+    objective: Any = build("train", config, [Dataset.open(str(run / "latents"))], 0)
     assert objective.model.config.out_channels == 8
     batch = objective.batch(np.arange(16))
     loss, details = objective(batch)
@@ -379,7 +379,7 @@ def test_the_exported_scheduler_undoes_what_training_did(options: dict[str, Any]
     from train import diffusion
 
     config = unet_config(**options)
-    found = scheduler(config.model_dump())
+    found = scheduler(config)
     p = process_of(config)
     if config.prediction_type != "flow_prediction":
         torch.testing.assert_close(found.alphas_cumprod.double(), p.signal**2, rtol=1e-4, atol=1e-6)
@@ -405,6 +405,15 @@ def test_the_exported_scheduler_undoes_what_training_did(options: dict[str, Any]
         ({"zero_terminal_snr": True}, "zero_terminal_snr cannot go with prediction_type epsilon"),
         ({"zero_terminal_snr": True, "prediction_type": "flow_prediction"}, "ends in pure noise by itself"),
         ({"snr_gamma": 5, "p2_gamma": 1}, "two weights for the same loss"),
+        (
+            {"snr_gamma": 5, "zero_terminal_snr": True, "prediction_type": "v_prediction"},
+            "snr_gamma gives the last timestep no weight under zero_terminal_snr",
+        ),
+        (
+            {"p2_gamma": 1, "zero_terminal_snr": True, "prediction_type": "sample"},
+            "p2_gamma gives the last timestep no weight under zero_terminal_snr",
+        ),
+        ({"learned_variance": True, "offset_noise": 0.1}, "learns the variance of plain noise; set offset_noise to 0"),
         ({"learned_variance": True, "prediction_type": "flow_prediction"}, "learned_variance needs the steps of DDPM"),
         ({"offload": "cpu", "zero_stage": 0}, "offload needs zero_stage 1"),
         ({"compile": True, "zero_stage": 3}, "compile cannot go with zero_stage 3"),

@@ -53,7 +53,7 @@ def test_the_same_whatever_the_ranks_and_the_mean_of_all_its_pictures(run: Path,
     sections = load_sections(
         str(tiny.write_config(run, tiny.configuration(run, initialisation="torch"))), (), TrainingSections
     )
-    objective: Any = build("train", sections.train, [Dataset.open(str(run / "latents"))], 5, "cpu")
+    objective: Any = build("train", sections.train, [Dataset.open(str(run / "latents"))], 5)
     config = ValidationConfig(images=11, latents=str(tmp_path / "held"))
     losses = {}
     for micro in (11, 4, 3):
@@ -78,7 +78,7 @@ def test_held_out_pictures_are_encoded_as_the_latents_are(tmp_path: Path) -> Non
     run = make_run(tmp_path / "r")
     data = tiny.configuration(tmp_path / "r")
     sections = load_sections(str(tiny.write_config(tmp_path, data)), (), TrainingSections)
-    objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5, "cpu")
+    objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5)
     config = ValidationConfig(images=5)
     with pytest.raises(ConfigError, match=r"holds no pictures; give ingest\.heldout_table"):
         validation.Validator(config, objective, run, HERE, 4)

@@ -60,7 +60,7 @@ def objective_of(config: Path, stage: str = "train") -> tuple[Objective, Any]:
     sections = load_sections(str(config), (), TrainingSections)
     section = getattr(sections, stage)
     dataset = Dataset.open(sections.run + ("/latents" if stage == "train" else "/images"))
-    return build(stage, section, [dataset], sections.seed, "cpu"), section
+    return build(stage, section, [dataset], sections.seed), section
 
 
 def plain_loop(config: Path) -> tuple[Weights, Weights]:
