@@ -325,7 +325,7 @@ def _as_fake(module: Any, like: Any, dtype: torch.dtype) -> Any:
     """A copy of a module with fake tensors of `like`'s mode and device for its own, which it never holds twice."""
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
-        found = like.fake_mode.from_tensor(tensor.detach()).to(like.device, dtype)
+        found = like.fake_mode.from_tensor(tensor).to(like.device, dtype)
         return torch.nn.Parameter(found, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else found
 
     return copy.deepcopy(module, {id(t): fake(t) for t in (*module.parameters(), *module.buffers())})

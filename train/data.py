@@ -32,6 +32,7 @@ from train.segments import History
 
 if TYPE_CHECKING:
     from train.objective import Objective
+    from train.ranks import Ranks
 
 Batch = dict[str, torch.Tensor]
 
@@ -49,36 +50,31 @@ def batch_slots(samples: int, rank: int, world: int, micro_step: int, accumulati
 
 
 def micro_batches(
-    objective: Objective, config: FitConfig, device: torch.device, rank: int, world: int, images: int
+    objective: Objective, config: FitConfig, ranks: Ranks, images: int
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from position `images` to the end, on the CPU; pinned where the device is a GPU.
+    """This rank's micro-batches from position `images` to the end, on the CPU; pinned where its device is a GPU.
 
     What they need is asked for some steps before they are made.
     """
     waiting: deque[np.ndarray] = deque()
-    accumulation = config.batch_size // (world * micro_size(config, world))
+    share = config.batch_size // ranks.world
+    micro = min(config.micro_batch_size or share, share)
+    accumulation = share // micro
     steps = max(AHEAD, -(-objective.placement.streams // config.batch_size))
 
     def made(positions: np.ndarray) -> Batch:
         batch = objective.batch(positions)
-        return {k: v.pin_memory() for k, v in batch.items()} if device.type == "cuda" else batch
+        return {k: v.pin_memory() for k, v in batch.items()} if ranks.device.type == "cuda" else batch
 
     for begin in range(images, config.images, config.batch_size):
-        samples = objective.placement.samples(begin)
         for micro_step in range(accumulation):
-            positions = begin + batch_slots(samples, rank, world, micro_step, accumulation)
+            positions = objective.positions(begin, ranks.rank, ranks.world, micro_step, micro)
             objective.expect(positions)
             waiting.append(positions)
         while len(waiting) > steps * accumulation:
             yield made(waiting.popleft())
     while waiting:
         yield made(waiting.popleft())
-
-
-def micro_size(config: FitConfig, world: int) -> int:
-    """Samples of a micro-batch of one of `world` ranks."""
-    share = config.batch_size // world
-    return min(config.micro_batch_size or share, share)
 
 
 class Pictures:
@@ -553,18 +549,22 @@ T = TypeVar("T")
 class Ahead(Generic[T]):
     """An iterator that a thread runs at most `depth` items ahead; `waited` is the seconds its consumer waited.
 
+    device: the rank's; where it is a GPU, that of the thread too, which would begin with the first one.
+
     What lies in the queue has not been consumed: a resumed run asks for it again by position. An error of
     the thread is raised at its item. Use as a context, so that the thread ends with the loop.
     """
 
-    def __init__(self, items: Iterator[T], depth: int) -> None:
-        self.waited = 0.0
+    def __init__(self, items: Iterator[T], depth: int, device: torch.device | None = None) -> None:
+        self.waited, self._device = 0.0, device
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(items,), name="data", daemon=True)
 
     def _work(self, items: Iterator[T]) -> None:
         try:
+            if self._device is not None and self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
             for item in items:
                 if not self._put(("item", item)):
                     return

@@ -245,7 +245,7 @@ class _Source:
         if not self.weights.startswith("posthoc:"):
             return load_weights(self.folder, self.weights)
         return posthoc.reconstruct(
-            storage.local_path(self.paths.checkpoints) / POSTHOC,
+            storage.join(self.paths.checkpoints, POSTHOC),
             int(self.manifest["images"]),
             float(self.weights.partition(":")[2]),
         )
@@ -352,7 +352,7 @@ def _checkpoint_folder(paths: RunPaths, checkpoint: str) -> Path:
         folder = latest_complete(root)
         if folder is None:
             raise StageError(f"{root}: there is no complete checkpoint here; run the train stage")
-        return folder
+        return Path(folder)
     folder = root / checkpoint
     if not (folder / "manifest.json").is_file():
         raise StageError(f"{root}: there is no complete checkpoint '{checkpoint}' here")

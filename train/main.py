@@ -43,7 +43,7 @@ from train.state import describe, discard, fingerprint, history, judge, open_inp
 
 if TYPE_CHECKING:
     from train.denoising import Diffusion
-    from train.loop import Job
+    from train.job import Job
     from train.objective import Objective
 
 log = logging.getLogger("carrara.train")
@@ -76,7 +76,8 @@ def run(
 
     # Heavy imports come after everything that can be refused at once.
     from train.finish import finish
-    from train.loop import Job, fit
+    from train.job import Job
+    from train.loop import fit
     from train.objectives import build
 
     ranks = join(settings.threads)
@@ -93,7 +94,7 @@ def run(
             if found.state == "stale":
                 discard(paths)
             # One trainer writes here, so whatever is temporary is a dead one's.
-            storage.sweep_temporaries(str(paths.checkpoints), older_than_s=0.0)
+            storage.sweep_temporaries(paths.checkpoints, older_than_s=0.0)
         taken = _from_first(ranks, lambda: history(stage, settings, datasets, paths, found, adopt))
         if ranks.first:
             for note in taken.notes:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from train.config import SamplesConfig
+from train.folders import name_of
 
 GAP = 2  # pixels between two pictures
 
 
-def grid(run: str, config: SamplesConfig, device: str, checkpoint: Path) -> np.ndarray:
+def grid(run: str, config: SamplesConfig, device: str, checkpoint: str) -> np.ndarray:
     """One picture a prompt from the EMA of `checkpoint`, in rows as wide as high, uint8 [H,W,3].
 
     A prompt has the same noise at every checkpoint: its own generator, seeded with config.seed and its place.
@@ -21,7 +20,7 @@ def grid(run: str, config: SamplesConfig, device: str, checkpoint: Path) -> np.n
 
     # Building models draws from torch's generator, which belongs to the training.
     with torch.random.fork_rng():
-        pipeline = build_pipeline(run, checkpoint.name).to(device)
+        pipeline = build_pipeline(run, name_of(checkpoint)).to(device)
         generators = [torch.Generator("cpu").manual_seed(config.seed + i) for i in range(len(config.prompts))]
         pictures = pipeline(
             list(config.prompts), num_inference_steps=config.steps, guidance_scale=config.guidance_scale,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shards.dataset import Dataset
 from shards.settings import ConfigError, load_sections
@@ -118,3 +119,27 @@ def test_a_model_that_a_batch_does_not_fit_is_found_before_any_work(run: Path) -
 def test_the_configurations_that_come_with_it_can_be_used(file: Path) -> None:
     sections = load_sections(str(file), (), TrainingSections)
     assert layout("train", sections.train, sections.train.ranks)[0] >= 1
+
+
+@pytest.mark.parametrize("file", sorted((tiny.ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
+def test_the_unets_that_come_with_it_can_be_built(file: Path) -> None:
+    """On `meta`, at their own widths; one batch of latents and text of the CLIP that is named goes through."""
+    import open_clip
+    from diffusers import UNet2DConditionModel
+
+    sections = load_sections(str(file), (), TrainingSections)
+    train = sections.train
+    if train.start_from:  # Stable Diffusion's own
+        assert not train.unet
+        return
+    clip = sections.clip.model or open_clip.get_model_config(str(sections.clip.pretrained).partition(":")[0])
+    width = clip["text_cfg"]["width"]
+    channels = sections.autoencoder.model.get("latent_channels", 4)
+    with torch.device("meta"):
+        arguments = {"in_channels": channels, "out_channels": channels, "cross_attention_dim": width, **train.unet}
+        unet = UNet2DConditionModel(**arguments)
+        out = unet(torch.zeros(2, channels, 16, 16), torch.zeros(2), torch.zeros(2, 77, width)).sample
+    assert out.shape == (2, channels, 16, 16)
+    count = sum(p.numel() for p in unet.parameters())
+    if file.name == "sd2-256.yaml":
+        assert count == 865_910_724  # as published (stabilityai/stable-diffusion-2-base)
