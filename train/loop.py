@@ -41,6 +41,8 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
     config, batch = job.config, job.config.batch_size
     last, found = checkpoint.newest(job.checkpoints, ranks) or (None, {})
     run = Run.of(found) if found else Run()
+    # A run that had ended early goes on where it was made longer.
+    run.finished = run.finished and found["config"]["images"] == config.images
     if last and (run.finished or run.images >= config.images):
         return last
     micro, accumulation, flops = begin(job, objective, ranks, run.images, fresh=last is None)
@@ -53,6 +55,8 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
     journal = Journal(job, ranks, objective, run.images, engine.precision, flops)
     saver = checkpoint.Saver(job.checkpoints, engine, job.keep, ranks, journal.draws(job.draw))
     late, state = Late(ranks.device), "failed"
+    for note in job.notes:
+        journal.event(run.images, "order", note=note)
 
     def save() -> str:
         kept = {"guard": guard.state(), "patience": patience.state(), "loss_scale": engine.scaling()}
