@@ -47,7 +47,9 @@ class ReferenceStage:
         self.vae_ref, self.features_ref = vae_ref, config.features or text_ref
         self.weights = {"vae": find_vae(vae_ref).digest, "features": find_clip(self.features_ref).digest}
         self.heldout = Dataset.open(run.heldout).fingerprint  # other pictures, another folder
-        self.root = storage.join(run.eval, "reference", digest_json([self._settings(), self.weights, self.heldout])[:10])
+        self.root = storage.join(
+            run.eval, "reference", digest_json([self._settings(), self.weights, self.heldout])[:10]
+        )
 
     def made_with(self) -> Fingerprint:
         """Settings, weights, and which pictures are measured."""

@@ -201,8 +201,12 @@ class LatentsStage:
             if total is None:
                 raise StageError(f"{self.root}: not one picture could be encoded; see 'error' in the shards' .parquet")
             if without:
-                log.warning("%s: %d images that can be used have no latents: they were left out when the latents were "
-                            "made; --redo makes them", self.root, without)
+                log.warning(
+                    "%s: %d images that can be used have no latents: they were left out when the latents were "
+                    "made; --redo makes them",
+                    self.root,
+                    without,
+                )
             return {
                 "images": images.fingerprint,
                 "resolution": self.config.resolution,

@@ -66,9 +66,7 @@ def blank(root: str, index: int, rows: Iterable[int], edit: Edit) -> dict[str, A
 
     names = protocol.Names(name + known["data"], name + STATS, "")
     try:
-        done = commit.run(
-            protocol.blank(names, name + ".parquet", edited), commit.Files(root, beside, versions=True)
-        )
+        done = commit.run(protocol.blank(names, name + ".parquet", edited), commit.Files(root, beside, versions=True))
     except protocol.TryAgain as e:
         raise StageError(f"{root}: {e}; run the same command again") from None
     result = None if done is None else commit.parse_stats(done)

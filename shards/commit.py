@@ -75,8 +75,8 @@ class Folder:
         elif take_over:
             storage.probe(root)
         changes = made_with.differs(made_with_of(stored))
-        if changes and redo:
-            _set_aside(root)
+        if changes and (redo or (take_over and _is_empty(root, stored))):
+            _set_aside(root, stored)
             return cls.begin(root, made_with, data, take_over=take_over)
         if changes:
             raise ConfigError(
@@ -150,7 +150,9 @@ class Folder:
         except protocol.TryAgain as e:
             raise StageError(f"{self.root}: {e}") from None
         except FileNotFoundError as e:
-            raise StageError(f"{self.root}: this folder was set aside or deleted while a shard was made ({e})") from None
+            raise StageError(
+                f"{self.root}: this folder was set aside or deleted while a shard was made ({e})"
+            ) from None
         if found is None:
             return None
         stats = parse_stats(found)
@@ -292,7 +294,9 @@ def read_made_with(root: str) -> dict[str, Any] | None:
     if not isinstance(stored, dict) or not {"id", "stage", "settings"} <= stored.keys():
         raise ConfigError(f"{url}: cannot be read; it is not a file of Carrara, or was damaged")
     if stored.get("format_version") != FORMAT_VERSION:
-        raise ConfigError(f"{url}: is of format {stored.get('format_version')}, and this Carrara knows {FORMAT_VERSION}")
+        raise ConfigError(
+            f"{url}: is of format {stored.get('format_version')}, and this Carrara knows {FORMAT_VERSION}"
+        )
     return stored
 
 
@@ -348,18 +352,36 @@ def refuse_foreign(root: str, data: str, known: Iterable[str] = ()) -> None:
         )
 
 
-def _set_aside(root: str) -> str:
+def _is_empty(root: str, stored: Mapping[str, Any]) -> bool:
+    """Whether a folder was begun, and no shard in it."""
+    return set(storage.list_names(root)) <= {MADE_WITH, f".new-{stored['id']}"} and not storage.list_names(
+        storage.join(root, f".new-{stored['id']}")
+    )
+
+
+def _set_aside(root: str, stored: Mapping[str, Any]) -> None:
+    """Make room for another folder of this name. One in which no shard was begun leaves nothing."""
+    empty = _is_empty(root, stored)
     if not storage.is_local(root):
-        raise ConfigError(
-            f"{root}: --redo sets a folder aside by renaming it, which an object store cannot; set 'run' to another prefix"
-        )
+        if not empty:
+            raise ConfigError(
+                f"{root}: --redo sets a folder aside by renaming it, which an object store cannot; set 'run' to another "
+                "prefix"
+            )
+        storage.remove(storage.join(root, MADE_WITH))
+        return
     path = storage.local_path(root)
     for number in range(1, 10_000):
         other = path.with_name(f"{path.name}.replaced-{number}")
-        if not other.exists():
-            os.rename(path, other)
+        if other.exists():
+            continue
+        os.rename(path, other)
+        if empty:
+            with contextlib.suppress(OSError):
+                os.rmdir(other / f".new-{stored['id']}")
+                os.unlink(other / MADE_WITH)
+                os.rmdir(other)
+        else:
             log.warning("%s: set aside as %s; delete it when it is no longer needed", root, other.name)
-            return str(other)
+        return
     raise ConfigError(f"{root}: there are too many folders named {path.name}.replaced-N; delete some")
-
-

@@ -84,14 +84,21 @@ def write_manifest(
 
     stats: `shard`, `rows`, `count`, `files` and `born` of each; taken as they come, and not kept. extra: what else is to
     stand there; exclusions: what `write_exclusions` returned. Either may be a function, which is called after the last of
-    the stats. Raises StageError where a file of a shard is missing or has another size than was committed.
+    the stats. Raises StageError where a file of a shard is missing, has another size than was committed, or
+    is of another folder.
     """
     sizes: dict[str, dict[int, int]] | None = None
+    made_with = (read_made_with(root) or {}).get("id")
     shards: list[ShardInfo] = []
     for s in stats:
         if sizes is None:
             sizes = listed(root, sizes=True).sizes
         index = s["shard"]
+        if s.get("made_with", made_with) != made_with:
+            raise StageError(
+                f"{root}: shard {shard_name(index)} was made for another folder, or by a process of before this one was "
+                "begun; move its files away, and run the same command again"
+            )
         for suffix, file in s["files"].items():
             found = sizes.get(suffix, {}).get(index)
             if found != file["size"]:
@@ -108,11 +115,9 @@ def write_manifest(
     if out:
         raise StageError(f"{root}: samples are excluded of shard {min(out)}, which is not part of the dataset")
     shards.sort(key=lambda s: s.index)
-    made_with = read_made_with(root)
     manifest = {
         "kind": kind,
         "format_version": FORMAT_VERSION,
-        "made_with": None if made_with is None else made_with["id"],
         "fingerprint": fingerprint_of(shards, exclusions),
         "rows": sum(s.rows for s in shards),
         "count": sum(s.count for s in shards),

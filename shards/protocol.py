@@ -80,7 +80,10 @@ def adopt(names: Names, codec: Codec) -> Steps:
         beside = yield ("read", ready)
         if beside is not None:
             return (yield from _end(names, ready, beside, codec))
-    raise TryAgain(f"{names.large}: a file without those that belong to it")
+    raise TryAgain(
+        f"{names.large}: a file without those that belong to it; delete it, and what else has its number, when nothing "
+        "runs, to have the shard made again"
+    )
 
 
 def _end(names: Names, ready: str, beside: Any, codec: Codec) -> Steps:
@@ -91,7 +94,9 @@ def _end(names: Names, ready: str, beside: Any, codec: Codec) -> Steps:
     if not (yield ("create", names.stats, stats)):
         there = yield ("read", names.stats)
         if there is None or codec.born(there) != codec.born(stats):
-            raise TryAgain(f"{names.stats}: is not of the {names.large} that was created now; somebody deleted or wrote one of them")
+            raise TryAgain(
+                f"{names.stats}: is not of the {names.large} that was created now; somebody deleted or wrote one of them"
+            )
         stats = there
     yield ("remove", ready)
     return stats

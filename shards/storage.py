@@ -351,7 +351,8 @@ def _is_conflict(error: BaseException) -> bool:
     for cause in causes:
         response = getattr(cause, "response", None)
         if isinstance(response, dict) and (
-            response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict", "OperationAborted")
+            response.get("Error", {}).get("Code")
+            in ("PreconditionFailed", "ConditionalRequestConflict", "OperationAborted")
             or response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412)
         ):
             return True
@@ -376,7 +377,9 @@ def probe(folder: str) -> None:
             ) from None
         raise ConfigError(f"{folder}: cannot be written to ({e.strerror or e}); set 'run' to another folder") from None
     except NotImplementedError:
-        raise ConfigError(f"{folder}: this kind of store cannot create a file only if it is absent; use another") from None
+        raise ConfigError(
+            f"{folder}: this kind of store cannot create a file only if it is absent; use another"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             remove(url)
@@ -409,7 +412,9 @@ def replace(url: str, data: bytes, seen: str | None = None, beside: str | None =
                 fs.pipe_file(path, data, chunksize=5 * 2**30, IfMatch=seen)
         except OSError as e:
             if _is_conflict(e) or isinstance(e, FileExistsError):
-                raise StageError(f"{url}: was changed by somebody else at this moment; run the same command again") from e
+                raise StageError(
+                    f"{url}: was changed by somebody else at this moment; run the same command again"
+                ) from e
             raise
         return
     with _written_beside(path, data, beside) as tmp:

@@ -44,7 +44,9 @@ def is_old(root: str) -> bool:
         stats = storage.read_json(storage.join(root, name))
     except ValueError:
         return False
-    return isinstance(stats, dict) and isinstance(stats.get("fingerprint"), dict) and isinstance(stats.get("files"), dict)
+    return (
+        isinstance(stats, dict) and isinstance(stats.get("fingerprint"), dict) and isinstance(stats.get("files"), dict)
+    )
 
 
 def take_over(root: str, made_with: Fingerprint, data: str, redo: bool = False) -> None:

@@ -157,12 +157,24 @@ def test_who_created_the_tar_and_finds_the_stats_of_another_says_so(tmp_path):
 def test_a_folder_is_made_with_one_thing_and_says_what_changed(tmp_path):
     made = folder(tmp_path)
     assert folder(tmp_path).id == made.id
+    made.commit(0, FILES, STATS)
     with pytest.raises(ConfigError, match=r"settings.size: 64 -> 32.*--redo.*another folder"):
         folder(tmp_path, settings={"size": 32})
     with pytest.raises(ConfigError, match=r"weights.vae: absent -> ffff"):
         folder(tmp_path, weights={"vae": "f" * 8})
     with pytest.raises(ConfigError, match=r"version: 1 -> 2"):
         folder(tmp_path, version=2)
+
+
+def test_a_folder_in_which_no_shard_was_begun_may_be_made_with_something_else(tmp_path):
+    root = tmp_path / "images"
+    first = folder(root)
+    assert folder(root, version=2).id != first.id
+    assert os.listdir(tmp_path) == ["images"]
+    with pytest.raises(StageError, match="set aside"):
+        first.commit(0, FILES, STATS)
+    with pytest.raises(ConfigError, match="version: 2 -> 1"):
+        Folder.begin(str(root), made_with())  # a worker never does this
 
 
 def test_redo_sets_the_folder_aside_and_only_where_something_changed(tmp_path):
@@ -173,6 +185,7 @@ def test_redo_sets_the_folder_aside_and_only_where_something_changed(tmp_path):
     for number in (1, 2):
         again = Folder.begin(str(root), made_with(version=1 + number), redo=True, take_over=True)
         assert again.id != first.id
+        again.commit(0, OTHER, STATS)
         assert (tmp_path / f"images.replaced-{number}").is_dir()
     assert content(tmp_path / "images.replaced-1") == before
     same = Folder.begin(str(root), made_with(version=3), redo=True, take_over=True)
@@ -185,6 +198,7 @@ def test_a_writer_of_before_a_redo_reaches_the_new_folder_at_no_moment(tmp_path,
     """The folder is set aside before, or in the middle of, each of the writer's operations."""
     root = tmp_path / "images"
     zombie = folder(root)
+    zombie.commit(1, OTHER, STATS)
     left = [when]
 
     def redo(real):
@@ -217,7 +231,11 @@ def test_a_writer_of_before_a_redo_reaches_the_new_folder_at_no_moment(tmp_path,
 @pytest.mark.parametrize(
     "files",
     [
-        {"00000.tar": b"x", "00000.parquet": b"y", "00000_stats.json": b'{"count": 2, "successes": 2, "status_dict": {}}'},
+        {
+            "00000.tar": b"x",
+            "00000.parquet": b"y",
+            "00000_stats.json": b'{"count": 2, "successes": 2, "status_dict": {}}',
+        },
         {"notes.txt": b"mine"},
         {"mine-000001.tar": b"x"},
         {"00007.tar": b"x"},
@@ -294,7 +312,9 @@ def test_a_folder_without_links_is_refused_in_the_words_that_help(tmp_path, monk
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", denied)
-    with pytest.raises(ConfigError, match=r"files cannot be linked here; give the store's own address \(s3://, gs://\)"):
+    with pytest.raises(
+        ConfigError, match=r"files cannot be linked here; give the store's own address \(s3://, gs://\)"
+    ):
         folder(tmp_path / "images")
     assert content(tmp_path) == {}
 
@@ -336,7 +356,6 @@ def test_a_manifest_counts_names_the_commit_of_each_shard_and_deletes_nothing(tm
     dataset = Dataset.open(str(tmp_path))
     assert (len(dataset), dataset.manifest["rows"], dataset.manifest["funnel"]) == (6, 9, {"rows": 9})
     assert [s.born for s in dataset.shards] == [s["born"] for s in stats]
-    assert dataset.manifest["made_with"] == folder(tmp_path).id
     before = content(tmp_path)
     write_manifest(str(tmp_path), "images", stats[:2])
     assert len(Dataset.open(str(tmp_path)).shards) == 2
@@ -384,6 +403,14 @@ def test_verify_finds_what_is_gone_cut_or_changed_and_discard_makes_room(tmp_pat
     discard(str(tmp_path), 2)
     folder(tmp_path).commit(2, OTHER, STATS)
     assert verify_shard(str(tmp_path), 2) == ""
+
+
+def test_a_shard_of_another_folder_is_no_part_of_a_manifest(tmp_path):
+    """A stray stats file counts as a commit by its name: the id in it tells it apart."""
+    three(tmp_path / "here")
+    other = three(tmp_path / "there")
+    with pytest.raises(StageError, match="shard 00000 was made for another folder"):
+        write_manifest(str(tmp_path / "here"), "images", other)
 
 
 def test_exclusions_that_belong_to_no_shard_are_refused(tmp_path):

@@ -32,7 +32,9 @@ def root() -> Iterator[str]:
 
 
 def begin(root: str, **change) -> Folder:
-    return Folder.begin(root, Fingerprint(**{"stage": "s", "version": 1, "settings": {"size": 64}, **change}), take_over=True)
+    return Folder.begin(
+        root, Fingerprint(**{"stage": "s", "version": 1, "settings": {"size": 64}, **change}), take_over=True
+    )
 
 
 def test_create_writes_only_what_is_not_there(root):
