@@ -159,7 +159,7 @@ def configuration(run: Path, **train: Any) -> dict[str, Any]:
         "seed": 5,
         "autoencoder": {**shared, **intervals, "resolution": 16, "model": VAE},
         "clip": {**shared, **intervals, "model": CLIP},
-        "train": {**shared, **intervals, "unet": UNET, "shuffle_window": 2, **train},
+        "train": {**shared, **intervals, "unet": UNET, "streams": 4, "window": 4, **train},
     }
 
 
