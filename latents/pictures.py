@@ -44,7 +44,9 @@ def crop_before(original: tuple[int, int], stored: tuple[int, int], fit: Fit) ->
     if 0 in original or 0 in stored:
         return 0, 0
     before = fit_cover(*original, *stored)
-    return round(before.crop_left * fit.scaled_width / stored[0]), round(before.crop_top * fit.scaled_height / stored[1])
+    return round(before.crop_left * fit.scaled_width / stored[0]), round(
+        before.crop_top * fit.scaled_height / stored[1]
+    )
 
 
 def resize_crop_to(pixels: np.ndarray, to_width: int, to_height: int) -> tuple[np.ndarray, Fit]:

@@ -36,7 +36,7 @@ from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, 
 from latents.pictures import Fit, ahead, crop_before, resize_crop_to
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
 from shards import images, storage
-from shards.columns import COLUMN_ROW, column, members, pack_columns
+from shards.columns import COLUMN_ROW, ColumnFile, column, members, pack_columns
 from shards.dataset import MANIFEST, Dataset, read_stats, write_manifest
 from shards.exclusions import write_exclusions
 from shards.fingerprint import Fingerprint, digest_bytes
@@ -170,7 +170,9 @@ class LatentsStage:
         status: Counter[str] = Counter()
         errors: Counter[str] = Counter()
         buckets = self.config.bucket_list()
-        laid: list[list[int]] = []  # rows of each bucket in each shard's columns, whatever became of their samples since
+        laid: list[
+            list[int]
+        ] = []  # rows of each bucket in each shard's columns, whatever became of their samples since
         later: list[int] = []  # shards of which samples were excluded since
         without = 0
 
@@ -189,7 +191,7 @@ class LatentsStage:
                 if s["channels"]:
                     part = ChannelStats.from_json(s["channels"])
                     total = part if total is None else total.merge(part)
-                laid.append(s.get("laid") or s.get("buckets") or [s["count"]])
+                laid.append(s.get("laid") or self._laid(index))
                 yield s
 
         def exclusions() -> str | None:
@@ -222,6 +224,12 @@ class LatentsStage:
             }
 
         return write_manifest(self.root, "latents", folded(), extra, exclusions)
+
+    def _laid(self, index: int) -> list[int]:
+        """The rows of each bucket in the columns of a shard whose stats are too old to say so."""
+        shapes = ColumnFile(storage.join(self.root, shard_name(index) + self.data)).columns
+        count = len(self.config.bucket_list())
+        return [shapes[column("mean", b, count)][1][0] for b in range(count)]
 
     def _left_out(self, index: int, out: np.ndarray) -> _LeftOut:
         """Of the rows that are excluded now: those that have a latent, and those that were to have one."""

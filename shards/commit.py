@@ -67,7 +67,8 @@ class Folder:
             refuse_foreign(root, data, known)
             if take_over:
                 storage.probe(root)
-                from shards.takeover import is_old, take_over as take_over_old
+                from shards.takeover import is_old
+                from shards.takeover import take_over as take_over_old
 
                 if is_old(root):
                     take_over_old(root, made_with, data, redo)

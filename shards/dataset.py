@@ -78,7 +78,7 @@ def write_manifest(
     kind: str,
     stats: Iterable[Mapping[str, Any]],
     extra: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
-    exclusions: str | None | Callable[[], str | None] = None,
+    exclusions: str | Callable[[], str | None] | None = None,
 ) -> dict[str, Any]:
     """Write `dataset.json` from the stats of all shards, and return it.
 

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -49,9 +49,7 @@ def batch_slots(samples: int, rank: int, world: int, micro_step: int, accumulati
     return np.arange(rank + world * micro_step, samples, world * accumulation, dtype=np.int64)
 
 
-def micro_batches(
-    objective: Objective, config: FitConfig, ranks: Ranks, images: int
-) -> Iterator[Batch]:
+def micro_batches(objective: Objective, config: FitConfig, ranks: Ranks, images: int) -> Iterator[Batch]:
     """This rank's micro-batches from position `images` to the end, on the CPU; pinned where its device is a GPU.
 
     What they need is asked for some steps before they are made.
@@ -166,7 +164,9 @@ class Latents:
     Raises ConfigError where datasets were made with different encoders or shapes, which no model could tell apart.
     """
 
-    def __init__(self, config: TrainConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None
+    ) -> None:
         history = history or segments.begin(config, datasets)
         self.datasets, self.dataset = list(datasets), datasets[0]
         self.placement = history.placement(segments.tables(history, config, datasets), seed)

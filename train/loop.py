@@ -110,7 +110,7 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
                     with journal.pause(), engine.using("ema"):
                         loss = job.validator.measure(engine, ranks)
                     journal.event(run.images, "validation", loss=loss)
-                    run.finished = patience.over(loss)
+                    run.finished = patience.over(loss, run.images)
                 if saves or late.stop or run.finished:
                     with journal.pause():
                         last = save()

@@ -104,7 +104,9 @@ def run(
         facts = {"dataset": used[0], "sources": used, "seed": sections.seed, "order": taken.history.to_json()}
         facts |= objective.facts
         status = storage.join(run_paths.status, f"{stage}.json")
-        job = Job(stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts, notes=taken.notes)
+        job = Job(
+            stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts, notes=taken.notes
+        )
         if isinstance(settings, TrainConfig):
             job = _watched(job, settings, objective, run_paths, ranks)
         last = fit(job, objective, ranks)

@@ -35,9 +35,7 @@ def mix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> _U64(31))
 
 
-def permute(
-    index: np.ndarray, n: int | np.ndarray, key: int | np.ndarray, inverse: bool = False
-) -> np.ndarray:
+def permute(index: np.ndarray, n: int | np.ndarray, key: int | np.ndarray, inverse: bool = False) -> np.ndarray:
     """The images of `index` (int64 [B]) under keyed permutations of 0..n-1, or under their inverses; int64 [B].
 
     n, key: one for all, or one for each (int64 and uint64 [B]). Each index must lie in 0..n-1.

@@ -18,7 +18,6 @@ import numpy as np
 
 from train.order import Order
 
-
 FEWEST_ROWS = 8  # of a window, however rare its bucket
 
 
@@ -230,9 +229,7 @@ class Placement:
         return min(found, default=None)
 
 
-def _work_out(
-    segment: Segment, begin: dict[int, int], given: dict[tuple[str, int], np.ndarray], streams: int
-) -> _Held:
+def _work_out(segment: Segment, begin: dict[int, int], given: dict[tuple[str, int], np.ndarray], streams: int) -> _Held:
     given = dict(given)
     # A source's weight is shared out to the buckets as its samples are.
     shares = {}

@@ -78,7 +78,9 @@ class History:
         segments = []
         for s in value["segments"]:
             ranges = tuple(Range(**{**r, "rows": tuple(r["rows"])}) for r in s["ranges"])
-            segments.append(Record(**{**s, "sizes": tuple(s["sizes"]), "ranges": ranges, "changes": tuple(s["changes"])}))
+            segments.append(
+                Record(**{**s, "sizes": tuple(s["sizes"]), "ranges": ranges, "changes": tuple(s["changes"])})
+            )
         return cls(value["streams"], value["window"], tuple(segments))
 
     def placement(self, tables: dict[str, np.ndarray], seed: int) -> Placement:
@@ -136,9 +138,7 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     return History(streams, window, (record,))
 
 
-def place(
-    config: FitConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None
-) -> Placement:
+def place(config: FitConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None) -> Placement:
     """Where the samples of a run come from; history: None for one that begins now."""
     history = history or begin(config, datasets)
     return history.placement(tables(history, config, datasets), seed)
@@ -181,18 +181,26 @@ def resume(
                     f"{dataset.root} holds other samples than this training began with ({int(found.sum()):,} where it "
                     f"had {sum(r.rows):,} in the same shards); give --adopt to go on with these"
                 )
-            told.append(f"{dataset.root}: {int(found.sum()):,} samples in place of {sum(r.rows):,}, in an order of their own")
+            told.append(
+                f"{dataset.root}: {int(found.sum()):,} samples in place of {sum(r.rows):,}, in an order of their own"
+            )
             notes.append(told[-1])
-            kept.append(_range(source, dataset, laid[: r.end], r.first, f"{dataset.fingerprint}:{r.first}:{images}", 0.0))
+            kept.append(
+                _range(source, dataset, laid[: r.end], r.first, f"{dataset.fingerprint}:{r.first}:{images}", 0.0)
+            )
         end = max((r.end for r in own), default=0)
         more = int(laid[end:].sum())
         if more and (adopt or not own):
-            kept.append(_range(source, dataset, laid, end, f"{dataset.fingerprint}:{end}" if end else dataset.fingerprint, 0.0))
+            kept.append(
+                _range(source, dataset, laid, end, f"{dataset.fingerprint}:{end}" if end else dataset.fingerprint, 0.0)
+            )
             told.append(f"{dataset.root}: {more:,} samples more")
         elif more:
             notes.append(f"{dataset.root} holds {more:,} samples more by now; --adopt takes them in")
         total = sum(sum(r.rows) for r in kept)
-        ranges += [dataclasses.replace(r, weight=weight * sum(r.rows) / total, root=dataset.root) for r in kept if total]
+        ranges += [
+            dataclasses.replace(r, weight=weight * sum(r.rows) / total, root=dataset.root) for r in kept if total
+        ]
     record = Record(images, step, config.batch_size, batch_sizes(config, datasets), tuple(ranges), (*changes, *told))
     if _same(record, last) and not changes:
         return Taken(history, tuple(notes), "" if adopt else refusal)

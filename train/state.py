@@ -121,9 +121,7 @@ def stage_state(stage: str, run: str, sections: Any) -> StageState:
     return judge(stage, config, fingerprint(stage, config, sections.seed, datasets), stage_paths(stage, paths))
 
 
-def judge(
-    stage: str, config: StageConfig, wanted: Fingerprint, paths: StagePaths, adopt: bool = False
-) -> StageState:
+def judge(stage: str, config: StageConfig, wanted: Fingerprint, paths: StagePaths, adopt: bool = False) -> StageState:
     """As `stage_state`, of a fit whose fingerprint is known. adopt: changes that may be made are consented to."""
     marker = _marker(paths.model)
     newest = folders.latest_complete(paths.checkpoints, deep=False)
@@ -151,7 +149,12 @@ def judge(
         return StageState("done")
     longer = any(line.startswith(f"{stage}.images:") for line in later)
     fitted = manifest.get("images", 0) >= config.images or (manifest.get("finished", False) and not longer)
-    exported = stage == "train" and marker is not None and newest is not None and marker.get("checkpoint") == folders.name_of(newest)
+    exported = (
+        stage == "train"
+        and marker is not None
+        and newest is not None
+        and marker.get("checkpoint") == folders.name_of(newest)
+    )
     return StageState("done" if fitted and exported else "resumable", where, tuple(later))
 
 

@@ -18,8 +18,8 @@ from latents.encoders import load_text, load_vae
 from latents.moments import dequantise_logstd
 from latents.pictures import fit_cover, resize_crop_to
 from latents.stage import LatentsStage
-from shards.columns import ColumnShard, column, keep_rows, pack_columns, unpack_columns, value_of
 from shards.blank import blank_columns
+from shards.columns import ColumnShard, column, keep_rows, pack_columns, unpack_columns, value_of
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths
@@ -249,7 +249,9 @@ def test_what_is_taken_down_is_zero_everywhere_and_nothing_else_moves(first, sec
     twice = blank_columns(once, np.array(sorted(second), np.int64), living)
     assert len(twice) == len(data)
     assert twice == blank_columns(twice, np.array(sorted(gone), np.int64), living), "done again it changes nothing"
-    assert twice == blank_columns(data, np.array(sorted(gone), np.int64), living), "nor does it matter in how many steps"
+    assert twice == blank_columns(data, np.array(sorted(gone), np.int64), living), (
+        "nor does it matter in how many steps"
+    )
     after, metadata = unpack_columns(twice)
     assert metadata == {"a": "b"}
     index = [int(value_of(arrays, "embedding_index", n)) for n in range(18)]

@@ -22,7 +22,6 @@ from train.data import Ahead, Latents, Pictures
 from train.objectives import build
 from train.placement import Placement
 
-
 CONFIG = TrainConfig(images=100, batch_size=8, streams=4, window=3)
 
 

@@ -90,7 +90,8 @@ def test_held_out_pictures_are_encoded_as_the_latents_are(tmp_path: Path) -> Non
     mean, logstd = load_vae(str(Path(run.autoencoder) / "model")).encode(pixels)
     draw = objective.random.normal("posterior", np.arange(5) + validation.FIRST, mean.shape[1:])
     expected = 0.7 * (mean + torch.exp(logstd) * torch.from_numpy(draw))
-    torch.testing.assert_close(batch["x0"], expected, rtol=1e-4, atol=1e-5)
+    # As latents are stored: the mean in half precision, the spread on a grid whose half step is 5 %.
+    torch.testing.assert_close(batch["x0"], expected, rtol=0.06, atol=0.05)
 
 
 def test_patience() -> None:

@@ -97,7 +97,7 @@ def make_latents(root: Path, counts: tuple[int, ...] = (9, 14, 5, 12), text: str
         stats.append(
             commit_shard(str(root), index, files, {"count": n, "rows": n}, Fingerprint("latents", 1, {}, index))
         )
-    extra = {"resolution": 32, **encoders()}
+    extra = {"resolution": 32, **encoders(), "laid": [[n] for n in counts]}
     write_manifest(str(root), "latents", stats, extra)
 
 
