@@ -37,12 +37,14 @@ from latents.pictures import Fit, ahead, crop_before, resize_crop_to
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
 from shards import images, storage
 from shards.columns import COLUMN_ROW, ColumnFile, column, members, pack_columns
-from shards.dataset import MANIFEST, Dataset, read_stats, write_manifest
+from shards.dataset import MANIFEST, Dataset, born, read_stats, read_stats_of, write_manifest
 from shards.exclusions import write_exclusions
 from shards.fingerprint import Fingerprint, digest_bytes
 from shards.layout import RunPaths, shard_name
+from shards.listing import listed
 from shards.settings import ConfigError, StageError
 from shards.stage import Task, open_folder, refuse_other_settings
+from shards.takeover import is_old, old_digests
 
 if TYPE_CHECKING:
     from latents.encoders import TextEncoder, Vae
@@ -127,13 +129,26 @@ class LatentsStage:
         weights = {"vae": vae.digest, "text": text.digest}
         return Fingerprint(self.name, VERSION, self.config.settings(), None, weights)
 
+    def begin(self, redo: bool) -> None:
+        """Refuse latents of an older version that are of other images than the run's; raises ConfigError."""
+        if redo or not is_old(self.root):
+            return
+        digests = old_digests(self.run.images)
+        committed = listed(self.root, self.data).committed
+        for index, stats in read_stats_of(self.root, (int(i) for i in committed)):
+            if stats is not None and stats["fingerprint"]["input"] != digests.get(index):
+                raise ConfigError(
+                    f"{self.root}: shard {shard_name(index)} was made of other images than lie in {self.run.images} "
+                    "now; give --redo to set this folder aside and make it anew, or set 'run' to another folder"
+                )
+
     def tasks(self) -> Iterator[Task]:
         """One task an image shard. Its latents are done where they are committed for the shard as it was born: what is
         excluded or taken out later is left out by the reader."""
         images = self.images()
         self._refuse_void(images)
         for position, info in enumerate(images.shards):
-            yield Task(info.index, info.born, position)
+            yield Task(info.index, info.born if images.format > 1 else None, position)
 
     def is_current(self) -> bool:
         """Whether the manifest was written for the image shards' present one."""
@@ -303,16 +318,21 @@ class _Worker:
         stats["images_per_second"] = round(stats["count"] / seconds, 3)
         if len(known):
             stats["excluded"] = _rows_digest(known)
-        return self.folder.commit(task.index, files, stats, task.input)
+        return self.folder.commit(task.index, files, stats, task.input or self._born(task.index))
+
+    def _born(self, index: int) -> str | None:
+        """Which image shard it is, where the manifest is of format 1 and cannot say it."""
+        stats = read_stats(self.dataset.root, index)
+        return None if stats is None else born(stats)
 
     def _open(self, task: Task) -> tuple[images.ImageShard, dict[int, str]]:
         position = task.payload
         with self._reading:
             info = self.dataset.shards[position] if position < len(self.dataset.shards) else None
-            if info is None or info.born != task.input:
+            if info is None or task.input not in (info.born, None):
                 # The images were finished again since this worker started.
                 self.dataset = Dataset.open(self.dataset.root)
-                if self.dataset.shards[position].born != task.input:
+                if task.input not in (self.dataset.shards[position].born, None):
                     raise StageError(
                         f"{self.dataset.root}: the images changed during the run; run the same command again"
                     )
@@ -707,8 +727,10 @@ def picture_settings(dataset: Dataset) -> dict[str, Any]:
 
 
 def _check_accounting(root: str, stats: dict[str, Any], source: Any, left_out: _LeftOut | None) -> int:
-    """Rows in = rows out, each with one status; raises StageError naming the shard where that does not hold. Returns how
-    many images of the shard that can be used now have no latent, since they were left out when it was made."""
+    """Rows in = rows out, each with one status; raises StageError naming the shard where that does not hold.
+
+    Returns how many images of the shard that can be used now have no latent: they were left out when it was made.
+    """
     shard = f"{root}: shard {stats['shard']}"
     if source is None:
         raise StageError(f"{shard} has no image shard; the images changed during the run, run the same command again")

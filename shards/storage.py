@@ -360,7 +360,7 @@ def _is_conflict(error: BaseException) -> bool:
 
 
 def probe(folder: str) -> None:
-    """Raise ConfigError, in a sentence that says what to do, where `create` is not kept in a folder: two small writes."""
+    """Raise ConfigError, in a sentence that says what to do, where a folder does not keep `create`: two writes."""
     url = join(folder, f".probe{TMP_MARK}{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         kept = _create(url, b"1", None) and not _create(url, b"2", None)
