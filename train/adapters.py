@@ -259,13 +259,14 @@ def merged_weights(model: Any) -> dict[str, Any]:
 
 def save_lora(
     unet: dict[str, Any], config: AdapterConfig | None, text: dict[str, Any], text_config: TextEncoderConfig | None,
-    folder: Path,
+    sized: bool, folder: Path,
 ) -> None:  # fmt: skip
     """`pytorch_lora_weights.safetensors`, which diffusers' load_lora_weights takes, with the alphas beside them.
 
-    unet, text: the updates of either under peft's names; empty where there are none.
+    unet, text: the updates of either under peft's names; empty where there are none. sized: of an SDXL pipeline, whose
+    text encoder is its second.
     """
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     given: dict[str, Any] = {}
     if unet:
@@ -273,11 +274,12 @@ def save_lora(
         given |= {"unet_lora_layers": unet, "unet_lora_adapter_metadata": _metadata(peft_config(config))}
     if text:
         assert text_config is not None
+        part = "text_encoder_2" if sized else "text_encoder"
         given |= {
-            "text_encoder_lora_layers": text,
-            "text_encoder_lora_adapter_metadata": _metadata(text_peft_config(text_config)),
+            f"{part}_lora_layers": text,
+            f"{part}_lora_adapter_metadata": _metadata(text_peft_config(text_config)),
         }
-    StableDiffusionPipeline.save_lora_weights(folder, **given)
+    (StableDiffusionXLPipeline if sized else StableDiffusionPipeline).save_lora_weights(folder, **given)
 
 
 def _metadata(config: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Diffusion(Objective):
         learns = conditioning.module
         super().__init__(unet if learns is None else Joint(unet, learns), model_config, latents.order)
         self.config, self.latents, self.random, self.conditioning = config, latents, Randomness(seed), conditioning
-        self.unet, self.sized = unet, conditioning.sized
+        self.sized = conditioning.sized
         if config.textual_inversion:
             unet.requires_grad_(False)
         # What is frozen comes from where the training began, and is not stored with every checkpoint.
@@ -58,6 +58,11 @@ class Diffusion(Objective):
         for name, table in dataclasses.asdict(process_of(config)).items():
             self.register_buffer(name, table, persistent=False)
         self.facts = {"encoders": {"vae": vae, "text": text}, "resolution": latents.resolution}
+
+    @property
+    def unet(self) -> Any:
+        """The UNet, whatever learns beside it."""
+        return self.model.unet if isinstance(self.model, Joint) else self.model
 
     @property
     def process(self) -> diffusion.Process:

@@ -14,6 +14,7 @@ its tokenizer are transformers' own (text_export.py).
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import re
@@ -230,7 +231,7 @@ class _Source:
         if self.config.text_encoder.kind == "full":
             encoder.load_state_dict(learned)
             return
-        tuned = adapters.tuned_text(encoder, learned, self.config.text_encoder, str(self.folder))
+        tuned = adapters.tuned_text(copy.deepcopy(encoder), learned, self.config.text_encoder, str(self.folder))
         self.tuned_text = adapters.state(tuned)
         encoder.load_state_dict(adapters.merged_weights(tuned))
 
@@ -262,7 +263,8 @@ class _Source:
             return
         unet = self.config.adapter if self.config.adapter and self.config.adapter.kind == "lora" else None
         if unet or text:
-            adapters.save_lora(values if unet else {}, unet, text, self.config.text_encoder, folder / "lora")
+            sized = pipeline_of(self.manifest["model_config"]) is STABLE_DIFFUSION_XL
+            adapters.save_lora(values if unet else {}, unet, text, self.config.text_encoder, sized, folder / "lora")
         if self.config.adapter and not unet:
             adapters.save_peft(values, self.config.adapter, folder / "adapter")
 
