@@ -30,6 +30,7 @@ OPERATIONAL = (
     "compile",
     "offload",
     "prefetch",
+    "hang_s",
     "cache_bytes",
     "licence",
     "validation",
@@ -37,7 +38,7 @@ OPERATIONAL = (
 )
 
 # Settings that came after runs had been made without them, to which their absence means what null means.
-LATER = ("batch_by_area", "captions", "text_encoder")
+LATER = ("batch_by_area", "captions", "text_encoder", "cooldown_images")
 
 STAGES = ("autoencoder", "clip", "train")
 
@@ -52,8 +53,19 @@ class FitConfig(Strict):
     )
     learning_rate: float = Field(default=1e-4, gt=0, le=1)
     warmup_images: int = Field(default=0, ge=0, description="linear from 0 to learning_rate")
-    schedule: Literal["cosine", "constant"] = "cosine"
-    final_fraction: float = Field(default=0.0, ge=0, le=1, description="cosine ends at this share of learning_rate")
+    schedule: Literal["cosine", "constant", "wsd"] = Field(
+        default="cosine", description="wsd: constant, and down over the last cooldown_images; a run may be made longer"
+    )
+    final_fraction: float = Field(
+        default=0.0, ge=0, le=1, description="cosine and wsd end at this share of learning_rate"
+    )
+    cooldown_images: int | None = Field(
+        default=None, ge=0, description="over how many images wsd goes down; null: a fifth of images"
+    )
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = Field(
+        default="adamw",
+        description="muon: for the blocks' matrices, AdamW for the rest; adamw8bit: moments in 8 bits (bitsandbytes)",
+    )
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled; not on biases, norms and scalars")
@@ -74,8 +86,10 @@ class FitConfig(Strict):
         default=10, ge=1, description="skipped steps in a row after which the weights go back to the last checkpoint"
     )
     max_rollbacks: int = Field(default=3, ge=0, description="how often they may go back before the run ends")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="arithmetic under autocast; weights, moments and EMA are always fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto",
+        description="arithmetic under autocast; weights, moments and EMA are always fp32. auto: bf16 where the device "
+        "has it, else fp32",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(default=1, description="what DeepSpeed shares out over the ranks")
     ranks: int = Field(
@@ -95,7 +109,14 @@ class FitConfig(Strict):
     activation_checkpointing: bool = Field(
         default=False, description="compute activations again in the backward pass: less memory, a third more work"
     )
-    compile: bool = Field(default=False, description="torch.compile the model; pays on a GPU after its first minute")
+    compile: bool | Literal["blocks"] = Field(
+        default=False,
+        description="torch.compile: true for the whole model, once for each shape of pictures; blocks for its repeated "
+        "blocks, once for all shapes",
+    )
+    hang_s: float = Field(
+        default=1800.0, gt=0, description="a step that takes longer ends the run, with the stacks of all ranks"
+    )
     offload: Literal["none", "cpu"] = Field(
         default="none", description="cpu: moments, EMA and fp32 weights live in main memory (zero_stage 1 and above)"
     )
@@ -133,7 +154,23 @@ class FitConfig(Strict):
             raise ValueError("offload needs zero_stage 1 or above: without ZeRO DeepSpeed ignores it")
         if self.compile and self.zero_stage == 3:
             raise ValueError("compile cannot go with zero_stage 3, whose hooks break its graph; use 1 or 2")
+        if self.optimizer != "adamw" and self.offload != "none":
+            raise ValueError(f"optimizer {self.optimizer} cannot go with offload; set one of them")
+        if self.cooldown_images is not None and self.schedule != "wsd":
+            raise ValueError(f"cooldown_images is wsd's; the schedule is {self.schedule}")
+        if self.cooldown + self.warmup_images > self.images:
+            raise ValueError(
+                f"warmup_images ({self.warmup_images}) and cooldown_images ({self.cooldown}) are longer than images "
+                f"({self.images})"
+            )
         return self
+
+    @property
+    def cooldown(self) -> int:
+        """Over how many images the rate of `wsd` goes down; 0 under another schedule."""
+        if self.schedule != "wsd":
+            return 0
+        return self.images // 5 if self.cooldown_images is None else self.cooldown_images
 
     @property
     def steps(self) -> int:
@@ -363,6 +400,8 @@ class TrainConfig(FitConfig):
         for name in ("adapter", "text_encoder", "textual_inversion"):
             if getattr(self, name) and not self.start_from:
                 raise ValueError(f"{name} changes a model that is there; name it with start_from")
+        if (self.adapter or self.text_encoder or self.textual_inversion) and self.optimizer == "muon":
+            raise ValueError("optimizer muon is for the matrices of a whole model; with an adapter or a word use adamw")
         for name in ("adapter", "text_encoder"):
             if getattr(self, name) and self.textual_inversion:
                 raise ValueError(f"{name} and textual_inversion are two ways to fine-tune; set one of them")

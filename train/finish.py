@@ -35,7 +35,7 @@ SCALE_BATCH = 16
 
 
 def finish(
-    stage: str, run: str, objective: Objective, last: Path, wanted: Fingerprint, paths: StagePaths, ranks: Ranks
+    stage: str, run: str, objective: Objective, last: str, wanted: Fingerprint, paths: StagePaths, ranks: Ranks
 ) -> None:
     """Write the model folder of a fit whose last checkpoint is `last`. Collective; rank 0 writes."""
     if stage == "train":
@@ -52,7 +52,8 @@ def finish(
         facts = {"scaling_factor": measure_scale(objective, ranks)}
         objective.model.register_to_config(**facts)  # type: ignore[operator]
     if ranks.first:
-        tmp = storage.temporary_folder(paths.model)
+        model = storage.local_path(paths.model)
+        tmp = storage.temporary_folder(model)
         if isinstance(objective, Clip):
             _save_clip(objective, tmp)
         else:
@@ -60,7 +61,7 @@ def finish(
         manifest = folders.read_manifest(last)
         marker = {
             "stage": stage,
-            "checkpoint": last.name,
+            "checkpoint": folders.name_of(last),
             "images": manifest["images"],
             "step": manifest["step"],
             "weights": "ema",
@@ -68,7 +69,7 @@ def finish(
             **facts,
         }
         (tmp / MARKER).write_text(json.dumps(marker, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        storage.replace_folder(tmp, paths.model)
+        storage.replace_folder(tmp, model)
     ranks.gather(None)
 
 

@@ -68,7 +68,7 @@ class Word(Conditioning):
         vectors, context = self.vectors, len(head)
         if end + vectors >= context:
             raise ConfigError(
-                f"train.textual_inversion: '{before}{self.token}{after}' leaves no room for the token's {vectors} places"
+                f"train.textual_inversion: '{before}{self.token}{after}' leaves no room for the token"
             )
         rest = tail[1 : int(tail.argmax())][: context - end - vectors - 1]
         tokens = np.full(context, text.pad_id, np.int64)

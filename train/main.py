@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import logging
 import os
 import sys
@@ -43,7 +42,7 @@ from train.state import describe, discard, fingerprint, judge, open_input, stage
 
 if TYPE_CHECKING:
     from train.denoising import Diffusion
-    from train.loop import Job
+    from train.job import Job
     from train.objective import Objective
 
 log = logging.getLogger("carrara.train")
@@ -73,7 +72,8 @@ def run(stage: str, config: str | TrainingSections, overrides: Sequence[str] = (
 
     # Heavy imports come after everything that can be refused at once.
     from train.finish import finish
-    from train.loop import Job, fit
+    from train.job import Job
+    from train.loop import fit
     from train.objectives import build
 
     ranks = join(settings.threads)
@@ -89,7 +89,7 @@ def run(stage: str, config: str | TrainingSections, overrides: Sequence[str] = (
             if found.state == "stale":
                 discard(paths)
             # One trainer writes here, so whatever is temporary is a dead one's.
-            storage.sweep_temporaries(str(paths.checkpoints), older_than_s=0.0)
+            storage.sweep_temporaries(paths.checkpoints, older_than_s=0.0)
         objective = build(stage, settings, datasets, sections.seed)
         used = [describe(d) for d in datasets]
         facts = {"dataset": used[0], "sources": used, "seed": sections.seed, **objective.facts}
@@ -105,16 +105,17 @@ def run(stage: str, config: str | TrainingSections, overrides: Sequence[str] = (
 
 def _watched(job: Job, config: TrainConfig, objective: Objective, run: RunPaths, ranks: Ranks) -> Job:
     """The job with what shows how good the UNet is becoming: validation and samples, where they are asked for."""
-    from train.samples import grid
+    from train.samples import Samples
     from train.validation import Validator
 
     micro, _ = layout("train", config, ranks.world)
-    validator = draw = None
+    unet = cast("Diffusion", objective)
+    validator = samples = None
     if config.validation:
-        validator = Validator(config.validation, cast("Diffusion", objective), run, ranks, micro)
+        validator = Validator(config.validation, unet, run, ranks, micro)
     if config.samples:
-        draw = functools.partial(grid, run.run, config.samples, ranks.device.type)
-    return dataclasses.replace(job, validator=validator, draw=draw)
+        samples = Samples(config.samples, unet, ranks)
+    return dataclasses.replace(job, validator=validator, samples=samples)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
+
+from fsspec.core import url_to_fs
 
 from shards import storage
 from shards.dataset import Dataset
@@ -24,11 +25,11 @@ StageConfig = AutoencoderConfig | ClipConfig | TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class StagePaths:
-    """Where a fit keeps its things: folders on a local or shared file system."""
+    """Where a fit keeps its things: URLs of folders."""
 
-    checkpoints: Path
-    model: Path
-    logs: Path
+    checkpoints: str
+    model: str
+    logs: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,11 @@ class StageState:
 
 
 def stage_paths(stage: str, run: RunPaths) -> StagePaths:
-    """The folders of a stage; raises StageError where the run lies on an object store."""
+    """The folders of a stage."""
     if stage == "train":
-        return StagePaths(*(storage.local_path(p) for p in (run.checkpoints, run.model, run.train)))
-    root = storage.local_path(run.autoencoder if stage == "autoencoder" else run.clip)
-    return StagePaths(root / "checkpoints", root / "model", root)
+        return StagePaths(run.checkpoints, run.model, run.train)
+    root = run.autoencoder if stage == "autoencoder" else run.clip
+    return StagePaths(storage.join(root, "checkpoints"), storage.join(root, "model"), root)
 
 
 def stage_config(stage: str, sections: Any) -> StageConfig:
@@ -123,13 +124,11 @@ def judge(stage: str, config: StageConfig, wanted: Fingerprint, paths: StagePath
         return StageState("new")
     manifest = folders.read_manifest(newest)
     fitted = manifest["images"] >= config.images or manifest.get("finished", False)
-    exported = stage == "train" and marker is not None and marker.get("checkpoint") == newest.name
-    return _compare(
-        stage, newest, wanted, manifest, StageState("done" if fitted and exported else "resumable", str(newest))
-    )
+    exported = stage == "train" and marker is not None and marker.get("checkpoint") == folders.name_of(newest)
+    return _compare(stage, newest, wanted, manifest, StageState("done" if fitted and exported else "resumable", newest))
 
 
-def _compare(stage: str, where: Path, wanted: Fingerprint, stored: dict[str, Any], same: StageState) -> StageState:
+def _compare(stage: str, where: str, wanted: Fingerprint, stored: dict[str, Any], same: StageState) -> StageState:
     found = stored.get("fingerprint", {})
     if found.get("digest") == wanted.digest:
         return same
@@ -141,9 +140,9 @@ def _compare(stage: str, where: Path, wanted: Fingerprint, stored: dict[str, Any
     )
 
 
-def _marker(model: Path) -> dict[str, Any] | None:
+def _marker(model: str) -> dict[str, Any] | None:
     try:
-        marker = storage.read_json(str(model / MARKER))
+        marker = storage.read_json(storage.join(model, MARKER))
     except ValueError:
         return None
     return marker if isinstance(marker, dict) else None
@@ -152,11 +151,24 @@ def _marker(model: Path) -> dict[str, Any] | None:
 def discard(paths: StagePaths) -> None:
     """Delete a fit: its checkpoints, its model and its log."""
     # The newest checkpoint goes last: should this be cut short, what is left still says what it was made with.
-    aside = (paths.model, paths.logs / "tensorboard", paths.logs / "samples", paths.checkpoints / folders.POSTHOC)
-    for folder in (*aside, *reversed(folders.folders(paths.checkpoints))):
-        shutil.rmtree(folder, ignore_errors=True)
-    for file in (paths.logs / "log.jsonl", paths.logs / "events.jsonl", paths.checkpoints / "latest"):
-        file.unlink(missing_ok=True)
+    for root in (storage.join(paths.checkpoints, folders.POSTHOC), paths.checkpoints):
+        for folder in reversed(folders.folders(root)):
+            folders.delete(folder)
+    for name in ("tensorboard", "samples"):
+        _delete_tree(storage.join(paths.logs, name))
+    _delete_tree(paths.model)
+    for name in ("log.jsonl", "events.jsonl"):
+        storage.remove(storage.join(paths.logs, name))
+    storage.remove(storage.join(paths.checkpoints, "latest"))
+
+
+def _delete_tree(url: str) -> None:
+    if storage.is_local(url):
+        shutil.rmtree(storage.local_path(url), ignore_errors=True)
+        return
+    fs, path = url_to_fs(url)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
 
 
 __all__ = ["StageState", "TrainingSections", "discard", "judge", "open_input", "stage_paths", "stage_state"]

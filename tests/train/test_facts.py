@@ -27,7 +27,7 @@ from tests.train.test_export import pictures
 from train.config import TrainConfig
 from train.data import Latents
 from train.export import build_pipeline, export, fold_shift
-from train.folders import FORMAT_VERSION, STATES
+from train.folders import STATES
 from train.objectives import build
 
 pytestmark = pytest.mark.timeout(600)
@@ -104,7 +104,7 @@ def save_checkpoint(run: RunPaths, facts: dict[str, Any], **config: Any) -> UNet
     for name in ("weights", *STATES):
         save_file(unet.state_dict(), folder / f"{name}.safetensors")
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1,
         "files": {f.name: {"size": f.stat().st_size, "sha256": digest_file(f)} for f in folder.iterdir()},
         "images": 16, "step": 2, "config": settings.model_dump(mode="json"), "model_config": dict(unet.config), **facts,
     }  # fmt: skip
