@@ -46,6 +46,8 @@ class Diffusion(Objective):
         latents.require_captions(list(config.captions or ()))
         conditioning = conditioning_of(config, latents, text, model_config, seed)
         learns = conditioning.module
+        if config.adapter and config.adapter.start_from:
+            adapters.load_lora(config.adapter.start_from, unet, learns)
         super().__init__(unet if learns is None else Joint(unet, learns), model_config, latents.order)
         self.config, self.latents, self.random, self.conditioning = config, latents, Randomness(seed), conditioning
         self.sized = conditioning.sized

@@ -261,7 +261,7 @@ class _Source:
         if self.config.textual_inversion:
             save_file({self.config.textual_inversion.token: values["rows"]}, folder / "learned_embeds.safetensors")
             return
-        unet = self.config.adapter if self.config.adapter and self.config.adapter.kind == "lora" else None
+        unet = self.config.adapter if self.config.adapter and self.config.adapter.is_lora else None
         if unet or text:
             sized = pipeline_of(self.manifest["model_config"]) is STABLE_DIFFUSION_XL
             adapters.save_lora(values if unet else {}, unet, text, self.config.text_encoder, sized, folder / "lora")

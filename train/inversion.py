@@ -67,9 +67,7 @@ class Word(Conditioning):
         end = int(head.argmax())
         vectors, context = self.vectors, len(head)
         if end + vectors >= context:
-            raise ConfigError(
-                f"train.textual_inversion: '{before}{self.token}{after}' leaves no room for the token"
-            )
+            raise ConfigError(f"train.textual_inversion: '{before}{self.token}{after}' leaves no room for the token")
         rest = tail[1 : int(tail.argmax())][: context - end - vectors - 1]
         tokens = np.full(context, text.pad_id, np.int64)
         line = [*head[:end], *[head[end - 1]] * vectors, *rest, head[end]]

@@ -116,7 +116,7 @@ def test_a_run_that_stops_getting_better_ends_there_and_stays_ended(tmp_path: Pa
     assert [e["images"] for e in found] == [16, 32]
     assert found[0]["loss"] == found[1]["loss"]
     last = folders.latest_complete(run.checkpoints)
-    assert last == step_folder(tmp_path / "r", 4)
+    assert last == str(step_folder(tmp_path / "r", 4))
     assert folders.read_manifest(last)["finished"]
     sections = load_sections(str(config), (), TrainingSections)
     assert stage_state("train", run.run, sections).state == "done"
