@@ -35,9 +35,9 @@ from shards.fingerprint import Fingerprint, digest_json
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from train import adapters, posthoc
-from train.checkpoint import load_weights
+from train.checkpoint import load_weights, put_file
 from train.config import TrainConfig, stored_config
-from train.folders import MANIFEST, POSTHOC, latest_complete, name_of, read_manifest
+from train.folders import CHUNK, MANIFEST, POSTHOC, latest_complete, name_of, read_manifest
 from train.model_card import model_card
 from train.objective import public_config
 from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of
@@ -90,9 +90,10 @@ def export(
 def _upload(folder: Path, url: str) -> None:
     """Put a finished folder on an object store; it counts as a model once its provenance is there, which goes last."""
     storage.remove(storage.join(url, PROVENANCE))
-    files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-    for name in [*(f for f in files if f != PROVENANCE), PROVENANCE]:
-        storage.write_atomic(storage.join(url, name), (folder / name).read_bytes())
+    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f != folder / PROVENANCE):
+        with file.open("rb") as f:
+            put_file(storage.join(url, file.relative_to(folder).as_posix()), iter(lambda f=f: f.read(CHUNK), b""))
+    storage.write_atomic(storage.join(url, PROVENANCE), (folder / PROVENANCE).read_bytes())
 
 
 def build_pipeline(run: str, checkpoint: str = "latest", weights: str = "ema") -> Any:
