@@ -10,7 +10,15 @@ from __future__ import annotations
 import enum
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from shards.settings import ConfigError, Strict
 
@@ -254,15 +262,44 @@ class SourceConfig(Strict):
 
 
 class AdapterConfig(Strict):
-    """Low-rank updates in place of all weights: LoRA (Hu 2021), LoHa (Hyeon-Woo 2021) or LoKr (Yeh 2023), by peft."""
+    """Low-rank updates in place of all weights, by peft: LoRA (Hu 2021), LoCon (on convolutions too; Yeh 2023), LoHa
+    (Hyeon-Woo 2021) or LoKr (Yeh 2023)."""
 
-    kind: Literal["lora", "loha", "lokr"] = "lora"
+    kind: Literal["lora", "locon", "loha", "lokr"] = "lora"
     rank: int = Field(default=8, ge=1)
     alpha: int | None = Field(default=None, ge=1, description="the update is scaled by alpha / rank; null: rank")
     targets: tuple[str, ...] = Field(
         default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="ends of the names of adapted layers"
     )
-    convolutions: bool = Field(default=False, description="adapt the convolutions of the residual blocks too")
+    convolutions: bool = Field(
+        default=False, description="adapt the convolutions of the residual blocks too, as locon always does"
+    )
+    dora: bool = Field(
+        default=False,
+        description="lora, locon: learn outputs' magnitudes apart from directions (DoRA, Liu 2024)",
+    )
+    start_from: str | None = Field(
+        default=None,
+        description="lora, locon: go on from this safetensors file, in kohya's (A1111's), diffusers' or peft's names",
+    )
+
+    @model_validator(mode="after")
+    def _of_lora(self) -> Self:
+        for name in ("dora", "start_from"):
+            if getattr(self, name) and self.kind not in ("lora", "locon"):
+                raise ValueError(f"{name} is for lora and locon alone, not for {self.kind}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what adapters had no choice of once, so that their settings' fingerprint stays what it was."""
+        found: dict[str, Any] = dump(self)
+        return {k: v for k, v in found.items() if v or k not in ("dora", "start_from")}
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether diffusers' load_lora_weights reads what comes out."""
+        return self.kind in ("lora", "locon")
 
 
 class TextEncoderConfig(Strict):

@@ -46,9 +46,11 @@ class Diffusion(Objective):
         latents.require_captions(list(config.captions or ()))
         conditioning = conditioning_of(config, latents, text, model_config, seed)
         learns = conditioning.module
+        if config.adapter and config.adapter.start_from:
+            adapters.load_lora(config.adapter.start_from, unet, learns)
         super().__init__(unet if learns is None else Joint(unet, learns), model_config, latents.placement)
         self.config, self.latents, self.random, self.conditioning = config, latents, Randomness(seed), conditioning
-        self.unet, self.sized = unet, conditioning.sized
+        self.sized = conditioning.sized
         latents.wants = wanted_columns(config, latents, conditioning)
         if config.textual_inversion:
             unet.requires_grad_(False)
@@ -59,6 +61,11 @@ class Diffusion(Objective):
         for name, table in dataclasses.asdict(process_of(config)).items():
             self.register_buffer(name, table, persistent=False)
         self.facts = {"encoders": {"vae": vae, "text": text}, "resolution": latents.resolution}
+
+    @property
+    def unet(self) -> Any:
+        """The UNet, whatever learns beside it."""
+        return self.model.unet if isinstance(self.model, Joint) else self.model
 
     @property
     def process(self) -> diffusion.Process:

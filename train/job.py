@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from shards.fingerprint import Fingerprint
@@ -22,6 +20,7 @@ from train.objective import Objective
 from train.order import derive_key
 from train.ranks import Ranks
 from train.run import Run
+from train.samples import Samples
 from train.validation import Validator
 
 log = logging.getLogger("carrara.train")
@@ -31,8 +30,8 @@ log = logging.getLogger("carrara.train")
 class Job:
     """One fit. checkpoints, logs: URLs of folders. status_url: where progress is written. facts: stored in manifests.
 
-    validator: None for no validation. draw: a checkpoint's folder -> a grid of samples, uint8 [H,W,3]; None for none.
-    notes: of what the run takes its samples from, for the journal.
+    validator: None for no validation. samples: pictures at every checkpoint; None for none. notes: of what the run takes
+    its samples from, for the journal.
     """
 
     stage: str
@@ -44,7 +43,7 @@ class Job:
     fingerprint: Fingerprint
     facts: dict[str, Any]
     validator: Validator | None = None
-    draw: Callable[[str], np.ndarray] | None = None
+    samples: Samples | None = None
     notes: tuple[str, ...] = ()
 
     @property

@@ -53,7 +53,7 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
     guard = Guard(config.spike_sigmas, ranks.device, found.get("guard"))
     patience = Patience(job.validator.patience if job.validator else None, found.get("patience"))
     journal = Journal(job, ranks, objective, run.images, engine.precision, flops)
-    saver = checkpoint.Saver(job.checkpoints, engine, job.keep, ranks, journal.draws(job.draw))
+    saver = checkpoint.Saver(job.checkpoints, engine, job.keep, ranks)
     late, state = Late(ranks.device), "failed"
     for note in job.notes:
         journal.event(run.images, "order", note=note)
@@ -114,6 +114,10 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
                 if saves or late.stop or run.finished:
                     with journal.pause():
                         last = save()
+                        if job.samples:
+                            with engine.using("ema"):
+                                pictures = job.samples.draw(engine.cast)
+                            journal.grid(run.images, pictures)
                 if late.stop and not (run.finished or ends):
                     saver.finish()
                     state = "stopped"

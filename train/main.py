@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import logging
 import os
 import sys
@@ -136,16 +135,17 @@ def _from_first(ranks: Ranks, find: Callable[[], V]) -> V:
 
 def _watched(job: Job, config: TrainConfig, objective: Objective, run: RunPaths, ranks: Ranks) -> Job:
     """The job with what shows how good the UNet is becoming: validation and samples, where they are asked for."""
-    from train.samples import grid
+    from train.samples import Samples
     from train.validation import Validator
 
     micro, _ = layout("train", config, ranks.world)
-    validator = draw = None
+    unet = cast("Diffusion", objective)
+    validator = samples = None
     if config.validation:
-        validator = Validator(config.validation, cast("Diffusion", objective), run, ranks, micro)
+        validator = Validator(config.validation, unet, run, ranks, micro)
     if config.samples:
-        draw = functools.partial(grid, run.run, config.samples, ranks.device.type)
-    return dataclasses.replace(job, validator=validator, draw=draw)
+        samples = Samples(config.samples, unet, ranks)
+    return dataclasses.replace(job, validator=validator, samples=samples)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

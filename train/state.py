@@ -10,13 +10,14 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from fsspec.core import url_to_fs
 
 from shards import storage
 from shards.dataset import Dataset
-from shards.fingerprint import Fingerprint, digest_json
+from shards.fingerprint import Fingerprint, digest_file, digest_json
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from train import folders, segments
@@ -100,6 +101,10 @@ def fingerprint(stage: str, config: StageConfig, seed: int, datasets: Sequence[D
             from train.adapters import digest
 
             weights["start_from"] = digest(config.start_from)
+        if config.adapter and config.adapter.start_from:
+            if not Path(config.adapter.start_from).is_file():
+                raise ConfigError(f"train.adapter.start_from: there is no file {config.adapter.start_from}")
+            weights["adapter"] = digest_file(config.adapter.start_from)
     found = [d.fingerprint for d in datasets]
     given = found[0] if len(found) == 1 else digest_json(found)
     return Fingerprint(stage, VERSION, {**config.settings(), "seed": seed}, given, weights)

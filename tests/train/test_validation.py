@@ -25,6 +25,7 @@ from tests.train.test_tuning import make_run, run_and_export
 from tests.train.test_zero import step_folder
 from train import folders, samples, validation
 from train.config import TrainingSections, ValidationConfig
+from train.export import build_pipeline
 from train.objectives import build
 from train.ranks import Ranks
 from train.state import stage_state
@@ -151,7 +152,7 @@ def test_a_run_that_stops_getting_better_ends_there_and_stays_ended(tmp_path: Pa
     assert [e["images"] for e in found] == [16, 32]
     assert found[0]["loss"] == found[1]["loss"]
     last = folders.latest_complete(run.checkpoints)
-    assert last == step_folder(tmp_path / "r", 4)
+    assert last == str(step_folder(tmp_path / "r", 4))
     assert folders.read_manifest(last)["finished"]
     sections = load_sections(str(config), (), TrainingSections)
     assert stage_state("train", run.run, sections).state == "done"
@@ -159,6 +160,13 @@ def test_a_run_that_stops_getting_better_ends_there_and_stays_ended(tmp_path: Pa
     assert grid.shape == (32 + samples.GAP + 32, 32 + samples.GAP + 32, 3)
     assert (grid[-32:, -32:] == 255).all()
     assert grid[:32, :32].std() > 1
+    # What a pipeline draws from the same checkpoint, by the same sampler: two ranks drew it here.
+    pipeline = build_pipeline(run.run)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    expected = pipeline(
+        list(drawn["prompts"]), num_inference_steps=2, guidance_scale=3.0, generator=generators, output_type="np"
+    ).images
+    assert np.abs(samples.tile(np.rint(expected * 255).astype(np.uint8)).astype(int) - grid).max() <= 1
 
 
 def full_disk(config: str) -> None:
