@@ -36,7 +36,8 @@ from ingest.hosts import Desk, Exchange, Robots
 from ingest.names import Names
 from ingest.optout import product_name, robots_refusal, robots_txt_refuses, tdm_refusal
 from ingest.trouble import Health, no_route, own_fault, split
-from ingest.urls import parse_url, redirect
+from ingest.urls import parse_url
+from ingest.urls import redirect as _redirect
 from shards.settings import NodeTrouble
 
 _WITH_BODY = (200, 203)  # 203: a proxy on the way has changed something
@@ -310,7 +311,7 @@ class Fetcher:
                 if response.status not in _REDIRECTS:
                     _check_status(response)
                     return await self._read(response, trip)
-                url = redirect(url, response.headers.get("Location"))
+                url = _redirect(url, response.headers.get("Location"))
             if url in seen:
                 raise Rejected("too_many_redirects", "a circle of redirects")
             seen.add(url)

@@ -14,8 +14,9 @@ import dataclasses
 import heapq
 import logging
 import time
+import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ TICK_S = 0.5  # between a worker's messages, at least
 MESSAGES_S = 2000  # that a ledger takes a second; with more workers each writes more seldom
 QUANTUM_S = 2.0  # for which a place is used before it goes to a worker that waits for it
 LOST_S = 120.0  # without an answer from the ledger, then a worker goes on alone, by one request a host
+RETRY_S = 5.0  # between its questions until then
 PATIENCE = 10_000  # rows of the run, from which on its rate of success is told
 
 Robots = tuple[str, bytes | None]  # ("", rules) with None where there are none, or (code of ERRORS, message)
@@ -41,7 +43,10 @@ NONE: Mapping[str, Any] = {}
 
 
 class Message(NamedTuple):
-    """From a worker. ask, give: places by host. held: all places, where the ledger does not know the worker."""
+    """From a worker. ask, give: places by host. held: all places, where the ledger does not know the worker.
+
+    gone: it is the worker's last, and all that it holds is free.
+    """
 
     ask: Mapping[str, int] = NONE
     give: Mapping[str, int] = NONE
@@ -54,10 +59,11 @@ class Message(NamedTuple):
     successes: int = 0
     held: dict[str, int] | None = None
     epoch: str = ""
+    gone: bool = False
 
 
 class Answer(NamedTuple):
-    """To a worker. granted: places by host. refused: how many of its requests, and the code. wait: s to the next word."""
+    """To a worker. granted: places by host. refused: how many of its requests, and the code. wait: seconds."""
 
     granted: Mapping[str, int] = NONE
     queued: tuple[str, ...] = ()  # asked for in this message, and not to be had yet
@@ -68,6 +74,49 @@ class Answer(NamedTuple):
     success_rate: float | None = None
     wait: float = TICK_S
     epoch: str = ""
+
+
+def parted(message: Message, parts: int) -> list[Message]:
+    """A message to several ledgers, each of which has its part of the hosts (and origins), by their names."""
+    texts = message.epoch.split(",") if message.epoch else [""] * parts
+    messages = []
+    for part, epoch in enumerate(texts):
+
+        def mine(name: str, part: int = part) -> bool:
+            return zlib.crc32(name.encode("utf-8", "replace")) % parts == part
+
+        messages.append(
+            Message(
+                ask={h: n for h, n in message.ask.items() if mine(h)},
+                give={h: n for h, n in message.give.items() if mine(h)},
+                answered=tuple(h for h in message.answered if mine(h)),
+                failed=tuple(f for f in message.failed if mine(f[0])),
+                quiet={h: s for h, s in message.quiet.items() if mine(h)},
+                robots_wanted=tuple(o for o in message.robots_wanted if mine(o)),
+                robots_found={o: r for o, r in message.robots_found.items() if mine(o)},
+                rows=message.rows if part == 0 else 0,
+                successes=message.successes if part == 0 else 0,
+                held=None if message.held is None else {h: n for h, n in message.held.items() if mine(h)},
+                epoch=epoch,
+                gone=message.gone,
+            )
+        )
+    return messages
+
+
+def joined(answers: Sequence[Answer]) -> Answer:
+    """The answers of several ledgers as one."""
+    return Answer(
+        granted={h: n for a in answers for h, n in a.granted.items()},
+        queued=tuple(h for a in answers for h in a.queued),
+        refused={h: r for a in answers for h, r in a.refused.items()},
+        recalled={h: n for a in answers for h, n in a.recalled.items()},
+        quiet={h: s for a in answers for h, s in a.quiet.items()},
+        robots={o: r for a in answers for o, r in a.robots.items()},
+        success_rate=answers[0].success_rate,
+        wait=max(a.wait for a in answers),
+        epoch=",".join(a.epoch for a in answers),
+    )
 
 
 class _Host:
@@ -166,6 +215,8 @@ class Ledger:
         )
         worker.granted, worker.refused, worker.recalled = Counter(), {}, Counter()
         worker.quiet, worker.robots = {}, {}
+        if message.gone:
+            self._forget_worker(name, now)
         return answer
 
     def next_due(self) -> float | None:
@@ -304,18 +355,22 @@ class Ledger:
         while self._robots_bytes > ROBOTS_BYTES:
             self._robots_bytes -= _weight(self._robots.popitem(last=False)[1])
 
+    def _forget_worker(self, by: str, now: float) -> None:
+        worker = self.workers[by]
+        queued = list(worker.queued)
+        worker.queued.clear()
+        for name in queued:
+            self.hosts[name].queue = deque(w for w in self.hosts[name].queue if w != by)
+            self._serve(self.hosts[name], name, now)
+        for name, n in list(worker.held.items()):
+            self._give(name, by, worker, n, now)
+        del self.workers[by]
+
     def _sweep(self, now: float) -> None:
         """Free what workers hold that were not heard of for long."""
         self._swept = now
         for by in [name for name, worker in self.workers.items() if now - worker.seen > LAPSE_S]:
-            worker = self.workers[by]
-            for name in list(worker.queued):
-                host = self.hosts[name]
-                host.queue = deque(w for w in host.queue if w != by)
-            worker.queued.clear()
-            for name, n in list(worker.held.items()):
-                self._give(name, by, worker, n, now)
-            del self.workers[by]
+            self._forget_worker(by, now)
         for origin, (since, reader, others) in list(self._reading.items()):
             if now - since > ROBOTS_FETCH_S or reader not in self.workers:
                 waiting = sorted(w for w in others if w in self.workers)
@@ -343,10 +398,10 @@ class _Waiting:
 class _Seat:
     """A worker's side of a host."""
 
-    __slots__ = ("asked", "owned", "quiet_until", "recall_at", "recalled", "used", "waiting")
+    __slots__ = ("asked", "failures", "owned", "quiet_until", "recall_at", "recalled", "used", "waiting")
 
     def __init__(self) -> None:
-        self.owned = self.used = self.asked = self.recalled = 0
+        self.owned = self.used = self.asked = self.recalled = self.failures = 0
         self.quiet_until = self.recall_at = 0.0
         self.waiting: deque[_Waiting] = deque()
 
@@ -425,6 +480,8 @@ class Desk:
     def answered(self, host: str) -> None:
         """It lives."""
         self._answered[host] = None
+        if host in self._seats:
+            self._seats[host].failures = 0
         if self._failed:
             self._failed = [f for f in self._failed if f[0] != host]
 
@@ -432,6 +489,11 @@ class Desk:
         """It did not answer."""
         self._answered.pop(host, None)
         self._failed.append((host, code))
+        seat = self._seats.get(host)
+        if seat is not None and self._own is None and self.config.host_failures:
+            seat.failures += 1  # until the ledger has heard of it
+            if seat.failures >= self.config.host_failures:
+                self._refuse(seat, "host_unavailable" if ERRORS[code].retryable else code)
         self._soon()
 
     def quieten(self, host: str, seconds: float) -> None:
@@ -480,12 +542,8 @@ class Desk:
         if self._ticking is not None:
             self._ticking.cancel()
             await asyncio.gather(self._ticking, return_exceptions=True)
-            for host, seat in self._seats.items():
-                if seat.owned:
-                    self._give[host] += seat.owned
-                    seat.owned = 0
             try:
-                await asyncio.wait_for(self._talk(), 5)
+                await asyncio.wait_for(self._talk(gone=True), 5)
             except Exception as e:
                 log.debug("the ledger of hosts was not told of the end: %s", e)
         if self._thread is not None:
@@ -541,6 +599,13 @@ class Desk:
     def _forget(self, host: str, seat: _Seat) -> None:
         if not seat.owned and not seat.waiting and not seat.asked and seat.quiet_until < time.monotonic():
             self._seats.pop(host, None)
+
+    def _refuse(self, seat: _Seat, code: str) -> None:
+        """End all that wait there, since none of them would be asked for."""
+        while seat.waiting:
+            future = seat.waiting.popleft().future
+            if not future.done():
+                future.set_exception(Rejected(code))
 
     def _soon(self) -> None:
         if self._own is None:
@@ -598,10 +663,7 @@ class Desk:
             if seat is None:
                 continue
             seat.asked = max(0, seat.asked - n)
-            while seat.waiting:  # all of them, since none of them would be asked for
-                future = seat.waiting.popleft().future
-                if not future.done():
-                    future.set_exception(Rejected(code))
+            self._refuse(seat, code)
             self._forget(host, seat)
         for origin, rules in answer.robots.items():
             asked = self._robots.get(origin) if rules is None else self._robots.pop(origin, None)
@@ -620,13 +682,13 @@ class Desk:
                 if time.monotonic() - self._heard > LOST_S:
                     log.warning("the ledger of hosts cannot be reached (%s); this worker asks one thing at a time", e)
                     self._alone()
-                wait = 5.0
+                wait = RETRY_S
 
-    async def _talk(self) -> float:
+    async def _talk(self, gone: bool = False) -> float:
         assert self._exchange is not None
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "hosts")
-        message = self._message()._replace(epoch=self._epoch)
+        message = self._message()._replace(epoch=self._epoch, gone=gone)
         try:
             answer = await asyncio.get_running_loop().run_in_executor(self._thread, self._exchange, self.name, message)
         except Exception:

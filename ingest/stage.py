@@ -23,6 +23,7 @@ from ingest import captions, filters, statistics, tables
 from ingest.config import FilterConfig, IngestConfig
 from ingest.duplicates import find_duplicates
 from ingest.errors import ERRORS, EXCLUSION_STATUS
+from ingest.hosts import Exchange
 from ingest.img2dataset_engine import Img2datasetCrew
 from ingest.img2dataset_engine import require as require_img2dataset
 from ingest.packing import kept_columns, new_sidecar
@@ -49,6 +50,7 @@ class IngestStage:
     root: str
     split: Split = "train"
     seed: int = 0
+    hosts: Exchange | None = None  # how the run's ledger of hosts is reached; None: each worker has its own
 
     unit = "images"
 
@@ -250,7 +252,7 @@ class IngestWorker:
         self.keep = stage._keep()
         self.cursor = tables.Cursor()
         self.taken_down = TakenDown.read(stage.run)
-        self.crew = make_crew(stage.config, self.taken_down)
+        self.crew = make_crew(stage.config, self.taken_down, stage.hosts)
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """Fetch a shard's rows and commit it; returns its committed stats."""
@@ -314,6 +316,6 @@ def judge_rows(
     return filters.judge(config.filters, columns, cleaned)
 
 
-def make_crew(config: IngestConfig, taken_down: TakenDown) -> Crew | Img2datasetCrew:
+def make_crew(config: IngestConfig, taken_down: TakenDown, hosts: Exchange | None = None) -> Crew | Img2datasetCrew:
     """What fetches: our own client, or img2dataset in a process of its own."""
-    return Img2datasetCrew(config, taken_down) if config.engine == "img2dataset" else Crew(config, taken_down)
+    return Img2datasetCrew(config, taken_down) if config.engine == "img2dataset" else Crew(config, taken_down, hosts)
