@@ -320,9 +320,21 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
             return None
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
             height, width, components = struct.unpack_from(">HHB", data, at + 5)
-            return JpegHeader(width, height, components, kind, at, data.count(_JPEG_SCAN, at))
+            return JpegHeader(width, height, components, kind, at, _scans(data, at, kind, components))
         at += 2 + int.from_bytes(data[at + 2 : at + 4])
     return None
+
+
+def _scans(data: bytes, frame: int, kind: int, components: int) -> int:
+    """At most how many scans follow a frame. A baseline one whose first has all components has no other."""
+    at = frame
+    while kind in (0xC0, 0xC1) and at + 5 < len(data) and data[at] == 0xFF:
+        if data[at + 1] == 0xDA:
+            if data[at + 4] == components:
+                return 1  # libjpeg ends at a second one
+            break
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return data.count(_JPEG_SCAN, frame)
 
 
 def header_size(data: bytes) -> tuple[int, int] | None:
