@@ -51,8 +51,10 @@ def is_old(root: str) -> bool:
 
 
 def old_digests(root: str) -> dict[int, str]:
-    """By shard number, what a manifest of format 1 called its digest: what later stages then took for their input. Of the
-    manifest of before the folder was taken over, where it was. Empty where there is none."""
+    """By shard number, what a manifest of format 1 called its digest: what later stages then took for their input.
+
+    Of the manifest of before the folder was taken over, where it was. Empty where there is none.
+    """
     for name in (OLD_MANIFEST, "dataset.json"):
         try:
             manifest = storage.read_json(storage.join(root, name))

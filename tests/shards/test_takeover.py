@@ -1,4 +1,4 @@
-"""Folders of format 1, as commit c20ac09 made them, become folders of this format, and nothing in them is made again."""
+"""Folders of format 1, as commit c20ac09 made them, become folders of this one, and nothing in them is made again."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_what_cannot_be_taken_over_is_refused_and_nothing_changes(run, kind):
     before = content(root)
     wanted = {
         "img2dataset's": r"00003_stats\.json is not a stats file of Carrara",
-        "two kinds": r"shards 00000 and 00003 were made with different settings \(settings\.image_size: 16 -> 99|99 -> 16",
+        "two kinds": r"shards 00000 and 00003 were made with different settings \(settings\.image_size: (16|99) -> ",
         "staged work": r"\.staged: an older version was rewriting shards here.*or delete \.staged",
         "other settings": r"settings\.image_size: 16 -> 99.*--redo",
     }[kind]
