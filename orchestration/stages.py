@@ -43,6 +43,15 @@ def text_ref(config: RunConfig) -> str:
     return config.clip.pretrained or storage.join(RunPaths(config.run).clip, "model")
 
 
+def text_pad(config: RunConfig) -> str | None:
+    """What follows a caption's end token: as configured, else as the tokenizer of train.start_from has it."""
+    if config.latents.text_pad is None and config.train.start_from:
+        from latents.weights import find_pad
+
+        return find_pad(config.train.start_from)
+    return config.latents.text_pad
+
+
 def pretrained(name: str, config: RunConfig) -> str | None:
     """The weights that the configuration names in place of fitting `name`; None where it is fitted or is no fit."""
     return getattr(getattr(config, name), "pretrained", None)
@@ -84,9 +93,8 @@ def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
     if name == "latents":
         from latents.stage import LatentsStage
 
-        return [
-            (LatentsStage(config.latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)
-        ]
+        latents = config.latents.model_copy(update={"text_pad": text_pad(config)})
+        return [(LatentsStage(latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)]
     if name == "eval":
         from eval.stage import stages as eval_stages
 

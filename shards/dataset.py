@@ -174,7 +174,8 @@ class Dataset:
         self.manifest = manifest
         self.kind: str = manifest["kind"]
         self.fingerprint: str = manifest["fingerprint"]
-        old = manifest.get("format_version", FORMAT_VERSION) == 1
+        self.format: int = manifest.get("format_version", FORMAT_VERSION)
+        old = self.format == 1  # its shards' digests say something else than `born` will, once it is taken over
         mark = "digest" if old else "born"
         self.shards = [ShardInfo(s["index"], s["rows"], s["count"], s[mark]) for s in manifest["shards"]]
         self.counts = np.array([s.count for s in self.shards], np.int64)

@@ -37,8 +37,9 @@ OLD_NAMES = [
 
 def is_old(root: str) -> bool:
     """Whether a folder without `made_with.json` holds shards of format 1: the first stats file says it."""
-    name = next((n for n in storage.list_names(root) if (w := number_of(n)) is not None and w[1] == STATS), None)
-    if name is None:
+    names = storage.list_names(root)
+    name = next((n for n in names if (w := number_of(n)) is not None and w[1] == STATS), None)
+    if name is None or "made_with.json" in names:
         return False
     try:
         stats = storage.read_json(storage.join(root, name))
@@ -47,6 +48,19 @@ def is_old(root: str) -> bool:
     return (
         isinstance(stats, dict) and isinstance(stats.get("fingerprint"), dict) and isinstance(stats.get("files"), dict)
     )
+
+
+def old_digests(root: str) -> dict[int, str]:
+    """By shard number, what a manifest of format 1 called its digest: what later stages then took for their input. Of the
+    manifest of before the folder was taken over, where it was. Empty where there is none."""
+    for name in (OLD_MANIFEST, "dataset.json"):
+        try:
+            manifest = storage.read_json(storage.join(root, name))
+        except ValueError:
+            manifest = None
+        if isinstance(manifest, dict) and manifest.get("format_version") == 1:
+            return {s["index"]: s["digest"] for s in manifest["shards"]}
+    return {}
 
 
 def take_over(root: str, made_with: Fingerprint, data: str, redo: bool = False) -> None:
