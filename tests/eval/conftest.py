@@ -24,7 +24,7 @@ from shards.dataset import commit_shard, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.images import pack_tar
 from shards.layout import RunPaths, sample_key
-from train.export import write_tokenizer
+from train.text_export import write_tokenizer
 
 SIDE, PER_SHARD = 32, 12
 CONTEXT = 24
@@ -61,7 +61,9 @@ def write_heldout(root: str, count: int, hostile: str | None = None) -> None:
         pq.write_table(table, sink)
         files = {".tar": tar, ".parquet": sink.getvalue()}
         stats.append(
-            commit_shard(root, index, files, {"rows": rows, "count": rows}, Fingerprint("ingest", 1, {"rows": rows}))
+            commit_shard(
+                root, index, files, {"rows": rows, "count": rows}, Fingerprint("ingest", 1, {}, f"{rows} rows")
+            )
         )
     write_manifest(root, "images", stats, {"status": {"success": count}})
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from aiohttp import web
 from PIL import Image
 
 import ingest.pixels
