@@ -213,7 +213,7 @@ def child(spec: str) -> None:
     if s["who"] == "ours":
         bare = own_memory()  # Python, and this file's numpy and Pillow
         seconds, memory = client_ours(s["base"], out, s["images"], s["filter"])
-        print(f"  a worker's own memory: {memory:.0f} MB, {memory - bare:.0f} MB of them beyond Python, numpy and Pillow")
+        print(f"  own memory: {memory:.0f} MB, {memory - bare:.0f} MB of them beyond Python, numpy and Pillow")
         print(json.dumps(seconds))
     else:
         print(json.dumps(client_img2dataset(s["base"], out, s["images"])))

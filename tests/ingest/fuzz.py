@@ -100,8 +100,8 @@ ANSWERS = [
     b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: 3\r\n\r\nabc",
     b"HTTP/1.1 302 Found\r\nLocation: http://][@/x.jpg\r\nContent-Length: 0\r\n\r\n",
     b"HTTP/1.0 200\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
-    b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 203 OK\r\nX-Robots-Tag: noai\r\nTDM-Reservation: 1\r\n\r\nx",
-    b'HTTP/1.1 429 No\r\nRetry-After: Wed, 21 Oct 2015 07:28:00 GMT\r\nSet-Cookie: "\xff;;;=\r\nContent-Length: 0\r\n\r\n',
+    b"HTTP/1.1 103 Early Hints\r\nL: x\r\n\r\nHTTP/1.1 203 OK\r\nX-Robots-Tag: noai\r\nTDM-Reservation: 1\r\n\r\n",
+    b'HTTP/1.1 429 No\r\nRetry-After: Wed, 21 Oct 2015 07:28:00\r\nSet-Cookie: "\xff;;;=\r\nContent-Length: 0\r\n\r\n',
     b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 20\r\nContent-Length: 21\r\n\r\n\x1f\x8b\x08\0",
 ]
 ROBOTS = [
