@@ -72,6 +72,7 @@ def test_what_is_illegal_is_quoted_and_means_the_same(path: str, query: str) -> 
 @given(st.text(max_size=60) | _ODD | _ODD.map("http://".__add__) | _ODD.map("http://h/".__add__))
 @example("http://][@")
 @example("http://a@")
+@example("http://[fe80::1%2１5eth0]/.")  # found by the fuzzer: a zone beyond ASCII
 def test_nothing_makes_parsing_raise_anything_else(text: str) -> None:
     base, codes = parse_url("http://example.com/a/b?c"), set()
     for call in (lambda: parse_url(text), lambda: redirect(base, text)):
