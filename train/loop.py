@@ -23,7 +23,7 @@ import torch
 from train import checkpoint
 from train.data import Ahead, micro_batches
 from train.engine import Engine
-from train.folders import name_of
+from train.folders import folder_name, name_of
 from train.guard import Guard
 from train.job import Job, begin
 from train.journal import Journal
@@ -59,7 +59,8 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
         journal.event(run.images, "order", note=note)
 
     def save() -> str:
-        kept = {"guard": guard.state(), "patience": patience.state(), "loss_scale": engine.scaling()}
+        best = None if patience.best_step is None else folder_name(patience.best_step)
+        kept = {"best": best, "guard": guard.state(), "patience": patience.state(), "loss_scale": engine.scaling()}
         return saver.save(run.step, {**job.manifest(objective, run, engine.precision), **kept})
 
     try:
@@ -110,7 +111,8 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
                     with journal.pause(), engine.using("ema"):
                         loss = job.validator.measure(engine, ranks)
                     journal.event(run.images, "validation", loss=loss)
-                    run.finished = patience.over(loss, run.images)
+                    run.finished = patience.over(loss, run.step)
+                    saves = saves or patience.best_step == run.step
                 if saves or late.stop or run.finished:
                     with journal.pause():
                         last = save()
