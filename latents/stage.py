@@ -42,6 +42,7 @@ from shards.exclusions import write_exclusions
 from shards.fingerprint import Fingerprint, digest_bytes
 from shards.layout import RunPaths, shard_name
 from shards.listing import listed
+from shards.listing import listed
 from shards.settings import ConfigError, StageError
 from shards.stage import Task, open_folder, refuse_other_settings
 from shards.takeover import is_old, old_digests
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("carrara.latents")
 
 VERSION = 3  # raise it when the bytes of a shard change for the same settings
+# A folder that was begun with this one goes on: its shards say the same in another layout, which readers know too.
+SAME_LATENTS = 2
 
 # An image shard's words for what became of a row, and ours for a picture that was there but has no latent.
 STATUSES = (*images.STATUSES, "failed_to_encode")
@@ -127,7 +130,14 @@ class LatentsStage:
                 "set latents.moments to false"
             )
         weights = {"vae": vae.digest, "text": text.digest}
-        return Fingerprint(self.name, VERSION, self.config.settings(), None, weights)
+        return Fingerprint(self.name, self._version(), self.config.settings(), None, weights)
+
+    def _version(self) -> int:
+        made = storage.read_json(storage.join(self.root, "made_with.json"))
+        if made is None:
+            there = listed(self.root, self.data).committed
+            made = (read_stats(self.root, int(there[0])) or {}).get("fingerprint") if len(there) else None
+        return SAME_LATENTS if isinstance(made, dict) and made.get("version") == SAME_LATENTS else VERSION
 
     def begin(self, redo: bool) -> None:
         """Refuse latents of an older version that are of other images than the run's; raises ConfigError."""
