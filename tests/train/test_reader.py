@@ -88,7 +88,7 @@ def test_over_all_ranks_each_byte_is_read_once_an_epoch(
                 mine = collections.Counter((u, i) for u, b, e in ranges for i in range(b, e))
                 read += collections.Counter({place: n for place, n in mine.items() if place in whole})
                 heads = [u for u, b, _ in ranges if b == 0]
-                assert len(heads) == len(set(heads)) == 4, "a header is read once"
+                assert len(heads) == len(set(heads)), "a header is read once"
                 share = sum(mine[p] for p in whole) / total
                 assert share == pytest.approx(1 / world, abs=0.02)
             assert set(read) == whole
