@@ -50,9 +50,19 @@ def is_old(root: str) -> bool:
     )
 
 
+def old_version(root: str, wanted: tuple[int, ...]) -> int | None:
+    """The version of the stage that made the first shard of a folder of format 1, where it is one of these."""
+    committed = listed(root).committed
+    stats = storage.read_json(storage.join(root, shard_name(int(committed[0])) + STATS)) if len(committed) else None
+    version = (stats or {}).get("fingerprint", {}).get("version")
+    return version if version in wanted else None
+
+
 def old_digests(root: str) -> dict[int, str]:
-    """By shard number, what a manifest of format 1 called its digest: what later stages then took for their input. Of the
-    manifest of before the folder was taken over, where it was. Empty where there is none."""
+    """By shard number, what a manifest of format 1 called its digest: what later stages then took for their input.
+
+    Of the manifest of before the folder was taken over, where it was. Empty where there is none.
+    """
     for name in (OLD_MANIFEST, "dataset.json"):
         try:
             manifest = storage.read_json(storage.join(root, name))
@@ -68,6 +78,7 @@ def take_over(root: str, made_with: Fingerprint, data: str, redo: bool = False) 
     from shards.commit import write_made_with
     from shards.dataset import MANIFEST, read_stats_of
 
+    # A pending.json alone was left behind by every take-down that found nothing.
     waiting = [n for n in storage.list_names(storage.join(root, ".staged")) if n.endswith(STATS)]
     if waiting:
         raise ConfigError(
@@ -107,6 +118,14 @@ def take_over(root: str, made_with: Fingerprint, data: str, redo: bool = False) 
     parts = first["parts"] if first else {k: getattr(made_with, k) for k in ("stage", "version", "settings", "weights")}
     write_made_with(root, Fingerprint(**parts, input=made_with.input), data, taken_over_from=1)
     log.info("%s: %d shards of an older version are taken over", root, len(there.committed))
+
+
+def take_over_as_it_is(root: str, data: str) -> None:
+    """Take over a folder of format 1 with the settings it was made with, whatever those of today: for a take-down."""
+    from shards.commit import read_made_with
+
+    if read_made_with(root) is None and is_old(root):
+        take_over(root, Fingerprint("", 0, {}), data, redo=True)
 
 
 def _move_aside(root: str, name: str) -> None:

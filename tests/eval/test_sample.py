@@ -72,8 +72,10 @@ def test_it_goes_on_where_it_stood(run: RunPaths, tmp_path: Path) -> None:
     stage = SampleStage(config, run, str(tmp_path))
     tasks = list(stage.tasks())
     assert len(tasks) == stage.total == 3
-    assert len({t.fingerprint.digest for t in tasks}) == 3
-    assert [t.fingerprint.digest for t in stage.tasks()] == [t.fingerprint.digest for t in tasks]
+    assert [t.payload for t in stage.tasks()] == [t.payload for t in tasks]
+    other = SampleStage(config.model_copy(update={"wishes": [Wish(prompt=p) for p in "abd"]}), run, str(tmp_path))
+    same = SampleStage(config, run, str(tmp_path))
+    assert stage.made_with() == same.made_with() != other.made_with()
 
 
 def test_prompts_from_files(tmp_path: Path) -> None:

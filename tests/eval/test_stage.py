@@ -192,7 +192,7 @@ def test_a_shard_with_lost_rows_is_refused(evaluated: RunPaths, config: EvalConf
 
 def test_what_the_bytes_depend_on_is_in_the_fingerprint(run: RunPaths, config: EvalConfig) -> None:
     def digest(**changes: object) -> str:
-        return next(generate_stage(run, config.model_copy(update=changes)).tasks()).fingerprint.digest
+        return generate_stage(run, config.model_copy(update=changes)).made_with().digest
 
     base = digest()
     for change in ({"steps": 3}, {"guidance_scale": 2.5}, {"sampler": "euler"}, {"batch_size": 5}, {"replicates": 2}):
