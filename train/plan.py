@@ -179,7 +179,7 @@ def describe(found: Plan, config: FitConfig, precision: str, device: torch.devic
     speed = f"; at {REACHED:.0%} of the peak {REACHED * peak * world / found.flops:,.0f} images/s" if peak else ""
     lines = [
         f"{found.values / 1e6:,.1f} M trained values, {found.flops / 1e9:,.1f} GFLOP an image, {precision}{speed}",
-        f"a rank keeps {found.kept / GIB:.2f} GiB, and needs {found.activations / GIB:.2f} GiB for {micro} images at once"
+        f"a rank keeps {found.kept / GIB:.2f} GiB, and needs {found.activations / GIB:.2f} GiB for {micro} images"
         + (f" and {found.host / GIB:.2f} GiB of main memory" if found.host else ""),
     ]
     return "\n".join(f"plan: {line}" for line in lines)
