@@ -26,7 +26,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,10 @@ class Report:
         entry["seconds"] = round(time.monotonic() - began, 1)
         self.found["parts"][name] = entry
         self.file.write_text(json.dumps(self.found, indent=1, default=str) + "\n", encoding="utf-8")
-        print(f"{name:24} {entry['seconds']:6.1f} s  {json.dumps(entry.get('result', entry), default=str)[:900]}", flush=True)
+        print(
+            f"{name:24} {entry['seconds']:6.1f} s  {json.dumps(entry.get('result', entry), default=str)[:900]}",
+            flush=True,
+        )
 
 
 @contextlib.contextmanager
@@ -503,7 +506,9 @@ def speed(
     result: dict[str, Any] = {"batch": batch, "gflop_an_image": plan["flops"] / 1e9}
     for variant, changes in variants:
         try:
-            result[variant] = one_speed(unet, side, batch, plan["flops"], peak, changes, tokens, checkpointing, Ahead, Guard, Late)
+            result[variant] = one_speed(
+                unet, side, batch, plan["flops"], peak, changes, tokens, checkpointing, Ahead, Guard, Late
+            )
         except torch.OutOfMemoryError:
             free()
             result[variant] = one_speed(
@@ -645,8 +650,6 @@ RANKS: Any = None
 def run(out: str, minutes: float, only: list[str] | None = None) -> None:
     global RANKS
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    from train.ranks import join
-
     # Imported before any clock runs: a limit that rang within an import would leave it broken.
     import open_clip  # noqa: F401
     from diffusers import (  # noqa: F401
@@ -658,10 +661,11 @@ def run(out: str, minutes: float, only: list[str] | None = None) -> None:
 
     import train.loop  # noqa: F401
     from train import checkpoint, muon, plan  # noqa: F401
+    from train.ranks import join
 
     RANKS = join(None)
     report = Report(Path(out), minutes)
-    pool = ProcessPoolExecutor(3 if CUDA else 1, mp_context=get_context("spawn"))
+    pool: Executor = ProcessPoolExecutor(3, mp_context=get_context("spawn")) if CUDA else ThreadPoolExecutor(1)
     big = CUDA
     counted = {
         "sd2_256": pool.submit(planned, SD2 if big else TOY, 32 if big else 8, False),
