@@ -82,7 +82,7 @@ BAD = {3: math.nan, 6: 80.0}
 
 
 def objective_of(unet_config: dict[str, Any], side: int, tower: nn.Module | None = None, seed: int = 0) -> Any:
-    """A denoising objective on random numbers: the same batches for every use. tower: encodes tokens within the step."""
+    """A denoising objective on random numbers, the same at every use. tower: encodes tokens within the step."""
     from diffusers import UNet2DConditionModel
 
     from train.objective import Objective
@@ -370,7 +370,7 @@ def fp16() -> dict[str, Any]:
     try:
         engine = engine_of(objective_of(TOY, 8), zero_stage=1, precision="fp16")
         judge, overflows = Guard(None, RANKS.device), 0
-        for step in range(40):
+        for _ in range(40):
             engine.backward({**sample(engine.objective, 0), "times": torch.ones(BATCH, device=DEVICE)})
             engine.rates(RATE, {"ema": DECAY})
             outcome = engine.step(judge, False)
@@ -663,7 +663,7 @@ def run(out: str, minutes: float, only: list[str] | None = None) -> None:
     from train import checkpoint, muon, plan  # noqa: F401
     from train.ranks import join
 
-    RANKS = join(None)
+    RANKS = join(None if CUDA else 1)
     report = Report(Path(out), minutes)
     pool: Executor = ProcessPoolExecutor(3, mp_context=get_context("spawn")) if CUDA else ThreadPoolExecutor(1)
     big = CUDA
@@ -699,7 +699,7 @@ def run(out: str, minutes: float, only: list[str] | None = None) -> None:
         ("generation", 40, generation_speed),
         ("sd2_256_tokens", 40, lambda: speed("tokens", sd2, px[0], counted["sd2_256"], peak, eager[1:], tokens=True)),
         ("loop", 40, whole_loop),
-        ("sdxl_1024", 70, lambda: speed("xl", sdxl, px[2], counted["sdxl_1024"], peak, eager[1:], checkpointing=True, most=8)),
+        ("sdxl_1024", 70, lambda: speed("xl", sdxl, px[2], counted["sdxl_1024"], peak, eager[1:], False, True, 8)),
         ("sd2_256_compiled", 150, lambda: speed("sd2_256", sd2, px[0], counted["sd2_256"], peak, whole)),
         ("sd2_512_compiled", 150, lambda: speed("sd2_512", sd2, px[1], counted["sd2_512"], peak, whole, most=64)),
         ("save_stall", 40, save_stall),

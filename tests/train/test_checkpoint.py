@@ -108,7 +108,7 @@ def read(config: str, root: str, stages: tuple[int, ...]) -> list[tuple[int, int
 def test_what_two_ranks_wrote_under_any_stage_is_read_by_any(
     run: Path, tmp_path: Path, world: int, stages: tuple[int, ...]
 ) -> None:
-    """Bit for bit, all states of Muon and AdamW; and training goes on as it did, to the same bits at the same layout."""
+    """Bit for bit, all states of Muon and AdamW; training goes on as it did, to the same bits at the same layout."""
     config = str(settings(run))
     forked.on_ranks(2, write, config, str(tmp_path))
     for found in forked.on_ranks(world, read, config, str(tmp_path), stages):
