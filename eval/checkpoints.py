@@ -87,9 +87,9 @@ def complete(run: RunPaths) -> list[str]:
     """Names of the complete checkpoints, newest first, judged by their manifests and their files' sizes."""
     if not storage.list_names(run.checkpoints):
         return []
-    from train.folders import damage, folders
+    from train.folders import damage, folders, name_of
 
-    return [f.name for f in folders(storage.local_path(run.checkpoints)) if not damage(f, deep=False)]
+    return [name_of(f) for f in folders(run.checkpoints) if not damage(f, deep=False)]
 
 
 def _newest(run: RunPaths) -> str | None:

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from latents.buckets import Bucket, make_buckets
 from shards.settings import Strict
 
-# Where the work happens; everything else in LatentsConfig changes the bytes of a shard.
-PLACEMENT = ("decode_threads", "device")
+# Where the work happens, and consent; everything else in LatentsConfig changes the bytes of a shard.
+PLACEMENT = ("decode_threads", "device", "enlarge")
 
 
 class BucketsConfig(Strict):
@@ -26,6 +26,9 @@ class LatentsConfig(Strict):
     resolution: int = Field(default=256, ge=8, le=4096, description="side of the square, or of one of the same area")
     more_resolutions: list[int] = Field(default=[], description="encoded too, from the same decoded pictures")
     buckets: BucketsConfig | None = Field(default=None, description="null: every picture is cropped to the square")
+    enlarge: bool = Field(
+        default=False, description="make latents of a resolution above ingest.image_size: every picture is enlarged"
+    )
     batch_size: int = Field(default=32, ge=1, le=4096)
     moments: bool = Field(default=True, description="store the posterior's log-std too, so that epochs draw afresh")
     text: Literal["tokens", "embeddings"] = "embeddings"

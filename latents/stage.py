@@ -19,6 +19,7 @@ import dataclasses
 import io
 import itertools
 import json
+import logging
 import threading
 import time
 from collections import Counter
@@ -29,23 +30,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latents.buckets import moments_column, nearest
+from latents.buckets import nearest
 from latents.config import LatentsConfig
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
-from latents.pictures import Fit, ahead, resize_crop_to
+from latents.pictures import Fit, ahead, crop_before, resize_crop_to
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
 from shards import images, storage
-from shards.columns import pack_columns
-from shards.dataset import MANIFEST, Dataset, commit_shard, read_exclusions, write_manifest
-from shards.fingerprint import Fingerprint
-from shards.layout import RunPaths
+from shards.columns import COLUMN_ROW, ColumnFile, column, members, pack_columns
+from shards.dataset import MANIFEST, Dataset, born, read_stats, read_stats_of, write_manifest
+from shards.exclusions import write_exclusions
+from shards.fingerprint import Fingerprint, digest_bytes
+from shards.layout import RunPaths, shard_name
+from shards.listing import listed
 from shards.settings import ConfigError, StageError
-from shards.stage import Task
+from shards.stage import Task, open_folder, refuse_other_settings
+from shards.takeover import is_old, old_digests
 
 if TYPE_CHECKING:
     from latents.encoders import TextEncoder, Vae
 
-VERSION = 2  # raise it when the bytes of a shard change for the same settings
+log = logging.getLogger("carrara.latents")
+
+VERSION = 3  # raise it when the bytes of a shard change for the same settings
 
 # An image shard's words for what became of a row, and ours for a picture that was there but has no latent.
 STATUSES = (*images.STATUSES, "failed_to_encode")
@@ -75,11 +81,24 @@ class _Plan:
     order: np.ndarray
 
 
+@dataclasses.dataclass
+class _LeftOut:
+    """Rows (int64) of a latent shard that are excluded by now: those with a latent, those that were set aside."""
+
+    latents: np.ndarray
+    failed: np.ndarray
+
+
+def _rows_digest(rows: np.ndarray) -> str:
+    return digest_bytes(rows.astype("<i8").tobytes())[:16]
+
+
 class LatentsStage:
     """Stage over the run's image shards. Small and picklable: settings and paths."""
 
     name = "latents"
     unit = "images"
+    data = ".safetensors"
     in_hand = 2  # shards a worker is given at a time
 
     def __init__(self, config: LatentsConfig, run: RunPaths, vae_ref: str, text_ref: str, seed: int = 0) -> None:
@@ -91,9 +110,8 @@ class LatentsStage:
         self.root = run.latents
         self._opened: tuple[tuple[int, int] | None, Dataset] | None = None
 
-    def tasks(self) -> Iterator[Task]:
-        """One task an image shard; raises ConfigError where weights are missing or do not fit the resolution."""
-        dataset = self.images()
+    def made_with(self) -> Fingerprint:
+        """Settings and weights; raises ConfigError where weights are missing or do not fit the resolution."""
         vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
         for bucket in self.config.bucket_list():
             if bucket.width % vae.downscale or bucket.height % vae.downscale:
@@ -109,9 +127,50 @@ class LatentsStage:
                 "set latents.moments to false"
             )
         weights = {"vae": vae.digest, "text": text.digest}
-        common = Fingerprint(self.name, VERSION, self.config.settings(), None, weights)
-        for position, info in enumerate(dataset.shards):
-            yield Task(info.index, common.of(info.digest), {"position": position})
+        return Fingerprint(self.name, VERSION, self.config.settings(), None, weights)
+
+    def begin(self, redo: bool) -> None:
+        """Refuse latents of an older version that are of other images than the run's; raises ConfigError."""
+        if redo or not is_old(self.root):
+            return
+        digests = old_digests(self.run.images)
+        committed = listed(self.root, self.data).committed
+        for index, stats in read_stats_of(self.root, (int(i) for i in committed)):
+            if stats is not None and stats["fingerprint"]["input"] != digests.get(index):
+                raise ConfigError(
+                    f"{self.root}: shard {shard_name(index)} was made of other images than lie in {self.run.images} "
+                    "now; give --redo to set this folder aside and make it anew, or set 'run' to another folder"
+                )
+
+    def tasks(self) -> Iterator[Task]:
+        """One task an image shard. Its latents are done where they are committed for the shard as it was born: what is
+        excluded or taken out later is left out by the reader."""
+        images = self.images()
+        self._refuse_void(images)
+        for position, info in enumerate(images.shards):
+            yield Task(info.index, info.born if images.format > 1 else None, position)
+
+    def is_current(self) -> bool:
+        """Whether the manifest was written for the image shards' present one."""
+        manifest = storage.read_json(storage.join(self.root, MANIFEST))
+        return isinstance(manifest, dict) and manifest.get("images") == self.images().fingerprint
+
+    def _refuse_void(self, dataset: Dataset) -> None:
+        """Raises ConfigError where the pictures have lost already what these settings are about."""
+        how = picture_settings(dataset)
+        mode, size = how.get("resize_mode"), how.get("image_size")
+        if self.config.buckets is not None and mode in ("center_crop", "border"):
+            raise ConfigError(
+                f"latents.buckets: the pictures in {dataset.root} are all square, since they were stored with "
+                f"ingest.resize_mode {mode}; ingest them with keep_ratio, or leave buckets out"
+            )
+        largest = max(self.config.resolutions)
+        if mode != "no" and size is not None and largest > size and not self.config.enlarge:
+            field = "resolution" if largest == self.config.resolution else "more_resolutions"
+            raise ConfigError(
+                f"latents.{field} is {largest}, but the pictures in {dataset.root} were stored with ingest.image_size "
+                f"{size}: each would be enlarged; lower it, ingest larger pictures, or set latents.enlarge to true"
+            )
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Load the encoders once; the result makes one shard a call."""
@@ -120,44 +179,83 @@ class LatentsStage:
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Check the accounting, merge the statistics in shard order, write the manifest and return it."""
         vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
-        weights = {"vae": vae.digest, "text": text.digest}
-        expected = {s.index: s for s in self.images().shards}
-        total: ChannelStats | None = None
+        refuse_other_settings(self)  # weights may have been exchanged during the run
+        images, total = self.images(), None
+        expected = {s.index: s for s in images.shards}
         status: Counter[str] = Counter()
         errors: Counter[str] = Counter()
-        kept, buckets, bucket_counts = [], self.config.bucket_list(), []
-        for s in stats:
-            _check_accounting(self.root, s, expected.pop(s["shard"], None))
-            if s["fingerprint"]["weights"] != weights:
-                raise StageError(
-                    f"{self.root}: shard {s['shard']} was made with other weights than lie at '{vae.ref}' and "
-                    f"'{text.ref}' now; put those back, or run with --redo"
+        buckets = self.config.bucket_list()
+        laid: list[
+            list[int]
+        ] = []  # rows of each bucket in each shard's columns, whatever became of their samples since
+        later: list[int] = []  # shards of which samples were excluded since
+        without = 0
+
+        def folded() -> Iterator[dict[str, Any]]:
+            nonlocal total, without
+            for s in stats:
+                index = s["shard"]
+                source = expected.pop(index, None)
+                out = images.exclusions.rows(index)
+                left_out = self._left_out(index, out) if len(out) and s.get("excluded") != _rows_digest(out) else None
+                without += _check_accounting(self.root, s, source, left_out)
+                if left_out is not None and len(left_out.latents):
+                    later.append(index)
+                status.update(s["status"])
+                errors.update(s["errors"])
+                if s["channels"]:
+                    part = ChannelStats.from_json(s["channels"])
+                    total = part if total is None else total.merge(part)
+                laid.append(s.get("laid") or self._laid(index))
+                yield s
+
+        def exclusions() -> str | None:
+            return write_exclusions(self.root, (self._excluded(images, index) for index in later))
+
+        def extra() -> dict[str, Any]:
+            if expected:
+                raise StageError(f"{self.root}: {len(expected)} shards are missing, the first is {min(expected)}")
+            if total is None:
+                raise StageError(f"{self.root}: not one picture could be encoded; see 'error' in the shards' .parquet")
+            if without:
+                log.warning(
+                    "%s: %d images that can be used have no latents: they were left out when the latents were "
+                    "made; --redo makes them",
+                    self.root,
+                    without,
                 )
-            status.update(s["status"])
-            errors.update(s["errors"])
-            if s["channels"]:
-                part = ChannelStats.from_json(s["channels"])
-                total = part if total is None else total.merge(part)
-            if len(buckets) > 1:
-                bucket_counts.append(s["buckets"])
-            # Only what the manifest needs, so that a table of 200,000 shards stays small in memory.
-            kept.append({k: s[k] for k in ("shard", "rows", "count", "files")})
-        if expected:
-            raise StageError(f"{self.root}: {len(expected)} shards are missing, the first is {min(expected)}")
-        if total is None:
-            raise StageError(f"{self.root}: not one picture could be encoded; see 'error' in the shards' .parquet")
-        extra = {
-            "resolution": self.config.resolution,
-            "buckets": [b.to_json() for b in buckets],
-            **({"bucket_counts": bucket_counts} if len(buckets) > 1 else {}),
-            "settings": self.config.settings(),
-            "vae": _vae_facts(vae),
-            "text": _text_facts(text, self.config.text_layer, self.config.pad),
-            "channels": total.summary(),
-            "status": {k: status[k] for k in STATUSES if status[k]},
-            "errors": dict(sorted(errors.items())),
-        }
-        return write_manifest(self.root, "latents", kept, extra)
+            return {
+                "images": images.fingerprint,
+                "resolution": self.config.resolution,
+                "buckets": [b.to_json() for b in buckets],
+                "laid": laid,
+                "settings": self.config.settings(),
+                "vae": _vae_facts(vae),
+                "text": _text_facts(text, self.config.text_layer, self.config.pad),
+                "channels": total.summary(),
+                "status": {k: status[k] for k in STATUSES if status[k]},
+                "errors": dict(sorted(errors.items())),
+                "without_latents": without,
+            }
+
+        return write_manifest(self.root, "latents", folded(), extra, exclusions)
+
+    def _laid(self, index: int) -> list[int]:
+        """The rows of each bucket in the columns of a shard whose stats are too old to say so."""
+        shapes = ColumnFile(storage.join(self.root, shard_name(index) + self.data)).columns
+        count = len(self.config.bucket_list())
+        return [shapes[column("mean", b, count)][1][0] for b in range(count)]
+
+    def _left_out(self, index: int, out: np.ndarray) -> _LeftOut:
+        """Of the rows that are excluded now: those that have a latent, and those that were to have one."""
+        table = storage.read_parquet(storage.join(self.root, shard_name(index) + ".parquet"), ["status"])
+        status = np.array(table["status"].to_pylist())[out]
+        return _LeftOut(out[status == "success"], out[status == "failed_to_encode"])
+
+    def _excluded(self, images: Dataset, index: int) -> pa.Table:
+        table = images.exclusions.of(index)
+        rows = table["row"].to_numpy()
+        return table.filter(pa.array(np.isin(rows, self._left_out(index, rows.astype(np.int64)).latents)))
 
     def images(self) -> Dataset:
         """The image shards by their manifest as it is now, which is parsed once: 200,000 shards make it long."""
@@ -181,7 +279,9 @@ class _Worker:
         self.buckets = stage.config.bucket_list()
         self.device = pick_device(stage.config.device)
         self.dataset = stage.images()
-        self.excluded = _excluded_reasons(self.dataset.root)
+        self.cropped = picture_settings(self.dataset).get("resize_mode") == "center_crop"
+        self.made_with = stage.made_with()
+        self.folder = open_folder(stage)
         self._encoders, self._reading = threading.Lock(), threading.Lock()
         how = {"channels_last": self.config.channels_last, "compile": self.config.compile}
         with fixed_arithmetic(self.config.threads):
@@ -194,12 +294,15 @@ class _Worker:
         """Encode and commit one shard; returns its committed stats."""
         from latents.encoders import require_digest
 
-        weights = task.fingerprint.weights or {}
+        weights = self.made_with.weights or {}
         require_digest("the VAE", self.vae.digest, weights["vae"], self.vae.ref)
         require_digest("the CLIP", self.text.digest, weights["text"], self.text.ref)
+        if (found := self.folder.adopt(task.index)) is not None:
+            return found
         started = time.perf_counter()
         try:
             shard, excluded = self._open(task)
+            known = np.array(sorted(excluded), np.int64)
             try:
                 shard.fetch()
                 files, stats = self._make(shard, excluded)
@@ -213,22 +316,27 @@ class _Worker:
         seconds = time.perf_counter() - started
         stats["seconds"] = round(seconds, 3)
         stats["images_per_second"] = round(stats["count"] / seconds, 3)
-        return commit_shard(self.root, task.index, files, stats, task.fingerprint)
+        if len(known):
+            stats["excluded"] = _rows_digest(known)
+        return self.folder.commit(task.index, files, stats, task.input or self._born(task.index))
+
+    def _born(self, index: int) -> str | None:
+        """Which image shard it is, where the manifest is of format 1 and cannot say it."""
+        stats = read_stats(self.dataset.root, index)
+        return None if stats is None else born(stats)
 
     def _open(self, task: Task) -> tuple[images.ImageShard, dict[int, str]]:
-        position = task.payload["position"]
+        position = task.payload
         with self._reading:
             info = self.dataset.shards[position] if position < len(self.dataset.shards) else None
-            if info is None or info.digest != task.fingerprint.input:
+            if info is None or task.input not in (info.born, None):
                 # The images were finished again since this worker started.
                 self.dataset = Dataset.open(self.dataset.root)
-                self.excluded = _excluded_reasons(self.dataset.root)
-                if self.dataset.shards[position].digest != task.fingerprint.input:
+                if task.input not in (self.dataset.shards[position].born, None):
                     raise StageError(
                         f"{self.dataset.root}: the images changed during the run; run the same command again"
                     )
-            shard = images.ImageShard(self.dataset, position)
-            return shard, self.excluded.get(shard.info.index, {})
+            return images.ImageShard(self.dataset, position), self.dataset.exclusions.reasons(task.index)
 
     def _make(self, shard: images.ImageShard, excluded: dict[int, str]) -> tuple[dict[str, bytes], dict[str, Any]]:
         count = len(shard)
@@ -250,29 +358,29 @@ class _Worker:
                 if samples[i].error is None and not fine[text_index[i]]:
                     samples[i].error = ("not_finite_text", "the caption's embedding is not finite in float16")
         kept = np.array([i for i in range(count) if samples[i].error is None], np.int64)
-        arrays: dict[str, np.ndarray] = {
-            "tokens": tokens[kept],
-            "empty_tokens": tokens[-1],
-            "micro": self._micro(shard, plan, samples)[kept],
-        }
+        each: dict[str, np.ndarray] = {"tokens": tokens[kept], "alive": np.ones(len(kept), np.uint8)}
+        if text is not None:
+            each["embedding_index"] = text_index[kept]
+        texts = {name: [values[i] for i in kept] for name, values in _caption_columns(shard).items()}
+        arrays = self._lay_out(each, self._micro(shard, plan, samples)[kept], texts, plan.bucket[kept])
+        arrays["empty_tokens"] = tokens[-1]
         metadata = {"vae": self.vae.digest, "text": self.text.digest, "text_layer": self.text.layer}
         if self.text.pad != "zero":
             metadata["text_pad"] = self.text.pad
         if self.config.moments:
             metadata |= {"logstd_min": repr(LOGSTD_MIN), "logstd_step": repr(LOGSTD_STEP)}
         if len(self.buckets) > 1:
-            arrays["bucket"] = plan.bucket[kept].astype(np.uint16)
             metadata["buckets"] = json.dumps([b.to_json() for b in self.buckets])
         live = np.zeros(count, bool)
         live[kept] = True
         for name, array in moments.items():
             bucket = int(name.partition(".")[2] or 0)
-            members = (plan.bucket == bucket).any(axis=1)
-            arrays[name] = array[live[members]]
+            arrays[name] = array[live[(plan.bucket == bucket).any(axis=1)]]
         if text is not None:
             # Captions of pictures that were set aside leave no row behind.
-            used, index = np.unique(text_index[kept], return_inverse=True)
-            arrays["embedding_index"] = index.astype(np.int32).reshape(-1)
+            names = [column("embedding_index", b, len(self.buckets)) for b in range(len(self.buckets))]
+            used, index = _by_first_use([arrays[name] for name in names])
+            arrays |= dict(zip(names, index, strict=True))
             empty = text_index[-1]
             arrays |= {"embeddings": text["embeddings"][used], "empty_embedding": text["embeddings"][empty]}
             if "pooled" in text:
@@ -283,6 +391,28 @@ class _Worker:
         stats = describe(arrays, table, len(self.buckets))
         stats["encode_seconds"], stats["wait_seconds"] = round(busy, 3), round(clock.waited, 3)
         return {".safetensors": pack_columns(arrays, metadata), ".parquet": sink.getvalue()}, stats
+
+    def _lay_out(
+        self, each: dict[str, np.ndarray], micro: np.ndarray, texts: dict[str, list[list[str]]], bucket: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The columns of the samples bucket by bucket, so that rows that are trained on together lie together.
+
+        each: columns of one row a sample; micro: int32 [N,R,6]; texts: of each sample, by column of the sidecar;
+        bucket: int64 [N,R].
+        """
+        count = len(self.buckets)
+        arrays: dict[str, np.ndarray] = {"bucket": bucket.astype(np.uint16)} if count > 1 else {}
+        for b in range(count):
+            rows = members(arrays, b, len(bucket))
+            level = self.config.resolutions.index(self.buckets[b].resolution)
+            for name, array in (each | {"micro": micro[:, level]}).items():
+                arrays[column(name, b, count)] = array[rows]
+            for name, values in texts.items():
+                lines = [json.dumps(values[i], ensure_ascii=False).encode("utf-8", "surrogatepass") for i in rows]
+                ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
+                arrays[column(f"text_end.{name}", b, count)] = ends
+                arrays[column(f"text.{name}", b, count)] = np.frombuffer(b"".join(lines), np.uint8)
+        return arrays
 
     # ---- pictures --------------------------------------------------------------------------------
 
@@ -317,7 +447,7 @@ class _Worker:
             count = int((plan.bucket == b).sum())
             side = (bucket.height // self.vae.downscale, bucket.width // self.vae.downscale)
             for name, dtype in (("mean", np.float16), *([("logstd", np.uint8)] if self.config.moments else [])):
-                arrays[moments_column(name, b, len(self.buckets))] = np.zeros((count, self.vae.channels, *side), dtype)
+                arrays[column(name, b, len(self.buckets))] = np.zeros((count, self.vae.channels, *side), dtype)
         under_way: list[Callable[[], None]] = []  # at most one batch, besides the one that is being filled
 
         def flush(bucket: int, batch: list[tuple[int, np.ndarray]]) -> None:
@@ -359,7 +489,7 @@ class _Worker:
         pixels = np.stack([p for _, p in batch] + [batch[-1][1]] * (size - len(batch)))
         result = self.vae.encode_stored(pixels)
         resolution = self.config.resolutions.index(self.buckets[bucket].resolution)
-        mean, logstd = (moments_column(name, bucket, len(self.buckets)) for name in ("mean", "logstd"))
+        mean, logstd = (column(name, bucket, len(self.buckets)) for name in ("mean", "logstd"))
 
         def collect() -> None:
             found = result()
@@ -401,14 +531,21 @@ class _Worker:
         return load
 
     def _micro(self, shard: images.ImageShard, plan: _Plan, samples: list[_Sample]) -> np.ndarray:
-        """SDXL's micro-conditioning, int32 [N,R,6]: original height and width, crop top and left, target size."""
+        """SDXL's micro-conditioning, int32 [N,R,6]: original height and width, crop top and left, target size.
+
+        Top and left count from the whole picture, scaled: what ingest cropped is part of them. A border is no crop.
+        """
         micro = np.zeros((len(samples), len(self.config.resolutions), 6), np.int32)
-        originals = _original_sizes(shard)
+        originals, stored = _original_sizes(shard), _sizes(shard)
         for i, sample in enumerate(samples):
             for r, fit in enumerate(sample.fits):
                 b = self.buckets[plan.bucket[i, r]]
                 width, height = originals[i]
-                micro[i, r] = (height, width, fit.crop_top, fit.crop_left, b.height, b.width)
+                left, top = fit.crop_left, fit.crop_top
+                if self.cropped:
+                    before = crop_before(originals[i], (int(stored[i, 0]), int(stored[i, 1])), fit)
+                    left, top = left + before[0], top + before[1]
+                micro[i, r] = (height, width, top, left, b.height, b.width)
         return micro
 
     # ---- text ------------------------------------------------------------------------------------
@@ -453,6 +590,10 @@ class _Worker:
     ) -> pa.Table:
         """The image shard's rows, all of them, with what became of each here and how its picture was cut."""
         table = shard.table.drop_columns([c for c in _IMAGE_PLACE if c in shard.table.column_names])
+        number: list[int | None] = [None] * table.num_rows  # of each row among the columns' samples, for ever
+        kept = [row for row, sample in zip(shard.rows.tolist(), samples, strict=True) if sample.error is None]
+        for n, row in enumerate(kept):
+            number[row] = n
         status, errors, messages = (_texts(table, c) for c in ("status", "error", "error_message"))
         suffixes = ["", *(f"_{r}" for r in self.config.more_resolutions)]
         fits: dict[str, list[int | None]] = {c + s: [None] * table.num_rows for s in suffixes for c in FIT_COLUMNS}
@@ -471,6 +612,7 @@ class _Worker:
             table = _with_column(table, name, pa.array(values, pa.string()))
         for name, numbers in fits.items():
             table = _with_column(table, name, pa.array(numbers, pa.int32()))
+        table = _with_column(table, COLUMN_ROW, pa.array(number, pa.int32()))
         return table.replace_schema_metadata(None)
 
 
@@ -496,14 +638,13 @@ def describe(arrays: dict[str, np.ndarray], table: pa.Table, buckets: int = 1) -
     rows = table.select(["status", "error"]).to_pylist()
     stats = {
         "rows": table.num_rows,
-        "count": len(arrays["tokens"]),
+        "count": len(arrays["bucket"] if buckets > 1 else arrays["tokens"]),
         "status": dict(sorted(Counter(r["status"] for r in rows).items())),
         "errors": dict(sorted(Counter(r["error"] for r in rows if r["status"] == "failed_to_encode").items())),
         "captions": len(arrays["embeddings"]) if "embeddings" in arrays else None,
         "channels": of_columns(arrays).to_json(),
     }
-    if buckets > 1:
-        stats["buckets"] = [len(arrays[moments_column("mean", b, buckets)]) for b in range(buckets)]
+    stats["laid"] = [len(arrays[column("mean", b, buckets)]) for b in range(buckets)]
     return stats
 
 
@@ -531,8 +672,65 @@ def _original_sizes(shard: images.ImageShard) -> list[tuple[int, int]]:
     ]
 
 
-def _check_accounting(root: str, stats: dict[str, Any], source: Any) -> None:
-    """Rows in = rows out, each with one status; raises StageError naming the shard where that does not hold."""
+def _by_first_use(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The distinct values of several arrays in the order in which they first come, and the arrays as places in it."""
+    values, first, inverse = np.unique(np.concatenate(parts), return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")
+    place = np.empty(len(order), np.int32)
+    place[order] = np.arange(len(order))
+    ends = np.cumsum([len(p) for p in parts])[:-1]
+    return values[order], np.split(place[inverse.reshape(-1)], ends)
+
+
+# What an image shard's sidecar says in words besides captions.
+_NO_CAPTIONS = frozenset(
+    ("url", "final_url", "key", "status", "error", "error_message", "exif", "sha256", "caption_raw", "pixel_hash",
+     "phash", "image_ext", "md5")
+)  # fmt: skip
+
+
+def _caption_columns(shard: images.ImageShard) -> dict[str, list[list[str]]]:
+    """Of each usable picture the texts in `caption` and in every further column of texts, or lists of texts."""
+    rows, found = pa.array(shard.rows), {}
+    for field in shard.table.schema:
+        kind = field.type.value_type if pa.types.is_list(field.type) else field.type
+        if field.name not in _NO_CAPTIONS and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            values = shard.table[field.name].take(rows).to_pylist()
+            found[field.name] = [texts_in(v) for v in values]
+    return found
+
+
+def texts_in(value: Any) -> list[str]:
+    """The texts in an entry of a column of captions: one, a list, or a list that ingest carried as JSON; no empty ones.
+
+    Raises TypeError where it holds something else.
+    """
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError):
+            parsed = json.loads(value)
+            if all(isinstance(v, str | None) for v in parsed):  # "[2]" may be a caption
+                value = parsed
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(t, str | None) for t in texts):
+        raise TypeError("neither text nor a list of texts")
+    return [t for t in texts if t and t.strip()]
+
+
+def picture_settings(dataset: Dataset) -> dict[str, Any]:
+    """The settings that a dataset's pictures were stored with; nothing where it does not say."""
+    if not dataset.shards:
+        return {}
+    made = storage.read_json(storage.join(dataset.root, "made_with.json"))
+    if made is None:
+        made = (read_stats(dataset.root, dataset.shards[0].index) or {}).get("fingerprint")
+    return dict((made or {}).get("settings") or {})
+
+
+def _check_accounting(root: str, stats: dict[str, Any], source: Any, left_out: _LeftOut | None) -> int:
+    """Rows in = rows out, each with one status; raises StageError naming the shard where that does not hold.
+
+    Returns how many images of the shard that can be used now have no latent: they were left out when it was made.
+    """
     shard = f"{root}: shard {stats['shard']}"
     if source is None:
         raise StageError(f"{shard} has no image shard; the images changed during the run, run the same command again")
@@ -542,10 +740,15 @@ def _check_accounting(root: str, stats: dict[str, Any], source: Any) -> None:
     if sum(stats["status"].values()) != stats["rows"] or stats["rows"] != source.rows:
         raise StageError(f"{shard} has {stats['rows']} rows where its image shard has {source.rows}; rows were lost")
     success, failed = stats["status"].get("success", 0), stats["status"].get("failed_to_encode", 0)
-    if success != stats["count"] or success + failed != source.count:
+    done = success + failed
+    if left_out is not None:
+        done -= len(left_out.latents) + len(left_out.failed)
+    changed = left_out is not None or "excluded" in stats  # what was left out once may be in use again
+    if success != stats["count"] or done > source.count or (done < source.count and not changed):
         raise StageError(
             f"{shard} has {stats['count']} latents and {failed} set aside where there were {source.count} pictures"
         )
+    return source.count - done
 
 
 def _vae_facts(vae: VaeWeights) -> dict[str, Any]:
@@ -567,14 +770,6 @@ def _text_facts(text: ClipWeights, layer: str, pad: str) -> dict[str, Any]:
         "context_length": text.context_length,
         "width": text.width,
     }
-
-
-def _excluded_reasons(root: str) -> dict[int, dict[int, str]]:
-    """Why a sample is not to be used, by shard number and row."""
-    reasons: dict[int, dict[int, str]] = {}
-    for line in read_exclusions(root).to_pylist():
-        reasons.setdefault(line["shard"], {})[line["row"]] = line["reason"]
-    return reasons
 
 
 def _texts(table: pa.Table, name: str) -> list[Any]:

@@ -32,6 +32,8 @@ KINDS = {
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
 
 
+KOHYA = "kohya.safetensors"
+KOHYA_PREFIXES = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1", "lora_te2")}
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -183,10 +185,13 @@ def peft_config(config: AdapterConfig) -> Any:
     """peft's own configuration of this adapter."""
     from peft import LoHaConfig, LoKrConfig, LoraConfig
 
-    targets = [*config.targets, *(CONVOLUTIONS if config.convolutions else ())]
+    convolutions = config.convolutions or config.kind == "locon"
+    targets = [*config.targets, *(CONVOLUTIONS if convolutions else ())]
     alpha = config.rank if config.alpha is None else config.alpha
-    if config.kind == "lora":
-        return LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True)
+    if config.is_lora:
+        return LoraConfig(
+            r=config.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True, use_dora=config.dora
+        )
     kind = LoHaConfig if config.kind == "loha" else LoKrConfig
     return kind(r=config.rank, alpha=alpha, target_modules=targets, init_weights=True)
 
@@ -259,13 +264,14 @@ def merged_weights(model: Any) -> dict[str, Any]:
 
 def save_lora(
     unet: dict[str, Any], config: AdapterConfig | None, text: dict[str, Any], text_config: TextEncoderConfig | None,
-    folder: Path,
+    sized: bool, folder: Path,
 ) -> None:  # fmt: skip
     """`pytorch_lora_weights.safetensors`, which diffusers' load_lora_weights takes, with the alphas beside them.
 
-    unet, text: the updates of either under peft's names; empty where there are none.
+    unet, text: the updates of either under peft's names; empty where there are none. sized: of an SDXL pipeline, whose
+    text encoder is its second.
     """
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     given: dict[str, Any] = {}
     if unet:
@@ -273,11 +279,122 @@ def save_lora(
         given |= {"unet_lora_layers": unet, "unet_lora_adapter_metadata": _metadata(peft_config(config))}
     if text:
         assert text_config is not None
+        part = "text_encoder_2" if sized else "text_encoder"
         given |= {
-            "text_encoder_lora_layers": text,
-            "text_encoder_lora_adapter_metadata": _metadata(text_peft_config(text_config)),
+            f"{part}_lora_layers": text,
+            f"{part}_lora_adapter_metadata": _metadata(text_peft_config(text_config)),
         }
-    StableDiffusionPipeline.save_lora_weights(folder, **given)
+    (StableDiffusionXLPipeline if sized else StableDiffusionPipeline).save_lora_weights(folder, **given)
+    if not (config and config.dora):  # kohya's DoRA measures magnitudes along the other axis
+        save_kohya(unet, config, text, text_config, sized, folder / KOHYA)
+
+
+def save_kohya(
+    unet: dict[str, Any], config: AdapterConfig | None, text: dict[str, Any], text_config: TextEncoderConfig | None,
+    sized: bool, file: Path,
+) -> None:  # fmt: skip
+    """The same in the names of kohya's scripts, which AUTOMATIC1111's and most other programs read, with the alphas."""
+    import torch
+    from safetensors.torch import save_file
+
+    out: dict[str, Any] = {}
+    for prefix, values, settings in (
+        ("lora_unet", unet, config),
+        ("lora_te2" if sized else "lora_te", text, text_config),
+    ):
+        if not values or settings is None:
+            continue
+        alpha = float(settings.rank if settings.alpha is None else settings.alpha)
+        for name, value in values.items():
+            if prefix != "lora_unet" and not name.startswith(("text_model.", "text_projection.")):
+                name = f"text_model.{name}"  # as transformers named it before its version 5
+            layer, _, part = name.rpartition(".lora_")
+            key = f"{prefix}_{layer.replace('.', '_')}"
+            out[f"{key}.lora_{'down' if part.startswith('A') else 'up'}.weight"] = value
+            out[f"{key}.alpha"] = torch.tensor(alpha, dtype=value.dtype)
+    save_file(out, file, metadata={"ss_network_module": "networks.lora"})
+
+
+def load_lora(file: str, unet: Any, text: Any = None) -> None:
+    """Put a LoRA file's updates into a UNet, and a text encoder, that have updates of that rank, in place.
+
+    The file has kohya's, diffusers' or peft's names. Its alphas are folded in, so that it begins as what the file is.
+    Raises ConfigError where it cannot be read or is of other layers or ranks.
+    """
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+    from peft.tuners.lora import LoraLayer
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        raw = load_file(file)
+        found, _ = StableDiffusionPipeline.lora_state_dict(dict(raw), unet_config=unet.config)
+    except (OSError, SafetensorError, ValueError, KeyError) as e:
+        line = " ".join(str(e).split())[:200]
+        raise ConfigError(f"train.adapter.start_from: {file} cannot be read as a LoRA: {line}") from None
+    kohyas = {k.removesuffix(".alpha"): float(v) for k, v in raw.items() if k.endswith(".alpha")}
+    stored = _stored_alphas(file)
+    if not any(k.startswith(("unet.", "text_encoder")) for k in found):
+        raise ConfigError(f"train.adapter.start_from: {file} holds no LoRA of a Stable Diffusion model")
+    if text is None and any(k.startswith("text_encoder") for k in found):
+        raise ConfigError(
+            f"train.adapter.start_from: {file} changes the text encoder too; set train.text_encoder to {{kind: lora}}"
+        )
+    for part, model, convert in (
+        ("unet", unet, convert_unet_state_dict_to_peft),
+        ("text_encoder", text, convert_state_dict_to_peft),
+    ):
+        mine = {k.partition(".")[2]: v for k, v in found.items() if k.partition(".")[0].removesuffix("_2") == part}
+        if model is None or not mine:
+            continue
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        values = mine if any(".lora_A." in k for k in mine) else convert(mine)
+        wanted = {}
+        for name, value in values.items():
+            layer, _, rest = name.rpartition(".lora_")
+            known = layer if layer in layers else layer.removeprefix("text_model.")
+            target = f"{known}.lora_{rest.removesuffix('.weight')}.default.weight"
+            if known not in layers:
+                raise ConfigError(
+                    f"train.adapter.start_from: {file} changes {layer}, which train.adapter leaves as it is"
+                )
+            if rest.startswith("B"):
+                rank = value.shape[1]
+                alpha = stored.get(part, float(rank))
+                if kohyas:
+                    names = [f"{p}_{layer.replace('.', '_')}" for p in KOHYA_PREFIXES[part]]
+                    alpha = next((kohyas[n] for n in names if n in kohyas), alpha)
+                value = value.float() * (alpha / rank / layers[known].scaling["default"])
+            wanted[target] = value.float()
+        state = model.state_dict()
+        for name, value in wanted.items():
+            if name not in state or value.numel() != state[name].numel():
+                has = f"of shape {tuple(state[name].shape)}" if name in state else "not there"
+                raise ConfigError(
+                    f"train.adapter.start_from: {name} of {file} has the shape {tuple(value.shape)}, and here it is "
+                    f"{has}; set train.adapter.rank and dora as the file has them"
+                )
+        missing = {n for n in state if ".lora_" in n} - wanted.keys()
+        if missing:
+            raise ConfigError(
+                f"train.adapter.start_from: {file} has no {min(missing)}, which train.adapter learns; name its layers "
+                "with targets and convolutions"
+            )
+        model.load_state_dict({n: v.reshape(state[n].shape) for n, v in wanted.items()}, strict=False)
+
+
+def _stored_alphas(file: str) -> dict[str, float]:
+    """Of a file that diffusers saved: lora_alpha by part, from its metadata."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as f:
+        text = (f.metadata() or {}).get("lora_adapter_metadata")
+    try:
+        stored = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return {k.removesuffix(".lora_alpha").removesuffix("_2"): v for k, v in stored.items() if k.endswith(".lora_alpha")}
 
 
 def _metadata(config: Any) -> dict[str, Any]:

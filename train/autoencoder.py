@@ -8,12 +8,12 @@ import torch
 from latents.pictures import resize_crop
 from shards.dataset import Dataset
 from shards.settings import ConfigError
-from train import initial
+from train import initial, segments
 from train.config import AutoencoderConfig
 from train.data import Batch, Pictures
 from train.objective import Objective, construct, public_config
-from train.order import Order
 from train.randomness import Randomness
+from train.segments import History
 
 
 class Autoencoder(Objective):
@@ -21,17 +21,17 @@ class Autoencoder(Objective):
 
     figures = ("l1", "mse", "kl", "psnr")
 
-    def __init__(self, config: AutoencoderConfig, dataset: Dataset, seed: int) -> None:
+    def __init__(self, config: AutoencoderConfig, dataset: Dataset, seed: int, history: History | None = None) -> None:
         from diffusers import AutoencoderKL
 
-        order = Order(dataset.counts, dataset.fingerprint, seed, config.shuffle_window)
+        placement = segments.place(config, [dataset], seed, history)
         vae = construct(AutoencoderKL, {"sample_size": config.resolution, **config.model}, "autoencoder.model", seed)
         if config.initialisation == "thumbnail":
             try:
                 initial.thumbnail(vae)
             except ValueError as e:
                 raise ConfigError(f"autoencoder.model: {e}") from None
-        super().__init__(vae, public_config(vae), order)
+        super().__init__(vae, public_config(vae), placement)
         shrink = 2 ** (len(vae.config.block_out_channels) - 1)
         if config.resolution % shrink:
             raise ConfigError(
@@ -41,7 +41,7 @@ class Autoencoder(Objective):
         side = config.resolution // shrink
         self.config, self.random = config, Randomness(seed)
         self.latent_shape = (int(vae.config.latent_channels), side, side)
-        self.pictures = Pictures(dataset, order, lambda p: resize_crop(p, config.resolution)[0], config.cache_bytes)
+        self.pictures = Pictures(dataset, placement, lambda p: resize_crop(p, config.resolution)[0], config.cache_bytes)
 
     def batch(self, positions: np.ndarray) -> Batch:
         """pixels uint8 [B,R,R,3] and the posterior's noise [B,C,h,w]."""
@@ -49,6 +49,14 @@ class Autoencoder(Objective):
             "pixels": torch.from_numpy(self.pictures.pixels(positions)),
             "noise": torch.from_numpy(self.random.normal("autoencoder", positions, self.latent_shape)),
         }
+
+    def expect(self, positions: np.ndarray) -> None:
+        """Begin to read these pictures."""
+        self.pictures.expect(positions)
+
+    def close(self) -> None:
+        """Let go of what reads ahead."""
+        self.pictures.close()
 
     def keys(self, positions: np.ndarray) -> list[str]:
         """The pictures' keys."""

@@ -53,15 +53,10 @@ _TYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 
 
 class Saver:
-    """Saves checkpoints under the URL `root`. Collective, but for `wait` and `error`.
+    """Saves checkpoints under the URL `root`. Collective, but for `wait` and `error`."""
 
-    committed: called on rank 0, in the writing thread, with the folder of a checkpoint that is whole.
-    """
-
-    def __init__(
-        self, root: str, engine: Engine, keep: Keep, ranks: Ranks, committed: Callable[[str], None] | None = None
-    ) -> None:
-        self.root, self.engine, self.keep, self.ranks, self.committed = str(root), engine, keep, ranks, committed
+    def __init__(self, root: str, engine: Engine, keep: Keep, ranks: Ranks) -> None:
+        self.root, self.engine, self.keep, self.ranks = str(root), engine, keep, ranks
         # The threads' own, so that they never meet the loop's collectives.
         self._group = dist.new_group(backend="gloo")
         self.attempt: str = ranks.from_first(secrets.token_hex(4))
@@ -147,8 +142,6 @@ class Saver:
             dist.broadcast_object_list(outcome, 0, group=self._group)
             if outcome[0]:
                 self.error = f"{folder}: the checkpoint cannot be written: {outcome[0]}"
-            elif self.ranks.first and self.committed:
-                self.committed(folder)
         except Exception as e:
             self.error = f"{folder}: the checkpoint cannot be written: {e or type(e).__name__}"
 

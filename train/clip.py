@@ -15,11 +15,11 @@ from torch import nn
 
 from shards.dataset import Dataset
 from shards.settings import ConfigError
-from train import initial
+from train import initial, segments
 from train.config import ClipConfig
 from train.data import Batch, Pictures
 from train.objective import Objective, construct, refuse_unknown
-from train.order import Order
+from train.segments import History
 
 # 1 / 0.01, as in CLIP (Radford et al. 2021, section 2.5): keeps the logits from growing without bound.
 MAX_LOGIT_SCALE = 100.0
@@ -30,19 +30,19 @@ class Clip(Objective):
 
     figures = ("accuracy", "logit_scale")
 
-    def __init__(self, config: ClipConfig, dataset: Dataset, seed: int) -> None:
+    def __init__(self, config: ClipConfig, dataset: Dataset, seed: int, history: History | None = None) -> None:
         import open_clip
         from open_clip.transform import PreprocessCfg
 
         # open_clip calls a gather that this PyTorch calls deprecated; nobody here can act on that.
         warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
         check_clip_config(config.model)
-        order = Order(dataset.counts, dataset.fingerprint, seed, config.shuffle_window)
+        placement = segments.place(config, [dataset], seed, history)
         # A logit scale of shape [1], since DeepSpeed cannot broadcast a scalar parameter.
         clip = construct(open_clip.CLIP, {**config.model, "nonscalar_logit_scale": True}, "clip.model", seed)
         if config.initialisation == "spread":
             initial.spread_words(clip)
-        super().__init__(clip, config.model, order)
+        super().__init__(clip, config.model, placement)
         self.config = config
         self.preprocess = PreprocessCfg(size=clip.visual.image_size)
         text = config.model["text_cfg"]
@@ -50,7 +50,7 @@ class Clip(Objective):
             context_length=clip.context_length, **(text.get("tokenizer_kwargs") or {})
         )
         self._tokens = functools.lru_cache(maxsize=100_000)(lambda caption: self._tokenizer(caption)[0])
-        self.pictures = Pictures(dataset, order, self._fit(), config.cache_bytes)
+        self.pictures = Pictures(dataset, placement, self._fit(), config.cache_bytes)
         mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
         self._mean, self._std = mean, std
 
@@ -82,6 +82,14 @@ class Clip(Objective):
             loss = (nn.functional.cross_entropy(to_text, labels) + nn.functional.cross_entropy(to_image, labels)) / 2
         accuracy = (to_text.detach().argmax(dim=1) == labels).float().mean()
         return loss, torch.stack([accuracy, scale.detach().float().reshape(())])
+
+    def expect(self, positions: np.ndarray) -> None:
+        """Begin to read these pictures."""
+        self.pictures.expect(positions)
+
+    def close(self) -> None:
+        """Let go of what reads ahead."""
+        self.pictures.close()
 
     def keys(self, positions: np.ndarray) -> list[str]:
         """The pictures' keys."""

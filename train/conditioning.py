@@ -31,9 +31,11 @@ class Conditioning:
     """Captions as the shards hold them, and how they reach the UNet.
 
     sized: the UNet is told sizes and pooled text, as SDXL's is. module: what of this learns; None where nothing does.
+    stored: the embeddings lie in the shards, so that no encoder is at hand.
     """
 
     module: nn.Module | None = None
+    stored = False
 
     def __init__(self, sized: bool) -> None:
         self.sized = sized
@@ -56,6 +58,10 @@ class Conditioning:
         """The part of `batch` that stands for the captions."""
         raise NotImplementedError
 
+    def prompts(self, prompts: Sequence[str], text: TextEncoder | None = None) -> Batch:
+        """What stands for these prompts, as `captions` gives it for captions; text: the encoder, where `stored`."""
+        raise NotImplementedError
+
     def told(self, batch: Batch) -> Told:
         """What the UNet is called with, where the batch lies."""
         raise NotImplementedError
@@ -66,6 +72,8 @@ class Conditioning:
 
 class Stored(Conditioning):
     """text float32 [B,context,width] from the shards; for a UNet that is told sizes, pooled [B,width] too."""
+
+    stored = True
 
     def captions(
         self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None
@@ -79,6 +87,14 @@ class Stored(Conditioning):
             pooled[dropped] = latents.empty_pooled
             batch["pooled"] = torch.from_numpy(pooled)
         return batch
+
+    def prompts(self, prompts: Sequence[str], text: TextEncoder | None = None) -> Batch:
+        """Their embeddings, by the latents' own encoder."""
+        assert text is not None
+        if not self.sized:
+            return {"text": text.encode(text.tokenize(prompts))}
+        rows, pooled = text.encode_pooled(text.tokenize(prompts))
+        return {"text": rows, "pooled": pooled}
 
     def told(self, batch: Batch) -> Told:
         """As the batch holds them."""
@@ -102,6 +118,10 @@ class Encoded(Conditioning):
         tokens = latents.tokens(positions) if captions is None else np.stack([self._tokens(c) for c in captions])
         tokens[dropped] = latents.empty_tokens
         return {"tokens": torch.from_numpy(tokens)}
+
+    def prompts(self, prompts: Sequence[str], text: TextEncoder | None = None) -> Batch:
+        """Their tokens."""
+        return {"tokens": self.text.tokenize(prompts)}
 
     def told(self, batch: Batch) -> Told:
         """The frozen CLIP's features, in the arithmetic that autocast has here (bf16 on a GPU), else in float32."""

@@ -19,9 +19,10 @@ from train.config import TrainConfig
 from train.data import Batch, Latents
 from train.inversion import Word
 from train.objective import Objective, construct, public_config
-from train.order import batch_positions, derive_key, permute
+from train.order import derive_key, permute
 from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of, require_layer
 from train.randomness import Randomness
+from train.segments import History
 
 BINS = 10  # of the loss by timestep
 
@@ -31,11 +32,10 @@ class Diffusion(Objective):
 
     bins = BINS
 
-    def __init__(self, config: TrainConfig, datasets: Sequence[Dataset], seed: int) -> None:
-        weights = [s.weight for s in config.sources]
-        latents = Latents(
-            datasets, seed, config.shuffle_window, config.batch_size, weights, config.resolutions, config.batch_by_area
-        )
+    def __init__(
+        self, config: TrainConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None
+    ) -> None:
+        latents = Latents(config, datasets, seed, history)
         vae, text = datasets[0].manifest["vae"], datasets[0].manifest["text"]
         unet = build_unet(config, latents, text["width"], seed)
         model_config = public_config(unet)
@@ -46,9 +46,12 @@ class Diffusion(Objective):
         latents.require_captions(list(config.captions or ()))
         conditioning = conditioning_of(config, latents, text, model_config, seed)
         learns = conditioning.module
-        super().__init__(unet if learns is None else Joint(unet, learns), model_config, latents.order)
+        if config.adapter and config.adapter.start_from:
+            adapters.load_lora(config.adapter.start_from, unet, learns)
+        super().__init__(unet if learns is None else Joint(unet, learns), model_config, latents.placement)
         self.config, self.latents, self.random, self.conditioning = config, latents, Randomness(seed), conditioning
-        self.unet, self.sized = unet, conditioning.sized
+        self.sized = conditioning.sized
+        latents.wants = wanted_columns(config, latents, conditioning)
         if config.textual_inversion:
             unet.requires_grad_(False)
         # What is frozen comes from where the training began, and is not stored with every checkpoint.
@@ -60,17 +63,24 @@ class Diffusion(Objective):
         self.facts = {"encoders": {"vae": vae, "text": text}, "resolution": latents.resolution}
 
     @property
+    def unet(self) -> Any:
+        """The UNet, whatever learns beside it."""
+        return self.model.unet if isinstance(self.model, Joint) else self.model
+
+    @property
     def process(self) -> diffusion.Process:
         """The forward process, where the objective lies."""
         return diffusion.Process(self.signal, self.noise, self.time)  # type: ignore[arg-type]
 
     # ---- batches, on the CPU -----------------------------------------------------------------------
 
-    def positions(self, images: int, rank: int, world: int, micro_step: int, micro: int) -> np.ndarray:
-        """As the base's; where batches go by area, a batch of large pictures has the first of its places alone."""
-        whole = self.config.batch_size
-        samples = self.latents.samples_in(images // whole)
-        return batch_positions(images, rank, world, micro_step, micro * samples // whole)
+    def expect(self, positions: np.ndarray) -> None:
+        """Begin to read these samples."""
+        self.latents.expect(positions)
+
+    def close(self) -> None:
+        """Let go of what reads ahead."""
+        self.latents.close()
 
     def batch(self, positions: np.ndarray) -> Batch:
         """What the samples at `positions` (int64 [B]) need.
@@ -127,11 +137,12 @@ class Diffusion(Objective):
         if config.stratified:
             # Which stratum is whose changes from batch to batch, so that no rank keeps to one end.
             stratum, strata = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
-            for b in np.unique(positions // config.batch_size):
-                here = np.flatnonzero(positions // config.batch_size == b)
-                key = derive_key("strata", self.random.seed, int(b))
-                strata[here] = samples = self.latents.samples_in(int(b))
-                stratum[here] = permute(positions[here] % config.batch_size, samples, key)
+            begins, places = self.placement.split(positions)
+            for begin in np.unique(begins).tolist():
+                here = np.flatnonzero(begins == begin)
+                key = derive_key("strata", self.random.seed, begin)
+                strata[here] = samples = self.placement.samples(begin)
+                stratum[here] = permute(places[here], samples, key)
             u = diffusion.stratified(self.random.uniform("timestep", positions), stratum, strata)
             if not normal:
                 return diffusion.uniform_timesteps(u, steps)
@@ -234,6 +245,16 @@ def conditioning_of(
     if config.text_encoder:
         return Learning(sized, encoder, adapters.learning_text(encoder, sized, config.text_encoder, seed))
     return Encoded(sized, encoder)
+
+
+def wanted_columns(config: TrainConfig, latents: Latents, conditioning: Conditioning) -> set[str]:
+    """The columns of the latents that batches are made of."""
+    found = {"mean", *(("logstd",) if latents.has_spread else ()), *(("micro",) if conditioning.sized else ())}
+    if isinstance(conditioning, Stored):
+        return found | {"embeddings", *(("pooled",) if conditioning.sized else ())}
+    if config.captions:
+        return found | {f"text.{name}" for name in config.captions}
+    return found if config.textual_inversion else found | {"tokens"}
 
 
 def require_pad(start_from: str, pad: str) -> None:

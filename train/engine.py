@@ -76,6 +76,7 @@ class Engine:
         self.config, self.objective, self.ranks, self.stage = config, objective, ranks, config.zero_stage
         self.accumulation, self.clip = accumulation, config.grad_clip
         self.precision = resolve_precision(config.precision, ranks.device)
+        self.cast = DTYPES.get(self.precision)  # autocast's type, None without
         self.averages = (ema_name(), *(ema_name(std) for std in config.ema_stds))
         self._names = [n for n, p in objective.model.named_parameters() if p.requires_grad]
         self.frozen = _frozen(objective) if objective.saves_frozen and ranks.first else {}

@@ -14,6 +14,7 @@ its tokenizer are transformers' own (text_export.py).
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import re
@@ -34,9 +35,9 @@ from shards.fingerprint import Fingerprint, digest_json
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from train import adapters, posthoc
-from train.checkpoint import load_weights
+from train.checkpoint import load_weights, put_file
 from train.config import TrainConfig, stored_config
-from train.folders import POSTHOC, latest_complete
+from train.folders import CHUNK, MANIFEST, POSTHOC, latest_complete, name_of, read_manifest
 from train.model_card import model_card
 from train.objective import public_config
 from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of
@@ -89,9 +90,10 @@ def export(
 def _upload(folder: Path, url: str) -> None:
     """Put a finished folder on an object store; it counts as a model once its provenance is there, which goes last."""
     storage.remove(storage.join(url, PROVENANCE))
-    files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-    for name in [*(f for f in files if f != PROVENANCE), PROVENANCE]:
-        storage.write_atomic(storage.join(url, name), (folder / name).read_bytes())
+    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f != folder / PROVENANCE):
+        with file.open("rb") as f:
+            put_file(storage.join(url, file.relative_to(folder).as_posix()), iter(lambda f=f: f.read(CHUNK), b""))
+    storage.write_atomic(storage.join(url, PROVENANCE), (folder / PROVENANCE).read_bytes())
 
 
 def build_pipeline(run: str, checkpoint: str = "latest", weights: str = "ema") -> Any:
@@ -129,7 +131,7 @@ class _Source:
             )
         self.paths, self.weights, self.dtype = paths, weights, dtype
         self.folder = _checkpoint_folder(paths, checkpoint)
-        self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_bytes())
+        self.manifest: dict[str, Any] = read_manifest(self.folder)
         self.config = stored_config(self.manifest["config"])
         if "encoders" not in self.manifest:
             self.manifest |= _facts_of_old(paths, self.folder, self.manifest, self.config)
@@ -141,7 +143,7 @@ class _Source:
 
     def fingerprint(self) -> Fingerprint:
         """What the exported folder's bytes depend on."""
-        settings = {"checkpoint": self.folder.name, "weights": self.weights, "layer": self.text_facts["layer"]}
+        settings = {"checkpoint": name_of(self.folder), "weights": self.weights, "layer": self.text_facts["layer"]}
         settings |= {"dtype": self.dtype, "licence": self.licence}
         digests = {"vae": self.vae_facts["digest"], "text": self.text_facts["digest"]}
         return Fingerprint("export", VERSION, settings, digest_json(self.manifest), digests)
@@ -175,7 +177,7 @@ class _Source:
             status.update(source.get("status") or {})
         prints = [source["fingerprint"] for source in sources]
         return {
-            "checkpoint": self.folder.name,
+            "checkpoint": name_of(self.folder),
             "weights": self.weights,
             "images_seen": self.manifest.get("images"),
             "steps": self.manifest.get("step"),
@@ -213,7 +215,7 @@ class _Source:
             unet = self._base()
             if self.config.adapter:
                 adapters.add(unet, self.config.adapter, 0)
-                require_all(unet.load_state_dict(values, strict=False), str(self.folder))
+                require_all(unet.load_state_dict(values, strict=False), self.folder)
                 self.tuned = adapters.state(unet)
                 unet = adapters.merge(unet)
             else:
@@ -230,7 +232,7 @@ class _Source:
         if self.config.text_encoder.kind == "full":
             encoder.load_state_dict(learned)
             return
-        tuned = adapters.tuned_text(encoder, learned, self.config.text_encoder, str(self.folder))
+        tuned = adapters.tuned_text(copy.deepcopy(encoder), learned, self.config.text_encoder, self.folder)
         self.tuned_text = adapters.state(tuned)
         encoder.load_state_dict(adapters.merged_weights(tuned))
 
@@ -260,9 +262,10 @@ class _Source:
         if self.config.textual_inversion:
             save_file({self.config.textual_inversion.token: values["rows"]}, folder / "learned_embeds.safetensors")
             return
-        unet = self.config.adapter if self.config.adapter and self.config.adapter.kind == "lora" else None
+        unet = self.config.adapter if self.config.adapter and self.config.adapter.is_lora else None
         if unet or text:
-            adapters.save_lora(values if unet else {}, unet, text, self.config.text_encoder, folder / "lora")
+            sized = pipeline_of(self.manifest["model_config"]) is STABLE_DIFFUSION_XL
+            adapters.save_lora(values if unet else {}, unet, text, self.config.text_encoder, sized, folder / "lora")
         if self.config.adapter and not unet:
             adapters.save_peft(values, self.config.adapter, folder / "adapter")
 
@@ -276,7 +279,7 @@ class _Source:
         return TextEncoder(found, self.text_facts["layer"], pad=self.text_facts.get("pad", "zero"))
 
 
-def _facts_of_old(paths: RunPaths, folder: Path, manifest: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+def _facts_of_old(paths: RunPaths, folder: str, manifest: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """What checkpoints hold of their encoders, for one from before they did: from the run's latents.
 
     Raises StageError where those are not there, or were made again with other encoders meanwhile.
@@ -286,7 +289,7 @@ def _facts_of_old(paths: RunPaths, folder: Path, manifest: dict[str, Any], confi
     for what, name in (("vae", "VAE"), ("text", "CLIP")):
         if trained.get(what, latents.manifest[what]["digest"]) != latents.manifest[what]["digest"]:
             raise StageError(
-                f"{paths.latents} was made again with another {name} than {folder.name} was trained with, and that "
+                f"{paths.latents} was made again with another {name} than {name_of(folder)} was trained with, and that "
                 "checkpoint does not say where its own lies; bring the earlier latents back"
             )
     return {
@@ -346,16 +349,15 @@ def require_all(loaded: Any, where: str) -> None:
         raise StageError(f"{where} holds {loaded.unexpected_keys[0]}, which the model of train.start_from lacks")
 
 
-def _checkpoint_folder(paths: RunPaths, checkpoint: str) -> Path:
-    root = storage.local_path(paths.checkpoints)
+def _checkpoint_folder(paths: RunPaths, checkpoint: str) -> str:
     if checkpoint == "latest":
-        folder = latest_complete(root)
-        if folder is None:
-            raise StageError(f"{root}: there is no complete checkpoint here; run the train stage")
-        return Path(folder)
-    folder = root / checkpoint
-    if not (folder / "manifest.json").is_file():
-        raise StageError(f"{root}: there is no complete checkpoint '{checkpoint}' here")
+        found = latest_complete(paths.checkpoints)
+        if found is None:
+            raise StageError(f"{paths.checkpoints}: there is no complete checkpoint here; run the train stage")
+        return found
+    folder = storage.join(paths.checkpoints, checkpoint)
+    if not storage.exists(storage.join(folder, MANIFEST)):
+        raise StageError(f"{paths.checkpoints}: there is no complete checkpoint '{checkpoint}' here")
     return folder
 
 

@@ -25,7 +25,6 @@ from train import checkpoint, folders
 from train.autoencoder import Autoencoder, to_unit
 from train.clip import MAX_LOGIT_SCALE, Clip
 from train.objective import Objective
-from train.order import batch_positions
 from train.ranks import Ranks
 from train.state import MARKER, StagePaths
 
@@ -80,10 +79,11 @@ def measure_scale(objective: Autoencoder, ranks: Ranks) -> float:
     The std is exact for the measured pictures, from the moments: Var = E[mean^2 + var] - E[mean]^2.
     Collective: each rank measures its share.
     """
-    count = min(SCALE_PICTURES, objective.order.size)
+    count = min(SCALE_PICTURES, objective.placement.size)
+    first = objective.placement.segments[-1].images  # of the pictures that are there by now
     sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     for begin in range(ranks.rank * SCALE_BATCH, count, ranks.world * SCALE_BATCH):
-        positions = batch_positions(begin, 0, 1, 0, min(SCALE_BATCH, count - begin))
+        positions = first + np.arange(begin, min(begin + SCALE_BATCH, count))
         pixels = torch.from_numpy(np.ascontiguousarray(objective.pictures.pixels(positions))).to(ranks.device)
         posterior = objective.model.encode(to_unit(pixels)).latent_dist
         mean, var = posterior.mean.double(), posterior.var.double()

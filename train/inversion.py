@@ -49,8 +49,8 @@ class Word(Conditioning):
 
     def __init__(self, inversion: InversionConfig, text: TextEncoder, random: Randomness) -> None:
         super().__init__(sized=False)
-        self.vectors, self.random = inversion.vectors, random
-        self.templates = [self._caption(text, t) for t in inversion.templates]
+        self.vectors, self.token, self.random = inversion.vectors, inversion.token, random
+        self.templates = [self._caption(text, *t.split("{}")) for t in inversion.templates]
         first = text.tokenize([inversion.initial])[0]
         ids = first[1 : int(first.argmax())]  # between start and end of text
         if len(ids) == 0:
@@ -58,16 +58,16 @@ class Word(Conditioning):
         rows = text.tower.token_embedding.weight.detach()[ids].float()
         rows = rows[torch.arange(self.vectors) % len(ids)].clone()
         self.module = LearnedWord(text.tower, text.layer, rows)
+        self.text = text
 
-    def _caption(self, text: TextEncoder, template: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and places, int64 [context] each, of a template with the new word in it."""
-        before, after = template.split("{}")
+    def _caption(self, text: TextEncoder, before: str, after: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and places, int64 [context] each, of a caption with the new word in it."""
         head = text.tokenize([before])[0].numpy()
         tail = text.tokenize([after])[0].numpy()
         end = int(head.argmax())
         vectors, context = self.vectors, len(head)
         if end + vectors >= context:
-            raise ConfigError(f"train.textual_inversion.templates: '{template}' leaves no room for the token")
+            raise ConfigError(f"train.textual_inversion: '{before}{self.token}{after}' leaves no room for the token")
         rest = tail[1 : int(tail.argmax())][: context - end - vectors - 1]
         tokens = np.full(context, text.pad_id, np.int64)
         line = [*head[:end], *[head[end - 1]] * vectors, *rest, head[end]]
@@ -85,6 +85,17 @@ class Word(Conditioning):
         place = np.stack([self.templates[i][1] for i in chosen])
         tokens[dropped], place[dropped] = latents.empty_tokens, -1
         return {"tokens": torch.from_numpy(tokens), "place": torch.from_numpy(place)}
+
+    def prompts(self, prompts: Sequence[str], text: TextEncoder | None = None) -> Batch:
+        """Their tokens; the word is learned where a prompt names its token, once at most."""
+        found = [
+            self._caption(self.text, *prompt.split(self.token))
+            if prompt.count(self.token) == 1
+            else (self.text.tokenize([prompt])[0].numpy(), np.full(self.text.context_length, -1, np.int64))
+            for prompt in prompts
+        ]
+        tokens, place = (torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True))
+        return {"tokens": tokens, "place": place}
 
     def told(self, batch: Batch) -> Told:
         """The frozen CLIP's features of captions that hold the learned word."""

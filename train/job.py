@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from shards.fingerprint import Fingerprint
@@ -22,6 +20,7 @@ from train.objective import Objective
 from train.order import derive_key
 from train.ranks import Ranks
 from train.run import Run
+from train.samples import Samples
 from train.validation import Validator
 
 log = logging.getLogger("carrara.train")
@@ -31,7 +30,8 @@ log = logging.getLogger("carrara.train")
 class Job:
     """One fit. checkpoints, logs: URLs of folders. status_url: where progress is written. facts: stored in manifests.
 
-    validator: None for no validation. draw: a checkpoint's folder -> a grid of samples, uint8 [H,W,3]; None for none.
+    validator: None for no validation. samples: pictures at every checkpoint; None for none. notes: of what the run takes
+    its samples from, for the journal.
     """
 
     stage: str
@@ -43,7 +43,8 @@ class Job:
     fingerprint: Fingerprint
     facts: dict[str, Any]
     validator: Validator | None = None
-    draw: Callable[[str], np.ndarray] | None = None
+    samples: Samples | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def keep(self) -> Keep:
@@ -57,10 +58,8 @@ class Job:
 
     def manifest(self, objective: Objective, run: Run, precision: str) -> dict[str, Any]:
         """What a checkpoint says of itself beside its tensors."""
-        order = getattr(objective, "order_facts", None)
         return {
             **self.facts,
-            **(order() if order else {}),
             "stage": self.stage,
             "images": run.images,
             "optimizer_steps": run.applied,
@@ -73,16 +72,16 @@ class Job:
         }
 
 
-def begin(job: Job, objective: Objective, ranks: Ranks, fresh: bool) -> tuple[int, int, float]:
+def begin(job: Job, objective: Objective, ranks: Ranks, images: int, fresh: bool) -> tuple[int, int, float]:
     """(micro batch of one rank, accumulation steps, FLOPs of an image), after all that can be refused is.
 
-    fresh: whether this is the run's first step. Says on rank 0 what a step will cost. Raises ConfigError on all ranks
+    images: where the run stands. fresh: whether this is its first step. Says on rank 0 what a step will cost. Raises ConfigError on all ranks
     alike where a batch does not go through the model, or does not fit the device; else moves the objective there.
     Collective.
     """
     config = job.config
     micro, accumulation = layout(job.stage, config, ranks.world)
-    mine = objective.batch(objective.positions(0, ranks.rank, ranks.world, 0, micro))
+    mine = objective.batch(objective.positions(images, ranks.rank, ranks.world, 0, micro))
     if fresh:
         refuse_equal_draws(mine, ranks)
     precision = resolve_precision(config.precision, ranks.device)
@@ -101,19 +100,6 @@ def begin(job: Job, objective: Objective, ranks: Ranks, fresh: bool) -> tuple[in
         plan.require_room(found, config, torch.cuda.mem_get_info(ranks.device)[1], job.stage, micro, ranks.world)
     objective.to(ranks.device)
     return micro, accumulation, found.flops
-
-
-def micro_batches(job: Job, objective: Objective, ranks: Ranks, run: Run) -> Iterator[Batch]:
-    """This rank's micro-batches from where the run stands to the end; runs in the loader's thread."""
-    config = job.config
-    micro, accumulation = layout(job.stage, config, ranks.world)
-    cuda = ranks.device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(ranks.device)  # a thread begins on the first device
-    for begin in range(run.images, config.images, config.batch_size):
-        for micro_step in range(accumulation):
-            batch = objective.batch(objective.positions(begin, ranks.rank, ranks.world, micro_step, micro))
-            yield {k: v.pin_memory() for k, v in batch.items()} if cuda else batch
 
 
 def keys_at(objective: Objective, config: FitConfig, images: int) -> list[str]:

@@ -124,19 +124,10 @@ class Journal:
         if self._writer is not None:
             self._writer.event(images, kind, facts)
 
-    def draws(self, draw: Callable[[str], np.ndarray] | None) -> Callable[[str], None] | None:
-        """What to do with a checkpoint that is whole: show pictures from it, beside the training that goes on."""
-        if draw is None or self._writer is None:
-            return None
-        writer = self._writer
-
-        def committed(folder: str) -> None:
-            try:
-                writer.grid(int(folders.read_manifest(folder)["images"]), draw(folder))
-            except Exception as e:  # pictures are for a look; the training is not to end for want of them
-                log.warning("no samples could be drawn from %s: %s", folders.name_of(folder), e)
-
-        return committed
+    def grid(self, images: int, pictures: np.ndarray | None) -> None:
+        """A grid of samples, uint8 [H,W,3], on rank 0; nothing where there is none."""
+        if self._writer is not None and pictures is not None:
+            self._writer.grid(images, pictures)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

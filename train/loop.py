@@ -21,11 +21,11 @@ from __future__ import annotations
 import torch
 
 from train import checkpoint
-from train.data import Ahead
+from train.data import Ahead, micro_batches
 from train.engine import Engine
 from train.folders import name_of
 from train.guard import Guard
-from train.job import Job, begin, micro_batches
+from train.job import Job, begin
 from train.journal import Journal
 from train.objective import Objective
 from train.ranks import Alarm, Ranks, Sigterm, Stopped
@@ -41,9 +41,11 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
     config, batch = job.config, job.config.batch_size
     last, found = checkpoint.newest(job.checkpoints, ranks) or (None, {})
     run = Run.of(found) if found else Run()
+    # A run that had ended early goes on where it was made longer.
+    run.finished = run.finished and found["config"]["images"] == config.images
     if last and (run.finished or run.images >= config.images):
         return last
-    micro, accumulation, flops = begin(job, objective, ranks, fresh=last is None)
+    micro, accumulation, flops = begin(job, objective, ranks, run.images, fresh=last is None)
     engine = Engine(config, objective, ranks, micro, accumulation)
     if last:
         checkpoint.load(last, found, engine)
@@ -51,8 +53,10 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
     guard = Guard(config.spike_sigmas, ranks.device, found.get("guard"))
     patience = Patience(job.validator.patience if job.validator else None, found.get("patience"))
     journal = Journal(job, ranks, objective, run.images, engine.precision, flops)
-    saver = checkpoint.Saver(job.checkpoints, engine, job.keep, ranks, journal.draws(job.draw))
+    saver = checkpoint.Saver(job.checkpoints, engine, job.keep, ranks)
     late, state = Late(ranks.device), "failed"
+    for note in job.notes:
+        journal.event(run.images, "order", note=note)
 
     def save() -> str:
         kept = {"guard": guard.state(), "patience": patience.state(), "loss_scale": engine.scaling()}
@@ -60,7 +64,7 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
 
     try:
         with (
-            Ahead(micro_batches(job, objective, ranks, run), config.prefetch) as ahead,
+            Ahead(micro_batches(objective, config, ranks, run.images), config.prefetch, ranks.device) as ahead,
             Sigterm() as sigterm,
             Alarm(config.hang_s, job.logs, ranks) as alarm,
         ):
@@ -106,10 +110,14 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
                     with journal.pause(), engine.using("ema"):
                         loss = job.validator.measure(engine, ranks)
                     journal.event(run.images, "validation", loss=loss)
-                    run.finished = patience.over(loss)
+                    run.finished = patience.over(loss, run.images)
                 if saves or late.stop or run.finished:
                     with journal.pause():
                         last = save()
+                        if job.samples:
+                            with engine.using("ema"):
+                                pictures = job.samples.draw(engine.cast)
+                            journal.grid(run.images, pictures)
                 if late.stop and not (run.finished or ends):
                     saver.finish()
                     state = "stopped"

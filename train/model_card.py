@@ -124,7 +124,7 @@ def _tuning(training: dict[str, Any]) -> str:
     how, where = "All weights were fine-tuned", ""
     if adapter := training.get("adapter"):
         how = f"Low-rank updates ({adapter['kind']}, rank {adapter['rank']}) were trained and merged"
-        where = " They lie in `lora/` too." if adapter["kind"] == "lora" else " They lie in `adapter/` too."
+        where = " They lie in `lora/` too." if adapter["kind"] in ("lora", "locon") else " They lie in `adapter/` too."
     if text := training.get("text_encoder"):
         by = "as a whole" if text["kind"] == "full" else f"by low-rank updates (rank {text['rank']}), merged"
         how += f"; the text encoder learned too, {by}"

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from shards.settings import ConfigError
-from train.data import Batch
-from train.order import Order, batch_positions, derive_key
+from train.data import Batch, batch_slots
+from train.order import derive_key
+from train.placement import Placement
 
 
 class Objective(nn.Module):
@@ -28,13 +29,24 @@ class Objective(nn.Module):
     saves_frozen = True  # whether checkpoints hold the frozen weights too
     facts: dict[str, Any] = {}  # noqa: RUF012 (what a manifest says of where the samples come from; set, never changed)
 
-    def __init__(self, model: nn.Module, model_config: dict[str, Any], order: Order) -> None:
+    def __init__(self, model: nn.Module, model_config: dict[str, Any], placement: Placement) -> None:
         super().__init__()
-        self.model, self.model_config, self.order = model, model_config, order
+        self.model, self.model_config, self.placement = model, model_config, placement
 
     def positions(self, images: int, rank: int, world: int, micro_step: int, micro: int) -> np.ndarray:
-        """The places in the order, int64 [B], of one rank's micro-batch of the global batch that begins at `images`."""
-        return batch_positions(images, rank, world, micro_step, micro)
+        """The places in the run, int64 [B], of one rank's micro-batch of the global batch that begins at `images`.
+
+        micro: samples of a micro-batch; where batches go by area, of one of the smallest pictures.
+        """
+        accumulation = self.placement.batch_size(images) // (world * micro)
+        return images + batch_slots(self.placement.samples(images), rank, world, micro_step, accumulation)
+
+    def expect(self, positions: np.ndarray) -> None:
+        """Begin to read what `batch` of these positions will need; returns at once."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of what reads ahead."""
 
     def batch(self, positions: np.ndarray) -> Batch:
         """The tensors of the samples at `positions` (int64 [B]), on the CPU."""

@@ -10,6 +10,7 @@ from train.clip import Clip
 from train.config import AutoencoderConfig, ClipConfig, TrainConfig
 from train.denoising import Diffusion
 from train.objective import Objective
+from train.segments import History
 
 
 def build(
@@ -17,13 +18,15 @@ def build(
     config: AutoencoderConfig | ClipConfig | TrainConfig,
     datasets: Sequence[Dataset],
     seed: int,
+    history: History | None = None,
 ) -> Objective:
     """The objective of a stage; raises ConfigError where the model cannot be built as configured.
 
-    datasets: the one that the stage fits, or for `train` those of its sources, in their order.
+    datasets: the one that the stage fits, or for `train` those of its sources, in their order. history: what the run took
+    its samples from; None for a run that begins with these.
     """
     if isinstance(config, AutoencoderConfig):
-        return Autoencoder(config, datasets[0], seed)
+        return Autoencoder(config, datasets[0], seed, history)
     if isinstance(config, ClipConfig):
-        return Clip(config, datasets[0], seed)
-    return Diffusion(config, datasets, seed)
+        return Clip(config, datasets[0], seed, history)
+    return Diffusion(config, datasets, seed, history)

@@ -30,7 +30,7 @@ from tests.latents import world
 from train import posthoc
 from train.config import TrainConfig
 from train.export import build_pipeline, export
-from train.folders import FORMAT_VERSION, STATES
+from train.folders import STATES
 from train.schedulers import scheduler
 from train.text_export import clip_text_model, tokenizer, write_tokenizer
 
@@ -59,7 +59,7 @@ def save_checkpoint(run: RunPaths, step: int, seed: int) -> UNet2DConditionModel
         save_file({k: v * scale for k, v in unet.state_dict().items()}, folder / f"{name}.safetensors")
     files = {f.name: {"size": f.stat().st_size, "sha256": digest_file(f)} for f in folder.iterdir()}
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1,
         "files": files,
         "images": step * 10,
         "step": step,

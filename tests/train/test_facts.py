@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -17,17 +18,19 @@ from eval import checkpoints
 from latents.config import LatentsConfig
 from latents.encoders import load_text, load_vae
 from latents.stage import LatentsStage
+from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import digest_file
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from tests.latents import world
+from tests.objects import bucket
 from tests.train import forked, tiny
 from tests.train.test_export import pictures
 from train.config import TrainConfig
 from train.data import Latents
 from train.export import build_pipeline, export, fold_shift
-from train.folders import FORMAT_VERSION, STATES
+from train.folders import STATES
 from train.objectives import build
 
 pytestmark = pytest.mark.timeout(600)
@@ -104,7 +107,7 @@ def save_checkpoint(run: RunPaths, facts: dict[str, Any], **config: Any) -> UNet
     for name in ("weights", *STATES):
         save_file(unet.state_dict(), folder / f"{name}.safetensors")
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1,
         "files": {f.name: {"size": f.stat().st_size, "sha256": digest_file(f)} for f in folder.iterdir()},
         "images": 16, "step": 2, "config": settings.model_dump(mode="json"), "model_config": dict(unet.config), **facts,
     }  # fmt: skip
@@ -228,3 +231,40 @@ def test_settings_that_would_be_refused_today_are_exported(elsewhere: Any, tmp_p
     stored = load_file(Path(run.checkpoints) / "step-00000002" / "ema.safetensors")
     assert all(torch.equal(pipeline.unet.state_dict()[k], v) for k, v in stored.items())
     assert unet.config.out_channels == 4
+
+
+def test_a_run_on_an_object_store_is_exported_there(
+    elsewhere: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an export before it died half-way: until the last file is there, it counts as none."""
+    import train.export
+
+    _, data = elsewhere
+    here = RunPaths(str(tmp_path / "r"))
+    save_checkpoint(here, facts_of(Dataset.open(data.latents)))
+    put, calls = train.export.put_file, []
+
+    def dies(url: str, parts: Any) -> Any:
+        calls.append(url)
+        if len(calls) == 5:
+            raise OSError("the line is cut")
+        return put(url, parts)
+
+    with bucket() as url:
+        run = RunPaths(f"{url}/run")
+        for file in sorted((Path(here.checkpoints) / "step-00000002").iterdir()):
+            storage.write_atomic(storage.join(run.checkpoints, "step-00000002", file.name), file.read_bytes())
+        monkeypatch.setattr(train.export, "put_file", dies)
+        with pytest.raises(OSError, match="the line is cut"):
+            export(run.run)
+        assert not storage.exists(storage.join(run.model, "carrara.json"))
+        assert export(run.run) == run.model
+        count = len(calls)
+        assert export(run.run) == run.model
+        assert len(calls) == count, "it is there already"
+        fsspec.filesystem("s3").get(run.model, str(tmp_path / "copy"), recursive=True)
+    drawn = [
+        pictures(StableDiffusionPipeline.from_pretrained(p, safety_checker=None), prompt="a red circle")
+        for p in (tmp_path / "copy", export(here.run))
+    ]
+    assert np.array_equal(*drawn)

@@ -97,7 +97,7 @@ def make_latents(root: Path, counts: tuple[int, ...] = (9, 14, 5, 12), text: str
         stats.append(
             commit_shard(str(root), index, files, {"count": n, "rows": n}, Fingerprint("latents", 1, {}, index))
         )
-    extra = {"resolution": 32, **encoders()}
+    extra = {"resolution": 32, **encoders(), "laid": [[n] for n in counts]}
     write_manifest(str(root), "latents", stats, extra)
 
 
@@ -159,7 +159,7 @@ def configuration(run: Path, **train: Any) -> dict[str, Any]:
         "seed": 5,
         "autoencoder": {**shared, **intervals, "resolution": 16, "model": VAE},
         "clip": {**shared, **intervals, "model": CLIP},
-        "train": {**shared, **intervals, "unet": UNET, "shuffle_window": 2, **train},
+        "train": {**shared, **intervals, "unet": UNET, "streams": 4, "window": 4, **train},
     }
 
 
