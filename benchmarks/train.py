@@ -232,7 +232,7 @@ def bare(run: str, settings: dict[str, Any]) -> list[float]:
 
 
 def until_narrow(theirs: Callable[..., Any], mine: Callable[..., Any], width: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of steps, round after round, until the half-width of the ratio's interval is `width`, six rounds at most."""
+    """Pairs of steps, round after round, until half of the ratio's interval is `width`; six rounds at most."""
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for _ in range(6):
         pairs.append(in_turn(theirs, mine, 3))
@@ -450,15 +450,15 @@ def bench_steps(which: tuple[str, ...]) -> None:
                 added = s["averages too"] - s["update"]
                 share = 100 * added / s["step"]
                 print(
-                    f"ema         {1e3 * added:.2f} ms of a step of {1e3 * s['step']:.0f} ms: {share:.2f} % (wanted 2 %)"
+                    f"ema         {1e3 * added:.2f} ms of {1e3 * s['step']:.0f} ms: {share:.2f} % (wanted 2 %)"
                 )
             if "save" in which:
                 own = 16 * s["values"] / world  # four states of float32
                 print(
                     f"save        {world} ranks: the loop stands still {1e3 * s['save']:.1f} ms, "
                     f"{s['save'] / s['step']:.3f} of a step of {1e3 * s['step']:.0f} ms (wanted 0.1 at 4 ranks); the "
-                    f"next one {1e3 * (s['beside a save'] - s['step']):+.0f} ms while it is written; the fullest rank keeps "
-                    f"{s['kept'] / 2**20:.1f} MiB, {s['kept'] / own:.2f} of a rank's share (wanted 1.1)",
+                    f"next one {1e3 * (s['beside a save'] - s['step']):+.0f} ms while it is written; kept by "
+                    f"the fullest rank {s['kept'] / 2**20:.1f} MiB, {s['kept'] / own:.2f} of a rank's share (wanted 1.1)",
                     flush=True,
                 )  # fmt: skip
 

@@ -67,7 +67,7 @@ class Outcome:
 
 
 class Engine:
-    """The objective, shared out over the ranks as `config.zero_stage` says, and its optimizer.
+    """The objective, shared out over the ranks as `config.zero_stage` says, and its optimizer. A context.
 
     micro: samples of one micro-batch of a rank. accumulation: micro-batches of a step.
     """
@@ -194,6 +194,12 @@ class Engine:
                 a.copy_(b)
                 b.copy_(kept)
         self.refresh()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.destroy()
 
     def destroy(self) -> None:
         """Let go of what DeepSpeed holds."""

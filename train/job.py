@@ -30,8 +30,8 @@ log = logging.getLogger("carrara.train")
 class Job:
     """One fit. checkpoints, logs: URLs of folders. status_url: where progress is written. facts: stored in manifests.
 
-    validator: None for no validation. samples: pictures at every checkpoint; None for none. notes: of what the run takes
-    its samples from, for the journal.
+    validator: None for no validation. samples: pictures at every checkpoint; None for none. notes: of what the run
+    takes its samples from, for the journal.
     """
 
     stage: str
@@ -75,9 +75,9 @@ class Job:
 def begin(job: Job, objective: Objective, ranks: Ranks, images: int, fresh: bool) -> tuple[int, int, float]:
     """(micro batch of one rank, accumulation steps, FLOPs of an image), after all that can be refused is.
 
-    images: where the run stands. fresh: whether this is its first step. Says on rank 0 what a step will cost. Raises ConfigError on all ranks
-    alike where a batch does not go through the model, or does not fit the device; else moves the objective there.
-    Collective.
+    images: where the run stands. fresh: whether this is its first step. Says on rank 0 what a step will cost. Raises
+    ConfigError on all ranks alike where a batch does not go through the model, or does not fit the device; else moves
+    the objective there. Collective.
     """
     config = job.config
     micro, accumulation = layout(job.stage, config, ranks.world)

@@ -106,11 +106,13 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
                     saves = True
 
                 # ---- what a person sees, and what outlives this process ---------------------------------
+                alarm.again()
                 if validates and job.validator:
                     with journal.pause(), engine.using("ema"):
                         loss = job.validator.measure(engine, ranks)
                     journal.event(run.images, "validation", loss=loss)
                     run.finished = patience.over(loss, run.images)
+                alarm.again()
                 if saves or late.stop or run.finished:
                     with journal.pause():
                         last = save()
