@@ -528,6 +528,7 @@ def one_speed(
     tokens: bool, checkpointing: bool, Ahead: Any, Guard: Any, Late: Any,
 ) -> dict[str, Any]:  # fmt: skip
     from train.plan import peak_flops
+    from train.run import Run
 
     changes = dict(changes)
     channels_last = changes.pop("channels_last", False)
@@ -556,7 +557,7 @@ def one_speed(
             engine.backward(next(ahead))
             engine.rates(RATE, {"ema": DECAY})
             outcome = engine.step(judge, False, False)
-            told += list(late.read(outcome, step, step, RATE, step == steps - 1))
+            told += list(late.read(outcome, Run(step, step), RATE, step == steps - 1))
             if step == 0:
                 first = synchronised() - began
             if step in (3, steps - 1) or not CUDA:

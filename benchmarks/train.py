@@ -449,9 +449,7 @@ def bench_steps(which: tuple[str, ...]) -> None:
             if "ema" in which and world == 1:
                 added = s["averages too"] - s["update"]
                 share = 100 * added / s["step"]
-                print(
-                    f"ema         {1e3 * added:.2f} ms of {1e3 * s['step']:.0f} ms: {share:.2f} % (wanted 2 %)"
-                )
+                print(f"ema         {1e3 * added:.2f} ms of {1e3 * s['step']:.0f} ms: {share:.2f} % (wanted 2 %)")
             if "save" in which:
                 own = 16 * s["values"] / world  # four states of float32
                 print(

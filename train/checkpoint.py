@@ -374,6 +374,7 @@ def load(folder: str, manifest: dict[str, Any], engine: Engine) -> None:
         for state in ("weights", *engine.optimizer.names(engine.flats[flat])):
             _fill(index, state, [p for p in engine.pieces if p.flat == flat], engine)
     engine.optimizer.restored(int(manifest["optimizer_steps"]))
+    engine.load_scaling(manifest.get("loss_scale"))
     for name, buffer in engine.model.named_buffers():
         if name in index.others:
             buffer.copy_(index.others[name])
