@@ -456,7 +456,7 @@ def bench_steps(which: tuple[str, ...]) -> None:
                     f"save        {world} ranks: the loop stands still {1e3 * s['save']:.1f} ms, "
                     f"{s['save'] / s['step']:.3f} of a step of {1e3 * s['step']:.0f} ms (wanted 0.1 at 4 ranks); the "
                     f"next one {1e3 * (s['beside a save'] - s['step']):+.0f} ms while it is written; kept by "
-                    f"the fullest rank {s['kept'] / 2**20:.1f} MiB, {s['kept'] / own:.2f} of a rank's share (wanted 1.1)",
+                    f"the fullest rank {s['kept'] / 2**20:.1f} MiB, {s['kept'] / own:.2f} of its share (wanted 1.1)",
                     flush=True,
                 )  # fmt: skip
 

@@ -48,7 +48,8 @@ MIRROR_EVERY_S = 10.0
 
 class Journal:
     """Silent on ranks other than 0. A resumed run first drops the lines that lie beyond its checkpoint, so each
-    number of images is there once. images: where the run stands. precision: of its arithmetic. flops: of an image. A context, whose end says how it ended."""
+    number of images is there once. images: where the run stands. precision: of its arithmetic. flops: of an image.
+    A context, whose end says how it ended."""
 
     def __init__(
         self, job: Job, ranks: Ranks, objective: Objective, images: int, precision: str, flops: float
