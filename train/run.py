@@ -115,7 +115,7 @@ class Late:
         self.stop = False
 
     def read(self, outcome: Outcome, run: Run, rate: float, everything: bool) -> Iterator[Told]:
-        """Take the newest step's outcome; yields the one before, and itself too where `everything` is asked for, or to stop.
+        """Take the newest step's outcome; yields the one before, and where `everything` is asked, itself.
 
         flags of the outcome: whether to stop, whether a checkpoint could not be written.
         """

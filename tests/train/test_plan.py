@@ -26,7 +26,7 @@ def config(run: Path) -> str:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flops_and_memory_are_those_of_a_real_step(run: Path, precision: str, checkpointing: bool) -> None:
-    """FLOPs to the last one; the peak of live storages to half a percent. The model is as it was afterwards."""
+    """FLOPs to the last one; the peak of live storages to two percent. The model is as it was afterwards."""
     torch.set_num_threads(1)
     objective, c = config_of(config(run), activation_checkpointing=checkpointing)
     batch = objective.batch(np.arange(8))
@@ -46,7 +46,7 @@ def test_flops_and_memory_are_those_of_a_real_step(run: Path, precision: str, ch
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = objective(batch)[0]
         loss.backward()
-    assert found.activations == pytest.approx(live.peak, rel=0.005)
+    assert found.activations == pytest.approx(live.peak, rel=0.02)
     assert found.values == sum(p.numel() for p in objective.parameters())
 
 
