@@ -130,7 +130,7 @@ class Gang:
             ray.get(sent, timeout=30)
 
     def leaving(self) -> str:
-        """Which node of the ranks is about to go (preempted, or drained by an autoscaler), as a sentence; else empty."""
+        """Which node of the ranks is about to go (preempted, or drained), as a sentence; else empty."""
         draining = ray_state.state.get_draining_nodes()
         gone = [p.address for p in self.places if p.node in draining]
         return f"the node {gone[0]} of its ranks is about to go" if gone else ""
