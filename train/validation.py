@@ -46,7 +46,8 @@ class Validator:
             latents = Chosen(objective.config, _open(root, objective), config.images)
             latents.wants = objective.latents.wants
             self._batches = [
-                (weight, self._batch(objective, latents, rows)) for weight, rows in _share(latents.buckets, ranks, micro)
+                (weight, self._batch(objective, latents, rows))
+                for weight, rows in _share(latents.buckets, ranks, micro)
             ]
             latents.close()
 
