@@ -25,8 +25,8 @@ import numpy as np
 import scipy
 import scipy.linalg
 
-from eval import frechet, moments
-from eval.moments import Accumulator, Moments
+from eval.metrics import frechet, moments
+from eval.metrics.moments import Accumulator, Moments
 
 
 def main() -> None:

@@ -134,6 +134,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.retry is not None:
         stages.retry_ingest(config, args.retry, args.local)
         return
+    if args.command == "all":
+        stages.check_all(config)
     for name in stages.STAGES if args.command == "all" else (args.command,):
         stages.run(name, config, args.local, args.redo)
 

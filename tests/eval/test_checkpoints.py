@@ -10,7 +10,7 @@ import pytest
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from eval import checkpoints
+from eval import model as checkpoints
 from eval.config import EvalConfig, GridConfig
 from eval.grid import cells
 from eval.stage import GenerateStage

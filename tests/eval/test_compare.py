@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval import compare, frechet, moments
-from eval.estimate import Estimate, jackknife, mean_by_cluster, with_groups
+from eval import compare
+from eval.metrics import frechet, moments
+from eval.metrics.estimate import Estimate, jackknife, mean_by_cluster, with_groups
 from shards.settings import StageError
 from tests.eval.test_protocol import PROTOCOL
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import frechet, memorisation, mmd, networks, results
+from eval import networks
+from eval.metrics import frechet, kernel, memorisation
 from eval.config import EvalConfig
 from eval.features import FeaturesStage, Settings
 from eval.stage import GenerateStage, conclude, stages
@@ -97,7 +98,7 @@ def test_an_evaluation_with_every_network(own: RunPaths, judged: EvalConfig) -> 
     # Metrics are those of the features.
     assert found["fid_tf"]["value"] == pytest.approx(frechet.distance_of(frechet.reference_of(y), x), rel=1e-9)
     assert found["fid_clean"]["value"] == pytest.approx(1.21 * found["fid_tf"]["value"], rel=1e-4)
-    assert found["kid_tf"]["value"] == pytest.approx(mmd.kid(x, y, np.arange(len(x)) % 2).value, rel=1e-9)
+    assert found["kid_tf"]["value"] == pytest.approx(kernel.kid(x, y, np.arange(len(x)) % 2).value, rel=1e-9)
     assert {"isc_tf", "precision_tf", "recall_tf", "density_tf", "coverage_tf", "cmmd", "near_training"} <= set(found)
     assert "are not the published ones" in found["fid_tf"]["definition"]
     assert found["fid_tf"]["n"] == 20

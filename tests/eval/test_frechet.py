@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from eval import frechet, moments
-from eval.moments import Moments
+from eval.metrics import frechet, moments
+from eval.metrics.moments import Moments
 from tests.eval.conftest import random_features
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from eval import grid
 from eval.config import EvalConfig, GridConfig
-from eval.estimate import Estimate
+from eval.metrics.estimate import Estimate
 from eval.stage import GenerateStage
 from orchestration import grid as driver
 from orchestration.config import RunConfig

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from eval import grid, history, human, report
+from eval import grid, human
+from eval.report import history, page
 from eval.config import EvalConfig, GridConfig
 from eval.stage import GenerateStage, stages
 from shards.layout import RunPaths

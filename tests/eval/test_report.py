@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from eval import charts, gather, report
+from eval.report import charts, gather, page
 from eval.config import EvalConfig
 from eval.stage import stages
 from shards.layout import RunPaths

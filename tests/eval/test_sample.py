@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import checkpoints
+from eval import model as checkpoints
 from eval.generate import Artist, Draw
 from eval.sample import SampleConfig, SampleStage, Wish, wishes_of
 from orchestration.run_stage import main

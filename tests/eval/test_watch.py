@@ -13,7 +13,7 @@ import pytest
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from eval import history
+from eval.report import history
 from orchestration import stages, watch
 from orchestration.config import RunConfig
 from orchestration.lease import Lease

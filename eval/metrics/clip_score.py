@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eval.estimate import Estimate, mean_by_cluster
+from eval.metrics.estimate import Estimate, mean_by_cluster
 
 
 def cosines(images: npt.ArrayLike, captions: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""What a report shows, read from the run's folders into plain values: pictures, curves, the data's funnel,
+"""What a report shows, read from the run's folders into plain values: images, curves, the data's funnel,
 provenance."""
 
 from __future__ import annotations
@@ -12,35 +12,35 @@ import unicodedata
 from typing import Any
 
 import numpy as np
+from latents.pictures import resize_crop
 from PIL import Image
 
-from eval import charts
-from latents.pictures import resize_crop
+from eval.report import charts
 from shards import storage
+from shards.columns import ColumnShard
 from shards.dataset import MANIFEST, Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths, shard_name
 
 CAPTION_CAP = 280
-SMALL = 96  # px; smaller pictures are shown enlarged with hard pixels, larger ones as thumbnails
+SMALL = 96  # px; smaller images are shown enlarged with hard pixels, larger ones as thumbnails
 THUMBNAIL = 320
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One generated picture beside the real one; verdicts: attribute -> whether the picture shows it as the prompt
-    says."""
+    """One generated image, and the real one of its caption; scores: name -> what judges say of it; data: URIs."""
 
     prompt: str
-    picture: str  # data: URI
+    image: str
     real: str | None
-    cosine: float
-    verdicts: dict[str, bool]
+    cosine: float | None
+    scores: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """A held-out picture and what the VAE makes of it."""
+    """A held-out image and what the VAE makes of it."""
 
     original: str
     decoded: str
@@ -80,9 +80,9 @@ def _stacked(text: str, index: int) -> bool:
     return index >= 4 and all(unicodedata.combining(c) for c in text[index - 3 : index])
 
 
-def data_uri(picture: np.ndarray) -> str:
+def data_uri(pixels: np.ndarray) -> str:
     """uint8 [H, W, 3] encoded anew: PNG where it is small, a JPEG thumbnail where it is not."""
-    image = Image.fromarray(picture)
+    image = Image.fromarray(pixels)
     sink = io.BytesIO()
     if max(image.size) <= SMALL:
         image.save(sink, "PNG")
@@ -92,37 +92,80 @@ def data_uri(picture: np.ndarray) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()
 
 
-class Pictures:
-    """The generated pictures of one cell, with the real ones of the held-out set."""
+class Images:
+    """The generated images of one result, with the real ones of the held-out set, CLIP cosines and judges' scores."""
 
-    def __init__(self, run: RunPaths, checkpoint: str, cell: str) -> None:
-        self.dataset = Dataset.open(storage.join(run.eval, checkpoint, cell))
+    def __init__(self, run: RunPaths, result: dict[str, Any]) -> None:
+        self.dataset = Dataset.open(storage.join(run.eval, result["checkpoint"], result["images"]))
         self.shards = [ImageShard(self.dataset, p) for p in range(len(self.dataset.shards))]
-        self.place = [(p, i) for p, shard in enumerate(self.shards) for i in range(len(shard))]
         self.rows = [shard.table.take(shard.rows).to_pylist() for shard in self.shards]
-        self.resolution = int(self.dataset.manifest["protocol"]["resolution"])
+        kept = ((p, i) for p, rows in enumerate(self.rows) for i in range(len(rows)))
+        self.place = [(p, i) for p, i in kept if self.rows[p][i]["image_offset"] is not None]
+        self.resolution = int(self.dataset.manifest["generation"]["size"])
         heldout = storage.exists(storage.join(run.heldout, MANIFEST))
         self.heldout = Dataset.open(run.heldout) if heldout else None
         self._real: dict[int, ImageShard] = {}
+        self.cosines, self.scores = self._scored(result)
+
+    def _scored(self, result: dict[str, Any]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """By key: the CLIP's cosine, and what judges say, from the features of this result's networks."""
+        cosines: dict[str, float] = {}
+        scores: dict[str, dict[str, float]] = {}
+        folder = storage.join(self.dataset.root, "features")
+        for name in storage.list_names(folder):
+            network, root = name.rsplit("-", 1)[0], storage.join(folder, name)
+            known = storage.exists(storage.join(root, MANIFEST))
+            if not known or network not in ("clip", "judge", "preference", "scorer"):
+                continue
+            features = Dataset.open(root)
+            if features.fingerprint != result["inputs"].get(f"generated {network}"):
+                continue
+            for position in range(len(features.shards)):
+                shard = ColumnShard(features, position)
+                if network == "clip":
+                    cosine = (shard.arrays["images"] * shard.arrays["captions"]).sum(1)
+                    cosines |= dict(zip(shard.keys, map(float, cosine), strict=True))
+                    continue
+                for column, values in shard.arrays.items():
+                    for key, value in zip(shard.keys, values[:, 0] if column != "atoms" else (), strict=False):
+                        if math.isfinite(value):
+                            scores.setdefault(key, {})[column] = float(value)
+        return cosines, scores
 
     def in_order(self, count: int) -> list[Sample]:
-        """Pictures of the first `count` prompts, one each: chosen by nobody."""
+        """Images of the first `count` prompts, one each: chosen by nobody."""
         first = [(p, i) for p, i in self.place if self.rows[p][i]["replicate"] == 0]
         return [self._sample(*place) for place in first[:count]]
 
     def by_score(self, count: int) -> tuple[list[Sample], list[Sample]]:
-        """The `count` pictures of highest and of lowest CLIP cosine, each from the extreme inwards."""
-        ranked = sorted(self.place, key=lambda at: (self.rows[at[0]][at[1]]["clip_cosine"], at))
+        """The `count` images of highest and of lowest CLIP cosine, each from the extreme inwards."""
+        with_cosine = [at for at in self.place if self._key(at) in self.cosines]
+        ranked = sorted(with_cosine, key=lambda at: (self.cosines[self._key(at)], at))
         count = min(count, len(ranked) // 2)
         return [self._sample(*at) for at in ranked[::-1][:count]], [self._sample(*at) for at in ranked[:count]]
 
+    def by_tag(self, tags: dict[str, list[str]] | None, most: int, count: int) -> list[tuple[str, list[Sample]]]:
+        """The first `count` images of each of the `most` largest tags; tags: of a caption, beyond the suite's own."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for p, i in self.place:
+            row = self.rows[p][i]
+            for tag in dict.fromkeys([*(row["tags"] or ()), *(tags or {}).get(row["caption"], ())]):
+                found.setdefault(tag, []).append((p, i))
+        largest = sorted(found, key=lambda t: (-len(found[t]), t))[:most]
+        return [(plain(t, 60), [self._sample(*at) for at in found[t][:count]]) for t in sorted(largest)]
+
+    def _key(self, at: tuple[int, int]) -> str:
+        return str(self.rows[at[0]][at[1]]["key"])
+
     def _sample(self, position: int, i: int) -> Sample:
         row = self.rows[position][i]
-        verdicts = {n.removeprefix("shows_"): v for n, v in row.items() if n.startswith("shows_") and v is not None}
-        picture = decode_rgb(self.shards[position].image_bytes(i))
-        return Sample(plain(row["caption"]), data_uri(picture), self._real_picture(row), row["clip_cosine"], verdicts)
+        image = decode_rgb(self.shards[position].image_bytes(i))
+        scores = self.scores.get(row["key"], {})
+        return Sample(
+            plain(row["caption"]), data_uri(image), self._real_image(row), self.cosines.get(row["key"]), scores
+        )
 
-    def _real_picture(self, row: dict[str, Any]) -> str | None:
+    def _real_image(self, row: dict[str, Any]) -> str | None:
         position, i = row["source_shard"], row["source_row"]
         if self.heldout is None or not 0 <= position < len(self.heldout.shards):
             return None
@@ -135,30 +178,42 @@ class Pictures:
             return None
 
 
+def thumbnails(run: RunPaths, result: dict[str, Any], count: int) -> list[tuple[str, str]]:
+    """(caption, data: URI) of the first images of a result, small; reads its first shard alone."""
+    dataset = Dataset.open(storage.join(run.eval, result["checkpoint"], result["images"]))
+    found: list[tuple[str, str]] = []
+    shard = ImageShard(dataset, 0)
+    for i, row in enumerate(shard.table.take(shard.rows).to_pylist()):
+        if row["image_offset"] is not None and row["replicate"] == 0 and len(found) < count:
+            image = Image.fromarray(decode_rgb(shard.image_bytes(i)))
+            image.thumbnail((64, 64), Image.Resampling.LANCZOS)
+            found.append((plain(row["caption"], 120), data_uri(np.asarray(image))))
+    shard.close()
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
-class Twin:
-    """One prompt and noise drawn by two checkpoints; data: URIs."""
+class Pair:
+    """One prompt and noise drawn by two models; data: URIs."""
 
     prompt: str
     before: str
     after: str
 
 
-def twins(before: Pictures, after: Pictures, count: int) -> list[Twin]:
-    """The first `count` prompts that both cells drew, one picture each, in the order of `after`."""
+def pairs(before: Images, after: Images, count: int) -> list[Pair]:
+    """The first `count` prompts that both have, one image each, in the order of `after`."""
     there = {
-        (row["prompt_id"], row["replicate"]): (p, i) for p, rows in enumerate(before.rows) for i, row in enumerate(rows)
-    }
-    found: list[Twin] = []
+        (before.rows[p][i]["prompt_id"], before.rows[p][i]["replicate"]): (p, i) for p, i in before.place
+    }  # fmt: skip
+    found: list[Pair] = []
     for p, i in after.place:
         row = after.rows[p][i]
         at = there.get((row["prompt_id"], row["replicate"]))
         if row["replicate"] or at is None:
             continue
-        pictures = [
-            data_uri(decode_rgb(side.shards[q].image_bytes(j))) for side, (q, j) in ((before, at), (after, (p, i)))
-        ]
-        found.append(Twin(plain(row["caption"]), *pictures))
+        both = [data_uri(decode_rgb(side.shards[q].image_bytes(j))) for side, (q, j) in ((before, at), (after, (p, i)))]
+        found.append(Pair(plain(row["caption"]), *both))
         if len(found) == count:
             break
     return found
@@ -166,23 +221,23 @@ def twins(before: Pictures, after: Pictures, count: int) -> list[Twin]:
 
 @dataclasses.dataclass(frozen=True)
 class Neighbour:
-    """A generated picture and the training picture nearest to it; data: URIs."""
+    """A generated image and the training image nearest to it; data: URIs."""
 
     prompt: str
-    picture: str
+    image: str
     train: str
     caption: str
     cosine: float
     near: bool
 
 
-def neighbours(run: RunPaths, metrics: dict[str, Any], pictures: Pictures) -> list[Neighbour]:
-    """The nearest pairs that the memorisation search found, but for those whose pictures are not there any more."""
+def neighbours(run: RunPaths, metrics: dict[str, Any], images: Images) -> list[Neighbour]:
+    """The nearest pairs that the memorisation search found, but for those whose images are not there any more."""
     if not metrics.get("nearest") or not storage.exists(storage.join(run.images, MANIFEST)):
         return []
     train = Dataset.open(run.images)
     positions = {s.index: p for p, s in enumerate(train.shards)}
-    here = {rows[i]["key"]: (p, i) for p, rows in enumerate(pictures.rows) for i in range(len(rows))}
+    here = {rows[i]["key"]: (p, i) for p, rows in enumerate(images.rows) for i in range(len(rows))}
     found = []
     for pair in metrics["nearest"]:
         if pair["key"] not in here or pair["train_shard"] not in positions:
@@ -193,11 +248,11 @@ def neighbours(run: RunPaths, metrics: dict[str, Any], pictures: Pictures) -> li
         j = shard.keys.index(pair["train_key"])
         p, i = here[pair["key"]]
         try:
-            original = resize_crop(decode_rgb(shard.image_bytes(j)), pictures.resolution)[0]
-            drawn = decode_rgb(pictures.shards[p].image_bytes(i))
+            original = resize_crop(decode_rgb(shard.image_bytes(j)), images.resolution)[0]
+            drawn = decode_rgb(images.shards[p].image_bytes(i))
         except ValueError:
             continue
-        prompt, caption = plain(pictures.rows[p][i]["caption"]), plain(shard.captions[j])
+        prompt, caption = plain(images.rows[p][i]["caption"]), plain(shard.captions[j])
         found.append(Neighbour(prompt, data_uri(drawn), data_uri(original), caption, pair["cosine"], pair["near"]))
         shard.close()
     return found
@@ -215,26 +270,38 @@ def settings_diff(run: RunPaths, before: str, after: str) -> list[tuple[str, str
     return [(n, a.get(n, ""), b.get(n, "")) for n in sorted(a.keys() | b.keys()) if a.get(n) != b.get(n)]
 
 
-def reconstructions(run: RunPaths, metrics: dict[str, Any], count: int) -> list[Reconstruction]:
-    """Held-out pictures beside what the VAE makes of them, the first ones of the reference."""
-    if not metrics.get("reference") or not storage.exists(storage.join(run.heldout, MANIFEST)):
-        return []
-    reference = Dataset.open(storage.join(run.eval, "reference", metrics["reference"]["root"]))
-    heldout = Dataset.open(run.heldout)
+def reconstructions(run: RunPaths, result: dict[str, Any], count: int) -> list[Reconstruction]:
+    """Real images beside what the VAE makes of them, the first ones of the features' sheets."""
+    wanted = result["inputs"].get("real vae")
+    for aside in storage.list_names(run.eval):
+        for name in storage.list_names(storage.join(run.eval, aside)) if aside.startswith("real-") else ():
+            root = storage.join(run.eval, aside, name)
+            if name.startswith("vae-") and storage.exists(storage.join(root, MANIFEST)):
+                features = Dataset.open(root)
+                if features.fingerprint == wanted and storage.exists(storage.join(run.heldout, MANIFEST)):
+                    return _reconstructions(Dataset.open(run.heldout), features, count)
+    return []
+
+
+def _reconstructions(heldout: Dataset, features: Dataset, count: int) -> list[Reconstruction]:
     positions = {s.index: p for p, s in enumerate(heldout.shards)}
     found: list[Reconstruction] = []
-    for info in reference.shards:
-        if info.index not in positions or len(found) >= count:
+    for position, info in enumerate(features.shards):
+        sidecar = features.sidecar(info.index)
+        if info.index not in positions or len(found) >= count or "image_offset" not in sidecar.column_names:
             continue
         shard = ImageShard(heldout, positions[info.index])
-        with storage.open_read(storage.join(reference.root, shard_name(info.index) + ".tar")) as tar:
-            for i, row in enumerate(reference.sidecar(info.index).to_pylist()):
+        columns = ColumnShard(features, position)
+        psnr = dict(zip(columns.keys, columns.arrays["psnr"][:, 0], strict=True))
+        with storage.open_read(storage.join(features.root, shard_name(info.index) + ".tar")) as tar:
+            for i, row in enumerate(sidecar.to_pylist()):
                 if row["image_offset"] is None or len(found) >= count or i >= len(shard) or shard.keys[i] != row["key"]:
                     continue
                 tar.seek(row["image_offset"])
                 decoded = decode_rgb(tar.read(row["image_size"]))
                 original = resize_crop(decode_rgb(shard.image_bytes(i)), decoded.shape[0])[0]
-                found.append(Reconstruction(data_uri(original), data_uri(decoded), row["psnr"], plain(row["caption"])))
+                caption = plain(row["caption"] or "")
+                found.append(Reconstruction(data_uri(original), data_uri(decoded), float(psnr[row["key"]]), caption))
     return found
 
 
@@ -242,7 +309,7 @@ CURVES = (  # folder, key of the log's lines, title, logarithmic
     ("train", "loss", "UNet: loss", True),
     ("train", "lr", "UNet: learning rate", False),
     ("autoencoder", "loss", "VAE: loss", True),
-    ("autoencoder", "psnr", "VAE: PSNR of training pictures, dB", False),
+    ("autoencoder", "psnr", "VAE: PSNR of training images, dB", False),
     ("clip", "loss", "CLIP: contrastive loss", False),
     ("clip", "accuracy", "CLIP: accuracy within a batch", False),
 )
@@ -285,14 +352,14 @@ def _number(line: dict[str, Any], key: str) -> bool:
 LOSSES = (
     ("filtered", "set aside by a filter"),
     ("failed_to_download", "could not be fetched"),
-    ("failed_to_resize", "were no usable picture"),
+    ("failed_to_resize", "were no usable image"),
     ("opted_out", "opted out"),
     ("duplicate", "duplicates"),
 )
 
 
 def funnel(root: str) -> list[Step]:
-    """From rows of the table to pictures, with the reasons of every loss; empty where there is no manifest."""
+    """From rows of the table to images, with the reasons of every loss; empty where there is no manifest."""
     manifest = storage.read_json(storage.join(root, MANIFEST))
     if not isinstance(manifest, dict):
         return []
@@ -312,7 +379,7 @@ def funnel(root: str) -> list[Step]:
         for code, number in sorted(reasons.items(), key=lambda r: (-r[1], r[0])):
             if number:
                 steps.append(Step(plain(str(code).replace("_", " "), 80), number, number / rows, "detail"))
-    steps.append(Step("pictures", int(manifest["count"]), manifest["count"] / rows, "end"))
+    steps.append(Step("images", int(manifest["count"]), manifest["count"] / rows, "end"))
     return steps
 
 
@@ -326,12 +393,17 @@ def _belongs(code: str, status: str) -> bool:
     return status == ("failed_to_resize" if resize else "failed_to_download")
 
 
-def provenance(run: RunPaths, checkpoint: str) -> dict[str, dict[str, Any]]:
-    """Tables of names and values: how the model was trained and what its parts are, as its own files say."""
+def provenance(run: RunPaths, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Tables of names and values: how it was measured and what it cost, how the model was trained, what its parts are;
+    without what was left unset."""
+    checkpoint = result["checkpoint"]
     manifest = storage.read_json(storage.join(run.checkpoints, checkpoint, "manifest.json"))
     exported = storage.read_json(storage.join(run.model, "carrara.json"))
     latents = storage.read_json(storage.join(run.latents, MANIFEST))
+    measured = storage.read_json(storage.join(run.eval, checkpoint, result["folder"], "provenance.json"))
     tables: dict[str, dict[str, Any]] = {}
+    if isinstance(measured, dict):
+        tables["Measured by"] = flat(measured)
     training = None
     if isinstance(manifest, dict):
         training = manifest.get("config")
@@ -355,7 +427,7 @@ def flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
         name = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(inner, dict) and inner:
             result |= flat(inner, name)
-        else:
+        elif inner is not None:
             text = inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)
             result[plain(name, 120)] = plain(text, 240)
     return result

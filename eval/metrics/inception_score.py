@@ -1,7 +1,8 @@
 """Inception score: exp(mean KL(p(class | picture) || p(class))) (Salimans et al. 2016), over all pictures at once.
 
 The published score is a mean over ten splits, which makes it lower the fewer pictures there are, and takes the spread
-of the splits for an error. Here is one split, with a jackknife that also takes the bias out. Logits are those without
+of the splits for an error. Here is one split, with a jackknife that also takes the bias out where there are
+four images a class. Logits are those without
 the last layer's bias, as in the original TensorFlow graph and in torch-fidelity (`logits_unbiased`).
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from eval.estimate import Estimate, jackknife
+from eval.metrics.estimate import Estimate, jackknife
 
 
 def inception_score(logits: npt.ArrayLike, group: npt.ArrayLike) -> Estimate:
@@ -26,14 +27,15 @@ def inception_score(logits: npt.ArrayLike, group: npt.ArrayLike) -> Estimate:
     shifted = x - x.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     p = np.exp(log_p)
-    _, index, sizes = np.unique(owner, return_inverse=True, return_counts=True)
+    names, index, sizes = np.unique(owner, return_inverse=True, return_counts=True)
     member = np.eye(len(sizes))[index]
     mass, negentropy = member.T @ p, member.T @ (p * log_p).sum(axis=1)
     total_mass, total, n = mass.sum(axis=0), float(negentropy.sum()), len(x)
     without = [
         _score(total_mass - mass[g], total - float(negentropy[g]), n - int(size)) for g, size in enumerate(sizes)
     ]
-    return jackknife(_score(total_mass, total, n), without, sizes.tolist())
+    value = _score(total_mass, total, n)
+    return jackknife(value, without, sizes.tolist(), names.tolist(), correct=n >= 4 * x.shape[1], floor=1.0)
 
 
 def _score(mass: npt.NDArray[np.float64], negentropy: float, n: int) -> float:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval import resize
+from eval.networks import resize
 from shards.settings import ConfigError
 
 if TYPE_CHECKING:

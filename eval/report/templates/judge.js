@@ -16,8 +16,12 @@
   }
   function move(by) { at = Math.min(pairs.length - 1, Math.max(0, at + by)); show(); }
   function vote(choice) { votes[pairs[at].dataset.pair] = choice; store(); if (at < pairs.length - 1) move(1); else show(); }
+  function own() {
+    const fresh = Array.from(crypto.getRandomValues(new Uint8Array(8)), function (b) { return b.toString(16).padStart(2, "0"); }).join("");
+    try { const kept = localStorage.getItem(key + "-voter") || fresh; localStorage.setItem(key + "-voter", kept); return kept; } catch (error) { return fresh; }
+  }
   function save() {
-    const name = document.getElementById("voter").value.replace(/[^\p{L}\p{N} _.-]/gu, "").slice(0, 40) || "anonymous";
+    const name = document.getElementById("voter").value.replace(/[^\p{L}\p{N} _.-]/gu, "").slice(0, 40) || "voter-" + own();
     const voter = /^[=+\-@]/.test(name) ? "_" + name : name;
     const lines = ["pack,voter,pair,choice"].concat(Object.keys(votes).map(function (pair) { return [pack, voter, pair, votes[pair]].join(","); }));
     const link = document.createElement("a");

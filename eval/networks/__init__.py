@@ -1,9 +1,13 @@
-"""The networks whose features pictures are judged by: the Inception of every FID, DINOv2, and any CLIP.
+"""The networks whose features images are judged by: the Inception of every FID, DINOv2, any CLIP, and the VAE.
 
     inception   TensorFlow's Inception of 2015: the file of weights that torch-fidelity and pytorch-fid publish, each by
                 a name of its own, or "download"
     dinov2      a folder with a DINOv2 model, as transformers saves it, or a file of torch.hub's
     clip        as everywhere: a folder, MODEL:TAG or MODEL:/file
+    vae         the model's own, for what it keeps of real images
+    judge, preference, scorer   what scores images by their prompts (eval/judges)
+
+All of them run in float32 but the judge, whose precision is its own setting.
 
 Weights are found and digested without being loaded, so that a fingerprint costs no network; a file is read without
 running code from it (safetensors, or torch.load of tensors alone). A number that is called FID is comparable with
@@ -19,14 +23,14 @@ import io
 import logging
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from eval import dinov2, resize
-from latents.weights import find_clip
+from eval.networks import dinov2, resize
+from latents.weights import find_clip, find_vae
 from shards.fingerprint import digest_file, digest_json
 from shards.settings import ConfigError
 
@@ -45,19 +49,23 @@ MAX_WEIGHTS = 8_000_000_000
 COLUMNS = {
     "inception": ("inception_tf", "inception_tf_logits", "inception_clean"),
     "dinov2": ("dinov2",),
-    "clip": ("clip",),
+    "clip": ("images", "captions", "truncated"),
+    "vae": ("psnr",),
 }
+PSNR_CAP = 100.0  # dB, for a reconstruction without any error, whose PSNR would be infinite
+
+Rows = Sequence[Mapping[str, Any]]  # of each image what its shard's sidecar says: caption, prompt_id, questions
 
 
 class Network(Protocol):
     """Two steps, since the first is of the CPU and can be done in a thread ahead of the second."""
 
-    def prepare(self, pixels: np.ndarray) -> Any:
-        """uint8 [B, H, W, 3] as the network wants to have it, still on the CPU."""
+    def prepare(self, pixels: np.ndarray, rows: Rows) -> Any:
+        """uint8 [B, H, W, 3] and their rows as the network wants to have them, still on the CPU."""
         ...
 
     def __call__(self, prepared: Any) -> dict[str, np.ndarray]:
-        """Features float32 [B, d] by column."""
+        """Features float32 [B, d] by column; a score that does not apply is NaN."""
         ...
 
 
@@ -66,15 +74,22 @@ class Found:
     """Weights that are there: network's name, the reference as given, the file or folder, sha256 of what matters."""
 
     name: str
-    ref: str
+    ref: Any
     path: Path | None
     digest: str
 
 
-def find(name: str, ref: str) -> Found:
-    """The weights of network `name`; ConfigError with one sentence where there are none."""
+def find(name: str, ref: Any) -> Found:
+    """The weights of network `name`; ConfigError with one sentence where there are none. ref: what the configuration
+    names; for a judge its whole section."""
+    if name in ("judge", "preference", "scorer"):
+        from eval import judges
+
+        return judges.find(name, ref)
     if name == "clip":
         return Found(name, ref, None, find_clip(ref).digest)
+    if name == "vae":
+        return Found(name, ref, None, find_vae(ref).digest)
     if name == "dinov2":
         return _find_dinov2(ref)
     path = _downloaded() if ref == "download" else Path(ref)
@@ -85,13 +100,15 @@ def find(name: str, ref: str) -> Found:
     return Found(name, ref, path, digest)
 
 
-def load(found: Found, device: str = "cpu", precision: str = "float32") -> Network:
+def load(found: Found, device: str = "cpu") -> Network:
     """The network, ready; ConfigError where the file does not hold its weights."""
-    if found.name == "clip":
-        return _Clip(found, device, precision)
-    if found.name == "dinov2":
-        return _Dinov2(found, device)
-    return Inception(found, device)
+    if found.name in ("judge", "preference", "scorer"):
+        from eval import judges
+
+        return judges.load(found, device)
+    kinds: dict[str, Any] = {"clip": Clip, "vae": Reconstruction, "dinov2": Dinov2, "inception": Inception}
+    network: Network = kinds[found.name](found, device)
+    return network
 
 
 class Inception:
@@ -134,8 +151,8 @@ class Inception:
         with torch.inference_mode(), _exact():
             return features @ self._fc.weight.T
 
-    def prepare(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pictures as torch-fidelity and as clean-fid resize them."""
+    def prepare(self, pixels: np.ndarray, rows: Rows = ()) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images as torch-fidelity and as clean-fid resize them."""
         return resize.tf(pixels), resize.clean(pixels)
 
     def __call__(self, prepared: tuple[torch.Tensor, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -147,29 +164,85 @@ class Inception:
         }
 
 
-class _Clip:
-    """An open_clip CLIP's image embedding of unit length; its own preprocessing is part of the encoder."""
+class Clip:
+    """An open_clip CLIP's embeddings, of unit length, of images and of their captions; whether a caption was cut."""
 
-    def __init__(self, found: Found, device: str, precision: str) -> None:
+    def __init__(self, found: Found, device: str) -> None:
         from latents.encoders import load_text
 
-        self.clip = load_text(found.ref, "last", device, precision)
+        self.clip = load_text(found.ref, "last", device)
+        self.device = device
+        self._transform: Any = None
 
-    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+    def prepare(self, pixels: np.ndarray, rows: Rows = ()) -> tuple[torch.Tensor, list[str]]:
+        """The images as the CLIP's own configuration says, and their captions."""
+        import torch
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+        from PIL import Image
+
+        if self._transform is None:
+            self._transform = image_transform_v2(PreprocessCfg(**self.clip.model.visual.preprocess_cfg), is_train=False)
+        stacked = torch.stack([self._transform(Image.fromarray(p)) for p in pixels])
+        return stacked, [str(r["caption"] or "") for r in rows]
+
+    def __call__(self, prepared: tuple[torch.Tensor, list[str]]) -> dict[str, np.ndarray]:
+        import torch
+
+        images, captions = prepared
+        with torch.inference_mode(), _exact():
+            x = self.clip.model.encode_image(images.to(self.device)).float()
+            found = {"images": torch.nn.functional.normalize(x, dim=-1).cpu().numpy()}
+        if captions:
+            found["captions"] = self.clip.encode_captions(captions, len(captions)).numpy()
+            found["truncated"] = np.array(truncated(self.clip, captions), np.float32)[:, None]
+        return found
+
+
+def truncated(clip: Any, captions: Sequence[str]) -> list[bool]:
+    """Which captions have more tokens than the CLIP reads: those that fill a context one token longer to its end."""
+    longer = clip.tokenizer([*captions, ""], context_length=clip.context_length + 1)
+    padding = int(longer[-1, -1])
+    return [bool(row[-1] != padding) for row in longer[:-1]]
+
+
+class Reconstruction:
+    """PSNR in dB of the VAE's reconstruction, from the posterior's mean. `images`: the reconstructions of the last
+    batch, uint8 [B, H, W, 3]."""
+
+    def __init__(self, found: Found, device: str) -> None:
+        from latents.encoders import load_vae
+
+        self.vae = load_vae(found.ref, device)
+        self.images = np.zeros((0, 1, 1, 3), np.uint8)
+
+    def prepare(self, pixels: np.ndarray, rows: Rows = ()) -> np.ndarray:
         return pixels
 
     def __call__(self, prepared: np.ndarray) -> dict[str, np.ndarray]:
-        return {"clip": self.clip.encode_images(prepared, len(prepared)).numpy()}
+        self.images = self.vae.decode(self.vae.encode(prepared)[0])
+        return {"psnr": psnr(prepared, self.images).astype(np.float32)[:, None]}
 
 
-class _Dinov2:
+def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """10 log10(255^2 / MSE), float64 [B], of uint8 images [B, H, W, 3], at most PSNR_CAP."""
+    if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:
+        raise ValueError(f"PSNR compares uint8 images of one shape, not {a.dtype} {a.shape} and {b.dtype} {b.shape}")
+    squared = ((a.astype(np.float64) - b.astype(np.float64)) ** 2).reshape(len(a), -1).mean(axis=1)
+    with np.errstate(divide="ignore"):
+        return np.minimum(10 * np.log10(255.0**2 / squared), PSNR_CAP)
+
+
+class Dinov2:
     """DINOv2 of either layout (dinov2.py), in float32 as the Inception is."""
 
     def __init__(self, found: Found, device: str) -> None:
         assert found.path is not None
         state = None if found.path.is_dir() else _tensors(found.path, "eval.dinov2")
         self.network = dinov2.Dinov2(found.path, state, device)
-        self.prepare = self.network.prepare
+
+    def prepare(self, pixels: np.ndarray, rows: Rows = ()) -> torch.Tensor:
+        """float32 [B, 3, 224, 224], normalised as for ImageNet."""
+        return self.network.prepare(pixels)
 
     def __call__(self, prepared: torch.Tensor) -> dict[str, np.ndarray]:
         import torch
@@ -221,7 +294,8 @@ def _digest(path: str, _changed: int) -> str:
     return digest_file(path)
 
 
-def _tensors(path: Path, field: str) -> dict[str, torch.Tensor]:
+def _tensors(path: Path, field: str, inner: str = "") -> dict[str, torch.Tensor]:
+    """The named tensors of a file, or of its entry `inner` where it has one."""
     import torch
 
     if _is_program(path):
@@ -238,6 +312,8 @@ def _tensors(path: Path, field: str) -> dict[str, torch.Tensor]:
     except Exception as e:  # whatever a hostile or torn file makes a reader raise
         why = " ".join(str(e).split()).split(". ")[0][:160]
         raise ConfigError(f"{field}: {path} cannot be read as weights: {why}") from None
+    if inner and isinstance(state, dict) and isinstance(state.get(inner), dict):
+        state = state[inner]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ConfigError(f"{field}: {path} holds something other than named tensors; give the network's weights")
     return state

@@ -14,7 +14,7 @@ from math import lgamma
 import numpy as np
 import numpy.typing as npt
 
-from eval.estimate import Estimate, proportion
+from eval.metrics.estimate import Estimate, proportion
 
 ROWS_AT_ONCE = 1024  # pictures held against all captions at once: bounded memory
 TIE = 1e-9  # cosines nearer than this are a tie; rounding would decide between them

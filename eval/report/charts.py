@@ -104,12 +104,14 @@ def _uri(line: Line, palette: str) -> str:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(count))
         axes.margins(x=0.01 if line.error is None else 0.06)
+        axes.set_xlabel("images seen", color=colour["ink"])
+        axes.set_ylabel(line.title.rpartition(": ")[2], color=colour["ink"])
 
-    return _figure(paint, palette, (4.3, 2.15))
+    return _figure(paint, palette, (4.3, 2.35))
 
 
 def pareto(points: Sequence[dict[str, Any]], distance: str) -> Chart:
-    """Cells of a grid: distance against CLIP score with 95 % intervals, area by seconds a picture, the frontier of
+    """Cells of a grid: distance against CLIP score with 95 % intervals, area by seconds an image, the frontier of
     those two as a line, the knee ringed; cells on the frontier are named where there is room. points: as grid.record
     writes them."""
     knee = next((p["cell"] for p in points if p["knee"]), "")
