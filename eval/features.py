@@ -134,6 +134,11 @@ class FeaturesWorker:
 
     def _of_shard(self, shard: images.ImageShard) -> Made:
         size = self.stage.batch_size
+        if shard.table["image_offset"].take(pa.array(shard.rows)).null_count:
+            raise StageError(
+                f"{self.stage.source}: its images are not kept (eval.keep_images), so {self.stage.found.name} cannot "
+                "see them; evaluate the model again with all of them"
+            )
         rows = self._rows(shard)
         errors: list[str | None] = [None] * len(shard)
         converted: list[bool] = [False] * len(shard)

@@ -160,7 +160,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
 @pytest.fixture(scope="session")
 def config() -> EvalConfig:
     return EvalConfig(
-        num_prompts=20, steps=2, batch_size=4, shard_size=8, guidance_scale=2.0, scorer="demo.scorer", jackknife_groups=4
+        num_prompts=20,
+        steps=2,
+        batch_size=4,
+        shard_size=8,
+        guidance_scale=2.0,
+        scorer="demo.scorer",
+        jackknife_groups=4,
     )
 
 

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from eval import networks
-from eval.metrics import frechet, kernel, memorisation
 from eval.config import EvalConfig
 from eval.features import FeaturesStage, Settings
+from eval.metrics import frechet, kernel, memorisation
 from eval.stage import GenerateStage, conclude, stages
 from shards.columns import ColumnShard, pack_columns
 from shards.dataset import Dataset, commit_shard, read_stats, shard_state, write_manifest

@@ -24,8 +24,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from eval import networks
 from eval.metrics import frechet, kernel, moments, neighbours
-from eval.networks import dinov2, resize
 from eval.metrics.inception_score import inception_score
+from eval.networks import dinov2, resize
 from shards.settings import ConfigError
 
 COUNT = 6

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from eval import grid, human
-from eval.report import history, page
 from eval.config import EvalConfig, GridConfig
+from eval.report import history
 from eval.stage import GenerateStage, stages
 from shards.layout import RunPaths
 from tests.eval.browser import Tab, visit

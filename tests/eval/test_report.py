@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from eval.report import charts, gather, page
 from eval.config import EvalConfig
+from eval.report import charts, gather, page
 from eval.stage import stages
 from shards.layout import RunPaths
 from shards.settings import StageError

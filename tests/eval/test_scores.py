@@ -79,7 +79,7 @@ def test_psnr_by_its_definition() -> None:
     b = a.copy()
     b[1] = np.where(a[1] > 127, a[1] - 10, a[1] + 10)
     b[2, 0, 0, 0] ^= 1
-    found = encoders.psnr(a, b)
-    assert found[0] == encoders.PSNR_CAP
+    found = networks.psnr(a, b)
+    assert found[0] == networks.PSNR_CAP
     assert found[1] == pytest.approx(20 * np.log10(255 / 10))
     assert found[2] == pytest.approx(10 * np.log10(255**2 * 75))
