@@ -9,15 +9,17 @@ all of them, differs from paper to paper and moves the value, so both are said a
 
 from __future__ import annotations
 
+import functools
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from eval.shardwork import Made, commit, counted, parquet
 from shards import images, storage
-from shards.dataset import read_stats, shard_state, write_manifest
+from shards.commit import Folder
+from shards.dataset import write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
 from shards.progress import Progress
 from shards.settings import ConfigError
@@ -44,11 +46,13 @@ def reference(annotations: str, folder: str, out: str, count: int, seed: int = 0
     if absent:
         raise ConfigError(f"reference: {folder} lacks {len(absent)} of {len(chosen)} images, the first is {absent[0]}")
     root = storage.join(out, "images")
+    drawn_from = digest_json([[i, names[i], captions[i], (place / names[i]).stat().st_size] for i in chosen])
+    begun = Folder.begin(root, Fingerprint("reference", VERSION, {}, drawn_from), take_over=True)
     stats = []
     progress = Progress("reference", len(chosen), "images")
     for index in range(0, len(chosen), PER_SHARD):
         part = [(i, place / names[i], captions[i]) for i in chosen[index : index + PER_SHARD]]
-        stats.append(_shard(root, index // PER_SHARD, part))
+        stats.append(commit(begun, Task(index // PER_SHARD), functools.partial(_made, part)))
         progress.update(len(part))
     progress.close()
     status = {"success": sum(s["count"] for s in stats), "failed": sum(s["rows"] - s["count"] for s in stats)}
@@ -89,15 +93,7 @@ def _read(annotations: str) -> tuple[dict[int, str], dict[int, str]]:
     return {i: caption for i, (_, caption) in first.items() if i in names}, names
 
 
-def _shard(root: str, index: int, part: list[tuple[int, Path, str]]) -> dict[str, Any]:
-    wanted = digest_json([[i, f.name, c, f.stat().st_size] for i, f, c in part])
-    task = Task(index, Fingerprint("reference", VERSION, {}, wanted))
-    if shard_state(root, task).state == "done" and (stats := read_stats(root, index)) is not None:
-        return stats
-    return commit(root, task, lambda: _made(part))
-
-
-def _made(part: Iterable[tuple[int, Path, str]]) -> Made:
+def _made(part: Sequence[tuple[int, Path, str]]) -> Made:
     rows: list[dict[str, Any]] = []
     samples = []
     for i, file, caption in part:

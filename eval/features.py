@@ -20,14 +20,14 @@ import pyarrow as pa
 
 from eval import networks
 from eval.rows import dataset_of
-from eval.shardwork import Made, accounted, commit, counted, parquet, png, tar_of
+from eval.shardwork import Made, accounted, commit, committed_stats, counted, parquet, png, tar_of
 from latents.pictures import ahead, resize_crop
 from shards import images, storage
 from shards.columns import pack_columns
-from shards.dataset import Dataset, ShardInfo, read_stats, shard_state, write_manifest
+from shards.dataset import Dataset, ShardInfo, write_manifest
 from shards.fingerprint import Fingerprint, digest_json
 from shards.settings import StageError
-from shards.stage import Task
+from shards.stage import Task, open_folder
 
 VERSION = 2
 SHEET = 16  # reconstructions kept of each shard, for the report
@@ -42,6 +42,7 @@ class FeaturesStage:
     """
 
     unit = "images"
+    data = ".safetensors"
 
     def __init__(
         self, source: str, folder: str, label: str, network: str, ref: Any, resolution: int, batch_size: int = 16,
@@ -52,7 +53,13 @@ class FeaturesStage:
         self.name = f"features-{label}-{network}"
         self.found = networks.find(network, ref)
         self.weights = {network: self.found.digest}
-        self.root = storage.join(folder, f"{network}-{digest_json([resolution, self.found.digest, VERSION])[:10]}")
+        # Other images, another folder: but for those that are being made, of which none goes again.
+        self.images = None if label == "generated" else _fingerprint(source)
+        self.root = storage.join(folder, f"{network}-{digest_json(self.made_with().to_json())[:10]}")
+
+    def made_with(self) -> Fingerprint:
+        """Resolution, weights, and which images."""
+        return Fingerprint("features", VERSION, {"resolution": self.resolution}, self.images, self.weights)
 
     def tasks(self) -> Iterator[Task]:
         """One task a shard of images; StageError where the images are not finished."""
@@ -61,8 +68,7 @@ class FeaturesStage:
 
     def task(self, position: int, info: ShardInfo) -> Task:
         """The task of the shard at this position of the images, which need not be finished."""
-        fingerprint = Fingerprint("features", VERSION, {"resolution": self.resolution}, info.digest, self.weights)
-        return Task(info.index, fingerprint, {"position": position})
+        return Task(info.index, info.born, position)
 
     def worker(self) -> FeaturesWorker:
         """Load the network once; the result makes one shard a call."""
@@ -82,8 +88,15 @@ class FeaturesStage:
         except StageError:
             return None
         tasks = [self.task(position, info) for position, info in enumerate(found.shards)]
-        done = [s for t in tasks if shard_state(self.root, t).state == "done" and (s := read_stats(self.root, t.index))]
+        done = [s for s in committed_stats(self, tasks) if s is not None]
         return dataset_of(self.root, done) if done else None
+
+
+def _fingerprint(source: str) -> str:
+    try:
+        return Dataset.open(source).fingerprint
+    except StageError:
+        return ""  # not finished; `tasks` says so
 
 
 class FeaturesWorker:
@@ -94,6 +107,7 @@ class FeaturesWorker:
         from latents.stage import fixed_arithmetic
 
         self.stage, self._fixed, self.lock = stage, fixed_arithmetic, threading.Lock()
+        self.folder = open_folder(stage)
         found = stage.found
         if networks.find(found.name, found.ref).digest != found.digest:
             raise StageError(f"{found.ref}: the {found.name} weights here are others than where this was begun")
@@ -103,14 +117,14 @@ class FeaturesWorker:
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """Make and commit the features of one shard of the finished images; returns their committed stats."""
-        position, known = task.payload["position"], self.dataset
-        if known is None or position >= len(known.shards) or known.shards[position].digest != task.fingerprint.input:
+        position, known = task.payload, self.dataset
+        if known is None or position >= len(known.shards) or known.shards[position].born != task.input:
             known = self.dataset = Dataset.open(self.stage.source)  # perhaps finished again since this worker started
-            if known.shards[position].digest != task.fingerprint.input:
+            if known.shards[position].born != task.input:
                 raise StageError(f"{self.stage.source}: the images changed during the run; run the same command again")
         shard = images.ImageShard(known, position)
         with contextlib.closing(shard):
-            return commit(self.stage.root, task, lambda: self._of_shard(shard))
+            return commit(self.folder, task, lambda: self._of_shard(shard))
 
     def of_images(
         self, task: Task, keys: list[str], pixels: list[np.ndarray], rows: list[dict[str, Any]]
@@ -126,7 +140,7 @@ class FeaturesWorker:
 
         errors: list[str | None] = [None] * len(keys)
         make = lambda: self._made(keys, rows, batches(), errors, [False] * len(keys))  # noqa: E731
-        return commit(self.stage.root, task, make)
+        return commit(self.folder, task, make)
 
     def _resized(self, pixels: np.ndarray) -> np.ndarray:
         side = self.stage.resolution

@@ -21,12 +21,13 @@ from eval.evaluation import METRICS, Evaluation
 from eval.generate import evaluations
 from eval.measure import DISTANCES
 from eval.rows import dataset_of
+from eval.shardwork import committed_stats
 from eval.stage import GenerateStage
 from shards import storage
-from shards.dataset import read_stats, shard_state
+from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths
 from shards.settings import ConfigError
-from shards.stage import Task, Worker
+from shards.stage import Task, Worker, committed, is_begun
 
 VARY = ("sampler", "steps", "guidance_scale", "guidance_interval", "timestep_spacing")
 GIVE_UP_SIGMAS = 3.0
@@ -57,11 +58,15 @@ class FirstPart:
 
     def __init__(self, evaluation: Evaluation, shards: int) -> None:
         self.evaluation, self.stage, self.shards = evaluation, evaluation.generate, shards
-        self.name, self.root = self.stage.name, self.stage.root
+        self.name, self.root, self.data = self.stage.name, self.stage.root, self.stage.data
 
-    def prepare(self) -> None:
+    def made_with(self) -> Fingerprint:
+        """The cell's own."""
+        return self.stage.made_with()
+
+    def begin(self, redo: bool = False) -> None:
         """As the cell's own."""
-        self.stage.prepare()
+        self.stage.begin(redo)
 
     def tasks(self) -> Iterator[Task]:
         """The first tasks of the cell."""
@@ -78,11 +83,11 @@ class FirstPart:
     @property
     def complete(self) -> bool:
         """Whether these shards are all committed."""
-        return all(shard_state(self.root, task).state == "done" for task in self.tasks())
+        return is_begun(self) and all(committed(self, self.tasks()))
 
     def measure(self) -> dict[str, Any]:
         """The result of these shards alone, in every distance that the cells are reported in."""
-        stats = [s for t in self.tasks() if (s := read_stats(self.root, t.index)) is not None]
+        stats = [s for s in committed_stats(self, self.tasks()) if s is not None]
         return {
             "protocol": self.evaluation.protocol,
             **measure.measure(self.evaluation, dataset_of(self.root, stats)),

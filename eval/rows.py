@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from shards.columns import ColumnShard
-from shards.dataset import Dataset
+from shards.commit import read_made_with
+from shards.dataset import Dataset, born
 from shards.fingerprint import digest_bytes, digest_json
 
 
@@ -47,7 +48,7 @@ def group_of(names: Sequence[Any], groups: int) -> np.ndarray:
 
 
 def dataset_of(root: str, stats: Sequence[dict[str, Any]]) -> Dataset:
-    """The committed shards as a dataset, whether or not its manifest is written yet; digests are the manifest's.
+    """The committed shards as a dataset, whether or not its manifest is written yet.
 
     Its own manifest also tells how many images were dropped, and how many were converted to RGB."""
     shards = [
@@ -55,11 +56,11 @@ def dataset_of(root: str, stats: Sequence[dict[str, Any]]) -> Dataset:
             "index": s["shard"],
             "rows": s["rows"],
             "count": s["count"],
-            "digest": digest_json({"files": s["files"], "excluded": []})[:32],
+            "born": born(s),
         }
         for s in sorted(stats, key=lambda s: s["shard"])
     ]
-    weights = stats[0]["fingerprint"].get("weights") or {} if stats else {}
+    weights = (read_made_with(root) or {}).get("weights") or {} if stats else {}
     manifest = {
         "kind": "generated",
         "fingerprint": digest_json(shards)[:32],

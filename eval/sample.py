@@ -35,7 +35,7 @@ from shards.fingerprint import Fingerprint, digest_bytes, digest_json
 from shards.images import ImageShard
 from shards.layout import RunPaths, sample_key
 from shards.settings import ConfigError, Strict, validate
-from shards.stage import Task
+from shards.stage import Task, open_folder
 
 VERSION = 1
 UNPACKED = 20_000  # images; beyond that the shards are the result
@@ -108,6 +108,7 @@ class SampleStage:
 
     name = "sample"
     unit = "images"
+    data = ".tar"
 
     def __init__(self, config: SampleConfig, run: RunPaths, out: str) -> None:
         self.config, self.run, self.out = config, run, out
@@ -121,18 +122,21 @@ class SampleStage:
         """How many images are wanted."""
         return len(self.config.requests) * self.config.count
 
-    def tasks(self) -> Iterator[Task]:
-        """One task a shard; the images of a prompt lie side by side."""
+    def made_with(self) -> Fingerprint:
+        """Settings, weights and what is to be generated."""
         c = self.config
         settings = c.model_dump(exclude={"requests", "device", "image", "mask", "checkpoint"})
         settings["image"] = None if self.image is None else digest_bytes(self.image.tobytes())
         settings["mask"] = None if self.mask is None else digest_bytes(self.mask.tobytes())
+        wanted = digest_json([[r.prompt, r.negative, r.seed] for r in c.requests])
+        return Fingerprint(self.name, VERSION, settings, wanted, {"model": self.model.digest})
+
+    def tasks(self) -> Iterator[Task]:
+        """One task a shard; the images of a prompt lie side by side."""
+        c = self.config
         for index, start in enumerate(range(0, self.total, c.shard_size)):
-            items = [
-                (c.requests[i // c.count], i % c.count) for i in range(start, min(start + c.shard_size, self.total))
-            ]
-            wanted = digest_json([[w.prompt, w.negative, w.seed, n] for w, n in items])
-            yield Task(index, Fingerprint(self.name, VERSION, settings, wanted, {"model": self.model.digest}), items)
+            places = range(start, min(start + c.shard_size, self.total))
+            yield Task(index, payload=[(c.requests[i // c.count], i % c.count) for i in places])
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Build the pipeline once; the result makes one shard a call."""
@@ -167,6 +171,7 @@ class _Worker:
         from latents.stage import fixed_arithmetic
 
         self.stage, self.config, self.fixed = stage, stage.config, fixed_arithmetic
+        self.folder = open_folder(stage)
         c = stage.config
         with fixed_arithmetic(c.threads):
             base = models.build_pipeline(stage.run, stage.model)
@@ -189,7 +194,7 @@ class _Worker:
             with self.fixed(self.config.threads):
                 return self._make(task.index, task.payload)
 
-        return commit(self.stage.root, task, make)
+        return commit(self.folder, task, make)
 
     def _make(self, index: int, items: list[tuple[Request, int]]) -> Made:
         images: list[np.ndarray] = []

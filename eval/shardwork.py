@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from shards.dataset import commit_shard
+from shards.commit import Folder
+from shards.dataset import read_stats
 from shards.images import pack_tar
 from shards.settings import StageError
-from shards.stage import Task
+from shards.stage import Stage, Task, committed, is_begun
 
 PNG_LEVEL = 1  # of zlib; higher ones cost time beside the accelerator
 
@@ -27,12 +28,23 @@ PNG_LEVEL = 1  # of zlib; higher ones cost time beside the accelerator
 Made = tuple[dict[str, bytes], dict[str, Any]]
 
 
-def commit(root: str, task: Task, make: Callable[[], Made]) -> dict[str, Any]:
-    """Make one shard and commit it, with the seconds that it took; returns its committed stats."""
+def commit(folder: Folder, task: Task, make: Callable[[], Made]) -> dict[str, Any]:
+    """Make one shard and commit it, with the seconds that it took, unless it is there; returns its committed stats."""
+    if (found := folder.adopt(task.index)) is not None:
+        return found
     started = time.perf_counter()
     files, stats = make()
     stats["seconds"] = round(time.perf_counter() - started, 3)
-    return commit_shard(root, task.index, files, stats, task.fingerprint)
+    return folder.commit(task.index, files, stats, task.input)
+
+
+def committed_stats(stage: Stage, tasks: Iterable[Task]) -> list[dict[str, Any] | None]:
+    """The stats of each task's shard; None for those that are not committed with the stage's settings."""
+    wanted = list(tasks)
+    if not is_begun(stage):
+        return [None] * len(wanted)
+    there = committed(stage, wanted)
+    return [read_stats(stage.root, t.index) if known else None for t, known in zip(wanted, there, strict=True)]
 
 
 def png(image: np.ndarray) -> bytes:
@@ -80,7 +92,7 @@ def accounted(
         if s["rows"] != left.pop(s["shard"], None) or sum(s["status"].values()) != s["rows"]:
             raise StageError(f"{root}: shard {s['shard']} does not have the images of its task; run again")
         status.update(s["status"])
-        kept.append({k: s[k] for k in ("shard", "rows", "count", "files")})
+        kept.append({k: s[k] for k in ("shard", "rows", "count", "files", "born")})
     if left:
         raise StageError(f"{root}: {len(left)} shards are missing, the first is {min(left)}; run again")
     return kept, status

@@ -23,13 +23,14 @@ from eval.features import FeaturesStage
 from eval.generate import ImageGenerator, Sample, seed_of
 from eval.prompts import Prompt
 from eval.rows import dataset_of
-from eval.shardwork import Made, accounted, commit, counted, parquet, png, tar_of
+from eval.shardwork import Made, accounted, commit, committed_stats, counted, parquet, png, tar_of
 from shards import storage
-from shards.dataset import read_stats, shard_state, write_manifest
+from shards.commit import Folder
+from shards.dataset import write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
 from shards.layout import sample_key, shard_name
 from shards.settings import StageError
-from shards.stage import Task
+from shards.stage import Task, open_folder
 
 if TYPE_CHECKING:
     from eval.evaluation import Evaluation
@@ -47,6 +48,7 @@ class GenerateStage:
 
     name = "eval"
     unit = "images"
+    data = ".tar"
     in_hand = 2
 
     def __init__(self, evaluation: Evaluation) -> None:
@@ -73,8 +75,12 @@ class GenerateStage:
             ends.append(min((ends[-1] if ends else 0) + self.config.shard_size, self.wanted))
         return ends
 
-    def prepare(self) -> None:
-        """Write the plan, grown by what is wanted; called once the folder is this run's own."""
+    def begin(self, redo: bool = False) -> None:
+        """Begin the folders of the images and of their features, and write the plan, grown by what is wanted; called
+        under the lease."""
+        Folder.begin(self.root, self.made_with(), self.data, redo=redo, take_over=True, known=("features", "scores"))
+        for stage in self.features():
+            Folder.begin(stage.root, stage.made_with(), stage.data, redo=redo, take_over=True)
         ends = self._ends()
         url = storage.join(self.root, PLAN)
         if (storage.read_json(url) or {}).get("ends") != ends:
@@ -89,13 +95,13 @@ class GenerateStage:
         for index, end in enumerate(ends):
             if start >= self.wanted and not storage.exists(storage.join(self.root, shard_name(index) + "_stats.json")):
                 return
-            yield self._task(index, [(prompts[i // per], i % per) for i in range(start, min(end, len(prompts) * per))])
+            items = [(prompts[i // per], i % per) for i in range(start, min(end, len(prompts) * per))]
+            yield Task(index, digest_json([[p.id, r, p.text] for p, r in items]), items)
             start = end
 
-    def _task(self, index: int, items: list[Item]) -> Task:
-        drawn = digest_json([[p.id, r, p.text] for p, r in items])
-        settings = self.evaluation.generation
-        return Task(index, Fingerprint(self.name, VERSION, settings, drawn, self.model.parts), items)
+    def made_with(self) -> Fingerprint:
+        """The part of the protocol that images depend on, and the model's parts."""
+        return Fingerprint(self.name, VERSION, self.evaluation.generation, None, self.model.parts)
 
     def worker(self) -> _Worker:
         """Build the pipeline and the networks once; the result makes one shard a call."""
@@ -115,8 +121,8 @@ class GenerateStage:
     def committed(self) -> tuple[list[dict[str, Any]], dict[int, int]]:
         """Stats of the shards that are committed now, and how many wanted images those lack that are missing."""
         done, missing, start = [], {}, 0
-        for task in self.tasks():
-            stats = read_stats(self.root, task.index) if shard_state(self.root, task).state == "done" else None
+        tasks = list(self.tasks())
+        for task, stats in zip(tasks, committed_stats(self, tasks), strict=True):
             if stats is not None:
                 done.append(stats)
             elif start < self.wanted:
@@ -134,6 +140,7 @@ class _Worker:
 
         self.stage, self.config, self.fixed = stage, stage.config, fixed_arithmetic
         c, self.lock = stage.config, threading.Lock()
+        self.folder = open_folder(stage)
         self.device = pick_device(c.device)
         with fixed_arithmetic(c.threads):
             self.generator = ImageGenerator(
@@ -149,6 +156,8 @@ class _Worker:
         """Generate and commit one shard; returns its committed stats. Its features follow at once, from the images in
         memory; should this process die in between, the feature stages make them from the shard."""
         items: list[Item] = task.payload
+        if (found := self.folder.adopt(task.index)) is not None:
+            return found
         images: list[np.ndarray] = []
         fine: list[bool] = []
         with self.lock, self.fixed(self.config.threads):
@@ -157,14 +166,13 @@ class _Worker:
                 made, finite = self.generator([Sample(p.id, r, p.text) for p, r in items[start : start + size]])
                 images += list(made)
                 fine += finite.tolist()
-        committed = commit(self.stage.root, task, lambda: self._made(task.index, items, images, fine))
+        committed = commit(self.folder, task, lambda: self._made(task.index, items, images, fine))
         one = dataset_of(self.stage.root, [committed])
         live = [i for i, f in enumerate(fine) if f]
         keys, rows = self._keys(task.index, len(items)), [_row(p) for p, _ in items]
         for worker in self.features:
             of = worker.stage.task(0, one.shards[0])
-            if shard_state(worker.stage.root, of).state != "done":
-                worker.of_images(of, [keys[i] for i in live], [images[i] for i in live], [rows[i] for i in live])
+            worker.of_images(of, [keys[i] for i in live], [images[i] for i in live], [rows[i] for i in live])
         return committed
 
     def _keys(self, index: int, count: int) -> list[str]:

@@ -22,7 +22,7 @@ from shards import storage
 from shards.dataset import MANIFEST
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
-from shards.stage import Stage, Task, Worker
+from shards.stage import Stage, Task, Worker, begin, is_begun
 
 log = logging.getLogger("carrara.engine")
 
@@ -41,7 +41,7 @@ def is_complete(stage: Stage, status: str) -> bool:
     if not storage.exists(storage.join(stage.root, MANIFEST)):
         return False
     try:
-        return getattr(stage, "is_current", lambda: True)() and Ledger(stage, status).complete
+        return is_begun(stage) and Ledger(stage, status).complete
     except StageError:
         return False
 
@@ -53,15 +53,14 @@ def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = 
     StageError where shards were set aside or the stage cannot go on, and Stopped after SIGTERM.
     """
     with Lease(status, stage.name, stage.root, on_ray=not local) as lease:
-        freed = storage.sweep_temporaries(stage.root)
+        folder = begin(stage, redo)
+        freed = sum(storage.sweep_temporaries(f) for f in (folder.root, folder.beside))
         if freed:
             log.info("%s: removed %.1f MB that processes left when they died", stage.name, freed / 1e6)
-        getattr(stage, "prepare", lambda: None)()  # what a stage has to set right in its folder, once it is its own
-        ledger = Ledger(stage, status, config.retries, redo)
+        ledger = Ledger(stage, status, config.retries)
         if ledger.complete:
             log.info("%s: complete, %d shards; nothing to do", stage.name, ledger.total)
             return False
-        ledger.begin()
         status_url = storage.join(status, f"{stage.name}.json")
         progress = Progress(stage.name, ledger.total, "shards", status_url, ledger.skipped)
         state = "failed"
@@ -81,7 +80,6 @@ def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = 
             state = "stopped"
             raise
         finally:
-            ledger.inventory.save()
             progress.close(state)
     return True
 
@@ -110,7 +108,7 @@ class Job:
 
     def done(self, task: Task, stats: dict[str, Any] | None, **figures: Any) -> None:
         """Count a committed shard."""
-        self.ledger.done(task, stats)
+        self.ledger.done(task)
         if stats:
             self.samples += int(stats.get("count", 0))
             self.rows += int(stats.get("rows", 0))

@@ -24,7 +24,8 @@ from shards import storage
 from shards.columns import ColumnShard, pack_columns
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_json
-from shards.stage import Task
+from shards.settings import StageError
+from shards.stage import Task, open_folder
 
 QUANTILE = 0.99
 SHEET = 12  # pairs for the report
@@ -46,24 +47,34 @@ class NearestStage:
     """Stage over chunks of the training set's feature shards; queries: the root of the searched images' features."""
 
     unit = "chunks"
+    data = ".safetensors"
 
     def __init__(self, label: str, queries: str, train: str) -> None:
         self.name, self.queries, self.train = f"nearest-{label}", queries, train
-        self.root = storage.join(queries, f"nearest-{digest_json(train)[:8]}")
+
+    def made_with(self) -> Fingerprint:
+        """Which images are searched for, and among which."""
+        sides = [_fingerprint(self.queries), _fingerprint(self.train)]
+        return Fingerprint("nearest", VERSION, {"chunk": CHUNK}, digest_json(sides))
+
+    @property
+    def root(self) -> str:
+        """Beside the searched images' features; named by both sides, so that others have another folder."""
+        return storage.join(self.queries, f"nearest-{self.made_with().digest[:10]}")
 
     def tasks(self) -> Iterator[Task]:
         """One task for CHUNK training shards."""
-        asked = Dataset.open(self.queries).fingerprint
+        Dataset.open(self.queries)
         shards = Dataset.open(self.train).shards
         for index, start in enumerate(range(0, len(shards), CHUNK)):
             chunk = list(range(start, min(start + CHUNK, len(shards))))
-            held = digest_json([asked, [shards[p].digest for p in chunk]])
-            yield Task(index, Fingerprint("nearest", VERSION, {}, held), chunk)
+            yield Task(index, digest_json([shards[p].born for p in chunk]), chunk)
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Reads the queries once; the result makes one shard a call."""
         queries, train = column(Dataset.open(self.queries), "images"), Dataset.open(self.train)
-        return lambda task: commit(self.root, task, lambda: _made(nearest(queries, train, task.payload)))
+        folder = open_folder(self)
+        return lambda task: commit(folder, task, lambda: _made(nearest(queries, train, task.payload)))
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Write the manifest."""
@@ -87,6 +98,13 @@ class NearestStage:
                 found.cosine[i], found.shard[i], found.key[i] = one.cosine[i], one.shard[i], one.key[i]
         assert found is not None
         return found
+
+
+def _fingerprint(root: str) -> str:
+    try:
+        return Dataset.open(root).fingerprint
+    except StageError:
+        return ""  # not finished yet
 
 
 def _made(found: Nearest) -> Made:

@@ -25,6 +25,7 @@ from shards.dataset import commit_shard, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.images import pack_tar
 from shards.layout import RunPaths, sample_key
+from shards.stage import begin
 from train.export import write_tokenizer
 
 SIDE, PER_SHARD = 32, 12
@@ -62,7 +63,9 @@ def write_heldout(root: str, count: int, hostile: str | None = None) -> None:
         pq.write_table(table, sink)
         files = {".tar": tar, ".parquet": sink.getvalue()}
         stats.append(
-            commit_shard(root, index, files, {"rows": rows, "count": rows}, Fingerprint("ingest", 1, {"rows": rows}))
+            commit_shard(
+                root, index, files, {"rows": rows, "count": rows}, Fingerprint("ingest", 1, {}, f"{rows} rows")
+            )
         )
     write_manifest(root, "images", stats, {"status": {"success": count}})
 
@@ -176,7 +179,7 @@ def refs(run: RunPaths) -> tuple[str, str]:
 
 def drive(stage) -> dict:  # type: ignore[no-untyped-def]
     """Run a whole stage in this process."""
-    getattr(stage, "prepare", lambda: None)()
+    begin(stage)
     work = stage.worker()
     return stage.finish([work(task) for task in stage.tasks()])
 

@@ -168,7 +168,7 @@ def test_a_first_part_is_measured_alone(workplace: tuple[Path, RunPaths]) -> Non
     assert grid.first_shards(config.eval, 3) == 1
     part = grid.FirstPart(evaluation, 1)
     assert not part.complete
-    part.prepare()
+    part.begin()
     work = part.worker()
     for task in evaluation.generate.tasks():
         if task.index < 2:  # one shard more than the part lies there; it does not count

@@ -29,6 +29,7 @@ from shards.dataset import Dataset, read_stats
 from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
+from shards.stage import begin
 from tests.eval.conftest import CONTEXT, SIDE, drive, evaluate, evaluation_of, refs, shard_bytes
 from tests.orchestration.head import ROOT
 
@@ -64,7 +65,7 @@ def test_two_runs_have_the_same_bytes(evaluated: RunPaths, own: RunPaths, config
     for real in found.real():
         drive(real)
     stage = pickle.loads(pickle.dumps(found.generate))
-    stage.prepare()
+    begin(stage)
     tasks = list(stage.tasks())
     workers = [stage.worker(), stage.worker()]
     for task in reversed(tasks):
@@ -295,7 +296,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved(run: RunPaths) -> None:
 def test_a_partial_result_says_what_is_missing(own: RunPaths, config: EvalConfig) -> None:
     found = evaluation_of(own, config)
     stage = found.generate
-    stage.prepare()
+    begin(stage)
     work = stage.worker()
     tasks = list(stage.tasks())
     stats = [work(task) for task in (tasks[0], tasks[2])]
@@ -358,7 +359,7 @@ def test_an_image_that_is_not_finite_is_counted_and_left_out(
 ) -> None:
     found = evaluation_of(own, config)
     stage = found.generate
-    stage.prepare()
+    begin(stage)
     work = stage.worker()
     decode = work.generator.pipeline.vae.decode
 
