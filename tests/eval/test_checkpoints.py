@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from eval import model as checkpoints
 from eval.config import EvalConfig, GridConfig
-from eval.grid import cells
 from eval.evaluation import Evaluation
+from eval.grid import cells
 from latents.weights import find_clip, find_vae
 from shards.fingerprint import digest_file
 from shards.layout import RunPaths

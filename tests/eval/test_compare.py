@@ -10,7 +10,7 @@ from scipy import stats
 
 from eval import compare
 from eval.metrics import frechet, moments
-from eval.metrics.estimate import Estimate, mean_by_cluster, with_groups
+from eval.metrics.estimate import Estimate, jackknife, mean_by_cluster, with_groups
 from shards.settings import StageError
 from tests.eval.test_protocol import made
 

@@ -16,8 +16,8 @@ import yaml
 
 from eval import grid
 from eval.config import EvalConfig, GridConfig
-from eval.metrics.estimate import Estimate
 from eval.evaluation import Evaluation
+from eval.metrics.estimate import Estimate
 from eval.stage import GenerateStage
 from orchestration import grid as driver
 from orchestration.config import RunConfig

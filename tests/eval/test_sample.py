@@ -11,7 +11,7 @@ from PIL import Image
 
 from eval import model as checkpoints
 from eval.generate import ImageGenerator, Sample
-from eval.sample import SampleConfig, SampleStage, Request, requests_of
+from eval.sample import Request, SampleConfig, SampleStage, requests_of
 from orchestration.run_stage import main
 from shards.layout import RunPaths
 from shards.settings import ConfigError, validate
