@@ -96,11 +96,11 @@ def of_pipeline(ref: str) -> Model:
                 raise ConfigError(f"eval.model: {folder / part} has no .safetensors; weights are read from those alone")
             parts[part] = digest_json([[p.name, _digest(str(p), os.stat(p).st_mtime_ns)] for p in files])
     scheduler = _config(folder / "scheduler" / "scheduler_config.json", "eval.model")
-    parts["scheduler"] = digest_json({k: v for k, v in scheduler.items() if not k.startswith("_")})
+    own = {k: v for k, v in scheduler.items() if not k.startswith("_")}
+    parts["scheduler"] = digest_bytes(json.dumps(own, sort_keys=True).encode())  # it may hold an infinity
     name = re.sub(r"[^\w.-]+", "-", os.path.basename(str(ref).rstrip("/"))).strip(".-") or "model"
-    own = digest_json(parts)[:8]
     return Model(
-        f"{name}-{own}", "model", parts, _size(folder, kind), None, str(folder), scheduler,
+        f"{name}-{digest_json(parts)[:8]}", "model", parts, _size(folder, kind), None, str(folder), scheduler,
         bool(index.get("safety_checker", [None])[0]),
     )  # fmt: skip
 

@@ -119,11 +119,11 @@ class GenerateStage:
         return write_manifest(self.root, "generated", kept, extra)
 
     def committed(self) -> tuple[list[dict[str, Any]], dict[int, int]]:
-        """Stats of the shards that are committed now, and how many wanted images those lack that are missing."""
+        """Stats of the shards with wanted images that are committed now, and how many wanted images the others lack."""
         done, missing, start = [], {}, 0
         tasks = list(self.tasks())
         for task, stats in zip(tasks, committed_stats(self, tasks), strict=True):
-            if stats is not None:
+            if start < self.wanted and stats is not None:
                 done.append(stats)
             elif start < self.wanted:
                 missing[task.index] = min(len(task.payload), self.wanted - start)

@@ -311,7 +311,7 @@ def test_copied_images_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert estimate.value == counts["near_training"] / 60
     low, value, high = memorisation.threshold(stages[1].result().cosine)
     assert low < value < high
-    assert estimate.high >= (found.cosine > low).mean() > estimate.value
+    assert estimate.high >= (found.cosine > low).mean() >= estimate.value
     assert {(s["key"], s["shard"], s["train_key"], s["train_shard"], s["near"]) for s in sheet[:2]} == {
         ("000007", 0, "000431", 2, True),
         ("000030", 0, "000003", 0, True),

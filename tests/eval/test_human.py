@@ -178,7 +178,7 @@ def test_votes_that_are_none_are_one_sentence(two_cells: RunPaths, tmp_path: Pat
 
 def test_what_cannot_be_packed_is_one_sentence(two_cells: RunPaths) -> None:
     for names, count, says in (
-        (CELLS[:1], 4, "two different cells"),
+        (CELLS[:1], 4, "two different results"),
         (["../x", CELLS[0]], 4, r"must be \[RUN:\]MODEL/PROTOCOL"),
         (CELLS, 99, "there are 8 pairs, not 99"),
     ):

@@ -167,7 +167,8 @@ def test_a_suite_is_judged_end_to_end(judged: Any) -> None:
     assert metrics["protocol"]["judge"] == networks.find("judge", config.judge).digest
     assert set(metrics["by_tag"]) == {"attribute", "count", "object", "1 atoms", "2 atoms", "odd"}
     assert metrics["by_tag"]["count"]["soft_tifa_am"]["n"] == 4
-    assert "low" in metrics["by_tag"]["2 atoms"]["vqa_score"]
+    assert "low" in metrics["metrics"]["vqa_score"]
+    assert "low" not in metrics["by_tag"]["2 atoms"]["vqa_score"]  # one prompt has no error
     page = (Path(found.run.reports) / f"{found.model.name}.html").read_text()
     assert "VQAScore" in page
     assert "2 atoms" in page
