@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import os
@@ -43,6 +44,15 @@ def vae_ref(config: RunConfig) -> str:
 def text_ref(config: RunConfig) -> str:
     """The CLIP of this run: the pretrained one that the configuration names, else the run's own."""
     return config.clip.pretrained or storage.join(RunPaths(config.run).clip, "model")
+
+
+def text_pad(config: RunConfig) -> str | None:
+    """What follows a caption's end token: as configured, else as the tokenizer of train.start_from has it."""
+    if config.latents.text_pad is None and config.train.start_from:
+        from latents.weights import find_pad
+
+        return find_pad(config.train.start_from)
+    return config.latents.text_pad
 
 
 def pretrained(name: str, config: RunConfig) -> str | None:
@@ -87,9 +97,8 @@ def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
     if name == "latents":
         from latents.stage import LatentsStage
 
-        return [
-            (LatentsStage(config.latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)
-        ]
+        latents = config.latents.model_copy(update={"text_pad": text_pad(config)})
+        return [(LatentsStage(latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)]
     if name == "eval":
         return [(s, config.ray.eval) for s in evaluation(config).stages()]
     raise ValueError(f"{name} is not a stage over shards")
@@ -143,9 +152,10 @@ def report_path(config: RunConfig, checkpoint: str) -> str:
     return storage.join(RunPaths(config.run).reports, f"{checkpoint}.html")
 
 
-def run(name: str, config: RunConfig, local: bool = False, redo: bool = False) -> None:
+def run(name: str, config: RunConfig, local: bool = False, redo: bool = False, add_changed: bool = False) -> None:
     """Run one stage to its end; on Ray, which is connected to only if there is something to do.
 
+    add_changed: of ingest, take the rows of a table's file that changed anew, as further shards.
     Raises ConfigError where an input is missing, StageError, or Stopped.
     """
     if pretrained(name, config):
@@ -164,6 +174,7 @@ def run(name: str, config: RunConfig, local: bool = False, redo: bool = False) -
     else:
         stages = shard_stages(name, config)
         if name == "ingest":
+            stages = [(dataclasses.replace(s, add_changed=add_changed), pool) for s, pool in stages]  # type: ignore[type-var]
             for stage, _ in stages:
                 stage.check()  # type: ignore[attr-defined]  # opens the table and finds its columns
         work = lambda: _run_shards(name, stages, config, local, redo)  # noqa: E731
@@ -177,12 +188,12 @@ def run(name: str, config: RunConfig, local: bool = False, redo: bool = False) -
 
 
 def retry_ingest(config: RunConfig, codes: str, local: bool = False) -> None:
-    """Fetch the rows again that ended with these codes (`transient`: all that may pass), into their shards' place."""
-    from ingest.rewrite import RetryStage, codes_to_retry
+    """Fetch the rows again that ended with these codes (`transient`: all that may pass), in shards of their own."""
+    from ingest.stage import codes_to_retry
 
     chosen = codes_to_retry(codes)
     stages: list[tuple[Stage, Pool]] = [
-        (RetryStage(s, chosen), pool)  # type: ignore[arg-type]
+        (dataclasses.replace(s, retry=chosen), pool)  # type: ignore[type-var]
         for s, pool in shard_stages("ingest", config)
     ]
     if local:
@@ -212,6 +223,16 @@ def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, 
     paths = RunPaths(config.run)
     for stage, pool in stages:
         engine.run(stage, paths.status, config.ray, pool, local, redo)
+    for stage, pool in stages:
+        # Looked at once more now that the lease is let go: what was asked to be taken down meanwhile.
+        while not getattr(stage, "is_current", lambda: True)():
+            engine.run(stage, paths.status, config.ray, pool, local)
+    from ingest import takedown
+
+    if name in ("ingest", "latents") and takedown.length(paths.run):
+        from orchestration.remove import settle_latents
+
+        settle_latents(config, again=name == "latents")
 
 
 def run_evaluation(found: Evaluation, config: RunConfig, local: bool, redo: bool = False) -> str:

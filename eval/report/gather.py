@@ -118,7 +118,7 @@ class Images:
             if not known or network not in ("clip", "judge", "preference", "scorer"):
                 continue
             features = Dataset.open(root)
-            if features.fingerprint != result["inputs"].get(f"generated {network}"):
+            if features.manifest["weights"].get(network) != result["protocol"][network]:
                 continue
             for position in range(len(features.shards)):
                 shard = ColumnShard(features, position)

@@ -26,7 +26,7 @@ from shards.fingerprint import Fingerprint
 from shards.images import pack_tar
 from shards.layout import RunPaths, sample_key
 from shards.stage import begin
-from train.export import write_tokenizer
+from train.text_export import write_tokenizer
 
 SIDE, PER_SHARD = 32, 12
 CONTEXT = 24
