@@ -80,6 +80,7 @@ class IngestStage:
 
     unit = "images"
     data = ".tar"
+    plans = True  # `begin` walks through a table, and takes what can do that elsewhere
 
     @property
     def name(self) -> str:
