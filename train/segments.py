@@ -138,6 +138,17 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     return History(streams, window, (record,))
 
 
+def too_few(config: FitConfig, datasets: Sequence[Dataset]) -> list[str]:
+    """Of buckets with fewer samples than a batch takes, a sentence each: a sample comes several times in a batch."""
+    sizes, laid = batch_sizes(config, datasets), np.sum([rows_laid(d).sum(axis=0) for d in datasets], axis=0)
+    shapes = datasets[0].manifest.get("buckets") or []
+    found = []
+    for b in np.flatnonzero((laid > 0) & (laid < np.array(sizes))).tolist():
+        of = f" of {shapes[b]['width']} x {shapes[b]['height']} pixels" if len(sizes) > 1 else ""
+        found.append(f"there are {laid[b]} samples{of}, and a batch takes {sizes[b]}: each comes several times in one")
+    return found
+
+
 def place(config: FitConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None) -> Placement:
     """Where the samples of a run come from; history: None for one that begins now."""
     history = history or begin(config, datasets)

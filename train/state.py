@@ -213,15 +213,16 @@ def history(
     Raises ConfigError where that needs consent.
     """
     newest = folders.latest_complete(paths.checkpoints, deep=False)
+    few = tuple(segments.too_few(config, datasets))
     if newest is None:
-        return segments.Taken(segments.begin(config, datasets))
+        return segments.Taken(segments.begin(config, datasets), few)
     manifest = folders.read_manifest(newest)
     taken = segments.resume(
         manifest.get("order"), manifest["images"], manifest["step"], config, datasets, adopt, found.changes
     )
     if taken.refusal:
         raise ConfigError(f"{stage}: {taken.refusal}")
-    return taken
+    return dataclasses.replace(taken, notes=(*taken.notes, *few))
 
 
 def _marker(model: str) -> dict[str, Any] | None:

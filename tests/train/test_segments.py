@@ -258,6 +258,15 @@ def test_a_rare_buckets_windows_are_smaller(tmp_path: Path) -> None:
     assert isinstance(next(iter(placement.orders.values())), Order)
 
 
+def test_a_bucket_that_a_batch_exhausts_is_told(tmp_path: Path) -> None:
+    dataset = bucketed(tmp_path / "b")
+    rows = segments.rows_laid(dataset).sum(axis=0).tolist()
+    told = segments.too_few(CONFIG.model_copy(update={"batch_size": max(rows)}), [dataset])
+    assert len(told) == sum(n < max(rows) for n in rows)
+    assert f"there are {rows[1]} samples of 64 x 32 pixels, and a batch takes {max(rows)}" in " ".join(told) or rows[1] == max(rows)
+    assert segments.too_few(CONFIG.model_copy(update={"batch_size": min(rows)}), [dataset]) == []
+
+
 # ---- whole runs ------------------------------------------------------------------------------------------
 
 
