@@ -105,6 +105,10 @@ def fingerprint(stage: str, config: StageConfig, seed: int, datasets: Sequence[D
             if not Path(config.adapter.start_from).is_file():
                 raise ConfigError(f"train.adapter.start_from: there is no file {config.adapter.start_from}")
             weights["adapter"] = digest_file(config.adapter.start_from)
+    if isinstance(config, AutoencoderConfig) and config.start_from:
+        from latents.weights import find_vae
+
+        weights = {"start_from": find_vae(config.start_from).digest}
     found = [d.fingerprint for d in datasets]
     given = found[0] if len(found) == 1 else digest_json(found)
     return Fingerprint(stage, VERSION, {**config.settings(), "seed": seed}, given, weights)
