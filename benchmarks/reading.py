@@ -40,7 +40,7 @@ def make(root: Path, samples: int) -> None:
     rng, stats = np.random.default_rng(0), []
     counts = [min(SHARD, samples - i) for i in range(0, samples, SHARD)]
     for index, n in enumerate(counts):
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "mean": rng.normal(size=(n, 4, 32, 32)).astype(np.float16),
             "logstd": rng.integers(60, 120, (n, 4, 32, 32)).astype(np.uint8),
             "tokens": rng.integers(1, 1000, (n, 77)).astype(np.uint16),
@@ -123,8 +123,13 @@ def walk(url: str, batch: int, step: float, steps: int) -> dict[str, Any]:
             time.sleep(step)
     seconds = time.perf_counter() - began
     latents.close()
-    return {"first_s": round(first, 3), "samples_per_s": round(batch * steps / seconds), "waited": round(ahead.waited / seconds, 4),
-            "streams": latents.placement.streams, "steps": steps}  # fmt: skip
+    return {
+        "first_s": round(first, 3),
+        "samples_per_s": round(batch * steps / seconds),
+        "waited": round(ahead.waited / seconds, 4),
+        "streams": latents.placement.streams,
+        "steps": steps,
+    }
 
 
 def main() -> None:

@@ -38,7 +38,10 @@ GROW_AFTER_S = 300.0  # how long fewer ranks than configured train before there 
 
 
 def run(stage: str, config: RunConfig, local: bool = False, redo: bool = False, adopt: bool = False) -> None:
-    """Fit `stage` to its end; adopt: with settings that changed, or data that has grown. Raises ConfigError, StageError, or Stopped after SIGTERM."""
+    """Fit `stage` to its end; adopt: with settings that changed, or data that has grown.
+
+    Raises ConfigError, StageError, or Stopped after SIGTERM.
+    """
     paths = RunPaths(config.run)
     sections = TrainingSections(
         run=config.run, seed=config.seed, autoencoder=config.autoencoder, clip=config.clip, train=config.train

@@ -1,7 +1,7 @@
 """What a run took its samples from, recorded: segments, each with sources, weights and batch sizes from a position on.
 
-A checkpoint's manifest keeps it as `order`. A source is a range of shards of a data set. It keeps its key for life, so a
-new segment goes on with its epoch. Growth is one more range, taken in with consent; a take-down changes nothing here,
+A checkpoint's manifest keeps it as `order`. A source is a range of shards of a data set. It keeps its key for life,
+so a new segment goes on with its epoch. Growth is one more range, taken in with consent; a take-down changes nothing here,
 since a sample that is taken down keeps its row.
 """
 
@@ -49,8 +49,8 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A segment as it is kept. images, step: where it begins. sizes: samples of a batch of each bucket. changes: what was
-    adopted, in sentences."""
+    """A segment as it is kept. images, step: where it begins. sizes: samples of a batch of each bucket. changes: what
+    was adopted, in sentences."""
 
     images: int
     step: int

@@ -150,8 +150,8 @@ def judge(stage: str, config: StageConfig, wanted: Fingerprint, paths: StagePath
     if later and not adopt:
         return StageState(
             "changed",
-            f"{where} was made with other settings ({'; '.join(later)}); give --adopt to go on with these from there, or "
-            "put them back",
+            f"{where} was made with other settings ({'; '.join(later)}); give --adopt to go on with these from there, "
+            "or put them back",
             tuple(later),
         )
     if finished and not later:
@@ -178,11 +178,12 @@ _CHOSEN = ("streams", "window", "precision")
 def differences(
     stage: str, config: StageConfig, wanted: Fingerprint, stored: dict[str, Any]
 ) -> tuple[list[str], list[str]]:
-    """What a run was begun with and is asked for differently: what cannot be changed, and what can by consent; a sentence
-    each. stored: the fingerprint in a checkpoint's manifest. A setting that it does not name had its default."""
+    """What a run was begun with and is asked for differently: what cannot be changed, and what can by consent, a
+    sentence each. stored: the fingerprint in a checkpoint's manifest. A setting that it does not name had its default."""
     kind = type(config)
     then, now = stored.get("settings", {}), json.loads(json.dumps(wanted.settings))
-    what, later = [], []
+    what: list[str] = []
+    later: list[str] = []
     for name in sorted(now):
         default = _default(kind, name) if name in kind.model_fields else None
         before, after = then.get(name, default), now[name]
