@@ -89,7 +89,7 @@ class Order:
         self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Shards in their order; samples before each [shards+1]; where each stretch begins, by stream; streams by that."""
+        """Shards in their order; samples before each [shards+1]; where each stretch begins; streams by that."""
         shards = _shuffled(self.key, len(self.counts), epoch)
         before = np.zeros(len(shards) + 1, np.uint32 if self.size < 1 << 32 else np.int64)
         np.cumsum(self.counts[shards], out=before[1:])

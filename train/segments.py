@@ -1,8 +1,8 @@
 """What a run took its samples from, recorded: segments, each with sources, weights and batch sizes from a position on.
 
 A checkpoint's manifest keeps it as `order`. A source is a range of shards of a data set. It keeps its key for life,
-so a new segment goes on with its epoch. Growth is one more range, taken in with consent; a take-down changes nothing here,
-since a sample that is taken down keeps its row.
+so a new segment goes on with its epoch. Growth is one more range, taken in with consent; a take-down changes nothing
+here, since a sample that is taken down keeps its row.
 """
 
 from __future__ import annotations

@@ -178,8 +178,8 @@ _CHOSEN = ("streams", "window", "precision")
 def differences(
     stage: str, config: StageConfig, wanted: Fingerprint, stored: dict[str, Any]
 ) -> tuple[list[str], list[str]]:
-    """What a run was begun with and is asked for differently: what cannot be changed, and what can by consent, a
-    sentence each. stored: the fingerprint in a checkpoint's manifest. A setting that it does not name had its default."""
+    """What a run was begun with and is asked for differently: what cannot be changed, and what can by consent,
+    a sentence each. stored: the fingerprint in a manifest. A setting that it does not name had its default."""
     kind = type(config)
     then, now = stored.get("settings", {}), json.loads(json.dumps(wanted.settings))
     what: list[str] = []

@@ -42,8 +42,8 @@ def stored(run: RunPaths, **settings: Any) -> None:
         Image.fromarray(pixels).save(sink, "PNG")
         samples.append((f"{n:09d}", {"png": sink.getvalue()}))
         rows.append({"key": f"{n:09d}", "caption": "a picture", "status": "success", "error": None,
-                     "error_message": None, "width": pixels.shape[1], "height": pixels.shape[0], "original_width": width,
-                     "original_height": height, "image_ext": "png"})  # fmt: skip
+                     "error_message": None, "width": pixels.shape[1], "height": pixels.shape[0],
+                     "original_width": width, "original_height": height, "image_ext": "png"})  # fmt: skip
     tar, places = pack_tar(samples)
     for row, place in zip(rows, places, strict=True):
         row["image_offset"], row["image_size"] = place["png"]
