@@ -24,6 +24,7 @@ _AROUND = "".join(map(chr, range(33))) + "\x7f\x85\xa0\u2028\u2029\u3000\ufeff"
 _WITHIN = str.maketrans("", "", "\t\r\n")
 _LEGAL = r"A-Za-z0-9\-._~!$&'()*+,;=:@/%\[\]|"
 _NOT_IN_PATH, _NOT_IN_QUERY = re.compile(f"[^{_LEGAL}]"), re.compile(f"[^{_LEGAL}?]")
+_IPV6 = re.compile(r"[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%(?:25)?[A-Za-z0-9_.~-]+)?\Z")
 _NUMERIC = re.compile(r"(?:0[xX][0-9A-Fa-f]*|[0-9]+)\Z")
 
 
@@ -85,7 +86,7 @@ def _built(scheme: str, rest: str) -> URL:
     host, port = host_port, ""
     if host.startswith("["):
         host, bracket, port = host[1:].partition("]")
-        if not bracket or ":" not in host:
+        if not bracket or not _IPV6.match(host):
             raise Rejected("url_invalid")
     elif ":" in host:
         host, _, port = host.partition(":")

@@ -152,8 +152,8 @@ class Crew:
         known = {"sha256": fetched.sha256, "bytes_fetched": len(fetched.body), "attempts": fetched.attempts}
         known["final_url"] = fetched.final_url
         try:
-            final = fetched.final_url
-            if self.taken_down.has_bytes(fetched.sha256) or (final and self.taken_down.has_url(final)):
+            led_to = fetched.final_url
+            if self.taken_down.has_bytes(fetched.sha256) or (led_to and self.taken_down.has_url(led_to)):
                 raise Rejected("taken_down")
             if is_quick(fetched.body, self.pixels):
                 # To hand a picture of a few milliseconds over costs a good part of what it takes: both

@@ -61,8 +61,8 @@ def _tar_header(name: str, size: int) -> bytes:
     raw = name.encode("utf-8", "surrogateescape")
     if len(raw) > 100 or size >= 1 << 33:
         return _tar_info(name, size).tobuf(tarfile.USTAR_FORMAT)
-    blank = _BLANK_HEADER
-    header = b"".join((raw.ljust(100, b"\0"), blank[100:124], b"%011o\0" % size, blank[136:148], b"        ", blank[156:]))
+    begin, between, rest = _BLANK_HEADER[100:124], _BLANK_HEADER[136:148], _BLANK_HEADER[156:]
+    header = b"".join((raw.ljust(100, b"\0"), begin, b"%011o\0" % size, between, b"        ", rest))
     return b"".join((header[:148], b"%06o\0 " % sum(header), header[156:]))
 
 

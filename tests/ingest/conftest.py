@@ -12,8 +12,8 @@ from ingest.stage import IngestStage
 from shards.dataset import read_stats
 from tests.ingest.site import Site
 
-# Loaded once by the process that killed children are forked from; webdataset loads torch.
-PRELOAD = ["webdataset", "ingest.stage", "tests.ingest.test_stage"]
+# Loaded once by the process that killed children are forked from.
+PRELOAD = ["ingest.stage", "tests.ingest.test_stage"]
 
 
 @pytest.fixture

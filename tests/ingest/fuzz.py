@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import io
 import json
@@ -28,7 +29,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from aiohttp.client_reqrep import ClientResponse
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import HttpResponseParser
 from multidict import CIMultiDict
@@ -48,26 +48,62 @@ from tests.ingest.site import picture
 CASES, SECONDS = 2_000, 1.0
 
 URLS = [
-    "http://example.com/a.jpg", "https://user:pw@h.example:8080/p%20q/x.png?a=b%2Cc&d=#f", "http://[::1]:80/x",
-    "http://][@", "http://a@", "http://*[::1]0\x7f+[`@\xa0", "//h/x", "/a/../b?c", "../x", "?q", "#f", "HTTP://É.com:/",
-    "http://2130706433/", "http://0x7f.1/", "file:///etc/passwd", "data:image/png;base64,AA", "http:g", "http://[v1.x]/",
-    "http://[fe80::1%25eth0]/", "http://xn--a.com/", "http://a。b/", "https://i.example/736x/0a/1b/2c.jpg",
-]  # fmt: skip
+    "http://example.com/a.jpg",
+    "https://user:pw@h.example:8080/p%20q/x.png?a=b%2Cc&d=#f",
+    "http://[::1]:80/x",
+    "http://][@",
+    "http://a@",
+    "http://*[::1]0\x7f+[`@\xa0",
+    "//h/x",
+    "/a/../b?c",
+    "../x",
+    "?q",
+    "#f",
+    "HTTP://É.com:/",
+    "http://2130706433/",
+    "http://0x7f.1/",
+    "file:///etc/passwd",
+    "data:image/png;base64,AA",
+    "http:g",
+    "http://[v1.x]/",
+    "http://[fe80::1%25eth0]/",
+    "http://xn--a.com/",
+    "http://a。b/",
+    "https://i.example/736x/0a/1b/2c.jpg",
+]
 URL_ALPHABET = "][@:/?#\\%.-_~0x1aZé。ß１½ \t\r\n\x00\x7f\xa0\u200b\u202e\ud800\udce9<>{}|^`\"'&=+;,"
 HEADERS = [
-    "noai, noindex", "img2dataset: noai", "unavailable_after: 25 Jun 2010 15:00:00 PST, noai", "max-snippet:20, none",
-    "a:b:c:d, noai;noml", "1", "0, 1", "120", "Wed, 21 Oct 2015 07:28:00 GMT", "-1", "9" * 40, "gzip", "deflate, br",
-    "x-gzip", "http://h/x", "bytes", "", "*: none", "carrara/1.0: noimageai", ": ,:", "Wed, 99 Foo 99999 99:99:99 +9999",
-]  # fmt: skip
+    "noai, noindex",
+    "img2dataset: noai",
+    "unavailable_after: 25 Jun 2010 15:00:00 PST, noai",
+    "max-snippet:20, none",
+    "a:b:c:d, noai;noml",
+    "1",
+    "0, 1",
+    "120",
+    "Wed, 21 Oct 2015 07:28:00 GMT",
+    "-1",
+    "9" * 40,
+    "gzip",
+    "deflate, br",
+    "x-gzip",
+    "http://h/x",
+    "bytes",
+    "",
+    "*: none",
+    "carrara/1.0: noimageai",
+    ": ,:",
+    "Wed, 99 Foo 99999 99:99:99 +9999",
+]
 HEADER_ALPHABET = ",:;=\"'/*- \t0123456789noaiimgnexdcrla\x00\x7fé\ud800²"
 ANSWERS = [
     b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: 3\r\n\r\nabc",
     b"HTTP/1.1 302 Found\r\nLocation: http://][@/x.jpg\r\nContent-Length: 0\r\n\r\n",
     b"HTTP/1.0 200\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
-    b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 203 OK\r\nX-Robots-Tag: noai\r\nTDM-Reservation: 1\r\n\r\nx",
-    b"HTTP/1.1 429 No\r\nRetry-After: Wed, 21 Oct 2015 07:28:00 GMT\r\nSet-Cookie: \"\xff;;;=\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 103 Early Hints\r\nL: x\r\n\r\nHTTP/1.1 203 OK\r\nX-Robots-Tag: noai\r\nTDM-Reservation: 1\r\n\r\n",
+    b'HTTP/1.1 429 No\r\nRetry-After: Wed, 21 Oct 2015 07:28:00\r\nSet-Cookie: "\xff;;;=\r\nContent-Length: 0\r\n\r\n',
     b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 20\r\nContent-Length: 21\r\n\r\n\x1f\x8b\x08\0",
-]  # fmt: skip
+]
 ROBOTS = [
     "User-agent: *\nDisallow: /private/*.png$\nAllow: /\nCrawl-delay: 1\n",
     "User-agent: carrara\nUser-agent: img2dataset\nDisallow: /a%2Fb\nSitemap: http://x/\n\nUser-agent: *\nDisallow:\n",
@@ -95,9 +131,27 @@ def _mutated_text(rng: random.Random, corpus: list[str], alphabet: str, most: in
 
 
 _NUMBERS = [
-    b"\0", b"\xff", b"\0\0", b"\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x80\0\0\0", b"\xff\xd9",
-    b"\xff\xda", b"\xff\xc0\0\x11\x08", b"IDAT", b"IEND", b"\x2c\xff\xff", b'"', b"\n", b",", b"\r\n", b"{", b"}",
-]  # fmt: skip
+    b"\0",
+    b"\xff",
+    b"\0\0",
+    b"\xff\xff",
+    b"\x7f\xff\xff\xff",
+    b"\xff\xff\xff\xff",
+    b"\0\0\0\0",
+    b"\x80\0\0\0",
+    b"\xff\xd9",
+    b"\xff\xda",
+    b"\xff\xc0\0\x11\x08",
+    b"IDAT",
+    b"IEND",
+    b"\x2c\xff\xff",
+    b'"',
+    b"\n",
+    b",",
+    b"\r\n",
+    b"{",
+    b"}",
+]
 
 
 def _mutated_bytes(rng: random.Random, corpus: list[bytes], most: int = 6) -> bytes:
@@ -151,10 +205,8 @@ def _fetcher() -> Any:
 
 def _judge(response: Any) -> None:
     for call in (_fetcher()._check_opt_out, fetch._check_status):
-        try:
+        with contextlib.suppress(Rejected, fetch._Failed):
             call(response)
-        except (Rejected, fetch._Failed):
-            pass
     inflate = fetch._inflater(response.headers.get("Content-Encoding", ""))
     if inflate is not None:
         sum(map(len, inflate.pieces(b"\x1f\x8b\x08" + response.body)))
@@ -184,9 +236,16 @@ def answers(rng: random.Random) -> None:
         _reading_paused=False, transport=None, pause_reading=lambda **_: None, resume_reading=lambda **_: None
     )
     parser = HttpResponseParser(
-        protocol, _loop(), 1 << 17, max_line_size=1 << 15, max_field_size=1 << 15, max_headers=256,
-        response_with_body=True, read_until_eof=True, auto_decompress=False,
-    )  # fmt: skip
+        protocol,
+        _loop(),
+        1 << 17,
+        max_line_size=1 << 15,
+        max_field_size=1 << 15,
+        max_headers=256,
+        response_with_body=True,
+        read_until_eof=True,
+        auto_decompress=False,
+    )
     data = _mutated_bytes(rng, ANSWERS)
     try:
         messages, _, _ = parser.feed_data(data)
@@ -221,11 +280,22 @@ def _pictures() -> list[bytes]:
         found.append(picture(1, 20, 14, fmt))
     image = Image.open(io.BytesIO(picture(2, 20, 14)))
     for mode, fmt, options in (
-        ("RGB", "JPEG", {"progressive": True, "exif": exif}), ("L", "JPEG", {}), ("CMYK", "JPEG", {}), ("RGBA", "PNG", {}),
-        ("P", "PNG", {}), ("1", "PNG", {}), ("LA", "PNG", {}), ("RGB", "PNG", {"exif": exif}), ("RGBA", "WEBP", {"lossless": True}),
-        ("RGB", "TIFF", {"compression": "tiff_lzw"}), ("RGB", "TIFF", {"compression": "jpeg"}), ("1", "TIFF", {"compression": "group4"}),
-        ("L", "TIFF", {"compression": "tiff_adobe_deflate"}), ("P", "BMP", {}), ("P", "GIF", {"save_all": True, "append_images": [image]}),
-    ):  # fmt: skip
+        ("RGB", "JPEG", {"progressive": True, "exif": exif}),
+        ("L", "JPEG", {}),
+        ("CMYK", "JPEG", {}),
+        ("RGBA", "PNG", {}),
+        ("P", "PNG", {}),
+        ("1", "PNG", {}),
+        ("LA", "PNG", {}),
+        ("RGB", "PNG", {"exif": exif}),
+        ("RGBA", "WEBP", {"lossless": True}),
+        ("RGB", "TIFF", {"compression": "tiff_lzw"}),
+        ("RGB", "TIFF", {"compression": "jpeg"}),
+        ("1", "TIFF", {"compression": "group4"}),
+        ("L", "TIFF", {"compression": "tiff_adobe_deflate"}),
+        ("P", "BMP", {}),
+        ("P", "GIF", {"save_all": True, "append_images": [image]}),
+    ):
         sink = io.BytesIO()
         image.convert(mode).save(sink, fmt, **options)
         found.append(sink.getvalue())
@@ -272,9 +342,13 @@ def _tables() -> list[tuple[str, bytes]]:
     pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=2)
     plain = csv.replace('"', "").replace("\nof", " of")
     return [
-        ("t.csv", csv.encode()), ("t.csv", plain.encode("latin-1")), ("t.tsv", plain.replace(",", "\t").encode()),
-        ("t.jsonl", lines.encode()), ("t.parquet", sink.getvalue()), ("t.txt", b"http://h/1\nhttp://h/2\r\n\n"),
-    ]  # fmt: skip
+        ("t.csv", csv.encode()),
+        ("t.csv", plain.encode("latin-1")),
+        ("t.tsv", plain.replace(",", "\t").encode()),
+        ("t.jsonl", lines.encode()),
+        ("t.parquet", sink.getvalue()),
+        ("t.txt", b"http://h/1\nhttp://h/2\r\n\n"),
+    ]
 
 
 def tables(rng: random.Random) -> None:
@@ -302,10 +376,14 @@ def tables(rng: random.Random) -> None:
 
 
 TARGETS: dict[str, tuple[Callable[[random.Random], None], type[Exception]]] = {
-    "urls": (urls, Rejected), "redirects": (redirects, Rejected), "headers": (headers, Rejected),
-    "answers": (answers, Rejected), "robots": (robots, Rejected), "images": (images, Rejected),
+    "urls": (urls, Rejected),
+    "redirects": (redirects, Rejected),
+    "headers": (headers, Rejected),
+    "answers": (answers, Rejected),
+    "robots": (robots, Rejected),
+    "images": (images, Rejected),
     "tables": (tables, ConfigError),
-}  # fmt: skip
+}
 
 
 def case(name: str, seed: int, number: int) -> str:
