@@ -75,7 +75,7 @@ class GenerateStage:
             ends.append(min((ends[-1] if ends else 0) + self.config.shard_size, self.wanted))
         return ends
 
-    def begin(self, redo: bool = False, add_changed: bool = False) -> None:
+    def begin(self, redo: bool = False, each: Any = map) -> None:
         """Begin the folders of the images and of their features, and write the plan, grown by what is wanted; called
         under the lease."""
         Folder.begin(self.root, self.made_with(), self.data, redo=redo, take_over=True, known=("features", "scores"))
