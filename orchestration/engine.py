@@ -52,7 +52,7 @@ def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = 
     On Ray, `ray.init` was called before. Returns False where everything was there already. Raises
     StageError where shards were set aside or the stage cannot go on, and Stopped after SIGTERM.
     """
-    with Lease(status, stage.name, stage.root, on_ray=not local) as lease:
+    with Lease(status, stage.name, stage.root) as lease:
         freed = storage.sweep_temporaries(stage.root)
         if freed:
             log.info("%s: removed %.1f MB that processes left when they died", stage.name, freed / 1e6)

@@ -66,7 +66,7 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
     rewritten: dict[Literal["train", "heldout"], list[int]] = {}
     for stage in ingests:
         if committed_indices(stage.root):
-            with Lease(paths.status, stage.name, stage.root, on_ray=False):
+            with Lease(paths.status, stage.name, stage.root):
                 rewritten[stage.split], _ = take_down(stage, asked)
     latents = _latents(config, paths)
     lines = [f"taken down: {sum(map(len, keys.values())):,} pictures"]
@@ -197,7 +197,7 @@ def _latents(config: RunConfig, paths: RunPaths) -> str:
     if not held:
         return "none" if not committed_indices(root) else "hold none of them"
     (stage, _), *_ = stages.shard_stages("latents", config)
-    with Lease(paths.status, stage.name, root, on_ray=False):
+    with Lease(paths.status, stage.name, root):
         storage.remove(storage.join(root, MANIFEST))
         tasks: dict[int, Task] = {}
         try:

@@ -41,7 +41,7 @@ def run(stage: str, config: RunConfig, local: bool = False, redo: bool = False) 
     sections = TrainingSections(
         run=config.run, seed=config.seed, autoencoder=config.autoencoder, clip=config.clip, train=config.train
     )
-    with Lease(paths.status, stage, _root(stage, paths), on_ray=not local) as lease, _status_ends(paths, stage):
+    with Lease(paths.status, stage, _root(stage, paths)) as lease, _status_ends(paths, stage):
         if local:
             _without_ray(stage, sections, redo)
         else:

@@ -100,7 +100,7 @@ def settle(config: RunConfig, paths: RunPaths) -> None:
     if not open_:
         return
     try:
-        with Lease(paths.status, "alarms", paths.eval, on_ray=False):
+        with Lease(paths.status, "alarms", paths.eval):
             raised = {alarm for name in checkpoints.complete(paths) for alarm in _note(config, paths, name)["alarms"]}
             for checkpoint, digest in _unsettled(config, paths):
                 found = raise_alarms(config, paths, checkpoint, raised)

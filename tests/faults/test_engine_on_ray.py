@@ -109,14 +109,16 @@ def test_a_killed_driver_blocks_nobody_and_the_same_command_finishes(tmp_path: P
     wait_for(lambda: not any(psutil.pid_exists(pid) for pid in workers), 20)
     done = {i: (tmp_path / f"toy/{i:05d}_stats.json").stat().st_mtime_ns for i in committed(tmp_path)}
     assert set(done) == {0, 1, 2, 3}
-    assert (tmp_path / "status/toy.lock").exists()
+    [left] = (tmp_path / "status/toy.lock").iterdir()
+    assert "released" not in json.loads(left.read_text())
     gate.touch()
     code, err = drive(tmp_path, options)
     assert code == 0, err
     assert folder_bytes(tmp_path / "toy") == clean
     assert calls(tmp_path) == sorted([*range(12), 4, 5])  # the two in hand once more, nothing else twice
     assert all((tmp_path / f"toy/{i:05d}_stats.json").stat().st_mtime_ns == t for i, t in done.items())
-    assert not (tmp_path / "status/toy.lock").exists()
+    [left] = (tmp_path / "status/toy.lock").iterdir()
+    assert json.loads(left.read_text())["released"]
 
 
 def test_a_second_job_is_refused_and_sigterm_leaves_a_run_that_goes_on(tmp_path: Path, clean: dict[str, bytes]) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from orchestration.config import Pool, RayConfig
 from orchestration.engine import is_complete, run
-from orchestration.lease import Lease
 from orchestration.ledger import FAILED_IN_A_ROW, Ledger, Retries
 from orchestration.stopping import Stopped
 from shards.dataset import Dataset
@@ -145,34 +143,6 @@ def test_sigterm_finishes_the_shard_in_hand_and_resumes(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "status/toy.json").read_text())["state"] == "stopped"
     local(toy(tmp_path))
     assert calls(tmp_path) == list(range(12))
-
-
-def test_a_living_holder_refuses_a_second_job(tmp_path: Path) -> None:
-    with Lease(f"{tmp_path}", "toy", "out", on_ray=False):
-        with pytest.raises(StageError, match=f"process {os.getpid()} on .* is already working on out"):
-            with Lease(f"{tmp_path}", "toy", "out", on_ray=False):
-                pass
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("foreign", [True, False])
-def test_the_lock_of_a_dead_holder_is_taken_over(tmp_path: Path, foreign: bool) -> None:
-    dead = {"token": "x", "hostname": "h", "pid": 2**22 + 1, "process_began": 0.0, "cluster": None}
-    mine = Lease(str(tmp_path), "toy", "out", on_ray=False).record["host"]
-    # On another host only the age of the heartbeat tells.
-    dead |= {"host": "elsewhere", "beat": time.time() - 3600} if foreign else {"host": mine, "beat": time.time()}
-    (tmp_path / "toy.lock").write_text(json.dumps(dead))
-    began = time.monotonic()
-    with Lease(str(tmp_path), "toy", "out", on_ray=False) as lease:
-        assert json.loads((tmp_path / "toy.lock").read_text())["token"] == lease.record["token"]
-    assert time.monotonic() - began < 3
-
-
-def test_a_fresh_lock_of_another_host_is_respected(tmp_path: Path) -> None:
-    held = {"token": "x", "host": "elsewhere", "hostname": "h", "pid": 7, "beat": time.time(), "cluster": "c"}
-    (tmp_path / "toy.lock").write_text(json.dumps(held))
-    with pytest.raises(StageError, match="process 7 on h"), Lease(str(tmp_path), "toy", "out", on_ray=False):
-        pass
 
 
 def test_the_same_bytes_on_ray_as_in_one_process(tmp_path: Path) -> None:
