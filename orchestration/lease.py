@@ -231,7 +231,7 @@ def _record(data: bytes | None) -> dict[str, Any]:
 
 
 def process_began(pid: int) -> int | None:
-    """When a process began, in ticks since the machine's start, which no setting of a clock changes; None: it is gone."""
+    """When a process began, in ticks since the machine's start, which no clock changes; None: it is gone."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
