@@ -33,7 +33,7 @@ from shards import storage
 from shards.dataset import MANIFEST, commit_shard, put_in_place, staging, write_exclusions, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.settings import ConfigError, StageError
-from shards.stage import Task
+from shards.stage import Task, persist
 
 VERSION = 4
 PENDING = "pending.json"  # in the staging folder: the shards of a dataset that is being rewritten
@@ -272,7 +272,7 @@ class IngestWorker:
         stats = statistics.of_shard(done, urls, began)
         stats["cpu_seconds"] = round(_cpu_seconds() - cpu, 3)
         stats["checks"] = statistics.checks(rows, self.plan, done, config.swapped_sizes)
-        return commit_shard(self.stage.root, task.index, files, stats, task.fingerprint)
+        return persist(lambda: commit_shard(self.stage.root, task.index, files, stats, task.fingerprint))
 
     def close(self) -> None:
         """Close connections, threads and files."""

@@ -40,7 +40,7 @@ from shards.dataset import MANIFEST, Dataset, commit_shard, read_exclusions, wri
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
-from shards.stage import Task
+from shards.stage import Task, persist
 
 if TYPE_CHECKING:
     from latents.encoders import TextEncoder, Vae
@@ -213,7 +213,7 @@ class _Worker:
         seconds = time.perf_counter() - started
         stats["seconds"] = round(seconds, 3)
         stats["images_per_second"] = round(stats["count"] / seconds, 3)
-        return commit_shard(self.root, task.index, files, stats, task.fingerprint)
+        return persist(lambda: commit_shard(self.root, task.index, files, stats, task.fingerprint))
 
     def _open(self, task: Task) -> tuple[images.ImageShard, dict[int, str]]:
         position = task.payload["position"]

@@ -254,7 +254,7 @@ def _plan(arguments: list[str]) -> None:
     samples = planning.pictures_of(stage, given.rows)  # type: ignore[arg-type]
     rates = planning.rates_of(stage, given.samples, given.again)  # type: ignore[arg-type]
     facts = planning.facts_of(stage)  # type: ignore[arg-type]
-    print(planning.report(config.latents, samples, given.workers or pool.workers or 1, rates, prices, facts))
+    print(planning.report(config.latents, samples, given.workers or pool.most_workers or 1, rates, prices, facts))
     ledger = Ledger(stage, paths.status)
     print(f"of this run, {ledger.skipped:,} of {ledger.total:,} shards are made and {ledger.remaining:,} are left")
 

@@ -21,9 +21,10 @@ import glob
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import psutil
+import pydantic
 from pydantic import Field
 
 from eval.config import EvalConfig
@@ -38,13 +39,52 @@ log = logging.getLogger("carrara")
 JOB_PACKAGE = "_ray_pkg_"  # what Ray calls the temporary copy of a job's --working-dir
 
 
+class Span(Strict):
+    """From how many workers to how many."""
+
+    min: int = Field(default=0, ge=0, description="so many are asked for, also where there is no room yet")
+    max: int = Field(ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _in_order(self) -> Span:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min} and max is {self.max}; min must not be more than max")
+        return self
+
+
 class Pool(Strict):
     """The workers of one stage, and what each claims of the cluster."""
 
-    workers: int | None = Field(default=None, ge=1, description="null: as many as the cluster has room for")
+    workers: Annotated[int, Field(ge=1)] | Span | None = Field(
+        default=None,
+        description="a number; null: as many as the cluster has room for, or its autoscaler may make room for; "
+        "{min, max}: the same between these",
+    )
+    placement: Literal["PACK", "SPREAD"] = Field(
+        default="PACK", description="SPREAD: over as many nodes as possible, for what the network limits"
+    )
+    memory_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="memory a worker claims; null: a quarter more than the most that one was seen to use",
+    )
+    deadline_s: float | None = Field(
+        default=21_600.0, gt=0, description="a worker that is at one shard for longer is ended; null: no such limit"
+    )
+    deadline_factor: float | None = Field(
+        default=20.0,
+        gt=1,
+        description="the same after so many times what 95 of 100 shards took, once 20 are done; null: no limit",
+    )
+    start_deadline_s: float = Field(default=1_800.0, gt=0, description="how long a worker may take to start")
     num_cpus: float = Field(default=1.0, gt=0)
     num_gpus: float | None = Field(default=None, ge=0, description="null: one where the cluster has any, else none")
     resources: dict[str, float] = Field(default={}, description="Ray's custom resources, e.g. {fast_disk: 1}")
+
+    @property
+    def most_workers(self) -> int | None:
+        """The number of workers, or the most there may be; None where the cluster decides."""
+        return self.workers.max if isinstance(self.workers, Span) else self.workers
 
     @property
     def threads(self) -> int:
@@ -56,6 +96,9 @@ class CpuPool(Pool):
     """Workers that have no use for a GPU."""
 
     num_gpus: float | None = Field(default=0.0, ge=0)
+    placement: Literal["PACK", "SPREAD"] = Field(
+        default="SPREAD", description="over as many nodes as possible: downloads share their networks"
+    )
 
 
 class Ranks(Strict):
@@ -85,6 +128,11 @@ class RayConfig(Strict):
     attempts: int = Field(default=3, ge=1, description="tries a shard gets before it is set aside")
     back_off_s: float = Field(default=1.0, ge=0, description="wait before a shard's second try; doubles with each")
     grace_s: float = Field(default=20.0, ge=0, description="on SIGTERM, how long shards in hand are waited for")
+    node_strikes: int = Field(
+        default=3,
+        ge=1,
+        description="workers that fail to start on a node, or name trouble of its own, until it is left out",
+    )
     wait_for_nodes_s: float = Field(
         default=600.0, ge=0, description="how long to wait for a node with room for a worker"
     )

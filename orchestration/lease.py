@@ -131,7 +131,7 @@ class Lease:
     # --- taking it ----------------------------------------------------------------------------------------
 
     def _carry_out(self, operations: Operations) -> Any:
-        result = None
+        result: Any = None
         while True:
             try:
                 kind, name, *data = operations.send(result)
@@ -145,7 +145,8 @@ class Lease:
             elif kind == "create":
                 result = storage.create(url, data[0])
             else:
-                result = storage.remove(url)
+                result = None
+                storage.remove(url)
 
     def _names(self) -> list[str]:
         return [n for n in storage.list_names(self.url) if n.isdecimal()]

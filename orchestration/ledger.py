@@ -6,6 +6,7 @@ process but the tracebacks of shards that kept failing, in `<run>/status/<stage>
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import itertools
@@ -13,14 +14,14 @@ import logging
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from shards import storage
 from shards.dataset import MANIFEST, shard_state
 from shards.inventory import Inventory, read_stats_of
 from shards.layout import shard_name
-from shards.settings import StageError
+from shards.settings import NodeTrouble, StageError
 from shards.stage import Stage, Task
 
 log = logging.getLogger("carrara.engine")
@@ -46,16 +47,26 @@ class Ledger:
 
     Made by one pass over `stage.tasks()` that keeps one byte a shard, and by one listing of the stage's folder
     (shards/inventory.py), so that a resume over 200,000 shards opens few files. Raises StageError where a shard
-    was made with other settings, unless `redo`.
+    was made with other settings, unless `redo`. look: called for every task that is looked at, and for every shard
+    whose stats are read at the end; what it raises ends that.
     """
 
-    def __init__(self, stage: Stage, status: str, retries: Retries | None = None, redo: bool = False) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        status: str,
+        retries: Retries | None = None,
+        redo: bool = False,
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
         self.stage, self.status, self.retries = stage, status, retries or Retries()
+        self.look = look
         self.failed: dict[int, str] = {}
         self.skipped = self.made = 0
         self._open = bytearray()  # by position in stage.tasks(): is it to be made?
         self.inventory = Inventory(stage.root, storage.join(status, f"{stage.name}-inventory.safetensors"))
         for task, found in self.inventory.states(stage.tasks()):
+            look()
             if found.state == "stale" and not redo:
                 raise StageError(
                     f"{found.reason}; put the settings back, give --redo to make such shards again, "
@@ -70,6 +81,7 @@ class Ledger:
         self._suspects: deque[Task] = deque()
         self._alone: set[int] = set()  # shards that were suspects once
         self._blame: Counter[int] = Counter()
+        self._troubles: Counter[int] = Counter()
         self._old_failures = set(storage.list_names(self.failures))  # of an earlier run
         self._in_a_row = 0
         self._ahead: Task | None = None
@@ -126,9 +138,18 @@ class Ledger:
         """Seconds until a failed shard may be tried again; None where none waits."""
         return max(0.0, self._waiting[0][0] - time.monotonic()) if self._waiting else None
 
-    def give_back(self, task: Task) -> None:
-        """The task was not done, and not by its own fault: it is next."""
-        heapq.heappush(self._waiting, (time.monotonic(), task.index, task))
+    def give_back(self, task: Task, wait_s: float = 0.0) -> None:
+        """The task was not done, and not by its own fault: it is next, or once so many seconds have passed."""
+        heapq.heappush(self._waiting, (time.monotonic() + wait_s, task.index, task))
+
+    def trouble(self, task: Task, error: NodeTrouble, traceback: str) -> None:
+        """A machine could not make it, whosever fault that is: the task is given back, uncounted. Where several
+        machines in turn come into trouble over it, it is blamed: it may want more memory than any has."""
+        self._troubles[task.index] += 1
+        if self._troubles[task.index] > self.retries.attempts:
+            self.blame(task, str(error), traceback)
+        else:
+            self.give_back(task, self.retries.wait(self._troubles[task.index]) if self._troubles[task.index] > 1 else 0)
 
     def suspect(self, task: Task) -> None:
         """A worker died with this shard and others in hand, so that nobody can say whose fault it was: it is tried
@@ -140,14 +161,13 @@ class Ledger:
         """Whether the shard is on disk after all, whatever became of the worker that made it."""
         return shard_state(self.stage.root, task).state == "done"
 
-    def done(self, task: Task, stats: dict[str, Any] | None = None) -> None:
-        """The shard is committed, with these stats."""
-        if stats is not None:
-            self.inventory.remember(task.index, stats)
+    def done(self, task: Task) -> None:
+        """The shard is committed. No request to the store: at hundreds of shards a second each would be felt."""
         self._in_a_row = 0
         self.made += 1
         if shard_name(task.index) + ".json" in self._old_failures:
-            storage.remove(self._failure_url(task))
+            with contextlib.suppress(Exception):  # a record of an earlier failure too many ends no run
+                storage.remove(self._failure_url(task))
 
     def blame(self, task: Task, error: str, traceback: str) -> None:
         """The shard failed by its own doing: try again later, or set it aside after the last attempt."""
@@ -160,18 +180,19 @@ class Ledger:
             heapq.heappush(self._waiting, (time.monotonic() + wait, task.index, task))
             return
         log.error("%s is set aside after %d attempts: %s", name, attempt, error)
-        storage.write_json(
-            self._failure_url(task),
-            {
-                "stage": self.stage.name,
-                "shard": task.index,
-                "attempts": attempt,
-                "error": error,
-                "traceback": traceback,
-                "host": socket.gethostname(),
-                "at": time.time(),
-            },
-        )
+        record = {
+            "stage": self.stage.name,
+            "shard": task.index,
+            "attempts": attempt,
+            "error": error,
+            "traceback": traceback,
+            "host": socket.gethostname(),
+            "at": time.time(),
+        }
+        try:
+            storage.write_json(self._failure_url(task), record)
+        except Exception as e:  # the run goes on without it
+            log.warning("%s: its traceback cannot be written to %s: %s\n%s", name, self.failures, e, traceback)
         self.failed[task.index] = error
         self._in_a_row += 1
         if self._in_a_row >= FAILED_IN_A_ROW:
@@ -208,6 +229,7 @@ class Ledger:
         tasks, again = itertools.tee(self.stage.tasks())
         root = self.stage.root
         for task, (index, stats) in zip(tasks, read_stats_of(root, (t.index for t in again)), strict=True):
+            self.look()
             if stats is None:
                 raise StageError(f"{root}: shard {shard_name(index)} was removed during the run")
             if stats["fingerprint"]["digest"] != task.fingerprint.digest:
