@@ -31,7 +31,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from orchestration.stopping import EXIT_STOPPED, Stopped
+from orchestration.stopping import EXIT_STOPPED, StopFlag, Stopped, stop_on_sigterm
 from shards.settings import ConfigError, StageError
 
 log = logging.getLogger("carrara")
@@ -42,7 +42,8 @@ def guarded(work: Callable[[], object]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("carrara").setLevel(logging.INFO)
     try:
-        work()
+        with stop_on_sigterm(StopFlag()):
+            work()
     except ConfigError as e:
         return _say(e, 2)
     except StageError as e:

@@ -16,8 +16,9 @@ from types import FrameType
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
-class Stopped(Exception):
-    """The work was ended by a request; the same command goes on with it."""
+class Stopped(BaseException):
+    """The work was ended by a request; the same command goes on with it. Like KeyboardInterrupt, it is no Exception, so
+    that no handler of errors on the way takes it for one."""
 
 
 class StopFlag(threading.Event):
