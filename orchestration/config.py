@@ -31,7 +31,9 @@ from eval.config import EvalConfig
 from ingest.config import IngestConfig
 from latents.config import LatentsConfig
 from orchestration.ledger import Retries
-from shards.settings import ConfigError, Strict, load_yaml, validate
+from shards import storage
+from shards.layout import RunPaths
+from shards.settings import ConfigError, Strict, apply_overrides, load_yaml, validate
 from train.config import AutoencoderConfig, ClipConfig, TrainConfig
 
 log = logging.getLogger("carrara")
@@ -181,12 +183,27 @@ def load(path: str, overrides: Sequence[str], base: str, tables: bool = True) ->
     return config
 
 
+def load_of_run(run: str, overrides: Sequence[str], base: str) -> RunConfig | None:
+    """The configuration that a run was last worked on with, as it is noted there, with overrides; None where there is
+    none. Raises ConfigError where it does not fit this version."""
+    url = storage.join(RunPaths(_absolute(run, base)).status, "config.json")
+    try:
+        data = storage.read_json(url)
+    except (ValueError, OSError):
+        return None
+    if not isinstance(data, dict):
+        return None
+    apply_overrides(data, overrides)
+    return validate(RunConfig, _resolved({**data, "run": data.get("run", run)}, base), url)
+
+
 def base_folder() -> tuple[str, str]:
     """(folder, why): what relative paths in the configuration are relative to.
 
     `ray job submit --working-dir .` runs the job in a temporary copy of the folder, and whatever were
-    written there would be lost with it. So: CARRARA_ROOT if set; in such a copy, the folder in which the
-    Ray daemon was started that this process descends from; otherwise the current folder.
+    written there would be lost with it. So: CARRARA_ROOT if set; in such a copy, the folder in which
+    `carrara submit` was called, where there is one of that name, else that in which the Ray daemon was started
+    that this process descends from; otherwise the current folder.
     """
     root = os.environ.get("CARRARA_ROOT")
     if root:
@@ -196,6 +213,9 @@ def base_folder() -> tuple[str, str]:
     here = os.getcwd()
     if JOB_PACKAGE not in here:
         return here, "the current folder"
+    sent_from = os.environ.get("CARRARA_SENT_FROM")
+    if sent_from and os.path.isdir(sent_from):
+        return sent_from, "the folder where the job was submitted"
     try:
         for parent in psutil.Process().parents():
             if parent.name() == "raylet":

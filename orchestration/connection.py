@@ -79,7 +79,7 @@ def connected(config: RayConfig) -> Iterator[None]:
 
 
 def _refuse_if_silent(address: str) -> None:
-    """Raise ConfigError where nothing listens at a Ray address (host:port, ray://host:port; `auto` is Ray's to find)."""
+    """Raise ConfigError where nothing listens at a Ray address (host:port or ray://host:port)."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal():
         return
@@ -102,9 +102,9 @@ def _watched(address: str | None) -> Iterator[None]:
         if over.wait(SILENCE_S) or address is None or _is_ray(address) or over.is_set():
             return
         print(
-            f"carrara: what listens at {address} does not answer as a Ray does within {SILENCE_S + PROBE_S:.0f} s; correct "
-            "ray.address or RAY_ADDRESS (its port is that of `ray start`, 6379 by default, not the dashboard's), and see "
-            "that RAY_AUTH_MODE and the token are the same here as there",
+            f"carrara: what listens at {address} does not answer as a Ray does within {SILENCE_S + PROBE_S:.0f} s; "
+            "correct ray.address or RAY_ADDRESS (its port is that of `ray start`, 6379 by default, not the dashboard's), "
+            "and see that RAY_AUTH_MODE and the token are the same here as there",
             file=sys.stderr,
             flush=True,
         )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
-from orchestration import engine
+from orchestration import checks, engine
 from orchestration.config import Pool, RunConfig
 from shards import storage
 from shards.dataset import MANIFEST
@@ -20,16 +19,6 @@ log = logging.getLogger("carrara")
 
 STAGES = ("ingest", "autoencoder", "clip", "latents", "train", "eval")
 FITS = ("autoencoder", "clip", "train")
-
-
-def known(name: str, others: tuple[str, ...] = ()) -> str:
-    """`name`, if there is such a stage or other command; raises ConfigError with the nearest name."""
-    names = (*STAGES, *others)
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names)}"
-        raise ConfigError(f"there is no stage or command '{name}'; {hint}")
-    return name
 
 
 def vae_ref(config: RunConfig) -> str:
@@ -134,15 +123,15 @@ def run(name: str, config: RunConfig, local: bool = False, redo: bool = False) -
     if is_complete(name, config):
         log.info("%s: complete; nothing to do", name)
         return
+    checks.check_static(name, config)
+    checks.claim(config)
     if name in FITS:
         from orchestration import trainer
 
+        checks.warn_of_small_data(name, config)
         work: Callable[[], Any] = lambda: trainer.run(name, config, local, redo)  # noqa: E731
     else:
         stages = shard_stages(name, config)
-        if name == "ingest":
-            for stage, _ in stages:
-                stage.check()  # type: ignore[attr-defined]  # opens the table and finds its columns
         work = lambda: _run_shards(name, stages, config, local, redo)  # noqa: E731
     if local:
         work()
@@ -151,6 +140,13 @@ def run(name: str, config: RunConfig, local: bool = False, redo: bool = False) -
 
     with connected(config.ray):
         work()
+
+
+def check_all(config: RunConfig) -> None:
+    """What can be known to be wrong with any stage before the first begins; raises ConfigError with the first found."""
+    for name in STAGES:
+        checks.check_static(name, config)
+    checks.claim(config)
 
 
 def retry_ingest(config: RunConfig, codes: str, local: bool = False) -> None:
@@ -163,12 +159,12 @@ def retry_ingest(config: RunConfig, codes: str, local: bool = False) -> None:
         for s, pool in shard_stages("ingest", config)
     ]
     if local:
-        _run_shards("ingest", stages, config, local, False)
+        _run_shards("ingest", stages, config, local, False, retry=True)
         return
     from orchestration.connection import connected
 
     with connected(config.ray):
-        _run_shards("ingest", stages, config, local, False)
+        _run_shards("ingest", stages, config, local, False, retry=True)
 
 
 def dry_run(config: RunConfig, rows: int | None = None) -> str:
@@ -185,10 +181,13 @@ def dry_run(config: RunConfig, rows: int | None = None) -> str:
     return "\n".join(parts)
 
 
-def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, local: bool, redo: bool) -> None:
+def _run_shards(
+    name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, local: bool, redo: bool, retry: bool = False
+) -> None:
     paths = RunPaths(config.run)
     for stage, pool in stages:
-        engine.run(stage, paths.status, config.ray, pool, local, redo)
+        # A retry has a line of its own in `carrara status`: the ingest's would say 3 of 3.
+        engine.run(stage, paths.status, config.ray, pool, local, redo, line=f"{stage.name}-retry" if retry else None)
     if name == "eval":
         from eval.stage import conclude
 

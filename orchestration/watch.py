@@ -20,6 +20,7 @@ import logging
 import os
 import subprocess
 import sys
+import zoneinfo
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
@@ -195,15 +196,28 @@ def _clock(config: RunConfig) -> Callable[[], bool]:
     expression = config.eval.watch.cron
     if expression is None:
         return lambda: True
-    moments = CronSim(expression, datetime.datetime.now().astimezone())
+    moments = CronSim(expression, _now())
     following = [next(moments)]
 
     def due() -> bool:
-        now = datetime.datetime.now().astimezone()
-        if now < following[0]:
+        now = _now()
+        if now.timestamp() < following[0].timestamp():
             return False
-        while following[0] <= now:  # moments that passed during an evaluation are late, and skipped
+        while (
+            following[0].timestamp() <= now.timestamp()
+        ):  # moments that passed during an evaluation are late, and skipped
             following[0] = next(moments)
         return True
 
     return due
+
+
+def _now() -> datetime.datetime:
+    """The time here, in the zone itself: `astimezone()` alone has today's distance from UTC, which is another one once
+    the clocks change."""
+    name = os.environ.get("TZ", "").lstrip(":")
+    for zone in (name, os.path.realpath("/etc/localtime").partition("zoneinfo/")[2]):
+        with contextlib.suppress(OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
+            if zone:
+                return datetime.datetime.now(zoneinfo.ZoneInfo(zone))
+    return datetime.datetime.now().astimezone()

@@ -1,4 +1,4 @@
-"""SIGTERM at every moment of a command is exit code 75 and one sentence, to the driver alone and to its process group."""
+"""SIGTERM at every moment of a command is exit code 75 and one sentence, to the driver alone and to its group."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_sigterm_while_planning_and_while_finishing(tmp_path: Path, where: str) 
 
 
 def test_the_request_is_seen_through_handlers_of_errors() -> None:
-    with pytest.raises(Stopped), stop_on_sigterm(StopFlag("x")):
+    with pytest.raises(Stopped), stop_on_sigterm(StopFlag("x")):  # noqa: PT012
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
