@@ -7,6 +7,7 @@ One parser (typer) for all of them, so that an option is spelled the same everyw
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.metadata
 import json
 import logging
@@ -14,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from shards.settings import ConfigError, StageError
@@ -53,6 +53,8 @@ Seed = Annotated[int, typer.Option("--seed")]
 Precision = Annotated[str, typer.Option("--precision", help="float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
 BatchSize = Annotated[int, typer.Option("--batch-size")]
+# typer brings a click of its own, in which the base of all these errors has no public name.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 WEIGHTS = "ema, raw, one of train.ema_stds (ema_0.050), or posthoc:0.08"
 
 
@@ -60,18 +62,23 @@ def run(arguments: Sequence[str]) -> None:
     """Run what the arguments say. Raises ConfigError where they cannot be understood, else as the command does."""
     _refuse_unknown(arguments)
     try:
-        typer.main.get_command(app).main(list(arguments), prog_name="carrara", standalone_mode=False)
-    except click.ClickException as e:
-        where = e.ctx.command_path if isinstance(e, click.UsageError) and e.ctx else "carrara"
-        text = e.format_message().rstrip(".")
+        _command().main(list(arguments), prog_name="carrara", standalone_mode=False)
+    except USAGE_ERROR as e:
+        where = e.ctx.command_path if e.ctx else "carrara"  # type: ignore[attr-defined]
+        text = e.format_message().rstrip(".")  # type: ignore[attr-defined]
         raise ConfigError(f"{text[:1].lower()}{text[1:]}; `{where} --help` shows how it is called") from None
-    except click.Abort:
+    except typer.Abort:
         raise KeyboardInterrupt from None
 
 
 def names() -> list[str]:
     """The commands there are."""
-    return list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    return list(_command().commands)
+
+
+@functools.cache
+def _command() -> Any:
+    return typer.main.get_command(app)
 
 
 def _refuse_unknown(arguments: Sequence[str]) -> None:
@@ -147,6 +154,7 @@ def ingest(
 ) -> None:
     """Fetch the table's pictures into image shards.
 
+    \b
     carrara ingest --config mine.yaml --dry-run --rows 1000000
     carrara ingest --config mine.yaml --retry transient
     """
@@ -557,6 +565,7 @@ def submit(
 ) -> None:
     """Run any command as a Ray job, follow its log, and end as it ends.
 
+    \b
     carrara submit --address http://127.0.0.1:8265 ingest --config mine.yaml --retry transient
 
     The configuration and other files that the arguments name are sent with it, and so is this Carrara.

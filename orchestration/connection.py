@@ -103,8 +103,8 @@ def _watched(address: str | None) -> Iterator[None]:
             return
         print(
             f"carrara: what listens at {address} does not answer as a Ray does within {SILENCE_S + PROBE_S:.0f} s; "
-            "correct ray.address or RAY_ADDRESS (its port is that of `ray start`, 6379 by default, not the dashboard's), "
-            "and see that RAY_AUTH_MODE and the token are the same here as there",
+            "correct ray.address or RAY_ADDRESS (the port is that of `ray start`, 6379 by default, and not the "
+            "dashboard's), and see that RAY_AUTH_MODE and the token are the same here as there",
             file=sys.stderr,
             flush=True,
         )
