@@ -211,7 +211,9 @@ class Fleet:
     def _complain(self, now: float, needs: dict[str, float]) -> None:
         have = ray.cluster_resources()
         held = {k: v for k, v in have.items() if k in {"CPU", "GPU", *needs}}
-        text = f"{self.stage.name}: no node has room for a worker (it needs {needs}, the cluster has {held})"
+        text = (
+            f"{self.stage.name}: no node has room for a worker (it needs {told(needs)}, the cluster has {told(held)})"
+        )
         if self.nodes.left_out():
             text += "; left out: " + ", ".join(self.nodes.name(n) for n in self.nodes.left_out())
         if now - self.working_at > self.config.wait_for_nodes_s:
@@ -396,3 +398,8 @@ class Fleet:
         """End all workers."""
         for hand in self.hands:
             self._kill(hand)
+
+
+def told(amounts: dict[str, float]) -> dict[str, Any]:
+    """Resources for people: memory in GB."""
+    return {k: f"{v / 1e9:.1f} GB" if k == "memory" else v for k, v in amounts.items()}

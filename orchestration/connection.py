@@ -50,6 +50,7 @@ def connected(config: RayConfig) -> Iterator[None]:
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        os.environ.setdefault("RAY_agent_register_timeout_ms", "180000")  # parts start slowly on a busy machine
         be_patient()
         keep_apart()
         log.info("no Ray address given: starting a Ray on this machine for this command")
@@ -61,7 +62,7 @@ def connected(config: RayConfig) -> Iterator[None]:
             ray.init(**{"address": address, **options})
     except SystemExit:  # what Ray makes of a SIGTERM, from the moment at which it installs a handler of its own
         raise Stopped("stopped on request while Ray was started; the same command goes on from here") from None
-    except (ConnectionError, ray.exceptions.RayError, RuntimeError) as e:
+    except Exception as e:  # Ray raises bare ones, too
         text = " ".join(str(e).split())[:300]
         if address is None:
             raise StageError(f"Ray does not start on this machine: {text}") from e

@@ -170,7 +170,7 @@ def test_a_shard_that_hangs_is_ended_and_made_by_another_worker(tmp_path: Path, 
     began = time.monotonic()
     code, err = drive(tmp_path, json.dumps(options))
     assert code == 0, err
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 110, "the start of the Ray included"
     assert "shard 00005 failed (1 of 3)" in err
     assert "so its worker was ended" in err
     assert calls(tmp_path) == sorted([*range(12), 5])
@@ -212,4 +212,4 @@ def test_the_memory_of_a_worker_is_measured_and_claimed_by_the_next_run(tmp_path
     assert code == 0, err
     code, err = drive(tmp_path / "large", json.dumps({"memory_gb": 100_000.0, "wait_for_nodes_s": 0}))
     assert code == 1, err
-    assert "no node has room for a worker (it needs {'CPU': 1.0, 'memory': 100000000000000.0}" in err
+    assert "no node has room for a worker (it needs {'CPU': 1.0, 'memory': '100000.0 GB'}" in err
