@@ -71,7 +71,7 @@ class Host:
         await asyncio.sleep(self.seconds)
         stats = {
             "shard": task.index, "rows": 10_000, "count": 8_100, "encode_seconds": 0.0,
-            "status": {"success": 8_100, "failed_to_download": 1_900}, 
+            "status": {"success": 8_100, "failed_to_download": 1_900},
             "errors": {"http_not_found": 1_000, "timeout": 900},
         }  # fmt: skip
         return stats, 350_000_000

@@ -59,6 +59,7 @@ def submit(command: Sequence[str], address: str | None = None) -> None:
 def pack(folder: Path, arguments: Sequence[str]) -> list[str]:
     """Lay Carrara's packages and the files that the arguments name into an empty folder; returns the arguments as they
     are there."""
+    folder.mkdir(exist_ok=True)
     for name in (*NAMES, "orchestration"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "tests")
         shutil.copytree(Path(ROOT) / name, folder / name, ignore=ignored)

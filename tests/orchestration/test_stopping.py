@@ -162,6 +162,7 @@ def test_a_wrong_ray_address_is_a_sentence_at_once() -> None:
     assert seconds < 15
 
 
+@pytest.mark.slow
 def test_an_address_where_something_else_listens_is_a_sentence_within_half_a_minute() -> None:
     code, err, seconds = wrong_address(lambda server: server.listen(50))
     assert code == 2, err
