@@ -22,7 +22,7 @@ def accounted(
         if s["rows"] != left.pop(s["shard"], None) or sum(s["status"].values()) != s["rows"]:
             raise StageError(f"{root}: shard {s['shard']} does not have the pictures of its task; run again")
         status.update(s["status"])
-        kept.append({k: s[k] for k in ("shard", "rows", "count", "files")})
+        kept.append({k: s[k] for k in ("shard", "rows", "count", "files", "born")})
     if left:
         raise StageError(f"{root}: {len(left)} shards are missing, the first is {min(left)}; run again")
     return kept, status

@@ -25,10 +25,10 @@ from eval.reference import parquet
 from latents.pictures import ahead, resize_crop
 from shards import images, storage
 from shards.columns import pack_columns
-from shards.dataset import Dataset, ShardInfo, commit_shard, write_manifest
+from shards.dataset import Dataset, ShardInfo, write_manifest
 from shards.fingerprint import Fingerprint, digest_json
 from shards.settings import StageError
-from shards.stage import Task
+from shards.stage import Task, open_folder
 
 VERSION = 1
 
@@ -50,15 +50,29 @@ class FeaturesStage:
     """
 
     unit = "images"
+    data = ".safetensors"
 
     def __init__(
-        self, source: str, folder: str, label: str, refs: Mapping[str, str], settings: Settings, device: str = "auto"
+        self,
+        source: str,
+        folder: str,
+        label: str,
+        refs: Mapping[str, str],
+        settings: Settings,
+        device: str = "auto",
+        grows: bool = False,
     ) -> None:
         self.source, self.settings, self.device = source, settings, device
         self.name = f"features-{label}"
         self.found = {name: networks.find(name, ref) for name, ref in sorted(refs.items())}
         self.weights = {name: found.digest for name, found in self.found.items()}
-        self.root = storage.join(folder, digest_json([dataclasses.asdict(settings), self.weights])[:10])
+        # Other pictures, another folder: but for those that are being made, of which nothing goes again.
+        self.pictures = None if grows else _fingerprint(source)
+        self.root = storage.join(folder, digest_json([dataclasses.asdict(settings), self.weights, self.pictures])[:10])
+
+    def made_with(self) -> Fingerprint:
+        """Settings, weights, and which pictures are measured."""
+        return Fingerprint("features", VERSION, dataclasses.asdict(self.settings), self.pictures, self.weights)
 
     def tasks(self) -> Iterator[Task]:
         """One task a shard of pictures; StageError where the pictures are not finished."""
@@ -67,9 +81,7 @@ class FeaturesStage:
 
     def task(self, position: int, info: ShardInfo) -> Task:
         """The task of the shard at this position of the pictures, which need not be finished."""
-        settings = dataclasses.asdict(self.settings)
-        fingerprint = Fingerprint("features", VERSION, settings, info.digest, self.weights)
-        return Task(info.index, fingerprint, {"position": position})
+        return Task(info.index, info.born, position)
 
     def worker(self) -> FeaturesWorker:
         """Load the networks once; the result makes one shard a call."""
@@ -88,6 +100,13 @@ class FeaturesStage:
         return write_manifest(self.root, "features", kept, extra)
 
 
+def _fingerprint(source: str) -> str:
+    try:
+        return Dataset.open(source).fingerprint
+    except StageError:
+        return ""  # not finished; `tasks` says so
+
+
 class FeaturesWorker:
     """The networks of one process, and the features of one shard with them."""
 
@@ -96,6 +115,7 @@ class FeaturesWorker:
         from latents.stage import fixed_arithmetic
 
         self.stage, self.settings, self.fixed = stage, stage.settings, fixed_arithmetic
+        self.folder = open_folder(stage)
         device = pick_device(stage.device)
         for found in stage.found.values():
             if networks.find(found.name, found.ref).digest != found.digest:
@@ -106,10 +126,10 @@ class FeaturesWorker:
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """Make and commit the features of one shard of the finished pictures; returns their committed stats."""
-        position, known = task.payload["position"], self.dataset
-        if known is None or position >= len(known.shards) or known.shards[position].digest != task.fingerprint.input:
+        position, known = task.payload, self.dataset
+        if known is None or position >= len(known.shards) or known.shards[position].born != task.input:
             self.dataset = Dataset.open(self.stage.source)  # perhaps finished again since this worker started
-            if self.dataset.shards[position].digest != task.fingerprint.input:
+            if self.dataset.shards[position].born != task.input:
                 raise StageError(
                     f"{self.stage.source}: the pictures changed during the run; run the same command again"
                 )
@@ -118,13 +138,15 @@ class FeaturesWorker:
 
     def of(self, pictures: Dataset, task: Task) -> dict[str, Any]:
         """As a call, from these pictures, of which this shard alone need be committed."""
+        if (found := self.folder.adopt(task.index)) is not None:
+            return found
         started = time.perf_counter()
-        shard = images.ImageShard(pictures, task.payload["position"])
+        shard = images.ImageShard(pictures, task.payload)
         with self.fixed(self.settings.threads):
             files, stats = self._make(shard)
         shard.close()
         stats["seconds"] = round(time.perf_counter() - started, 3)
-        return commit_shard(self.stage.root, task.index, files, stats, task.fingerprint)
+        return self.folder.commit(task.index, files, stats, task.input)
 
     def _make(self, shard: images.ImageShard) -> tuple[dict[str, bytes], dict[str, Any]]:
         size, side = self.settings.batch_size, self.settings.resolution

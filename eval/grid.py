@@ -19,10 +19,11 @@ from eval import compare, results
 from eval.config import EvalConfig
 from eval.stage import GenerateStage
 from shards import storage
-from shards.dataset import Dataset, read_stats, shard_state
+from shards.dataset import Dataset, read_stats
+from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths
 from shards.settings import ConfigError
-from shards.stage import Task, Worker
+from shards.stage import Task, Worker, committed, is_begun
 
 VARY = ("sampler", "steps", "guidance_scale")
 SECOND_ORDER = {"heun": 2}  # evaluations of the network a step; one for all others
@@ -56,7 +57,11 @@ class FirstPart:
 
     def __init__(self, stage: GenerateStage, shards: int) -> None:
         self.stage, self.shards = stage, shards
-        self.name, self.root = stage.name, stage.root
+        self.name, self.root, self.data = stage.name, stage.root, stage.data
+
+    def made_with(self) -> Fingerprint:
+        """The cell's own."""
+        return self.stage.made_with()
 
     def tasks(self) -> Iterator[Task]:
         """The first tasks of the cell."""
@@ -73,7 +78,7 @@ class FirstPart:
     @property
     def complete(self) -> bool:
         """Whether these shards are all committed."""
-        return all(shard_state(self.root, task).state == "done" for task in self.tasks())
+        return is_begun(self) and all(committed(self, self.tasks()))
 
     def measure(self) -> dict[str, Any]:
         """The result of these shards alone, in the form of metrics.json."""

@@ -25,10 +25,10 @@ from latents.pictures import resize_crop
 from latents.weights import find_clip, find_vae
 from shards import images, storage
 from shards.columns import pack_columns
-from shards.dataset import Dataset, commit_shard, write_manifest
+from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_json
 from shards.layout import RunPaths
-from shards.stage import Task
+from shards.stage import Task, open_folder
 
 VERSION = 1
 SHEET = 16  # reconstructions kept of each shard, for the report
@@ -40,18 +40,25 @@ class ReferenceStage:
 
     name = "reference"
     unit = "images"
+    data = ".safetensors"
 
     def __init__(self, config: EvalConfig, run: RunPaths, vae_ref: str, text_ref: str, resolution: int) -> None:
         self.config, self.run, self.resolution = config, run, resolution
         self.vae_ref, self.features_ref = vae_ref, config.features or text_ref
         self.weights = {"vae": find_vae(vae_ref).digest, "features": find_clip(self.features_ref).digest}
-        self.root = storage.join(run.eval, "reference", digest_json([self._settings(), self.weights])[:10])
+        self.heldout = Dataset.open(run.heldout).fingerprint  # other pictures, another folder
+        self.root = storage.join(
+            run.eval, "reference", digest_json([self._settings(), self.weights, self.heldout])[:10]
+        )
+
+    def made_with(self) -> Fingerprint:
+        """Settings, weights, and which pictures are measured."""
+        return Fingerprint(self.name, VERSION, self._settings(), self.heldout, self.weights)
 
     def tasks(self) -> Iterator[Task]:
         """One task a held-out shard."""
         for position, info in enumerate(Dataset.open(self.run.heldout).shards):
-            fingerprint = Fingerprint(self.name, VERSION, self._settings(), info.digest, self.weights)
-            yield Task(info.index, fingerprint, {"position": position})
+            yield Task(info.index, info.born, position)
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Load the networks once; the result makes one shard a call."""
@@ -89,6 +96,7 @@ class _Worker:
         from latents.stage import fixed_arithmetic
 
         self.stage, self.config, self.fixed = stage, stage.config, fixed_arithmetic
+        self.folder = open_folder(stage)
         device = pick_device(self.config.device)
         self.judge = faithfulness.load(self.config.faithfulness)
         with fixed_arithmetic(self.config.threads):
@@ -98,14 +106,16 @@ class _Worker:
     def __call__(self, task: Task) -> dict[str, Any]:
         same_weights("the VAE", self.vae.digest, self.stage.weights["vae"], self.vae.ref)
         same_weights("the CLIP", self.clip.digest, self.stage.weights["features"], self.clip.ref)
+        if (found := self.folder.adopt(task.index)) is not None:
+            return found
         heldout = Dataset.open(self.stage.run.heldout)
         started = time.perf_counter()
-        shard = images.ImageShard(heldout, task.payload["position"])
+        shard = images.ImageShard(heldout, task.payload)
         with self.fixed(self.config.threads):
             files, stats = self._make(shard)
         shard.close()
         stats["seconds"] = round(time.perf_counter() - started, 3)
-        return commit_shard(self.stage.root, task.index, files, stats, task.fingerprint)
+        return self.folder.commit(task.index, files, stats, task.input)
 
     def _make(self, shard: images.ImageShard) -> tuple[dict[str, bytes], dict[str, Any]]:
         keys, captions, size = shard.keys, shard.captions, self.config.batch_size

@@ -33,12 +33,12 @@ from eval.prompts import MAX_CHARS
 from eval.reference import parquet, png
 from latents.pictures import resize_crop
 from shards import storage
-from shards.dataset import Dataset, commit_shard, write_manifest
+from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
 from shards.images import ImageShard, pack_tar
 from shards.layout import RunPaths, sample_key
 from shards.settings import ConfigError, Strict, validate
-from shards.stage import Task
+from shards.stage import Task, open_folder
 
 VERSION = 1
 UNPACKED = 2000  # pictures; beyond that the shards are the result
@@ -111,6 +111,7 @@ class SampleStage:
 
     name = "sample"
     unit = "images"
+    data = ".tar"
 
     def __init__(self, config: SampleConfig, run: RunPaths, out: str) -> None:
         self.config, self.run, self.out = config, run, out
@@ -124,16 +125,21 @@ class SampleStage:
         """How many pictures are wanted."""
         return len(self.config.wishes) * self.config.count
 
-    def tasks(self) -> Iterator[Task]:
-        """One task a shard; the pictures of a prompt lie side by side."""
+    def made_with(self) -> Fingerprint:
+        """Settings, weights and what is to be drawn."""
         c = self.config
         settings = c.model_dump(exclude={"wishes", "device", "image", "mask", "checkpoint"})
         settings["image"] = None if self.image is None else digest_bytes(self.image.tobytes())
         settings["mask"] = None if self.mask is None else digest_bytes(self.mask.tobytes())
+        wanted = digest_json([[w.prompt, w.negative, w.seed] for w in c.wishes])
+        return Fingerprint(self.name, VERSION, settings, wanted, {"unet": self.subject.digest})
+
+    def tasks(self) -> Iterator[Task]:
+        """One task a shard; the pictures of a prompt lie side by side."""
+        c = self.config
         for index, start in enumerate(range(0, self.total, c.shard_size)):
             items = [(c.wishes[i // c.count], i % c.count) for i in range(start, min(start + c.shard_size, self.total))]
-            wanted = digest_json([[w.prompt, w.negative, w.seed, n] for w, n in items])
-            yield Task(index, Fingerprint(self.name, VERSION, settings, wanted, {"unet": self.subject.digest}), items)
+            yield Task(index, payload=items)
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Build the pipeline once; the result makes one shard a call."""
@@ -170,6 +176,7 @@ class _Worker:
         from latents.stage import fixed_arithmetic
 
         self.stage, self.config, self.fixed = stage, stage.config, fixed_arithmetic
+        self.folder = open_folder(stage)
         c = stage.config
         device = pick_device(c.device)
         with fixed_arithmetic(c.threads):
@@ -186,11 +193,13 @@ class _Worker:
                 raise ConfigError(f"--{name} is {side}, which the VAE does not divide; {near} is the nearest that fits")
 
     def __call__(self, task: Task) -> dict[str, Any]:
+        if (found := self.folder.adopt(task.index)) is not None:
+            return found
         started = time.perf_counter()
         with self.fixed(self.config.threads):
             files, stats = self._make(task.index, task.payload)
         stats["seconds"] = round(time.perf_counter() - started, 3)
-        return commit_shard(self.stage.root, task.index, files, stats, task.fingerprint)
+        return self.folder.commit(task.index, files, stats)
 
     def _make(self, index: int, items: list[tuple[Wish, int]]) -> tuple[dict[str, bytes], dict[str, Any]]:
         pictures: list[np.ndarray] = []

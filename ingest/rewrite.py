@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from shards.inventory import read_stats_of
+
 from ingest import statistics
 from ingest.errors import ERRORS, RETRYABLE
 from ingest.packing import Sidecar, read_back
@@ -21,7 +23,6 @@ from ingest.work import Outcome
 from shards import storage
 from shards.dataset import MANIFEST, Dataset, files_digest, put_in_place, read_stats, stage_replacement, staging
 from shards.fingerprint import Fingerprint
-from shards.inventory import read_stats_of
 from shards.layout import shard_name
 from shards.settings import ConfigError, StageError
 from shards.stage import Task

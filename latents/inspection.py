@@ -25,8 +25,9 @@ from latents.pictures import resize_crop_to
 from latents.stage import LatentsStage, fixed_arithmetic
 from shards import images, storage
 from shards.columns import ColumnShard
-from shards.dataset import Dataset, verify_shard
+from shards.dataset import Dataset
 from shards.settings import StageError
+from shards.verify import verify_shard
 
 # Root mean square of what may differ, over that of the values themselves. Batches of other sizes change the last bits
 # of float32, and half precision stores eleven; bfloat16 arithmetic keeps eight.

@@ -19,6 +19,7 @@ import dataclasses
 import io
 import itertools
 import json
+import logging
 import threading
 import time
 from collections import Counter
@@ -35,15 +36,20 @@ from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, 
 from latents.pictures import Fit, ahead, resize_crop_to
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
 from shards import images, storage
-from shards.columns import pack_columns
-from shards.dataset import MANIFEST, Dataset, commit_shard, read_exclusions, write_manifest
-from shards.fingerprint import Fingerprint
-from shards.layout import RunPaths
+from shards.columns import column_rows, pack_columns, unpack_columns
+from shards.dataset import MANIFEST, Dataset, born, read_stats, read_stats_of, write_manifest
+from shards.exclusions import write_exclusions
+from shards.fingerprint import Fingerprint, digest_bytes
+from shards.layout import RunPaths, shard_name
+from shards.listing import listed
 from shards.settings import ConfigError, StageError
-from shards.stage import Task, persist
+from shards.stage import Task, open_folder, persist, refuse_other_settings
+from shards.takeover import is_old, old_digests
 
 if TYPE_CHECKING:
     from latents.encoders import TextEncoder, Vae
+
+log = logging.getLogger("carrara.latents")
 
 VERSION = 2  # raise it when the bytes of a shard change for the same settings
 
@@ -75,11 +81,24 @@ class _Plan:
     order: np.ndarray
 
 
+@dataclasses.dataclass
+class _LeftOut:
+    """Rows (int64) of a latent shard that are excluded by now: those with a latent, those that were set aside."""
+
+    latents: np.ndarray
+    failed: np.ndarray
+
+
+def _rows_digest(rows: np.ndarray) -> str:
+    return digest_bytes(rows.astype("<i8").tobytes())[:16]
+
+
 class LatentsStage:
     """Stage over the run's image shards. Small and picklable: settings and paths."""
 
     name = "latents"
     unit = "images"
+    data = ".safetensors"
     in_hand = 2  # shards a worker is given at a time
 
     def __init__(self, config: LatentsConfig, run: RunPaths, vae_ref: str, text_ref: str, seed: int = 0) -> None:
@@ -91,9 +110,8 @@ class LatentsStage:
         self.root = run.latents
         self._opened: tuple[tuple[int, int] | None, Dataset] | None = None
 
-    def tasks(self) -> Iterator[Task]:
-        """One task an image shard; raises ConfigError where weights are missing or do not fit the resolution."""
-        dataset = self.images()
+    def made_with(self) -> Fingerprint:
+        """Settings and weights; raises ConfigError where weights are missing or do not fit the resolution."""
         vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
         for bucket in self.config.bucket_list():
             if bucket.width % vae.downscale or bucket.height % vae.downscale:
@@ -109,9 +127,32 @@ class LatentsStage:
                 "set latents.moments to false"
             )
         weights = {"vae": vae.digest, "text": text.digest}
-        common = Fingerprint(self.name, VERSION, self.config.settings(), None, weights)
-        for position, info in enumerate(dataset.shards):
-            yield Task(info.index, common.of(info.digest), {"position": position})
+        return Fingerprint(self.name, VERSION, self.config.settings(), None, weights)
+
+    def begin(self, redo: bool) -> None:
+        """Refuse latents of an older version that are of other images than the run's; raises ConfigError."""
+        if redo or not is_old(self.root):
+            return
+        digests = old_digests(self.run.images)
+        committed = listed(self.root, self.data).committed
+        for index, stats in read_stats_of(self.root, (int(i) for i in committed)):
+            if stats is not None and stats["fingerprint"]["input"] != digests.get(index):
+                raise ConfigError(
+                    f"{self.root}: shard {shard_name(index)} was made of other images than lie in {self.run.images} "
+                    "now; give --redo to set this folder aside and make it anew, or set 'run' to another folder"
+                )
+
+    def tasks(self) -> Iterator[Task]:
+        """One task an image shard. Its latents are done where they are committed for the shard as it was born: what is
+        excluded or taken out later is left out by the reader."""
+        images = self.images()
+        for position, info in enumerate(images.shards):
+            yield Task(info.index, info.born if images.format > 1 else None, position)
+
+    def is_current(self) -> bool:
+        """Whether the manifest was written for the image shards' present one."""
+        manifest = storage.read_json(storage.join(self.root, MANIFEST))
+        return isinstance(manifest, dict) and manifest.get("images") == self.images().fingerprint
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Load the encoders once; the result makes one shard a call."""
@@ -120,44 +161,85 @@ class LatentsStage:
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Check the accounting, merge the statistics in shard order, write the manifest and return it."""
         vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
-        weights = {"vae": vae.digest, "text": text.digest}
-        expected = {s.index: s for s in self.images().shards}
-        total: ChannelStats | None = None
+        refuse_other_settings(self)  # weights may have been exchanged during the run
+        images, total = self.images(), None
+        expected = {s.index: s for s in images.shards}
         status: Counter[str] = Counter()
         errors: Counter[str] = Counter()
-        kept, buckets, bucket_counts = [], self.config.bucket_list(), []
-        for s in stats:
-            _check_accounting(self.root, s, expected.pop(s["shard"], None))
-            if s["fingerprint"]["weights"] != weights:
-                raise StageError(
-                    f"{self.root}: shard {s['shard']} was made with other weights than lie at '{vae.ref}' and "
-                    f"'{text.ref}' now; put those back, or run with --redo"
+        buckets, bucket_counts = self.config.bucket_list(), []
+        later: list[int] = []  # shards of which samples were excluded since
+        without = 0
+
+        def folded() -> Iterator[dict[str, Any]]:
+            nonlocal total, without
+            for s in stats:
+                index = s["shard"]
+                source = expected.pop(index, None)
+                out = images.exclusions.rows(index)
+                left_out = self._left_out(index, out) if len(out) and s.get("excluded") != _rows_digest(out) else None
+                without += _check_accounting(self.root, s, source, left_out)
+                if left_out is not None and len(left_out.latents):
+                    later.append(index)
+                status.update(s["status"])
+                errors.update(s["errors"])
+                if s["channels"]:
+                    part = ChannelStats.from_json(s["channels"])
+                    total = part if total is None else total.merge(part)
+                if len(buckets) > 1:
+                    gone = left_out is not None and len(left_out.latents)
+                    bucket_counts.append(self._bucket_counts(index, out) if gone else s["buckets"])
+                yield s
+
+        def exclusions() -> str | None:
+            return write_exclusions(self.root, (self._excluded(images, index) for index in later))
+
+        def extra() -> dict[str, Any]:
+            if expected:
+                raise StageError(f"{self.root}: {len(expected)} shards are missing, the first is {min(expected)}")
+            if total is None:
+                raise StageError(f"{self.root}: not one picture could be encoded; see 'error' in the shards' .parquet")
+            if without:
+                log.warning(
+                    "%s: %d images that can be used have no latents: they were left out when the latents were "
+                    "made; --redo makes them",
+                    self.root,
+                    without,
                 )
-            status.update(s["status"])
-            errors.update(s["errors"])
-            if s["channels"]:
-                part = ChannelStats.from_json(s["channels"])
-                total = part if total is None else total.merge(part)
-            if len(buckets) > 1:
-                bucket_counts.append(s["buckets"])
-            # Only what the manifest needs, so that a table of 200,000 shards stays small in memory.
-            kept.append({k: s[k] for k in ("shard", "rows", "count", "files")})
-        if expected:
-            raise StageError(f"{self.root}: {len(expected)} shards are missing, the first is {min(expected)}")
-        if total is None:
-            raise StageError(f"{self.root}: not one picture could be encoded; see 'error' in the shards' .parquet")
-        extra = {
-            "resolution": self.config.resolution,
-            "buckets": [b.to_json() for b in buckets],
-            **({"bucket_counts": bucket_counts} if len(buckets) > 1 else {}),
-            "settings": self.config.settings(),
-            "vae": _vae_facts(vae),
-            "text": _text_facts(text, self.config.text_layer),
-            "channels": total.summary(),
-            "status": {k: status[k] for k in STATUSES if status[k]},
-            "errors": dict(sorted(errors.items())),
-        }
-        return write_manifest(self.root, "latents", kept, extra)
+            return {
+                "images": images.fingerprint,
+                "resolution": self.config.resolution,
+                "buckets": [b.to_json() for b in buckets],
+                **({"bucket_counts": bucket_counts} if len(buckets) > 1 else {}),
+                "settings": self.config.settings(),
+                "vae": _vae_facts(vae),
+                "text": _text_facts(text, self.config.text_layer),
+                "channels": total.summary(),
+                "status": {k: status[k] for k in STATUSES if status[k]},
+                "errors": dict(sorted(errors.items())),
+                "without_latents": without,
+            }
+
+        return write_manifest(self.root, "latents", folded(), extra, exclusions)
+
+    def _left_out(self, index: int, out: np.ndarray) -> _LeftOut:
+        """Of the rows that are excluded now: those that have a latent, and those that were to have one."""
+        table = storage.read_parquet(storage.join(self.root, shard_name(index) + ".parquet"), ["status"])
+        status = np.array(table["status"].to_pylist())[out]
+        return _LeftOut(out[status == "success"], out[status == "failed_to_encode"])
+
+    def _excluded(self, images: Dataset, index: int) -> pa.Table:
+        table = images.exclusions.of(index)
+        rows = table["row"].to_numpy()
+        return table.filter(pa.array(np.isin(rows, self._left_out(index, rows.astype(np.int64)).latents)))
+
+    def _bucket_counts(self, index: int, out: np.ndarray) -> list[int]:
+        """Samples by bucket of a shard whose rows `out` are not to be used."""
+        name = storage.join(self.root, shard_name(index))
+        arrays, _ = unpack_columns(storage.read_bytes(name + ".safetensors"))
+        places = column_rows(storage.read_parquet(name + ".parquet"))
+        live = np.ones(len(arrays["bucket"]), bool)
+        live[places[out][places[out] >= 0]] = False
+        return [int((arrays["bucket"][live] == b).sum()) for b in range(len(self.config.bucket_list()))]
 
     def images(self) -> Dataset:
         """The image shards by their manifest as it is now, which is parsed once: 200,000 shards make it long."""
@@ -181,7 +263,8 @@ class _Worker:
         self.buckets = stage.config.bucket_list()
         self.device = pick_device(stage.config.device)
         self.dataset = stage.images()
-        self.excluded = _excluded_reasons(self.dataset.root)
+        self.made_with = stage.made_with()
+        self.folder = open_folder(stage)
         self._encoders, self._reading = threading.Lock(), threading.Lock()
         how = {"channels_last": self.config.channels_last, "compile": self.config.compile}
         with fixed_arithmetic(self.config.threads):
@@ -194,12 +277,15 @@ class _Worker:
         """Encode and commit one shard; returns its committed stats."""
         from latents.encoders import require_digest
 
-        weights = task.fingerprint.weights or {}
+        weights = self.made_with.weights or {}
         require_digest("the VAE", self.vae.digest, weights["vae"], self.vae.ref)
         require_digest("the CLIP", self.text.digest, weights["text"], self.text.ref)
+        if (found := self.folder.adopt(task.index)) is not None:
+            return found
         started = time.perf_counter()
         try:
             shard, excluded = self._open(task)
+            known = np.array(sorted(excluded), np.int64)
             try:
                 shard.fetch()
                 files, stats = self._make(shard, excluded)
@@ -213,22 +299,28 @@ class _Worker:
         seconds = time.perf_counter() - started
         stats["seconds"] = round(seconds, 3)
         stats["images_per_second"] = round(stats["count"] / seconds, 3)
-        return persist(lambda: commit_shard(self.root, task.index, files, stats, task.fingerprint))
+        if len(known):
+            stats["excluded"] = _rows_digest(known)
+        made_from = task.input or self._born(task.index)
+        return persist(lambda: self.folder.commit(task.index, files, stats, made_from))
+
+    def _born(self, index: int) -> str | None:
+        """Which image shard it is, where the manifest is of format 1 and cannot say it."""
+        stats = read_stats(self.dataset.root, index)
+        return None if stats is None else born(stats)
 
     def _open(self, task: Task) -> tuple[images.ImageShard, dict[int, str]]:
-        position = task.payload["position"]
+        position = task.payload
         with self._reading:
             info = self.dataset.shards[position] if position < len(self.dataset.shards) else None
-            if info is None or info.digest != task.fingerprint.input:
+            if info is None or task.input not in (info.born, None):
                 # The images were finished again since this worker started.
                 self.dataset = Dataset.open(self.dataset.root)
-                self.excluded = _excluded_reasons(self.dataset.root)
-                if self.dataset.shards[position].digest != task.fingerprint.input:
+                if task.input not in (self.dataset.shards[position].born, None):
                     raise StageError(
                         f"{self.dataset.root}: the images changed during the run; run the same command again"
                     )
-            shard = images.ImageShard(self.dataset, position)
-            return shard, self.excluded.get(shard.info.index, {})
+            return images.ImageShard(self.dataset, position), self.dataset.exclusions.reasons(task.index)
 
     def _make(self, shard: images.ImageShard, excluded: dict[int, str]) -> tuple[dict[str, bytes], dict[str, Any]]:
         count = len(shard)
@@ -529,8 +621,11 @@ def _original_sizes(shard: images.ImageShard) -> list[tuple[int, int]]:
     ]
 
 
-def _check_accounting(root: str, stats: dict[str, Any], source: Any) -> None:
-    """Rows in = rows out, each with one status; raises StageError naming the shard where that does not hold."""
+def _check_accounting(root: str, stats: dict[str, Any], source: Any, left_out: _LeftOut | None) -> int:
+    """Rows in = rows out, each with one status; raises StageError naming the shard where that does not hold.
+
+    Returns how many images of the shard that can be used now have no latent: they were left out when it was made.
+    """
     shard = f"{root}: shard {stats['shard']}"
     if source is None:
         raise StageError(f"{shard} has no image shard; the images changed during the run, run the same command again")
@@ -540,10 +635,15 @@ def _check_accounting(root: str, stats: dict[str, Any], source: Any) -> None:
     if sum(stats["status"].values()) != stats["rows"] or stats["rows"] != source.rows:
         raise StageError(f"{shard} has {stats['rows']} rows where its image shard has {source.rows}; rows were lost")
     success, failed = stats["status"].get("success", 0), stats["status"].get("failed_to_encode", 0)
-    if success != stats["count"] or success + failed != source.count:
+    done = success + failed
+    if left_out is not None:
+        done -= len(left_out.latents) + len(left_out.failed)
+    changed = left_out is not None or "excluded" in stats  # what was left out once may be in use again
+    if success != stats["count"] or done > source.count or (done < source.count and not changed):
         raise StageError(
             f"{shard} has {stats['count']} latents and {failed} set aside where there were {source.count} pictures"
         )
+    return source.count - done
 
 
 def _vae_facts(vae: VaeWeights) -> dict[str, Any]:
@@ -564,14 +664,6 @@ def _text_facts(text: ClipWeights, layer: str) -> dict[str, Any]:
         "context_length": text.context_length,
         "width": text.width,
     }
-
-
-def _excluded_reasons(root: str) -> dict[int, dict[int, str]]:
-    """Why a sample is not to be used, by shard number and row."""
-    reasons: dict[int, dict[int, str]] = {}
-    for line in read_exclusions(root).to_pylist():
-        reasons.setdefault(line["shard"], {})[line["row"]] = line["reason"]
-    return reasons
 
 
 def _texts(table: pa.Table, name: str) -> list[Any]:

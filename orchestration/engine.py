@@ -23,7 +23,7 @@ from shards import storage
 from shards.dataset import MANIFEST
 from shards.progress import Progress
 from shards.settings import ConfigError, NodeTrouble, StageError
-from shards.stage import Stage, Task, Worker
+from shards.stage import Stage, Task, Worker, begin, is_begun
 
 log = logging.getLogger("carrara.engine")
 
@@ -44,7 +44,7 @@ def is_complete(stage: Stage, status: str) -> bool:
     if not storage.exists(storage.join(stage.root, MANIFEST)):
         return False
     try:
-        return getattr(stage, "is_current", lambda: True)() and Ledger(stage, status).complete
+        return is_begun(stage) and Ledger(stage, status).complete
     except StageError:
         return False
 
@@ -70,23 +70,22 @@ def run(
         progress = Progress(stage.name, 0, "shards", status_url, state="planning")
         state, begun = "failed", False
         try:
-            freed = storage.sweep_temporaries(stage.root)
+            folder = begin(stage, redo)
+            freed = sum(storage.sweep_temporaries(f) for f in (folder.root, folder.beside))
             if freed:
                 log.info("%s: removed %.1f MB that processes left when they died", stage.name, freed / 1e6)
-            getattr(stage, "prepare", lambda: None)()  # what a stage has to set right in its folder, once it is its own
 
             def look() -> None:
                 lease.check()
                 stop.check()
                 progress.update()
 
-            ledger = Ledger(stage, status, config.retries, redo, look)
+            ledger = Ledger(stage, status, config.retries, look)
             if ledger.complete:
                 progress.begin("planning", ledger.total, done=ledger.total)
                 log.info("%s: complete, %d shards; nothing to do", stage.name, ledger.total)
                 state = "done"
                 return False
-            ledger.begin()
             begun = True
             progress.begin("running", ledger.total, done=ledger.skipped)
             job = Job(stage, ledger, progress, stop, lease, peak_bytes=_known_peak(before))

@@ -17,10 +17,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from shards import storage
-from shards.dataset import MANIFEST, shard_state
-from shards.inventory import Inventory, read_stats_of
+from shards.dataset import FORMAT_VERSION, MANIFEST, read_stats, read_stats_of
 from shards.layout import shard_name
+from shards.listing import STATS, listed
 from shards.settings import NodeTrouble, StageError
 from shards.stage import Stage, Task
 
@@ -45,37 +47,32 @@ class Retries:
 class Ledger:
     """The tasks of one stage in one run of the command.
 
-    Made by one pass over `stage.tasks()` that keeps one byte a shard, and by one listing of the stage's folder
-    (shards/inventory.py), so that a resume over 200,000 shards opens few files. Raises StageError where a shard
-    was made with other settings, unless `redo`. look: called for every task that is looked at, and for every shard
+    Made by one pass over `stage.tasks()` that keeps one byte a shard, and by the names that lie in the stage's folder,
+    so that a resume over 200,000 shards opens no file of them. The folder is begun (shards/stage.py: begin), so what
+    lies there was made with the stage's settings. look: called for every task that is looked at, and for every shard
     whose stats are read at the end; what it raises ends that.
     """
 
     def __init__(
-        self,
-        stage: Stage,
-        status: str,
-        retries: Retries | None = None,
-        redo: bool = False,
-        look: Callable[[], None] = lambda: None,
+        self, stage: Stage, status: str, retries: Retries | None = None, look: Callable[[], None] = lambda: None
     ) -> None:
         self.stage, self.status, self.retries = stage, status, retries or Retries()
         self.look = look
         self.failed: dict[int, str] = {}
         self.skipped = self.made = 0
         self._open = bytearray()  # by position in stage.tasks(): is it to be made?
-        self.inventory = Inventory(stage.root, storage.join(status, f"{stage.name}-inventory.safetensors"))
-        for task, found in self.inventory.states(stage.tasks()):
+        committed = listed(stage.root, stage.data).committed
+        done = np.zeros(int(committed[-1]) + 1 if len(committed) else 0, bool)
+        done[committed] = True
+        there = done.tobytes()
+        for task in stage.tasks():
             look()
-            if found.state == "stale" and not redo:
-                raise StageError(
-                    f"{found.reason}; put the settings back, give --redo to make such shards again, "
-                    "or set 'run' to another folder"
-                )
-            if found.state in ("input_changed", "damaged", "stale"):
-                log.warning("%s: shard %s is made again: %s", stage.name, shard_name(task.index), found.reason)
-            self.skipped += found.state == "done"
-            self._open.append(found.state != "done")
+            is_open = task.index >= len(there) or not there[task.index]
+            if not is_open and not self.skipped:
+                # One for all: where the input was made anew, every shard of it is another one.
+                _refuse_other_input(stage, task, read_stats(stage.root, task.index))
+            self.skipped += not is_open
+            self._open.append(is_open)
         self.total = len(self._open)
         self._waiting: list[tuple[float, int, Task]] = []  # heap of (not before, index, task)
         self._suspects: deque[Task] = deque()
@@ -88,20 +85,21 @@ class Ledger:
         self._lazy = (t for t, todo in zip(stage.tasks(), self._open, strict=True) if todo)
         self._advance()
 
-    def begin(self) -> None:
-        """Before the first shard is made: readers must not take the old manifest for shards that will change."""
-        storage.remove(storage.join(self.stage.root, MANIFEST))
-
     def _advance(self) -> None:
         self._ahead = next(self._lazy, None)
 
     @property
     def complete(self) -> bool:
-        """Nothing is left to be made, and the manifest is there and lists just these shards."""
-        if self.skipped != self.total:
+        """Nothing is left to be made, and the manifest is there, is current, and lists just these shards."""
+        if self.skipped != self.total or not getattr(self.stage, "is_current", lambda: True)():
             return False
-        manifest = storage.read_json(storage.join(self.stage.root, MANIFEST))
-        return isinstance(manifest, dict) and len(manifest.get("shards", ())) == self.total
+        try:
+            manifest = storage.read_json(storage.join(self.stage.root, MANIFEST))
+        except ValueError:
+            return False
+        if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+            return False
+        return len(manifest.get("shards", ())) == self.total
 
     @property
     def empty(self) -> bool:
@@ -159,7 +157,7 @@ class Ledger:
 
     def committed(self, task: Task) -> bool:
         """Whether the shard is on disk after all, whatever became of the worker that made it."""
-        return shard_state(self.stage.root, task).state == "done"
+        return storage.exists(storage.join(self.stage.root, shard_name(task.index) + STATS))
 
     def done(self, task: Task) -> None:
         """The shard is committed. No request to the store: at hundreds of shards a second each would be felt."""
@@ -223,18 +221,23 @@ class Ledger:
         )
 
     def stats(self) -> Iterator[dict[str, Any]]:
-        """The committed stats of every shard, in the order of the tasks, read from disk. Raises StageError where one
-        is not there, or is not the one that its task would make now: weights, say, that were exchanged during the run.
+        """The committed stats of every shard, in the order of the tasks, read as they are asked for. Raises StageError
+        where one is not there, or was made from something else than its task says: images, say, that were made anew.
         """
         tasks, again = itertools.tee(self.stage.tasks())
         root = self.stage.root
         for task, (index, stats) in zip(tasks, read_stats_of(root, (t.index for t in again)), strict=True):
             self.look()
             if stats is None:
-                raise StageError(f"{root}: shard {shard_name(index)} was removed during the run")
-            if stats["fingerprint"]["digest"] != task.fingerprint.digest:
-                raise StageError(
-                    f"{root}: shard {shard_name(index)} is of before a change that was made during the run "
-                    f"({'; '.join(task.fingerprint.differs(stats['fingerprint']))}); run the same command again"
-                )
+                raise StageError(f"{root}: the stats of shard {shard_name(index)} are missing or damaged; see `verify`")
+            _refuse_other_input(self.stage, task, stats)
             yield stats
+
+
+def _refuse_other_input(stage: Stage, task: Task, stats: dict[str, Any] | None) -> None:
+    made_from = None if stats is None else stats.get("input")
+    if made_from is not None and task.input is not None and made_from != task.input:
+        raise StageError(
+            f"{stage.root}: shard {shard_name(task.index)} was made from other data than lies there now; give "
+            "--redo to set this folder aside and make it anew, or set 'run' to another folder"
+        )

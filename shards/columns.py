@@ -35,6 +35,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+HEADER = 8  # bytes of the header's length
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -82,8 +83,26 @@ def unpack_columns(buffer: bytes | memoryview | mmap.mmap) -> tuple[dict[str, np
     return arrays, metadata
 
 
+COLUMN_ROW = "column_row"  # of a sidecar: int32, the row in the columns; null where a sample has none
+
+
+def column_rows(table: pa.Table) -> np.ndarray:
+    """The row in the columns of each row of a sidecar, int64; -1 where it has none.
+
+    Sidecars that do not say so lie in the order of the columns, and those rows are in them that are a success.
+    """
+    if COLUMN_ROW in table.column_names:
+        return table[COLUMN_ROW].fill_null(-1).to_numpy().astype(np.int64)
+    success = np.array([s == "success" for s in table["status"].to_pylist()], bool)
+    return np.where(success, np.cumsum(success) - 1, -1).astype(np.int64)
+
+
 class ColumnShard:
-    """One shard of columns, memory-mapped where the dataset lies on a file system."""
+    """One shard of columns, memory-mapped where the dataset lies on a file system.
+
+    arrays: the columns of the samples that can be used, in their order. Where some were excluded or taken out since the
+    shard was made, they are left out of these.
+    """
 
     def __init__(self, dataset: Dataset, position: int) -> None:
         self.info = dataset.shards[position]
@@ -96,6 +115,9 @@ class ColumnShard:
             buffer = storage.read_bytes(url)
         self.arrays, self.metadata = unpack_columns(buffer)
         self._table: pa.Table | None = None
+        count = _length(self.arrays)
+        if count is not None and count != self.info.count:
+            self.arrays = keep_rows(self.arrays, np.sort(column_rows(self.table)[self._live()]), count)
 
     def __len__(self) -> int:
         return self.info.count
@@ -107,12 +129,58 @@ class ColumnShard:
             self._table = self._dataset.sidecar(self.info.index)
         return self._table
 
+    def _live(self) -> np.ndarray:
+        """The rows of the sidecar whose samples can be used, int64, sorted."""
+        live = np.array([s == "success" for s in self.table["status"].to_pylist()], bool)
+        live[self._dataset.excluded_rows(self.info.index)] = False
+        return np.flatnonzero(live)
+
     @property
     def keys(self) -> list[str]:
-        """Keys of the samples that are in the columns, in their order."""
-        table = self.table
-        keys, status = table["key"].to_pylist(), table["status"].to_pylist()
-        return [k for k, s in zip(keys, status, strict=True) if s == "success"]
+        """Keys of the samples that are in `arrays`, in their order."""
+        rows = self._live()
+        rows = rows[np.argsort(column_rows(self.table)[rows], kind="stable")]
+        return list(self.table["key"].take(pa.array(rows)).to_pylist())
+
+
+def _length(arrays: dict[str, np.ndarray]) -> int | None:
+    """How many samples the columns hold; None where no column has one row a sample."""
+    plain = [n for n in arrays if "." not in n and n not in _BY_CAPTION and not n.startswith("empty_")]
+    return len(arrays[plain[0]]) if plain else None
+
+
+_BY_CAPTION = ("embeddings", "pooled")
+
+
+def _members(name: str, arrays: dict[str, np.ndarray], count: int) -> np.ndarray:
+    """bool [count]: which samples have a row in a column, as `keep_rows` describes it."""
+    if "." in name:
+        return (arrays["bucket"] == int(name.partition(".")[2])).any(axis=1)
+    return np.ones(count, bool)
+
+
+def samples_columns(arrays: dict[str, np.ndarray], gone: np.ndarray, living: np.ndarray) -> dict[str, np.ndarray]:
+    """By column, the rows that belong to the samples `gone` alone: what is zeroed when they are taken out.
+
+    Where a sample lies (`bucket`, `embedding_index`) stays, so that the others are still found. living: the samples
+    that stay; an embedding goes when none of them has it.
+    """
+    found = {}
+    count = _length(arrays) or 0
+    taken = np.zeros(count, bool)
+    taken[gone] = True
+    for name, array in arrays.items():
+        if name in ("bucket", "embedding_index") or name.startswith("empty_"):
+            continue
+        if name in _BY_CAPTION:
+            index = arrays["embedding_index"]
+            found[name] = np.setdiff1d(index[gone], index[living])
+            continue
+        members = _members(name, arrays, count)
+        if len(array) != members.sum():
+            raise ValueError(f"column '{name}' has {len(array)} rows where there are {members.sum()} samples")
+        found[name] = np.flatnonzero(taken[members])
+    return found
 
 
 def keep_rows(arrays: dict[str, np.ndarray], kept: np.ndarray, count: int) -> dict[str, np.ndarray]:
@@ -123,13 +191,11 @@ def keep_rows(arrays: dict[str, np.ndarray], kept: np.ndarray, count: int) -> di
     to no sample, whose names begin with `empty_`.
     """
     result = {}
-    by_caption = [name for name in ("embeddings", "pooled") if name in arrays]
+    by_caption = [name for name in _BY_CAPTION if name in arrays]
     live = np.zeros(count, bool)
     live[kept] = True
     for name, array in arrays.items():
-        members = np.ones(count, bool)
-        if "." in name:
-            members = (arrays["bucket"] == int(name.partition(".")[2])).any(axis=1)
+        members = _members(name, arrays, count)
         if name.startswith("empty_") or name in by_caption:
             result[name] = array
         elif len(array) == members.sum():

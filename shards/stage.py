@@ -12,18 +12,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
+from shards.commit import Folder, made_with_of, read_made_with
 from shards.fingerprint import Fingerprint
-from shards.settings import ConfigError
+from shards.listing import listed
+from shards.settings import ConfigError, StageError
 
 log = logging.getLogger("carrara.engine")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """One shard to make: its number, what its bytes depend on, and what the worker needs to know."""
+    """One shard to make: its number, the digest of what it is made from, and what the worker needs to know."""
 
     index: int
-    fingerprint: Fingerprint
+    input: str | None = None
     payload: Any = None
 
 
@@ -51,8 +53,8 @@ class Stage(Protocol):
     """A stage over shards.
 
     One whose manifest holds what was worked out over the whole run may have two methods more: `is_current() -> bool`,
-    whether that was done with the present settings, and `prepare()`, called once the folder is its own and before
-    anything is judged. One whose worker may be called from several threads may say how many shards it wants at a
+    whether that was done with the present settings, and `begin(redo: bool)`, called under the lease before its folder is
+    begun. One whose worker may be called from several threads may say how many shards it wants at a
     time (`in_hand`). Stats that hold `encode_seconds` and `wait_seconds` are summed up beside the progress bar.
     """
 
@@ -71,14 +73,61 @@ class Stage(Protocol):
         """What is counted: images, ..."""
         ...
 
+    @property
+    def data(self) -> str:
+        """The suffix of each shard's large file, which decides a commit: `.tar`, `.safetensors`."""
+        ...
+
+    def made_with(self) -> Fingerprint:
+        """What the bytes of every shard depend on: stage, version, settings, weights."""
+        ...
+
     def tasks(self) -> Iterator[Task]:
         """The shard tasks, lazily, always in the same sequence."""
         ...
 
     def worker(self) -> Worker:
-        """Built once in each process; called with a task it commits one shard and returns its stats."""
+        """Built once in each process; called with a task it commits one shard and returns its stats. It adopts a shard
+        that is there before it makes one."""
         ...
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        """Merge the stats of all shards (in index order) and write the manifest; returns the manifest."""
+        """Merge the stats of all shards (in the order of the tasks) and write the manifest; returns the manifest."""
         ...
+
+
+def begin(stage: Stage, redo: bool = False) -> Folder:
+    """Make a stage's folder ready, or set one aside that was made with something else; under the lease."""
+    own = getattr(stage, "begin", None)
+    if own is not None:
+        own(redo)
+    folder = Folder.begin(stage.root, stage.made_with(), stage.data, redo=redo, take_over=True)
+    folder.sweep()
+    return folder
+
+
+def open_folder(stage: Stage) -> Folder:
+    """The folder of a stage, for a worker."""
+    return Folder.begin(stage.root, stage.made_with(), stage.data)
+
+
+def is_begun(stage: Stage) -> bool:
+    """Whether the stage's folder was begun with just its settings."""
+    stored = read_made_with(stage.root)
+    return stored is not None and not stage.made_with().differs(made_with_of(stored))
+
+
+def refuse_other_settings(stage: Stage) -> None:
+    """Raise StageError where the stage's folder was made with something else: weights, say, that were exchanged."""
+    stored = read_made_with(stage.root)
+    changes = ["not begun"] if stored is None else stage.made_with().differs(made_with_of(stored))
+    if changes:
+        raise StageError(
+            f"{stage.root}: was made with other settings or weights than there are now ({'; '.join(changes)}); put "
+            "them back, or run with --redo"
+        )
+
+
+def committed(stage: Stage, tasks: Iterable[Task]) -> list[bool]:
+    """Whether the shard of each task is committed, by the names in the stage's folder."""
+    return listed(stage.root, stage.data).is_committed(t.index for t in tasks).tolist()

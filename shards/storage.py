@@ -1,8 +1,9 @@
 """Local paths and fsspec URLs behind one set of functions; every write is atomic and durable.
 
-On a local or shared file system a file is written under a unique temporary name in the same folder,
-fsynced, and then linked (first writer wins) or renamed (last writer wins) to its final name. On an
-object store a put is atomic by itself; "first writer wins" is a conditional put (If-None-Match).
+`create` writes a file if there is none of its name, and all that several processes may write at one moment is written
+so. On a local or shared file system a file is written under a unique temporary name, fsynced, and then linked
+(`create`) or renamed (`replace`) to its final name. On an object store a put is atomic by itself; `create` is a
+conditional put (If-None-Match). `probe` refuses a store that does not keep this.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from typing import IO, TYPE_CHECKING, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from shards.settings import StageError
+from shards.settings import ConfigError, StageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 TMP_MARK = ".tmp-"
+_PAUSES_S = (0.05, 0.2, 1.0)  # before a file that is said to be there, and is not, is tried again
+# What os.link says where there are no links: FUSE over object stores, SMB, exFAT.
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.ENOTSUP)
 _AT_ONCE = 16  # requests under way, over a network
 _SLOW_READ_S = 5e-5  # a small file that takes longer comes from a disk or over a network
 _LISTS_BY_PREFIX = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
@@ -143,6 +147,11 @@ def list_names(url: str) -> list[str]:
         return []
 
 
+def names(url: str) -> Iterator[str]:
+    """Names of the entries of a local folder, in no order and without looking at any; none where there is none."""
+    return (entry.name for entry in _scan(local_path(url)))
+
+
 def list_files(url: str, prefixes: Sequence[str] = ("",)) -> Iterator[tuple[str, int, int]]:
     """(name, size in bytes, stamp as `stamp` gives it) of what lies in a folder, in no order; none where there is no
     folder. On an object store one listing for each of `prefixes`, which no two may share a file, several at a time."""
@@ -241,18 +250,38 @@ def make_folder(url: str) -> None:
         local_path(url).mkdir(parents=True, exist_ok=True)
 
 
-def create(url: str, data: bytes) -> bool:
-    """Write a file unless it is there already; True if this call wrote it. Atomic, durable."""
+def create(url: str, data: bytes, beside: str | None = None) -> bool:
+    """Write a file unless there is one; True if this call wrote it. Atomic, durable.
+
+    False may also mean that it was this call's own: a network may lose the answer, and the file is there at the second
+    try. Whoever is told False looks at what lies there. beside: a local folder for the temporary file, which must be
+    there; without, the file's own, which is made. Raises StageError where the store says that the file is there and
+    then that it is not, FileNotFoundError where `beside` is no more.
+    """
+    for wait in (*_PAUSES_S, None):
+        if _create(url, data, beside):
+            return True
+        # "Exists" is believed once it is seen: a store may mean "somebody else is at it, try again" (409).
+        if size(url) is not None:
+            return False
+        if wait is not None:
+            time.sleep(wait)
+    raise StageError(f"{url}: the store says that this file is there, and then that it is not; try again")
+
+
+def _create(url: str, data: bytes, beside: str | None) -> bool:
     fs, path = _fs(url)
     if not isinstance(fs, LocalFileSystem):
         try:
             fs.pipe_file(path, data, mode="create")
-            return True
-        except (FileExistsError, OSError) as e:
-            if isinstance(e, FileExistsError) or _is_precondition_failed(e):
+        except FileExistsError:
+            return False
+        except OSError as e:
+            if _is_conflict(e):
                 return False
             raise
-    with _written_beside(path, data) as tmp:
+        return True
+    with _written_beside(path, data, beside) as tmp:
         try:
             os.link(tmp, path)
             created = True
@@ -262,15 +291,126 @@ def create(url: str, data: bytes) -> bool:
     return created
 
 
-def write_atomic(url: str, data: bytes) -> None:
-    """Write a file, replacing what is there. Atomic, durable."""
+def _is_conflict(error: BaseException) -> bool:
+    """Whether an object store says that the put cannot be judged now: HTTP 409, or 412 where fsspec has no name for it.
+
+    By the answer's own fields, never by its text, in which a file's name may stand.
+    """
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict) and (
+            response.get("Error", {}).get("Code")
+            in ("PreconditionFailed", "ConditionalRequestConflict", "OperationAborted")
+            or response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412)
+        ):
+            return True
+    return False
+
+
+def probe(folder: str) -> None:
+    """Raise ConfigError, in a sentence that says what to do, where a folder does not keep `create`: two writes."""
+    url = join(folder, f".probe{TMP_MARK}{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        kept = _create(url, b"1", None) and not _create(url, b"2", None)
+        if not kept or read_bytes(url) != b"1":
+            raise ConfigError(
+                f"{folder}: this store overwrites a file that was to be created only if absent (it ignores "
+                "If-None-Match), so workers could mix their shards; use one that has conditional puts"
+            )
+    except OSError as e:
+        if is_local(url) and e.errno in _NO_LINKS:
+            raise ConfigError(
+                f"{folder}: files cannot be linked here; give the store's own address (s3://, gs://) instead of a "
+                "mount of it, or a folder on another disk"
+            ) from None
+        raise ConfigError(f"{folder}: cannot be written to ({e.strerror or e}); set 'run' to another folder") from None
+    except NotImplementedError:
+        raise ConfigError(
+            f"{folder}: this kind of store cannot create a file only if it is absent; use another"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            remove(url)
+
+
+def etag(url: str) -> str | None:
+    """What an object store calls this version of a file; None on a file system, and where there is no file."""
+    fs, path = _fs(url)
+    if isinstance(fs, LocalFileSystem):
+        return None
+    fs.invalidate_cache()
+    try:
+        found = fs.info(path).get("ETag")
+    except FileNotFoundError:
+        return None
+    return None if found is None else str(found)
+
+
+def replace(url: str, data: bytes, seen: str | None = None, beside: str | None = None) -> None:
+    """Write a file in the place of the one that is there. Atomic, durable.
+
+    seen: on S3, what `etag` said of the file that `data` was made from: where it is another one by now, StageError.
+    """
     fs, path = _fs(url)
     if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, data)
+        try:
+            if seen is None:
+                fs.pipe_file(path, data)
+            else:  # as one put, since the parts of a put in parts know no condition until their end
+                fs.pipe_file(path, data, chunksize=5 * 2**30, IfMatch=seen)
+        except OSError as e:
+            if _is_conflict(e) or isinstance(e, FileExistsError):
+                raise StageError(
+                    f"{url}: was changed by somebody else at this moment; run the same command again"
+                ) from e
+            raise
         return
-    with _written_beside(path, data) as tmp:
+    with _written_beside(path, data, beside) as tmp:
         os.replace(tmp, path)
     _fsync_folder(os.path.dirname(path))
+
+
+def write_atomic(url: str, data: bytes) -> None:
+    """Write a file, replacing what is there. Atomic, durable."""
+    replace(url, data)
+
+
+def put_file(path: str, url: str) -> bool:
+    """Bring a local file to `url` unless there is one, without holding it in memory; True if this call did."""
+    fs, there = _fs(url)
+    if not isinstance(fs, LocalFileSystem):
+        if size(url) is not None:
+            return False
+        fs.put_file(path, there)
+        return True
+    os.makedirs(os.path.dirname(there) or ".", exist_ok=True)
+    tmp = os.path.join(os.path.dirname(there), _temporary(os.path.basename(there)))
+    try:
+        shutil.copyfile(path, tmp)
+        _fsync_file(tmp)
+        os.link(tmp, there)
+    except FileExistsError:
+        return False
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(tmp)
+    _fsync_folder(os.path.dirname(there))
+    return True
+
+
+def digest(url: str) -> str | None:
+    """sha256 of a file as lower-case hex, in pieces; None where it is absent."""
+    found = hashlib.sha256()
+    try:
+        with open_read(url) as f:
+            while piece := f.read(8 << 20):
+                found.update(piece)
+    except FileNotFoundError:
+        return None
+    return found.hexdigest()
 
 
 def write_json(url: str, value: Any) -> None:
@@ -355,12 +495,14 @@ def _scan(root: Path) -> Iterator[os.DirEntry[str]]:
 
 
 class _written_beside:
-    """Context: `data` durably under a temporary name beside `path`; that name is gone afterwards."""
+    """Context: `data` durably under a temporary name in `folder` (None: beside `path`, in a folder that is made); that
+    name is gone afterwards."""
 
-    def __init__(self, path: str, data: bytes) -> None:
-        folder, name = os.path.split(path)
-        os.makedirs(folder or ".", exist_ok=True)
-        self.tmp = os.path.join(folder, f".{name}{TMP_MARK}{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+    def __init__(self, path: str, data: bytes, folder: str | None = None) -> None:
+        own, name = os.path.split(path)
+        if folder is None:
+            os.makedirs(own or ".", exist_ok=True)
+        self.tmp = os.path.join(own if folder is None else folder, _temporary(name))
         self.data = data
 
     def __enter__(self) -> str:
@@ -383,10 +525,8 @@ class _written_beside:
             os.unlink(self.tmp)
 
 
-def _is_precondition_failed(error: BaseException) -> bool:
-    """Whether an object store said "it exists already": HTTP 412, or 409 for two puts at one moment."""
-    text = f"{error} {error.__cause__}"
-    return any(s in text for s in ("PreconditionFailed", "ConditionalRequestConflict", "412", "pre-conditions"))
+def _temporary(name: str) -> str:
+    return f".{name}{TMP_MARK}{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _fsync_file(path: str) -> None:

@@ -20,10 +20,13 @@ from latents.moments import dequantise_logstd
 from latents.pictures import resize_crop
 from latents.stage import LatentsStage
 from shards.columns import ColumnShard
-from shards.dataset import Dataset, commit_shard, shard_state, verify_shard, write_exclusions, write_manifest
+from shards.dataset import Dataset, write_manifest
+from shards.exclusions import write_exclusions
 from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
+from shards.stage import begin, committed, is_begun
+from shards.verify import verify_shard
 from tests.latents import world
 
 CONFIG = LatentsConfig(resolution=32, batch_size=4, text="embeddings", decode_threads=2, device="cpu")
@@ -238,55 +241,93 @@ def test_bytes_do_not_depend_on_the_process_or_the_order(make, tmp_path):
     assert not any(verify_shard(more.root, i) for i in range(2))
 
 
-def test_a_second_run_finds_all_done_and_other_settings_are_stale(make):
+def test_a_second_run_finds_all_done_and_other_settings_are_refused(make):
     stage = make()
     run_stage(stage)
-    assert [shard_state(stage.root, t).state for t in stage.tasks()] == ["done", "done"]
+    assert committed(stage, stage.tasks()) == [True, True]
     moved = make(decode_threads=1)
-    assert [shard_state(stage.root, t).state for t in moved.tasks()] == ["done", "done"]
+    assert is_begun(moved)
+    assert committed(moved, moved.tasks()) == [True, True]
     other = make(text_layer="last")
-    state = shard_state(stage.root, next(other.tasks()))
-    assert state.state == "stale"
-    assert "settings.text_layer: penultimate -> last" in state.reason
+    assert not is_begun(other)
+    with pytest.raises(ConfigError, match=r"settings.text_layer: penultimate -> last"):
+        begin(other)
+    with pytest.raises(ConfigError, match=r"settings.text_layer"):
+        other.worker()
 
 
-def test_another_vae_is_stale_and_named(make, tmp_path):
+def test_another_vae_is_refused_and_named(make, tmp_path):
     stage = make()
     run_stage(stage)
     stage.vae_ref = str(world.save_vae(tmp_path / "other", seed=1))
-    state = shard_state(stage.root, next(stage.tasks()))
-    assert state.state == "stale"
-    assert "weights.vae" in state.reason
+    with pytest.raises(ConfigError, match=r"weights\.vae"):
+        begin(stage)
 
 
 def test_a_vae_swapped_under_a_running_stage_is_refused(make, tmp_path, vae_folder):
     stage = make()
     stage.vae_ref = str(tmp_path / "vae")
     shutil.copytree(vae_folder, stage.vae_ref)
-    tasks = list(stage.tasks())
+    begin(stage)
+    work, task = stage.worker(), next(stage.tasks())
+    work(task)
     shutil.rmtree(stage.vae_ref)
     world.save_vae(Path(stage.vae_ref), seed=1)
-    with pytest.raises(StageError, match=r"the VAE at .* is not the one the latents were made with") as error:
-        stage.worker()(tasks[0])
+    with pytest.raises(ConfigError, match=r"weights\.vae") as error:
+        stage.worker()
     assert "\n" not in str(error.value)
-    assert not Path(stage.root).exists()
+    with pytest.raises(StageError, match=r"was made with other settings or weights.*weights\.vae"):
+        stage.finish([])
 
 
-def test_an_exclusion_takes_the_sample_out_and_only_its_shard_again(make):
+def exclude(stage, lines: list[tuple[int, int, str]]) -> None:
+    """(shard, row, reason) of the image shards are not to be used from now on."""
+    columns = dict(zip(("shard", "row", "reason"), map(list, zip(*lines, strict=True)), strict=True)) if lines else {}
+    tables = [pa.table({**columns, "winner": [-1] * len(lines)})] if lines else []
+    root = stage.run.images
+    write_manifest(root, "images", [_stats(root, i) for i in range(2)], None, write_exclusions(root, tables))
+
+
+def finished(stage) -> dict:
+    return stage.finish([_stats(stage.root, i) for i in range(2)])
+
+
+def test_a_later_exclusion_is_left_out_by_the_reader_and_nothing_is_encoded_again(make):
     stage = make()
     run_stage(stage)
-    dataset = Dataset.open(stage.run.images)
-    line = dataset.sidecar(1).to_pylist()[2]
-    exclusions = [{"key": line["key"], "shard": 1, "row": 2, "reason": "duplicate", "winner": "x"}]
-    write_exclusions(stage.run.images, pa.Table.from_pylist(exclusions))
-    stats = [_stats(stage.run.images, i) for i in range(2)]
-    write_manifest(stage.run.images, "images", stats)
-    tasks = list(stage.tasks())
-    assert [shard_state(stage.root, t).state for t in tasks] == ["done", "input_changed"]
-    work = stage.worker()
-    manifest = stage.finish([_stats(stage.root, 0), work(tasks[1])])
-    assert manifest["status"] == {"success": 21, "failed_to_download": 4, "duplicate": 1}
-    assert line["key"] not in ColumnShard(Dataset.open(stage.root), 1).keys
+    assert stage.is_current()
+    before, whole = contents(stage.root), ColumnShard(Dataset.open(stage.root), 1)
+    row = Dataset.open(stage.run.images).sidecar(1)["key"].to_pylist().index(whole.keys[1])
+    exclude(stage, [(1, row, "duplicate_url")])
+    assert not stage.is_current()
+    manifest = finished(stage)
+    assert stage.is_current()
+    assert (manifest["count"], manifest["without_latents"]) == (20 + 1, 0)
+    shard = ColumnShard(Dataset.open(stage.root), 1)
+    kept = [0, *range(2, len(whole))]
+    assert shard.keys == [whole.keys[i] for i in kept]
+    assert len(shard) == len(kept)
+    for name in ("mean", "tokens", "micro"):
+        np.testing.assert_array_equal(shard.arrays[name], whole.arrays[name][kept])
+    assert {n: d for n, d in contents(stage.root).items() if n in before} == before
+    exclude(stage, [])
+    assert finished(stage)["count"] == 22
+    assert ColumnShard(Dataset.open(stage.root), 1).keys == whole.keys
+
+
+def test_what_was_excluded_when_the_latents_were_made_and_is_used_again_is_counted_and_said(make, caplog):
+    stage = make()
+    key = Dataset.open(stage.run.images).sidecar(1)["key"].to_pylist()[2]
+    exclude(stage, [(1, 2, "duplicate_url")])
+    run_stage(stage)
+    assert Dataset.open(stage.root).manifest["without_latents"] == 0
+    shard = ColumnShard(Dataset.open(stage.root), 1)
+    assert key not in shard.keys
+    assert shard.table["error"].to_pylist()[2] == "duplicate_url"
+    exclude(stage, [])
+    manifest = finished(stage)
+    assert manifest["without_latents"] == 1
+    assert "1 images that can be used have no latents" in caplog.text
 
 
 def _stats(root: str, index: int) -> dict:
@@ -317,13 +358,13 @@ def test_lost_rows_are_found(make):
 def test_bad_settings_are_refused_before_any_work(make, tmp_path):
     stage = make(resolution=33)
     with pytest.raises(ConfigError, match=r"latents.resolution is 33.*multiple of 2"):
-        list(stage.tasks())
+        stage.made_with()
     with pytest.raises(StageError, match="no finished dataset here"):
         list(LatentsStage(CONFIG, RunPaths(str(tmp_path / "none")), stage.vae_ref, stage.text_ref).tasks())
     stage = make()
     stage.text_ref = str(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r"not a folder with open_clip_config\.json"):
-        list(stage.tasks())
+        stage.made_with()
 
 
 def test_a_finished_shard_is_not_written_twice(make):
@@ -334,7 +375,6 @@ def test_a_finished_shard_is_not_written_twice(make):
     before = Path(stage.root, "00000.safetensors").stat().st_ino
     assert work(task) == first
     assert Path(stage.root, "00000.safetensors").stat().st_ino == before
-    assert commit_shard(stage.root, 0, {}, {"rows": 0, "count": 0}, task.fingerprint) == first
 
 
 def test_pooled_text_is_stored_once_per_caption(make):
@@ -360,7 +400,7 @@ def test_a_tiny_autoencoder_needs_means_alone(make, tmp_path):
     stage = make(moments=True)
     stage.vae_ref = str(save_tiny(tmp_path / "tiny"))
     with pytest.raises(ConfigError, match=r"AutoencoderTiny, which has no posterior.*latents\.moments to false"):
-        list(stage.tasks())
+        stage.made_with()
     stage.config = stage.config.model_copy(update={"moments": False})
     manifest = run_stage(stage)
     assert manifest["vae"]["kind"] == "AutoencoderTiny"
@@ -380,7 +420,8 @@ def test_memory_stays_flat_over_many_shards(make):
     def again(times: int) -> int:
         for _ in range(times):
             for task in tasks:
-                (Path(stage.root) / f"{task.index:05d}_stats.json").unlink(missing_ok=True)
+                for file in Path(stage.root).glob(f"{task.index:05d}*"):
+                    file.unlink()
                 work(task)
         gc.collect()
         return tracemalloc.get_traced_memory()[0]

@@ -45,8 +45,9 @@ def drive(*arguments: object, on_ray: bool = True) -> tuple[int, str]:
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file of a dataset but the stats, which hold times."""
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if not p.name.endswith("_stats.json")}
+    """Every file of a dataset but the stats, which hold times, and `made_with.json`, which holds an id."""
+    names = (p for p in sorted(folder.iterdir()) if p.is_file())
+    return {p.name: p.read_bytes() for p in names if not p.name.endswith(("_stats.json", "made_with.json"))}
 
 
 def actors(title: str) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -19,7 +20,9 @@ from shards import progress as progress_module
 from shards import stage as stage_module
 from shards import storage
 from shards.dataset import Dataset
-from shards.settings import StageError
+from shards.listing import listed
+from shards.settings import ConfigError, StageError
+from shards.stage import Task
 from tests.orchestration.drive import toy
 from tests.orchestration.head import drive, folder_bytes
 from tests.orchestration.toy import ToyStage
@@ -50,38 +53,88 @@ def test_every_shard_is_made_once_and_then_nothing(tmp_path: Path) -> None:
     assert (status["state"], status["done"], status["total"]) == ("done", 12, 12)
 
 
-def test_only_what_is_missing_or_damaged_is_made_again(tmp_path: Path) -> None:
+def remove_shard(folder: Path, index: int) -> None:
+    for file in folder.glob(f"{index:05d}*"):
+        file.unlink()
+
+
+def test_only_what_is_missing_is_made_again_and_what_is_damaged_is_named(tmp_path: Path) -> None:
     stage = toy(tmp_path)
     local(stage)
     before = folder_bytes(tmp_path / "toy")
-    (tmp_path / "toy/00003_stats.json").unlink()
+    remove_shard(tmp_path / "toy", 3)
     (tmp_path / "toy/00005.txt").write_text("half")
     assert not is_complete(stage, f"{tmp_path}/status")
+    with pytest.raises(StageError, match=r"00005\.txt has 4 bytes where"):
+        local(stage)
+    assert calls(tmp_path) == sorted([*range(12), 3])
+    remove_shard(tmp_path / "toy", 5)
     local(stage)
     assert calls(tmp_path) == sorted([*range(12), 3, 5])
     assert folder_bytes(tmp_path / "toy") == before
 
 
-def test_the_manifest_is_gone_while_shards_change(tmp_path: Path) -> None:
+def test_a_shard_that_was_begun_is_ended_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, real = toy(tmp_path), storage.create
+
+    def dying(url: str, data: bytes, beside: str | None = None) -> bool:
+        if url.endswith("00004_stats.json"):
+            raise KeyboardInterrupt
+        return real(url, data, beside)
+
+    monkeypatch.setattr(storage, "create", dying)
+    with pytest.raises(KeyboardInterrupt):
+        local(stage)
+    monkeypatch.undo()
+    assert listed(stage.root, ".txt").begun.tolist() == [4]
+    local(stage)
+    assert calls(tmp_path) == list(range(12))
+
+
+def test_the_manifest_of_before_stands_while_a_dataset_grows(tmp_path: Path) -> None:
     local(toy(tmp_path))
-    (tmp_path / "toy/00003_stats.json").unlink()
-    with pytest.raises(StageError, match="00003"):
-        local(toy(tmp_path, misbehave=[[3, "raise"]]))
-    assert not (tmp_path / "toy/dataset.json").exists()
-    local(toy(tmp_path))
-    assert len(Dataset.open(f"{tmp_path}/toy")) == 600
+    before = (tmp_path / "toy/dataset.json").read_bytes()
+    with pytest.raises(StageError, match="00013"):
+        local(toy(tmp_path, shards=15, misbehave=[[13, "raise"]]))
+    assert (tmp_path / "toy/dataset.json").read_bytes() == before
+    local(toy(tmp_path, shards=15))
+    assert len(Dataset.open(f"{tmp_path}/toy")) == 750
 
 
 def test_changed_settings_are_refused_by_name_and_redone_on_demand(tmp_path: Path) -> None:
     local(toy(tmp_path))
     other = toy(tmp_path, salt="pepper")
-    with pytest.raises(StageError, match=r"settings\.salt: salt -> pepper.*--redo"):
+    with pytest.raises(ConfigError, match=r"settings\.salt: salt -> pepper.*--redo"):
         local(other)
     assert calls(tmp_path) == list(range(12))
     assert (tmp_path / "toy/dataset.json").exists()
+    before = folder_bytes(tmp_path / "toy")
     local(other, redo=True)
     local(toy(tmp_path / "fresh", salt="pepper"))
     assert folder_bytes(tmp_path / "toy") == folder_bytes(tmp_path / "fresh/toy")
+    assert folder_bytes(tmp_path / "toy.replaced-1") == before
+
+
+def test_settings_may_change_as_long_as_no_shard_was_made(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no such weights"):
+        local(toy(tmp_path, start="raise"))
+    local(toy(tmp_path, salt="pepper"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calls", "status", "toy"]
+
+
+def test_data_that_was_made_anew_is_refused_before_any_work(tmp_path: Path) -> None:
+    local(toy(tmp_path))
+    remove_shard(tmp_path / "toy", 3)
+
+    class Other(ToyStage):
+        def tasks(self):  # type: ignore[no-untyped-def]
+            for task in ToyStage.tasks(self):
+                yield Task(task.index, "other")
+
+    other = Other(**dataclasses.asdict(toy(tmp_path)))
+    with pytest.raises(StageError, match=r"shard 00000 was made from other data"):
+        local(other)
+    assert calls(tmp_path) == list(range(12))
 
 
 def test_a_raising_shard_is_tried_again_then_set_aside_and_named(tmp_path: Path) -> None:
@@ -157,6 +210,7 @@ def test_the_same_bytes_on_ray_as_in_one_process(tmp_path: Path) -> None:
     assert folder_bytes(tmp_path / "there/toy") == folder_bytes(tmp_path / "here/toy")
     assert calls(tmp_path / "there") == list(range(12))
     here, there = (json.loads((tmp_path / d / "toy/00007_stats.json").read_text()) for d in ("here", "there"))
+    assert here.pop("made_with") != there.pop("made_with")  # each folder has an id of its own
     assert here == there  # the toy's stats hold no times
     code, err = drive(tmp_path / "there", "{}")
     assert code == 0, err
