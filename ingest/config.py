@@ -194,6 +194,11 @@ class IngestConfig(Strict):
     max_pixels: int = Field(default=64_000_000, ge=1, description="of a fetched picture, by its header")
     decode_threads: int = Field(default=1, ge=1, le=64)
 
+    @field_validator("resize_mode", mode="before")
+    @classmethod
+    def _no_is_a_mode(cls, value: object) -> object:
+        return "no" if value is False else value  # YAML reads a bare `no` as false
+
     @field_validator("captions")
     @classmethod
     def _known_steps(cls, value: tuple[str, ...]) -> tuple[str, ...]:

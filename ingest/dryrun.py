@@ -13,16 +13,18 @@ import time
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
 
 from ingest import captions, tables
 from ingest.formats import batches, row_count
 from ingest.pixels import process
-from ingest.rewrite import committed_indices, committed_stats
 from ingest.stage import IngestStage, judge_rows
 from ingest.takedown import TakenDown
 from ingest.work import pixel_settings
+from shards.dataset import read_stats_of
+from shards.listing import listed
 
 # Where no pilot says better; none of these is a measurement. 160 KB: 640x480 photographs (COCO). 0.6: what crawls
 # of 2025 report. 35 KB: such a photograph at 256 px as JPEG 95, other sizes by area. 1.2: fetching and packing on
@@ -92,25 +94,29 @@ class PictureCost:
 
 def funnel(stage: IngestStage, limit: int | None = None, progress: bool = True) -> Funnel:
     """Judge the rows of a table as the ingest would. limit: look at about so many, from the start of each file."""
-    config, plan, keep = stage.config, stage._plan(), stage._keep()
+    config, layout = stage.config, stage.layout()
+    rule, is_heldout = stage.heldout_rule(layout), stage.split == "heldout"
     taken_down = TakenDown.read(stage.run)
     labels = ["taken down", "no caption", *(f.label for f in config.filters)]
     fails: Counter[str] = Counter()
     looked_at = mine = total = 0
-    share = None if limit is None else max(1, -(-limit // len(plan.files)))
+    share = None if limit is None else max(1, -(-limit // len(layout.files)))
     with tqdm(desc=f"{stage.name}: dry run", unit=" rows", unit_scale=True, disable=None if progress else True) as bar:
-        for file in plan.files:
+        for file in layout.files:
             seen, end = 0, 0
-            for batch, ends in batches(file, plan.columns):
+            for batch, ends in batches(file, layout.columns):
                 if share is not None and seen + batch.num_rows > share:
                     batch = batch.slice(0, share - seen)
                 seen += batch.num_rows
                 end = int(ends[batch.num_rows - 1]) if batch.num_rows else end
                 bar.update(batch.num_rows)
-                if keep is not None:
-                    batch = tables.take(batch, np.flatnonzero(keep(batch)))
-                cleaned = [captions.clean(text or "", config.captions) for text in batch.column("caption").to_pylist()]
-                verdicts = judge_rows(config, plan, batch, cleaned)
+                if rule is not None:
+                    batch = tables.take(batch, np.flatnonzero(rule(batch) == is_heldout))
+                texts = batch.column("caption")
+                if layout.caption_lists:
+                    texts = pa.array([tables.first_caption(t) for t in texts.to_pylist()], pa.string())
+                cleaned = captions.clean_all(texts, config.captions)
+                verdicts = judge_rows(config, layout, batch, cleaned)
                 urls = batch.column("url").to_pylist()
                 for caption, url, verdict in zip(cleaned, urls, verdicts, strict=True):
                     if taken_down.has_url(url or ""):
@@ -131,15 +137,20 @@ def funnel(stage: IngestStage, limit: int | None = None, progress: bool = True) 
 
 def picture_cost(stage: IngestStage) -> PictureCost:
     """From this run's own shards, or measured and assumed."""
-    stats = committed_stats(stage.root, committed_indices(stage.root))
-    asked = sum(s["rows"] - s["filtered"] for s in stats)
-    if asked and all("cpu_seconds" in s for s in stats):
+    names = ("rows", "filtered", "count", "bytes_fetched", "bytes_stored", "cpu_seconds", "duration")
+    sums = dict.fromkeys(names, 0.0)
+    for _, stats in read_stats_of(stage.root, listed(stage.root).committed.tolist()):
+        if stats is not None and "cpu_seconds" in stats:
+            for name in names:
+                sums[name] += stats[name]
+    asked = round(sums["rows"] - sums["filtered"])
+    if asked:
         return PictureCost(
-            sum(s["count"] for s in stats) / asked,
-            sum(s["bytes_fetched"] for s in stats) / asked,
-            sum(s["bytes_stored"] for s in stats) / asked,
-            sum(s["cpu_seconds"] for s in stats) / asked,
-            asked / max(sum(s["duration"] for s in stats), 1e-9),
+            sums["count"] / asked,
+            sums["bytes_fetched"] / asked,
+            sums["bytes_stored"] / asked,
+            sums["cpu_seconds"] / asked,
+            asked / max(sums["duration"], 1e-9),
             f"measured on {asked:,} requests of this run",
         )
     size = stage.config.image_size

@@ -1,158 +1,237 @@
 """Duplicates over a whole run: a pass over the sidecars, once every shard is there.
 
-A sample is a duplicate where an earlier one (in the table's order) has the same URL and caption, the same
-fetched bytes and caption, or (if so configured) a picture that looks alike. One picture under several
-captions is no duplicate, unless the configuration says so. Then samples beyond the permitted number of
-one caption go. Shards stay pure functions of their tasks: what is found here goes to exclusions.parquet
-with the winner's key.
+A sample is a duplicate where an older one (by its place: shard, then row) has the same URL and caption, the same
+fetched bytes and caption, or (if so configured) a picture that looks alike. One picture under several captions is no
+duplicate, unless the configuration says so. A sample whose bytes the other split holds is left out as well, so that
+train and held-out share none. Then samples beyond the permitted number of one caption go.
 
-Bounded memory: 24 bytes a sample and rule go to partition files by digest, and one partition is sorted
-at a time; only the duplicates themselves are held. Perceptual hashes within a distance d share at least
-one of d + 1 bands of their bits (pigeonhole), so only hashes with a common band are compared, all of them:
-nothing within the distance is missed.
+The older place wins, so neither growth nor a retry changes what is excluded in a shard that was there before. What was
+taken down keeps its digests and its place: what it excluded stays excluded.
+
+The digests of the sidecars go into a database (duckdb) that spills to disk beyond its limit of memory. Perceptual
+hashes within a distance d share at least one of d + 1 bands of their bits (pigeonhole), so only hashes with a common
+band are compared, all of them: nothing within the distance is missed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import dataclasses
 import itertools
+import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
 from ingest.config import DuplicatesConfig
-from shards import storage
-from shards.layout import sample_key, shard_name
+from ingest.digests import PLACE, connect, quietly, readable, run, sql_files
+from shards import exclusions
 
-PARTITION_SAMPLES = 4_000_000
+MEMORY = "1GB"
+PARTITION_RECORDS = 4_000_000
 
-_SCHEMA = pa.schema(
-    [("key", pa.string()), ("shard", pa.int64()), ("row", pa.int64()), ("reason", pa.string()), ("winner", pa.string())]
-)
+# In the order in which they are looked for; of several that hold for a sample the oldest winner counts.
+REASONS = ("duplicate_url", "duplicate_bytes", "duplicate_picture", "in_other_split", "caption_repeated")
+
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<i8")])
-_ROW_BITS = 20  # samples_per_shard is at most 1,000,000
 _HASH_BITS = 64
 _COMPARED_AT_ONCE = 1 << 22  # pairs of hashes, a few times 32 MB
 
+# Rows that were taken down win against others, but they are nobody's duplicates.
+_ROWS = """INSERT INTO rows SELECT {place}, status = 'success', url_digest, bytes_digest, caption_digest, {phash}
+  FROM read_parquet({files}, filename = true, file_row_number = true)
+  WHERE status = 'success' OR (error = 'taken_down' AND bytes_digest IS NOT NULL)"""
+_SAME = """INSERT INTO found SELECT place, winner, {reason} FROM rows JOIN
+    (SELECT {by}, min(place) AS winner FROM rows GROUP BY {by} HAVING count(*) > 1) USING ({by})
+  WHERE live AND place <> winner"""
+_REPEATS = """INSERT INTO found SELECT place, first, {reason} FROM
+    (SELECT place, live, row_number() OVER w AS n, min(place) OVER (PARTITION BY c) AS first FROM rows
+     SEMI JOIN (SELECT c FROM rows GROUP BY c HAVING count(*) > {most}) USING (c) ANTI JOIN found USING (place)
+     WINDOW w AS (PARTITION BY c ORDER BY place)) WHERE n > {most} AND live"""
+_ELSEWHERE = """INSERT INTO shared SELECT DISTINCT bytes_digest FROM
+    (SELECT {place} AS place, bytes_digest FROM read_parquet({files}, filename = true, file_row_number = true)
+     WHERE status = 'success') ANTI JOIN gone USING (place)
+  WHERE bytes_digest IN (SELECT b FROM rows WHERE live)"""
+# One line a place: the oldest winner and its reason.
+_LEFT_OUT = """CREATE TABLE out AS SELECT place, min(winner) AS winner,
+    arg_min(reason, coalesce(winner, place) * 8 + reason) AS reason FROM found GROUP BY place"""
+# The winner by one rule may be out by another; places only go down.
+_CHAIN = """UPDATE out SET winner = other.winner FROM out AS other
+  WHERE out.winner = other.place AND other.winner IS NOT NULL"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sidecars:
+    """The sidecars of a dataset. shards: (number, whether the sidecar holds digests), again at each call."""
+
+    root: str
+    shards: Callable[[], Iterable[tuple[int, bool]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """statuses: rows by status. reasons: samples left out, by reason."""
+
+    statuses: Counter[str]
+    reasons: Counter[str]
+
 
 def find_duplicates(
-    root: str,
-    indices: Sequence[int],
-    samples_per_shard: int,
-    samples: int,
-    partition_samples: int = PARTITION_SAMPLES,
+    mine: Sidecars,
+    write: Callable[[Iterable[pa.Table]], Any],
     rules: DuplicatesConfig | None = None,
     caption_repeats: int | None = None,
-) -> tuple[pa.Table, Counter[str]]:
-    """The exclusions of a dataset (columns of _SCHEMA, sorted by place), and its rows by status.
+    other: Sidecars | None = None,
+    other_exclusions: exclusions.Exclusions | None = None,
+    memory: str = MEMORY,
+    threads: int = 2,
+    progress: Callable[[int], Any] | None = None,
+) -> Found:
+    """Find what is to be left out of a dataset, and hand it to `write` as tables of shards.exclusions.SCHEMA, in order.
 
-    indices: of the shards, in order. samples: how many successes there are, to size the partitions.
+    other: the other split. progress: called with the number of sidecars that were read. Takes `memory` and about as
+    much again, and scratch space of some 50 bytes a sample in the folder for temporary files (TMPDIR).
     """
     rules = rules or DuplicatesConfig()
-    makers = _makers(rules, caption_repeats)
-    partitions = max(1, -(-samples // partition_samples))
+    with tempfile.TemporaryDirectory(prefix="carrara-duplicates-") as scratch:
+        db = connect(os.path.join(scratch, "spill"), memory, threads)
+        try:
+            statuses = _load(db, mine, scratch, rules.perceptual != "off", progress)
+            _find(db, rules, scratch)
+            if other is not None:
+                _find_elsewhere(db, other, other_exclusions, scratch, progress)
+            if caption_repeats is not None:
+                run(db, _REPEATS.format(reason=REASONS.index("caption_repeated"), most=caption_repeats))
+            run(db, _LEFT_OUT)
+            while run(db, _CHAIN)[0][0]:
+                pass
+            counts = run(db, "SELECT reason, count(*) FROM out GROUP BY reason")
+            write(_tables(db))
+        finally:
+            db.close()
+    return Found(statuses, Counter({REASONS[r]: n for r, n in counts}))
+
+
+def _load(
+    db: duckdb.DuckDBPyConnection, mine: Sidecars, scratch: str, hashes: bool, progress: Callable[[int], Any] | None
+) -> Counter[str]:
+    run(db, "CREATE TABLE rows (place BIGINT, live BOOLEAN, u UBIGINT, b UBIGINT, c UBIGINT, p UBIGINT)")
+    run(db, "CREATE TABLE found (place BIGINT, winner BIGINT, reason TINYINT)")
+    columns = ["status", "error", "url_digest", "bytes_digest", "caption_digest", *(["phash"] if hashes else [])]
+    phash = "('0x' || phash)::UBIGINT" if hashes else "NULL"
     statuses: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory(prefix="carrara-duplicates-") as folder:
-        with contextlib.ExitStack() as stack:
-            files = [
-                [stack.enter_context(open(Path(folder, f"{reason}-{p}"), "wb")) for p in range(partitions)]
-                for reason in makers
-            ]
-            for index in indices:
-                counts, live, places = _successes(root, index, makers)
-                statuses.update(counts)
-                for make, outs in zip(makers.values(), files, strict=True):
-                    records = make(live, places)
-                    home = records["high"] % np.uint64(partitions)
-                    for p in range(partitions):
-                        outs[p].write(records[home == p].tobytes())
-        winners: dict[int, tuple[int, str]] = {}
-        for reason in makers:
-            alike = reason == "duplicate_picture" and rules.distance > 0
-            for p in range(partitions):
-                records = np.fromfile(Path(folder, f"{reason}-{p}"), _RECORD)
-                if reason == "caption_repeated":  # the last rule: what is out already takes nobody's place
-                    out = np.fromiter(winners, np.int64, len(winners))
-                    records = records[~np.isin(records["place"], out)]
-                    pairs = _repeats(records, caption_repeats or 1)
-                else:
-                    pairs = _near(records, rules.distance) if alike else _repeats(records)
-                for place, winner in pairs:
-                    # A place that several rules find keeps the earliest winner.
-                    if place not in winners or winner < winners[place][0]:
-                        winners[place] = (winner, reason)
-    return _table(winners, samples_per_shard), statuses
+    for files in readable(mine.root, mine.shards(), columns, scratch):
+        listed = sql_files(files)
+        run(db, _ROWS.format(place=PLACE, phash=phash, files=listed))
+        for status, count in run(db, f"SELECT status, count(*) FROM read_parquet({listed}) GROUP BY status"):
+            statuses[status] += count
+        quietly(progress, len(files))
+    return statuses
 
 
-_Columns = dict[str, list[str]]
-
-
-def _makers(
-    rules: DuplicatesConfig, caption_repeats: int | None
-) -> dict[str, Callable[[_Columns, np.ndarray], np.ndarray]]:
-    """By reason: how the records of a shard's successes are made."""
-    makers: dict[str, Callable[[_Columns, np.ndarray], np.ndarray]] = {}
+def _find(db: duckdb.DuckDBPyConnection, rules: DuplicatesConfig, scratch: str) -> None:
     if rules.url:
-        makers["duplicate_url"] = lambda live, places: _records(live["url"], live["caption"], places)
+        run(db, _SAME.format(reason=REASONS.index("duplicate_url"), by="u, c"))
     if rules.bytes:
-        makers["duplicate_bytes"] = lambda live, places: _records(live["sha256"], live["caption"], places)
-    if rules.perceptual != "off":
-        same = rules.perceptual == "same_caption"
-
-        def pictures(live: _Columns, places: np.ndarray) -> np.ndarray:
-            captions = live["caption"] if same else [""] * len(places)
-            if rules.distance == 0:
-                return _records(live["phash"], captions, places)
-            return _band_records(live["phash"], captions, places, rules.distance)
-
-        makers["duplicate_picture"] = pictures
-    if caption_repeats is not None:
-        makers["caption_repeated"] = lambda live, places: _records(live["caption"], [""] * len(places), places)
-    return makers
-
-
-def _successes(
-    root: str, index: int, makers: dict[str, Callable[[_Columns, np.ndarray], np.ndarray]]
-) -> tuple[Counter[str], _Columns, np.ndarray]:
-    """Rows by status, and of the successes the columns that are compared and their places in the run."""
-    columns = ["url", "caption", "sha256", *(["phash"] if "duplicate_picture" in makers else [])]
-    url = storage.join(root, shard_name(index) + ".parquet")
-    table = storage.read_parquet(url, ["status", *columns])
-    status = table["status"].to_pylist()
-    rows = [i for i, s in enumerate(status) if s == "success"]
-    live = table.take(pa.array(rows, pa.int64()))
-    places = (np.int64(index) << _ROW_BITS) | np.array(rows, np.int64)
-    return Counter(status), {name: live[name].to_pylist() for name in columns}, places
+        run(db, _SAME.format(reason=REASONS.index("duplicate_bytes"), by="b, c"))
+    if rules.perceptual == "off":
+        return
+    by = "p, c" if rules.perceptual == "same_caption" else "p"
+    reason = REASONS.index("duplicate_picture")
+    run(db, _SAME.format(reason=reason, by=by))
+    if rules.distance:
+        # What holds for a hash holds for its repeats, so only the first of each goes on.
+        run(db, f"CREATE TABLE firsts AS SELECT min(place) AS place, {by} FROM rows WHERE p IS NOT NULL GROUP BY {by}")
+        for pairs in _alike(db, "c" if "c" in by else "0::UBIGINT", rules.distance, scratch):
+            db.register("pairs", pairs)
+            same = " AND ".join(f"rows.{n} = firsts.{n}" for n in by.split(", "))
+            run(
+                db,
+                f"INSERT INTO found SELECT rows.place, pairs.winner, {reason} FROM pairs JOIN firsts USING (place) "
+                f"JOIN rows ON {same} WHERE rows.live",
+            )
+            db.unregister("pairs")
 
 
-def _records(firsts: list[str], seconds: list[str], places: np.ndarray) -> np.ndarray:
-    records = np.zeros(len(places), _RECORD)
-    digests = b"".join(
-        hashlib.blake2b(f"{a}\0{b}".encode(), digest_size=16).digest() for a, b in zip(firsts, seconds, strict=True)
-    )
-    halves = np.frombuffer(digests, "<u8").reshape(-1, 2)
-    records["high"], records["low"], records["place"] = halves[:, 0], halves[:, 1], places
-    return records
+def _find_elsewhere(
+    db: duckdb.DuckDBPyConnection,
+    other: Sidecars,
+    left_out: exclusions.Exclusions | None,
+    scratch: str,
+    progress: Callable[[int], Any] | None,
+) -> None:
+    run(db, "CREATE TABLE gone (place BIGINT)")
+    run(db, "CREATE TABLE shared (b UBIGINT)")
+    for table in left_out.tables() if left_out is not None else ():
+        shards, rows = (table[n].cast(pa.int64()).to_numpy() for n in ("shard", "row"))
+        db.register("more", pa.table({"place": (shards << 20) | rows}))
+        run(db, "INSERT INTO gone SELECT place FROM more")
+        db.unregister("more")
+    for files in readable(other.root, other.shards(), ["status", "bytes_digest"], scratch):
+        run(db, _ELSEWHERE.format(place=PLACE, files=sql_files(files)))
+        quietly(progress, len(files))
+    reason = REASONS.index("in_other_split")
+    run(db, f"INSERT INTO found SELECT place, NULL, {reason} FROM rows SEMI JOIN shared USING (b) WHERE live")
 
 
-def _band_records(hashes: list[str], captions: list[str], places: np.ndarray, distance: int) -> np.ndarray:
+def _tables(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
+    reader = db.sql("SELECT place, winner, reason FROM out ORDER BY place").to_arrow_reader(1 << 16)
+    for batch in reader:
+        places = batch.column("place").to_numpy()
+        columns = {
+            "shard": pa.array(places >> 20, pa.int32()),
+            "row": pa.array(places & 0xFFFFF, pa.int32()),
+            "reason": pa.DictionaryArray.from_arrays(batch.column("reason").cast(pa.int8()), pa.array(REASONS)),
+            "winner": batch.column("winner").fill_null(-1),
+        }
+        yield pa.table(columns, exclusions.SCHEMA)
+
+
+# ---- pictures that look alike ------------------------------------------------------------------------------
+
+
+def _alike(db: duckdb.DuckDBPyConnection, caption: str, distance: int, scratch: str) -> Iterator[pa.Table]:
+    """(place, winner) of every first of a hash that has an older one within `distance`, a table a partition.
+
+    24 bytes a hash and band go to partition files by band; one file is open and one partition in memory at a time.
+    """
+    ((count,),) = run(db, "SELECT count(*) FROM firsts")
+    partitions = max(1, -(-count * (distance + 1) // PARTITION_RECORDS))
+    files = [Path(scratch, f"band-{p}") for p in range(partitions)]
+    for file in files:
+        file.touch()
+    reader = db.sql(f"SELECT place, p, {caption} AS c FROM firsts").to_arrow_reader(1 << 20)
+    for batch in reader:
+        hashes, captions, places = (batch.column(n).to_numpy() for n in ("p", "c", "place"))
+        records = _band_records(hashes, captions, places, distance)
+        home = records["high"] % np.uint64(partitions)
+        records = records[np.argsort(home, kind="stable")]
+        ends = np.cumsum(np.bincount(home.astype(np.int64), minlength=partitions))
+        for file, part in zip(files, np.split(records, ends[:-1]), strict=True):
+            if len(part):
+                with open(file, "ab") as out:
+                    out.write(part.tobytes())
+    for file in files:
+        pairs = np.array(list(_near(np.fromfile(file, _RECORD), distance)), np.int64).reshape(-1, 2)
+        file.unlink()
+        if len(pairs):
+            yield pa.table({"place": pairs[:, 0], "winner": pairs[:, 1]})
+
+
+def _band_records(bits: np.ndarray, captions: np.ndarray, places: np.ndarray, distance: int) -> np.ndarray:
     """distance + 1 records a sample: `high` stands for a band's bits and the caption, `low` is the hash."""
-    bits = np.array([int(h, 16) for h in hashes], np.uint64)
-    texts = np.array(
-        [int.from_bytes(hashlib.blake2b(c.encode(), digest_size=8).digest(), "little") for c in captions], np.uint64
-    )
     parts = []
     edges = np.linspace(0, _HASH_BITS, distance + 2).astype(int)
     for band, (low, high) in enumerate(itertools.pairwise(edges)):
         value = (bits >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
         part = np.zeros(len(places), _RECORD)
         with np.errstate(over="ignore"):
-            part["high"] = _mix(_mix(value + np.uint64(band << 60)) ^ texts)
+            part["high"] = _mix(_mix(value + np.uint64(band << 60)) ^ captions)
         part["low"], part["place"] = bits, places
         parts.append(part)
     return np.concatenate(parts)
@@ -165,54 +244,19 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _repeats(records: np.ndarray, keep: int = 1) -> Iterator[tuple[int, int]]:
-    """(place, place of the first with the same digest) of every record but the first `keep` of a digest."""
-    records = records[np.lexsort((records["place"], records["low"], records["high"]))]
-    same = (records["high"][1:] == records["high"][:-1]) & (records["low"][1:] == records["low"][:-1])
-    starts = np.flatnonzero(np.concatenate([[True], ~same]))
-    first = np.repeat(starts, np.diff(np.append(starts, len(records))))
-    for i in np.flatnonzero(np.arange(len(records)) - first >= keep):
-        yield int(records["place"][i]), int(records["place"][first[i]])
-
-
 def _near(records: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
-    """(place, place of the earliest within `distance` bits that shares `high`) of every record that has one."""
-    records = records[np.lexsort((records["place"], records["low"], records["high"]))]
-    yield from _repeats(records)
-    # What holds for a hash holds for its repeats, so only the first of each goes on.
-    new = np.ones(len(records), bool)
-    new[1:] = (records["high"][1:] != records["high"][:-1]) | (records["low"][1:] != records["low"][:-1])
-    records = records[new]
+    """(place, place of the oldest within `distance` bits that shares `high`) of every record that has one."""
+    records = records[np.lexsort((records["place"], records["high"]))]
     groups = np.flatnonzero(np.concatenate([[True], records["high"][1:] != records["high"][:-1]]))
     for start, stop in zip(groups, np.append(groups[1:], len(records)), strict=True):
         if stop - start < 2:
             continue
-        group = np.sort(records[start:stop], order="place")
-        hashes, places = group["low"], group["place"]
-        step = max(1, _COMPARED_AT_ONCE // len(group))
-        for begin in range(0, len(group), step):
+        hashes, places = records["low"][start:stop], records["place"][start:stop]
+        step = max(1, _COMPARED_AT_ONCE // len(hashes))
+        for begin in range(0, len(hashes), step):
             some = slice(begin, begin + step)
-            # Row by row of the block, the earliest of those before it that is near.
+            # Row by row of the block, the oldest of those before it that is near.
             near = np.bitwise_count(hashes[some, None] ^ hashes[None, :]) <= distance
             near &= places[None, :] < places[some, None]
             for i in np.flatnonzero(near.any(axis=1)):
                 yield int(places[begin + i]), int(places[near[i].argmax()])
-
-
-def _table(winners: dict[int, tuple[int, str]], samples_per_shard: int) -> pa.Table:
-    rows = []
-    for place in sorted(winners):
-        winner, reason = winners[place]
-        while winner in winners:  # the winner by one rule may be a duplicate by the other; places only go down
-            winner = winners[winner][0]
-        (shard, row), (shard_won, row_won) = (divmod(p, 1 << _ROW_BITS) for p in (place, winner))
-        rows.append(
-            {
-                "key": sample_key(shard, row, samples_per_shard),
-                "shard": shard,
-                "row": row,
-                "reason": reason,
-                "winner": sample_key(shard_won, row_won, samples_per_shard),
-            }
-        )
-    return pa.Table.from_pylist(rows, _SCHEMA)

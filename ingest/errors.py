@@ -78,6 +78,7 @@ EXCLUSION_STATUS = {
     "duplicate_url": "duplicate",
     "duplicate_bytes": "duplicate",
     "duplicate_picture": "duplicate",
+    "in_other_split": "duplicate",  # the same bytes lie in the other split, perhaps under another caption
     "caption_repeated": "filtered",
 }
 

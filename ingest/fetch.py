@@ -48,11 +48,15 @@ _MANY_ROBOTS = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Fetched:
-    """A body as the server means it (content encoding undone), and how many attempts it took."""
+    """A body as the server means it (content encoding undone), and how many attempts it took.
+
+    final_url: where redirects led; None where there were none.
+    """
 
     body: bytes
     sha256: str
     attempts: int
+    final_url: str | None = None
 
 
 class _Host:
@@ -197,7 +201,7 @@ class Fetcher:
     async def _attempt(self, url: URL, attempt: int, host: _Host) -> Fetched:
         try:
             async with asyncio.timeout(self.config.timeout):
-                body = await self._follow(url, host)
+                body, final = await self._follow(url, host)
         except _Failed:
             raise
         except Rejected as e:
@@ -211,10 +215,14 @@ class Fetcher:
         except ValueError as e:  # what a hostile header may make a parser raise; it must not end the other rows
             raise _Failed(Rejected("http_malformed", f"an answer that cannot be read ({type(e).__name__})")) from None
         # In the loop's own thread: hashing 100 KB takes less than a thread switch costs.
-        return Fetched(body, hashlib.sha256(body).hexdigest(), attempt)
+        led_to = str(final) if final != url else None
+        return Fetched(body, hashlib.sha256(body).hexdigest(), attempt, led_to)
 
-    async def _follow(self, url: URL, host: _Host | None, robots: bool = False) -> bytes:
-        """The body at the end of the redirects from `url`. robots: it is a robots.txt, so no opt-out is looked for."""
+    async def _follow(self, url: URL, host: _Host | None, robots: bool = False) -> tuple[bytes, URL]:
+        """The body at the end of the redirects from `url`, and where that is.
+
+        robots: it is a robots.txt, so no opt-out is looked for.
+        """
         seen = {url}
         limit = _ROBOTS_BYTES if robots else self.config.max_bytes
         for hop in range(self.config.max_redirects + 1):
@@ -230,7 +238,7 @@ class Fetcher:
                     self._check_opt_out(response)
                 if response.status not in _REDIRECTS:
                     _check_status(response)
-                    return await self._read(response, limit, cut=robots)
+                    return await self._read(response, limit, cut=robots), url
                 url = _redirect(url, response.headers.get("Location"))
             if url in seen:
                 raise Rejected("too_many_redirects", "a circle of redirects")
@@ -283,7 +291,7 @@ class Fetcher:
         """The rules of a host; None where it has none. RFC 9309, 2.3.1: 4xx allows all, unreachable nothing."""
         try:
             async with asyncio.timeout(self.config.timeout):
-                body = await self._follow(origin / "robots.txt", None, robots=True)
+                body, _ = await self._follow(origin / "robots.txt", None, robots=True)
         except _Failed:
             raise Rejected("host_unavailable", "its robots.txt could not be read") from None
         except Rejected as e:

@@ -50,6 +50,23 @@ def check_types(filters: Sequence[FilterConfig], types: dict[str, pa.DataType]) 
                 raise ConfigError(f"ingest.filters: '{f.column}' holds {kind}, so {value!r} cannot be among its values")
 
 
+def check_numbers(filters: Sequence[FilterConfig], types: dict[str, pa.DataType], first: dict[str, list[Any]]) -> None:
+    """Raise ConfigError where a filter compares numbers and none of the first rows' values of its column is one.
+
+    types: as for `check_types`. first: values of the first rows, by the filter's `column`.
+    """
+    for f in filters:
+        bounded = f.min is not None or f.max is not None
+        if not bounded or not pa.types.is_string(types.get(f.column, pa.float64())):
+            continue
+        values = [v for v in first.get(f.column, ()) if v is not None]
+        if values and not any(_number(v) is not None for v in values):
+            raise ConfigError(
+                f"ingest.filters: '{f.column}' holds text such as '{str(values[0])[:40]}', so min and max would drop "
+                "every row; name a column of numbers, or use in, not_in or matches"
+            )
+
+
 def judge(
     filters: Sequence[FilterConfig], columns: dict[str, list[Any]], captions: Sequence[str]
 ) -> list[FilterConfig | None]:

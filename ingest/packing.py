@@ -1,8 +1,7 @@
 """What a shard holds: the tar of its successes and the sidecar with one row for each row of the table.
 
 The sidecar's first columns are img2dataset's, in its order (its downloader.py), behind the columns that
-are carried through; then ours. The bytes depend on the rows and on what became of them alone, also when a
-shard is read back, changed and packed again (rewrite.py).
+are carried through; then ours. The bytes depend on the rows and on what became of them alone.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,11 +18,10 @@ import pyarrow.parquet as pq
 
 from ingest import tables
 from ingest.config import IngestConfig
-from ingest.pixels import Picture
+from ingest.digests import DIGESTS, of_texts
 from ingest.work import Outcome
-from shards import storage
 from shards.images import pack_tar
-from shards.layout import sample_key, shard_name
+from shards.layout import sample_key
 from shards.settings import ConfigError
 
 _IMG2DATASET = [
@@ -46,8 +45,10 @@ _OURS = [
     ("image_offset", pa.int64()),
     ("image_size", pa.int64()),
     ("image_ext", pa.string()),
+    *DIGESTS,
 ]
 RESERVED = {name for name, _ in _IMG2DATASET + _OURS}
+CAPTIONS = "captions"  # the column with all captions of a row, where the table has lists of them
 _ROW = ("caption", "url", "key", "caption_raw")  # known before anything is fetched, as are the kept columns
 _PICTURE = ("width", "height", "original_width", "original_height", "exif")
 
@@ -88,6 +89,7 @@ class Sidecar:
             offsets[i], sizes[i] = place[picture.extension]  # type: ignore[call-overload]
             extensions[i] = picture.extension  # type: ignore[call-overload]
         columns |= {"image_offset": offsets, "image_size": sizes, "image_ext": extensions}
+        columns |= of_texts(columns["url"], columns["caption"], columns["sha256"], [o.final_url for o in outcomes])
         schema = pa.schema([*self.kept, *_IMG2DATASET, *_OURS])
         sink = io.BytesIO()
         pq.write_table(pa.table(columns, schema), sink, compression="zstd")
@@ -96,55 +98,47 @@ class Sidecar:
 
 def _indented(flat: dict[str, Any]) -> bytes:
     """json.dumps(flat, indent=4) of a dict without containers in it, by json's C encoder, which knows no indent."""
-    text = json.dumps(flat, default=str, separators=(",\n    ", ": "))
+    flat = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in flat.items()}  # JSON has no NaN
+    text = json.dumps(flat, default=str, separators=(",\n    ", ": "), allow_nan=False)
     return f"{{\n    {text[1:-1]}\n}}".encode()
 
 
 def new_sidecar(
     index: int,
     rows: pa.Table,
-    plan: tables.Plan,
+    layout: tables.Layout,
     config: IngestConfig,
     raw: list[str | None],
     cleaned: list[str],
 ) -> Sidecar:
     """The rows of a shard from the table's; raw and cleaned: their captions."""
-    kept = kept_columns(plan, config.keep_columns)
+    kept = kept_columns(layout, config.keep_columns)
     columns: dict[str, list[Any]] = {kept_as: rows[name].to_pylist() for name, kept_as in kept.items()}
+    types = [(kept_as, rows.schema.field(name).type) for name, kept_as in kept.items()]
+    if layout.caption_lists and CAPTIONS not in columns:  # all of them; `caption` is the first
+        columns[CAPTIONS] = rows["caption"].to_pylist()
+        types.append((CAPTIONS, pa.string()))
     columns["caption"] = list(cleaned)
     columns["url"] = rows["url"].to_pylist()
     columns["key"] = [sample_key(index, i, config.samples_per_shard) for i in range(rows.num_rows)]
     columns["caption_raw"] = raw
-    return Sidecar(columns, tuple((kept_as, rows.schema.field(name).type) for name, kept_as in kept.items()))
+    return Sidecar(columns, tuple(types))
 
 
-def read_back(root: str, index: int) -> tuple[Sidecar, list[Outcome]]:
-    """A committed shard as it was before it was packed, its pictures included."""
-    name = shard_name(index)
-    table = storage.read_parquet(storage.join(root, name + ".parquet"))
-    tar = memoryview(storage.read_bytes(storage.join(root, name + ".tar")))
+def rows_again(tables_: Sequence[pa.Table]) -> tuple[Sidecar, list[str | None]]:
+    """Rows of committed sidecars as they were before anything became of them, with their own keys; and their URLs."""
+    table = pa.concat_tables(tables_, promote_options="default")
     kept = tuple((f.name, f.type) for f in table.schema if f.name not in RESERVED)
-    values = {n: table[n].to_pylist() for n in table.column_names}
-    outcomes = []
-    for i, status in enumerate(values["status"]):
-        picture = None
-        if status == "success":
-            offset = values["image_offset"][i]
-            picture = Picture(
-                data=bytes(tar[offset : offset + values["image_size"][i]]),
-                extension=values["image_ext"][i],
-                **{n: values[n][i] for n in (*_PICTURE, "pixel_hash", "phash")},
-            )
-        outcomes.append(Outcome(status, values["error"][i], values["error_message"][i], picture, values["sha256"][i]))
-    return Sidecar({n: values[n] for n in (*_ROW, *(n for n, _ in kept))}, kept), outcomes
+    columns = {name: table[name].to_pylist() for name in (*_ROW, *(name for name, _ in kept))}
+    return Sidecar(columns, kept), columns["url"]
 
 
-def kept_columns(plan: tables.Plan, keep: Iterable[str]) -> dict[str, str]:
-    """The plan's names of the kept columns and their names in the sidecar: `source_width` for a `width`.
+def kept_columns(layout: tables.Layout, keep: Iterable[str]) -> dict[str, str]:
+    """The layout's names of the kept columns and their names in the sidecar: `source_width` for a `width`.
 
     Raises ConfigError where two of them would have one name.
     """
-    found = (tables.resolve(plan, k) for k in keep)
+    found = (tables.resolve(layout, k) for k in keep)
     names = dict.fromkeys(n for n in found if n is not None and n not in ("url", "caption"))
     kept = {n: f"source_{n}" if n in RESERVED else n for n in names}
     for name, kept_as in kept.items():

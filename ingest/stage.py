@@ -1,54 +1,80 @@
 """The ingest stage: tables of URLs and captions into image shards in img2dataset's layout.
 
-A task is one shard's range of the table. Its worker filters the rows, fetches the pictures, makes them
-alike and commits tar, sidecar and stats. `finish` looks over the whole run: it excludes duplicates and
-checks that every row of the table came to exactly one end. What is in a shard is in packing.py; shards
-that are changed later, by a retry or a take-down, in rewrite.py.
+A task is one line of the dataset's plan (shards/plan.py): a range of the table's rows, or rows that older shards could
+not get (a retry). Its worker filters the rows, fetches the pictures, makes them alike and commits tar, sidecar and
+stats. `finish` looks over the whole run: it takes out what was taken down, excludes duplicates and checks that every
+row of the table came to exactly one end. What is in a shard is in packing.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from ingest import captions, filters, statistics, tables
+from ingest import captions, filters, removal, statistics, tables, takedown
 from ingest.config import FilterConfig, IngestConfig
-from ingest.duplicates import find_duplicates
-from ingest.errors import ERRORS, EXCLUSION_STATUS
+from ingest.digests import has_digests
+from ingest.duplicates import Sidecars, find_duplicates
+from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE
 from ingest.img2dataset_engine import Img2datasetCrew
 from ingest.img2dataset_engine import require as require_img2dataset
-from ingest.packing import kept_columns, new_sidecar
-from ingest.statistics import COUNTED, sum_counts
+from ingest.packing import kept_columns, new_sidecar, rows_again
+from ingest.statistics import Lines, RunCounts
+from ingest.tables import HeldoutRule, Layout, TableSource
 from ingest.takedown import TakenDown
 from ingest.work import Crew, Outcome
-from shards import storage
-from shards.dataset import MANIFEST, write_manifest
-from shards.exclusions import converted, write_exclusions
-from shards.fingerprint import Fingerprint, digest_json
+from shards import plan, storage
+from shards.commit import Folder, read_made_with
+from shards.dataset import MANIFEST, Dataset, ShardInfo, amend_manifest, read_stats, read_stats_of, write_manifest
+from shards.exclusions import Exclusions, write_exclusions
+from shards.fingerprint import Fingerprint
+from shards.layout import RunPaths, shard_name
+from shards.listing import listed
+from shards.plan import Each, Line
+from shards.progress import Progress
 from shards.settings import ConfigError, StageError
 from shards.stage import Task, open_folder, persist
+from shards.takeover import take_over_as_it_is
+
+log = logging.getLogger("carrara.ingest")
 
 VERSION = 4
+# What may lie in a dataset's folder before it is begun: the other split's walk has planned this one too.
+BEFORE_ANY_SHARD = (plan.FOLDER,)
 
 Split = Literal["train", "heldout"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Retry:
+    """The payload of a task that fetches rows again: (older shard, codes of the rows that are taken from it)."""
+
+    line: Line
+    of: tuple[tuple[int, tuple[str, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class IngestStage:
-    """Implements shards.stage.Stage. root: the folder of the split's image shards."""
+    """Implements shards.stage.Stage. root: the folder of the split's image shards.
+
+    add_changed: take the rows of a file that changed anew, as further shards. retry: codes of rows that are to be
+    fetched again, once, in further shards.
+    """
 
     config: IngestConfig
     root: str
     split: Split = "train"
     seed: int = 0
+    add_changed: bool = False
+    retry: frozenset[str] = frozenset()
 
     unit = "images"
     data = ".tar"
@@ -58,124 +84,343 @@ class IngestStage:
         """`ingest`, or `heldout` for the held-out split."""
         return "ingest" if self.split == "train" else "heldout"
 
+    @property
+    def run(self) -> str:
+        """The run's folder, where the list of take-downs is."""
+        return self.root.rstrip("/").rpartition("/")[0] or "."
+
     def check(self) -> None:
         """Open the table and find the columns; raises ConfigError before any work has begun."""
         if self.config.engine == "img2dataset":
             require_img2dataset()
-        self._plan()
-
-    def is_current(self) -> bool:
-        """Whether the manifest, if there is one, was written with the present settings of the pass over the run."""
-        try:
-            manifest = storage.read_json(storage.join(self.root, MANIFEST))
-        except ValueError:
-            return False
-        return manifest is None or manifest.get("passes") == self._passes()
-
-    def _passes(self) -> dict[str, Any]:
-        return self.config.model_dump(mode="json", include={"duplicates", "caption_repeats"})
-
-    def tasks(self) -> Iterator[Task]:
-        """One task a shard. Walks through the whole table, since a task holds the digest of its rows."""
-        plan = self._plan()
-        for index, place in enumerate(tables.shard_ranges(plan, self.config.samples_per_shard, self._keep())):
-            yield Task(index, digest_json({"rows": place.rows, "digest": place.digest})[:32], place)
+        self.layout()
 
     def made_with(self) -> Fingerprint:
         """The settings that a shard's bytes depend on."""
         return Fingerprint("ingest", VERSION, self._settings())
 
+    # ---- planning ------------------------------------------------------------------------------------------
+
+    def begin(self, redo: bool = False, each: Each = map) -> None:
+        """Make the folder ready and bring its plan up to the table; under the lease. each: see shards.plan.grow."""
+        layout = self.layout()
+        stages = [self]
+        if self.config.heldout_fraction and self.split == "train":  # one walk plans both
+            stages.append(dataclasses.replace(self, root=RunPaths(self.run).heldout, split="heldout"))
+        for stage in stages:
+            Folder.begin(stage.root, stage.made_with(), redo=redo, take_over=True, known=BEFORE_ANY_SHARD)
+            stage._plan_what_is_there()
+        roots: dict[str, str] = {stage.split: stage.root for stage in stages}
+        former = any(plan.read(root).has(plan.BEFORE) for root in roots.values())
+        source = TableSource(layout, self.config.samples_per_shard, self.heldout_rule(layout), former)
+        said = plan.grow(
+            roots,
+            source,
+            add_changed=self.add_changed,
+            stored=lambda split, shards: _stored(roots[split], shards),
+            each=each,
+            progress=f"{self.name}: planning",
+        )
+        for sentence in said:
+            log.info("%s: %s", self.name, sentence)
+        if self.retry:
+            self._plan_retry()
+        self._refuse_nothing()
+
+    def _plan_what_is_there(self) -> None:
+        """The first part of the plan of a run that an earlier version made: what its stats say, with no file known."""
+        if plan.read(self.root).parts:
+            return
+        lines = []
+        for index, stats in read_stats_of(self.root, listed(self.root).committed.tolist()):
+            made = (stats or {}).get("fingerprint", {}).get("input")
+            if stats is not None and isinstance(made, dict):
+                # Files are told apart by the order of their places, so each number is one.
+                lines.append(Line(index, plan.BEFORE, index, index + 1, made["rows"], bytes.fromhex(made["digest"])))
+        if lines:
+            plan.write_part(self.root, 0, lines)
+
+    def _refuse_nothing(self) -> None:
+        """Raise ConfigError where the table has no rows for this split, and nothing is stored of it."""
+        if not len(plan.read(self.root)):
+            what = "no rows" if self.split == "train" else "no held-out rows (raise ingest.heldout_fraction?)"
+            raise ConfigError(f"{self._table()}: the table has {what}")
+
+    def _plan_retry(self) -> None:
+        """One more part of the plan: shards that take over the rows which ended with one of the codes."""
+        known = plan.read(self.root)
+        missing = np.setdiff1d([t.index for t in self.tasks()], listed(self.root).committed)
+        retries = {line.shard for line in known.retries()}
+        if set(missing.tolist()) - retries or not storage.exists(storage.join(self.root, MANIFEST)):
+            raise ConfigError(
+                f"{self.root}: there is no finished dataset to try again; run ingest without --retry first"
+            )
+        if len(missing):
+            log.info("%s: an earlier --retry goes on", self.name)
+            return
+        lines, rows = retry_lines(self.root, known, self.retry, self.config.samples_per_shard)
+        what = " or ".join(sorted(self.retry)) if self.retry != RETRYABLE else "a transient error"
+        if not lines:
+            log.info("%s: no row ended with %s; nothing to do", self.name, what)
+            return
+        plan.write_part(self.root, known.parts, lines)
+        numbers = f"{shard_name(lines[0].shard)} to {shard_name(lines[-1].shard)}"
+        log.info("%s: %d rows that ended with %s are fetched again, as shards %s", self.name, rows, what, numbers)
+
+    def tasks(self) -> Iterator[Task]:
+        """One task a line of the plan, but for those whose rows are nowhere any more and which were not begun."""
+        known = plan.read(self.root)
+        if not len(known):
+            return
+        files: set[str] | None = None  # a finished dataset is looked through without its table
+        there = listed(self.root)
+        begun = set(there.committed.tolist()) | set(there.begun.tolist())
+        taken = _Taken()
+        for line in known.lines():
+            if line.takes_over:
+                yield Task(line.shard, None, Retry(line, taken.open_codes(line)))
+            elif line.shard in begun:
+                yield Task(line.shard, None, line)
+            else:
+                files = set(tables.list_files(self._table())) if files is None else files
+                if line.file in files:
+                    yield Task(line.shard, None, line)
+
     def worker(self) -> IngestWorker:
         """A worker with its connections and threads; `close()` ends them, as the end of the process does."""
         return IngestWorker(self)
 
-    def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        """Exclude duplicates, check the accounts, write the manifest; raises StageError where they do not hold."""
-        stats = list(stats)
-        self._check_rows(stats)
-        return self.conclude(stats)
+    # ---- the end -------------------------------------------------------------------------------------------
 
-    def conclude(self, stats: list[dict[str, Any]]) -> dict[str, Any]:
-        """`finish` for shards that are known to be the table's."""
-        rows = sum(s["rows"] for s in stats)
-        totals = Counter({name: sum(s[name] for s in stats) for name in COUNTED})
-        indices = [s["shard"] for s in stats]
-        config = self.config
-        exclusions, statuses = find_duplicates(
-            self.root,
-            indices,
-            config.samples_per_shard,
-            totals["success"],
-            rules=config.duplicates,
-            caption_repeats=config.caption_repeats,
-        )
-        if statuses != +totals:
-            raise StageError(
-                f"{self.root}: the sidecars count {dict(statuses)}, the stats {dict(+totals)}; run it again"
-            )
-        reasons = Counter(exclusions["reason"].to_pylist())
-        excluded = sum_counts({EXCLUSION_STATUS[r]: n} for r, n in reasons.items())
-        counts = {"rows": rows, **totals, "duplicate": excluded["duplicate"]}
-        counts["filtered"] += excluded["filtered"]
-        counts["success"] -= len(exclusions)
-        if rows != sum(counts.values()) - rows:
-            raise StageError(f"{self.root}: {rows} rows went in, but what became of them is {counts}")
-        excluded_file = write_exclusions(self.root, [converted(exclusions)])
-        filtered = [("caption_empty", "no caption")] + [(f.label, f.label) for f in config.filters]
-        by_filter, errors = (sum_counts(s[name] for s in stats) for name in ("filters", "errors"))
-        filtered_by = {label: by_filter.get(name, 0) for name, label in filtered}
-        if config.caption_repeats is not None:
-            filtered_by[f"more than {config.caption_repeats} of one caption"] = reasons["caption_repeated"]
-        statistics.write_lines(self.root, stats)
-        manifest = write_manifest(
-            self.root,
-            "images",
-            stats,
-            {
-                "split": self.split,
-                "samples_per_shard": config.samples_per_shard,
-                "counts": counts,
-                "errors": {c: n for c, n in sorted(errors.items()) if ERRORS[c].status != "filtered"},
-                "passes": self._passes(),
-                "filtered_by": filtered_by,
-                "duplicates_by": {r: n for r, n in sorted(reasons.items()) if EXCLUSION_STATUS[r] == "duplicate"},
-                "bytes_fetched": sum(s["bytes_fetched"] for s in stats),
-                **statistics.of_run(stats),
-            },
-            excluded_file,
-        )
-        if not counts["success"]:
-            most = errors.most_common(1)
-            why = f" (most often: {most[0][0]}, {ERRORS[most[0][0]].meaning})" if most else ""
-            raise StageError(
-                f"{self.root}: none of {rows} rows gave a picture{why}; see the sidecars for each row's error"
-            )
+    def is_current(self) -> bool:
+        """Whether the plan is up to the table, and the manifest, if there is one, was written with the present settings
+        of the pass over the run and knows the whole list of take-downs."""
+        try:
+            manifest = storage.read_json(storage.join(self.root, MANIFEST))
+        except ValueError:
+            return False
+        if not plan.is_grown(self.root, tables.list_files(self._table())):
+            return False
+        return manifest is None or (manifest.get("passes") == self._passes() and not self.list_grew(manifest))
+
+    def list_grew(self, manifest: dict[str, Any] | None = None) -> bool:
+        """Whether there is a finished dataset that was not looked through for the whole list of take-downs."""
+        manifest = manifest or storage.read_json(storage.join(self.root, MANIFEST))
+        return manifest is not None and manifest.get("list", 0) < takedown.length(self.run)
+
+    def _passes(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json", include={"duplicates", "caption_repeats"})
+
+    def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """Take out what was taken down, exclude duplicates, check the accounts, write the manifest.
+
+        Raises StageError where the accounts do not hold.
+        """
+        parts, changed, _ = self.apply_list()
+        counts, lines = RunCounts(), Lines()
+        digests: dict[int, bool] = {}
+        rows = plan.read(self.root).rows()
+
+        def folded() -> Iterator[dict[str, Any]]:
+            for s in stats:
+                index = s["shard"]
+                if index in changed:
+                    s = read_stats(self.root, index) or s
+                taken = sum(s.get("takes_over", {}).values())
+                if s["rows"] != rows.get(index) and not (taken and s["rows"] == taken):
+                    raise StageError(
+                        f"{self.root}: shard {shard_name(index)} holds {s['rows']} rows where the plan has "
+                        f"{rows.get(index, 'none')}; run the same command again"
+                    )
+                counts.add(s)
+                lines.add(s)
+                digests[index] = bool(s.get("digests"))
+                yield s
+
+        found: dict[str, Any] = {}
+
+        def extra() -> dict[str, Any]:
+            missing = sum(t.index not in digests for t in self.tasks())
+            if missing:
+                raise StageError(
+                    f"{self.root}: {missing} shards of the plan are not committed; run the same command again"
+                )
+            found["exclusions"], more = self._conclude(counts, digests)
+            old = [i for i, has in digests.items() if not has]
+            return more | {"list": parts, **({"without_digests": old} if old else {})}
+
+        manifest = write_manifest(self.root, "images", folded(), extra, lambda: found["exclusions"])
+        lines.write(self.root)
+        errors = counts.settled()[2]
+        for sentence in statistics.summary(self.name, manifest["counts"], errors):
+            log.info(sentence)
+        if not manifest["counts"]["success"]:
+            raise StageError(self._nothing(manifest["counts"]["rows"], errors))
         return manifest
 
-    def _check_rows(self, stats: list[dict[str, Any]]) -> None:
-        """Count the table's rows anew; raises StageError unless each lies in exactly one committed shard."""
-        rows = 0
-        by_index = {s["shard"]: s for s in stats}
-        tasks = 0
-        for task in self.tasks():
-            tasks += 1
-            rows += task.payload.rows
-            found = by_index.get(task.index, {}).get("rows")
-            if found != task.payload.rows:
-                raise StageError(
-                    f"{self.root}: shard {task.index} holds {found} rows where the table has {task.payload.rows}; "
-                    "run the same command again"
-                )
-        if tasks != len(stats):
-            raise StageError(f"{self.root}: {len(stats)} shards are counted where the table makes {tasks}")
-        if not rows:
-            what = "no rows" if self.split == "train" else "no held-out rows (raise ingest.heldout_fraction?)"
-            raise StageError(f"{self._table()}: the table has {what}")
+    def _nothing(self, rows: int, errors: Counter[str]) -> str:
+        most = errors.most_common(1)
+        why = f" (most often: {most[0][0]}, {ERRORS[most[0][0]].meaning})" if most else ""
+        advice = statistics.ADVICE.get(most[0][0]) if most else None
+        what = advice or "see the sidecars for each row's error"
+        return f"{self.root}: none of {rows} rows gave a picture{why}; {what}"
 
-    @property
-    def run(self) -> str:
-        """The run's folder, where the list of take-downs is."""
-        return self.root.rstrip("/").rpartition("/")[0] or "."
+    def _conclude(self, counts: RunCounts, digests: dict[int, bool]) -> tuple[str | None, dict[str, Any]]:
+        """Find duplicates; returns the name of the file of exclusions and what stands in the manifest."""
+        config, written = self.config, []
+        other, other_exclusions, others = self._other_split()
+        progress = Progress(f"{self.name}: duplicates", len(digests) + others, "shards")
+        found = find_duplicates(
+            Sidecars(self.root, lambda: iter(digests.items())),
+            lambda tables_: written.append(write_exclusions(self.root, tables_)),
+            rules=config.duplicates,
+            caption_repeats=config.caption_repeats,
+            other=other,
+            other_exclusions=other_exclusions,
+            progress=progress.update,
+        )
+        progress.close()
+        if +found.statuses != +counts.statuses:
+            raise StageError(
+                f"{self.root}: the sidecars count {dict(found.statuses)}, the stats {dict(+counts.statuses)}; "
+                "run it again"
+            )
+        rows, statuses, errors = counts.settled()
+        excluded: Counter[str] = Counter()
+        for reason, n in found.reasons.items():
+            excluded[EXCLUSION_STATUS[reason]] += n
+        ends = {"rows": rows, **{n: statuses[n] for n in statistics.COUNTED}, "duplicate": excluded["duplicate"]}
+        ends["filtered"] += excluded["filtered"]
+        ends["success"] -= excluded.total()
+        if rows != sum(ends.values()) - rows or min(ends.values()) < 0:
+            raise StageError(f"{self.root}: {rows} rows went in, but what became of them is {ends}")
+        filtered = [("caption_empty", "no caption")] + [(f.label, f.label) for f in config.filters]
+        filtered_by = {label: counts.filters.get(name, 0) for name, label in filtered}
+        if config.caption_repeats is not None:
+            filtered_by[f"more than {config.caption_repeats} of one caption"] = found.reasons["caption_repeated"]
+        return written[0], {
+            "split": self.split,
+            "samples_per_shard": config.samples_per_shard,
+            "counts": ends,
+            "errors": {c: n for c, n in sorted(errors.items()) if ERRORS[c].status != "filtered"},
+            "passes": self._passes(),
+            "filtered_by": filtered_by,
+            "duplicates_by": {r: n for r, n in sorted(found.reasons.items()) if EXCLUSION_STATUS[r] == "duplicate"},
+            **counts.manifest(),
+        }
+
+    def _other_split(self) -> tuple[Sidecars | None, Any, int]:
+        """The other split's sidecars and exclusions, where it is finished, and how many sidecars these are."""
+        paths = RunPaths(self.run)
+        root = paths.heldout if self.split == "train" else paths.images
+        if not self.config.has_heldout or root == self.root:
+            return None, None, 0
+        try:
+            dataset = Dataset.open(root)
+        except StageError:
+            return None, None, 0
+
+        indices = [s.index for s in dataset.shards]
+        return Sidecars(root, lambda: with_flags(root, indices)), dataset.exclusions, len(indices)
+
+    def open_for_removal(self) -> None:
+        """Take over a folder of an earlier version, so that samples can be taken out of it; under the lease."""
+        take_over_as_it_is(self.root, self.data)
+        self._plan_what_is_there()
+
+    def finish_removal(self) -> set[int]:
+        """`finish` where nothing but take-downs has happened since; under the lease. Returns the shards that changed.
+
+        No duplicates are looked for: what was excluded stays excluded. Only shards with listed rows are read, and all
+        that is counted is counted from them and from the manifest, so that it can be done again after a kill.
+        """
+        manifest = dict(Dataset.open(self.root).manifest)
+        if manifest.get("format_version") == 1:
+            parts, changed, _ = self.apply_list()
+            self.finish(s for _, s in read_stats_of(self.root, [t.index for t in self.tasks()]) if s is not None)
+            return changed
+        parts, changed, touched = self.apply_list()
+        shards = [ShardInfo(**s) for s in manifest["shards"]]
+        gone = {i: self._taken_down(i) for i in touched & {s.index for s in shards}}
+        before, after = Counter[str](), Counter[str]()
+        excluded = Exclusions(self.root, manifest["exclusions"])
+
+        def left() -> Iterator[pa.Table]:
+            for table in excluded.tables():
+                pairs = zip(table["shard"].to_pylist(), table["row"].to_pylist(), strict=True)
+                keep = [row not in gone.get(shard, ()) for shard, row in pairs]
+                before.update(table["reason"].to_pylist())
+                table = table.filter(pa.array(keep))
+                after.update(table["reason"].to_pylist())
+                yield table
+
+        name = write_exclusions(self.root, left())
+        out = Exclusions(self.root, name)
+        stats = {i: s for i, s in read_stats_of(self.root, sorted(gone)) if s is not None}
+        shards = [
+            dataclasses.replace(s, count=stats[s.index]["count"] - len(out.rows(s.index))) if s.index in stats else s
+            for s in shards
+        ]
+        counts = dict(manifest["counts"])
+        for reason in before:
+            counts[EXCLUSION_STATUS[reason]] += after[reason] - before[reason]
+        counts["success"] = sum(s.count for s in shards)
+        taken = counts["rows"] - sum(n for k, n in counts.items() if k not in ("rows", "opted_out"))
+        errors = Counter(manifest["errors"]) + Counter(taken_down=taken - counts["opted_out"])
+        counts["opted_out"] = taken
+        duplicates = {r: n for r, n in sorted(after.items()) if EXCLUSION_STATUS[r] == "duplicate"}
+        more = {"counts": counts, "errors": dict(sorted(errors.items())), "duplicates_by": duplicates, "list": parts}
+        amend_manifest(self.root, manifest, shards, name, more)
+        return changed
+
+    def _taken_down(self, index: int) -> set[int]:
+        """The rows of a shard that were taken down."""
+        table = storage.read_parquet(storage.join(self.root, shard_name(index) + ".parquet"), ["error"])
+        return {i for i, error in enumerate(table["error"].to_pylist()) if error == "taken_down"}
+
+    def apply_list(self) -> tuple[int, set[int], set[int]]:
+        """Take what is listed out of the committed shards that were not looked through for it; under the lease.
+
+        Returns how many parts of the list that was, the shards that changed, and those with listed rows, whenever these
+        were taken out. Pictures with the bytes of one that is listed by its URL or host are listed by these bytes
+        first, in a part of their own.
+        """
+        hits, parts = self.listed_rows()
+        copies = {h.sha256 for h in hits if h.sha256 is not None}
+        if copies:
+            known = TakenDown.read(self.run)
+            new = TakenDown.of(bytes=[s for s in copies if not known.has_bytes(s)])
+            if new:
+                new.create(self.run)
+                hits, parts = self.listed_rows()
+        changed = removal.take_out(self.root, (h for h in hits if h.live), parts, self.name)
+        return parts, changed, {h.shard for h in hits}
+
+    def listed_rows(self) -> tuple[list[removal.Hit], int]:
+        """The listed rows of shards that were not looked through for them; and how many parts the list has.
+
+        Shards of the manifest were looked through for the parts that it knows, others for none.
+        """
+        parts = takedown.length(self.run)
+        if not parts:
+            return [], 0
+        try:
+            dataset = Dataset.open(self.root)
+            known, through = {s.index for s in dataset.shards}, int(dataset.manifest.get("list", 0))
+        except StageError:
+            known, through = set(), 0
+        committed = listed(self.root).committed.tolist()
+        hits: list[removal.Hit] = []
+        for shards, after in (
+            ([i for i in committed if i in known], through),
+            ([i for i in committed if i not in known], 0),
+        ):
+            if shards and after < parts:
+                wanted = TakenDown.read(self.run, after)
+                hits += removal.find(self.root, with_flags(self.root, shards), wanted, len(shards), self.name)
+        return hits, parts
+
+    # ---- the table -----------------------------------------------------------------------------------------
 
     def _table(self) -> str:
         if self.split == "train":
@@ -184,35 +429,30 @@ class IngestStage:
             raise ConfigError("ingest: there is no held-out split; set heldout_table or heldout_fraction")
         return self.config.heldout_table or self.config.table
 
-    def _plan(self) -> tables.Plan:
+    def layout(self) -> Layout:
+        """The table's files and the columns that are read; raises ConfigError where they do not fit the settings."""
         wanted = [*self.config.keep_columns, *filters.needed_columns(self.config.filters)]
         captionless = self.config.empty_captions == "keep"
-        plan = tables.make_plan(self._table(), self.config.columns, wanted, statistics.LOOKED_AT, captionless)
+        layout = tables.read_layout(self._table(), self.config.columns, wanted, statistics.LOOKED_AT, captionless)
         types = {}
         for f in self.config.filters:
             if f.column not in filters.DERIVED:
-                types[f.column] = plan.schema.field(tables.resolve(plan, f.column)).type
+                types[f.column] = layout.schema.field(tables.resolve(layout, f.column)).type
         filters.check_types(self.config.filters, types)
-        kept_columns(plan, self.config.keep_columns)
-        return plan
+        texts = [f for f in self.config.filters if f.min is not None or f.max is not None]
+        texts = [f for f in texts if pa.types.is_string(types.get(f.column, pa.float64()))]
+        if texts:
+            names = {f.column: str(tables.resolve(layout, f.column)) for f in texts}
+            filters.check_numbers(texts, types, tables.first_values(layout, names))
+        kept_columns(layout, self.config.keep_columns)
+        return layout
 
-    def _keep(self) -> tables.Keep | None:
-        """Which rows of a batch belong to this split: by the hash of the caption, cleaned and without case."""
-        if not self.config.heldout_fraction:
-            return None
-        steps, salt = self.config.captions, self.seed.to_bytes(8, "little", signed=True)
-        bound = int(self.config.heldout_fraction * 2**64)
-        heldout = self.split == "heldout"
-
-        def keep(batch: pa.RecordBatch) -> np.ndarray:
-            chosen = np.zeros(batch.num_rows, bool)
-            for i, text in enumerate(batch.column("caption").to_pylist()):
-                caption = captions.clean(text or "", steps).casefold().encode("utf-8", "surrogatepass")
-                digest = hashlib.blake2b(caption, digest_size=8, salt=salt).digest()
-                chosen[i] = (int.from_bytes(digest, "little") < bound) == heldout
-            return chosen
-
-        return keep
+    def heldout_rule(self, layout: Layout) -> HeldoutRule | None:
+        """Which rows of the table are held out; None where it is all of one split."""
+        c = self.config
+        return (
+            HeldoutRule(c.heldout_fraction, self.seed, c.captions, layout.caption_lists) if c.heldout_fraction else None
+        )
 
     def _settings(self) -> dict[str, Any]:
         """What a shard's bytes depend on. Limits of time and concurrency are not among it, nor the table's path."""
@@ -238,40 +478,114 @@ class IngestStage:
         return settings
 
 
+class _Taken:
+    """Which rows have been taken over by the lines so far: by shard, the codes."""
+
+    def __init__(self) -> None:
+        self._codes: dict[int, frozenset[str]] = {}
+
+    def open_codes(self, line: Line) -> tuple[tuple[int, tuple[str, ...]], ...]:
+        """What a line takes that no earlier one took: (shard, codes). The lines come in the order of their numbers."""
+        found = []
+        for shard in line.takes_over:
+            found.append((shard, tuple(sorted(self.left(shard, line.codes)))))
+            self._codes[shard] = self._codes.get(shard, frozenset()) | frozenset(line.codes)
+        return tuple(found)
+
+    def left(self, shard: int, codes: Iterable[str]) -> frozenset[str]:
+        """Which of these codes nothing has taken of a shard yet."""
+        return frozenset(codes) - self._codes.get(shard, frozenset())
+
+
+def codes_to_retry(text: str) -> frozenset[str]:
+    """`transient`, or codes of ERRORS with commas between; raises ConfigError."""
+    if text == "transient":
+        return RETRYABLE
+    codes = frozenset(c.strip() for c in text.split(","))
+    for code in sorted(codes):
+        if code not in ERRORS or not ERRORS[code].status.startswith("failed"):
+            known = ", ".join(c for c, e in ERRORS.items() if e.status.startswith("failed"))
+            raise ConfigError(f"--retry '{code}': write transient, or some of {known}")
+    return codes
+
+
+def retry_lines(root: str, known: plan.Plan, codes: frozenset[str], full: int) -> tuple[list[Line], int]:
+    """Lines for the rows with these codes that no line has taken over yet, at most `full` rows each; and how many rows.
+
+    A line takes all such rows of some shards that follow each other, so what is open is told by the stats alone.
+    """
+    taken = _Taken()
+    for line in known.retries():
+        taken.open_codes(line)
+    number, total = known.next_number, 0
+    lines: list[Line] = []
+    shards: list[int] = []
+    rows = 0
+
+    def close() -> None:
+        nonlocal shards, rows
+        if shards:
+            lines.append(Line(number + len(lines), "", 0, 0, rows, bytes(16), "", tuple(shards), tuple(sorted(codes))))
+        shards, rows = [], 0
+
+    for index, stats in read_stats_of(root, known.shards.tolist()):
+        errors = (stats or {}).get("errors", {})
+        count = sum(errors.get(c, 0) for c in taken.left(index, codes))
+        if not count:
+            continue
+        if rows + count > full:
+            close()
+        shards.append(index)
+        rows, total = rows + count, total + count
+    close()
+    return lines, total
+
+
+def with_flags(root: str, shards: Sequence[int]) -> Iterator[tuple[int, bool]]:
+    """(shard, whether its sidecar holds digests) of committed shards; those of an earlier version have none."""
+    made_with = read_made_with(root) or {}
+    if "taken_over_from" not in made_with:
+        yield from ((i, True) for i in shards)
+        return
+    try:
+        manifest = Dataset.open(root).manifest
+    except StageError:
+        manifest = {}
+    old = set(manifest.get("without_digests", ()))
+    known = {s["index"] for s in manifest.get("shards", ())} if manifest.get("format_version") == 2 else set()
+    for index in shards:
+        yield index, index not in old if index in known else has_digests(root, index)
+
+
+def _stored(root: str, shards: Sequence[int]) -> tuple[int, int]:
+    """How many of these shards are committed or begun, and how many pictures they hold."""
+    there = listed(root)
+    begun = [i for i in shards if i in set(there.committed.tolist()) | set(there.begun.tolist())]
+    return len(begun), sum(int((s or {}).get("count", 0)) for _, s in read_stats_of(root, begun))
+
+
 class IngestWorker:
     """Makes shards, one at a time. Holds a process's connections, threads and open table file between shards."""
 
     def __init__(self, stage: IngestStage) -> None:
         self.stage = stage
         self.folder = open_folder(stage)
-        self.plan = stage._plan()
-        self.keep = stage._keep()
+        self.layout = stage.layout()
+        self.rule = stage.heldout_rule(self.layout)
         self.cursor = tables.Cursor()
         self.taken_down = TakenDown.read(stage.run)
         self.crew = make_crew(stage.config, self.taken_down)
+        self._packed: tuple[int, dict[str, bytes], dict[str, Any]] | None = None
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """Fetch a shard's rows and commit it; returns its committed stats."""
-        if (found := self.folder.adopt(task.index)) is not None:
+        found = self.folder.adopt(task.index)
+        if found is not None:
             return found
-        began, cpu = time.time(), _cpu_seconds()
-        config = self.stage.config
-        rows = tables.read_range(self.plan, task.payload, self.keep, self.cursor)
-        raw = rows["caption"].to_pylist()
-        cleaned = [captions.clean(text or "", config.captions) for text in raw]
-        outcomes = self._judge(rows, cleaned)
-        urls = rows["url"].to_pylist()
-        todo = {i: url or "" for i, url in enumerate(urls) if outcomes[i] is None}
-        for i, outcome in self.crew.fetch_all(todo).items():
-            outcomes[i] = outcome
-        done = [o for o in outcomes if o is not None]
-        if len(done) != rows.num_rows:
-            raise StageError(f"shard {task.index}: {rows.num_rows - len(done)} rows came to no end")
-        sidecar = new_sidecar(task.index, rows, self.plan, config, raw, cleaned)
-        files = sidecar.pack(done)
-        stats = statistics.of_shard(done, urls, began)
-        stats["cpu_seconds"] = round(_cpu_seconds() - cpu, 3)
-        stats["checks"] = statistics.checks(rows, self.plan, done, config.swapped_sizes)
+        if takedown.length(self.stage.run) != self.taken_down.parts:
+            self.taken_down = self.crew.taken_down = TakenDown.read(self.stage.run)
+        files, stats = self._again(task) if isinstance(task.payload, Retry) else self._first(task)
+        stats |= {"digests": True, "list": self.taken_down.parts}
         return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
 
     def close(self) -> None:
@@ -279,10 +593,67 @@ class IngestWorker:
         self.crew.close()
         self.cursor.close()
 
+    def _first(self, task: Task) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """A shard of the table's rows."""
+        began, cpu, config = time.time(), _cpu_seconds(), self.stage.config
+        if task.payload.file == plan.BEFORE:
+            raise StageError(f"shard {shard_name(task.index)}: its rows are not in the table any more")
+        rows = tables.read_range(self.layout, task.payload, self.rule, self.stage.split, self.cursor)
+        raw = rows["caption"].to_pylist()
+        firsts = [tables.first_caption(t) for t in raw] if self.layout.caption_lists else raw
+        cleaned = [captions.clean(text or "", config.captions) for text in firsts]
+        outcomes = self._judge(rows, cleaned)
+        urls = rows["url"].to_pylist()
+        done = self._fetch(task, urls, outcomes)
+        sidecar = new_sidecar(task.index, rows, self.layout, config, raw, cleaned)
+        files = sidecar.pack(done)
+        stats = statistics.of_shard(done, urls, began)
+        stats["cpu_seconds"] = round(_cpu_seconds() - cpu, 3)
+        stats["checks"] = statistics.checks(rows, self.layout, done, config.swapped_sizes)
+        return files, stats
+
+    def _again(self, task: Task) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """A shard of rows that older shards could not get, under their own keys."""
+        began, cpu = time.time(), _cpu_seconds()
+        parts, taken = [], Counter[str]()
+        for shard, codes in task.payload.of:
+            table = storage.read_parquet(storage.join(self.stage.root, shard_name(shard) + ".parquet"))
+            errors = table["error"].to_pylist()
+            chosen = [i for i, e in enumerate(errors) if e in codes]
+            taken.update(errors[i] for i in chosen)
+            parts.append(table.take(pa.array(chosen, pa.int64())))
+        if taken.total() != task.payload.line.rows:
+            raise StageError(
+                f"{self.stage.root}: shard {shard_name(task.index)} is to take {task.payload.line.rows} rows over, and "
+                f"the older shards have {taken.total()}; see `carrara verify`"
+            )
+        sidecar, urls = rows_again(parts)
+        outcomes: list[Outcome | None] = [
+            Outcome.of("taken_down") if self.taken_down.has_url(url or "") else None for url in urls
+        ]
+        done = self._fetch(task, urls, outcomes)
+        files = sidecar.pack(done)
+        stats = statistics.of_shard(done, urls, began)
+        return files, stats | {
+            "cpu_seconds": round(_cpu_seconds() - cpu, 3),
+            "checks": {},
+            "takes_over": dict(sorted(taken.items())),
+        }
+
+    def _fetch(self, task: Task, urls: Sequence[str | None], outcomes: list[Outcome | None]) -> list[Outcome]:
+        """Fetch what is not decided yet; raises StageError unless every row came to an end."""
+        todo = {i: url or "" for i, url in enumerate(urls) if outcomes[i] is None}
+        for i, outcome in self.crew.fetch_all(todo).items():
+            outcomes[i] = outcome
+        done = [o for o in outcomes if o is not None]
+        if len(done) != len(urls):
+            raise StageError(f"shard {shard_name(task.index)}: {len(urls) - len(done)} rows came to no end")
+        return done
+
     def _judge(self, rows: pa.Table, cleaned: list[str]) -> list[Outcome | None]:
         """What is decided before anything is fetched; None for rows that are to be fetched."""
         config = self.stage.config
-        verdicts = judge_rows(config, self.plan, rows, cleaned)
+        verdicts = judge_rows(config, self.layout, rows, cleaned)
         outcomes: list[Outcome | None] = []
         for caption, url, verdict in zip(cleaned, rows["url"].to_pylist(), verdicts, strict=True):
             if self.taken_down.has_url(url or ""):
@@ -302,11 +673,11 @@ def _cpu_seconds() -> float:
 
 
 def judge_rows(
-    config: IngestConfig, plan: tables.Plan, rows: pa.Table | pa.RecordBatch, cleaned: list[str]
+    config: IngestConfig, layout: Layout, rows: pa.Table | pa.RecordBatch, cleaned: list[str]
 ) -> list[FilterConfig | None]:
     """The first filter that each row of the table fails; None for rows that pass. cleaned: their captions."""
     other = {"width": "height", "height": "width"} if config.swapped_sizes else {}
-    names = {n: tables.resolve(plan, other.get(n.lower(), n)) for n in filters.needed_columns(config.filters)}
+    names = {n: tables.resolve(layout, other.get(n.lower(), n)) for n in filters.needed_columns(config.filters)}
     columns = {asked: rows.column(name).to_pylist() for asked, name in names.items() if name is not None}
     for f in config.filters:
         if f.column.lower() == "url":

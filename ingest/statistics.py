@@ -6,6 +6,7 @@ Everything here can be merged, so that a run of 200,000 shards is summed up from
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 from ingest import tables
+from ingest.errors import ERRORS, RETRYABLE
 from ingest.filters import out_of_range
 from ingest.work import Outcome
 from shards import storage
@@ -26,57 +28,50 @@ HOSTS_KEPT = 50
 _SIDES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def of_shard(
-    outcomes: Sequence[Outcome], urls: Sequence[str | None], began: float, earlier: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """A shard's counts and times. `count` is the number of samples in its tar, `rows` that of its input rows.
-
-    earlier: the stats of the shard that this one replaces, whose work counts too; only what was fetched
-    since then has bytes_fetched and attempts in its outcome.
-    """
-    before: dict[str, Any] = earlier or {}
-    status = Counter(o.status for o in outcomes)
+def of_shard(outcomes: Sequence[Outcome], urls: Sequence[str | None], began: float) -> dict[str, Any]:
+    """A shard's counts and times. `count` is the number of samples in its tar, `rows` that of its input rows."""
     ended = time.time()
     return {
-        "rows": len(outcomes),
-        "count": status["success"],
-        "successes": status["success"],
-        **{name: status[name] for name in COUNTED},
-        "errors": dict(Counter(o.error for o in outcomes if o.error)),
-        "filters": dict(
-            Counter(
-                (o.message or "") if o.error == "filtered_out" else o.error
-                for o in outcomes
-                if o.status == "filtered" and o.error
-            )
-        ),
-        "status_dict": dict(Counter(o.message or "success" for o in outcomes)),
+        **counts_of([o.status for o in outcomes], [o.error for o in outcomes], [o.message for o in outcomes]),
         "hosts": _worst_hosts(outcomes, urls),
         "smaller_sides": dict(_sides(outcomes)),
-        "body_sizes": dict(
-            sum_counts(
-                [before.get("body_sizes", {}), Counter(_power(o.bytes_fetched) for o in outcomes if o.bytes_fetched)]
-            )
-        ),
-        "bytes_fetched": before.get("bytes_fetched", 0) + sum(o.bytes_fetched for o in outcomes),
+        "body_sizes": dict(Counter(_power(o.bytes_fetched) for o in outcomes if o.bytes_fetched)),
+        "bytes_fetched": sum(o.bytes_fetched for o in outcomes),
         "bytes_stored": sum(len(o.picture.data) for o in outcomes if o.picture),
-        "retries": before.get("retries", 0) + sum(max(o.attempts - 1, 0) for o in outcomes),
-        "checks": before.get("checks", {}),
-        "rounds": before.get("rounds", 0) + 1,
+        "retries": sum(max(o.attempts - 1, 0) for o in outcomes),
         "start_time": began,
         "end_time": ended,
         "duration": ended - began,
     }
 
 
-def checks(rows: pa.Table, plan: tables.Plan, outcomes: Sequence[Outcome], swapped: bool) -> dict[str, int]:
+def counts_of(statuses: Sequence[str], errors: Sequence[str | None], messages: Sequence[str | None]) -> dict[str, Any]:
+    """What is counted of a shard's rows; the same from outcomes and from a sidecar's columns."""
+    status = Counter(statuses)
+    filters = Counter(
+        (m or "") if e == "filtered_out" else e
+        for s, e, m in zip(statuses, errors, messages, strict=True)
+        if s == "filtered" and e
+    )
+    return {
+        "rows": len(statuses),
+        "count": status["success"],
+        "successes": status["success"],
+        **{name: status[name] for name in COUNTED},
+        "errors": dict(Counter(e for e in errors if e)),
+        "filters": dict(filters),
+        "status_dict": dict(Counter(m or "success" for m in messages)),
+    }
+
+
+def checks(rows: pa.Table, layout: tables.Layout, outcomes: Sequence[Outcome], swapped: bool) -> dict[str, int]:
     """How often the table's claims are wrong: sizes against the pictures, similarities against their range."""
     found: Counter[str] = Counter()
     for name in rows.column_names:
         if "similarity" in name.lower():
             wrong = sum(out_of_range(name, v) for v in rows[name].to_pylist())
             found["similarity_out_of_range"] += wrong
-    names = [tables.resolve(plan, n) for n in LOOKED_AT]
+    names = [tables.resolve(layout, n) for n in LOOKED_AT]
     if all(n is not None for n in names):
         widths, heights = (rows[n].to_pylist() for n in (reversed(names) if swapped else names))
         for width, height, o in zip(widths, heights, outcomes, strict=True):
@@ -96,29 +91,66 @@ def checks(rows: pa.Table, plan: tables.Plan, outcomes: Sequence[Outcome], swapp
     return dict(found)
 
 
-def of_run(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The run's part of the manifest that only informs: hosts, sizes, checks."""
-    hosts: dict[str, Counter[str]] = {}
-    for s in stats:
+class RunCounts:
+    """The run's counts, folded from the stats of its shards as these are read; nothing of a shard is kept.
+
+    A row that a later shard took over (a retry) counts where its fate was decided last.
+    """
+
+    def __init__(self) -> None:
+        self.rows = self.shards = 0
+        self.statuses: Counter[str] = Counter()  # as the sidecars have them, rows that were taken over included
+        self.taken_over: Counter[str] = Counter()  # by code
+        self.errors: Counter[str] = Counter()
+        self.filters: Counter[str] = Counter()
+        self.sums: Counter[str] = Counter()
+        self._hosts: dict[str, Counter[str]] = {}
+        self._sums = {name: Counter[str]() for name in ("smaller_sides", "body_sizes", "checks")}
+
+    def add(self, s: dict[str, Any]) -> None:
+        """Count a shard."""
+        self.shards += 1
+        self.rows += s["rows"]
+        self.statuses.update({name: s[name] for name in COUNTED})
+        self.taken_over.update(s.get("takes_over", {}))
+        self.errors.update(s["errors"])
+        self.filters.update(s["filters"])
+        self.sums.update({n: s[n] for n in ("bytes_fetched", "bytes_stored", "retries")})
+        for name, total in self._sums.items():
+            total.update(s.get(name, {}))
         for host, errors in s["hosts"].items():
-            hosts.setdefault(host, Counter()).update(errors)
-        if len(hosts) > 100 * HOSTS_KEPT:
-            hosts = _most(hosts, 10 * HOSTS_KEPT)
-    return {
-        "hosts": {h: dict(sorted(c.items())) for h, c in _most(hosts, HOSTS_KEPT).items()},
-        "smaller_sides": dict(sum_counts(s["smaller_sides"] for s in stats)),
-        "body_sizes": dict(sum_counts(s["body_sizes"] for s in stats)),
-        "checks": dict(sum_counts(s["checks"] for s in stats)),
-        "bytes_stored": sum(s["bytes_stored"] for s in stats),
-    }
+            self._hosts.setdefault(host, Counter()).update(errors)
+        if len(self._hosts) > 100 * HOSTS_KEPT:
+            self._hosts = _most(self._hosts, 10 * HOSTS_KEPT)
+
+    def settled(self) -> tuple[int, Counter[str], Counter[str]]:
+        """(rows that went in, these by status, these by error), each row once."""
+        statuses, errors = Counter(self.statuses), Counter(self.errors)
+        for code, count in self.taken_over.items():
+            statuses[ERRORS[code].status] -= count
+            errors[code] -= count
+        return self.rows - self.taken_over.total(), statuses, +errors
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest's part that only informs: hosts, sizes, checks."""
+        return {
+            "hosts": {h: dict(sorted(c.items())) for h, c in _most(self._hosts, HOSTS_KEPT).items()},
+            **{name: dict(total) for name, total in self._sums.items()},
+            "bytes_fetched": self.sums["bytes_fetched"],
+            "bytes_stored": self.sums["bytes_stored"],
+        }
 
 
-def write_lines(root: str, stats: Iterable[dict[str, Any]]) -> None:
-    """statistics.jsonl: a line a shard, for whatever draws curves."""
-    lines = []
-    for s in stats:
+class Lines:
+    """statistics.jsonl: a line a shard, for whatever draws curves; written beside and put in its place at the end."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile("w+b")  # noqa: SIM115  # closed in write
+
+    def add(self, s: dict[str, Any]) -> None:
+        """Write a shard's line."""
         asked = s["rows"] - s["filtered"]
-        line = {n: s[n] for n in ("shard", "rows", *COUNTED, "bytes_fetched", "bytes_stored", "retries", "rounds")}
+        line = {n: s[n] for n in ("shard", "rows", *COUNTED, "bytes_fetched", "bytes_stored", "retries")}
         line |= {
             "seconds": round(s["duration"], 3),
             "images_per_second": round(s["count"] / max(s["duration"], 1e-9), 3),
@@ -126,8 +158,58 @@ def write_lines(root: str, stats: Iterable[dict[str, Any]]) -> None:
             "errors": s["errors"],
             "ended": s["end_time"],
         }
-        lines.append(json.dumps(line))
-    storage.write_atomic(storage.join(root, LINES), "".join(line + "\n" for line in lines).encode())
+        self._file.write(json.dumps(line).encode() + b"\n")
+
+    def write(self, root: str) -> None:
+        """Put the file into a dataset's folder."""
+        self._file.seek(0)
+        with self._file:
+            storage.write_atomic(storage.join(root, LINES), self._file.read())
+
+
+# What to do about rows that ended so; for codes that `--retry transient` may help, see `summary`.
+ADVICE = {
+    "address_refused": "where these hosts are your own, name their network in ingest.fetch.allow_addresses",
+    "url_invalid": "look at ingest.columns.url: what stands there is not a URL with http:// or https://",
+    "url_missing": "look at ingest.columns.url: these rows have none",
+    "scheme_refused": "look at ingest.columns.url: it must hold http:// or https:// URLs",
+    "body_too_large": "raise ingest.fetch.max_bytes",
+    "image_too_large": "raise ingest.max_pixels",
+    "animation_refused": "set ingest.animations to first_frame",
+    "tls_error": "where you trust these hosts, set ingest.fetch.verify_tls to false",
+    "caption_empty": "set ingest.empty_captions to keep, to do without captions",
+    "filtered_out": "look at ingest.filters",
+    "http_forbidden": "these servers refuse the request; ingest.fetch.user_agent says who asks",
+}
+
+
+def summary(name: str, counts: dict[str, int], errors: Counter[str]) -> list[str]:
+    """What became of the rows, by cause, and what can be done about it: three lines at most.
+
+    counts: rows, success, duplicate, filtered, opted_out, failed_*. errors: rows by code.
+    """
+    rows = max(counts["rows"], 1)
+    failed = counts["failed_to_download"] + counts["failed_to_resize"]
+    parts = [f"{counts['success']:,} pictures ({100 * counts['success'] / rows:.1f} %)"]
+    kinds = (("duplicates", "duplicate"), ("filtered", "filtered"), ("opted out", "opted_out"))
+    parts += [f"{counts[key]:,} {word}" for word, key in kinds if counts[key]]
+    parts += [f"{failed:,} failed"] if failed else []
+    lines = [f"{name}: {counts['rows']:,} rows: {', '.join(parts)}"]
+    bad = Counter({c: n for c, n in errors.items() if ERRORS[c].status.startswith("failed")})
+    if bad:
+        most = [f"{code} {n:,} ({ERRORS[code].meaning})" for code, n in bad.most_common(3)]
+        more = f" and {len(bad) - 3} other causes" if len(bad) > 3 else ""
+        lines.append(f"{name}: failed most often: {'; '.join(most)}{more}")
+    advice = []
+    again = sum(n for c, n in bad.items() if c in RETRYABLE)
+    if again:
+        advice.append(f"{again:,} rows may come now: run ingest with --retry transient")
+    for code, n in errors.most_common():
+        if code in ADVICE and n >= 0.01 * rows and len(advice) < 3:
+            advice.append(f"{code}: {ADVICE[code]}")
+    if advice:
+        lines.append(f"{name}: what can be done: {'; '.join(advice)}")
+    return lines
 
 
 def sum_counts(counts: Iterable[dict[str, int]]) -> Counter[str]:

@@ -2,26 +2,29 @@
 
 A .txt is a list of URLs, one a line, without captions.
 
-The planner walks through the tables once and cuts them into shards of `samples_per_shard` rows. As in
-img2dataset a shard never spans two files. What it hands to a worker is small: a file and a range of it
-(rows of a parquet file, bytes of a text file), and a digest of the rows, so that an edited table is seen.
-The worker reads that range again. Neither ever holds more than a block of a file in memory.
+`TableSource` walks through a file once and cuts it into ranges of `samples_per_shard` rows, for both splits at a time
+(shards/plan.py gives them their numbers). As in img2dataset a shard never spans two files. What a worker is handed is
+small: a file and a range of it (rows of a parquet file, bytes of a text file), and a digest of the rows, so that an
+edited table is seen. The worker reads that range again. Neither ever holds more than a block of a file in memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ingest import captions
 from ingest.config import ColumnsConfig
 from ingest.formats import FORMAT, Columns, Cursor, batches, kept_type, read_schema, schema_of
+from shards.plan import Line, Range
 from shards.settings import ConfigError, StageError
 
 # LAION-400M/5B, COYO and DataComp use URL/TEXT or url/text, Re-LAION and img2dataset's own sidecars url/caption,
@@ -31,32 +34,25 @@ CAPTION_NAMES = ("caption", "text", "top_caption", "alt", "alt_text", "title", "
 
 _TEXT = re.compile(r"\.txt(\.gz)?\Z", re.IGNORECASE)
 
-Keep = Callable[[pa.RecordBatch], np.ndarray]
-
 
 @dataclasses.dataclass(frozen=True)
-class RowRange:
-    """A shard's place in a table: rows (parquet) or bytes of the decompressed text, from start up to stop.
-
-    rows: how many of the rows there belong to the split. digest: of these rows, in their order.
-    """
-
-    file: str
-    start: int
-    stop: int
-    rows: int
-    digest: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
+class Layout:
     """Which columns are read, under which names and types they go on, from the first file of the table.
 
-    columns: (name in the table, name from here on, type), URL and caption first.
+    columns: (name in the table, name from here on, type), URL and caption first. looked_at: so many of the last ones
+    are merely compared with the pictures: they are no part of what a shard is made of. caption_lists: the caption
+    column holds lists of captions, which go on as JSON text; the first of them is the caption.
     """
 
     files: tuple[str, ...]
     columns: Columns
+    looked_at: int = 0
+    caption_lists: bool = False
+
+    @property
+    def made_of(self) -> Columns:
+        """The columns that the digest of rows covers: URL, caption, those that are kept or filtered by."""
+        return self.columns[: len(self.columns) - self.looked_at]
 
     @property
     def schema(self) -> pa.Schema:
@@ -102,19 +98,22 @@ def _hidden(path: str) -> bool:
     return path.rstrip("/").rpartition("/")[2].startswith((".", "_"))
 
 
-def make_plan(
+def read_layout(
     table: str, columns: ColumnsConfig, wanted: Sequence[str], welcome: Sequence[str] = (), captionless: bool = False
-) -> Plan:
+) -> Layout:
     """Find the URL, caption and `wanted` columns; raises ConfigError naming the columns that there are.
 
     welcome: columns that are read where the table has them, in any case. captionless: captions may be absent.
     """
     files = list_files(table)
+    if _TEXT.search(files[0]):
+        _require_urls(files[0])
     schema = read_schema(files[0], dict(columns.types))
     url = _find(schema, columns.url, URL_NAMES, "url", files[0])
     names = {n.lower() for n in schema.names}
     absent = captionless and columns.caption is None and names.isdisjoint(CAPTION_NAMES)
     caption = None if absent else _find(schema, columns.caption, CAPTION_NAMES, "caption", files[0])
+    _check_texts(schema, url, caption, files[0])
     chosen: list[tuple[str | None, str, pa.DataType]] = [(url, "url", pa.string()), (caption, "caption", pa.string())]
     for name in dict.fromkeys(wanted):
         if name.lower() in ("url", "caption"):
@@ -123,53 +122,189 @@ def make_plan(
         if column not in (url, caption):
             chosen.append((column, column, kept_type(schema.field(column).type)))
     taken = {source for source, _, _ in chosen}
-    for column in schema.names:
-        if column not in taken and column.lower() in welcome and schema.names.count(column) == 1:
-            chosen.append((column, column, kept_type(schema.field(column).type)))
-    return Plan(tuple(files), tuple(chosen))
+    looked_at = [
+        (column, column, kept_type(schema.field(column).type))
+        for column in schema.names
+        if column not in taken and column.lower() in welcome and schema.names.count(column) == 1
+    ]
+    lists = caption is not None and _is_list(schema.field(caption).type)
+    return Layout(tuple(files), (*chosen, *looked_at), len(looked_at), lists)
 
 
-def resolve(plan: Plan, name: str) -> str | None:
-    """The name in `plan.schema` that a user's column name means (case is overlooked); None where there is none.
+def _require_urls(file: str) -> None:
+    """Raise ConfigError where a .txt is no list of URLs: the captions beside the pictures of a folder, say."""
+    try:
+        with fsspec.open(file, "rb", compression="infer") as stream:
+            line = stream.readline(1000).decode("utf-8", "replace").strip()
+    except (OSError, EOFError) as e:
+        raise ConfigError(f"{file}: cannot be read: {e}") from None
+    if line and "://" not in line:
+        raise ConfigError(
+            f"{file}: a .txt is read as a list of URLs, one a line, and this one begins with '{line[:60]}'; give "
+            "ingest.table a table of URLs and captions (.parquet, .csv, .tsv, .jsonl): a folder of pictures with their "
+            "captions beside is none"
+        )
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _check_texts(schema: pa.Schema, url: str, caption: str | None, file: str) -> None:
+    """Raise ConfigError where the URL or caption column cannot hold such."""
+    kinds = {url: schema.field(url).type, **({caption: schema.field(caption).type} if caption is not None else {})}
+    for name, kind in kinds.items():
+        value = kind.value_type if pa.types.is_dictionary(kind) or (name == caption and _is_list(kind)) else kind
+        if pa.types.is_nested(value) or (
+            name == url and (pa.types.is_binary(value) or pa.types.is_large_binary(value))
+        ):
+            what = "URLs" if name == url else "captions"
+            raise ConfigError(
+                f"{file}: the column '{name}' holds {kind}, not {what}"
+                + ("; a table for ingest names pictures by URL, it does not hold their bytes" if name == url else "")
+            )
+
+
+def first_values(layout: Layout, names: Mapping[str, str]) -> dict[str, list[object]]:
+    """Of the first rows of the table, the values of some columns: the layout's names by what they are to be called."""
+    for batch, _ in batches(layout.files[0], layout.columns):
+        return {called: batch.column(name).to_pylist() for called, name in names.items()}
+    return {}
+
+
+def first_caption(text: str | None) -> str:
+    """The first caption of a list in JSON that is not blank; empty where there is none."""
+    try:
+        values = json.loads(text or "[]")
+    except ValueError:
+        return text or ""
+    texts = values if isinstance(values, list) else [values]
+    return next((t for t in texts if isinstance(t, str) and t.strip()), "")
+
+
+def resolve(layout: Layout, name: str) -> str | None:
+    """The name in `layout.schema` that a user's column name means (case is overlooked); None where there is none.
 
     `url` and `caption` always mean the columns that serve as such.
     """
     if name.lower() in ("url", "caption"):
         return name.lower()
-    exact = {source: target for source, target, _ in plan.columns if source is not None}
+    exact = {source: target for source, target, _ in layout.columns if source is not None}
     lower = {source.lower(): target for source, target in exact.items()}
     return exact.get(name) or lower.get(name.lower())
 
 
-def shard_ranges(plan: Plan, samples_per_shard: int, keep: Keep | None = None) -> Iterator[RowRange]:
-    """Cut the table into shards. keep: the split's rows of a batch, as bool [rows]; None for all of them."""
-    for file in plan.files:
-        digest, start, rows, stop = _RowDigest(plan.schema), 0, 0, 0
-        for batch, ends in batches(file, plan.columns):
-            chosen = np.arange(batch.num_rows) if keep is None else np.flatnonzero(keep(batch))
-            while len(chosen):
-                some = chosen[: samples_per_shard - rows]
-                digest.update(take(batch, some))
-                rows, stop, chosen = rows + len(some), int(ends[some[-1]]), chosen[len(some) :]
-                if rows == samples_per_shard:
-                    yield RowRange(file, start, stop, rows, digest.hexdigest())
-                    digest, start, rows = _RowDigest(plan.schema), stop, 0
-        if rows:
-            yield RowRange(file, start, stop, rows, digest.hexdigest())
+@dataclasses.dataclass(frozen=True)
+class HeldoutRule:
+    """Which rows are held out: by the hash of the caption, cleaned and without case, so that a caption is on one side.
+
+    fraction: of distinct captions. seed: of the hash. steps: of the cleaning. lists: the captions are lists in JSON.
+    """
+
+    fraction: float
+    seed: int
+    steps: tuple[str, ...]
+    lists: bool = False
+
+    def __call__(self, batch: pa.RecordBatch) -> np.ndarray:
+        """Which rows of a batch are held out, bool [rows]."""
+        salt = self.seed.to_bytes(8, "little", signed=True)
+        column = batch.column("caption")
+        if self.lists:
+            column = pa.array([first_caption(t) for t in column.to_pylist()], pa.string())
+        blake, cleaned = hashlib.blake2b, captions.clean_all(column, self.steps)
+        texts = [t.casefold().encode("utf-8", "surrogatepass") for t in cleaned]
+        hashes = b"".join([blake(t, digest_size=8, salt=salt).digest() for t in texts])
+        return np.frombuffer(hashes, "<u8") < int(self.fraction * 2**64)
 
 
-def read_range(plan: Plan, place: RowRange, keep: Keep | None = None, cursor: Cursor | None = None) -> pa.Table:
+@dataclasses.dataclass(frozen=True)
+class TableSource:
+    """Implements shards.plan.Source for a table. heldout: where one table has both splits, else every row is of any.
+
+    former: give the digests that earlier versions made as well, where these covered more columns.
+    """
+
+    layout: Layout
+    samples_per_shard: int
+    heldout: HeldoutRule | None = None
+    former: bool = False
+
+    def files(self) -> Sequence[str]:
+        """The files of the table."""
+        return self.layout.files
+
+    def ranges(self, file: str, cuts: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Range]]:
+        """The ranges of a file's rows for each split in `cuts`, in one walk."""
+        former = self.former and self.layout.looked_at > 0
+        open_ = {split: _OpenRange(self.layout, self.samples_per_shard, sizes, former) for split, sizes in cuts.items()}
+        for batch, ends in batches(file, self.layout.columns):
+            mask = None if self.heldout is None else self.heldout(batch)
+            for split, one in open_.items():
+                chosen = np.arange(batch.num_rows) if mask is None else np.flatnonzero(mask == (split == "heldout"))
+                for found in one.take(batch, ends, chosen):
+                    yield split, found
+        for split, one in open_.items():
+            if one.rows:
+                yield split, one.close()
+
+
+class _OpenRange:
+    """The range of a split that the walk through a file is in."""
+
+    def __init__(self, layout: Layout, full: int, sizes: Sequence[int], former: bool) -> None:
+        self._layout, self._full, self._former = layout, full, former
+        self._sizes = list(sizes)
+        self._start = self._stop = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._size = self._sizes.pop(0) if self._sizes else self._full
+        self._digest = RowDigest(self._layout.made_of)
+        self._former_digest = RowDigest(self._layout.columns) if self._former else None
+        self.rows = 0
+
+    def take(self, batch: pa.RecordBatch, ends: np.ndarray, chosen: np.ndarray) -> Iterator[Range]:
+        """Take in the chosen rows (int, ascending) of a batch; yields what is full."""
+        while len(chosen):
+            some = chosen[: self._size - self.rows]
+            part = take(batch, some)
+            self._digest.update(part)
+            if self._former_digest is not None:
+                self._former_digest.update(part)
+            self.rows, self._stop, chosen = self.rows + len(some), int(ends[some[-1]]), chosen[len(some) :]
+            if self.rows == self._size:
+                yield self.close()
+
+    def close(self) -> Range:
+        """End the range here, and begin the next."""
+        former = None if self._former_digest is None else self._former_digest.digest()
+        found = Range(self._start, self._stop, self.rows, self._digest.digest(), former)
+        self._start = self._stop
+        self._begin()
+        return found
+
+
+def read_range(
+    layout: Layout,
+    line: Line,
+    heldout: HeldoutRule | None = None,
+    split: str = "train",
+    cursor: Cursor | None = None,
+) -> pa.Table:
     """The rows of one shard; raises StageError where the file is no longer what the planner saw."""
     kept: list[pa.RecordBatch] = []
-    digest = _RowDigest(plan.schema)
-    for batch, _ in batches(place.file, plan.columns, place.start, place.stop, cursor):
-        if keep is not None:
-            batch = take(batch, np.flatnonzero(keep(batch)))
-        digest.update(batch)
+    digests = [RowDigest(c) for c in dict.fromkeys((layout.made_of, layout.columns))]
+    for batch, _ in batches(line.file, layout.columns, line.start, line.stop, cursor):
+        if heldout is not None:
+            batch = take(batch, np.flatnonzero(heldout(batch) == (split == "heldout")))
+        for digest in digests:
+            digest.update(batch)
         kept.append(batch)
-    table = pa.Table.from_batches(kept, plan.schema).combine_chunks()
-    if table.num_rows != place.rows or digest.hexdigest() != place.digest:
-        raise StageError(f"{place.file}: the table changed while it was being read; run the same command again")
+    table = pa.Table.from_batches(kept, layout.schema).combine_chunks()
+    # The second digest is that of a shard which an earlier version planned.
+    if table.num_rows != line.rows or line.digest not in [d.digest() for d in digests]:
+        raise StageError(f"{line.file}: the table changed while it was being read; run the same command again")
     return table
 
 
@@ -180,11 +315,23 @@ def _find(schema: pa.Schema, given: str | None, names: Sequence[str], what: str,
         for column in schema.names:
             if column.lower() == name:
                 return _named(schema, column, f"the {what} is read from the column '{column}'", file)
+    holds = [f"'{f.name}' holds {f.type}" for f in schema if _holds_bytes(f.type)] if what == "url" else []
+    if holds:
+        raise ConfigError(
+            f"{file}: no column is known to hold the url, and {holds[0]}: ingest fetches pictures by URL, it does not "
+            "read their bytes from a table; give a table with a column of URLs"
+        )
     or_not = " (or ingest.empty_captions to keep, to do without)" if what == "caption" else ""
     raise ConfigError(
         f"{file}: no column is known to hold the {what}; "
         f"set ingest.columns.{what} to one of {', '.join(schema.names)}{or_not}"
     )
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _named(schema: pa.Schema, name: str, saying: str, file: str) -> str:
@@ -205,17 +352,17 @@ def take(batch: pa.RecordBatch, rows: np.ndarray) -> pa.RecordBatch:
     return batch.take(pa.array(rows, pa.int64()))
 
 
-class _RowDigest:
+class RowDigest:
     """sha256 over the values of rows, whatever the batches and buffers they come in and whoever wrote the file."""
 
-    def __init__(self, schema: pa.Schema) -> None:
+    def __init__(self, columns: Columns) -> None:
         # Nulls, lengths and values of a column each have their own running hash, so that it does not matter
         # where one batch ends and the next begins.
-        self._hashes = [[hashlib.sha256(f"{f.name}:{f.type}".encode()) for _ in range(3)] for f in schema]
+        self._hashes = [[hashlib.sha256(f"{f.name}:{f.type}".encode()) for _ in range(3)] for f in schema_of(columns)]
 
     def update(self, batch: pa.RecordBatch) -> None:
-        """Take in the rows of a batch."""
-        for (nulls, lengths, values), array in zip(self._hashes, batch.columns, strict=True):
+        """Take in the rows of a batch, whose first columns are those that this digest covers."""
+        for (nulls, lengths, values), array in zip(self._hashes, batch.columns, strict=False):
             nulls.update(array.is_null().to_numpy(zero_copy_only=False).astype(np.uint8).tobytes())
             if pa.types.is_string(array.type):
                 array = array.fill_null("")
@@ -227,6 +374,6 @@ class _RowDigest:
                 zero = False if pa.types.is_boolean(array.type) else 0
                 values.update(array.fill_null(zero).to_numpy(zero_copy_only=False).tobytes())
 
-    def hexdigest(self) -> str:
-        """32 hex digits."""
-        return hashlib.sha256(b"".join(h.digest() for three in self._hashes for h in three)).hexdigest()[:32]
+    def digest(self) -> bytes:
+        """16 bytes."""
+        return hashlib.sha256(b"".join(h.digest() for three in self._hashes for h in three)).digest()[:16]

@@ -1,113 +1,288 @@
-"""Take-downs: what is never to be fetched or stored again, by URL, host, or the bytes of the picture.
+"""Take-downs: the list of what is never to be fetched or stored again, by URL, host, or the bytes of the picture.
 
-`taken_down.parquet` lies in the run's folder and outlives any number of ingests. It names hosts, but URLs
-by their sha256 alone, so that the list is no directory of what somebody wanted gone.
+The list is `taken_down/00000.parquet`, `00001.parquet`, ... in the run's folder. Each part is created once, so that
+nothing that was asked for can be lost; it outlives any number of ingests. It names hosts, but URLs by their sha256
+alone, so that it is no directory of what somebody wanted gone. (Before there were parts it was `taken_down.parquet`,
+which is read as the first.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
+import idna
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from yarl import URL
 
-from ingest.errors import Rejected
-from ingest.fetch import parse_url
 from shards import storage
 from shards.settings import ConfigError
 
-FILE = "taken_down.parquet"
+FOLDER = "taken_down"
+BEFORE = "taken_down.parquet"
 SCHEMA = pa.schema([("kind", pa.string()), ("value", pa.string())])
+
+_HOST = re.compile(r"(?P<below>\*\.)?(?P<name>\[[0-9a-f:.]+\]|[^:/?#@\[\]\s]+)(:(?P<port>\d{1,5}))?\.?")
+_PATHLESS = re.compile(r"\A(https?://[^/?#]+)(?=\?|\Z)")
+
+
+def normal_url(text: str) -> str:
+    """One spelling for all that mean the same URL: blanks around it, quoting, the host's case, a default port, a dot
+    behind the host, a fragment; an international name in the form of IDNA 2008. What is no URL stays as it is."""
+    text = text.strip()
+    try:
+        url = URL(text).with_fragment(None)
+        if url.raw_host and url.raw_host.endswith("."):
+            url = url.with_host(url.raw_host.rstrip("."))
+        return _PATHLESS.sub(r"\1/", str(url))
+    except (ValueError, UnicodeError, IndexError, TypeError):
+        return text
+
+
+def digest(text: str) -> str:
+    """sha256 of a text, 64 hex digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def url_digest(url: str) -> str:
+    """sha256 of a URL, whichever of its spellings is given."""
+    return digest(normal_url(url))
+
+
+def number(hexdigest: str) -> int:
+    """The first 64 bits of a digest in hex: what sidecars hold of it."""
+    return int(hexdigest[:16], 16)
+
+
+def url_forms(text: str) -> set[str]:
+    """The digests of all URLs that a person who writes `text` may mean: by http and https, and where the host is an
+    international name in the forms of IDNA 2003 and 2008; empty where it is no URL."""
+    try:
+        url = URL(normal_url(text))
+        host = URL(text.strip()).host
+    except (ValueError, UnicodeError, IndexError, TypeError):
+        return set()
+    if url.scheme not in ("http", "https") or not url.raw_host or not host:
+        return set()
+    standard = url.is_default_port()
+    found = set()
+    for name in {url.raw_host, *_ascii_names(host)}:
+        for scheme in ("http", "https") if standard else (url.scheme,):
+            form = url.with_host(name).with_scheme(scheme)
+            found.add(url_digest(str(form.with_port(None) if standard else form)))
+    return found
+
+
+def _ascii_names(host: str) -> set[str]:
+    """A host's name as it goes over the wire: itself, or of an international one the forms of IDNA 2008 and 2003."""
+    host = host.lower().rstrip(".")
+    if host.isascii():
+        return {host}
+    names = set()
+    with contextlib.suppress(idna.IDNAError):
+        names.add(idna.encode(host, uts46=True).decode())
+    with contextlib.suppress(UnicodeError):
+        names.add(host.encode("idna").decode())
+    return names
+
+
+def host_forms(text: str) -> set[str]:
+    """How a host is listed: `example.com` (and what is below it), `.example.com` (what is below it alone), either with
+    `:port`; several where an international name has several forms. Raises ConfigError where it is no host."""
+    match = _HOST.fullmatch(text.strip().lower())
+    names = _ascii_names(match["name"]) if match else set()
+    names = {n for n in names if re.fullmatch(r"[a-z0-9_.-]+|\[[0-9a-f:.]+\]", n) and n.strip(".")}
+    if not match or not names or (match["port"] and not 0 < int(match["port"]) < 65536):
+        raise ConfigError(
+            f"--host '{text}' is not the name of a host; write it as in a URL, without //: example.com, "
+            "*.example.com or example.com:8080"
+        )
+    port = f":{match['port']}" if match["port"] else ""
+    return {("." if match["below"] else "") + name.strip(".").strip("[]") + port for name in names}
+
+
+class Digests:
+    """A set of sha256 in 40 bytes each; a set of strings takes five times that in every worker."""
+
+    def __init__(self, hexdigests: Iterable[str] = ()) -> None:
+        raw = bytes.fromhex("".join(sorted(set(hexdigests))))
+        self._all = np.frombuffer(raw, np.uint8).reshape(-1, 32)
+        self.numbers: np.ndarray = self._all[:, :8].copy().view(">u8").reshape(-1).astype(np.uint64)  # ascending
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __contains__(self, hexdigest: object) -> bool:
+        if not isinstance(hexdigest, str) or not len(self):
+            return False
+        at = int(np.searchsorted(self.numbers, np.uint64(number(hexdigest))))
+        raw = bytes.fromhex(hexdigest)
+        while at < len(self) and self.numbers[at] == number(hexdigest):
+            if self._all[at].tobytes() == raw:
+                return True
+            at += 1
+        return False
+
+    def __iter__(self) -> Iterator[str]:
+        return (row.tobytes().hex() for row in self._all)
+
+    def has_number(self, first_bits: int) -> bool:
+        """Whether one of them begins with these 64 bits."""
+        at = int(np.searchsorted(self.numbers, np.uint64(first_bits)))
+        return at < len(self) and int(self.numbers[at]) == first_bits
 
 
 @dataclasses.dataclass(frozen=True)
 class TakenDown:
-    """The list. urls: as `url_digest` makes them. bytes: sha256 of fetched bodies. hosts: in lower case."""
+    """The list. urls: as `url_digest` makes them. bytes: sha256 of fetched bodies. hosts: as `host_forms` gives them.
 
-    urls: frozenset[str] = frozenset()
-    bytes: frozenset[str] = frozenset()
+    parts: how many parts of the list these are.
+    """
+
+    urls: Digests = dataclasses.field(default_factory=Digests)
+    bytes: Digests = dataclasses.field(default_factory=Digests)
     hosts: frozenset[str] = frozenset()
+    parts: int = 0
 
     @classmethod
-    def read(cls, run: str) -> TakenDown:
-        """The list of a run's folder; an empty one where there is none."""
-        url = storage.join(run, FILE)
-        if not storage.exists(url):
-            return cls()
-        by_kind: dict[str, set[str]] = {"url": set(), "sha256": set(), "host": set()}
-        for row in storage.read_parquet(url).to_pylist():
-            by_kind[row["kind"]].add(row["value"])
-        return cls(frozenset(by_kind["url"]), frozenset(by_kind["sha256"]), frozenset(by_kind["host"]))
+    def of(
+        cls, urls: Iterable[str] = (), bytes: Iterable[str] = (), hosts: Iterable[str] = (), parts: int = 0
+    ) -> TakenDown:
+        """From digests in hex and hosts."""
+        return cls(Digests(urls), Digests(bytes), frozenset(hosts), parts)
 
-    def write(self, run: str) -> None:
-        """Write the list into a run's folder."""
-        rows = [("url", v) for v in self.urls] + [("sha256", v) for v in self.bytes] + [("host", v) for v in self.hosts]
-        kinds, values = zip(*sorted(rows), strict=True) if rows else ((), ())
+    @classmethod
+    def read(cls, run: str, after: int = 0) -> TakenDown:
+        """The list of a run's folder, or its parts from number `after` on; an empty one where there is none."""
+        found = _parts(run)
+        by_kind: dict[str, list[str]] = {"url": [], "sha256": [], "host": []}
+        for url in found[after:]:
+            table = storage.read_parquet(url)
+            for kind, value in zip(table["kind"].to_pylist(), table["value"].to_pylist(), strict=True):
+                by_kind[kind].append(value)
+        return cls.of(by_kind["url"], by_kind["sha256"], by_kind["host"], len(found))
+
+    def create(self, run: str) -> int:
+        """Write this as the next part of a run's list; returns how many parts there are then."""
+        rows = [("url", v) for v in self.urls] + [("sha256", v) for v in self.bytes]
+        rows += [("host", v) for v in sorted(self.hosts)]
+        kinds, values = zip(*rows, strict=True) if rows else ((), ())
         sink = io.BytesIO()
         pq.write_table(pa.table({"kind": list(kinds), "value": list(values)}, SCHEMA), sink, compression="zstd")
-        storage.write_atomic(storage.join(run, FILE), sink.getvalue())
+        while True:
+            number = len(_numbered(run))
+            if storage.create(storage.join(run, FOLDER, f"{number:05d}.parquet"), sink.getvalue()):
+                return length(run)
 
-    def __or__(self, other: TakenDown) -> TakenDown:
-        return TakenDown(self.urls | other.urls, self.bytes | other.bytes, self.hosts | other.hosts)
+    def create_if_any(self, run: str) -> None:
+        """`create`, unless this is empty."""
+        if self:
+            self.create(run)
 
     def __bool__(self) -> bool:
-        return bool(self.urls or self.bytes or self.hosts)
+        return bool(len(self.urls) or len(self.bytes) or self.hosts)
 
     def has_url(self, url: str) -> bool:
-        """Whether a URL of a table is on the list, by itself or by its host or a domain above that."""
-        if self.urls and url_digest(url) in self.urls:
-            return True
-        if not self.hosts:
-            return False
+        """Whether a URL is on the list, by itself or by its host or a domain above that."""
+        if len(self.urls):
+            normal = normal_url(url)
+            former = _former(url)  # how entries were made before there were parts
+            if digest(normal) in self.urls or (former != normal and digest(former) in self.urls):
+                return True
+        return bool(self.hosts) and self.has_host(url)
+
+    def has_host(self, url: str) -> bool:
+        """Whether the host of a URL is on the list, or a domain above it."""
+        return bool(self.hosts_of(url))
+
+    def hosts_of(self, url: str) -> set[str]:
+        """The listed hosts that a URL belongs to."""
         try:
-            labels = (parse_url(url).raw_host or "").lower().rstrip(".").split(".")
-        except Rejected:
-            return False
-        return any(".".join(labels[i:]) in self.hosts for i in range(len(labels)))
+            parsed = URL(url.strip())
+            host, port = (parsed.raw_host or "").lower().rstrip("."), parsed.port
+        except (ValueError, UnicodeError, IndexError, TypeError):
+            return set()
+        labels = host.split(".")
+        forms: set[str] = set()
+        for i in range(len(labels)):
+            name = ".".join(labels[i:])
+            forms |= {name, f"{name}:{port}"}
+            if i:
+                forms |= {f".{name}", f".{name}:{port}"}
+        return forms & self.hosts
 
     def has_bytes(self, sha256: str | None) -> bool:
         """Whether a picture of these bytes is on the list."""
-        return sha256 in self.bytes
+        return sha256 is not None and sha256 in self.bytes
 
 
-def url_digest(url: str) -> str:
-    """sha256 of a URL, whichever of its spellings is given (blanks around it, quoting, case of the host)."""
+def _former(url: str) -> str:
     try:
-        url = str(parse_url(url))
-    except Rejected:
-        url = url.strip()
-    return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+        return str(URL(url.strip()).with_fragment(None))
+    except (ValueError, UnicodeError, IndexError, TypeError):
+        return url.strip()
 
 
-def requested(urls: str | None, sha256: str | None, host: str | None) -> TakenDown:
-    """What a person asks to be removed: a file of URLs or of sha256 (one a line), a host; raises ConfigError."""
-    digests = [line.lower() for line in _lines(sha256)] if sha256 else []
-    for line in digests:
+def _numbered(run: str) -> list[str]:
+    names = {n for n in storage.list_names(storage.join(run, FOLDER)) if re.fullmatch(r"\d{5}\.parquet", n)}
+    found: list[str] = []
+    while (name := f"{len(found):05d}.parquet") in names:
+        found.append(storage.join(run, FOLDER, name))
+    return found
+
+
+def _parts(run: str) -> list[str]:
+    before = storage.join(run, BEFORE)
+    return [*([before] if storage.exists(before) else []), *_numbered(run)]
+
+
+def length(run: str) -> int:
+    """How many parts the list of a run has: one small request, for whoever asks often."""
+    return len(_parts(run))
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a person asks to be removed. entries: each line or host as it was written, and the 64-bit digests (of URLs,
+    of bytes) or hosts that it stands for."""
+
+    listed: TakenDown
+    entries: Sequence[tuple[str, frozenset[int | str]]]
+
+    def unknown(self, found: set[int | str]) -> list[str]:
+        """The entries of which nothing was found."""
+        return [text for text, forms in self.entries if forms.isdisjoint(found)]
+
+
+def requested(urls: str | None, sha256: str | None, host: str | None) -> Asked:
+    """What a person asks for: a file of URLs or of sha256 (one a line), a host; raises ConfigError."""
+    entries: list[tuple[str, frozenset[int | str]]] = []
+    by_url: list[str] = []
+    for line in _lines(urls) if urls else ():
+        forms = url_forms(line)
+        if not forms:
+            raise ConfigError(
+                f"{urls}: '{line[:80]}' is not a URL; write one a line, beginning with http:// or https://"
+            )
+        by_url += forms
+        entries.append((line, frozenset(map(number, forms))))
+    by_bytes = [line.lower() for line in _lines(sha256)] if sha256 else []
+    for line in by_bytes:
         if not re.fullmatch(r"[0-9a-f]{64}", line):
             raise ConfigError(f"{sha256}: '{line[:80]}' is not a sha256; write 64 hexadecimal digits a line")
-    hosts = []
-    if host:
-        name = host.strip().lower().strip(".")
-        if not re.fullmatch(r"[a-z0-9_:.-]+", name):
-            try:
-                name = name.encode("idna").decode()
-            except UnicodeError:
-                raise ConfigError(
-                    f"--host '{host}' is not the name of a host; write it as in a URL, without //"
-                ) from None
-        if "/" in name:
-            raise ConfigError(f"--host '{host}' is not the name of a host; write it as in a URL, without //")
-        hosts.append(name)
-    asked = TakenDown(
-        frozenset(map(url_digest, _lines(urls))) if urls else frozenset(), frozenset(digests), frozenset(hosts)
-    )
-    if not asked:
+        entries.append((line, frozenset([number(line)])))
+    hosts = host_forms(host) if host and host.strip() else set()
+    if host and hosts:
+        entries.append((host, frozenset(hosts)))
+    if not entries:
         raise ConfigError("remove needs --urls FILE, --sha256 FILE or --host NAME, with something in it")
-    return asked
+    return Asked(TakenDown.of(by_url, by_bytes, hosts), entries)
 
 
 def _lines(path: str) -> Iterable[str]:

@@ -25,7 +25,10 @@ DNS_THREADS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a row. picture: for a success alone. bytes_fetched and attempts go to statistics only."""
+    """What became of a row. picture: for a success alone. bytes_fetched and attempts go to statistics only.
+
+    final_url: where redirects led; None where there were none.
+    """
 
     status: str
     error: str | None = None
@@ -34,6 +37,7 @@ class Outcome:
     sha256: str | None = None
     bytes_fetched: int = 0
     attempts: int = 0
+    final_url: str | None = None
 
     @classmethod
     def of(cls, code: str, message: str = "", **more: object) -> Outcome:
@@ -110,9 +114,9 @@ class Crew:
     async def _one(self, fetcher: Fetcher, url: str) -> Outcome:
         try:
             async with fetcher.fetch(url) as fetched:
-                size, sha256, attempts = len(fetched.body), fetched.sha256, fetched.attempts
+                size, sha256, attempts, final = len(fetched.body), fetched.sha256, fetched.attempts, fetched.final_url
                 try:
-                    if self.taken_down.has_bytes(sha256):
+                    if self.taken_down.has_bytes(sha256) or (final and self.taken_down.has_url(final)):
                         raise Rejected("taken_down")
                     if is_quick(fetched.body):
                         # To hand a picture of a few milliseconds over costs a good part of what it takes: both
@@ -123,7 +127,9 @@ class Crew:
                     else:
                         picture = await self._loop.run_in_executor(self._decoders, process, fetched.body, self.pixels)
                 except Rejected as e:
-                    return Outcome.of(e.code, e.message, sha256=sha256, bytes_fetched=size, attempts=attempts)
+                    return Outcome.of(
+                        e.code, e.message, sha256=sha256, bytes_fetched=size, attempts=attempts, final_url=final
+                    )
         except Rejected as e:
             return Outcome.of(e.code, e.message, attempts=e.attempts)
-        return Outcome("success", None, None, picture, sha256, size, attempts)
+        return Outcome("success", None, None, picture, sha256, size, attempts, final)

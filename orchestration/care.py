@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
+from orchestration.lease import Lease
 from shards import storage
-from shards.dataset import MANIFEST, Dataset, read_stats, verify_shard
-from shards.layout import RunPaths, shard_name
+from shards.dataset import MANIFEST, Dataset
+from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
+from shards.verify import discard as discard_shard
+from shards.verify import verify as verify_shards
 
 log = logging.getLogger("carrara")
 
@@ -23,17 +23,26 @@ SHOWN = 20
 OLD_S = 3600.0  # a temporary file of another machine goes once it is so old
 
 
-def verify(run: str, deep: bool = False) -> None:
+def verify(run: str, deep: bool = False, discard: bool = False) -> None:
     """Compare every shard with its stats and every checkpoint with its manifest, by size or (deep) by sha256.
 
-    Prints what was looked at; raises StageError that names what is damaged and the command that makes it again.
+    discard: delete damaged shards, so that their stage makes them again; while nothing else works on the run. Prints
+    what was looked at; raises StageError that names what is damaged and the commands that mend it.
     """
     paths = RunPaths(run)
     if not storage.list_names(run):
         raise ConfigError(f"{run}: there is no run here; give the folder that 'run' names in its configuration")
     damage: list[tuple[str, str]] = []  # (what is wrong, the stage that mends it)
-    for stage, root in (("ingest", paths.images), ("ingest", paths.heldout), ("latents", paths.latents)):
-        damage += [(text, stage) for text in _shards(root, deep)]
+    gone = 0
+    for name, root in (("ingest", paths.images), ("heldout", paths.heldout), ("latents", paths.latents)):
+        stage, faults = "latents" if name == "latents" else "ingest", list(_shards(root, deep))
+        damage += [(text, stage) for _, text in faults]
+        if discard and any(index is not None for index, _ in faults):
+            with Lease(paths.status, name, root):
+                for index, _ in faults:
+                    if index is not None:
+                        discard_shard(root, index)
+                        gone += 1
     for stage, root in (("autoencoder", paths.autoencoder), ("clip", paths.clip), ("train", paths.run)):
         damage += [(text, stage) for text in _checkpoints(storage.join(root, "checkpoints"), deep)]
     if not damage:
@@ -43,43 +52,28 @@ def verify(run: str, deep: bool = False) -> None:
         print(text)
     if len(damage) > SHOWN:
         print(f"and {len(damage) - SHOWN} more")
-    stages = list(dict.fromkeys(stage for _, stage in damage))
+    again = ", then ".join(f"`carrara {s}`" for s in dict.fromkeys(stage for _, stage in damage))
+    if discard:
+        raise StageError(f"{run}: {len(damage)} damaged, of which {gone} shards were deleted; run {again}")
     raise StageError(
-        f"{run}: {len(damage)} damaged; run "
-        + ", then ".join(f"`carrara {s}`" for s in stages)
-        + ", which makes it again"
+        f"{run}: {len(damage)} damaged; put the files back from a copy, or delete damaged shards by `carrara verify "
+        f"{run} {'--deep ' if deep else ''}--discard` while nothing else runs there, and run {again}, which makes them again"
     )
 
 
-def _shards(root: str, deep: bool) -> Iterator[str]:
+def _shards(root: str, deep: bool) -> Iterator[tuple[int | None, str]]:
+    """(number, what is wrong) of each damaged shard; number None: the dataset as a whole."""
     try:
         dataset = Dataset.open(root)
     except StageError as e:
         if storage.exists(storage.join(root, MANIFEST)):
-            yield str(e)
+            yield None, str(e)
         elif storage.list_names(root):
             print(f"{root}: not finished, so it is not looked at")
         return
-    shards = tqdm(dataset.shards, desc=os.path.basename(root), unit=" shards", disable=not sys.stderr.isatty())
-    count = 0
-    for info in shards:
-        fault = verify_shard(root, info.index) if deep else _sizes(root, info.index)
-        if fault:
-            yield fault
-        else:
-            count += 1
-    print(f"{root}: {count} of {len(dataset.shards)} shards are as they were committed")
-
-
-def _sizes(root: str, index: int) -> str:
-    stats = read_stats(root, index)
-    if stats is None:
-        return f"{root}/{shard_name(index)}: not committed"
-    for suffix, file in stats["files"].items():
-        url = storage.join(root, shard_name(index) + suffix)
-        if (found := storage.size(url)) != file["size"]:
-            return f"{url} has {'no file' if found is None else f'{found} bytes'} where {file['size']} were committed"
-    return ""
+    faults = list(verify_shards(root, deep))
+    yield from faults
+    print(f"{root}: {len(dataset.shards) - len(faults)} of {len(dataset.shards)} shards are as they were committed")
 
 
 def _checkpoints(root: str, deep: bool) -> Iterator[str]:

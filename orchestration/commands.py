@@ -151,6 +151,10 @@ def ingest(
         str | None,
         typer.Option("--retry", metavar="CODES", help="fetch failed rows again: transient, or error codes with commas"),
     ] = None,
+    add_changed: Annotated[
+        bool,
+        typer.Option("--add-changed", help="where a file of the table changed, take its rows anew as further shards"),
+    ] = False,
 ) -> None:
     """Fetch the table's pictures into image shards.
 
@@ -171,7 +175,7 @@ def ingest(
     elif retry is not None:
         stages.retry_ingest(found, retry, local)
     else:
-        stages.run("ingest", found, local, redo)
+        stages.run("ingest", found, local, redo, add_changed)
 
 
 @app.command(rich_help_panel="Stages")
@@ -236,11 +240,15 @@ def verify(
     deep: Annotated[
         bool, typer.Option("--deep", help="read every file and compare its sha256; else sizes alone")
     ] = False,
+    discard: Annotated[
+        bool,
+        typer.Option("--discard", help="delete damaged shards, for their stage to make again; nothing else may run"),
+    ] = False,
 ) -> None:
     """Check every shard and checkpoint against what was committed, and say what to run where one is damaged."""
     from orchestration.care import verify as work
 
-    work(run, deep)
+    work(run, deep, discard)
 
 
 @app.command(rich_help_panel="A run")

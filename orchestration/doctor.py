@@ -93,13 +93,8 @@ def _store(run: str) -> list[str]:
     url, problems = storage.join(run, name), []
     block = secrets.token_bytes(BLOCK)
     try:
-        if not storage.create(url, b"first"):
-            problems.append(f"{run}: a file that is not there could not be created")
-        if storage.create(url, b"second") or storage.read_bytes(url) != b"first":
-            problems.append(
-                f"{run}: this store overwrites a file that was to be created only if absent, so workers could mix "
-                "their shards; use one that has conditional puts (If-None-Match)"
-            )
+        storage.probe(run)
+        storage.create(url, b"first")
         if name not in storage.list_names(run):
             problems.append(f"{run}: a file that was just written is not in the listing")
         began = time.perf_counter()
@@ -113,6 +108,8 @@ def _store(run: str) -> list[str]:
             if f.read(1000) != block[BLOCK // 2 :][:1000]:
                 problems.append(f"{run}: a part of a file reads as something else")
         print(f"store        {run}: {BLOCK / up / 1e6:.0f} MB/s up, {BLOCK / down / 1e6:.0f} MB/s down, file by file")
+    except ConfigError as e:
+        problems.append(str(e))
     except Exception as e:
         problems.append(f"{run} cannot be worked on ({type(e).__name__}: {' '.join(str(e).split())[:300]})")
     finally:

@@ -15,6 +15,7 @@ import time
 import traceback
 from typing import Any
 
+from orchestration import planning
 from orchestration.config import Pool, RayConfig
 from orchestration.lease import Lease
 from orchestration.ledger import Ledger
@@ -49,28 +50,19 @@ def is_complete(stage: Stage, status: str) -> bool:
         return False
 
 
-def run(
-    stage: Stage,
-    status: str,
-    config: RayConfig,
-    pool: Pool,
-    local: bool = False,
-    redo: bool = False,
-    line: str | None = None,
-) -> bool:
-    """Make every shard that is missing, then the manifest. status: the run's status folder. line: the name under which
-    `carrara status` has it, by default the stage's.
+def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = False, redo: bool = False) -> bool:
+    """Make every shard that is missing, then the manifest. status: the run's status folder.
 
     On Ray, `ray.init` was called before. Returns False where everything was there already. Raises
     StageError where shards were set aside or the stage cannot go on, and Stopped after SIGTERM.
     """
-    status_url = storage.join(status, f"{line or stage.name}.json")
+    status_url = storage.join(status, f"{stage.name}.json")
     with stop_on_sigterm(StopFlag(stage.name)) as stop, Lease(status, stage.name, stage.root) as lease:
         before = _record(status_url)
         progress = Progress(stage.name, 0, "shards", status_url, state="planning")
         state, begun = "failed", False
         try:
-            folder = begin(stage, redo)
+            folder = begin(stage, redo, map if local else planning.on_ray)
             freed = sum(storage.sweep_temporaries(f) for f in (folder.root, folder.beside))
             if freed:
                 log.info("%s: removed %.1f MB that processes left when they died", stage.name, freed / 1e6)

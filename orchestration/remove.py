@@ -4,42 +4,40 @@
     carrara remove --config mine.yaml --sha256 list.txt    pictures by the sha256 of what was fetched
     carrara remove --config mine.yaml --host example.com   all that came from a host or those below it
 
-First the list (`taken_down.parquet`), so that no ingest fetches them again from then on; then the account of
-who saw them, while the order of the training can still be computed; then the image shards, then the latent
-shards, only those concerned. Killed at any point, the same command finishes.
+First a part of the list (`taken_down/`), so that no ingest fetches them again from then on; then the account of who
+saw them; then the image shards and the latent shards, in which they are blanked where they lie. While an ingest runs,
+its finish does that. Killed at any point, the same command finishes.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import logging
+import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ingest.rewrite import committed_indices, matches, take_down
-from ingest.stage import IngestStage
-from ingest.takedown import TakenDown, requested, url_digest
+from ingest import removal, takedown
+from ingest.stage import IngestStage, with_flags
+from ingest.takedown import TakenDown, requested
+from latents import takedown as latents_takedown
 from orchestration import stages
 from orchestration.config import RunConfig
-from orchestration.lease import Lease
+from orchestration.lease import Busy, Lease
 from shards import storage
-from shards.columns import ColumnShard, keep_rows, pack_columns, unpack_columns
-from shards.dataset import MANIFEST, Dataset, commit_shard, read_stats, shard_state
+from shards.columns import column_rows
+from shards.dataset import MANIFEST, Dataset, read_stats_of
 from shards.fingerprint import digest_json
-from shards.images import ImageShard
-from shards.layout import RunPaths, shard_name
+from shards.layout import RunPaths
+from shards.listing import listed
+from shards.progress import Progress
 from shards.settings import ConfigError, StageError
-from shards.stage import Task
-from train.order import Order
+from shards.takeover import take_over_as_it_is
 
 log = logging.getLogger("carrara")
 
-_BLOCK = 1 << 20  # positions of the training order looked at together
+SHOWN = 10  # entries that are named of a longer list
 
 
 def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | None) -> str:
@@ -47,110 +45,189 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
     asked = requested(urls, sha256, host)
     paths = RunPaths(config.run)
     ingests = [s for s, _ in stages.shard_stages("ingest", config) if isinstance(s, IngestStage)]
-    # What an earlier, killed attempt at the same removal found can no longer be found: its account says it.
-    name = digest_json([sorted(v) for v in (asked.urls, asked.bytes, asked.hosts)])[:16]
-    account_url = storage.join(paths.run, "removed", f"{name}.json")
-    account = storage.read_json(account_url) or {"keys": {}, "sha256": [], "checkpoints": []}
-    found = {s.split: _find(s.root, asked) for s in ingests}
-    copies = {f.sha256 for rows in found.values() for f in rows if f.sha256 and url_digest(f.url) in asked.urls}
-    asked = asked | TakenDown(bytes=frozenset(copies | set(account["sha256"])))
-    if copies:
-        found = {s.split: _find(s.root, asked) for s in ingests}
-    (TakenDown.read(paths.run) | asked).write(paths.run)
-    new = {split: {f.key for f in rows if f.key} for split, rows in found.items()}
-    keys = {split: sorted(some | set(account["keys"].get(split, ()))) for split, some in new.items()}
-    known = {c["folder"]: c for c in account["checkpoints"]}
-    saw = sorted((_checkpoints(config, paths, new["train"]) | known).values(), key=lambda c: str(c["folder"]))
-    storage.write_json(account_url, {"keys": keys, "sha256": sorted(asked.bytes), "checkpoints": saw})
-
-    rewritten: dict[Literal["train", "heldout"], list[int]] = {}
-    for stage in ingests:
-        if committed_indices(stage.root):
-            with Lease(paths.status, stage.name, stage.root):
-                rewritten[stage.split], _ = take_down(stage, asked)
-    latents = _latents(config, paths)
-    lines = [f"taken down: {sum(map(len, keys.values())):,} pictures"]
-    lines.append(f"  list      {storage.join(paths.run, 'taken_down.parquet')}")
-    for split, indices in rewritten.items():
-        folder = "images" if split == "train" else "heldout"
-        lines.append(f"  {folder:9} {len(indices):,} shards rewritten; {len(keys[split]):,} pictures are out")
-    lines.append(f"  latents   {latents}")
-    lines.append("checkpoints that saw them:" if saw else "no checkpoint saw them")
-    lines += [f"  {c['folder']}: {_how_many(c)}" for c in saw]
-    lines.append(f"the account is in {account_url}")
-    return "\n".join(lines)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """A row on the list that is not marked yet; its key where it is a success."""
-
-    key: str | None
-    url: str
-    sha256: str | None
-
-
-def _how_many(line: dict[str, Any]) -> str:
-    return (
-        f"{line['pictures']:,} of them"
-        if line["pictures"] is not None
-        else "perhaps; it was fitted on an earlier state"
+    known = TakenDown.read(paths.run)
+    new = TakenDown.of(
+        (d for d in asked.listed.urls if d not in known.urls),
+        (d for d in asked.listed.bytes if d not in known.bytes),
+        asked.listed.hosts - known.hosts,
     )
+    if new:
+        new.create(paths.run)
+    hits = {s.split: _find(s, asked.listed) for s in ingests}
+    copies = {h.sha256 for some in hits.values() for h in some if h.sha256}
+    if copies:
+        TakenDown.of(bytes=(c for c in copies if not known.has_bytes(c))).create_if_any(paths.run)
+        for s in ingests:
+            hits[s.split] += _find(s, TakenDown.of(bytes=copies))
+    # What an earlier, killed attempt at the same removal took out is out already: its account says it.
+    name = digest_json([sorted(map(str, forms)) for _, forms in asked.entries])[:16]
+    account_url = storage.join(paths.run, "removed", f"{name}.json")
+    account = storage.read_json(account_url) or {"keys": {}, "checkpoints": []}
+    keys = {
+        split: sorted({h.key for h in some if h.live} | set(account["keys"].get(split, ())))
+        for split, some in hits.items()
+    }
+    before = {c["folder"]: c for c in account["checkpoints"]}
+    # Also of those that are out already: a second request for the same pictures is answered as the first.
+    saw = sorted((before | checkpoints(config, paths, hits.get("train", ()))).values(), key=lambda c: str(c["folder"]))
+    unknown = asked.unknown({form for some in hits.values() for h in some for form in h.by})
+    pages = _pages(paths, set().union(*keys.values()) if keys else set())
+    models = _models(paths, saw)
+    storage.write_json(
+        account_url, {"keys": keys, "checkpoints": saw, "unknown": unknown, "pages": pages, "models": models}
+    )
+    told = [f"taken down: {sum(map(len, keys.values())):,} pictures"]
+    for stage in ingests:
+        told.append(
+            f"  {'images' if stage.split == 'train' else 'heldout':9} {_apply(stage, paths, len(keys[stage.split]))}"
+        )
+    told.append(f"  latents   {settle_latents(config)}")
+    told.append("checkpoints that saw them:" if saw else "no checkpoint saw them")
+    told += [f"  {c['folder']}: {_how_many(c)}" for c in saw]
+    told += [f"the model {m} was exported from one that saw them; export another" for m in models]
+    told += [f"{p} shows some of them; delete it, or make it anew" for p in pages]
+    if unknown:
+        shown = ", ".join(unknown[:SHOWN]) + (f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else "")
+        told.append(
+            f"{len(unknown)} of {len(asked.entries)} entries are not in this run: {shown}; none will be fetched"
+        )
+    told.append("captions, URLs and digests of these rows stay in the sidecars, so that they can be told again")
+    told.append(f"the account is in {account_url}")
+    return "\n".join(told)
 
 
-def _find(root: str, listed: TakenDown) -> list[_Found]:
-    found = []
-    for index in committed_indices(root):
-        rows = matches(root, index, listed)
-        if rows:
-            table = _sidecar(root, index, ["key", "status", "url", "sha256"])
-            for row in table.take(pa.array(rows, pa.int64())).to_pylist():
-                key = row["key"] if row["status"] == "success" else None
-                found.append(_Found(key, row["url"] or "", row["sha256"]))
-    return found
+def _find(stage: IngestStage, wanted: TakenDown) -> list[removal.Hit]:
+    shards = listed(stage.root).committed.tolist()
+    if not shards:
+        return []
+    return list(removal.find(stage.root, with_flags(stage.root, shards), wanted, len(shards), stage.name))
 
 
-def _sidecar(root: str, index: int, columns: list[str] | None = None) -> pa.Table:
-    return storage.read_parquet(storage.join(root, shard_name(index) + ".parquet"), columns)
+def _apply(stage: IngestStage, paths: RunPaths, count: int) -> str:
+    """Blank what is listed in a split's committed shards, unless an ingest is at work; returns what was done."""
+    if not len(listed(stage.root).committed):
+        return "nothing is stored"
+    shards: set[int] = set()
+    while True:
+        try:
+            with Lease(paths.status, stage.name, stage.root):
+                stage.open_for_removal()
+                if storage.exists(storage.join(stage.root, MANIFEST)):
+                    found = stage.finish_removal()
+                    shards |= found
+                else:
+                    shards |= stage.apply_list()[1]
+        except Busy:
+            return (
+                f"{count:,} pictures: the running ingest takes them out when it finishes; stop it first where it must "
+                "be at once"
+            )
+        # Looked at once more now that the lease is let go: another may have asked meanwhile, and was told to wait.
+        if not stage.list_grew():
+            return f"{len(shards):,} shards blanked; {count:,} pictures are out"
+
+
+def settle_latents(config: RunConfig, again: bool = True) -> str:
+    """Blank in the latents what the images have no more; returns what was done.
+
+    again: look through them also where that was done for the present list: they may have been made at the same moment.
+    """
+    paths = RunPaths(config.run)
+    shards = listed(paths.latents, ".safetensors").committed
+    parts, mark = takedown.length(paths.run), storage.join(paths.status, "latents-taken-down.json")
+    if not len(shards):
+        return "none"
+    if not again and storage.read_json(mark) == {"list": parts}:
+        return "were looked through"
+    (stage, _), *_ = stages.shard_stages("latents", config)
+    try:
+        with Lease(paths.status, stage.name, paths.latents):
+            take_over_as_it_is(paths.latents, ".safetensors")
+            bar = Progress("latents: take-down", len(shards), "shards")
+            changed = latents_takedown.take_out(paths.latents, paths.images, bar.update)
+            bar.close()
+            storage.write_json(mark, {"list": parts})
+            if not changed:
+                return "hold none of them"
+            done = f"{len(changed):,} shards blanked"
+            if not storage.exists(storage.join(paths.latents, MANIFEST)):
+                return done
+            try:
+                tasks = [t.index for t in stage.tasks()]
+                stage.finish(s for _, s in read_stats_of(paths.latents, tasks) if s is not None)
+            except (ConfigError, StageError) as e:
+                log.warning("latents: the manifest is not written anew: %s", e)
+                return f"{done}; run latents to bring its manifest up to them"
+            return done
+    except Busy:
+        return "another job is at work on them; give this command again when it has ended"
 
 
 # ---- who saw them ------------------------------------------------------------------------------------------
 
 
-def _checkpoints(config: RunConfig, paths: RunPaths, keys: set[str]) -> dict[str, dict[str, Any]]:
+def checkpoints(config: RunConfig, paths: RunPaths, hits: Iterable[removal.Hit]) -> dict[str, dict[str, Any]]:
     """By folder, the checkpoints of every fit that saw some of these pictures: how many, None where it is not known."""
     seen: dict[str, dict[str, Any]] = {}
-    if not keys:
+    by_shard: dict[int, list[int]] = {}
+    for h in hits:
+        by_shard.setdefault(h.shard, []).append(h.row)
+    if not by_shard:
         return seen
     for name in stages.FITS:
         if stages.pretrained(name, config):
             continue
         root = paths.latents if name == "train" else paths.images
-        try:
-            dataset: Dataset | None = Dataset.open(root)
-        except StageError:
-            dataset = None
         base = paths.run if name == "train" else storage.join(paths.run, name)
-        where = _locate(dataset, keys) if dataset is not None else []
-        firsts: dict[tuple[int, int], list[int]] = {}
-        for folder in storage.list_names(storage.join(base, "checkpoints")):
+        folders = [f for f in storage.list_names(storage.join(base, "checkpoints")) if f.startswith("step-")]
+        if not folders:
+            continue
+        try:
+            dataset = Dataset.open(root)
+        except StageError:
+            continue
+        samples = {shard: _samples(dataset, shard, rows) for shard, rows in by_shard.items()}
+        for folder in folders:
             url = storage.join(base, "checkpoints", folder)
-            manifest = _manifest(url) if folder.startswith("step-") else None
-            if manifest is None:
-                continue
-            count: int | None = None
-            # Where buckets or several sources were trained on, the order is not this one dataset's: not known.
-            plain = dataset is not None and "bucket_counts" not in dataset.manifest
-            if dataset is not None and plain and manifest["fingerprint"].get("input") == dataset.fingerprint:
-                settings = manifest["fingerprint"]["settings"]
-                how = (int(settings["seed"]), int(settings["shuffle_window"]))
-                if how not in firsts:
-                    firsts[how] = first_positions(Order(dataset.counts, dataset.fingerprint, *how), where)
-                count = sum(p < manifest["images"] for p in firsts[how])
-            if count != 0:
-                line = {"folder": url, "fit": name, "images": manifest["images"], "pictures": count}
-                seen[url] = line
+            manifest = _manifest(url)
+            count = None if manifest is None else _count(manifest, dataset, samples)
+            if manifest is not None and count != 0:
+                seen[url] = {"folder": url, "fit": name, "images": manifest["images"], "pictures": count}
     return seen
+
+
+def _count(manifest: dict[str, Any], dataset: Dataset, samples: dict[int, list[int]]) -> int | None:
+    """How many of these samples a checkpoint saw; None where its order cannot be told."""
+    try:
+        from train.seen import Unknown, first_seen
+    except ImportError:  # until there is an inverse of the order
+        return None
+    try:
+        places = [p for shard, some in samples.items() for p in first_seen(manifest, dataset, shard, some)]
+    except Unknown:
+        return None
+    return sum(p is not None and p < manifest["images"] for p in places)
+
+
+def _samples(dataset: Dataset, shard: int, rows: list[int]) -> list[int]:
+    """Rows of the sidecar as numbers of samples within the shard: of a latent shard the row in its columns, of an image
+    shard the number among those that were a success when they were trained on."""
+    try:
+        table = dataset.sidecar(shard)
+    except FileNotFoundError:
+        return []
+    if dataset.kind == "latents":
+        places = column_rows(table)
+    else:
+        stored = np.array(
+            [
+                s == "success" or e == "taken_down"
+                for s, e in zip(*(table[n].to_pylist() for n in ("status", "error")), strict=True)
+            ]
+        )
+        stored[dataset.excluded_rows(shard)] = False
+        places = np.where(stored, np.cumsum(stored) - 1, -1)
+    return [int(places[r]) for r in rows if places[r] >= 0]
 
 
 def _manifest(folder: str) -> dict[str, Any] | None:
@@ -163,100 +240,35 @@ def _manifest(folder: str) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
-def _locate(dataset: Dataset, keys: set[str]) -> list[tuple[int, int]]:
-    """(position of the shard, row within it) of these samples, as the training's order counts them."""
-    kind: Any = ColumnShard if dataset.kind == "latents" else ImageShard
+def _how_many(line: dict[str, Any]) -> str:
+    if line["pictures"] is None:
+        return "perhaps; the order of its training cannot be told"
+    return f"{line['pictures']:,} of them"
+
+
+def _models(paths: RunPaths, saw: list[dict[str, Any]]) -> list[str]:
+    """The exported pipeline of the run, where it is of a checkpoint that saw them or is not there any more."""
+    try:
+        made = storage.read_json(storage.join(paths.model, "carrara.json"))
+    except ValueError:
+        made = None
+    if not isinstance(made, dict) or not saw:
+        return []
+    least = min(c["images"] for c in saw if c["fit"] == "train") if any(c["fit"] == "train" for c in saw) else None
+    names = {c["folder"].rpartition("/")[2] for c in saw if c["fit"] == "train"}
+    late = least is not None and (made.get("images_seen") or least) >= least
+    return [paths.model] if made.get("checkpoint") in names or late else []
+
+
+def _pages(paths: RunPaths, keys: set[str]) -> list[str]:
+    """The reports that show one of these samples, by the keys that stand in them."""
     found = []
-    for position in range(len(dataset.shards)):
-        shard = kind(dataset, position)
-        found += [(position, row) for row, key in enumerate(shard.keys) if key in keys]
+    for name in storage.list_names(paths.reports):
+        if name.endswith(".html") and keys:
+            text = storage.read_bytes(storage.join(paths.reports, name)).decode("utf-8", "replace")
+            if keys & set(re.findall(r"(?<![\w.])\d{5,}(?![\w.])", text)):
+                found.append(storage.join(paths.reports, name))
+                sheet = name.removesuffix(".html") + ".png"
+                if storage.exists(storage.join(paths.reports, sheet)):
+                    found.append(storage.join(paths.reports, sheet))
     return found
-
-
-def first_positions(order: Order, where: Iterable[tuple[int, int]]) -> list[int]:
-    """When each of these (shard position, row) comes for the first time, in images; all within the first epoch."""
-    wanted = set(where)
-    firsts: list[int] = []
-    for begin in range(0, order.size, _BLOCK):
-        if len(firsts) == len(wanted):
-            break
-        positions = np.arange(begin, min(begin + _BLOCK, order.size), dtype=np.int64)
-        shards, rows = order.locate(positions)
-        for shard, row in wanted:
-            firsts += positions[(shards == shard) & (rows == row)].tolist()
-    return sorted(firsts)
-
-
-# ---- latents -----------------------------------------------------------------------------------------------
-
-
-def _latents(config: RunConfig, paths: RunPaths) -> str:
-    """Take what is taken down out of the latent shards, without encoding anything again; returns what was done."""
-    root = paths.latents
-    held = [i for i in committed_indices(root) if _taken_down(paths, i) - _taken_down_latents(root, i)]
-    if not held:
-        return "none" if not committed_indices(root) else "hold none of them"
-    (stage, _), *_ = stages.shard_stages("latents", config)
-    with Lease(paths.status, stage.name, root):
-        storage.remove(storage.join(root, MANIFEST))
-        tasks: dict[int, Task] = {}
-        try:
-            tasks = {t.index: t for t in stage.tasks()}
-        except (ConfigError, StageError) as e:
-            log.warning("latents: the shards concerned are deleted, since they cannot be judged: %s", e)
-        cut = [i for i in held if i in tasks and _cut(paths, tasks[i])]
-        for index in set(held) - set(cut):
-            for suffix in ("_stats.json", ".safetensors", ".parquet"):
-                storage.remove(storage.join(root, shard_name(index) + suffix))
-        if tasks and all(shard_state(root, t).state == "done" for t in tasks.values()):
-            stage.finish(s for i in sorted(tasks) if (s := read_stats(root, i)) is not None)
-            return f"{len(cut):,} shards rewritten"
-    return f"{len(cut):,} shards rewritten, {len(held) - len(cut):,} deleted; run latents to make what is missing"
-
-
-def _taken_down(paths: RunPaths, index: int) -> set[int]:
-    """The rows of an image shard that are taken down; none where there is no such shard."""
-    if read_stats(paths.images, index) is None:
-        return set()
-    return _taken_down_latents(paths.images, index)
-
-
-def _taken_down_latents(root: str, index: int) -> set[int]:
-    errors = _sidecar(root, index, ["error"])["error"].to_pylist()
-    return {i for i, error in enumerate(errors) if error == "taken_down"}
-
-
-def _cut(paths: RunPaths, task: Task) -> bool:
-    """Rewrite one latent shard as its image shard now is; False where more than the removal lies between them."""
-    from latents.stage import describe
-
-    root, name = paths.latents, shard_name(task.index)
-    stats = read_stats(root, task.index)
-    if stats is None or any(not c.startswith("input") for c in task.fingerprint.differs(stats["fingerprint"])):
-        return False
-    table, taken = _sidecar(root, task.index), _taken_down(paths, task.index)
-    images = Dataset.open(paths.images)
-    shard = ImageShard(images, next(p for p, s in enumerate(images.shards) if s.index == task.index))
-    status = table["status"].to_pylist()
-    encoded = [i for i, s in enumerate(status) if s in ("success", "failed_to_encode") and i not in taken]
-    if encoded != shard.rows.tolist():
-        return False  # a duplicate of what has gone has taken its place, say
-    live = [i for i, s in enumerate(status) if s == "success"]
-    kept = np.array([n for n, i in enumerate(live) if i not in taken], np.int64)
-    arrays, metadata = unpack_columns(storage.read_bytes(storage.join(root, name + ".safetensors")))
-    arrays = keep_rows(arrays, kept, len(live))
-    source = shard.table
-    for place, field in enumerate(table.schema):
-        # A row that has gone is as the image shard has it, and knows nothing of a crop.
-        values = table[field.name].to_pylist()
-        theirs = source[field.name].to_pylist() if field.name in source.column_names else [None] * len(values)
-        values = [theirs[i] if i in taken else v for i, v in enumerate(values)]
-        table = table.set_column(place, field, pa.array(values, field.type))
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    buckets = len(stats.get("buckets", [0]))
-    old = {k: v for k, v in stats.items() if k not in ("files", "fingerprint", "shard")}
-    new = old | describe(arrays, table, buckets)
-    files = {".safetensors": pack_columns(arrays, metadata), ".parquet": sink.getvalue()}
-    commit_shard(root, task.index, files, new, task.fingerprint)
-    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable
@@ -111,9 +112,10 @@ def report_path(config: RunConfig, checkpoint: str) -> str:
     return storage.join(RunPaths(config.run).reports, f"{checkpoint}.html")
 
 
-def run(name: str, config: RunConfig, local: bool = False, redo: bool = False) -> None:
+def run(name: str, config: RunConfig, local: bool = False, redo: bool = False, add_changed: bool = False) -> None:
     """Run one stage to its end; on Ray, which is connected to only if there is something to do.
 
+    add_changed: of ingest, take the rows of a table's file that changed anew, as further shards.
     Raises ConfigError where an input is missing, StageError, or Stopped.
     """
     if pretrained(name, config):
@@ -132,6 +134,8 @@ def run(name: str, config: RunConfig, local: bool = False, redo: bool = False) -
         work: Callable[[], Any] = lambda: trainer.run(name, config, local, redo)  # noqa: E731
     else:
         stages = shard_stages(name, config)
+        if name == "ingest":
+            stages = [(dataclasses.replace(s, add_changed=add_changed), pool) for s, pool in stages]  # type: ignore[type-var]
         work = lambda: _run_shards(name, stages, config, local, redo)  # noqa: E731
     if local:
         work()
@@ -150,21 +154,22 @@ def check_all(config: RunConfig) -> None:
 
 
 def retry_ingest(config: RunConfig, codes: str, local: bool = False) -> None:
-    """Fetch the rows again that ended with these codes (`transient`: all that may pass), into their shards' place."""
-    from ingest.rewrite import RetryStage, codes_to_retry
+    """Fetch the rows again that ended with these codes (`transient`: all that may pass), in shards of their own."""
+    from ingest.stage import codes_to_retry
 
     chosen = codes_to_retry(codes)
     stages: list[tuple[Stage, Pool]] = [
-        (RetryStage(s, chosen), pool)  # type: ignore[arg-type]
+        (dataclasses.replace(s, retry=chosen), pool)  # type: ignore[type-var]
         for s, pool in shard_stages("ingest", config)
     ]
+    checks.claim(config)
     if local:
-        _run_shards("ingest", stages, config, local, False, retry=True)
+        _run_shards("ingest", stages, config, local, False)
         return
     from orchestration.connection import connected
 
     with connected(config.ray):
-        _run_shards("ingest", stages, config, local, False, retry=True)
+        _run_shards("ingest", stages, config, local, False)
 
 
 def dry_run(config: RunConfig, rows: int | None = None) -> str:
@@ -181,13 +186,20 @@ def dry_run(config: RunConfig, rows: int | None = None) -> str:
     return "\n".join(parts)
 
 
-def _run_shards(
-    name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, local: bool, redo: bool, retry: bool = False
-) -> None:
+def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, local: bool, redo: bool) -> None:
     paths = RunPaths(config.run)
     for stage, pool in stages:
-        # A retry has a line of its own in `carrara status`: the ingest's would say 3 of 3.
-        engine.run(stage, paths.status, config.ray, pool, local, redo, line=f"{stage.name}-retry" if retry else None)
+        engine.run(stage, paths.status, config.ray, pool, local, redo)
+    for stage, pool in stages:
+        # Looked at once more now that the lease is let go: what was asked to be taken down meanwhile.
+        while not getattr(stage, "is_current", lambda: True)():
+            engine.run(stage, paths.status, config.ray, pool, local)
+    from ingest import takedown
+
+    if name in ("ingest", "latents") and takedown.length(paths.run):
+        from orchestration.remove import settle_latents
+
+        settle_latents(config, again=name == "latents")
     if name == "eval":
         from eval.stage import conclude
 

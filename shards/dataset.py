@@ -27,6 +27,7 @@ __all__ = [
     "MANIFEST",
     "Dataset",
     "ShardInfo",
+    "amend_manifest",
     "born",
     "commit_shard",
     "read_stats",
@@ -134,6 +135,29 @@ def write_manifest(
     if not current:
         storage.replace(url, text)
     return manifest
+
+
+def amend_manifest(
+    root: str,
+    manifest: Mapping[str, Any],
+    shards: list[ShardInfo],
+    exclusions: str | None,
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Replace `dataset.json` after samples were taken out of its shards, and return it.
+
+    shards: the same, with their counts of now. exclusions: what `write_exclusions` returned. extra: what else changes.
+    """
+    amended = {
+        **manifest,
+        "fingerprint": fingerprint_of(shards, exclusions),
+        "count": sum(s.count for s in shards),
+        "exclusions": exclusions,
+        "shards": [dataclasses.asdict(s) for s in shards],
+        **extra,
+    }
+    storage.replace(storage.join(root, MANIFEST), json_bytes(amended))
+    return amended
 
 
 def fingerprint_of(shards: Iterable[ShardInfo], exclusions: str | None) -> str:

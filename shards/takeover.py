@@ -68,6 +68,7 @@ def take_over(root: str, made_with: Fingerprint, data: str, redo: bool = False) 
     from shards.commit import write_made_with
     from shards.dataset import MANIFEST, read_stats_of
 
+    # A pending.json alone was left behind by every take-down that found nothing.
     waiting = [n for n in storage.list_names(storage.join(root, ".staged")) if n.endswith(STATS)]
     if waiting:
         raise ConfigError(
@@ -107,6 +108,14 @@ def take_over(root: str, made_with: Fingerprint, data: str, redo: bool = False) 
     parts = first["parts"] if first else {k: getattr(made_with, k) for k in ("stage", "version", "settings", "weights")}
     write_made_with(root, Fingerprint(**parts, input=made_with.input), data, taken_over_from=1)
     log.info("%s: %d shards of an older version are taken over", root, len(there.committed))
+
+
+def take_over_as_it_is(root: str, data: str) -> None:
+    """Take over a folder of format 1 with the settings it was made with, whatever those of today: for a take-down."""
+    from shards.commit import read_made_with
+
+    if read_made_with(root) is None and is_old(root):
+        take_over(root, Fingerprint("", 0, {}), data, redo=True)
 
 
 def _move_aside(root: str, name: str) -> None:

@@ -13,7 +13,7 @@ from shards.dataset import read_stats
 from tests.ingest.site import Site
 
 # Loaded once by the process that killed children are forked from; webdataset loads torch.
-PRELOAD = ["webdataset", "ingest.rewrite", "tests.ingest.test_rewrite", "tests.ingest.test_stage"]
+PRELOAD = ["webdataset", "ingest.stage", "tests.ingest.test_stage"]
 
 
 @pytest.fixture
@@ -32,6 +32,7 @@ def make_config(table: Any, **settings: Any) -> IngestConfig:
 
 def run(stage: IngestStage, order: Any = None, finish: bool = True) -> dict[str, Any]:
     """Every task in this process, in the table's order or the one given; returns the manifest."""
+    stage.begin()
     tasks = list(stage.tasks())
     worker = stage.worker()
     try:

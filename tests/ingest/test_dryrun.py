@@ -69,5 +69,5 @@ def test_without_a_pilot_the_cost_says_what_it_assumes(site: Site, tmp_path: Pat
     text = cost.text(1_000_000_000, 16)
     assert "assumed" in text
     assert f"{1e9 * cost.bytes_fetched / 1e12:,.3f} TB" in text
-    TakenDown(urls=frozenset({url_digest(site.url("/a.png"))})).write(stage.run)
+    TakenDown.of(urls=[url_digest(site.url("/a.png"))]).create(stage.run)
     assert dict(dryrun.funnel(stage, progress=False).fails) == {"taken down": 1, "no caption": 0}

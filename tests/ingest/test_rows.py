@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 import ftfy
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import basic_clean, whitespace_clean
 
 from ingest import captions, filters
-from ingest.config import DuplicatesConfig, FilterConfig, IngestConfig
-from ingest.duplicates import find_duplicates
-from shards import storage
-from shards.layout import sample_key
+from ingest.config import FilterConfig, IngestConfig
 from shards.settings import ConfigError, validate
 
 STEPS = captions.DEFAULT_STEPS
@@ -113,44 +108,14 @@ def test_a_clean_caption_is_what_the_tokenizer_would_make_of_it(text: str) -> No
         assert whitespace_clean(basic_clean(clean)) == whitespace_clean(basic_clean(text))
 
 
-@given(
-    st.lists(
-        st.tuples(st.sampled_from("abc"), st.sampled_from("xyz"), st.sampled_from("12"), st.booleans()), max_size=24
-    )
-)
-def test_duplicates_leave_one_of_each(rows: list[tuple[str, str, str, bool]]) -> None:
-    root = "memory://duplicates"
-    shards = [rows[i : i + 5] for i in range(0, len(rows), 5)]
-    for index, part in enumerate(shards):
-        table = pa.table(
-            {
-                "status": ["success" if ok else "filtered" for *_, ok in part],
-                "url": [u for u, *_ in part],
-                "sha256": [s for _, s, *_ in part],
-                "caption": [c for _, _, c, _ in part],
-            },
-            pa.schema([(n, pa.string()) for n in ("status", "url", "sha256", "caption")]),
-        )
-        sink = io.BytesIO()
-        pq.write_table(table, sink)
-        storage.write_atomic(f"{root}/{index:05d}.parquet", sink.getvalue())
-    live = sum(ok for *_, ok in rows)
-    found, statuses = find_duplicates(root, range(len(shards)), 5, live)
-    in_parts, _ = find_duplicates(root, range(len(shards)), 5, live, partition_samples=2)
-    assert found.equals(in_parts)
-    assert statuses["success"] == live
-    # The same by the definition: a row is a duplicate where an earlier one shares a key of either kind.
-    seen: set[tuple[str, ...]] = set()
-    expected = []
-    for i, (url, sha256, caption, ok) in enumerate(rows):
-        if ok:
-            keys = {("url", url, caption), ("sha256", sha256, caption)}
-            if keys & seen:
-                expected.append(sample_key(i // 5, i % 5, 5))
-            seen |= keys
-    assert found["key"].to_pylist() == expected
-    assert not set(found["winner"].to_pylist()) & set(expected)
-    assert all(w < k for w, k in zip(found["winner"].to_pylist(), expected, strict=True))
+def test_a_numeric_filter_on_text_is_refused_at_once() -> None:
+    wide = [FilterConfig(column="LANGUAGE", min=0.5)]
+    types = {"LANGUAGE": pa.string()}
+    with pytest.raises(ConfigError, match="'LANGUAGE' holds text such as 'en', so min and max would drop every row"):
+        filters.check_numbers(wide, types, {"LANGUAGE": [None, "en", "de"]})
+    filters.check_numbers(wide, types, {"LANGUAGE": ["en", "0.7"]})  # numbers as text, some of them
+    filters.check_numbers(wide, {"LANGUAGE": pa.int64()}, {})
+    filters.check_numbers(wide, types, {"LANGUAGE": [None]})
 
 
 def test_a_derived_column_needs_its_source(tmp_path: Path) -> None:
@@ -196,67 +161,6 @@ def test_a_similarity_that_cannot_be_is_missing() -> None:
         assert not passes(impossible, column, min=0.28)
         assert passes(impossible, column, min=0.28, missing="keep")
     assert passes(6016.0, "score", min=0.28)
-
-
-_HASHES = st.integers(0, 5).flatmap(lambda base: st.sets(st.integers(0, 63), max_size=4).map(
-    lambda flips: (0x9E3779B97F4A7C15 * (base + 1) % 2**64) ^ sum(1 << b for b in flips)))  # fmt: skip
-
-
-@given(
-    st.lists(st.tuples(_HASHES, st.sampled_from("xy")), max_size=20),
-    st.integers(0, 7),
-    st.sampled_from(["same_caption", "any_caption"]),
-)
-def test_pictures_that_look_alike_are_found_by_the_definition(
-    rows: list[tuple[int, str]], distance: int, which: str
-) -> None:
-    root = "memory://alike"
-    table = pa.table(
-        {
-            "status": ["success"] * len(rows),
-            "url": [f"u{i}" for i in range(len(rows))],
-            "sha256": [f"s{i}" for i in range(len(rows))],
-            "caption": [c for _, c in rows],
-            "phash": [f"{h:016x}" for h, _ in rows],
-        },
-        pa.schema([(n, pa.string()) for n in ("status", "url", "sha256", "caption", "phash")]),
-    )
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    storage.write_atomic(f"{root}/00000.parquet", sink.getvalue())
-    rules = DuplicatesConfig(perceptual=which, distance=distance)  # type: ignore[arg-type]
-    found, _ = find_duplicates(root, [0], 100, len(rows), rules=rules)
-    in_parts, _ = find_duplicates(root, [0], 100, len(rows), partition_samples=3, rules=rules)
-    assert found.equals(in_parts)
-    expected = []
-    for i, (h, caption) in enumerate(rows):
-        earlier = [
-            j
-            for j, (other, text) in enumerate(rows[:i])
-            if (h ^ other).bit_count() <= distance and (which == "any_caption" or text == caption)
-        ]
-        if earlier:
-            expected.append((sample_key(0, i, 100), "duplicate_picture"))
-    assert list(zip(found["key"].to_pylist(), found["reason"].to_pylist(), strict=True)) == expected
-    assert not set(found["winner"].to_pylist()) & {k for k, _ in expected}
-
-
-def test_a_caption_is_kept_so_often() -> None:
-    root = "memory://repeats"
-    captions_ = ["a"] * 5 + ["b"] * 2 + ["a"]
-    urls = ["u0", "u0", "u1", "u2", "u3", "u4", "u5", "u6"]  # row 1 is a duplicate of row 0 and takes no place
-    table = pa.table(
-        {"status": ["success"] * 8, "url": urls, "sha256": [f"s{i}" for i in range(8)], "caption": captions_},
-    )
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    storage.write_atomic(f"{root}/00000.parquet", sink.getvalue())
-    found, _ = find_duplicates(root, [0], 10, 8, caption_repeats=3)
-    assert found.select(["row", "reason", "winner"]).to_pylist() == [
-        {"row": 1, "reason": "duplicate_url", "winner": "000000"},
-        {"row": 4, "reason": "caption_repeated", "winner": "000000"},
-        {"row": 7, "reason": "caption_repeated", "winner": "000000"},
-    ]
 
 
 WORDS = ["caf\u00e9", "e\u0301", "&amp;", "A  DOG's", "\u732b", "\U0001f600", "don\u2019t", "1920x1080"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import io
 import json
@@ -25,10 +26,13 @@ import yaml
 from demo import corpus as demo_corpus
 from demo import server as demo_server
 from ingest.config import IngestConfig
+from ingest.errors import RETRYABLE
 from ingest.stage import IngestStage
 from shards import storage
-from shards.dataset import Dataset, read_stats, shard_state
+from shards.dataset import Dataset, read_stats
+from shards.exclusions import shard_row
 from shards.images import ImageShard, decode_rgb
+from shards.layout import sample_key
 from shards.settings import ConfigError, StageError
 from tests.ingest.conftest import PRELOAD, make_config, run
 from tests.ingest.site import Site, picture
@@ -90,12 +94,15 @@ def test_every_row_comes_to_exactly_one_end(site: Site, tmp_path: Path) -> None:
     live = [c for p in range(len(dataset.shards)) for c in ImageShard(dataset, p).captions]
     expected = [f"picture number {i}" for i in range(30)]
     assert sorted(live) == sorted([*expected, "another caption of picture 2"])
-    exclusions = pq.read_table(tmp_path / "images" / "exclusions.parquet").to_pylist()
+    exclusions = pq.read_table(tmp_path / "images" / manifest["exclusions"]).to_pylist()
+    assert len(exclusions) == 2
     sidecar = pa.concat_tables(dataset.sidecar(s.index) for s in dataset.shards).to_pylist()
     by_key = {r["key"]: r for r in sidecar}
     for row in exclusions:
-        loser, winner = by_key[row["key"]], by_key[row["winner"]]
-        assert row["winner"] < row["key"]
+        shard, place = shard_row(row["winner"])
+        loser = by_key[sample_key(row["shard"], row["row"], 8)]
+        winner = by_key[sample_key(shard, place, 8)]
+        assert (shard, place) < (row["shard"], row["row"])
         assert loser["caption"] == winner["caption"]
         same = "url" if row["reason"] == "duplicate_url" else "sha256"
         assert loser[same] == winner[same]
@@ -215,9 +222,10 @@ def test_bytes_do_not_depend_on_order_or_concurrency(site: Site, tmp_path: Path)
     b = IngestStage(
         make_config(table, decode_threads=3, fetch={"concurrency": 1, "host_concurrency": 1}), str(tmp_path / "b")
     )
+    a.begin()
     shards = len(list(a.tasks()))
     first, second = run(a), run(b, order=list(np.random.default_rng(0).permutation(shards)))
-    assert first == second
+    assert {**first, "made_with": second["made_with"]} == second
     for path in (tmp_path / "a").iterdir():
         if path.suffix in (".tar", ".parquet"):
             assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
@@ -230,7 +238,7 @@ def test_a_shard_without_any_success_is_committed(site: Site, tmp_path: Path) ->
     stage = IngestStage(make_config(table), str(tmp_path / "images"))
     manifest = run(stage)
     assert [s["count"] for s in manifest["shards"]] == [0, 1]
-    assert all(shard_state(stage.root, t).state == "done" for t in stage.tasks())
+    assert all(read_stats(stage.root, t.index) for t in stage.tasks())
     lost = tmp_path / "lost.csv"
     lost.write_text(f"url,caption\n{site.add('/down', b'', 503)},x\n{good},y\n")
     run(IngestStage(make_config(lost, fetch={"retries": 3}), str(tmp_path / "lost")))
@@ -240,27 +248,45 @@ def test_a_shard_without_any_success_is_committed(site: Site, tmp_path: Path) ->
         run(IngestStage(make_config(table), str(tmp_path / "none")))
 
 
-def test_an_edited_table_and_changed_settings_are_seen(site: Site, tmp_path: Path) -> None:
+def test_an_edited_table_and_changed_settings_are_refused(site: Site, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     lines = [f"{site.add(f'/{i}.png', picture(i))},caption {i}" for i in range(20)]
     table.write_text("\n".join(["url,caption", *lines]))
     stage = IngestStage(make_config(table), str(tmp_path / "images"))
     run(stage)
-    lines[9] = lines[9].replace("caption 9", "caption IX")
+    assert stage.is_current()
+    before = {p.name: p.read_bytes() for p in (tmp_path / "images").iterdir() if p.is_file()}
+    site.hits.clear()
+    edited = [line.replace("caption 9", "caption IX") for line in lines]
+    table.write_text("\n".join(["url,caption", *edited]))
+    assert not stage.is_current()
+    with pytest.raises(ConfigError, match=r"1 of its 3 shards \(00001 to 00001, 8 pictures\) were made of other rows"):
+        stage.begin()
+    assert {p.name: p.read_bytes() for p in (tmp_path / "images").iterdir() if p.is_file()} == before
     table.write_text("\n".join(["url,caption", *lines]))
-    assert [shard_state(stage.root, t).state for t in stage.tasks()] == ["done", "input_changed", "done"]
+    other = IngestStage(make_config(table, image_size=16), stage.root)
+    with pytest.raises(ConfigError, match=r"settings.image_size: 32 -> 16"):
+        other.begin()
+    faster = IngestStage(make_config(table, decode_threads=2, fetch={"timeout": 99.0}), stage.root)
+    run(faster)
+    assert not site.hits
+    # Taken anew behind all others: what is there twice is a duplicate, what is new comes in.
+    table.write_text("\n".join(["url,caption", *edited]))
+    manifest = run(IngestStage(make_config(table), stage.root, add_changed=True))
+    assert manifest["counts"] | {"rows": 40, "success": 21, "duplicate": 19} == manifest["counts"]
+
+
+def test_a_table_that_changes_while_a_shard_is_made_is_seen(site: Site, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    lines = [f"{site.add(f'/{i}.png', picture(i))},caption {i}" for i in range(20)]
+    table.write_text("\n".join(["url,caption", *lines]))
+    stage = IngestStage(make_config(table), str(tmp_path / "images"))
+    stage.begin()
     worker, tasks = stage.worker(), list(stage.tasks())
     table.write_text("\n".join(["url,caption", *lines[1:], lines[0]]))
     with pytest.raises(StageError, match="changed while it was being read"):
         worker(tasks[1])
     worker.close()
-    table.write_text("\n".join(["url,caption", *lines]))
-    other = IngestStage(make_config(table, image_size=16), stage.root)
-    states = [shard_state(stage.root, t) for t in other.tasks()]
-    assert states[0].state == "stale"
-    assert "settings.image_size: 32 -> 16" in states[0].reason
-    faster = IngestStage(make_config(table, decode_threads=2, fetch={"timeout": 99.0}), stage.root)
-    assert [shard_state(stage.root, t).state for t in faster.tasks()] == ["done", "input_changed", "done"]
 
 
 def test_a_list_of_urls_is_a_table_without_captions(site: Site, tmp_path: Path) -> None:
@@ -289,8 +315,10 @@ def test_accounts_that_do_not_hold_are_an_error(site: Site, tmp_path: Path) -> N
     stage = IngestStage(make_config(table), str(tmp_path / "images"))
     run(stage, finish=False)
     stats: list[dict[str, Any]] = [read_stats(stage.root, t.index) or {} for t in stage.tasks()]
-    with pytest.raises(StageError, match="shard 5 holds None rows"):
+    with pytest.raises(StageError, match="1 shards of the plan are not committed"):
         stage.finish(stats[:-1])
+    with pytest.raises(StageError, match="shard 00002 holds 7 rows where the plan has 8"):
+        stage.finish([{**s, "rows": 7} if s["shard"] == 2 else s for s in stats])
     wrong = [{**s, "success": s["success"] + 1, "count": s["count"] + 1} if s["shard"] == 2 else s for s in stats]
     with pytest.raises(StageError, match="the sidecars count"):
         stage.finish(wrong)
@@ -323,14 +351,13 @@ def test_heldout_fraction_splits_by_caption(site: Site, tmp_path: Path) -> None:
         IngestStage(make_config(table), str(tmp_path / "x"), "heldout").check()
 
 
-def child(config: str, root: str, fault: str, first: Any) -> None:
+def child(config: str, root: str, first: Any) -> None:
     """What a run's process does: every shard that is not there yet, then the finish. `first` is set after one."""
-    if fault:
-        os.environ["CARRARA_FAULT"] = fault
     stage = IngestStage(IngestConfig.model_validate_json(config), root)
+    stage.begin()
     worker = stage.worker()
     for task in stage.tasks():
-        if shard_state(stage.root, task).state != "done":
+        if read_stats(stage.root, task.index) is None:
             worker(task)
             first.set()
     stage.finish(read_stats(stage.root, t.index) or {} for t in stage.tasks())
@@ -344,30 +371,30 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(site: Site, tmp
     clean = {p.name: p.read_bytes() for p in (tmp_path / "clean").iterdir() if p.suffix in (".tar", ".parquet")}
     assert len(clean) == 2 * 6 + 1
     manifest = json.loads((tmp_path / "clean" / "dataset.json").read_text())
+    del manifest["made_with"]  # the folder's own id
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(PRELOAD)
 
-    def start(root: Path, fault: str = "") -> tuple[Any, Any]:
+    def start(root: Path) -> tuple[Any, Any]:
         first = processes.Event()
-        process = processes.Process(target=child, args=(config.model_dump_json(by_alias=True), str(root), fault, first))
+        process = processes.Process(target=child, args=(config.model_dump_json(by_alias=True), str(root), first))
         process.start()
         return process, first
 
-    for when in ("after.tar", "before-stats", "in flight"):
-        root = tmp_path / when.replace(" ", "-")
-        process, first = start(root, "" if when == "in flight" else when)
-        if when == "in flight":
-            assert first.wait(60)
-            process.kill()
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-        assert not (root / "dataset.json").exists()
-        again, _ = start(root)
-        again.join(60)
-        assert again.exitcode == 0
-        for name, data in clean.items():
-            assert (root / name).read_bytes() == data, (when, name)
-        assert json.loads((root / "dataset.json").read_text()) == manifest
+    root = tmp_path / "killed"
+    process, first = start(root)
+    assert first.wait(60)
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert not (root / "dataset.json").exists()
+    again, _ = start(root)
+    again.join(60)
+    assert again.exitcode == 0
+    for name, data in clean.items():
+        assert (root / name).read_bytes() == data, name
+    again_manifest = json.loads((root / "dataset.json").read_text())
+    assert {k: v for k, v in again_manifest.items() if k != "made_with"} == manifest
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(
@@ -378,6 +405,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     whole = IngestStage(make_config(table), str(tmp_path / "whole"))
     run(whole)
     stage = IngestStage(make_config(table), str(tmp_path / "images"))
+    stage.begin()
     tasks, worker = list(stage.tasks()), stage.worker()
     real = os.fsync
     until_full = 0  # files that can still be written; 0: all
@@ -395,7 +423,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
         for until_full in (1, 2, 3):  # noqa: B007  # tar, parquet, stats
             with pytest.raises(StageError, match="the disk is full; free some space and run the same command again"):
                 worker(task)
-            assert shard_state(stage.root, task).state == "missing"
+            assert read_stats(stage.root, task.index) is None
         until_full = 0
         worker(task)
     worker.close()
@@ -408,7 +436,6 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
 
 def test_a_dataset_on_s3_is_the_same(site: Site, tmp_path: Path) -> None:
     """The table, the shards, a retry and a take-down on an object store (moto): the bytes of a local run."""
-    from ingest.rewrite import RetryStage, take_down
     from ingest.takedown import TakenDown, url_digest
 
     with bucket() as objects:
@@ -421,20 +448,17 @@ def test_a_dataset_on_s3_is_the_same(site: Site, tmp_path: Path) -> None:
             stage = IngestStage(make_config(source, fetch={"retries": 0}), root)
             run(stage)
             site.add("/3.png", picture(3))
-            retry = RetryStage(stage)
-            retry.prepare()
-            worker, tasks = retry.worker(), list(retry.tasks())
-            assert len(tasks) == 1
-            retry.finish([worker(t) for t in tasks])
-            worker.close()  # type: ignore[attr-defined]
-            listed = TakenDown(urls=frozenset({url_digest(site.url("/5.png"))}))
-            listed.write(stage.run)
-            assert take_down(stage, listed)[1]
+            manifest = run(dataclasses.replace(stage, retry=RETRYABLE))
+            assert manifest["shards"][-1]["rows"] == 1
+            TakenDown.of(urls=[url_digest(site.url("/5.png"))]).create(stage.run)
+            assert not stage.is_current()
+            assert run(stage)["counts"]["opted_out"] == 2
+            assert stage.is_current()
         for path in (tmp_path / "run" / "images").iterdir():
             if path.suffix in (".tar", ".parquet"):
                 assert storage.read_bytes(f"{objects}/run/images/{path.name}") == path.read_bytes(), path.name
         here, there = Dataset.open(str(tmp_path / "run" / "images")), Dataset.open(f"{objects}/run/images")
-        assert here.manifest == there.manifest
+        assert {**here.manifest, "made_with": there.manifest["made_with"]} == there.manifest
 
 
 def test_what_the_table_says_wrongly_is_counted(site: Site, tmp_path: Path) -> None:

@@ -351,8 +351,8 @@ def test_doctor_takes_overrides_and_proves_a_store(
     assert main(["doctor", "--run", f"{here}/bucket"]) == 0
     assert "MB/s up" in capsys.readouterr().out
     (here / "file").write_text("mine")
-    assert "cannot be worked on" in sentence(capsys, "doctor", "run=file", code=1)
-    monkeypatch.setattr(storage, "create", lambda url, data: storage.write_atomic(url, data) or True)
+    assert f"{here}/file: cannot be written to" in sentence(capsys, "doctor", "run=file", code=1)
+    monkeypatch.setattr(storage, "_create", lambda url, data, _: storage.write_atomic(url, data) or True)
     assert "use one that has conditional puts" in sentence(capsys, "doctor", "--run", f"{here}/bucket", code=1)
 
 
@@ -374,7 +374,12 @@ def test_verify_names_what_is_damaged_and_clean_removes_what_the_dead_left(
     assert main(["verify", str(tmp_path), "--deep"]) == 1
     told = capsys.readouterr()
     assert "00004.txt does not have the sha256" in told.out
-    assert "1 damaged; run `carrara ingest`" in told.err
+    assert "1 damaged; put the files back from a copy, or delete" in told.err
+    assert main(["verify", str(tmp_path), "--deep", "--discard"]) == 1
+    assert "of which 1 shards were deleted; run `carrara ingest`" in capsys.readouterr().err
+    run(stage, f"{tmp_path}/status", RayConfig(), Pool(), local=True)
+    assert main(["verify", str(tmp_path), "--deep"]) == 0
+    assert (tmp_path / "images/00004.txt").read_bytes() == data
     left = tmp_path / f"images/.00001.txt{storage.TMP_MARK}{storage._host()}-{2**22 + 1}-abcd1234"
     mine, user = (
         tmp_path / f"images/.x{storage.TMP_MARK}{storage._host()}-{os.getpid()}-abcd1234",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from orchestration import remove
+from ingest.stage import IngestStage
 from orchestration.run_stage import main
 from shards.columns import ColumnShard, keep_rows, unpack_columns
 from shards.dataset import Dataset
 from shards.layout import RunPaths
 from tests.ingest.site import Site, picture
 from tests.latents import world
-from train.order import Order
 
 ROWS = 20
 
@@ -54,13 +54,9 @@ def config(site: Site, tmp_path: Path) -> Path:
     return path
 
 
-def fake_checkpoint(paths: RunPaths, step: int, images: int, data: str) -> str:
-    """A checkpoint as far as its manifest goes, which is all that is read here."""
-    folder = Path(paths.checkpoints) / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    manifest = {"images": images, "fingerprint": {"input": data, "settings": {"seed": 5, "shuffle_window": 2}}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return str(folder)
+def keys_of(root: str) -> list[str]:
+    dataset = Dataset.open(root)
+    return [k for p in range(len(dataset.shards)) for k in ColumnShard(dataset, p).keys]
 
 
 def test_a_picture_is_taken_out_of_the_whole_run(
@@ -69,65 +65,114 @@ def test_a_picture_is_taken_out_of_the_whole_run(
     for stage in ("ingest", "latents"):
         assert main([stage, "--config", str(config), "--local"]) == 0
     paths = RunPaths(str(tmp_path / "run"))
-    before = Dataset.open(paths.latents)
-    keys = [k for p in range(3) for k in ColumnShard(before, p).keys]
+    keys = keys_of(paths.latents)
     assert len(keys) == ROWS
     untouched = (Path(paths.latents) / "00001.safetensors").stat().st_mtime_ns
-    # Which of the two comes when, by the definition of the order: one position after another.
-    order = Order(before.counts, before.fingerprint, 5, 2)
-    place = [(int(s), int(r)) for s, r in zip(*order.locate(np.arange(ROWS)), strict=True)]
-    first, second = sorted((place.index((0, 3)), place.index((2, 1))))
-    assert remove.first_positions(order, [(2, 1), (0, 3)]) == [first, second]
-    folders = [
-        fake_checkpoint(paths, 1, first, before.fingerprint),  # saw neither: positions 0 .. first - 1
-        fake_checkpoint(paths, 2, first + 1, before.fingerprint),
-        fake_checkpoint(paths, 3, 1000, before.fingerprint),
-        fake_checkpoint(paths, 4, 10, "another state"),
-    ]
+    before = {p.name: p.read_bytes() for p in Path(paths.latents).glob("*.safetensors")}
+    reports = tmp_path / "run" / "reports"
+    reports.mkdir()
+    (reports / "latents.html").write_text("<figcaption>000003 &middot; 32</figcaption>")
+    (reports / "latents.png").write_bytes(b"sheet")
+    (reports / "other.html").write_text("<figcaption>000004 &middot; 32</figcaption>")
 
     (tmp_path / "list.txt").write_text(f"{site.url('/3.png')}\n\nhttp://127.0.0.1:1/never-there.png\n")
     command = ["remove", "--config", str(config), "--urls", str(tmp_path / "list.txt")]
     capsys.readouterr()
     assert main(command) == 0
     told = capsys.readouterr().out
-    assert "taken down: 2 pictures" in told
-    assert f"{folders[1]}: 1 of them" in told
-    assert f"{folders[2]}: 2 of them" in told
-    assert f"{folders[3]}: perhaps" in told
-    assert folders[0] not in told
-    assert "latents   2 shards rewritten" in told
-    after = Dataset.open(paths.latents)
-    assert [k for p in range(3) for k in ColumnShard(after, p).keys] == [
-        k for k in keys if k not in ("000003", "000021")
-    ]
+    assert "taken down: 2 pictures" in told  # and the copy, row 17
+    assert "images    2 shards blanked; 2 pictures are out" in told
+    assert "latents   2 shards blanked" in told
+    assert "1 of 2 entries are not in this run: http://127.0.0.1:1/never-there.png" in told
+    assert f"{reports}/latents.html shows some of them" in told
+    assert f"{reports}/latents.png shows some of them" in told
+    assert "other.html" not in told
+    assert keys_of(paths.latents) == [k for k in keys if k not in ("000003", "000021")]
     assert (Path(paths.latents) / "00001.safetensors").stat().st_mtime_ns == untouched
+    after = Dataset.open(paths.latents)
+    assert after.manifest["images"] == Dataset.open(paths.images).fingerprint
+    for name, data in before.items():  # only what went is another thing: zeros
+        ours, then = (unpack_columns(d)[0] for d in ((Path(paths.latents) / name).read_bytes(), data))
+        gone = [3] if name == "00000.safetensors" else [1] if name == "00002.safetensors" else []
+        for column in ("mean", "logstd", "tokens"):
+            assert not ours[column][gone].any()
+            assert np.array_equal(np.delete(ours[column], gone, 0), np.delete(then[column], gone, 0))
     for stage in ("ingest", "latents"):  # nothing is left to do, and nothing is fetched
         site.hits.clear()
         assert main([stage, "--config", str(config), "--local"]) == 0
         assert not site.hits
     assert Dataset.open(paths.latents).manifest == after.manifest
-    # The same command again tells the same of the checkpoints, though nothing can be computed any more.
+    # The same command again tells the same, and the list has no further part.
+    parts = sorted(p.name for p in (tmp_path / "run" / "taken_down").iterdir())
     assert main(command) == 0
-    assert capsys.readouterr().out.split("checkpoints")[1] == told.split("checkpoints")[1]
+    again = capsys.readouterr().out
+    assert "taken down: 2 pictures" in again
+    assert "1 of 2 entries" in again
+    assert sorted(p.name for p in (tmp_path / "run" / "taken_down").iterdir()) == parts
 
-    # Encoding the rewritten image shards from the start gives these very latents.
-    cut = {p.name: p.read_bytes() for p in Path(paths.latents).glob("*.safetensors")}
-    rows = {p.name: pq.read_table(p) for p in Path(paths.latents).glob("*.parquet")}
-    for file in Path(paths.latents).iterdir():
-        file.unlink()
-    assert main(["latents", "--config", str(config), "--local"]) == 0
-    for name, data in cut.items():
-        ours, again = unpack_columns(data)[0], unpack_columns((Path(paths.latents) / name).read_bytes())[0]
-        assert ours.keys() == again.keys()
-        for column, values in ours.items():
-            np.testing.assert_allclose(values.astype(float), again[column].astype(float), atol=2e-3, err_msg=column)
-    for name, table in rows.items():
-        assert pq.read_table(Path(paths.latents) / name).equals(table)
+    # A second removal, by host, takes the rest.
+    assert main(["remove", "--config", str(config), "--host", "127.0.0.1"]) == 0
+    assert f"taken down: {ROWS - 2} pictures" in capsys.readouterr().out
+    assert (
+        Dataset.open(paths.images).manifest["counts"] | {"success": 0, "opted_out": ROWS}
+        == Dataset.open(paths.images).manifest["counts"]
+    )
+
+
+def test_what_remove_counts_is_what_a_whole_finish_counts(
+    site: Site, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of duplicates that are taken down with their winner, and with `caption_repeats`."""
+    more = ["ingest.caption_repeats=2", "ingest.duplicates.perceptual=any_caption"]
+    assert main(["ingest", "--config", str(config), "--local", *more]) == 0
+    (tmp_path / "list.txt").write_text(f"{site.url('/17.png')}\n{site.url('/4.png')}\n")
+    assert main(["remove", "--config", str(config), "--urls", str(tmp_path / "list.txt"), *more]) == 0
+    images = tmp_path / "run" / "images"
+    light = json.loads((images / "dataset.json").read_text())
+    (images / "dataset.json").unlink()
+    assert main(["ingest", "--config", str(config), "--local", *more]) == 0
+    whole = json.loads((images / "dataset.json").read_text())
+    assert {k: light[k] for k in whole} == whole
+
+
+def test_remove_beside_a_running_ingest_leaves_it_the_work(
+    site: Site, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The list has its part at once; the ingest that holds the lease takes the pictures out, also if it was asked while
+    it was finishing."""
+    assert main(["ingest", "--config", str(config), "--local"]) == 0
+    paths = RunPaths(str(tmp_path / "run"))
+    (tmp_path / "list.txt").write_text(f"{site.url('/4.png')}\n")
+    command = ["remove", "--config", str(config), "--urls", str(tmp_path / "list.txt")]
+    capsys.readouterr()
+    asked: list[int] = []
+    real = IngestStage.finish
+
+    def finish(stage: IngestStage, stats: Any) -> Any:
+        manifest = real(stage, stats)
+        if not asked:  # after the last look of the finish, and while the lease is still held
+            asked.append(main(command))
+        return manifest
+
+    (Path(paths.images) / "dataset.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IngestStage, "finish", finish)
+        assert main(["ingest", "--config", str(config), "--local"]) == 0
+    assert asked == [0]
+    assert "the running ingest takes them out when it finishes; stop it first" in capsys.readouterr().out
+    manifest = Dataset.open(paths.images).manifest
+    assert manifest["counts"]["opted_out"] == 1
+    assert manifest["list"] == 2  # the URL, and its bytes
 
 
 def test_a_dry_run_then_an_ingest_then_a_retry(
-    site: Site, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    site: Site,
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", "carrara")
     command = ["ingest", "--config", str(config)]
     assert main([*command, "--dry-run"]) == 0
     told = capsys.readouterr().out
@@ -147,6 +192,7 @@ def test_a_dry_run_then_an_ingest_then_a_retry(
     # Still down: nothing is lost. Up again: the row is there, and only it was asked for.
     assert main([*command, *more, "--retry", "transient"]) == 0
     assert json.loads((tmp_path / "run" / "images" / "dataset.json").read_text())["errors"] == manifest["errors"]
+    assert "rows may come now: run ingest with --retry transient" in "".join(caplog.messages)
     site.pages["/9.png"] = whole
     site.hits.clear()
     assert main([*command, *more, "--retry", "transient"]) == 0
@@ -156,6 +202,7 @@ def test_a_dry_run_then_an_ingest_then_a_retry(
     assert manifest["counts"]["success"] == ROWS
     lines = (tmp_path / "run" / "images" / "statistics.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["success"] for line in lines) == ROWS
+    assert len(lines) == 5  # the three of the table, and one a retry
     for again in ([], ["--retry", "transient"]):
         site.hits.clear()
         assert main([*command, *more, *again]) == 0

@@ -1,0 +1,166 @@
+"""Take-downs applied: find what is listed in a dataset's committed shards, and blank it where it lies.
+
+Rows are found by the 64-bit digests of the sidecars (a million URLs in about a millisecond a shard), hosts by their
+name in the URL's text, and then judged by the list itself. What is blanked keeps its digests and its place in the
+sidecar, so what it excluded as a duplicate stays excluded. Rows that never gave a picture stay as they are: no ingest
+fetches them again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import idna
+import pyarrow as pa
+
+from ingest import statistics
+from ingest.digests import PLACE, connect, readable, run, sql_files, with_digests
+from ingest.errors import ERRORS
+from ingest.takedown import TakenDown
+from shards.blank import blank
+from shards.exclusions import shard_row
+from shards.progress import Progress
+
+log = logging.getLogger("carrara.ingest")
+
+MEMORY = "512MB"
+_COLUMNS = [
+    "url",
+    "sha256",
+    "key",
+    "status",
+    "error",
+    "url_digest",
+    "final_url_digest",
+    "final_origin",
+    "bytes_digest",
+]
+_PICTURE = ("width", "height", "original_width", "original_height", "exif", "pixel_hash")
+_PLACE_IN_TAR = ("image_offset", "image_size", "image_ext")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """A row that is listed. live: it has a picture. sha256: of a picture that is listed by its URL, so of its copies
+    too. by: the digests and hosts of the list that it was found by."""
+
+    shard: int
+    row: int
+    key: str
+    live: bool
+    sha256: str | None
+    by: frozenset[int | str]
+
+
+def find(
+    root: str, shards: Iterable[tuple[int, bool]], listed: TakenDown, total: int = 0, name: str = "", threads: int = 2
+) -> Iterator[Hit]:
+    """The rows of these shards that are listed, also those that are out already.
+
+    shards: (number, whether the sidecar holds digests). total, name: for the progress bar; none without a name.
+    """
+    bar = Progress(f"{name}: take-down", total, "shards") if name else None
+    with tempfile.TemporaryDirectory(prefix="carrara-take-down-") as scratch:
+        db = connect(os.path.join(scratch, "spill"), MEMORY, threads)
+        try:
+            for table, digests in (("urls", listed.urls), ("bytes", listed.bytes)):
+                db.register("given", pa.table({"n": pa.array(digests.numbers, pa.uint64())}))
+                run(db, f"CREATE TABLE listed_{table} AS SELECT DISTINCT n FROM given")
+                db.unregister("given")
+            for files in readable(root, shards, _COLUMNS, scratch):
+                rows = run(
+                    db,
+                    f"SELECT {PLACE}, {', '.join(_COLUMNS)} FROM read_parquet({sql_files(files)}, filename = true, "
+                    f"file_row_number = true) WHERE {_condition(listed)}",
+                )
+                for place, *values in sorted(rows):
+                    hit = _judge(place, dict(zip(_COLUMNS, values, strict=True)), listed)
+                    if hit is not None:
+                        yield hit
+                if bar is not None:
+                    bar.update(len(files))
+        finally:
+            db.close()
+            if bar is not None:
+                bar.close()
+
+
+def _condition(listed: TakenDown) -> str:
+    tests = ["false"]
+    if len(listed.urls):
+        tests += [f"{c} IN (SELECT n FROM listed_urls)" for c in ("url_digest", "final_url_digest")]
+    if len(listed.bytes):
+        tests.append("bytes_digest IN (SELECT n FROM listed_bytes)")
+    if listed.hosts:
+        names = {entry.strip(".").partition(":")[0] if entry.count(":") == 1 else entry for entry in listed.hosts}
+        texts = [n.replace("'", "''") for n in sorted(names | set(map(_unicode, names)))]
+        for column in ("url", "final_origin"):
+            # A host that is not written in plain letters is looked at closely, whatever it is.
+            odd = f"NOT regexp_full_match({column}, '[!-$&-~]*') OR contains({column}, '%')"
+            named = " OR ".join(f"contains(lower({column}), '{text}')" for text in texts)
+            tests.append(f"({column} IS NOT NULL AND ({named} OR {odd}))")
+    return " OR ".join(tests)
+
+
+def _unicode(name: str) -> str:
+    try:
+        return idna.decode(name)
+    except (idna.IDNAError, UnicodeError):
+        return name
+
+
+def _judge(place: int, row: dict[str, Any], listed: TakenDown) -> Hit | None:
+    by: set[int | str] = {
+        n for n in (row["url_digest"], row["final_url_digest"]) if n is not None and listed.urls.has_number(n)
+    }
+    if listed.hosts:
+        for text in (row["url"], row["final_origin"]):
+            by |= listed.hosts_of(text or "")
+    by_url = bool(by)
+    if row["bytes_digest"] is not None and listed.bytes.has_number(row["bytes_digest"]):
+        by.add(row["bytes_digest"])
+    if not by:
+        return None
+    shard, index = shard_row(place)
+    live = row["status"] == "success"
+    return Hit(shard, index, row["key"], live, row["sha256"] if by_url and live else None, frozenset(by))
+
+
+def take_out(root: str, hits: Iterable[Hit], parts: int, name: str = "") -> set[int]:
+    """Blank the pictures of these rows; returns the shards that changed. parts: of the list, for the shards' stats."""
+    by_shard: dict[int, list[Hit]] = {}
+    for hit in hits:
+        if hit.live:
+            by_shard.setdefault(hit.shard, []).append(hit)
+    bar = Progress(f"{name}: blanking", len(by_shard), "shards") if name and by_shard else None
+    for shard, some in sorted(by_shard.items()):
+        blank(root, shard, [h.row for h in some], _edit([h.row for h in some], parts))
+        if bar is not None:
+            bar.update(1)
+    if bar is not None:
+        bar.close()
+    return set(by_shard)
+
+
+def _edit(rows: Sequence[int], parts: int) -> Any:
+    """For shards.blank: sidecar and stats of a shard without the pictures of these rows."""
+    gone = set(rows)
+
+    def edit(table: pa.Table, stats: dict[str, Any]) -> tuple[pa.Table, dict[str, Any]]:
+        table = with_digests(table)
+        fates = {"status": "opted_out", "error": "taken_down", "error_message": ERRORS["taken_down"].meaning}
+        for column in (*fates, *_PICTURE, *_PLACE_IN_TAR):
+            if column in table.column_names:
+                values = table[column].to_pylist()
+                values = [fates.get(column) if i in gone else v for i, v in enumerate(values)]
+                at = table.schema.get_field_index(column)
+                table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
+        counted = statistics.counts_of(*(table[n].to_pylist() for n in ("status", "error", "error_message")))
+        return table, {**stats, **counted, "digests": True, "list": parts}
+
+    return edit
