@@ -31,7 +31,6 @@ from orchestration.lease import Lease
 from orchestration.ledger import Ledger
 from orchestration.stopping import StopFlag
 from shards import storage
-from shards.fingerprint import Fingerprint
 from shards.progress import Progress
 from shards.stage import Task
 
@@ -42,15 +41,14 @@ HOSTS = 2  # processes that answer for all workers
 class Simulated:
     """A stage whose shards are made nowhere."""
 
-    name, unit, in_hand = "ingest", "images", 1
+    name, unit, data, in_hand = "ingest", "images", ".tar", 1
 
     def __init__(self, root: str, shards: int) -> None:
         self.root, self.shards = root, shards
 
     def tasks(self) -> Iterator[Task]:
-        same = Fingerprint("ingest", 1, {"image_size": 256})
         for i in range(self.shards):
-            yield Task(i, same, {"file": f"part-{i // 1000:05d}.parquet", "start": 10_000 * (i % 1000), "rows": 10_000})
+            yield Task(i, None, {"file": f"part-{i // 1000:05d}.parquet", "start": 10_000 * (i % 1000), "rows": 10_000})
 
 
 class Host:

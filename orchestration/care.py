@@ -57,7 +57,7 @@ def verify(run: str, deep: bool = False, discard: bool = False) -> None:
         raise StageError(f"{run}: {len(damage)} damaged, of which {gone} shards were deleted; run {again}")
     raise StageError(
         f"{run}: {len(damage)} damaged; put the files back from a copy, or delete damaged shards by `carrara verify "
-        f"{run} {'--deep ' if deep else ''}--discard` while nothing else runs there, and run {again}, which makes them again"
+        f"{run} {'--deep ' if deep else ''}--discard` while nothing else runs there, and run {again} to make them again"
     )
 
 

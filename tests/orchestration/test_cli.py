@@ -327,13 +327,12 @@ def test_a_run_knows_its_configuration(here: Path, capsys: pytest.CaptureFixture
 def test_a_finished_stage_stays_finished_when_a_later_try_fails(tmp_path: Path) -> None:
     from orchestration.config import Pool, RayConfig
     from orchestration.engine import run
-    from shards.settings import StageError
     from tests.orchestration.drive import toy
 
     run(toy(tmp_path), f"{tmp_path}/status", RayConfig(), Pool(), local=True)
     before = json.loads((tmp_path / "status/toy.json").read_text())
     assert (before["state"], before["done"]) == ("done", 12)
-    with pytest.raises(StageError, match="salt"):
+    with pytest.raises(ConfigError, match="salt"):
         run(toy(tmp_path, salt="pepper"), f"{tmp_path}/status", RayConfig(), Pool(), local=True)
     assert json.loads((tmp_path / "status/toy.json").read_text()) == before
 
