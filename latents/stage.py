@@ -37,6 +37,7 @@ from latents.pictures import Fit, ahead, resize_crop_to
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
 from shards import images, storage
 from shards.columns import column_rows, pack_columns, unpack_columns
+from shards.commit import Folder
 from shards.dataset import MANIFEST, Dataset, born, read_stats, read_stats_of, write_manifest
 from shards.exclusions import write_exclusions
 from shards.fingerprint import Fingerprint, digest_bytes
@@ -129,10 +130,14 @@ class LatentsStage:
         weights = {"vae": vae.digest, "text": text.digest}
         return Fingerprint(self.name, VERSION, self.config.settings(), None, weights)
 
-    def begin(self, redo: bool) -> None:
-        """Refuse latents of an older version that are of other images than the run's; raises ConfigError."""
-        if redo or not is_old(self.root):
-            return
+    def begin(self, redo: bool = False, _each: object = map) -> None:
+        """Make the folder ready. Refuses latents of an older version that are of other images than the run's; raises
+        ConfigError."""
+        if not redo and is_old(self.root):
+            self._refuse_other_images()
+        Folder.begin(self.root, self.made_with(), self.data, redo=redo, take_over=True)
+
+    def _refuse_other_images(self) -> None:
         digests = old_digests(self.run.images)
         committed = listed(self.root, self.data).committed
         for index, stats in read_stats_of(self.root, (int(i) for i in committed)):

@@ -33,17 +33,18 @@ log = logging.getLogger("carrara")
 
 def guarded(work: Callable[[], object]) -> int:
     """Run `work`; its errors for people become one sentence on stderr and an exit code. Others are bugs and pass."""
-    from shards.settings import ConfigError, StageError
-
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("carrara").setLevel(logging.INFO)
     try:
-        with stop_on_sigterm(StopFlag()):
-            work()
-    except ConfigError as e:
-        return _say(e, 2)
-    except StageError as e:
-        return _say(e, 1)
+        with stop_on_sigterm(StopFlag()):  # from here on; what takes time to load comes after it
+            from shards.settings import ConfigError, StageError
+
+            try:
+                work()
+            except ConfigError as e:
+                return _say(e, 2)
+            except StageError as e:
+                return _say(e, 1)
     except Stopped as e:
         return _say(e, EXIT_STOPPED)
     except KeyboardInterrupt:
@@ -60,10 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     if (other := hidden()) is not None:
         return _say(other, 2)
-    from orchestration import commands
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    return guarded(lambda: commands.run(given))
+    def work() -> None:
+        from orchestration import commands
+
+        commands.run(list(sys.argv[1:] if arguments is None else arguments))
+
+    return guarded(work)
 
 
 if __name__ == "__main__":
