@@ -30,13 +30,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latents.buckets import moments_column, nearest
+from latents.buckets import nearest
 from latents.config import LatentsConfig
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
-from latents.pictures import Fit, ahead, resize_crop_to
+from latents.pictures import Fit, ahead, crop_before, resize_crop_to
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
 from shards import images, storage
-from shards.columns import column_rows, pack_columns, unpack_columns
+from shards.columns import COLUMN_ROW, ColumnFile, column, members, pack_columns
 from shards.commit import Folder
 from shards.dataset import MANIFEST, Dataset, born, read_stats, read_stats_of, write_manifest
 from shards.exclusions import write_exclusions
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("carrara.latents")
 
-VERSION = 2  # raise it when the bytes of a shard change for the same settings
+VERSION = 3  # raise it when the bytes of a shard change for the same settings
 
 # An image shard's words for what became of a row, and ours for a picture that was there but has no latent.
 STATUSES = (*images.STATUSES, "failed_to_encode")
@@ -151,6 +151,7 @@ class LatentsStage:
         """One task an image shard. Its latents are done where they are committed for the shard as it was born: what is
         excluded or taken out later is left out by the reader."""
         images = self.images()
+        self._refuse_void(images)
         for position, info in enumerate(images.shards):
             yield Task(info.index, info.born if images.format > 1 else None, position)
 
@@ -158,6 +159,23 @@ class LatentsStage:
         """Whether the manifest was written for the image shards' present one."""
         manifest = storage.read_json(storage.join(self.root, MANIFEST))
         return isinstance(manifest, dict) and manifest.get("images") == self.images().fingerprint
+
+    def _refuse_void(self, dataset: Dataset) -> None:
+        """Raises ConfigError where the pictures have lost already what these settings are about."""
+        how = picture_settings(dataset)
+        mode, size = how.get("resize_mode"), how.get("image_size")
+        if self.config.buckets is not None and mode in ("center_crop", "border"):
+            raise ConfigError(
+                f"latents.buckets: the pictures in {dataset.root} are all square, since they were stored with "
+                f"ingest.resize_mode {mode}; ingest them with keep_ratio, or leave buckets out"
+            )
+        largest = max(self.config.resolutions)
+        if mode != "no" and size is not None and largest > size and not self.config.enlarge:
+            field = "resolution" if largest == self.config.resolution else "more_resolutions"
+            raise ConfigError(
+                f"latents.{field} is {largest}, but the pictures in {dataset.root} were stored with ingest.image_size "
+                f"{size}: each would be enlarged; lower it, ingest larger pictures, or set latents.enlarge to true"
+            )
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Load the encoders once; the result makes one shard a call."""
@@ -171,7 +189,10 @@ class LatentsStage:
         expected = {s.index: s for s in images.shards}
         status: Counter[str] = Counter()
         errors: Counter[str] = Counter()
-        buckets, bucket_counts = self.config.bucket_list(), []
+        buckets = self.config.bucket_list()
+        laid: list[
+            list[int]
+        ] = []  # rows of each bucket in each shard's columns, whatever became of their samples since
         later: list[int] = []  # shards of which samples were excluded since
         without = 0
 
@@ -190,9 +211,7 @@ class LatentsStage:
                 if s["channels"]:
                     part = ChannelStats.from_json(s["channels"])
                     total = part if total is None else total.merge(part)
-                if len(buckets) > 1:
-                    gone = left_out is not None and len(left_out.latents)
-                    bucket_counts.append(self._bucket_counts(index, out) if gone else s["buckets"])
+                laid.append(s.get("laid") or self._laid(index))
                 yield s
 
         def exclusions() -> str | None:
@@ -214,10 +233,10 @@ class LatentsStage:
                 "images": images.fingerprint,
                 "resolution": self.config.resolution,
                 "buckets": [b.to_json() for b in buckets],
-                **({"bucket_counts": bucket_counts} if len(buckets) > 1 else {}),
+                "laid": laid,
                 "settings": self.config.settings(),
                 "vae": _vae_facts(vae),
-                "text": _text_facts(text, self.config.text_layer),
+                "text": _text_facts(text, self.config.text_layer, self.config.pad),
                 "channels": total.summary(),
                 "status": {k: status[k] for k in STATUSES if status[k]},
                 "errors": dict(sorted(errors.items())),
@@ -225,6 +244,12 @@ class LatentsStage:
             }
 
         return write_manifest(self.root, "latents", folded(), extra, exclusions)
+
+    def _laid(self, index: int) -> list[int]:
+        """The rows of each bucket in the columns of a shard whose stats are too old to say so."""
+        shapes = ColumnFile(storage.join(self.root, shard_name(index) + self.data)).columns
+        count = len(self.config.bucket_list())
+        return [shapes[column("mean", b, count)][1][0] for b in range(count)]
 
     def _left_out(self, index: int, out: np.ndarray) -> _LeftOut:
         """Of the rows that are excluded now: those that have a latent, and those that were to have one."""
@@ -236,15 +261,6 @@ class LatentsStage:
         table = images.exclusions.of(index)
         rows = table["row"].to_numpy()
         return table.filter(pa.array(np.isin(rows, self._left_out(index, rows.astype(np.int64)).latents)))
-
-    def _bucket_counts(self, index: int, out: np.ndarray) -> list[int]:
-        """Samples by bucket of a shard whose rows `out` are not to be used."""
-        name = storage.join(self.root, shard_name(index))
-        arrays, _ = unpack_columns(storage.read_bytes(name + ".safetensors"))
-        places = column_rows(storage.read_parquet(name + ".parquet"))
-        live = np.ones(len(arrays["bucket"]), bool)
-        live[places[out][places[out] >= 0]] = False
-        return [int((arrays["bucket"][live] == b).sum()) for b in range(len(self.config.bucket_list()))]
 
     def images(self) -> Dataset:
         """The image shards by their manifest as it is now, which is parsed once: 200,000 shards make it long."""
@@ -268,6 +284,7 @@ class _Worker:
         self.buckets = stage.config.bucket_list()
         self.device = pick_device(stage.config.device)
         self.dataset = stage.images()
+        self.cropped = picture_settings(self.dataset).get("resize_mode") == "center_crop"
         self.made_with = stage.made_with()
         self.folder = open_folder(stage)
         self._encoders, self._reading = threading.Lock(), threading.Lock()
@@ -275,7 +292,7 @@ class _Worker:
         with fixed_arithmetic(self.config.threads):
             self.vae: Vae = load_vae(stage.vae_ref, self.device, self.config.precision, **how)
             self.text: TextEncoder = load_text(
-                stage.text_ref, self.config.text_layer, self.device, self.config.precision
+                stage.text_ref, self.config.text_layer, self.device, self.config.precision, self.config.pad
             )
 
     def __call__(self, task: Task) -> dict[str, Any]:
@@ -347,27 +364,29 @@ class _Worker:
                 if samples[i].error is None and not fine[text_index[i]]:
                     samples[i].error = ("not_finite_text", "the caption's embedding is not finite in float16")
         kept = np.array([i for i in range(count) if samples[i].error is None], np.int64)
-        arrays: dict[str, np.ndarray] = {
-            "tokens": tokens[kept],
-            "empty_tokens": tokens[-1],
-            "micro": self._micro(shard, plan, samples)[kept],
-        }
+        each: dict[str, np.ndarray] = {"tokens": tokens[kept], "alive": np.ones(len(kept), np.uint8)}
+        if text is not None:
+            each["embedding_index"] = text_index[kept]
+        texts = {name: [values[i] for i in kept] for name, values in _caption_columns(shard).items()}
+        arrays = self._lay_out(each, self._micro(shard, plan, samples)[kept], texts, plan.bucket[kept])
+        arrays["empty_tokens"] = tokens[-1]
         metadata = {"vae": self.vae.digest, "text": self.text.digest, "text_layer": self.text.layer}
+        if self.text.pad != "zero":
+            metadata["text_pad"] = self.text.pad
         if self.config.moments:
             metadata |= {"logstd_min": repr(LOGSTD_MIN), "logstd_step": repr(LOGSTD_STEP)}
         if len(self.buckets) > 1:
-            arrays["bucket"] = plan.bucket[kept].astype(np.uint16)
             metadata["buckets"] = json.dumps([b.to_json() for b in self.buckets])
         live = np.zeros(count, bool)
         live[kept] = True
         for name, array in moments.items():
             bucket = int(name.partition(".")[2] or 0)
-            members = (plan.bucket == bucket).any(axis=1)
-            arrays[name] = array[live[members]]
+            arrays[name] = array[live[(plan.bucket == bucket).any(axis=1)]]
         if text is not None:
             # Captions of pictures that were set aside leave no row behind.
-            used, index = np.unique(text_index[kept], return_inverse=True)
-            arrays["embedding_index"] = index.astype(np.int32).reshape(-1)
+            names = [column("embedding_index", b, len(self.buckets)) for b in range(len(self.buckets))]
+            used, index = _by_first_use([arrays[name] for name in names])
+            arrays |= dict(zip(names, index, strict=True))
             empty = text_index[-1]
             arrays |= {"embeddings": text["embeddings"][used], "empty_embedding": text["embeddings"][empty]}
             if "pooled" in text:
@@ -378,6 +397,28 @@ class _Worker:
         stats = describe(arrays, table, len(self.buckets))
         stats["encode_seconds"], stats["wait_seconds"] = round(busy, 3), round(clock.waited, 3)
         return {".safetensors": pack_columns(arrays, metadata), ".parquet": sink.getvalue()}, stats
+
+    def _lay_out(
+        self, each: dict[str, np.ndarray], micro: np.ndarray, texts: dict[str, list[list[str]]], bucket: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The columns of the samples bucket by bucket, so that rows that are trained on together lie together.
+
+        each: columns of one row a sample; micro: int32 [N,R,6]; texts: of each sample, by column of the sidecar;
+        bucket: int64 [N,R].
+        """
+        count = len(self.buckets)
+        arrays: dict[str, np.ndarray] = {"bucket": bucket.astype(np.uint16)} if count > 1 else {}
+        for b in range(count):
+            rows = members(arrays, b, len(bucket))
+            level = self.config.resolutions.index(self.buckets[b].resolution)
+            for name, array in (each | {"micro": micro[:, level]}).items():
+                arrays[column(name, b, count)] = array[rows]
+            for name, values in texts.items():
+                lines = [json.dumps(values[i], ensure_ascii=False).encode("utf-8", "surrogatepass") for i in rows]
+                ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
+                arrays[column(f"text_end.{name}", b, count)] = ends
+                arrays[column(f"text.{name}", b, count)] = np.frombuffer(b"".join(lines), np.uint8)
+        return arrays
 
     # ---- pictures --------------------------------------------------------------------------------
 
@@ -412,7 +453,7 @@ class _Worker:
             count = int((plan.bucket == b).sum())
             side = (bucket.height // self.vae.downscale, bucket.width // self.vae.downscale)
             for name, dtype in (("mean", np.float16), *([("logstd", np.uint8)] if self.config.moments else [])):
-                arrays[moments_column(name, b, len(self.buckets))] = np.zeros((count, self.vae.channels, *side), dtype)
+                arrays[column(name, b, len(self.buckets))] = np.zeros((count, self.vae.channels, *side), dtype)
         under_way: list[Callable[[], None]] = []  # at most one batch, besides the one that is being filled
 
         def flush(bucket: int, batch: list[tuple[int, np.ndarray]]) -> None:
@@ -454,7 +495,7 @@ class _Worker:
         pixels = np.stack([p for _, p in batch] + [batch[-1][1]] * (size - len(batch)))
         result = self.vae.encode_stored(pixels)
         resolution = self.config.resolutions.index(self.buckets[bucket].resolution)
-        mean, logstd = (moments_column(name, bucket, len(self.buckets)) for name in ("mean", "logstd"))
+        mean, logstd = (column(name, bucket, len(self.buckets)) for name in ("mean", "logstd"))
 
         def collect() -> None:
             found = result()
@@ -496,14 +537,21 @@ class _Worker:
         return load
 
     def _micro(self, shard: images.ImageShard, plan: _Plan, samples: list[_Sample]) -> np.ndarray:
-        """SDXL's micro-conditioning, int32 [N,R,6]: original height and width, crop top and left, target size."""
+        """SDXL's micro-conditioning, int32 [N,R,6]: original height and width, crop top and left, target size.
+
+        Top and left count from the whole picture, scaled: what ingest cropped is part of them. A border is no crop.
+        """
         micro = np.zeros((len(samples), len(self.config.resolutions), 6), np.int32)
-        originals = _original_sizes(shard)
+        originals, stored = _original_sizes(shard), _sizes(shard)
         for i, sample in enumerate(samples):
             for r, fit in enumerate(sample.fits):
                 b = self.buckets[plan.bucket[i, r]]
                 width, height = originals[i]
-                micro[i, r] = (height, width, fit.crop_top, fit.crop_left, b.height, b.width)
+                left, top = fit.crop_left, fit.crop_top
+                if self.cropped:
+                    before = crop_before(originals[i], (int(stored[i, 0]), int(stored[i, 1])), fit)
+                    left, top = left + before[0], top + before[1]
+                micro[i, r] = (height, width, top, left, b.height, b.width)
         return micro
 
     # ---- text ------------------------------------------------------------------------------------
@@ -548,6 +596,10 @@ class _Worker:
     ) -> pa.Table:
         """The image shard's rows, all of them, with what became of each here and how its picture was cut."""
         table = shard.table.drop_columns([c for c in _IMAGE_PLACE if c in shard.table.column_names])
+        number: list[int | None] = [None] * table.num_rows  # of each row among the columns' samples, for ever
+        kept = [row for row, sample in zip(shard.rows.tolist(), samples, strict=True) if sample.error is None]
+        for n, row in enumerate(kept):
+            number[row] = n
         status, errors, messages = (_texts(table, c) for c in ("status", "error", "error_message"))
         suffixes = ["", *(f"_{r}" for r in self.config.more_resolutions)]
         fits: dict[str, list[int | None]] = {c + s: [None] * table.num_rows for s in suffixes for c in FIT_COLUMNS}
@@ -566,6 +618,7 @@ class _Worker:
             table = _with_column(table, name, pa.array(values, pa.string()))
         for name, numbers in fits.items():
             table = _with_column(table, name, pa.array(numbers, pa.int32()))
+        table = _with_column(table, COLUMN_ROW, pa.array(number, pa.int32()))
         return table.replace_schema_metadata(None)
 
 
@@ -591,14 +644,13 @@ def describe(arrays: dict[str, np.ndarray], table: pa.Table, buckets: int = 1) -
     rows = table.select(["status", "error"]).to_pylist()
     stats = {
         "rows": table.num_rows,
-        "count": len(arrays["tokens"]),
+        "count": len(arrays["bucket"] if buckets > 1 else arrays["tokens"]),
         "status": dict(sorted(Counter(r["status"] for r in rows).items())),
         "errors": dict(sorted(Counter(r["error"] for r in rows if r["status"] == "failed_to_encode").items())),
         "captions": len(arrays["embeddings"]) if "embeddings" in arrays else None,
         "channels": of_columns(arrays).to_json(),
     }
-    if buckets > 1:
-        stats["buckets"] = [len(arrays[moments_column("mean", b, buckets)]) for b in range(buckets)]
+    stats["laid"] = [len(arrays[column("mean", b, buckets)]) for b in range(buckets)]
     return stats
 
 
@@ -624,6 +676,60 @@ def _original_sizes(shard: images.ImageShard) -> list[tuple[int, int]]:
         (columns[0][row] or columns[2][row] or 0, columns[1][row] or columns[3][row] or 0)
         for row in shard.rows.tolist()
     ]
+
+
+def _by_first_use(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The distinct values of several arrays in the order in which they first come, and the arrays as places in it."""
+    values, first, inverse = np.unique(np.concatenate(parts), return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")
+    place = np.empty(len(order), np.int32)
+    place[order] = np.arange(len(order))
+    ends = np.cumsum([len(p) for p in parts])[:-1]
+    return values[order], np.split(place[inverse.reshape(-1)], ends)
+
+
+# What an image shard's sidecar says in words besides captions.
+_NO_CAPTIONS = frozenset(
+    ("url", "final_url", "key", "status", "error", "error_message", "exif", "sha256", "caption_raw", "pixel_hash",
+     "phash", "image_ext", "md5")
+)  # fmt: skip
+
+
+def _caption_columns(shard: images.ImageShard) -> dict[str, list[list[str]]]:
+    """Of each usable picture the texts in `caption` and in every further column of texts, or lists of texts."""
+    rows, found = pa.array(shard.rows), {}
+    for field in shard.table.schema:
+        kind = field.type.value_type if pa.types.is_list(field.type) else field.type
+        if field.name not in _NO_CAPTIONS and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            values = shard.table[field.name].take(rows).to_pylist()
+            found[field.name] = [texts_in(v) for v in values]
+    return found
+
+
+def texts_in(value: Any) -> list[str]:
+    """The texts in an entry of a column of captions: one, a list, or a list that ingest carried as JSON; no empty ones.
+
+    Raises TypeError where it holds something else.
+    """
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError):
+            parsed = json.loads(value)
+            if all(isinstance(v, str | None) for v in parsed):  # "[2]" may be a caption
+                value = parsed
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(t, str | None) for t in texts):
+        raise TypeError("neither text nor a list of texts")
+    return [t for t in texts if t and t.strip()]
+
+
+def picture_settings(dataset: Dataset) -> dict[str, Any]:
+    """The settings that a dataset's pictures were stored with; nothing where it does not say."""
+    if not dataset.shards:
+        return {}
+    made = storage.read_json(storage.join(dataset.root, "made_with.json"))
+    if made is None:
+        made = (read_stats(dataset.root, dataset.shards[0].index) or {}).get("fingerprint")
+    return dict((made or {}).get("settings") or {})
 
 
 def _check_accounting(root: str, stats: dict[str, Any], source: Any, left_out: _LeftOut | None) -> int:
@@ -661,11 +767,12 @@ def _vae_facts(vae: VaeWeights) -> dict[str, Any]:
     }
 
 
-def _text_facts(text: ClipWeights, layer: str) -> dict[str, Any]:
+def _text_facts(text: ClipWeights, layer: str, pad: str) -> dict[str, Any]:
     return {
         "ref": text.ref,
         "digest": text.digest,
         "layer": layer,
+        "pad": pad,
         "context_length": text.context_length,
         "width": text.width,
     }

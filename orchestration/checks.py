@@ -44,10 +44,11 @@ def claim(config: RunConfig) -> None:
 
 
 def _ingest(config: RunConfig) -> None:
-    from orchestration.stages import shard_stages
+    from ingest.stage import IngestStage
 
-    for stage, _ in shard_stages("ingest", config):
-        stage.check()  # type: ignore[attr-defined]  # opens the table and finds its columns
+    IngestStage(config.ingest, RunPaths(config.run).images, "train", config.seed).check()
+    if config.ingest.has_heldout:
+        IngestStage(config.ingest, RunPaths(config.run).heldout, "heldout", config.seed).check()
 
 
 def _fit(name: str) -> Callable[[RunConfig], None]:
@@ -85,7 +86,7 @@ def _clip(config: RunConfig) -> None:
         find_clip(config.clip.pretrained)
         return
     _fit("clip")(config)
-    from train.objectives import check_clip_config
+    from train.clip import check_clip_config
 
     check_clip_config(config.clip.model)
 

@@ -49,6 +49,10 @@ Config = Annotated[
 ]
 Local = Annotated[bool, typer.Option("--local", help="in this process, without Ray")]
 Redo = Annotated[bool, typer.Option("--redo", help="make again what was made with other settings")]
+Adopt = Annotated[
+    bool,
+    typer.Option("--adopt", help="go on with what differs from the settings that a fit was begun with"),
+]
 Seed = Annotated[int, typer.Option("--seed")]
 Precision = Annotated[str, typer.Option("--precision", help="float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
@@ -129,10 +133,12 @@ def _refuse_run(rest: Sequence[str] | None) -> list[str]:
     return list(rest or ())
 
 
-def _stage(name: str, config: str | None, overrides: list[str] | None, local: bool, redo: bool) -> None:
+def _stage(
+    name: str, config: str | None, overrides: list[str] | None, local: bool, redo: bool, adopt: bool = False
+) -> None:
     from orchestration import stages
 
-    stages.run(name, _configured(config, _refuse_run(overrides)), local, redo)
+    stages.run(name, _configured(config, _refuse_run(overrides)), local, redo, adopt=adopt)
 
 
 @app.command(rich_help_panel="Stages")
@@ -179,15 +185,19 @@ def ingest(
 
 
 @app.command(rich_help_panel="Stages")
-def autoencoder(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
+def autoencoder(
+    overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
+) -> None:
     """Fit a VAE on the run's pictures; skipped where the configuration names pretrained weights."""
-    _stage("autoencoder", config, overrides, local, redo)
+    _stage("autoencoder", config, overrides, local, redo, adopt)
 
 
 @app.command(rich_help_panel="Stages")
-def clip(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
+def clip(
+    overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
+) -> None:
     """Fit a CLIP on the run's pictures and captions; skipped where the configuration names pretrained weights."""
-    _stage("clip", config, overrides, local, redo)
+    _stage("clip", config, overrides, local, redo, adopt)
 
 
 @app.command(rich_help_panel="Stages")
@@ -197,9 +207,11 @@ def latents(overrides: Overrides = None, config: Config = None, local: Local = F
 
 
 @app.command(rich_help_panel="Stages")
-def train(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
+def train(
+    overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
+) -> None:
     """Fit the UNet on the latent shards, and export it."""
-    _stage("train", config, overrides, local, redo)
+    _stage("train", config, overrides, local, redo, adopt)
 
 
 @app.command(name="eval", rich_help_panel="Stages")
@@ -209,14 +221,16 @@ def eval_(overrides: Overrides = None, config: Config = None, local: Local = Fal
 
 
 @app.command(name="all", rich_help_panel="Stages")
-def all_(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
+def all_(
+    overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
+) -> None:
     """All stages in order. What can be known to be wrong with any of them is said before the first begins."""
     from orchestration import stages
 
     found = _configured(config, _refuse_run(overrides))
     stages.check_all(found)
     for name in stages.STAGES:
-        stages.run(name, found, local, redo)
+        stages.run(name, found, local, redo, adopt=adopt)
 
 
 # ---- a run ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """`make demo`: the whole pipeline on a corpus that is drawn here, each stage a Ray job, as a user would submit it.
 
-    python -m orchestration.demo --config configs/demo.yaml
+    carrara demo --config configs/demo.yaml
 
 Draws the corpus, serves it over HTTP on loopback, starts a Ray head of its own and submits one stage after
 another. Killed anywhere, the same command finishes the work; where everything is done, it says so without Ray.
@@ -266,9 +266,3 @@ def _sigterm_stops() -> Iterator[None]:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    from orchestration.run_stage import main
-
-    sys.exit(main(["demo", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""The stages by name, in order: what each needs beforehand, whether it is complete, and how it is run."""
+"""How a stage is run, by its name; what each is, is in parts.py."""
 
 from __future__ import annotations
 
@@ -10,112 +10,51 @@ from typing import Any
 
 from orchestration import checks, engine
 from orchestration.config import Pool, RunConfig
-from shards import storage
-from shards.dataset import MANIFEST
+from orchestration.parts import (
+    FITS,
+    STAGES,
+    check_inputs,
+    is_complete,
+    pretrained,
+    report_path,
+    shard_stages,
+    text_ref,
+    vae_ref,
+)
 from shards.layout import RunPaths
-from shards.settings import ConfigError, StageError
 from shards.stage import Stage
+
+__all__ = [
+    "FITS",
+    "STAGES",
+    "check_all",
+    "check_inputs",
+    "dry_run",
+    "is_complete",
+    "pretrained",
+    "report_path",
+    "retry_ingest",
+    "run",
+    "shard_stages",
+    "text_ref",
+    "vae_ref",
+]
 
 log = logging.getLogger("carrara")
 
-STAGES = ("ingest", "autoencoder", "clip", "latents", "train", "eval")
-FITS = ("autoencoder", "clip", "train")
 
-
-def vae_ref(config: RunConfig) -> str:
-    """The VAE of this run: the pretrained one that the configuration names, else the run's own."""
-    return config.autoencoder.pretrained or storage.join(RunPaths(config.run).autoencoder, "model")
-
-
-def text_ref(config: RunConfig) -> str:
-    """The CLIP of this run: the pretrained one that the configuration names, else the run's own."""
-    return config.clip.pretrained or storage.join(RunPaths(config.run).clip, "model")
-
-
-def pretrained(name: str, config: RunConfig) -> str | None:
-    """The weights that the configuration names in place of fitting `name`; None where it is fitted or is no fit."""
-    return getattr(getattr(config, name), "pretrained", None)
-
-
-def check_inputs(name: str, config: RunConfig) -> None:
-    """Raise ConfigError where what the stage reads is not there, saying which command makes it."""
-    paths = RunPaths(config.run)
-    images, latents = storage.join(paths.images, MANIFEST), storage.join(paths.latents, MANIFEST)
-    heldout = storage.join(paths.heldout, MANIFEST)
-    needs: list[tuple[str, str, str]] = []  # (file, what it is, the stage that makes it)
-    if name in ("autoencoder", "clip", "latents"):
-        needs.append((images, "finished image shards", "ingest"))
-    if name in ("latents", "eval"):
-        fitted = [n for n in ("autoencoder", "clip") if not pretrained(n, config)]
-        models = {"autoencoder": vae_ref(config), "clip": text_ref(config)}
-        needs += [(models[n], f"a finished {n}", n) for n in fitted]
-    if name == "train":
-        needs.append((latents, "finished latent shards", "latents"))
-    if name == "eval":
-        needs.append((paths.checkpoints, "a checkpoint", "train"))
-        if config.eval.prompt_file is None:
-            needs.append((heldout, "held-out image shards, whose captions are the prompts", "ingest"))
-    for file, what, maker in needs:
-        if not storage.exists(file):
-            raise ConfigError(f"{name}: there is no {file}, so it lacks {what}; run the stage '{maker}' first")
-
-
-def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
-    """The stages over shards that `name` consists of, in order, and whose workers make them."""
-    paths = RunPaths(config.run)
-    if name == "ingest":
-        from ingest.stage import IngestStage
-
-        stages: list[Stage] = [IngestStage(config.ingest, paths.images, "train", config.seed)]
-        if config.ingest.has_heldout:
-            stages.append(IngestStage(config.ingest, paths.heldout, "heldout", config.seed))
-        return [(s, config.ray.ingest) for s in stages]
-    if name == "latents":
-        from latents.stage import LatentsStage
-
-        return [
-            (LatentsStage(config.latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)
-        ]
-    if name == "eval":
-        from eval.stage import stages as eval_stages
-
-        parts = eval_stages(config.eval, paths, vae_ref(config), text_ref(config), config.seed)
-        return [(s, config.ray.eval) for s in parts]
-    raise ValueError(f"{name} is not a stage over shards")
-
-
-def is_complete(name: str, config: RunConfig) -> bool:
-    """Whether the stage has nothing left to do for just this configuration, judged from the run's folder."""
-    if name in FITS:
-        from train.state import stage_state
-
-        return stage_state(name, config.run, config).state == "done"
-    try:
-        check_inputs(name, config)
-        status = RunPaths(config.run).status
-        if not all(engine.is_complete(stage, status) for stage, _ in shard_stages(name, config)):
-            return False
-        return name != "eval" or _report_is_current(config)
-    except (ConfigError, StageError):
-        return False
-
-
-def _report_is_current(config: RunConfig) -> bool:
-    from eval.stage import GenerateStage
-
-    stage = GenerateStage(config.eval, RunPaths(config.run), vae_ref(config), text_ref(config), config.seed)
-    return stage.metrics_are_current() and storage.exists(report_path(config, stage.subject.name))
-
-
-def report_path(config: RunConfig, checkpoint: str) -> str:
-    """Where the report of a checkpoint lies."""
-    return storage.join(RunPaths(config.run).reports, f"{checkpoint}.html")
-
-
-def run(name: str, config: RunConfig, local: bool = False, redo: bool = False, add_changed: bool = False) -> None:
+def run(
+    name: str,
+    config: RunConfig,
+    local: bool = False,
+    redo: bool = False,
+    add_changed: bool = False,
+    adopt: bool = False,
+) -> None:
     """Run one stage to its end; on Ray, which is connected to only if there is something to do.
 
-    add_changed: of ingest, take the rows of a table's file that changed anew, as further shards.
+    add_changed: of ingest, take the rows of a table's file that changed anew, as further shards. adopt: of a fit, go
+    on with what differs from the settings that it was begun with.
     Raises ConfigError where an input is missing, StageError, or Stopped.
     """
     if pretrained(name, config):
@@ -131,7 +70,7 @@ def run(name: str, config: RunConfig, local: bool = False, redo: bool = False, a
         from orchestration import trainer
 
         checks.warn_of_small_data(name, config)
-        work: Callable[[], Any] = lambda: trainer.run(name, config, local, redo)  # noqa: E731
+        work: Callable[[], Any] = lambda: trainer.run(name, config, local, redo, adopt)  # noqa: E731
     else:
         stages = shard_stages(name, config)
         if name == "ingest":

@@ -35,28 +35,31 @@ log = logging.getLogger("carrara")
 FEWER_AFTER_S = 60.0  # how long all the ranks' room is waited for where fewer would do
 
 
-def run(stage: str, config: RunConfig, local: bool = False, redo: bool = False) -> None:
-    """Fit `stage` to its end. Raises ConfigError, StageError, or Stopped after SIGTERM."""
+def run(stage: str, config: RunConfig, local: bool = False, redo: bool = False, adopt: bool = False) -> None:
+    """Fit `stage` to its end. adopt: go on with what differs from the settings it was begun with.
+
+    Raises ConfigError, StageError, or Stopped after SIGTERM.
+    """
     paths = RunPaths(config.run)
     sections = TrainingSections(
         run=config.run, seed=config.seed, autoencoder=config.autoencoder, clip=config.clip, train=config.train
     )
     with Lease(paths.status, stage, _root(stage, paths)) as lease, _status_ends(paths, stage):
         if local:
-            _without_ray(stage, sections, redo)
+            _without_ray(stage, sections, redo, adopt)
         else:
-            _on_ray(stage, sections, config, redo, lease)
+            _on_ray(stage, sections, config, redo, adopt, lease)
 
 
 def _root(stage: str, paths: RunPaths) -> str:
     return paths.checkpoints if stage == "train" else getattr(paths, stage)
 
 
-def _without_ray(stage: str, sections: TrainingSections, redo: bool) -> None:
+def _without_ray(stage: str, sections: TrainingSections, redo: bool, adopt: bool) -> None:
     """One rank in a fresh process of its own: DeepSpeed cannot fit a second model after the first in one."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
-        fit = pool.submit(_rank, {"stage": stage, "sections": sections.model_dump(), "redo": redo})
+        fit = pool.submit(_rank, {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt})
 
         def pass_on(signum: int, _frame: FrameType | None) -> None:
             for process in multiprocessing.active_children():
@@ -86,13 +89,13 @@ def _rank(told: dict[str, Any]) -> str | None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("carrara").setLevel(logging.INFO)
     try:
-        fit(told["stage"], TrainingSections(**told["sections"]), redo=told["redo"])
+        fit(told["stage"], TrainingSections(**told["sections"]), redo=told["redo"], adopt=told["adopt"])
     except FitStopped as e:
         return str(e)
     return None
 
 
-def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: bool, lease: Lease) -> None:
+def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: bool, adopt: bool, lease: Lease) -> None:
     from orchestration.gang import RankDied
 
     ranks: Ranks = getattr(config.ray, stage)
@@ -100,7 +103,7 @@ def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: boo
     failures, reached = 0, _images(stage, paths)
     with stop_on_sigterm(StopFlag(stage)) as asked, asked.waits():
         while True:
-            told = {"stage": stage, "sections": sections.model_dump(), "redo": redo}
+            told = {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt}
             try:
                 return _fit_once(stage, told, getattr(sections, stage), ranks, config.ray, asked, lease)
             except RankDied as e:
