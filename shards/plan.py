@@ -253,6 +253,7 @@ def grow(
         rows = since = 0
         for file, found in zip(changed, each(_Walk(source), units), strict=True):
             for g in growing:
+                cuts: list[int] | None
                 if g.is_changed(file, marks[file], found[g.split]):
                     cuts = g.forget(file, found[g.split], add_changed, stored)
                 else:
