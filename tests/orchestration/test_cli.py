@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import re
@@ -479,6 +480,27 @@ def test_verify_names_what_is_damaged_and_clean_removes_what_the_dead_left(
     assert not left.exists()
     assert mine.exists()
     assert user.exists()
+
+
+def test_verify_looks_at_checkpoints_on_an_object_store(capsys: pytest.CaptureFixture[str]) -> None:
+    run = "memory://verified-run"
+    folder = storage.join(run, "checkpoints", "step-00000010")
+    files = {"weights.safetensors": {"size": 4, "sha256": hashlib.sha256(b"good").hexdigest()}}
+    storage.write_atomic(storage.join(folder, "weights.safetensors"), b"good")
+    storage.write_json(storage.join(folder, "manifest.json"), {"format_version": 1, "files": files})
+    assert main(["verify", run, "--deep"]) == 0
+    assert "1 of 1 checkpoints are whole" in capsys.readouterr().out
+    storage.write_atomic(storage.join(folder, "weights.safetensors"), b"gone")
+    assert main(["verify", run, "--deep"]) == 1
+    assert "weights.safetensors does not have the sha256" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("overrides", [["eval=3", "eval.steps=2"], ["eval.grid.samplers.0=ddim"]])
+def test_any_pipelines_settings_are_read_as_a_runs_are(
+    here: Path, capsys: pytest.CaptureFixture[str], overrides: list[str]
+) -> None:
+    sentence(capsys, "eval", "--model", "nowhere", "--run", "out", *overrides)
+    assert not (here / "out").exists()
 
 
 def test_cron_moments_follow_the_clocks_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
