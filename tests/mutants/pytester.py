@@ -32,9 +32,10 @@ LARGE = (
 
 def main() -> None:
     """Serve the jobs of standard input."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library says as it is imported is no answer
     for name in LARGE:
         importlib.import_module(name)
-    answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         job = json.loads(line)
         if (child := os.fork()) == 0:
