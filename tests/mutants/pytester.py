@@ -14,18 +14,21 @@ import signal
 import sys
 import time
 
+# Ray is not among them: it reads the mode of authentication once, as it is loaded.
 LARGE = (
     "tests.conftest",  # its environment must stand before the others are imported
-    "torch",
-    "diffusers.models",
-    "diffusers.schedulers",
-    "transformers",
-    "deepspeed",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "deepspeed.runtime.zero.stage3",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "peft",
     "open_clip",
-    "ray",
     "pyarrow.parquet",
+    "s3fs",
+    "scipy.stats",
     "aiohttp",
     "pydantic",
+    "typer",
     "pytest",
 )
 
