@@ -317,6 +317,37 @@ def test_activation_checkpointing_remembers_less(config: str) -> None:
     assert with_ < 0.6 * without
 
 
+def handled(config: str, stage: int) -> tuple[int, int, bool]:
+    """Of one step of one rank: parameters whose values were laid elsewhere, gradients that were copied for a sum of
+    one, and whether the model has what the optimizer made."""
+    from train import ranks
+
+    me = ranks.join(1)
+    objective, c = config_of(config, zero_stage=stage)
+    engine = Engine(c, objective, me, BATCH, 1)
+    judge, batch = Guard(None), objective.batch(np.arange(BATCH))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as backward:
+        engine.backward(batch)
+    engine.rates(RATE, {"ema": DECAY})
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as step:
+        engine.step(judge, False)
+    count = {name: sum(e.name == name for e in found.events()) for found, name in (
+        (step, "aten::_has_compatible_shallow_copy_type"), (backward, "aten::unflatten_dense_tensors"),
+    )}  # fmt: skip
+    made, model = whole(engine, "weights"), dict(engine.model.named_parameters())
+    return *count.values(), all(torch.equal(made[n], model[n]) for n in made)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_step_of_one_rank_does_nothing_once_a_parameter_that_it_need_not(config: str, stage: int) -> None:
+    ((laid, copied, same),) = forked.on_ranks(1, handled, config, stage)
+    assert same
+    if stage:
+        assert laid == 0
+    else:
+        assert copied == 0
+
+
 def formats(config: str, channels_last: bool) -> bool:
     objective, c = config_of(config, channels_last=channels_last)
     objective.config = c  # type: ignore[assignment]
