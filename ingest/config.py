@@ -147,6 +147,25 @@ class OptOutConfig(Strict):
     robots_txt: bool = Field(default=False, description="ask each host's robots.txt too (RFC 9309), once a process")
 
 
+class SourceConfig(Strict):
+    """What lies at `table`, where that is no table of URLs; see ingest/sources.py."""
+
+    kind: Literal["auto", "table", "folder", "parquet", "webdataset"] = Field(
+        default="auto",
+        description="folder: images with captions beside them; parquet: (or Arrow) with the bytes inside; webdataset: "
+        "tars; auto: told from what is there",
+    )
+    captions: Literal["file", "lines", "folder"] = Field(
+        default="file",
+        description="of a folder: a caption file is one caption, or each of its lines is one; folder: as file, and "
+        "the folder's name where there is none",
+    )
+    image_column: str | None = Field(default=None, description="of parquet: the column with the images' bytes")
+    files_below: tuple[str, ...] = Field(
+        default=(), description="of a table: folders (or fsspec URLs) whose files rows may name by path or file:// URL"
+    )
+
+
 class DuplicatesConfig(Strict):
     """Which samples count as one another's duplicates, over the whole run; the earliest stays."""
 
@@ -167,6 +186,7 @@ class IngestConfig(Strict):
     table: str
     heldout_table: str | None = None
     heldout_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="of distinct captions, by their hash")
+    source: SourceConfig = SourceConfig()
     columns: ColumnsConfig = ColumnsConfig()
     keep_columns: tuple[str, ...] = ()
     samples_per_shard: int = Field(default=10_000, ge=1, le=1_000_000)
