@@ -154,7 +154,7 @@ class _Values:
     def __init__(self, file: str, column: str) -> None:
         self.column = column
         self._held: dict[int, pa.ChunkedArray | pa.Array] = {}  # by the first row
-        self._stream: Iterator[tuple[int, Any]] | None = None
+        self._stream: Iterator[pa.RecordBatch] | None = None
         self._whole: pa.ChunkedArray | None = None
         self._next = 0
         if file.lower().endswith(".arrow"):

@@ -350,7 +350,7 @@ def _members(stream: IO[bytes], file: str, said: list[str]) -> Iterator[tuple[st
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # or every member of a large tar is kept
+                tar.members = []  # type: ignore[attr-defined]  # or every member of a large tar is kept
                 if info.offset_data + info.size > size:
                     raise tarfile.ReadError("unexpected end of data")
                 if info.isreg():

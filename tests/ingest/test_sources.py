@@ -174,7 +174,7 @@ def test_damaged_tars_are_told_and_the_rest_goes_on(tmp_path) -> None:
     )
     data = whole.read_bytes()
     (tmp_path / "1-cut.tar").write_bytes(data[: 512 * 9 + 100])
-    (tmp_path / "2-garbage.tar").write_bytes(data[: 512 * 6] + b"\xff" * 2048)
+    (tmp_path / "2-garbage.tar").write_bytes(data[: 512 * 5] + b"\xff" * 2048)
     make_tar(tmp_path / "3-missing.tar", [("a.txt", b"no image"), ("b.jpg", picture(1)), ("b.txt", b"b")])
     make_tar(tmp_path / "4-twice.tar", [("a.jpg", picture(1)), ("b.jpg", picture(2)), ("a.jpg", picture(3))])
     make_tar(tmp_path / "5-empty.tar", [])
