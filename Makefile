@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-slow lint types setup clean
+.PHONY: demo test test-slow test-mutants lint types setup clean
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt setup.sh
@@ -21,6 +21,9 @@ test: setup
 
 test-slow: setup
 	$(PY) -m pytest -q -n 2 --dist loadfile -m slow
+
+test-mutants: setup
+	$(PY) -m tests.mutants
 
 lint: setup
 	.venv/bin/ruff check .

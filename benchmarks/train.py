@@ -192,7 +192,7 @@ def ours(run: str, settings: dict[str, Any]) -> dict[str, float]:
     config = TrainConfig.model_validate(settings)
     ranks = join(config.threads)
     dataset = Dataset.open(run + "/latents")
-    objective = build("train", config, [dataset], 0, ranks.device.type)
+    objective = build("train", config, [dataset], 0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         job = Job("train", config, 0, root / "c", root, str(root / "s.json"), Fingerprint("train", 1, {}, ""), {})
@@ -215,7 +215,7 @@ def bare(run: str, settings: dict[str, Any]) -> list[float]:
     assert turns is not None
     config = TrainConfig.model_validate(settings)
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    objective = build("train", config, [Dataset.open(run + "/latents")], 0, "cpu").train()
+    objective = build("train", config, [Dataset.open(run + "/latents")], 0).train()
     optimizer = torch.optim.AdamW(parameter_groups(objective.model, 0.01), lr=1e-4, fused=True)
     batches = [
         objective.batch(np.arange(i, i + config.batch_size)) for i in range(0, 4 * config.batch_size, config.batch_size)
@@ -348,7 +348,7 @@ def steps_of(run: str, settings: dict[str, Any]) -> dict[str, float]:
 
     config = TrainConfig.model_validate(settings)
     ranks = join(config.threads)
-    objective = build("train", config, [Dataset.open(run + "/latents")], 0, ranks.device.type)
+    objective = build("train", config, [Dataset.open(run + "/latents")], 0)
     objective.to(ranks.device)
     engine, optimizer = deep.start(config, objective, ranks, config.batch_size, 1)
     batch = {k: v.to(ranks.device) for k, v in objective.batch(np.arange(config.batch_size)).items()}

@@ -16,9 +16,9 @@ from shards.layout import RunPaths
 from shards.settings import StageError
 
 
-def weights_file(weights: str) -> str | None:
-    """The file of a checkpoint that holds these weights; None for those that are put together (posthoc:0.08)."""
-    return None if weights.startswith("posthoc:") else f"{'weights' if weights == 'raw' else weights}.safetensors"
+def weights_state(weights: str) -> str | None:
+    """The state of a checkpoint that these weights are; None for those that are put together (posthoc:0.08)."""
+    return None if weights.startswith("posthoc:") else "weights" if weights == "raw" else weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +66,10 @@ def find(run: RunPaths, checkpoint: str = "latest", weights: str = "ema") -> Sub
 def build_pipeline(run: RunPaths, subject: Subject) -> Any:
     """The diffusers pipeline of `subject`, on the CPU in float32. StageError where its weights are damaged."""
     if not subject.exported:
-        saved = storage.local_path(storage.join(run.checkpoints, subject.name))
-        recorded = (storage.read_json(str(saved / "manifest.json")) or {}).get("files", {})
-        file = weights_file(subject.weights)
-        if file is not None and (
-            not (saved / file).is_file() or digest_file(saved / file) != recorded.get(file, {}).get("sha256")
-        ):
-            raise StageError(f"{saved / file} is gone or is not what was saved; evaluate another checkpoint")
+        from train import folders
+
+        if fault := folders.damage(storage.join(run.checkpoints, subject.name)):
+            raise StageError(f"{fault}; evaluate another checkpoint")
         from train.export import build_pipeline as build
 
         return build(run.run, checkpoint=subject.name, weights=subject.weights)
@@ -90,9 +87,9 @@ def complete(run: RunPaths) -> list[str]:
     """Names of the complete checkpoints, newest first, judged by their manifests and their files' sizes."""
     if not storage.list_names(run.checkpoints):
         return []
-    from train.folders import damage, folders
+    from train.folders import damage, folders, name_of
 
-    return [f.name for f in folders(storage.local_path(run.checkpoints)) if not damage(f, deep=False)]
+    return [name_of(f) for f in folders(run.checkpoints) if not damage(f, deep=False)]
 
 
 def _newest(run: RunPaths) -> str | None:
@@ -112,25 +109,31 @@ def _checkpoint(run: RunPaths, name: str, weights: str) -> Subject:
         name=name,
         weights=weights,
         digest=digest_json({"weights": _weights_digest(run, folder, manifest, weights), "config": config}),
-        resolution=int(Dataset.open(run.latents).manifest["resolution"]),
+        resolution=int(manifest.get("resolution") or Dataset.open(run.latents).manifest["resolution"]),
         images=manifest.get("images"),
         exported=False,
     )
 
 
 def _weights_digest(run: RunPaths, folder: str, manifest: dict[str, Any], weights: str) -> str:
-    files, file = manifest.get("files", {}), weights_file(weights)
-    if file is None:  # from the snapshots up to this checkpoint: which ones there are, of which training
-        from train.folders import POSTHOC
+    from train import folders
 
-        place, images = storage.join(run.checkpoints, POSTHOC), int(manifest.get("images") or 0)
-        times = {n: n.removesuffix(".safetensors").rpartition("-")[2] for n in storage.list_names(place)}
-        used = {n: storage.size(storage.join(place, n)) for n, t in times.items() if t.isdigit() and int(t) <= images}
-        return digest_json({"weights": weights, "snapshots": used, "raw": files["weights.safetensors"]["sha256"]})
-    if file not in files:
-        there = sorted(n.removesuffix(".safetensors") for n in files if n.startswith("ema") and weights_file(n))
-        raise StageError(f"{folder} has no {file}; set eval.weights to {' or '.join([*there, 'raw'])}")
-    return str(files[file]["sha256"])
+    state, there = weights_state(weights), folders.states(manifest)
+    if state is None:  # from the snapshots up to this checkpoint: which ones there are, of which training
+        place, images = storage.join(run.checkpoints, folders.POSTHOC), int(manifest.get("images") or 0)
+        used = {}
+        for name in storage.list_names(place):
+            snapshot = storage.read_json(storage.join(place, name, folders.MANIFEST)) if "." not in name else None
+            if snapshot is not None and snapshot["images"] <= images:
+                used[name] = digest_json(snapshot["files"])
+            elif (at := name.removesuffix(".safetensors").rpartition("-")[2]).isdigit() and int(at) <= images:
+                used[name] = str(storage.size(storage.join(place, name)))
+        raw = folders.weights_digest(manifest, "weights")
+        return digest_json({"weights": weights, "snapshots": used, "raw": raw})
+    if state not in there:
+        averages = sorted(s for s in there if s.startswith("ema"))
+        raise StageError(f"{folder} has no weights '{state}'; set eval.weights to {' or '.join([*averages, 'raw'])}")
+    return folders.weights_digest(manifest, state)
 
 
 def _exported_resolution(run: RunPaths, unet: dict[str, Any]) -> int:

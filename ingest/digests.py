@@ -62,10 +62,10 @@ def with_digests(table: pa.Table) -> pa.Table:
     """A sidecar, or some of its columns, with the columns of DIGESTS added where it has none."""
     if "url_digest" in table.column_names:
         return table
-    texts = [
+    url, caption, sha256 = (
         table[n].to_pylist() if n in table.column_names else [None] * len(table) for n in ("url", "caption", "sha256")
-    ]
-    made = of_texts(*texts, [None] * len(table))
+    )
+    made = of_texts(url, caption, sha256, [None] * len(table))
     for name, kind in DIGESTS:
         table = table.append_column(name, pa.array(made[name], kind))
     return table
@@ -79,7 +79,7 @@ def has_digests(root: str, index: int) -> bool:
 
 def connect(scratch: str, memory: str, threads: int) -> duckdb.DuckDBPyConnection:
     """A database that holds at most so much memory (`1GB`) and spills into the folder `scratch`."""
-    config = {"memory_limit": memory, "threads": str(threads), "temp_directory": scratch}
+    config: dict[str, Any] = {"memory_limit": memory, "threads": str(threads), "temp_directory": scratch}
     db = duckdb.connect(config=config)
     run(db, "SET preserve_insertion_order = false")
     run(db, "SET enable_progress_bar = false")

@@ -207,7 +207,8 @@ def _alike(db: duckdb.DuckDBPyConnection, caption: str, distance: int, scratch: 
         file.touch()
     reader = db.sql(f"SELECT place, p, {caption} AS c FROM firsts").to_arrow_reader(1 << 20)
     for batch in reader:
-        records = _band_records(*(batch.column(n).to_numpy() for n in ("p", "c", "place")), distance)
+        hashes, captions, places = (batch.column(n).to_numpy() for n in ("p", "c", "place"))
+        records = _band_records(hashes, captions, places, distance)
         home = records["high"] % np.uint64(partitions)
         records = records[np.argsort(home, kind="stable")]
         ends = np.cumsum(np.bincount(home.astype(np.int64), minlength=partitions))

@@ -42,6 +42,7 @@ from shards.plan import Each, Line
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
 from shards.stage import Task, open_folder
+from shards.takeover import take_over_as_it_is
 
 log = logging.getLogger("carrara.ingest")
 
@@ -324,9 +325,8 @@ class IngestStage:
 
     def open_for_removal(self) -> None:
         """Take over a folder of an earlier version, so that samples can be taken out of it; under the lease."""
-        if read_made_with(self.root) is None:
-            Folder.begin(self.root, self.made_with(), take_over=True, known=BEFORE_ANY_SHARD)
-            self._plan_what_is_there()
+        take_over_as_it_is(self.root, self.data)
+        self._plan_what_is_there()
 
     def finish_removal(self) -> set[int]:
         """`finish` where nothing but take-downs has happened since; under the lease. Returns the shards that changed.
@@ -517,7 +517,8 @@ def retry_lines(root: str, known: plan.Plan, codes: frozenset[str], full: int) -
     taken = _Taken()
     for line in known.retries():
         taken.open_codes(line)
-    number, lines, total = known.next_number, [], 0
+    number, total = known.next_number, 0
+    lines: list[Line] = []
     shards: list[int] = []
     rows = 0
 

@@ -45,8 +45,3 @@ def nearest(buckets: Sequence[Bucket], widths: np.ndarray, heights: np.ndarray) 
     own = np.log(np.asarray(widths, np.float64)) - np.log(np.asarray(heights, np.float64))
     theirs = np.array([math.log(b.width / b.height) for b in buckets])
     return np.abs(own[:, None] - theirs[None, :]).argmin(axis=1)
-
-
-def moments_column(name: str, bucket: int, buckets: int) -> str:
-    """The column with the moments (`mean` or `logstd`) of a bucket, in a dataset of so many buckets."""
-    return name if buckets == 1 else f"{name}.{bucket}"

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from latents.buckets import Bucket, make_buckets
 from shards.settings import Strict
 
-# Where the work happens; everything else in LatentsConfig changes the bytes of a shard.
-PLACEMENT = ("decode_threads", "device")
+# Where the work happens, and consent; everything else in LatentsConfig changes the bytes of a shard.
+PLACEMENT = ("decode_threads", "device", "enlarge")
 
 
 class BucketsConfig(Strict):
@@ -26,6 +26,9 @@ class LatentsConfig(Strict):
     resolution: int = Field(default=256, ge=8, le=4096, description="side of the square, or of one of the same area")
     more_resolutions: list[int] = Field(default=[], description="encoded too, from the same decoded pictures")
     buckets: BucketsConfig | None = Field(default=None, description="null: every picture is cropped to the square")
+    enlarge: bool = Field(
+        default=False, description="make latents of a resolution above ingest.image_size: every picture is enlarged"
+    )
     batch_size: int = Field(default=32, ge=1, le=4096)
     moments: bool = Field(default=True, description="store the posterior's log-std too, so that epochs draw afresh")
     text: Literal["tokens", "embeddings"] = "embeddings"
@@ -33,6 +36,11 @@ class LatentsConfig(Strict):
         default="penultimate",
         description="the block whose output conditions the UNet, after the final norm or without: Stable Diffusion 1 "
         "has last, 2 penultimate, SDXL penultimate_no_norm",
+    )
+    text_pad: Literal["zero", "end"] | None = Field(
+        default=None,
+        description="what follows a caption's end token: id 0 (Stable Diffusion 2, SDXL's second encoder), or the end "
+        "token again (Stable Diffusion 1); null: as the tokenizer of train.start_from has it, else zero",
     )
     text_pooled: bool = Field(default=False, description="with embeddings: the CLIP's text embedding too, as for SDXL")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
@@ -64,6 +72,11 @@ class LatentsConfig(Strict):
         """All of them, the main one first."""
         return [self.resolution, *self.more_resolutions]
 
+    @property
+    def pad(self) -> str:
+        """What follows a caption's end token."""
+        return self.text_pad or "zero"
+
     def bucket_list(self) -> list[Bucket]:
         """Every shape there is, resolution by resolution; a bucket's number is its place here."""
         if self.buckets is None:
@@ -72,4 +85,7 @@ class LatentsConfig(Strict):
 
     def settings(self) -> dict[str, Any]:
         """The settings that change the bytes of a shard, for its fingerprint."""
-        return self.model_dump(exclude=set(PLACEMENT))
+        found = self.model_dump(exclude=set(PLACEMENT))
+        if self.pad == "zero":  # as all latents had it before there was a choice
+            del found["text_pad"]
+        return found

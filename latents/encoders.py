@@ -6,10 +6,11 @@ tests compare with diffusers' own `encode` and with transformers' CLIPTextModel 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP
-from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
+from latents.weights import PADS, ClipWeights, VaeWeights, find_clip, find_vae
 from shards.settings import ConfigError, StageError
 
 TEXT_LAYERS = ("last", "penultimate", "last_no_norm", "penultimate_no_norm")
@@ -136,14 +137,22 @@ class Vae:
 
 
 class TextEncoder:
-    """An open_clip CLIP. `model`, `digest`, `context_length`, `width`, `layer`, `ref`."""
+    """An open_clip CLIP. `model`, `digest`, `context_length`, `width`, `layer`, `pad`, `ref`.
 
-    def __init__(self, weights: ClipWeights, layer: str, device: str = "cpu", precision: str = "float32") -> None:
+    pad: what follows a caption's end token, `zero` or `end` (weights.PADS). UNets attend to all places without a mask,
+    so it is as much a part of what they learn as the layer is.
+    """
+
+    def __init__(
+        self, weights: ClipWeights, layer: str, device: str = "cpu", precision: str = "float32", pad: str = "zero"
+    ) -> None:
         import open_clip
 
         if layer not in TEXT_LAYERS:
             raise ConfigError(f"the text layer is one of {', '.join(TEXT_LAYERS)}, not '{layer}'")
-        self.weights, self.layer = weights, layer
+        if pad not in PADS:
+            raise ConfigError(f"captions are padded with one of {', '.join(PADS)}, not '{pad}'")
+        self.weights, self.layer, self.pad = weights, layer, pad
         self.ref, self.digest = weights.ref, weights.digest
         self.device, self.precision = device, precision
         self.model: Any = _placed(_build_clip(weights), device, precision)
@@ -158,10 +167,20 @@ class TextEncoder:
         self._preprocess: Callable[[Image.Image], torch.Tensor] | None = None
 
     def tokenize(self, captions: Sequence[str]) -> torch.Tensor:
-        """Captions -> token ids, int64 [B,context_length]; open_clip cleans, truncates and pads."""
+        """Captions -> token ids, int64 [B,context_length]; open_clip cleans and truncates, `pad` says what follows."""
         if not captions:
             return torch.zeros(0, self.context_length, dtype=torch.int64)
-        return torch.as_tensor(self.tokenizer(list(captions)))
+        ids = torch.as_tensor(self.tokenizer(list(captions)))
+        if self.pad == "end":
+            end = int(self.tokenizer.eot_token_id)
+            after = (ids == end).cumsum(dim=1) > 0
+            ids = ids.masked_fill(after, end)
+        return ids
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills a caption up behind its end token."""
+        return int(self.tokenizer.eot_token_id) if self.pad == "end" else 0
 
     def encode(self, tokens: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Token ids [B,context_length] -> float32 [B,context_length,width] on the CPU.
@@ -170,6 +189,24 @@ class TextEncoder:
         or without it (SDXL).
         """
         return self._encode(self.tower, tokens, pooled=False)[0]
+
+    def features(
+        self, tokens: torch.Tensor, dtype: torch.dtype, pooled: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `encode` and `encode_pooled`, where the tokens lie and in arithmetic of `dtype`, without a gradient.
+
+        The tower moves there and to that type at the first call, and stays; the CLIP's other half is let go.
+        """
+        tower, held = self.tower, self.tower.token_embedding.weight
+        if hasattr(tokens, "fake_mode"):  # memory and FLOPs are counted, and the weights stay as they are
+            tower = _as_fake(tower, tokens, dtype)
+        elif held.device != tokens.device or held.dtype != dtype:
+            self.model.visual = torch.nn.Identity()  # it would take more of a GPU's memory than the text tower
+            torch.nn.Module.to(self.model, tokens.device, dtype)
+            self.device, self._exact = str(tokens.device), None
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            rows, end = self._run(tower, tokens, pooled)
+        return rows, end if pooled else None
 
     def encode_pooled(self, tokens: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `encode`, and the text embedding, float32 [B,D]: the last block's output at the end token, after the
@@ -192,28 +229,31 @@ class TextEncoder:
         return int(projection.out_features if isinstance(projection, torch.nn.Linear) else projection.shape[1])
 
     def _encode(self, tower: Any, tokens: np.ndarray | torch.Tensor, pooled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.inference_mode():
+            rows, end = self._run(tower, torch.as_tensor(np.asarray(tokens, np.int64)).to(self.device), pooled)
+            return rows.float().cpu(), end.float().cpu()
+
+    def _run(self, tower: Any, ids: torch.Tensor, pooled: bool) -> tuple[torch.Tensor, torch.Tensor]:
         from open_clip.transformer import text_global_pool
 
-        with torch.inference_mode():
-            ids = torch.as_tensor(np.asarray(tokens, np.int64)).to(self.device)
-            x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
-            mask = tower.attn_mask.to(x.dtype)
-            blocks = list(tower.transformer.resblocks)
-            depth = len(kept_blocks(tower, self.layer))
-            for block in blocks[:depth]:
-                x = block(x, attn_mask=mask)
-            rows = tower.ln_final(x) if has_final_norm(self.layer) else x
-            if not pooled:
-                return rows.float().cpu(), torch.empty(len(ids), 0)
-            for block in blocks[depth:]:
-                x = block(x, attn_mask=mask)
-            pool = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", "argmax")
-            end = getattr(tower, "text_eos_id", None) or getattr(tower, "eos_id", None)
-            x = text_global_pool(tower.ln_final(x), ids, pool, eos_token_id=end)
-            projection = tower.text_projection
-            if projection is not None:
-                x = projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
-            return rows.float().cpu(), x.float().cpu()
+        x = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
+        mask = tower.attn_mask.to(x.dtype)
+        blocks = list(tower.transformer.resblocks)
+        depth = len(kept_blocks(tower, self.layer))
+        for block in blocks[:depth]:
+            x = block(x, attn_mask=mask)
+        rows = tower.ln_final(x) if has_final_norm(self.layer) else x
+        if not pooled:
+            return rows, x.new_empty(len(ids), 0)
+        for block in blocks[depth:]:
+            x = block(x, attn_mask=mask)
+        pool = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", "argmax")
+        end = getattr(tower, "text_eos_id", None) or getattr(tower, "eos_id", None)
+        x = text_global_pool(tower.ln_final(x), ids, pool, eos_token_id=end)
+        projection = tower.text_projection
+        if projection is not None:
+            x = projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
+        return rows, x
 
     def encode_captions(self, captions: Sequence[str], batch_size: int = 64) -> torch.Tensor:
         """Captions -> the CLIP's joint embedding, float32 [B,D] on the CPU, of unit length."""
@@ -250,9 +290,45 @@ def load_vae(ref: str, device: str = "cpu", precision: str = "float32", **how: b
     return Vae(find_vae(ref), device, precision, **how)
 
 
-def load_text(ref: str, layer: str = "penultimate", device: str = "cpu", precision: str = "float32") -> TextEncoder:
+def load_text(
+    ref: str, layer: str = "penultimate", device: str = "cpu", precision: str = "float32", pad: str = "zero"
+) -> TextEncoder:
     """Load the CLIP named `ref` (folder, MODEL:TAG, MODEL:/file, hf-hub:NAME); raises ConfigError with one sentence."""
-    return TextEncoder(find_clip(ref), layer, device, precision)
+    return TextEncoder(find_clip(ref), layer, device, precision, pad)
+
+
+def load_text_of(facts: Mapping[str, Any], device: str = "cpu", precision: str = "float32") -> TextEncoder:
+    """The CLIP that latents were made with, by the facts of their manifest; StageError where it is another one now."""
+    text = load_text(facts["ref"], facts["layer"], device, precision, facts.get("pad", "zero"))
+    require_digest("the CLIP", text.digest, facts["digest"], facts["ref"])
+    return text
+
+
+def other_encoder(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """What differs between the encoders of two datasets, by the facts of their manifests; None where nothing does.
+
+    one, other: with `vae` and `text`. What is compared is all that decides what a latent or a caption becomes.
+    """
+    for what, name, fact, default in (
+        ("vae", "VAE", "digest", None),
+        ("vae", "scaling_factor of the VAE", "scaling_factor", None),
+        ("text", "CLIP", "digest", None),
+        ("text", "text_layer", "layer", None),
+        ("text", "text_pad", "pad", "zero"),
+    ):
+        if one[what].get(fact, default) != other[what].get(fact, default):
+            return name
+    return None
+
+
+def _as_fake(module: Any, like: Any, dtype: torch.dtype) -> Any:
+    """A copy of a module with fake tensors of `like`'s mode and device for its own, which it never holds twice."""
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        found = like.fake_mode.from_tensor(tensor).to(like.device, dtype)
+        return torch.nn.Parameter(found, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else found
+
+    return copy.deepcopy(module, {id(t): fake(t) for t in (*module.parameters(), *module.buffers())})
 
 
 def kept_blocks(tower: Any, layer: str) -> list[Any]:

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latents.buckets import Bucket, moments_column
+from latents.buckets import Bucket
 from latents.encoders import TextEncoder, Vae, load_text, load_vae, pick_device, require_digest
 from latents.moments import dequantise_logstd
 from latents.pictures import resize_crop_to
 from latents.stage import LatentsStage, fixed_arithmetic
 from shards import images, storage
-from shards.columns import ColumnShard
+from shards.columns import ColumnShard, value_of
 from shards.dataset import Dataset
 from shards.settings import StageError
 from shards.verify import verify_shard
@@ -100,7 +100,9 @@ def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
     buckets = [Bucket(**b) for b in manifest["buckets"]]
     vae, text = load_vae(stage.vae_ref, device, config.precision), None
     require_digest("the VAE", vae.digest, manifest["vae"]["digest"], vae.ref)
-    text = load_text(stage.text_ref, manifest["text"]["layer"], device, config.precision)
+    text = load_text(
+        stage.text_ref, manifest["text"]["layer"], device, config.precision, manifest["text"].get("pad", "zero")
+    )
     require_digest("the CLIP", text.digest, manifest["text"]["digest"], text.ref)
     rng = np.random.default_rng(seed)
     seen: list[Seen] = []
@@ -117,13 +119,14 @@ def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
             columns, pictures = ColumnShard(dataset, position), _image_shard(source, info.index)
             own = {key: i for i, key in enumerate(pictures.keys)}
             keys, captions = columns.keys, pictures.captions
+            chosen = [n for n in chosen if value_of(columns.arrays, "alive", n) != 0]  # not those taken down since
             for n in chosen:
                 if keys[n] not in own:
                     raise StageError(
                         f"{source.root}: the picture of sample {keys[n]} is not there any more; run latents again"
                     )
                 i = own[keys[n]]
-                for r in range(columns.arrays["micro"].shape[1]):
+                for r in range(columns.arrays["bucket"].shape[1] if "bucket" in columns.arrays else 1):
                     seen.append(_look(vae, columns, pictures, i, n, r, buckets, (keys[n], captions[i])))
             then, now, others = _text(text, columns, [captions[own[keys[n]]] for n in chosen], chosen)
             differ += others
@@ -158,16 +161,6 @@ def _image_shard(source: Dataset, index: int) -> images.ImageShard:
     return images.ImageShard(source, position)
 
 
-def stored_moments(arrays: dict[str, np.ndarray], n: int, resolution: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Mean float16 [C,h,w] and log-std codes uint8 [C,h,w], or None, of sample `n` at a resolution, by its place."""
-    name, row = "mean", n
-    if "bucket" in arrays:
-        bucket = int(arrays["bucket"][n, resolution])
-        name, row = moments_column("mean", bucket, 2), int((arrays["bucket"][:n] == bucket).any(axis=1).sum())
-    codes = arrays.get("logstd" + name.removeprefix("mean"))
-    return arrays[name][row], None if codes is None else codes[row]
-
-
 def _look(
     vae: Vae,
     columns: ColumnShard,
@@ -178,7 +171,8 @@ def _look(
     buckets: list[Bucket],
     names: tuple[str, str],
 ) -> Seen:
-    mean, codes = stored_moments(columns.arrays, n, r)
+    mean, codes = (value_of(columns.arrays, name, n, r) for name in ("mean", "logstd"))
+    assert mean is not None
     bucket = buckets[int(columns.arrays["bucket"][n, r]) if "bucket" in columns.arrays else r]
     cut = resize_crop_to(images.decode_rgb(pictures.image_bytes(i)), bucket.width, bucket.height)[0].copy()
     now, logstd = (x.numpy()[0] for x in vae.encode(cut[None]))
@@ -194,12 +188,12 @@ def _text(
 ) -> tuple[list[np.ndarray], list[np.ndarray], int]:
     """Stored and present embeddings of these captions, and how many have other tokens now."""
     tokens = text.tokenize(captions).numpy()
-    stored = columns.arrays["tokens"][chosen]
+    stored = np.array([value_of(columns.arrays, "tokens", n) for n in chosen]).reshape(len(chosen), -1)
     differ = int((tokens != stored).any(axis=1).sum())
     if "embeddings" not in columns.arrays:
         return [], [], differ
-    rows = columns.arrays["embeddings"][columns.arrays["embedding_index"][chosen]]
-    return list(rows), list(text.encode(stored.astype(np.int64)).numpy()), differ
+    index = [value_of(columns.arrays, "embedding_index", n) for n in chosen]
+    return [columns.arrays["embeddings"][i] for i in index], list(text.encode(stored.astype(np.int64)).numpy()), differ
 
 
 def _relative(stored: np.ndarray, now: np.ndarray) -> float:

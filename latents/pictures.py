@@ -35,6 +35,20 @@ def fit_cover(width: int, height: int, to_width: int, to_height: int) -> Fit:
     return Fit(scaled_width, scaled_height, (scaled_width - to_width) // 2, (scaled_height - to_height) // 2)
 
 
+def crop_before(original: tuple[int, int], stored: tuple[int, int], fit: Fit) -> tuple[int, int]:
+    """What a picture had lost already when it was stored, as left and top in pixels of the picture scaled as by `fit`.
+
+    original, stored: width and height as it was fetched, and as it lies in the tar, to which it was scaled and cropped
+    evenly (resize_mode center_crop). Nothing where they have one shape.
+    """
+    if 0 in original or 0 in stored:
+        return 0, 0
+    before = fit_cover(*original, *stored)
+    return round(before.crop_left * fit.scaled_width / stored[0]), round(
+        before.crop_top * fit.scaled_height / stored[1]
+    )
+
+
 def resize_crop_to(pixels: np.ndarray, to_width: int, to_height: int) -> tuple[np.ndarray, Fit]:
     """uint8 [H,W,3] -> uint8 [to_height,to_width,3] and what was done; Lanczos, antialiased, where sizes differ."""
     height, width = pixels.shape[:2]

@@ -30,26 +30,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latents.buckets import moments_column, nearest
+from latents.buckets import nearest
 from latents.config import LatentsConfig
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
-from latents.pictures import Fit, ahead, resize_crop_to
+from latents.pictures import Fit, ahead, crop_before, resize_crop_to
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
 from shards import images, storage
-from shards.columns import column_rows, pack_columns, unpack_columns
-from shards.dataset import MANIFEST, Dataset, write_manifest
+from shards.columns import COLUMN_ROW, ColumnFile, column, members, pack_columns
+from shards.dataset import MANIFEST, Dataset, born, read_stats, read_stats_of, write_manifest
 from shards.exclusions import write_exclusions
 from shards.fingerprint import Fingerprint, digest_bytes
 from shards.layout import RunPaths, shard_name
+from shards.listing import listed
 from shards.settings import ConfigError, StageError
 from shards.stage import Task, open_folder, refuse_other_settings
+from shards.takeover import is_old, old_digests
 
 if TYPE_CHECKING:
     from latents.encoders import TextEncoder, Vae
 
 log = logging.getLogger("carrara.latents")
 
-VERSION = 2  # raise it when the bytes of a shard change for the same settings
+VERSION = 3  # raise it when the bytes of a shard change for the same settings
 
 # An image shard's words for what became of a row, and ours for a picture that was there but has no latent.
 STATUSES = (*images.STATUSES, "failed_to_encode")
@@ -127,16 +129,48 @@ class LatentsStage:
         weights = {"vae": vae.digest, "text": text.digest}
         return Fingerprint(self.name, VERSION, self.config.settings(), None, weights)
 
+    def begin(self, redo: bool) -> None:
+        """Refuse latents of an older version that are of other images than the run's; raises ConfigError."""
+        if redo or not is_old(self.root):
+            return
+        digests = old_digests(self.run.images)
+        committed = listed(self.root, self.data).committed
+        for index, stats in read_stats_of(self.root, (int(i) for i in committed)):
+            if stats is not None and stats["fingerprint"]["input"] != digests.get(index):
+                raise ConfigError(
+                    f"{self.root}: shard {shard_name(index)} was made of other images than lie in {self.run.images} "
+                    "now; give --redo to set this folder aside and make it anew, or set 'run' to another folder"
+                )
+
     def tasks(self) -> Iterator[Task]:
         """One task an image shard. Its latents are done where they are committed for the shard as it was born: what is
         excluded or taken out later is left out by the reader."""
-        for position, info in enumerate(self.images().shards):
-            yield Task(info.index, info.born, position)
+        images = self.images()
+        self._refuse_void(images)
+        for position, info in enumerate(images.shards):
+            yield Task(info.index, info.born if images.format > 1 else None, position)
 
     def is_current(self) -> bool:
         """Whether the manifest was written for the image shards' present one."""
         manifest = storage.read_json(storage.join(self.root, MANIFEST))
         return isinstance(manifest, dict) and manifest.get("images") == self.images().fingerprint
+
+    def _refuse_void(self, dataset: Dataset) -> None:
+        """Raises ConfigError where the pictures have lost already what these settings are about."""
+        how = picture_settings(dataset)
+        mode, size = how.get("resize_mode"), how.get("image_size")
+        if self.config.buckets is not None and mode in ("center_crop", "border"):
+            raise ConfigError(
+                f"latents.buckets: the pictures in {dataset.root} are all square, since they were stored with "
+                f"ingest.resize_mode {mode}; ingest them with keep_ratio, or leave buckets out"
+            )
+        largest = max(self.config.resolutions)
+        if mode != "no" and size is not None and largest > size and not self.config.enlarge:
+            field = "resolution" if largest == self.config.resolution else "more_resolutions"
+            raise ConfigError(
+                f"latents.{field} is {largest}, but the pictures in {dataset.root} were stored with ingest.image_size "
+                f"{size}: each would be enlarged; lower it, ingest larger pictures, or set latents.enlarge to true"
+            )
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Load the encoders once; the result makes one shard a call."""
@@ -150,7 +184,10 @@ class LatentsStage:
         expected = {s.index: s for s in images.shards}
         status: Counter[str] = Counter()
         errors: Counter[str] = Counter()
-        buckets, bucket_counts = self.config.bucket_list(), []
+        buckets = self.config.bucket_list()
+        laid: list[
+            list[int]
+        ] = []  # rows of each bucket in each shard's columns, whatever became of their samples since
         later: list[int] = []  # shards of which samples were excluded since
         without = 0
 
@@ -169,9 +206,7 @@ class LatentsStage:
                 if s["channels"]:
                     part = ChannelStats.from_json(s["channels"])
                     total = part if total is None else total.merge(part)
-                if len(buckets) > 1:
-                    gone = left_out is not None and len(left_out.latents)
-                    bucket_counts.append(self._bucket_counts(index, out) if gone else s["buckets"])
+                laid.append(s.get("laid") or self._laid(index))
                 yield s
 
         def exclusions() -> str | None:
@@ -193,10 +228,10 @@ class LatentsStage:
                 "images": images.fingerprint,
                 "resolution": self.config.resolution,
                 "buckets": [b.to_json() for b in buckets],
-                **({"bucket_counts": bucket_counts} if len(buckets) > 1 else {}),
+                "laid": laid,
                 "settings": self.config.settings(),
                 "vae": _vae_facts(vae),
-                "text": _text_facts(text, self.config.text_layer),
+                "text": _text_facts(text, self.config.text_layer, self.config.pad),
                 "channels": total.summary(),
                 "status": {k: status[k] for k in STATUSES if status[k]},
                 "errors": dict(sorted(errors.items())),
@@ -204,6 +239,12 @@ class LatentsStage:
             }
 
         return write_manifest(self.root, "latents", folded(), extra, exclusions)
+
+    def _laid(self, index: int) -> list[int]:
+        """The rows of each bucket in the columns of a shard whose stats are too old to say so."""
+        shapes = ColumnFile(storage.join(self.root, shard_name(index) + self.data)).columns
+        count = len(self.config.bucket_list())
+        return [shapes[column("mean", b, count)][1][0] for b in range(count)]
 
     def _left_out(self, index: int, out: np.ndarray) -> _LeftOut:
         """Of the rows that are excluded now: those that have a latent, and those that were to have one."""
@@ -215,15 +256,6 @@ class LatentsStage:
         table = images.exclusions.of(index)
         rows = table["row"].to_numpy()
         return table.filter(pa.array(np.isin(rows, self._left_out(index, rows.astype(np.int64)).latents)))
-
-    def _bucket_counts(self, index: int, out: np.ndarray) -> list[int]:
-        """Samples by bucket of a shard whose rows `out` are not to be used."""
-        name = storage.join(self.root, shard_name(index))
-        arrays, _ = unpack_columns(storage.read_bytes(name + ".safetensors"))
-        places = column_rows(storage.read_parquet(name + ".parquet"))
-        live = np.ones(len(arrays["bucket"]), bool)
-        live[places[out][places[out] >= 0]] = False
-        return [int((arrays["bucket"][live] == b).sum()) for b in range(len(self.config.bucket_list()))]
 
     def images(self) -> Dataset:
         """The image shards by their manifest as it is now, which is parsed once: 200,000 shards make it long."""
@@ -247,6 +279,7 @@ class _Worker:
         self.buckets = stage.config.bucket_list()
         self.device = pick_device(stage.config.device)
         self.dataset = stage.images()
+        self.cropped = picture_settings(self.dataset).get("resize_mode") == "center_crop"
         self.made_with = stage.made_with()
         self.folder = open_folder(stage)
         self._encoders, self._reading = threading.Lock(), threading.Lock()
@@ -254,7 +287,7 @@ class _Worker:
         with fixed_arithmetic(self.config.threads):
             self.vae: Vae = load_vae(stage.vae_ref, self.device, self.config.precision, **how)
             self.text: TextEncoder = load_text(
-                stage.text_ref, self.config.text_layer, self.device, self.config.precision
+                stage.text_ref, self.config.text_layer, self.device, self.config.precision, self.config.pad
             )
 
     def __call__(self, task: Task) -> dict[str, Any]:
@@ -285,16 +318,21 @@ class _Worker:
         stats["images_per_second"] = round(stats["count"] / seconds, 3)
         if len(known):
             stats["excluded"] = _rows_digest(known)
-        return self.folder.commit(task.index, files, stats, task.input)
+        return self.folder.commit(task.index, files, stats, task.input or self._born(task.index))
+
+    def _born(self, index: int) -> str | None:
+        """Which image shard it is, where the manifest is of format 1 and cannot say it."""
+        stats = read_stats(self.dataset.root, index)
+        return None if stats is None else born(stats)
 
     def _open(self, task: Task) -> tuple[images.ImageShard, dict[int, str]]:
         position = task.payload
         with self._reading:
             info = self.dataset.shards[position] if position < len(self.dataset.shards) else None
-            if info is None or info.born != task.input:
+            if info is None or task.input not in (info.born, None):
                 # The images were finished again since this worker started.
                 self.dataset = Dataset.open(self.dataset.root)
-                if self.dataset.shards[position].born != task.input:
+                if task.input not in (self.dataset.shards[position].born, None):
                     raise StageError(
                         f"{self.dataset.root}: the images changed during the run; run the same command again"
                     )
@@ -320,27 +358,29 @@ class _Worker:
                 if samples[i].error is None and not fine[text_index[i]]:
                     samples[i].error = ("not_finite_text", "the caption's embedding is not finite in float16")
         kept = np.array([i for i in range(count) if samples[i].error is None], np.int64)
-        arrays: dict[str, np.ndarray] = {
-            "tokens": tokens[kept],
-            "empty_tokens": tokens[-1],
-            "micro": self._micro(shard, plan, samples)[kept],
-        }
+        each: dict[str, np.ndarray] = {"tokens": tokens[kept], "alive": np.ones(len(kept), np.uint8)}
+        if text is not None:
+            each["embedding_index"] = text_index[kept]
+        texts = {name: [values[i] for i in kept] for name, values in _caption_columns(shard).items()}
+        arrays = self._lay_out(each, self._micro(shard, plan, samples)[kept], texts, plan.bucket[kept])
+        arrays["empty_tokens"] = tokens[-1]
         metadata = {"vae": self.vae.digest, "text": self.text.digest, "text_layer": self.text.layer}
+        if self.text.pad != "zero":
+            metadata["text_pad"] = self.text.pad
         if self.config.moments:
             metadata |= {"logstd_min": repr(LOGSTD_MIN), "logstd_step": repr(LOGSTD_STEP)}
         if len(self.buckets) > 1:
-            arrays["bucket"] = plan.bucket[kept].astype(np.uint16)
             metadata["buckets"] = json.dumps([b.to_json() for b in self.buckets])
         live = np.zeros(count, bool)
         live[kept] = True
         for name, array in moments.items():
             bucket = int(name.partition(".")[2] or 0)
-            members = (plan.bucket == bucket).any(axis=1)
-            arrays[name] = array[live[members]]
+            arrays[name] = array[live[(plan.bucket == bucket).any(axis=1)]]
         if text is not None:
             # Captions of pictures that were set aside leave no row behind.
-            used, index = np.unique(text_index[kept], return_inverse=True)
-            arrays["embedding_index"] = index.astype(np.int32).reshape(-1)
+            names = [column("embedding_index", b, len(self.buckets)) for b in range(len(self.buckets))]
+            used, index = _by_first_use([arrays[name] for name in names])
+            arrays |= dict(zip(names, index, strict=True))
             empty = text_index[-1]
             arrays |= {"embeddings": text["embeddings"][used], "empty_embedding": text["embeddings"][empty]}
             if "pooled" in text:
@@ -351,6 +391,28 @@ class _Worker:
         stats = describe(arrays, table, len(self.buckets))
         stats["encode_seconds"], stats["wait_seconds"] = round(busy, 3), round(clock.waited, 3)
         return {".safetensors": pack_columns(arrays, metadata), ".parquet": sink.getvalue()}, stats
+
+    def _lay_out(
+        self, each: dict[str, np.ndarray], micro: np.ndarray, texts: dict[str, list[list[str]]], bucket: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The columns of the samples bucket by bucket, so that rows that are trained on together lie together.
+
+        each: columns of one row a sample; micro: int32 [N,R,6]; texts: of each sample, by column of the sidecar;
+        bucket: int64 [N,R].
+        """
+        count = len(self.buckets)
+        arrays: dict[str, np.ndarray] = {"bucket": bucket.astype(np.uint16)} if count > 1 else {}
+        for b in range(count):
+            rows = members(arrays, b, len(bucket))
+            level = self.config.resolutions.index(self.buckets[b].resolution)
+            for name, array in (each | {"micro": micro[:, level]}).items():
+                arrays[column(name, b, count)] = array[rows]
+            for name, values in texts.items():
+                lines = [json.dumps(values[i], ensure_ascii=False).encode("utf-8", "surrogatepass") for i in rows]
+                ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
+                arrays[column(f"text_end.{name}", b, count)] = ends
+                arrays[column(f"text.{name}", b, count)] = np.frombuffer(b"".join(lines), np.uint8)
+        return arrays
 
     # ---- pictures --------------------------------------------------------------------------------
 
@@ -385,7 +447,7 @@ class _Worker:
             count = int((plan.bucket == b).sum())
             side = (bucket.height // self.vae.downscale, bucket.width // self.vae.downscale)
             for name, dtype in (("mean", np.float16), *([("logstd", np.uint8)] if self.config.moments else [])):
-                arrays[moments_column(name, b, len(self.buckets))] = np.zeros((count, self.vae.channels, *side), dtype)
+                arrays[column(name, b, len(self.buckets))] = np.zeros((count, self.vae.channels, *side), dtype)
         under_way: list[Callable[[], None]] = []  # at most one batch, besides the one that is being filled
 
         def flush(bucket: int, batch: list[tuple[int, np.ndarray]]) -> None:
@@ -427,7 +489,7 @@ class _Worker:
         pixels = np.stack([p for _, p in batch] + [batch[-1][1]] * (size - len(batch)))
         result = self.vae.encode_stored(pixels)
         resolution = self.config.resolutions.index(self.buckets[bucket].resolution)
-        mean, logstd = (moments_column(name, bucket, len(self.buckets)) for name in ("mean", "logstd"))
+        mean, logstd = (column(name, bucket, len(self.buckets)) for name in ("mean", "logstd"))
 
         def collect() -> None:
             found = result()
@@ -469,14 +531,21 @@ class _Worker:
         return load
 
     def _micro(self, shard: images.ImageShard, plan: _Plan, samples: list[_Sample]) -> np.ndarray:
-        """SDXL's micro-conditioning, int32 [N,R,6]: original height and width, crop top and left, target size."""
+        """SDXL's micro-conditioning, int32 [N,R,6]: original height and width, crop top and left, target size.
+
+        Top and left count from the whole picture, scaled: what ingest cropped is part of them. A border is no crop.
+        """
         micro = np.zeros((len(samples), len(self.config.resolutions), 6), np.int32)
-        originals = _original_sizes(shard)
+        originals, stored = _original_sizes(shard), _sizes(shard)
         for i, sample in enumerate(samples):
             for r, fit in enumerate(sample.fits):
                 b = self.buckets[plan.bucket[i, r]]
                 width, height = originals[i]
-                micro[i, r] = (height, width, fit.crop_top, fit.crop_left, b.height, b.width)
+                left, top = fit.crop_left, fit.crop_top
+                if self.cropped:
+                    before = crop_before(originals[i], (int(stored[i, 0]), int(stored[i, 1])), fit)
+                    left, top = left + before[0], top + before[1]
+                micro[i, r] = (height, width, top, left, b.height, b.width)
         return micro
 
     # ---- text ------------------------------------------------------------------------------------
@@ -521,6 +590,10 @@ class _Worker:
     ) -> pa.Table:
         """The image shard's rows, all of them, with what became of each here and how its picture was cut."""
         table = shard.table.drop_columns([c for c in _IMAGE_PLACE if c in shard.table.column_names])
+        number: list[int | None] = [None] * table.num_rows  # of each row among the columns' samples, for ever
+        kept = [row for row, sample in zip(shard.rows.tolist(), samples, strict=True) if sample.error is None]
+        for n, row in enumerate(kept):
+            number[row] = n
         status, errors, messages = (_texts(table, c) for c in ("status", "error", "error_message"))
         suffixes = ["", *(f"_{r}" for r in self.config.more_resolutions)]
         fits: dict[str, list[int | None]] = {c + s: [None] * table.num_rows for s in suffixes for c in FIT_COLUMNS}
@@ -539,6 +612,7 @@ class _Worker:
             table = _with_column(table, name, pa.array(values, pa.string()))
         for name, numbers in fits.items():
             table = _with_column(table, name, pa.array(numbers, pa.int32()))
+        table = _with_column(table, COLUMN_ROW, pa.array(number, pa.int32()))
         return table.replace_schema_metadata(None)
 
 
@@ -564,14 +638,13 @@ def describe(arrays: dict[str, np.ndarray], table: pa.Table, buckets: int = 1) -
     rows = table.select(["status", "error"]).to_pylist()
     stats = {
         "rows": table.num_rows,
-        "count": len(arrays["tokens"]),
+        "count": len(arrays["bucket"] if buckets > 1 else arrays["tokens"]),
         "status": dict(sorted(Counter(r["status"] for r in rows).items())),
         "errors": dict(sorted(Counter(r["error"] for r in rows if r["status"] == "failed_to_encode").items())),
         "captions": len(arrays["embeddings"]) if "embeddings" in arrays else None,
         "channels": of_columns(arrays).to_json(),
     }
-    if buckets > 1:
-        stats["buckets"] = [len(arrays[moments_column("mean", b, buckets)]) for b in range(buckets)]
+    stats["laid"] = [len(arrays[column("mean", b, buckets)]) for b in range(buckets)]
     return stats
 
 
@@ -599,9 +672,65 @@ def _original_sizes(shard: images.ImageShard) -> list[tuple[int, int]]:
     ]
 
 
+def _by_first_use(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The distinct values of several arrays in the order in which they first come, and the arrays as places in it."""
+    values, first, inverse = np.unique(np.concatenate(parts), return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")
+    place = np.empty(len(order), np.int32)
+    place[order] = np.arange(len(order))
+    ends = np.cumsum([len(p) for p in parts])[:-1]
+    return values[order], np.split(place[inverse.reshape(-1)], ends)
+
+
+# What an image shard's sidecar says in words besides captions.
+_NO_CAPTIONS = frozenset(
+    ("url", "final_url", "key", "status", "error", "error_message", "exif", "sha256", "caption_raw", "pixel_hash",
+     "phash", "image_ext", "md5")
+)  # fmt: skip
+
+
+def _caption_columns(shard: images.ImageShard) -> dict[str, list[list[str]]]:
+    """Of each usable picture the texts in `caption` and in every further column of texts, or lists of texts."""
+    rows, found = pa.array(shard.rows), {}
+    for field in shard.table.schema:
+        kind = field.type.value_type if pa.types.is_list(field.type) else field.type
+        if field.name not in _NO_CAPTIONS and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            values = shard.table[field.name].take(rows).to_pylist()
+            found[field.name] = [texts_in(v) for v in values]
+    return found
+
+
+def texts_in(value: Any) -> list[str]:
+    """The texts in an entry of a column of captions: one, a list, or a list that ingest carried as JSON; no empty ones.
+
+    Raises TypeError where it holds something else.
+    """
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError):
+            parsed = json.loads(value)
+            if all(isinstance(v, str | None) for v in parsed):  # "[2]" may be a caption
+                value = parsed
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(t, str | None) for t in texts):
+        raise TypeError("neither text nor a list of texts")
+    return [t for t in texts if t and t.strip()]
+
+
+def picture_settings(dataset: Dataset) -> dict[str, Any]:
+    """The settings that a dataset's pictures were stored with; nothing where it does not say."""
+    if not dataset.shards:
+        return {}
+    made = storage.read_json(storage.join(dataset.root, "made_with.json"))
+    if made is None:
+        made = (read_stats(dataset.root, dataset.shards[0].index) or {}).get("fingerprint")
+    return dict((made or {}).get("settings") or {})
+
+
 def _check_accounting(root: str, stats: dict[str, Any], source: Any, left_out: _LeftOut | None) -> int:
-    """Rows in = rows out, each with one status; raises StageError naming the shard where that does not hold. Returns how
-    many images of the shard that can be used now have no latent, since they were left out when it was made."""
+    """Rows in = rows out, each with one status; raises StageError naming the shard where that does not hold.
+
+    Returns how many images of the shard that can be used now have no latent: they were left out when it was made.
+    """
     shard = f"{root}: shard {stats['shard']}"
     if source is None:
         raise StageError(f"{shard} has no image shard; the images changed during the run, run the same command again")
@@ -632,11 +761,12 @@ def _vae_facts(vae: VaeWeights) -> dict[str, Any]:
     }
 
 
-def _text_facts(text: ClipWeights, layer: str) -> dict[str, Any]:
+def _text_facts(text: ClipWeights, layer: str, pad: str) -> dict[str, Any]:
     return {
         "ref": text.ref,
         "digest": text.digest,
         "layer": layer,
+        "pad": pad,
         "context_length": text.context_length,
         "width": text.width,
     }

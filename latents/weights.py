@@ -81,6 +81,9 @@ TINY_ARGUMENTS = (
     "shift_factor",
 )
 ARGUMENTS = {"AutoencoderKL": VAE_ARGUMENTS, "AutoencoderTiny": TINY_ARGUMENTS}
+# What follows a caption's end token: id 0, as open_clip pads (Stable Diffusion 2, SDXL's second encoder), or the end
+# token again, as Stable Diffusion 1's tokenizer pads.
+PADS = ("zero", "end")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # By what a whole checkpoint holds beside its VAE: the VAE's scaling and shift, which its tensors do not tell.
 WHOLE_CHECKPOINTS = {
@@ -212,6 +215,36 @@ def find_clip(ref: str) -> ClipWeights:
             "(for example ViT-H-14:laion2b_s32b_b79k), or MODEL:/path/to/weights.safetensors"
         )
     return _clip_named(ref, model, weights)
+
+
+def find_pad(ref: str) -> str | None:
+    """How the tokenizer of the diffusers pipeline `ref` (a folder, or a hub name) pads: `zero` or `end`.
+
+    None where there is no tokenizer, as beside a UNet alone. Of two tokenizers the second counts, whose encoder is the
+    one that an SDXL pipeline is exported with. Raises ConfigError where it cannot be read or pads otherwise.
+    """
+    root = Path(ref)
+    if not root.is_dir():
+        if not HUB_NAME.fullmatch(ref):
+            return None
+        root = _hub_folder(ref, "the tokenizer of", ["tokenizer*/*.json", "tokenizer*/*.txt"])
+    folder = next((root / n for n in ("tokenizer_2", "tokenizer") if (root / n).is_dir()), None)
+    if folder is None:
+        return None
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except Exception as e:
+        raise ConfigError(f"the tokenizer in {folder} cannot be loaded: {_line(e)}") from None
+    if tokenizer.pad_token_id == 0:
+        return "zero"
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        return "end"
+    raise ConfigError(
+        f"the tokenizer in {folder} pads with id {tokenizer.pad_token_id}, which is neither 0 nor its end token; "
+        "captions cannot be padded so here"
+    )
 
 
 # ---- VAE -------------------------------------------------------------------------------------------

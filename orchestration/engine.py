@@ -14,6 +14,7 @@ import time
 import traceback
 from typing import Any
 
+from orchestration import planning
 from orchestration.config import Pool, RayConfig
 from orchestration.lease import Lease
 from orchestration.ledger import Ledger
@@ -53,7 +54,7 @@ def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = 
     StageError where shards were set aside or the stage cannot go on, and Stopped after SIGTERM.
     """
     with Lease(status, stage.name, stage.root, on_ray=not local) as lease:
-        folder = begin(stage, redo)
+        folder = begin(stage, redo, map if local else planning.on_ray)
         freed = sum(storage.sweep_temporaries(f) for f in (folder.root, folder.beside))
         if freed:
             log.info("%s: removed %.1f MB that processes left when they died", stage.name, freed / 1e6)

@@ -90,8 +90,9 @@ class Ledger:
             manifest = storage.read_json(storage.join(self.stage.root, MANIFEST))
         except ValueError:
             return False
-        whole = isinstance(manifest, dict) and manifest.get("format_version") == FORMAT_VERSION
-        return whole and len(manifest.get("shards", ())) == self.total
+        if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+            return False
+        return len(manifest.get("shards", ())) == self.total
 
     @property
     def empty(self) -> bool:
@@ -218,6 +219,6 @@ def _refuse_other_input(stage: Stage, task: Task, stats: dict[str, Any] | None) 
     made_from = None if stats is None else stats.get("input")
     if made_from is not None and task.input is not None and made_from != task.input:
         raise StageError(
-            f"{stage.root}: shard {shard_name(task.index)} was made from other data than lies there now; give --redo to "
-            "set this folder aside and make it anew, or set 'run' to another folder"
+            f"{stage.root}: shard {shard_name(task.index)} was made from other data than lies there now; give "
+            "--redo to set this folder aside and make it anew, or set 'run' to another folder"
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ingest import removal
+from ingest import removal, takedown
 from ingest.stage import IngestStage, with_flags
 from ingest.takedown import TakenDown, requested
 from latents import takedown as latents_takedown
@@ -33,6 +33,7 @@ from shards.layout import RunPaths
 from shards.listing import listed
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
+from shards.takeover import take_over_as_it_is
 
 log = logging.getLogger("carrara")
 
@@ -126,18 +127,26 @@ def _apply(stage: IngestStage, paths: RunPaths, count: int) -> str:
             return f"{len(shards):,} shards blanked; {count:,} pictures are out"
 
 
-def settle_latents(config: RunConfig) -> str:
-    """Blank in the latents what the images have no more; returns what was done. Cheap where nothing was taken down."""
+def settle_latents(config: RunConfig, again: bool = True) -> str:
+    """Blank in the latents what the images have no more; returns what was done.
+
+    again: look through them also where that was done for the present list: they may have been made at the same moment.
+    """
     paths = RunPaths(config.run)
     shards = listed(paths.latents, ".safetensors").committed
+    parts, mark = takedown.length(paths.run), storage.join(paths.status, "latents-taken-down.json")
     if not len(shards):
         return "none"
+    if not again and storage.read_json(mark) == {"list": parts}:
+        return "were looked through"
     (stage, _), *_ = stages.shard_stages("latents", config)
     try:
         with Lease(paths.status, stage.name, paths.latents, on_ray=False):
+            take_over_as_it_is(paths.latents, ".safetensors")
             bar = Progress("latents: take-down", len(shards), "shards")
             changed = latents_takedown.take_out(paths.latents, paths.images, bar.update)
             bar.close()
+            storage.write_json(mark, {"list": parts})
             if not changed:
                 return "hold none of them"
             done = f"{len(changed):,} shards blanked"

@@ -96,6 +96,12 @@ def _command(arguments: Sequence[str]) -> None:
         "--dry-run", nargs="?", type=int, const=0, metavar="ROWS", help="ingest: fetch nothing; look at about ROWS rows"
     )
     parser.add_argument("--retry", metavar="CODES", help="ingest: fetch failed rows again: transient, or error codes")
+    parser.add_argument(
+        "--add-changed",
+        action="store_true",
+        default=None,
+        help="ingest: where a file of the table changed, take its rows anew as further shards",
+    )
     parser.add_argument("--urls", metavar="FILE", help="remove: a file of URLs, one a line")
     parser.add_argument("--sha256", metavar="FILE", help="remove: a file of sha256 of pictures as fetched")
     parser.add_argument("--host", metavar="NAME", help="remove: all pictures of a host and those below it")
@@ -135,12 +141,19 @@ def _run(args: argparse.Namespace) -> None:
         stages.retry_ingest(config, args.retry, args.local)
         return
     for name in stages.STAGES if args.command == "all" else (args.command,):
-        stages.run(name, config, args.local, args.redo)
+        stages.run(name, config, args.local, args.redo, bool(args.add_changed))
 
 
 def _check_options(args: argparse.Namespace) -> None:
     """Options that belong to one command are refused elsewhere: a mistaken --dry-run must not begin the work."""
-    owners = {"dry_run": "ingest", "retry": "ingest", "urls": "remove", "sha256": "remove", "host": "remove"}
+    owners = {
+        "dry_run": "ingest",
+        "retry": "ingest",
+        "add_changed": "ingest",
+        "urls": "remove",
+        "sha256": "remove",
+        "host": "remove",
+    }
     for option, owner in owners.items():
         if getattr(args, option) is not None and args.command != owner:
             raise ConfigError(f"--{option.replace('_', '-')} belongs to `carrara {owner}`")

@@ -43,6 +43,15 @@ def text_ref(config: RunConfig) -> str:
     return config.clip.pretrained or storage.join(RunPaths(config.run).clip, "model")
 
 
+def text_pad(config: RunConfig) -> str | None:
+    """What follows a caption's end token: as configured, else as the tokenizer of train.start_from has it."""
+    if config.latents.text_pad is None and config.train.start_from:
+        from latents.weights import find_pad
+
+        return find_pad(config.train.start_from)
+    return config.latents.text_pad
+
+
 def pretrained(name: str, config: RunConfig) -> str | None:
     """The weights that the configuration names in place of fitting `name`; None where it is fitted or is no fit."""
     return getattr(getattr(config, name), "pretrained", None)
@@ -84,9 +93,8 @@ def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
     if name == "latents":
         from latents.stage import LatentsStage
 
-        return [
-            (LatentsStage(config.latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)
-        ]
+        latents = config.latents.model_copy(update={"text_pad": text_pad(config)})
+        return [(LatentsStage(latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)]
     if name == "eval":
         from eval.stage import stages as eval_stages
 
@@ -123,9 +131,10 @@ def report_path(config: RunConfig, checkpoint: str) -> str:
     return storage.join(RunPaths(config.run).reports, f"{checkpoint}.html")
 
 
-def run(name: str, config: RunConfig, local: bool = False, redo: bool = False) -> None:
+def run(name: str, config: RunConfig, local: bool = False, redo: bool = False, add_changed: bool = False) -> None:
     """Run one stage to its end; on Ray, which is connected to only if there is something to do.
 
+    add_changed: of ingest, take the rows of a table's file that changed anew, as further shards.
     Raises ConfigError where an input is missing, StageError, or Stopped.
     """
     if pretrained(name, config):
@@ -142,6 +151,7 @@ def run(name: str, config: RunConfig, local: bool = False, redo: bool = False) -
     else:
         stages = shard_stages(name, config)
         if name == "ingest":
+            stages = [(dataclasses.replace(s, add_changed=add_changed), pool) for s, pool in stages]  # type: ignore[type-var]
             for stage, _ in stages:
                 stage.check()  # type: ignore[attr-defined]  # opens the table and finds its columns
         work = lambda: _run_shards(name, stages, config, local, redo)  # noqa: E731
@@ -194,6 +204,12 @@ def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, 
         # Looked at once more now that the lease is let go: what was asked to be taken down meanwhile.
         while not getattr(stage, "is_current", lambda: True)():
             engine.run(stage, paths.status, config.ray, pool, local)
+    from ingest import takedown
+
+    if name in ("ingest", "latents") and takedown.length(paths.run):
+        from orchestration.remove import settle_latents
+
+        settle_latents(config, again=name == "latents")
     if name == "eval":
         from eval.stage import conclude
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import mmap
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,17 +71,81 @@ def unpack_columns(buffer: bytes | memoryview | mmap.mmap) -> tuple[dict[str, np
     head_size = int.from_bytes(view[:8], "little") if len(view) >= 8 else -1
     if not 2 <= head_size <= min(len(view) - 8, 100_000_000):
         raise ValueError("not a safetensors file, or a truncated one")
-    header = json.loads(bytes(view[8 : 8 + head_size]))
-    metadata = header.pop("__metadata__", {})
     body = view[8 + head_size :]
+    metadata, columns = _parse(bytes(view[8 : 8 + head_size]), len(body))
     arrays = {}
+    for name, (dtype, shape, begin) in columns.items():
+        end = begin + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        arrays[name] = np.frombuffer(body[begin:end], dtype=dtype).reshape(shape)
+    return arrays, metadata
+
+
+Columns = dict[str, tuple[np.dtype[Any], tuple[int, ...], int]]
+
+
+def _parse(head: bytes, size: int) -> tuple[dict[str, str], Columns]:
+    """Metadata and, by column, dtype, shape and first byte behind the header; `size` bytes lie there."""
+    header = json.loads(head)
+    metadata = header.pop("__metadata__", {})
+    columns: Columns = {}
     for name, spec in header.items():
         begin, end = spec["data_offsets"]
         dtype, shape = _DTYPES[spec["dtype"]], tuple(spec["shape"])
-        if not 0 <= begin <= end <= len(body) or end - begin != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+        if not 0 <= begin <= end <= size or end - begin != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
             raise ValueError(f"column '{name}' lies outside the file or does not fit its shape")
-        arrays[name] = np.frombuffer(body[begin:end], dtype=dtype).reshape(shape)
-    return arrays, metadata
+        columns[name] = (dtype, shape, begin)
+    return metadata, columns
+
+
+_HEAD = 32 << 10  # bytes that are read at once in the hope that they hold the whole header
+
+
+class ColumnFile:
+    """A file of columns on any store, of which rows are read as ranges of bytes. Raises ValueError where it is not one.
+
+    columns: (dtype, shape, first byte) by name. metadata: strings to strings.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        size = storage.size(url)
+        if size is None:
+            raise FileNotFoundError(url)
+        (head,) = storage.read_ranges(url, [(0, min(_HEAD, size))])
+        length = int.from_bytes(head[:8], "little") if size >= 8 else -1
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            raise ValueError("not a safetensors file, or a truncated one")
+        if len(head) < 8 + length:
+            head += storage.read_ranges(url, [(len(head), 8 + length)])[0]
+        self.metadata, self.columns = _parse(head[8 : 8 + length], size - 8 - length)
+        self.columns = {n: (dtype, shape, 8 + length + at) for n, (dtype, shape, at) in self.columns.items()}
+
+    def range(self, name: str, first: int, end: int) -> tuple[int, int]:
+        """The bytes of the rows from `first` up to `end` of a column."""
+        dtype, shape, at = self.columns[name]
+        if not 0 <= first <= end <= shape[0]:
+            raise ValueError(f"column '{name}' has {shape[0]} rows, not {end}")
+        width = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        return at + first * width, at + end * width
+
+    def array(self, name: str, data: bytes) -> np.ndarray:
+        """Rows of a column from their bytes."""
+        dtype, shape, _ = self.columns[name]
+        # Of a column whose rows are empty any bytes would do, so the number of rows is worked out by hand.
+        width = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        return np.frombuffer(data, dtype).reshape(len(data) // width if width else 0, *shape[1:])
+
+    def rows(self, parts: Sequence[tuple[str, int, int]]) -> list[np.ndarray]:
+        """For each (column, first row, end) its rows; all are asked for at once."""
+        found = storage.read_ranges(self.url, [self.range(*part) for part in parts])
+        return [self.array(name, data) for (name, _, _), data in zip(parts, found, strict=True)]
+
+    def whole(self, name: str) -> np.ndarray:
+        """All rows of a column; a scalar or a row that stands for itself keeps its shape."""
+        dtype, shape, at = self.columns[name]
+        length = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        (data,) = storage.read_ranges(self.url, [(at, at + length)])
+        return np.frombuffer(data, dtype).reshape(shape)
 
 
 COLUMN_ROW = "column_row"  # of a sidecar: int32, the row in the columns; null where a sample has none
@@ -145,65 +210,102 @@ class ColumnShard:
 
 def _length(arrays: dict[str, np.ndarray]) -> int | None:
     """How many samples the columns hold; None where no column has one row a sample."""
-    plain = [n for n in arrays if "." not in n and n not in _BY_CAPTION and not n.startswith("empty_")]
+    plain = [n for n in arrays if "." not in n and n not in BY_CAPTION and not n.startswith("empty_")]
     return len(arrays[plain[0]]) if plain else None
 
 
-_BY_CAPTION = ("embeddings", "pooled")
+# ---- latents: which rows are a sample's ----------------------------------------------------------------------------
+
+BY_CAPTION = ("embeddings", "pooled")  # one row a distinct caption, to which `embedding_index` points
 
 
-def _members(name: str, arrays: dict[str, np.ndarray], count: int) -> np.ndarray:
-    """bool [count]: which samples have a row in a column, as `keep_rows` describes it."""
-    if "." in name:
-        return (arrays["bucket"] == int(name.partition(".")[2])).any(axis=1)
-    return np.ones(count, bool)
+def column(name: str, bucket: int, buckets: int) -> str:
+    """A column of a bucket, in a dataset of so many buckets: `mean`, or `mean.3`."""
+    return name if buckets == 1 else f"{name}.{bucket}"
+
+
+def members(arrays: Mapping[str, np.ndarray], bucket: int, samples: int) -> np.ndarray:
+    """The samples, int64 ascending, whose rows the columns of a bucket hold, in their order."""
+    if "bucket" not in arrays:
+        return np.arange(samples)
+    found: np.ndarray = np.flatnonzero((arrays["bucket"] == bucket).any(axis=1))
+    return found
+
+
+def _rows(arrays: Mapping[str, np.ndarray], name: str, samples: int) -> np.ndarray:
+    """The samples, int64, that the rows of a column belong to."""
+    number = name.rpartition(".")[2]
+    of_bucket = "." in name and number.isdigit() and "bucket" in arrays
+    return members(arrays, int(number), samples) if of_bucket else np.arange(samples)
+
+
+def value_of(arrays: Mapping[str, np.ndarray], name: str, sample: int, resolution: int = 0) -> np.ndarray | None:
+    """A sample's row of a column at one of the dataset's resolutions, by its place among them; None where it is absent."""
+    if "bucket" in arrays:
+        bucket = int(arrays["bucket"][sample, resolution])
+        if f"{name}.{bucket}" in arrays:
+            row = int((arrays["bucket"][:sample] == bucket).any(axis=1).sum())
+            found: np.ndarray = arrays[f"{name}.{bucket}"][row]
+            return found
+    return arrays[name][sample] if name in arrays else None
 
 
 def samples_columns(arrays: dict[str, np.ndarray], gone: np.ndarray, living: np.ndarray) -> dict[str, np.ndarray]:
     """By column, the rows that belong to the samples `gone` alone: what is zeroed when they are taken out.
 
-    Where a sample lies (`bucket`, `embedding_index`) stays, so that the others are still found. living: the samples
-    that stay; an embedding goes when none of them has it.
+    Where a sample lies (`bucket`, `embedding_index`, `text_end.*`) stays, so that the others are still found. living:
+    the samples that stay; an embedding goes when none of them has it.
     """
     found = {}
     count = _length(arrays) or 0
-    taken = np.zeros(count, bool)
-    taken[gone] = True
+    taken, stays = np.zeros(count, bool), np.zeros(count, bool)
+    taken[gone], stays[living] = True, True
+    lost: set[int] = set()
+    kept: set[int] = set()
     for name, array in arrays.items():
-        if name in ("bucket", "embedding_index") or name.startswith("empty_"):
-            continue
-        if name in _BY_CAPTION:
-            index = arrays["embedding_index"]
-            found[name] = np.setdiff1d(index[gone], index[living])
-            continue
-        members = _members(name, arrays, count)
-        if len(array) != members.sum():
-            raise ValueError(f"column '{name}' has {len(array)} rows where there are {members.sum()} samples")
-        found[name] = np.flatnonzero(taken[members])
-    return found
+        base, _, rest = name.partition(".")
+        rows = _rows(arrays, name, count)
+        if base == "embedding_index":
+            lost.update(array[taken[rows]].tolist())
+            kept.update(array[stays[rows]].tolist())
+        elif base == "text":
+            ends = arrays["text_end." + rest]
+            found[name] = np.flatnonzero(np.repeat(taken[rows], np.diff(ends, prepend=0)))
+        elif base not in ("bucket", "text_end", *BY_CAPTION) and not name.startswith("empty_"):
+            if len(array) != len(rows):
+                raise ValueError(f"column '{name}' has {len(array)} rows where there are {len(rows)} samples")
+            found[name] = np.flatnonzero(taken[rows])
+    return found | {name: np.array(sorted(lost - kept), np.int64) for name in BY_CAPTION if name in arrays}
 
 
 def keep_rows(arrays: dict[str, np.ndarray], kept: np.ndarray, count: int) -> dict[str, np.ndarray]:
     """The columns of a latent shard with some of its samples alone. kept: int64, ascending, below `count`.
 
-    Columns hold one row a sample, but for `embeddings` and `pooled`, one a distinct caption, to which the samples'
-    `embedding_index` points; for `mean.B` and `logstd.B`, one a sample whose `bucket` holds B; and for what belongs
-    to no sample, whose names begin with `empty_`.
+    Columns hold one row a sample, those of several buckets (`mean.3`) one a sample of the bucket; but `embeddings` and
+    `pooled` one a distinct caption, to which `embedding_index` points; and what belongs to no sample, whose names begin
+    with `empty_`, is left alone.
     """
     result = {}
-    by_caption = [name for name in _BY_CAPTION if name in arrays]
     live = np.zeros(count, bool)
     live[kept] = True
+    texts: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
-        members = _members(name, arrays, count)
-        if name.startswith("empty_") or name in by_caption:
+        rows = _rows(arrays, name, count)
+        if name.startswith(("empty_", "text.")) or name in BY_CAPTION:
             result[name] = array
-        elif len(array) == members.sum():
-            result[name] = array[live[members]]
+        elif len(array) == len(rows):
+            result[name] = array[live[rows]]
         else:
-            raise ValueError(f"column '{name}' has {len(array)} rows where there are {members.sum()} samples")
-    if by_caption:
-        used, index = np.unique(result["embedding_index"], return_inverse=True)
-        result |= {name: arrays[name][used] for name in by_caption}
-        result["embedding_index"] = index.astype(arrays["embedding_index"].dtype).reshape(-1)
+            raise ValueError(f"column '{name}' has {len(array)} rows where there are {len(rows)} samples")
+        if name.startswith("text_end."):
+            length = np.diff(array, prepend=0)
+            blob = "text." + name.removeprefix("text_end.")
+            texts[blob] = arrays[blob][np.repeat(live[rows], length)]
+            texts[name] = np.cumsum(length[live[rows]]).astype(array.dtype)
+    result |= texts
+    indices = [name for name in result if name.split(".")[0] == "embedding_index"]
+    if indices:
+        used = np.unique(np.concatenate([result[name].reshape(-1) for name in indices]))
+        result |= {name: arrays[name][used] for name in BY_CAPTION if name in arrays}
+        result |= {name: np.searchsorted(used, result[name]).astype(arrays[name].dtype) for name in indices}
     return result

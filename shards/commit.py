@@ -111,7 +111,9 @@ class Folder:
         if not {"count", "rows"} <= stats.keys():
             raise ValueError("the stats of a shard need 'count' and 'rows'")
         name = shard_name(index)
-        described = {s: {"size": len(d), "sha256": digest_bytes(d)} for s, d in sorted(files.items())}
+        described: dict[str, dict[str, Any]] = {
+            s: {"size": len(d), "sha256": digest_bytes(d)} for s, d in sorted(files.items())
+        }
         record = {
             **stats,
             "shard": index,
@@ -366,8 +368,8 @@ def _set_aside(root: str, stored: Mapping[str, Any]) -> None:
     if not storage.is_local(root):
         if not empty:
             raise ConfigError(
-                f"{root}: --redo sets a folder aside by renaming it, which an object store cannot; set 'run' to another "
-                "prefix"
+                f"{root}: --redo sets a folder aside by renaming it, which an object store cannot; set 'run' to "
+                "another prefix"
             )
         storage.remove(storage.join(root, MADE_WITH))
         return

@@ -47,7 +47,7 @@ def shard_row(place: int) -> tuple[int, int]:
 
 
 def write_exclusions(root: str, tables: Iterable[pa.Table]) -> str | None:
-    """Write the exclusions of a dataset as a new file; returns its name, for `write_manifest`. None where there are none.
+    """Write the exclusions of a dataset as a new file; returns its name, for `write_manifest`, None without any.
 
     tables: columns of SCHEMA, all together in the order of (shard, row), each sample once; they are written as they
     come. winner: the place of the sample that is used instead, -1 where there is none. Raises ValueError where the

@@ -11,8 +11,8 @@ import io
 import os
 import tarfile
 import threading
-from collections.abc import Iterable
-from typing import IO, TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 STATUSES = ("success", "failed_to_download", "failed_to_resize", "filtered", "duplicate", "opted_out")
 
 MAX_PIXELS = 64_000_000
+_GAP = 16 << 10  # what may lie between two pictures that are read at once: headers, a caption, its JSON
 
 
 def pack_tar(samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[bytes, list[dict[str, tuple[int, int]]]]:
@@ -61,13 +62,15 @@ class ImageShard:
     """One image shard: captions and keys from the sidecar, pictures by offset from the tar.
 
     Positions 0 .. len-1 run over the samples that can be used: success, and not excluded since. Safe to
-    read from several threads.
+    read from several threads. columns: of the sidecar, where not all are wanted; status and the tar's among them.
     """
 
-    def __init__(self, dataset: Dataset, position: int) -> None:
+    def __init__(self, dataset: Dataset, position: int, columns: Sequence[str] | None = None) -> None:
         self.info = dataset.shards[position]
         self.url = storage.join(dataset.root, self.info.name + ".tar")
         self.table: pa.Table = dataset.sidecar(self.info.index)
+        if columns is not None:
+            self.table = self.table.select([c for c in columns if c in self.table.column_names])
         live = np.array([s == "success" for s in self.table["status"].to_pylist()], bool)
         live[dataset.excluded_rows(self.info.index)] = False
         self.rows: np.ndarray = np.flatnonzero(live)
@@ -87,11 +90,31 @@ class ImageShard:
     @property
     def captions(self) -> list[str]:
         """Captions of the samples, in order; an absent one is an empty string."""
-        return [c or "" for c in self.table["caption"].take(pa.array(self.rows)).to_pylist()]
+        return [c or "" for c in self.values("caption", np.arange(len(self)))]
+
+    def values(self, name: str, samples: np.ndarray) -> list[Any]:
+        """A column of the sidecar for some of the samples; None where there is no such column."""
+        if name not in self.table.column_names:
+            return [None] * len(samples)
+        return list(self.table[name].take(pa.array(self.rows[samples])).to_pylist())
+
+    def pictures(self, samples: np.ndarray) -> list[bytes]:
+        """The encoded pictures of these samples; where they lie together, by one read."""
+        offsets, sizes = self._offsets[samples], self._sizes[samples]
+        if len(samples) == 0:
+            return []
+        first, end = int(offsets.min()), int((offsets + sizes).max())
+        if end - first > 2 * int(sizes.sum()) + _GAP * len(samples):
+            return storage.read_ranges(self.url, [(int(o), int(o + n)) for o, n in zip(offsets, sizes, strict=True)])
+        (data,) = storage.read_ranges(self.url, [(first, end)])
+        return [data[o - first : o - first + n] for o, n in zip(offsets.tolist(), sizes.tolist(), strict=True)]
 
     def image_bytes(self, i: int) -> bytes:
         """The encoded picture of sample `i`."""
         offset, size = int(self._offsets[i]), int(self._sizes[i])
+        if self._file is None and not storage.is_local(self.url):
+            # A file object of an object store reads ahead by many times a picture.
+            return storage.read_ranges(self.url, [(offset, offset + size)])[0]
         with self._lock:
             if self._file is None:
                 self._file = storage.open_read(self.url)

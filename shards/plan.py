@@ -251,10 +251,12 @@ def grow(
             bar.set_postfix(rows=f"{rows:,}", refresh=False)
             bar.update(1)
             since += 1
-            if since == files_a_part:
+            if since >= files_a_part and not any(g.taking_over for g in growing):
                 for g in growing:
                     g.flush()
                 since = 0
+        for g in growing:
+            g.refuse_lost(add_changed, stored)
         for g in growing:
             g.flush()
     said = [sentence for g in growing for sentence in (*g.said, *g.gone())]
@@ -277,6 +279,7 @@ class _Growing:
         self.split, self.root = split, root
         plan = read(root)
         self.parts, self.number = plan.parts, plan.next_number
+        self.first = self.number
         self.known: dict[str, list[Line]] = {}
         # A range that the plan knows from a file that is gone is that shard: files may be renamed.
         self.orphans: dict[bytes, list[Line]] = {}
@@ -355,6 +358,30 @@ class _Growing:
             self.said.append(f"{name}: written again with the same rows")
         if not found:
             self.blank[file] = mark
+
+    @property
+    def taking_over(self) -> bool:
+        """Whether shards of an earlier version wait for their rows to be found; until then nothing is written."""
+        return any(line.file == BEFORE for lines in self.orphans.values() for line in lines)
+
+    def refuse_lost(self, add_changed: bool, stored: Stored) -> None:
+        """Raise ConfigError, unless that is agreed, where the table has no longer the rows that an earlier version's
+        shards were made of, and has others."""
+        lost = [line for lines in self.orphans.values() for line in lines if line.file == BEFORE]
+        new = self.number - self.first
+        if not lost or not new or add_changed:
+            return
+        shards = sorted(line.shard for line in lost)
+        committed, samples = stored(self.split, shards)
+        if committed:
+            raise ConfigError(
+                f"{len(lost)} shards that an earlier version made ({shard_name(shards[0])} to "
+                f"{shard_name(shards[-1])}, {samples:,} pictures) were made of other rows than the table has now, and "
+                f"it makes {new} new ones. "
+                "Nothing was touched. Put the table back as it was, and give new rows as a file of their own; or take "
+                "its rows anew, as further shards, with --add-changed: what is stored stays, and a row that is there "
+                "twice counts as a duplicate"
+            )
 
     def flush(self) -> None:
         """Create the next part, if there is anything to say."""

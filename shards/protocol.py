@@ -95,7 +95,8 @@ def _end(names: Names, ready: str, beside: Any, codec: Codec) -> Steps:
         there = yield ("read", names.stats)
         if there is None or codec.born(there) != codec.born(stats):
             raise TryAgain(
-                f"{names.stats}: is not of the {names.large} that was created now; somebody deleted or wrote one of them"
+                f"{names.stats}: is not of the {names.large} that was created now; somebody deleted or wrote one of "
+                "them"
             )
         stats = there
     yield ("remove", ready)
@@ -114,8 +115,9 @@ def sweep(names: Names) -> Steps:
 def blank(names: Names, sidecar: str, edit: Callable[[Any, Any, Any], tuple[Any, Any, Any, str]]) -> Steps:
     """Take samples out of a committed shard where they lie; returns the stats, None where it is not committed.
 
-    edit(large, sidecar, stats) gives all three as they are to be, and the digest of the first: sizes and offsets of the large file stay, so that
-    any mixture of old and new files fits. The sidecar comes last, since it says what is still to be done.
+    edit(large, sidecar, stats) gives all three as they are to be, and the digest of the first. Sizes and offsets of the
+    large file stay, so that any mixture of old and new files fits. The sidecar comes last, since it says what is still
+    to be done.
     """
     stats = yield ("read", names.stats)
     if stats is None:

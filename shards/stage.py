@@ -32,8 +32,8 @@ class Stage(Protocol):
     """A stage over shards.
 
     One whose manifest holds what was worked out over the whole run may have two methods more: `is_current() -> bool`,
-    whether that was done with the present settings, and `begin(redo: bool)`, called under the lease in the place of
-    `begin` below. One whose worker may be called from several threads may say how many shards it wants at a
+    whether that was done with the present settings, and `begin(redo: bool, each)`, called under the lease in the
+    place of `begin` below. One whose worker may be called from several threads may say how many shards it wants at a
     time (`in_hand`). Stats that hold `encode_seconds` and `wait_seconds` are summed up beside the progress bar.
     """
 
@@ -75,11 +75,14 @@ class Stage(Protocol):
         ...
 
 
-def begin(stage: Stage, redo: bool = False) -> Folder:
-    """Make a stage's folder ready, or set one aside that was made with something else; under the lease."""
+def begin(stage: Stage, redo: bool = False, each: Callable[..., Iterable[Any]] = map) -> Folder:
+    """Make a stage's folder ready, or set one aside that was made with something else; under the lease.
+
+    each: like the built-in map, for a stage that has a plan to make (shards/plan.py: Each).
+    """
     own = getattr(stage, "begin", None)
     if own is not None:
-        own(redo)
+        own(redo, each)
     folder = Folder.begin(stage.root, stage.made_with(), stage.data, redo=redo and own is None, take_over=True)
     folder.sweep()
     return folder
@@ -102,8 +105,8 @@ def refuse_other_settings(stage: Stage) -> None:
     changes = ["not begun"] if stored is None else stage.made_with().differs(made_with_of(stored))
     if changes:
         raise StageError(
-            f"{stage.root}: was made with other settings or weights than there are now ({'; '.join(changes)}); put them "
-            "back, or run with --redo"
+            f"{stage.root}: was made with other settings or weights than there are now ({'; '.join(changes)}); put "
+            "them back, or run with --redo"
         )
 
 

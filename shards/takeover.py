@@ -37,8 +37,9 @@ OLD_NAMES = [
 
 def is_old(root: str) -> bool:
     """Whether a folder without `made_with.json` holds shards of format 1: the first stats file says it."""
-    name = next((n for n in storage.list_names(root) if (w := number_of(n)) is not None and w[1] == STATS), None)
-    if name is None:
+    names = storage.list_names(root)
+    name = next((n for n in names if (w := number_of(n)) is not None and w[1] == STATS), None)
+    if name is None or "made_with.json" in names:
         return False
     try:
         stats = storage.read_json(storage.join(root, name))
@@ -49,12 +50,26 @@ def is_old(root: str) -> bool:
     )
 
 
+def old_digests(root: str) -> dict[int, str]:
+    """By shard number, what a manifest of format 1 called its digest: what later stages then took for their input. Of the
+    manifest of before the folder was taken over, where it was. Empty where there is none."""
+    for name in (OLD_MANIFEST, "dataset.json"):
+        try:
+            manifest = storage.read_json(storage.join(root, name))
+        except ValueError:
+            manifest = None
+        if isinstance(manifest, dict) and manifest.get("format_version") == 1:
+            return {s["index"]: s["digest"] for s in manifest["shards"]}
+    return {}
+
+
 def take_over(root: str, made_with: Fingerprint, data: str, redo: bool = False) -> None:
-    """Take over a folder of format 1; under the lease. Raises ConfigError where it cannot be, and changes nothing then."""
+    """Take over a folder of format 1; under the lease. Raises ConfigError, and changes nothing, where it cannot be."""
     from shards.commit import write_made_with
     from shards.dataset import MANIFEST, read_stats_of
 
-    waiting = [n for n in storage.list_names(storage.join(root, ".staged")) if n.endswith((STATS, "pending.json"))]
+    # A pending.json alone was left behind by every take-down that found nothing.
+    waiting = [n for n in storage.list_names(storage.join(root, ".staged")) if n.endswith(STATS)]
     if waiting:
         raise ConfigError(
             f"{root}/.staged: an older version was rewriting shards here ({waiting[0]}); finish it with that version, "
@@ -93,6 +108,14 @@ def take_over(root: str, made_with: Fingerprint, data: str, redo: bool = False) 
     parts = first["parts"] if first else {k: getattr(made_with, k) for k in ("stage", "version", "settings", "weights")}
     write_made_with(root, Fingerprint(**parts, input=made_with.input), data, taken_over_from=1)
     log.info("%s: %d shards of an older version are taken over", root, len(there.committed))
+
+
+def take_over_as_it_is(root: str, data: str) -> None:
+    """Take over a folder of format 1 with the settings it was made with, whatever those of today: for a take-down."""
+    from shards.commit import read_made_with
+
+    if read_made_with(root) is None and is_old(root):
+        take_over(root, Fingerprint("", 0, {}), data, redo=True)
 
 
 def _move_aside(root: str, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether what was committed still lies there: missing files and wrong sizes by one listing, changed bytes by sha256."""
+"""Whether what was committed still lies there: missing files and wrong sizes by a listing, changed bytes by sha256."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from shards.fingerprint import digest_file, digest_json
-from shards.settings import ConfigError
-from train.config import AdapterConfig
+from shards.settings import ConfigError, StageError
+from train.config import AdapterConfig, TextEncoderConfig, TrainConfig
 from train.order import derive_key
 
 log = logging.getLogger("carrara.train")
@@ -30,6 +30,11 @@ KINDS = {
 }
 # The convolutions of a UNet's residual blocks and of its down- and upsamplers, by the ends of their names.
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+
+
+KOHYA = "kohya.safetensors"
+KOHYA_PREFIXES = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1", "lora_te2")}
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +129,39 @@ def load_unet(ref: str) -> Any:
         raise ConfigError(f"train.start_from: the UNet in {found.folder} cannot be loaded: {line}") from None
 
 
-def check_prediction(ref: str, prediction: str) -> None:
-    """Warn where a pipeline says of itself that it predicts something else than it is now trained to predict."""
+def check_process(ref: str, config: TrainConfig) -> None:
+    """Warn where a pipeline says of itself that it predicts something else, or was trained on another process of noise,
+    than it is now trained on: its output would have to be learned anew."""
     file = find_unet(ref).folder.parent / "scheduler" / "scheduler_config.json"
-    if file.is_file():
-        stored = json.loads(file.read_bytes()).get("prediction_type", "epsilon")
-        if stored != prediction:
+    if not file.is_file():
+        return
+    try:
+        stored = json.loads(file.read_bytes())
+    except ValueError:
+        stored = None
+    if not isinstance(stored, dict):
+        raise ConfigError(f"train.start_from: {file} is not the configuration of a scheduler; save the pipeline again")
+    flow = config.prediction_type == "flow_prediction"
+    zero = bool(stored.get("rescale_betas_zero_snr", False))
+    # Their names in the scheduler's configuration, its defaults, and what is now asked for.
+    said: list[tuple[str, Any, Any]] = [
+        ("prediction_type", stored.get("prediction_type", "epsilon"), config.prediction_type)
+    ]
+    if not flow and said[0][1] != "flow_prediction":
+        said.append(("zero_terminal_snr", zero, config.zero_terminal_snr))
+        said.append(("num_train_timesteps", stored.get("num_train_timesteps", 1000), config.num_train_timesteps))
+        if stored.get("trained_betas") is None:
+            said.append(("beta_schedule", stored.get("beta_schedule", "linear"), config.beta_schedule))
+            if stored.get("beta_schedule", "linear") != "squaredcos_cap_v2":
+                said.append(("beta_start", stored.get("beta_start", 0.0001), config.beta_start))
+                said.append(("beta_end", stored.get("beta_end", 0.02), config.beta_end))
+    elif flow and "shift" in stored:
+        said.append(("snr_shift", stored["shift"], config.snr_shift))
+    for name, theirs, ours in said:
+        if theirs != ours:
             log.warning(
-                "train.prediction_type is %s, but %s says that it predicts %s; it will have to learn anew what its "
-                "output means", prediction, ref, stored,
+                "train.%s is %s, but %s says that it was trained with %s; what its output means will have to be "
+                "learned anew", name, ours, ref, theirs,
             )  # fmt: skip
 
 
@@ -156,40 +185,221 @@ def peft_config(config: AdapterConfig) -> Any:
     """peft's own configuration of this adapter."""
     from peft import LoHaConfig, LoKrConfig, LoraConfig
 
-    targets = [*config.targets, *(CONVOLUTIONS if config.convolutions else ())]
+    convolutions = config.convolutions or config.kind == "locon"
+    targets = [*config.targets, *(CONVOLUTIONS if convolutions else ())]
     alpha = config.rank if config.alpha is None else config.alpha
-    if config.kind == "lora":
-        return LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True)
+    if config.is_lora:
+        return LoraConfig(
+            r=config.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True, use_dora=config.dora
+        )
     kind = LoHaConfig if config.kind == "loha" else LoKrConfig
     return kind(r=config.rank, alpha=alpha, target_modules=targets, init_weights=True)
+
+
+def learning_text(text: Any, projected: bool, config: TextEncoderConfig, seed: int) -> Any:
+    """transformers' model of a text tower (TextEncoder), which learns: all of it, or the updates of its attention."""
+    import torch
+    from peft import inject_adapter_in_model
+
+    from train.text_export import clip_text_model
+
+    model = clip_text_model(text, projected=projected)
+    if config.kind == "full":
+        # The positions and words of a caption learn too, as in diffusers' script for DreamBooth.
+        return model.requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_key("init", "text adapter", seed) >> 1)
+        inject_adapter_in_model(text_peft_config(config), model)
+    return model
+
+
+def text_peft_config(config: TextEncoderConfig) -> Any:
+    """peft's own configuration of a text encoder's LoRA, on the four projections that diffusers' script adapts."""
+    from peft import LoraConfig
+
+    alpha = config.rank if config.alpha is None else config.alpha
+    return LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=list(TEXT_TARGETS), init_lora_weights=True)
+
+
+def tuned_text(encoder: Any, learned: dict[str, Any], config: TextEncoderConfig, where: str) -> Any:
+    """transformers' text encoder with learned updates in it, in place; StageError where it lacks what they change."""
+    import torch
+    from peft import inject_adapter_in_model
+
+    with torch.random.fork_rng(devices=[]):
+        inject_adapter_in_model(text_peft_config(config), encoder)
+    loaded = encoder.load_state_dict(learned, strict=False)
+    if loaded.unexpected_keys:
+        raise StageError(f"{where} holds {loaded.unexpected_keys[0]}, which the text encoder of the latents lacks")
+    return encoder
 
 
 def merge(unet: Any) -> Any:
     """The plain UNet2DConditionModel with the updates added to its weights."""
     from diffusers import UNet2DConditionModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for module in unet.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-    weights = {}
-    for name, value in unet.state_dict().items():
-        if ".base_layer." in name:
-            weights[name.replace(".base_layer.", ".")] = value
-        elif not any(part in name for part in (".lora_", ".hada_", ".lokr_")):
-            weights[name] = value
     plain = UNet2DConditionModel.from_config({k: v for k, v in dict(unet.config).items() if not k.startswith("_")})
-    plain.load_state_dict(weights)
+    plain.load_state_dict(merged_weights(unet))
     return plain
 
 
-def save_lora(weights: dict[str, Any], config: AdapterConfig, folder: Path) -> None:
-    """`pytorch_lora_weights.safetensors`, which diffusers' load_lora_weights takes, with the alpha beside it."""
-    from diffusers import StableDiffusionPipeline
+def merged_weights(model: Any) -> dict[str, Any]:
+    """A model's state dict as it was before updates were added to its layers, with them in its weights; unmerged then.
 
-    metadata = {k: v for k, v in peft_config(config).to_dict().items() if not k.startswith("_")}
-    metadata["target_modules"] = sorted(metadata["target_modules"])
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
+    The names and shapes are those of the plain model.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in layers:
+        layer.merge()
+    weights = {}
+    for name, value in model.state_dict().items():
+        if ".base_layer." in name:
+            weights[name.replace(".base_layer.", ".")] = value.clone()
+        elif not any(part in name for part in (".lora_", ".hada_", ".lokr_")):
+            weights[name] = value.clone()
+    return weights
+
+
+def save_lora(
+    unet: dict[str, Any], config: AdapterConfig | None, text: dict[str, Any], text_config: TextEncoderConfig | None,
+    sized: bool, folder: Path,
+) -> None:  # fmt: skip
+    """`pytorch_lora_weights.safetensors`, which diffusers' load_lora_weights takes, with the alphas beside them.
+
+    unet, text: the updates of either under peft's names; empty where there are none. sized: of an SDXL pipeline, whose
+    text encoder is its second.
+    """
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    given: dict[str, Any] = {}
+    if unet:
+        assert config is not None
+        given |= {"unet_lora_layers": unet, "unet_lora_adapter_metadata": _metadata(peft_config(config))}
+    if text:
+        assert text_config is not None
+        part = "text_encoder_2" if sized else "text_encoder"
+        given |= {
+            f"{part}_lora_layers": text,
+            f"{part}_lora_adapter_metadata": _metadata(text_peft_config(text_config)),
+        }
+    (StableDiffusionXLPipeline if sized else StableDiffusionPipeline).save_lora_weights(folder, **given)
+    if not (config and config.dora):  # kohya's DoRA measures magnitudes along the other axis
+        save_kohya(unet, config, text, text_config, sized, folder / KOHYA)
+
+
+def save_kohya(
+    unet: dict[str, Any], config: AdapterConfig | None, text: dict[str, Any], text_config: TextEncoderConfig | None,
+    sized: bool, file: Path,
+) -> None:  # fmt: skip
+    """The same in the names of kohya's scripts, which AUTOMATIC1111's and most other programs read, with the alphas."""
+    import torch
+    from safetensors.torch import save_file
+
+    out: dict[str, Any] = {}
+    for prefix, values, settings in (
+        ("lora_unet", unet, config),
+        ("lora_te2" if sized else "lora_te", text, text_config),
+    ):
+        if not values or settings is None:
+            continue
+        alpha = float(settings.rank if settings.alpha is None else settings.alpha)
+        for name, value in values.items():
+            if prefix != "lora_unet" and not name.startswith(("text_model.", "text_projection.")):
+                name = f"text_model.{name}"  # as transformers named it before its version 5
+            layer, _, part = name.rpartition(".lora_")
+            key = f"{prefix}_{layer.replace('.', '_')}"
+            out[f"{key}.lora_{'down' if part.startswith('A') else 'up'}.weight"] = value
+            out[f"{key}.alpha"] = torch.tensor(alpha, dtype=value.dtype)
+    save_file(out, file, metadata={"ss_network_module": "networks.lora"})
+
+
+def load_lora(file: str, unet: Any, text: Any = None) -> None:
+    """Put a LoRA file's updates into a UNet, and a text encoder, that have updates of that rank, in place.
+
+    The file has kohya's, diffusers' or peft's names. Its alphas are folded in, so that it begins as what the file is.
+    Raises ConfigError where it cannot be read or is of other layers or ranks.
+    """
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+    from peft.tuners.lora import LoraLayer
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        raw = load_file(file)
+        found, _ = StableDiffusionPipeline.lora_state_dict(dict(raw), unet_config=unet.config)
+    except (OSError, SafetensorError, ValueError, KeyError) as e:
+        line = " ".join(str(e).split())[:200]
+        raise ConfigError(f"train.adapter.start_from: {file} cannot be read as a LoRA: {line}") from None
+    kohyas = {k.removesuffix(".alpha"): float(v) for k, v in raw.items() if k.endswith(".alpha")}
+    stored = _stored_alphas(file)
+    if not any(k.startswith(("unet.", "text_encoder")) for k in found):
+        raise ConfigError(f"train.adapter.start_from: {file} holds no LoRA of a Stable Diffusion model")
+    if text is None and any(k.startswith("text_encoder") for k in found):
+        raise ConfigError(
+            f"train.adapter.start_from: {file} changes the text encoder too; set train.text_encoder to {{kind: lora}}"
+        )
+    for part, model, convert in (
+        ("unet", unet, convert_unet_state_dict_to_peft),
+        ("text_encoder", text, convert_state_dict_to_peft),
+    ):
+        mine = {k.partition(".")[2]: v for k, v in found.items() if k.partition(".")[0].removesuffix("_2") == part}
+        if model is None or not mine:
+            continue
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        values = mine if any(".lora_A." in k for k in mine) else convert(mine)
+        wanted = {}
+        for name, value in values.items():
+            layer, _, rest = name.rpartition(".lora_")
+            known = layer if layer in layers else layer.removeprefix("text_model.")
+            target = f"{known}.lora_{rest.removesuffix('.weight')}.default.weight"
+            if known not in layers:
+                raise ConfigError(
+                    f"train.adapter.start_from: {file} changes {layer}, which train.adapter leaves as it is"
+                )
+            if rest.startswith("B"):
+                rank = value.shape[1]
+                alpha = stored.get(part, float(rank))
+                if kohyas:
+                    names = [f"{p}_{layer.replace('.', '_')}" for p in KOHYA_PREFIXES[part]]
+                    alpha = next((kohyas[n] for n in names if n in kohyas), alpha)
+                value = value.float() * (alpha / rank / layers[known].scaling["default"])
+            wanted[target] = value.float()
+        state = model.state_dict()
+        for name, value in wanted.items():
+            if name not in state or value.numel() != state[name].numel():
+                has = f"of shape {tuple(state[name].shape)}" if name in state else "not there"
+                raise ConfigError(
+                    f"train.adapter.start_from: {name} of {file} has the shape {tuple(value.shape)}, and here it is "
+                    f"{has}; set train.adapter.rank and dora as the file has them"
+                )
+        missing = {n for n in state if ".lora_" in n} - wanted.keys()
+        if missing:
+            raise ConfigError(
+                f"train.adapter.start_from: {file} has no {min(missing)}, which train.adapter learns; name its layers "
+                "with targets and convolutions"
+            )
+        model.load_state_dict({n: v.reshape(state[n].shape) for n, v in wanted.items()}, strict=False)
+
+
+def _stored_alphas(file: str) -> dict[str, float]:
+    """Of a file that diffusers saved: lora_alpha by part, from its metadata."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as f:
+        text = (f.metadata() or {}).get("lora_adapter_metadata")
+    try:
+        stored = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return {k.removesuffix(".lora_alpha").removesuffix("_2"): v for k, v in stored.items() if k.endswith(".lora_alpha")}
+
+
+def _metadata(config: Any) -> dict[str, Any]:
+    found = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+    return {**found, "target_modules": sorted(found["target_modules"])}
 
 
 def save_peft(weights: dict[str, Any], config: AdapterConfig, folder: Path) -> None:

@@ -7,37 +7,41 @@ name here and so cannot be set.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+import enum
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from shards.settings import ConfigError, Strict
 
-# Settings that say where and how fast the work happens, or what is kept of it, but not what comes out.
-# (Another number of ranks changes the order of floating-point sums, hence the last bits, but no sample.)
-OPERATIONAL = (
-    "micro_batch_size",
-    "zero_stage",
-    "ranks",
-    "threads",
-    "checkpoint_every_images",
-    "keep_checkpoints",
-    "log_every_images",
-    "keep_hours",
-    "keep_every_images",
-    "channels_last",
-    "activation_checkpointing",
-    "compile",
-    "offload",
-    "prefetch",
-    "cache_bytes",
-    "licence",
-    "validation",
-    "samples",
-)
 
-# Settings that came after runs had been made without them, to which their absence means what null means.
-LATER = ("batch_by_area", "captions")
+class Kind(enum.Enum):
+    """What it means to change a setting of a run that has begun; a field without one of these is part of what the run
+    is, and cannot be changed."""
+
+    FROM_HERE_ON = "from here on"  # it may be changed by consent (--adopt), for what is still to come
+    OPERATIONAL = "operational"  # where and how fast the work happens, and what is kept of it; free at any time
+    # (Another number of ranks changes the order of floating-point sums, hence the last bits, but no sample.)
+
+
+T = TypeVar("T")
+FromHereOn = Annotated[T, Kind.FROM_HERE_ON]
+Operational = Annotated[T, Kind.OPERATIONAL]
+
+
+def kind_of(config: type[BaseModel], name: str) -> Kind | None:
+    """The kind of a setting; None where it is part of what a run is."""
+    field = config.model_fields.get(name)
+    return next((m for m in field.metadata if isinstance(m, Kind)), None) if field else None
+
 
 STAGES = ("autoencoder", "clip", "train")
 
@@ -45,62 +49,105 @@ STAGES = ("autoencoder", "clip", "train")
 class FitConfig(Strict):
     """What every fit has. All sizes and intervals are in images; rates are per step."""
 
-    images: int = Field(ge=1, description="images to see in total; the clock of everything else")
-    batch_size: int = Field(ge=1, description="the GLOBAL batch of one optimizer step, over all ranks")
-    micro_batch_size: int | None = Field(
+    images: FromHereOn[int] = Field(ge=1, description="images to see in total; the clock of everything else")
+    batch_size: FromHereOn[int] = Field(ge=1, description="the GLOBAL batch of one optimizer step, over all ranks")
+    micro_batch_size: Operational[int | None] = Field(
         default=None, ge=1, description="what one rank computes at once; the rest of its share is accumulated"
     )
-    learning_rate: float = Field(default=1e-4, gt=0, le=1)
-    warmup_images: int = Field(default=0, ge=0, description="linear from 0 to learning_rate")
-    schedule: Literal["cosine", "constant"] = "cosine"
-    final_fraction: float = Field(default=0.0, ge=0, le=1, description="cosine ends at this share of learning_rate")
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0, description="decoupled; not on biases, norms and scalars")
-    grad_clip: float | None = Field(default=1.0, gt=0, description="largest global gradient norm; null for none")
-    ema_halflife_images: int = Field(
+    learning_rate: FromHereOn[float] = Field(default=1e-4, gt=0, le=1)
+    warmup_images: FromHereOn[int] = Field(default=0, ge=0, description="linear from 0 to learning_rate")
+    schedule: FromHereOn[Literal["cosine", "constant", "wsd"]] = Field(
+        default="cosine", description="wsd: constant, and down over the last cooldown_images; a run may be made longer"
+    )
+    final_fraction: FromHereOn[float] = Field(
+        default=0.0, ge=0, le=1, description="cosine and wsd end at this share of learning_rate"
+    )
+    cooldown_images: FromHereOn[int | None] = Field(
+        default=None, ge=0, description="over how many images wsd goes down; null: a fifth of images"
+    )
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = Field(
+        default="adamw",
+        description="muon: for the blocks' matrices, AdamW for the rest; adamw8bit: moments in 8 bits (bitsandbytes)",
+    )
+    betas: FromHereOn[tuple[float, float]] = (0.9, 0.99)
+    eps: FromHereOn[float] = Field(default=1e-8, gt=0)
+    weight_decay: FromHereOn[float] = Field(
+        default=0.01, ge=0, description="decoupled; not on biases, norms and scalars"
+    )
+    grad_clip: FromHereOn[float | None] = Field(
+        default=1.0, gt=0, description="largest global gradient norm; null for none"
+    )
+    ema_halflife_images: FromHereOn[int] = Field(
         default=500_000, ge=1, description="images after which a weight in the EMA has halved"
     )
-    ema_rampup: float | None = Field(
+    ema_rampup: FromHereOn[float | None] = Field(
         default=0.05, gt=0, le=1, description="early on the half-life is at most this share of the images seen"
     )
     ema_stds: tuple[float, ...] = Field(
         default=(), description="further EMAs by relative standard deviation, for lengths chosen afterwards (EDM2)"
     )
-    spike_sigmas: float | None = Field(
+    spike_sigmas: FromHereOn[float | None] = Field(
         default=None, gt=0, description="skip a step whose loss or gradient norm lies so many deviations above the mean"
     )
-    max_skips: int = Field(
+    max_skips: FromHereOn[int] = Field(
         default=10, ge=1, description="skipped steps in a row after which the weights go back to the last checkpoint"
     )
-    max_rollbacks: int = Field(default=3, ge=0, description="how often they may go back before the run ends")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="arithmetic under autocast; weights, moments and EMA are always fp32"
+    max_rollbacks: FromHereOn[int] = Field(
+        default=3, ge=0, description="how often they may go back before the run ends"
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(default=1, description="what DeepSpeed shares out over the ranks")
-    ranks: int = Field(
+    precision: FromHereOn[Literal["auto", "fp32", "bf16", "fp16"]] = Field(
+        default="auto",
+        description="arithmetic under autocast; weights, moments and EMA are always fp32. auto: bf16 where the device "
+        "has it, else fp32",
+    )
+    zero_stage: Operational[Literal[0, 1, 2, 3]] = Field(
+        default=1, description="what DeepSpeed shares out over the ranks"
+    )
+    ranks: Operational[int] = Field(
         default=1, ge=1, description="processes that `carrara` starts (launchers bring their own number)"
     )
-    threads: int | None = Field(default=None, ge=1, description="CPU threads a rank; null: the cores shared out evenly")
-    checkpoint_every_images: int = Field(default=1_000_000, ge=1)
-    keep_checkpoints: int = Field(default=3, ge=2, description="how many of the newest are kept (two at least)")
-    keep_hours: float | None = Field(default=None, gt=0, description="keep also those younger than this")
-    keep_every_images: int | None = Field(
+    threads: Operational[int | None] = Field(
+        default=None, ge=1, description="CPU threads a rank; null: the cores shared out evenly"
+    )
+    checkpoint_every_images: Operational[int] = Field(default=1_000_000, ge=1)
+    keep_checkpoints: Operational[int] = Field(
+        default=3, ge=2, description="how many of the newest are kept (two at least)"
+    )
+    keep_hours: Operational[float | None] = Field(default=None, gt=0, description="keep also those younger than this")
+    keep_every_images: Operational[int | None] = Field(
         default=None, ge=1, description="keep for ever the first at or after each multiple of this"
     )
-    log_every_images: int = Field(default=10_000, ge=1)
-    channels_last: bool = Field(
+    log_every_images: Operational[int] = Field(default=10_000, ge=1)
+    channels_last: Operational[bool] = Field(
         default=False, description="activations in NHWC; the weights lie in DeepSpeed's flat buffers either way"
     )
-    activation_checkpointing: bool = Field(
+    activation_checkpointing: Operational[bool] = Field(
         default=False, description="compute activations again in the backward pass: less memory, a third more work"
     )
-    compile: bool = Field(default=False, description="torch.compile the model; pays on a GPU after its first minute")
-    offload: Literal["none", "cpu"] = Field(
+    compile: Operational[bool | Literal["blocks"]] = Field(
+        default=False,
+        description="torch.compile: true for the whole model, once for each shape of pictures; blocks for its repeated "
+        "blocks, once for all shapes",
+    )
+    hang_s: Operational[float] = Field(
+        default=1800.0, gt=0, description="a step that takes longer ends the run, with the stacks of all ranks"
+    )
+    offload: Operational[Literal["none", "cpu"]] = Field(
         default="none", description="cpu: moments, EMA and fp32 weights live in main memory (zero_stage 1 and above)"
     )
-    shuffle_window: int = Field(default=16, ge=1, description="shards whose rows are mixed with one another")
-    prefetch: int = Field(default=3, ge=1, le=64, description="micro-batches made ahead of the loop")
+    streams: int | None = Field(
+        default=None,
+        ge=1,
+        le=65536,
+        description="into how many streams the samples are cut, each read by one rank; null: by the data's size",
+    )
+    window: int | None = Field(
+        default=None,
+        ge=1,
+        le=65536,
+        description="rows of a stream that are read, and mixed, together; null: about 2 MiB, at most 256",
+    )
+    prefetch: Operational[int] = Field(default=3, ge=1, le=64, description="micro-batches made ahead of the loop")
 
     @field_validator("betas")
     @classmethod
@@ -133,7 +180,23 @@ class FitConfig(Strict):
             raise ValueError("offload needs zero_stage 1 or above: without ZeRO DeepSpeed ignores it")
         if self.compile and self.zero_stage == 3:
             raise ValueError("compile cannot go with zero_stage 3, whose hooks break its graph; use 1 or 2")
+        if self.optimizer != "adamw" and self.offload != "none":
+            raise ValueError(f"optimizer {self.optimizer} cannot go with offload; set one of them")
+        if self.cooldown_images is not None and self.schedule != "wsd":
+            raise ValueError(f"cooldown_images is wsd's; the schedule is {self.schedule}")
+        if self.cooldown + self.warmup_images > self.images:
+            raise ValueError(
+                f"warmup_images ({self.warmup_images}) and cooldown_images ({self.cooldown}) are longer than images "
+                f"({self.images})"
+            )
         return self
+
+    @property
+    def cooldown(self) -> int:
+        """Over how many images the rate of `wsd` goes down; 0 under another schedule."""
+        if self.schedule != "wsd":
+            return 0
+        return self.images // 5 if self.cooldown_images is None else self.cooldown_images
 
     @property
     def steps(self) -> int:
@@ -142,40 +205,44 @@ class FitConfig(Strict):
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide what comes out, for the fingerprint."""
-        found = self.model_dump(mode="json", exclude=set(OPERATIONAL))
-        return {k: v for k, v in found.items() if v is not None or k not in LATER}
+        free = {name for name in type(self).model_fields if kind_of(type(self), name) is Kind.OPERATIONAL}
+        return self.model_dump(mode="json", exclude=free)
 
 
 class AutoencoderConfig(FitConfig):
     """A diffusers AutoencoderKL: mean absolute and squared error, and KL, as in latent diffusion (Rombach 2022)."""
 
     pretrained: str | None = Field(default=None, description="weights to use instead; then nothing is fitted")
-    images: int = Field(default=1_000_000, ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    resolution: int = Field(default=256, ge=8, le=2048, description="pictures are fitted to this square, in pixels")
+    images: FromHereOn[int] = Field(default=1_000_000, ge=1)
+    batch_size: FromHereOn[int] = Field(default=64, ge=1)
+    resolution: FromHereOn[int] = Field(
+        default=256, ge=8, le=2048, description="pictures are fitted to this square, in pixels"
+    )
     model: dict[str, Any] = Field(default_factory=dict, description="arguments of diffusers.AutoencoderKL")
     initialisation: Literal["torch", "thumbnail"] = Field(
         default="torch", description="thumbnail: begins as 'shrink, enlarge' and needs far fewer pictures"
     )
-    l1_weight: float = Field(default=1.0, ge=0)
-    mse_weight: float = Field(default=0.0, ge=0)
-    kl_weight: float = Field(default=1e-6, ge=0, description="times the KL in nats, per value of the picture")
-    cache_bytes: int = Field(default=1 << 30, ge=0, description="decoded pictures kept in memory, a rank")
+    l1_weight: FromHereOn[float] = Field(default=1.0, ge=0)
+    mse_weight: FromHereOn[float] = Field(default=0.0, ge=0)
+    kl_weight: FromHereOn[float] = Field(
+        default=1e-6, ge=0, description="times the KL in nats, per value of the picture"
+    )
+    cache_bytes: Operational[int] = Field(default=1 << 30, ge=0, description="decoded pictures kept in memory, a rank")
 
 
 class ClipConfig(FitConfig):
     """An open_clip model, fitted with CLIP's contrastive loss over the global batch (Radford 2021)."""
 
     pretrained: str | None = Field(default=None, description="weights to use instead; then nothing is fitted")
-    images: int = Field(default=1_000_000, ge=1)
-    batch_size: int = Field(default=256, ge=2)
+    images: FromHereOn[int] = Field(default=1_000_000, ge=1)
+    batch_size: FromHereOn[int] = Field(default=256, ge=2)
     model: dict[str, Any] = Field(
         default_factory=dict, description="open_clip's model_cfg: embed_dim, vision_cfg, text_cfg"
     )
     initialisation: Literal["open_clip", "spread"] = Field(
         default="open_clip", description="spread: words begin far apart, so that a short fit does not blur them"
     )
-    cache_bytes: int = Field(default=1 << 30, ge=0, description="decoded pictures kept in memory, a rank")
+    cache_bytes: Operational[int] = Field(default=1 << 30, ge=0, description="decoded pictures kept in memory, a rank")
 
     @model_validator(mode="after")
     def _whole_batch(self) -> Self:
@@ -195,15 +262,52 @@ class SourceConfig(Strict):
 
 
 class AdapterConfig(Strict):
-    """Low-rank updates in place of all weights: LoRA (Hu 2021), LoHa (Hyeon-Woo 2021) or LoKr (Yeh 2023), by peft."""
+    """Low-rank updates in place of all weights, by peft: LoRA (Hu 2021), LoCon (on convolutions too; Yeh 2023), LoHa
+    (Hyeon-Woo 2021) or LoKr (Yeh 2023)."""
 
-    kind: Literal["lora", "loha", "lokr"] = "lora"
+    kind: Literal["lora", "locon", "loha", "lokr"] = "lora"
     rank: int = Field(default=8, ge=1)
     alpha: int | None = Field(default=None, ge=1, description="the update is scaled by alpha / rank; null: rank")
     targets: tuple[str, ...] = Field(
         default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="ends of the names of adapted layers"
     )
-    convolutions: bool = Field(default=False, description="adapt the convolutions of the residual blocks too")
+    convolutions: bool = Field(
+        default=False, description="adapt the convolutions of the residual blocks too, as locon always does"
+    )
+    dora: bool = Field(
+        default=False,
+        description="lora, locon: learn outputs' magnitudes apart from directions (DoRA, Liu 2024)",
+    )
+    start_from: str | None = Field(
+        default=None,
+        description="lora, locon: go on from this safetensors file, in kohya's (A1111's), diffusers' or peft's names",
+    )
+
+    @model_validator(mode="after")
+    def _of_lora(self) -> Self:
+        for name in ("dora", "start_from"):
+            if getattr(self, name) and self.kind not in ("lora", "locon"):
+                raise ValueError(f"{name} is for lora and locon alone, not for {self.kind}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what adapters had no choice of once, so that their settings' fingerprint stays what it was."""
+        found: dict[str, Any] = dump(self)
+        return {k: v for k, v in found.items() if v or k not in ("dora", "start_from")}
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether diffusers' load_lora_weights reads what comes out."""
+        return self.kind in ("lora", "locon")
+
+
+class TextEncoderConfig(Strict):
+    """The text encoder learns with the UNet: all of it, or by a LoRA on its attention."""
+
+    kind: Literal["lora", "full"] = "lora"
+    rank: int = Field(default=8, ge=1, description="of the LoRA")
+    alpha: int | None = Field(default=None, ge=1, description="the update is scaled by alpha / rank; null: rank")
 
 
 class InversionConfig(Strict):
@@ -251,8 +355,8 @@ class SamplesConfig(Strict):
 class TrainConfig(FitConfig):
     """A conditional UNet on latents: DDPM (Ho 2020) with classifier-free guidance dropout (Ho & Salimans 2022)."""
 
-    images: int = Field(default=10_000_000, ge=1)
-    batch_size: int = Field(default=256, ge=1)
+    images: FromHereOn[int] = Field(default=10_000_000, ge=1)
+    batch_size: FromHereOn[int] = Field(default=256, ge=1)
     unet: dict[str, Any] = Field(default_factory=dict, description="arguments of diffusers.UNet2DConditionModel")
     start_from: str | None = Field(
         default=None, description="begin with the UNet of this diffusers pipeline (a folder, or a name on the hub)"
@@ -261,19 +365,22 @@ class TrainConfig(FitConfig):
         default="zero", description="zero: residual branches and the output begin at zero, as in Ho 2020"
     )
     adapter: AdapterConfig | None = Field(default=None, description="train low-rank updates of start_from alone")
+    text_encoder: TextEncoderConfig | None = Field(
+        default=None, description="the text encoder of the latents learns too; null: it is frozen"
+    )
     textual_inversion: InversionConfig | None = Field(default=None, description="learn a word for start_from alone")
-    sources: tuple[SourceConfig, ...] = Field(
+    sources: FromHereOn[tuple[SourceConfig, ...]] = Field(
         default=(SourceConfig(),), min_length=1, description="data sets mixed by weight; by default the run's latents"
     )
-    resolution: Annotated[int, Field(ge=8)] | tuple[Annotated[int, Field(ge=8)], ...] | None = Field(
+    resolution: FromHereOn[Annotated[int, Field(ge=8)] | tuple[Annotated[int, Field(ge=8)], ...] | None] = Field(
         default=None, description="which of the latents' resolutions, in pixels, one or several; null: the main one"
     )
-    batch_by_area: int | None = Field(
+    batch_by_area: FromHereOn[int | None] = Field(
         default=None,
         ge=1,
         description="batch_size is that of the smallest bucket; larger ones get fewer, in multiples of this",
     )
-    captions: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+    captions: FromHereOn[dict[str, Annotated[float, Field(gt=0)]] | None] = Field(
         default=None,
         min_length=1,
         description="columns of the latents' sidecar from which each sample's caption is drawn anew, and their weights",
@@ -289,21 +396,35 @@ class TrainConfig(FitConfig):
     snr_shift: float = Field(
         default=1.0, gt=0, le=100, description="divides the SNR by its square; larger pictures need more noise"
     )
-    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
-    stratified: bool = Field(default=False, description="spread a batch's timesteps evenly (Kingma 2021)")
-    logit_mean: float = Field(default=0.0, ge=-10, le=10, description="of logit_normal; above 0 leans towards noise")
-    logit_std: float = Field(default=1.0, gt=0, le=10)
-    snr_gamma: float | None = Field(default=None, gt=0, description="min-SNR loss weight (Hang 2023); null for none")
-    p2_gamma: float | None = Field(default=None, gt=0, description="P2 loss weight (Choi 2022); null for none")
-    offset_noise: float = Field(default=0.0, ge=0, le=1, description="noise common to a channel (Guttenberg 2023)")
+    timestep_sampling: FromHereOn[Literal["uniform", "logit_normal"]] = "uniform"
+    stratified: FromHereOn[bool] = Field(default=False, description="spread a batch's timesteps evenly (Kingma 2021)")
+    logit_mean: FromHereOn[float] = Field(
+        default=0.0, ge=-10, le=10, description="of logit_normal; above 0 leans towards noise"
+    )
+    logit_std: FromHereOn[float] = Field(default=1.0, gt=0, le=10)
+    snr_gamma: FromHereOn[float | None] = Field(
+        default=None, gt=0, description="min-SNR loss weight (Hang 2023); null for none"
+    )
+    p2_gamma: FromHereOn[float | None] = Field(
+        default=None, gt=0, description="P2 loss weight (Choi 2022); null for none"
+    )
+    offset_noise: FromHereOn[float] = Field(
+        default=0.0, ge=0, le=1, description="noise common to a channel (Guttenberg 2023)"
+    )
     learned_variance: bool = Field(
         default=False, description="the UNet gives the variance too: L_simple + vlb_weight L_vlb (Nichol 2021)"
     )
-    vlb_weight: float = Field(default=0.001, gt=0, description="of L_vlb, in bits a value over all timesteps")
-    caption_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of captions replaced by the empty one")
-    licence: str | None = Field(default=None, description="of the weights, for the model card of what is exported")
-    validation: ValidationConfig | None = None
-    samples: SamplesConfig | None = None
+    vlb_weight: FromHereOn[float] = Field(
+        default=0.001, gt=0, description="of L_vlb, in bits a value over all timesteps"
+    )
+    caption_dropout: FromHereOn[float] = Field(
+        default=0.1, ge=0, lt=1, description="share of captions replaced by the empty one"
+    )
+    licence: Operational[str | None] = Field(
+        default=None, description="of the weights, for the model card of what is exported"
+    )
+    validation: Operational[ValidationConfig | None] = None
+    samples: Operational[SamplesConfig | None] = None
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -323,7 +444,7 @@ class TrainConfig(FitConfig):
         return self
 
     @model_validator(mode="after")
-    def _process(self) -> Self:
+    def _process(self, info: ValidationInfo) -> Self:
         flow = self.prediction_type == "flow_prediction"
         if self.beta_end < self.beta_start:
             raise ValueError(f"beta_end ({self.beta_end}) is below beta_start ({self.beta_start})")
@@ -332,22 +453,42 @@ class TrainConfig(FitConfig):
             raise ValueError(f"zero_terminal_snr cannot go with prediction_type {self.prediction_type}, which {why}")
         if self.snr_gamma and self.p2_gamma:
             raise ValueError("snr_gamma and p2_gamma are two weights for the same loss; set one of them")
+        # What was trained before these two were refused is opened all the same.
+        new = not (info.context or {}).get("stored")
+        if new and (self.snr_gamma or self.p2_gamma) and (flow or self.zero_terminal_snr):
+            name = "snr_gamma" if self.snr_gamma else "p2_gamma"
+            why = "prediction_type flow_prediction" if flow else "zero_terminal_snr"
+            raise ValueError(
+                f"{name} gives the last timestep no weight under {why}, where it is pure noise, and pictures are drawn "
+                f"from there; leave {name} out"
+            )
+        if new and self.learned_variance and self.offset_noise:
+            raise ValueError("learned_variance learns the variance of plain noise; set offset_noise to 0")
         if self.learned_variance and (flow or self.zero_terminal_snr):
             raise ValueError("learned_variance needs the steps of DDPM: no flow_prediction and no zero_terminal_snr")
         return self
 
     @model_validator(mode="after")
     def _tuning(self) -> Self:
-        for name in ("adapter", "textual_inversion"):
+        for name in ("adapter", "text_encoder", "textual_inversion"):
             if getattr(self, name) and not self.start_from:
                 raise ValueError(f"{name} changes a model that is there; name it with start_from")
-        if self.adapter and self.textual_inversion:
-            raise ValueError("adapter and textual_inversion are two ways to fine-tune; set one of them")
+        if (self.adapter or self.text_encoder or self.textual_inversion) and self.optimizer == "muon":
+            raise ValueError("optimizer muon is for the matrices of a whole model; with an adapter or a word use adamw")
+        for name in ("adapter", "text_encoder"):
+            if getattr(self, name) and self.textual_inversion:
+                raise ValueError(f"{name} and textual_inversion are two ways to fine-tune; set one of them")
         if self.captions and self.textual_inversion:
             raise ValueError("captions cannot go with textual_inversion, whose templates are its captions")
         if self.start_from and self.unet:
             raise ValueError("unet is given by start_from; leave one of them out")
         return self
+
+
+def stored_config(data: dict[str, Any]) -> TrainConfig:
+    """The `train` section as a checkpoint keeps it, also of an older version: settings that are gone are left out."""
+    known = {k: v for k, v in data.items() if k in TrainConfig.model_fields}
+    return TrainConfig.model_validate(known, context={"stored": True})
 
 
 class TrainingSections(Strict):

@@ -1,224 +1,254 @@
-"""Shards into batches: random access by place in the order, and a thread that works ahead of the loop."""
+"""Shards into batches: samples by their position in the run, and a thread that works ahead of the loop."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
+import os
 import queue
 import threading
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 
-from shards.columns import ColumnShard
+from latents.encoders import other_encoder
+from latents.stage import texts_in
+from shards import storage
+from shards.columns import COLUMN_ROW, ColumnFile, column, column_rows, members
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.settings import ConfigError, StageError
-from train.order import Mixture, Order
+from train import segments
+from train.config import FitConfig, TrainConfig
+from train.placement import Placement
+from train.reader import Reader, Window
+from train.segments import History
+
+if TYPE_CHECKING:
+    from train.objective import Objective
+    from train.ranks import Ranks
 
 Batch = dict[str, torch.Tensor]
-S = TypeVar("S", ImageShard, "LatentShard")
+
+DECODERS = 4  # threads that decode pictures for one rank
+AHEAD = 4  # steps whose windows are asked for before their batches are made, at the least
 
 
-class OpenShards(Generic[S]):
-    """The shards last used, kept open: as many as two windows of the order, so that each is opened once."""
+def batch_slots(samples: int, rank: int, world: int, micro_step: int, accumulation: int) -> np.ndarray:
+    """The places, int64, that one micro-batch of a rank takes of a global batch of `samples`.
 
-    def __init__(self, dataset: Dataset, kind: Callable[[Dataset, int], S], limit: int) -> None:
-        self._kind: Callable[[Dataset, int], S] = kind
-        self.dataset, self._limit = dataset, limit
-        self._open: OrderedDict[int, S] = OrderedDict()
-        self._lock = threading.Lock()
+    Those that are `rank` modulo `world`, so that a rank reads streams of its own, dealt out to the micro-steps; a batch
+    is the same whatever the ranks and steps.
+    """
+    return np.arange(rank + world * micro_step, samples, world * accumulation, dtype=np.int64)
 
-    def __getitem__(self, position: int) -> S:
-        with self._lock:  # the loop asks for keys while the loader's thread reads
-            shard = self._open.get(position)
-            if shard is None:
-                try:
-                    shard = self._kind(self.dataset, position)
-                except (OSError, ValueError, KeyError) as e:
-                    name = self.dataset.shards[position].name
-                    raise StageError(
-                        f"{self.dataset.root}: shard {name} cannot be read: {e}; run its stage again"
-                    ) from e
-                self._open[position] = shard
-                if len(self._open) > self._limit:
-                    _, oldest = self._open.popitem(last=False)
-                    if isinstance(oldest, ImageShard):
-                        oldest.close()
-            self._open.move_to_end(position)
-            return shard
+
+def micro_batches(objective: Objective, config: FitConfig, ranks: Ranks, images: int) -> Iterator[Batch]:
+    """This rank's micro-batches from position `images` to the end, on the CPU; pinned where its device is a GPU.
+
+    What they need is asked for some steps before they are made.
+    """
+    waiting: deque[np.ndarray] = deque()
+    share = config.batch_size // ranks.world
+    micro = min(config.micro_batch_size or share, share)
+    accumulation = share // micro
+    steps = max(AHEAD, -(-objective.placement.streams // config.batch_size))
+
+    def made(positions: np.ndarray) -> Batch:
+        batch = objective.batch(positions)
+        return {k: v.pin_memory() for k, v in batch.items()} if ranks.device.type == "cuda" else batch
+
+    for begin in range(images, config.images, config.batch_size):
+        for micro_step in range(accumulation):
+            positions = objective.positions(begin, ranks.rank, ranks.world, micro_step, micro)
+            objective.expect(positions)
+            waiting.append(positions)
+        while len(waiting) > steps * accumulation:
+            yield made(waiting.popleft())
+    while waiting:
+        yield made(waiting.popleft())
 
 
 class Pictures:
-    """Pictures and captions of image shards.
+    """Pictures and captions of image shards, by position.
 
     fit: uint8 [H,W,3] -> uint8 [R,R,3]. cache_bytes: fitted pictures are kept in memory up to this size;
     there is no eviction, since an order in which each sample comes once an epoch gains nothing from it.
     """
 
     def __init__(
-        self, dataset: Dataset, order: Order, fit: Callable[[np.ndarray], np.ndarray], cache_bytes: int
+        self, dataset: Dataset, placement: Placement, fit: Callable[[np.ndarray], np.ndarray], cache_bytes: int
     ) -> None:
-        self.order, self._fit, self._room = order, fit, cache_bytes
-        self._shards = OpenShards(dataset, ImageShard, 2 * order.window)
-        self._captions: OrderedDict[int, list[str]] = OrderedDict()
+        self.dataset, self.placement, self._fit, self._room = dataset, placement, fit, cache_bytes
+        self._reader = Reader(placement, self._load)
         self._cache: dict[tuple[int, int], np.ndarray] = {}
+        self._decoders: ThreadPoolExecutor | None = None
+        # By shard what a window is cut from: small columns of the sidecar.
+        self._shard = functools.lru_cache(maxsize=placement.streams + 16)(self._open)
+
+    def expect(self, positions: np.ndarray) -> None:
+        """Begin to read what `pixels` and `captions` of these places will ask for."""
+        self._reader.expect(positions)
+
+    def close(self) -> None:
+        """Let go of threads and memory."""
+        self._reader.close()
+        if self._decoders is not None:
+            self._decoders.shutdown(wait=False, cancel_futures=True)
+            self._decoders = None
 
     def pixels(self, positions: np.ndarray) -> np.ndarray:
-        """uint8 [B,R,R,3] of the samples at these places of the order."""
-        shard, row = self.order.locate(positions)
-        return np.stack([self._one(int(s), int(r)) for s, r in zip(shard, row, strict=True)])
+        """uint8 [B,R,R,3] of the samples at these places."""
+        if self._decoders is None:
+            self._decoders = ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1), thread_name_prefix="decode")
+        return np.stack(list(self._decoders.map(self._one, self._reader.take(positions))))
 
     def captions(self, positions: np.ndarray) -> list[str]:
-        """The captions of the samples at these places of the order."""
-        shard, row = self.order.locate(positions)
-        return [self._shard_captions(int(s))[int(r)] for s, r in zip(shard, row, strict=True)]
+        """The captions of the samples at these places."""
+        return [window.columns["caption"][at] for window, at in self._reader.take(positions)]
 
     def keys(self, positions: np.ndarray) -> list[str]:
-        """The keys of the samples at these places of the order."""
-        shard, row = self.order.locate(positions)
-        return [self._shards[int(s)].keys[int(r)] for s, r in zip(shard, row, strict=True)]
+        """The keys of the samples at these places."""
+        return [window.columns["key"][at] for window, at in self._reader.take(positions)]
 
-    def _one(self, shard: int, row: int) -> np.ndarray:
-        picture = self._cache.get((shard, row))
+    def _one(self, found: tuple[Window, int]) -> np.ndarray:
+        window, at = found
+        place = (int(window.shard[at]), int(window.row[at]))
+        picture = self._cache.get(place)
         if picture is None:
-            source = self._shards[shard]
             try:
-                picture = np.ascontiguousarray(self._fit(decode_rgb(source.image_bytes(row))))
+                picture = np.ascontiguousarray(self._fit(decode_rgb(window.columns["image"][at])))
             except (OSError, ValueError) as e:
-                raise StageError(f"{source.url}: sample {source.keys[row]} cannot be read: {e}") from e
+                shard = self.dataset.shards[place[0]]
+                raise StageError(
+                    f"{self.dataset.root}: sample {window.columns['key'][at]} of shard {shard.name} cannot be read: {e}"
+                ) from e
             if picture.nbytes <= self._room:
                 self._room -= picture.nbytes
-                self._cache[shard, row] = picture
+                self._cache[place] = picture
         return picture
 
-    def _shard_captions(self, shard: int) -> list[str]:
-        captions = self._captions.get(shard)
-        if captions is None:
-            captions = self._captions[shard] = self._shards[shard].captions
-            if len(self._captions) > 2 * self.order.window:
-                self._captions.popitem(last=False)
-        return captions
+    def _open(self, position: int) -> ImageShard:
+        return ImageShard(self.dataset, position, ("key", "status", "caption", "image_offset", "image_size"))
+
+    def _load(self, source: int, bucket: int, runs: list[tuple[int, int, int]]) -> Window:
+        columns: dict[str, list[Any]] = {"image": [], "caption": [], "key": []}
+        shards, rows, alive = [], [], []
+        for position, first, end in runs:
+            with _named(self.dataset, position):
+                shard = self._shard(position)
+                # Where samples were taken out since the run began, others of the shard come in their place.
+                wanted = np.arange(first, end) % max(1, len(shard))
+                there = len(shard) > 0
+                columns["image"] += shard.pictures(wanted) if there else [b""] * len(wanted)
+                for name in ("caption", "key"):
+                    columns[name] += [v or "" for v in shard.values(name, wanted)] if there else [""] * len(wanted)
+            shards += [position] * len(wanted)
+            rows += wanted.tolist()
+            alive += [there] * len(wanted)
+        return Window(np.array(shards), np.array(rows), np.array(alive), dict(columns))
 
 
 class Latents:
-    """Posterior moments and text of the latent shards of one or several datasets, mixed by weight.
+    """Posterior moments and text of the latent shards of one or several datasets, by position in the run.
 
-    A dataset with buckets gives batches of one shape: the global batches are shared out to the buckets so that each
-    sample comes equally often, and all ranks have the same shape at a step. Within a bucket the datasets come by
-    weight, and each (dataset, bucket) has an order of its own. resolutions: which of several the samples are taken at,
-    in pixels, the main one first; none given is the datasets' main one.
-
-    Each batch has `batch_size` places in the order of samples. With `by_area` the smallest pictures fill them, and
-    larger ones take the first few alone, in inverse proportion to their area and in multiples of `by_area`, so that
-    every step is about as much work.
+    history: what the run takes its samples from (segments.py), the last of its segments from these datasets. A batch is
+    of one bucket, and so of one shape, on all ranks.
 
     Raises ConfigError where datasets were made with different encoders or shapes, which no model could tell apart.
     """
 
     def __init__(
-        self,
-        datasets: Sequence[Dataset],
-        seed: int,
-        window: int,
-        batch_size: int,
-        weights: Sequence[float] = (1.0,),
-        resolutions: Sequence[int] = (),
-        by_area: int | None = None,
+        self, config: TrainConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None
     ) -> None:
-        self.dataset, self.batch_size = datasets[0], batch_size
-        resolutions = resolutions or (int(self.dataset.manifest["resolution"]),)
-        self.resolution = resolutions[0]
-        self._shards = [OpenShards(d, LatentShard, 2 * window) for d in datasets]
-        self._first = [s[int(np.flatnonzero(d.counts)[0])] for s, d in zip(self._shards, datasets, strict=True)]
-        first = [shard.arrays for shard in self._first]
-        for dataset, arrays in zip(datasets[1:], first[1:], strict=True):
-            _refuse_other_kind(self.dataset, first[0], dataset, arrays)
-        self.buckets, counts = _buckets(datasets, resolutions)
-        self._sizes = _batch_sizes(self.dataset, self.buckets, batch_size, by_area)
-        self.has_embeddings = "embeddings" in first[0]
-        self.has_pooled = "pooled" in first[0]
-        self.has_spread = all(any(n.partition(".")[0] == "logstd" for n in arrays) for arrays in first)
-        self.empty_tokens = first[0]["empty_tokens"].astype(np.int64)
-        self.empty_embedding = first[0]["empty_embedding"].astype(np.float32) if self.has_embeddings else None
-        self.empty_pooled = first[0]["empty_pooled"].astype(np.float32) if self.has_pooled else None
+        history = history or segments.begin(config, datasets)
+        self.datasets, self.dataset = list(datasets), datasets[0]
+        self.placement = history.placement(segments.tables(history, config, datasets), seed)
+        self.resolution = (config.resolutions or (int(self.dataset.manifest["resolution"]),))[0]
+        self._file = functools.lru_cache(maxsize=2 * history.streams * len(datasets))(_LatentFile)
+        first = [_LatentFile(d, int(np.flatnonzero(d.counts)[0])) for d in datasets]
+        for dataset, file in zip(datasets[1:], first[1:], strict=True):
+            _refuse_other_kind(self.dataset, first[0], dataset, file)
+        self._first = first
+        # By number of a source in the placement: which dataset, and the first of its shards.
+        by_name = {r.key: r for r in history.segments[-1].ranges}
+        names = segments.names(config)
+        self._place = {
+            n: (names.index(by_name[x.key].source), by_name[x.key].first)
+            for n, x in enumerate(self.placement.sources)
+            if x.key in by_name
+        }
+        arrays = first[0]
+        self.has_embeddings, self.has_pooled = "embeddings" in arrays.kinds, "pooled" in arrays.kinds
+        self.has_spread = all("logstd" in file.kinds for file in first)
+        self.empty_tokens = arrays.whole("empty_tokens").astype(np.int64)
+        self.empty_embedding = arrays.whole("empty_embedding").astype(np.float32) if self.has_embeddings else None
+        self.empty_pooled = arrays.whole("empty_pooled").astype(np.float32) if self.has_pooled else None
+        self.wants = {"mean", *(("logstd",) if self.has_spread else ())}
+        self.wants.add("embeddings" if self.has_embeddings else "tokens")
+        self._reader = Reader(self.placement, self._load)
+        self._taken: tuple[bytes, list[tuple[Window, int]]] = (b"", [])
+        self.channels, height, width = arrays.shape_of_mean()
+        self.side = self._side(height)
 
-        # For each bucket: its datasets, their orders and how they mix.
-        self._parts: list[tuple[list[int], list[Order], Mixture]] = []
-        share = []
-        for b, bucket in enumerate(self.buckets):
-            held = [i for i, c in enumerate(counts) if c[b].sum()]
-            orders = [Order(counts[i][b], _name(datasets[i].fingerprint, bucket), seed, window) for i in held]
-            portions = [weights[i] * counts[i][b].sum() / datasets[i].counts.sum() for i in held]
-            names = [o.fingerprint for o in orders]
-            self._parts.append((held, orders, Mixture(portions, self._sizes[b], seed, *names)))
-            share.append(sum(portions) * (batch_size / self._sizes[b]))
-        self._mixture = Mixture(share, 1, seed, "buckets", *(d.fingerprint for d in datasets))
-        self.order = self._parts[0][1][0]
-        self.side = self._side()
-        self.channels = next(int(a.shape[1]) for n, a in first[0].items() if n.partition(".")[0] == "mean")
-
-    def _side(self) -> int:
-        """Side of a square latent of `resolution` pixels."""
-        height = int(self.shape(np.zeros(1, np.int64))[1])
-        if self.buckets[0] is None:
+    def _side(self, height: int) -> int:
+        """Side of a square latent of `resolution` pixels, by the height of some bucket's."""
+        if len(self.dataset.manifest.get("buckets") or ()) < 2:
             return height
-        bucket = int(self._mixture.split(np.zeros(1, np.int64))[0][0])
-        number = self.buckets[bucket]
-        assert number is not None
-        return self.resolution * height // int(self.dataset.manifest["buckets"][number]["height"])
+        bucket = self.dataset.manifest["buckets"][self._first[0].some_bucket()]
+        return self.resolution * height // int(bucket["height"])
 
-    def samples_in(self, batch: int) -> int:
-        """How many samples the global batch of this number has."""
-        bucket, _ = self._mixture.split(np.array([batch]))
-        return self._sizes[int(bucket[0])]
+    def expect(self, positions: np.ndarray) -> None:
+        """Begin to read what these samples need."""
+        self._reader.expect(positions)
+
+    def close(self) -> None:
+        """Let go of threads and memory."""
+        self._reader.close()
+
+    def samples_in(self, position: int) -> int:
+        """How many samples the global batch that a position belongs to has."""
+        return self.placement.samples(position)
 
     def source(self, positions: np.ndarray) -> np.ndarray:
         """Which of the datasets each sample comes from, int64 [B]."""
         out = np.empty(len(positions), np.int64)
-        for _, source, here, _, _ in self._groups(positions):
-            out[here] = source
+        for part in self.placement.locate(positions):
+            out[part.here] = self._place[part.source][0]
         return out
 
     def shape(self, positions: np.ndarray) -> tuple[int, int, int]:
         """[C,h,w] of the batch that these samples belong to."""
-        for shard, _, _, _, bucket in self._groups(positions[:1]):
-            return shard.arrays[_column("mean", bucket)].shape[1:]  # type: ignore[return-value]
-        raise ValueError("a batch without samples has no shape")
+        window, _ = self._rows(positions[:1])[0]
+        c, h, w = window.columns["mean"].shape[1:]
+        return c, h, w
 
     def moments(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Mean and log-std, float32 [B,C,h,w], unscaled; the latter is None where only means are stored."""
-        mean = np.empty((len(positions), *self.shape(positions)), np.float32)
-        logstd = np.empty_like(mean) if self.has_spread else None
-        for shard, _, here, rows, bucket in self._groups(positions):
-            mean[here] = shard.arrays[_column("mean", bucket)][rows]
-            if logstd is not None:
-                minimum, step = float(shard.metadata["logstd_min"]), float(shard.metadata["logstd_step"])
-                table = (minimum + step * np.arange(256)).astype(np.float32)
-                logstd[here] = table[shard.arrays[_column("logstd", bucket)][rows]]
-        return mean, logstd
+        mean = self._gather("mean", positions, np.float32)
+        if not self.has_spread:
+            return mean, None
+        codes = self._gather("logstd", positions, np.uint8)
+        minimum, step = (float(self._first[0].metadata[n]) for n in ("logstd_min", "logstd_step"))
+        return mean, (minimum + step * np.arange(256)).astype(np.float32)[codes]
 
     def tokens(self, positions: np.ndarray) -> np.ndarray:
         """Token ids, int64 [B,context]."""
-        out = np.empty((len(positions), *self.empty_tokens.shape), np.int64)
-        for shard, _, here, rows, bucket in self._groups(positions):
-            out[here] = shard.arrays["tokens"][shard.samples(bucket, rows)]
-        return out
+        return self._gather("tokens", positions, np.int64)
 
     def embeddings(self, positions: np.ndarray) -> np.ndarray:
         """Token embeddings, float32 [B,context,width]."""
-        assert self.empty_embedding is not None
-        return self._by_caption("embeddings", self.empty_embedding.shape, positions)
+        return self._gather("embeddings", positions, np.float32)
 
     def pooled(self, positions: np.ndarray) -> np.ndarray:
         """The captions' pooled embeddings, float32 [B,width]."""
-        assert self.empty_pooled is not None
-        return self._by_caption("pooled", self.empty_pooled.shape, positions)
+        return self._gather("pooled", positions, np.float32)
 
     def sizes(self, positions: np.ndarray) -> np.ndarray:
         """SDXL's micro-conditioning (Podell et al. 2023, arXiv:2307.01952, section 2.2), float32 [B,6].
@@ -226,175 +256,287 @@ class Latents:
         Original height and width, top and left of the crop in the scaled picture, and the height and width that
         were aimed at; in pixels. Raises StageError where the latents lack it.
         """
-        out = np.empty((len(positions), 6), np.float32)
-        for shard, _, here, rows, bucket in self._groups(positions):
-            if "micro" not in shard.arrays:
-                raise StageError(
-                    f"{self.dataset.root}: shard {shard.info.name} has no column 'micro', which a UNet with "
-                    "addition_embed_type text_time is told; make the latents again"
-                )
-            level = 0 if bucket is None else _level(self.dataset, bucket)
-            out[here] = shard.arrays["micro"][shard.samples(bucket, rows), level]
-        return out
+        return self._gather("micro", positions, np.float32)
 
     def require_captions(self, columns: Sequence[str]) -> None:
         """Raises StageError where the first shard of a dataset has no texts in one of these columns of its sidecar."""
-        for shard in self._first:
-            for column in columns:
-                shard.texts(column)
+        for file in self._first:
+            for name in columns:
+                if f"text.{name}" not in file.kinds:
+                    file.sidecar_texts(name)
 
     def captions(self, positions: np.ndarray, columns: Sequence[str]) -> list[list[list[str]]]:
         """Of each sample, the captions in each of these columns of the sidecar, whose entries are texts or lists of
         texts; empty ones are left out. Raises StageError where a column is not there."""
-        out: list[list[list[str]]] = [[] for _ in positions]
-        for shard, _, here, rows, bucket in self._groups(positions):
-            texts = [shard.texts(column) for column in columns]
-            for i, row in zip(here, shard.samples(bucket, rows), strict=True):
-                out[i] = [column[row] for column in texts]
-        return out
+        rows = self._rows(positions)
+        found = [[self._column(window, f"text.{name}") for name in columns] for window, _ in rows]
+        return [[texts[at] for texts in each] for each, (_, at) in zip(found, rows, strict=True)]
 
     def keys(self, positions: np.ndarray) -> list[str]:
         """The samples' keys."""
-        out = [""] * len(positions)
-        for shard, _, here, rows, bucket in self._groups(positions):
-            for i, row in zip(here, shard.samples(bucket, rows), strict=True):
-                out[i] = shard.keys[row]
+        rows = self._rows(positions)
+        return [str(self._column(window, "key")[at]) for window, at in rows]
+
+    def _rows(self, positions: np.ndarray) -> list[tuple[Window, int]]:
+        """Where these samples lie in memory; a batch asks for the same ones several times."""
+        name = np.asarray(positions, np.int64).tobytes()
+        known, rows = self._taken
+        if known != name:
+            rows = self._reader.take(positions)
+            self._taken = (name, rows)
+        return rows
+
+    def _gather(self, name: str, positions: np.ndarray, dtype: Any) -> np.ndarray:
+        rows = self._rows(positions)
+        first = self._column(rows[0][0], name)
+        out = np.empty((len(rows), *first.shape[1:]), dtype)
+        for i, (window, at) in enumerate(rows):
+            out[i] = self._column(window, name)[at]
         return out
 
-    def _by_caption(self, column: str, shape: tuple[int, ...], positions: np.ndarray) -> np.ndarray:
-        out = np.empty((len(positions), *shape), np.float32)
-        for shard, _, here, rows, bucket in self._groups(positions):
-            out[here] = shard.arrays[column][shard.arrays["embedding_index"][shard.samples(bucket, rows)]]
-        return out
+    def _column(self, window: Window, name: str) -> Any:
+        """A column of a window; what nobody announced in `wants` is read now, and from now on with every window."""
+        if name not in window.columns:
+            self.wants.add(name)
+            source, bucket, runs = window.columns["runs"]
+            window.columns[name] = self._load(source, bucket, runs, {name}).columns[name]
+        return window.columns[name]
 
-    def _groups(self, positions: np.ndarray) -> Iterator[tuple[LatentShard, int, np.ndarray, np.ndarray, int | None]]:
-        """Of each shard: itself, its dataset, which positions lie in it, their rows within the bucket, the bucket."""
-        batch, within = np.divmod(np.asarray(positions, np.int64), self.batch_size)
-        bucket, ordinal = self._mixture.split(batch)
-        for b in np.unique(bucket):
-            of_bucket = np.flatnonzero(bucket == b)
-            held, orders, mixture = self._parts[b]
-            source, place = mixture.split(ordinal[of_bucket] * self._sizes[b] + within[of_bucket])
-            for i in np.unique(source):
-                mine = np.flatnonzero(source == i)
-                shard, row = orders[i].locate(place[mine])
-                for s in np.unique(shard):
-                    here = np.flatnonzero(shard == s)
-                    opened = self._shards[held[i]][int(s)]
-                    yield opened, held[i], of_bucket[mine[here]], row[here], self.buckets[b]
+    def _load(
+        self, source: int, bucket: int, runs: list[tuple[int, int, int]], wants: set[str] | None = None
+    ) -> Window:
+        which, offset = self._place[source]
+        dataset, wants = self.datasets[which], set(wants or self.wants)
+        parts, shards, rows, alive = [], [], [], []
+        for shard, first, end in runs:
+            position = offset + shard
+            with _named(dataset, position):
+                file = self._file(dataset, position)
+                parts.append(file.read(bucket, first, end, wants))
+            alive.append(parts[-1].pop("alive"))
+            shards.append(np.full(end - first, position))
+            rows.append(np.arange(first, end))
+        columns = {name: _joined([p[name] for p in parts]) for name in parts[0]}
+        columns["runs"] = (source, bucket, runs)
+        return Window(np.concatenate(shards), np.concatenate(rows), np.concatenate(alive), columns)
 
 
-class LatentShard(ColumnShard):
-    """A latent shard whose samples may lie in several buckets."""
+class _Rows:
+    """Rows of a column that are kept once for several samples: [i] is that of sample i."""
 
-    def samples(self, bucket: int | None, rows: np.ndarray) -> np.ndarray:
-        """The samples, int64, that the rows of a bucket's arrays belong to."""
-        if bucket is None:
-            return rows
-        members: np.ndarray = np.flatnonzero((self.arrays["bucket"] == bucket).any(axis=1))
-        return members[rows]
+    def __init__(self, values: np.ndarray, index: np.ndarray) -> None:
+        self.values, self.index = values, index
+        self.shape = (len(index), *values.shape[1:])
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        row: np.ndarray = self.values[self.index[i]]
+        return row
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The rows of several shards one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], _Rows):
+        ends = np.cumsum([0, *(len(p.values) for p in parts)])
+        return _Rows(
+            np.concatenate([p.values for p in parts]),
+            np.concatenate([p.index + e for p, e in zip(parts, ends, strict=False)]),
+        )
+    return [x for p in parts for x in p] if isinstance(parts[0], list) else np.concatenate(parts)
+
+
+class _LatentFile:
+    """One shard of latents, of which rows are read as ranges; its layout is read once."""
+
+    def __init__(self, dataset: Dataset, position: int) -> None:
+        self.dataset, self.position, self.info = dataset, position, dataset.shards[position]
+        with _named(dataset, position):
+            self._file = ColumnFile(storage.join(dataset.root, self.info.name + ".safetensors"))
+        names = self._file.columns
+        # Names without the number of a bucket.
+        self.several = "bucket" in names
+        self.kinds = {n.rpartition(".")[0] if self.several and n.rpartition(".")[2].isdigit() else n for n in names}
+        self.metadata = self._file.metadata
+        self.buckets = len(dataset.manifest.get("buckets") or ()) if self.several else 1
+        self._lock = threading.Lock()
+
+    def whole(self, name: str) -> np.ndarray:
+        """A column that belongs to no sample."""
+        return self._file.whole(name)
+
+    def some_bucket(self) -> int:
+        """A bucket that the file has moments of."""
+        return next(int(n.partition(".")[2] or 0) for n in self._file.columns if n.partition(".")[0] == "mean")
+
+    def shape_of_mean(self) -> tuple[int, int, int]:
+        """[C,h,w] of that bucket's."""
+        name = column("mean", self.some_bucket(), 2 if self.several else 1)
+        c, h, w = self._file.columns[name][1][1:]
+        return c, h, w
+
+    def read(self, bucket: int, first: int, end: int, wants: set[str]) -> dict[str, Any]:
+        """Columns of the rows from `first` up to `end` of a bucket, by name, and `alive`, bool."""
+        found: dict[str, Any] = {}
+        plain = [n for n in ("mean", "logstd", "tokens", "micro") if n in wants]
+        by_caption = [n for n in ("embeddings", "pooled") if n in wants]
+        texts = [n.removeprefix("text.") for n in wants if n.startswith("text.")]
+        stored = [t for t in texts if f"text.{t}" in self.kinds]
+        asked = [*plain, *(["embedding_index"] if by_caption else []), *(f"text_end.{t}" for t in stored)]
+        if "micro" in wants and "micro" not in self.kinds:
+            raise StageError(
+                f"{self.dataset.root}: shard {self.info.name} has no column 'micro', which a UNet with "
+                "addition_embed_type text_time is told; make the latents again"
+            )
+        got = self._rows(bucket, first, end, [*asked, *(["alive"] if "alive" in self.kinds else [])])
+        for name in plain:
+            found[name] = got[name]
+        if "micro" in found and found["micro"].ndim == 3:  # of every resolution, as it was once stored
+            found["micro"] = found["micro"][:, self._level(bucket)]
+        if by_caption:
+            used, index = np.unique(got["embedding_index"], return_inverse=True)
+            for name in by_caption:
+                found[name] = _Rows(self._some(name, used), index.reshape(-1))
+        for name in stored:
+            found[f"text.{name}"] = self._texts(bucket, first, got[f"text_end.{name}"], name)
+        if set(texts) - set(stored) or "key" in wants:
+            samples = self._samples(bucket)[first:end]
+            for name in set(texts) - set(stored):
+                lines = self.sidecar_texts(name)
+                found[f"text.{name}"] = [lines[n] for n in samples]
+            if "key" in wants:
+                found["key"] = [self._keys[n] for n in samples]
+        alive = got["alive"] != 0 if "alive" in got else np.ones(end - first, bool)
+        dead = self._dead
+        if dead is not None:
+            alive = alive & ~dead[self._samples(bucket)[first:end]]
+        return {**found, "alive": alive}
+
+    def _rows(self, bucket: int, first: int, end: int, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Rows of columns by name; those that lie sample by sample, as they once did, are picked from a longer range."""
+        parts: list[tuple[str, int, int]] = []
+        picks: list[np.ndarray | None] = []
+        for name in names:
+            own = column(name, bucket, 2 if self.several else 1)
+            if own in self._file.columns:
+                begin, stop = (max(first - 1, 0), end) if name.startswith("text_end.") else (first, end)
+                parts.append((own, begin, stop))
+                picks.append(None)
+            else:
+                samples = self._samples(bucket)[first:end]
+                parts.append((name, int(samples[0]), int(samples[-1]) + 1))
+                picks.append(samples - samples[0])
+        arrays = self._file.rows(parts) if parts else []
+        return {n: a if p is None else a[p] for n, a, p in zip(names, arrays, picks, strict=True)}
+
+    def _some(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Scattered rows (ascending) of a column, neighbours in one range."""
+        breaks = np.flatnonzero(np.diff(rows) > 1) + 1
+        runs = np.split(rows, breaks)
+        return np.concatenate(self._file.rows([(name, int(r[0]), int(r[-1]) + 1) for r in runs]))
+
+    def _texts(self, bucket: int, first: int, ends: np.ndarray, name: str) -> list[list[str]]:
+        ends = ends if first else np.concatenate([[0], ends])  # else the end of the row before comes with them
+        own = column(f"text.{name}", bucket, 2 if self.several else 1)
+        (data,) = self._file.rows([(own, int(ends[0]), int(ends[-1]))])
+        text = data.tobytes()
+        lines = [text[a - ends[0] : b - ends[0]].strip(b"\0") for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        return [list(json.loads(line)) if line else [] for line in lines]
+
+    def _samples(self, bucket: int) -> np.ndarray:
+        """The samples, int64, that the rows of a bucket belong to."""
+        if not self.several:
+            return np.arange(max(self._file.columns["tokens"][1][0], self.info.count))
+        with self._lock:
+            if not hasattr(self, "_bucket"):
+                self._bucket = self._file.whole("bucket")
+        return members({"bucket": self._bucket}, bucket, len(self._bucket))
+
+    def _level(self, bucket: int) -> int:
+        """The place of a bucket's resolution among the dataset's, which was that of its row in `micro`."""
+        if not self.several:
+            return 0
+        resolutions = list(dict.fromkeys(b["resolution"] for b in self.dataset.manifest["buckets"]))
+        return resolutions.index(self.dataset.manifest["buckets"][bucket]["resolution"])
 
     @functools.cached_property
-    def keys(self) -> list[str]:
-        """Keys of the samples, in their order."""
-        return super().keys
-
-    def texts(self, column: str) -> list[list[str]]:
-        """Of each sample, the texts in a column of the sidecar: one, several, or none. Raises StageError."""
-        if column not in self._texts:
-            if column not in self.table.column_names:
-                raise StageError(
-                    f"{self._dataset.root}: shard {self.info.name} has no column '{column}' in its .parquet; carry it "
-                    "there with ingest.keep_columns, or leave it out of train.captions"
-                )
-            found = []
-            for value, status in zip(self.table[column].to_pylist(), self.table["status"].to_pylist(), strict=True):
-                if status == "success":
-                    found.append(_as_list(value))
-            if not all(isinstance(t, str | None) for texts in found for t in texts):
-                raise StageError(
-                    f"{self._dataset.root}: column '{column}' of shard {self.info.name} holds no text, nor lists of "
-                    "text; leave it out of train.captions"
-                )
-            self._texts[column] = [[t for t in texts if t and t.strip()] for texts in found]
-        return self._texts[column]
+    def _dead(self) -> np.ndarray | None:
+        """bool [samples]: what the sidecar knows to be unusable where the columns do not say; None where nothing is."""
+        excluded = self.dataset.excluded_rows(self.info.index)
+        laid = int(self._file.columns["bucket"][1][0]) if self.several else int(self._file.columns["tokens"][1][0])
+        if len(excluded) == 0 and ("alive" in self.kinds or laid == self.info.count):
+            return None
+        table = self._sidecar(["status"])
+        usable = np.array([s == "success" for s in table["status"].to_pylist()], bool)
+        usable[excluded] = False
+        rows = column_rows(table)
+        dead = np.ones(laid, bool)
+        dead[rows[usable & (rows >= 0)]] = False
+        return dead
 
     @functools.cached_property
-    def _texts(self) -> dict[str, list[list[str]]]:
+    def _keys(self) -> list[str]:
+        """Keys of the samples, in the order of the columns."""
+        return [str(k) for k in self._by_sample("key")]
+
+    @functools.cached_property
+    def _read_texts(self) -> dict[str, list[list[str]]]:
         return {}
 
+    def sidecar_texts(self, name: str) -> list[list[str]]:
+        """Of each sample, the texts in a column of the sidecar: one, several, or none. Raises StageError."""
+        if name not in self._read_texts:
+            try:
+                self._read_texts[name] = [texts_in(v) for v in self._by_sample(name)]
+            except TypeError:
+                raise StageError(
+                    f"{self.dataset.root}: column '{name}' of shard {self.info.name} holds no text, nor lists of "
+                    "text; leave it out of train.captions"
+                ) from None
+        return self._read_texts[name]
 
-def _as_list(value: Any) -> list[Any]:
-    """The entry of a column of captions: a list, also one that ingest carried as JSON, or one text."""
-    if isinstance(value, str) and value.startswith("["):
-        with contextlib.suppress(ValueError):
-            parsed = json.loads(value)
-            if all(isinstance(v, str | None) for v in parsed):  # "[2]" may be a caption
-                return list(parsed)
-    return value if isinstance(value, list) else [value]
-
-
-def _buckets(
-    datasets: Sequence[Dataset], resolutions: Sequence[int]
-) -> tuple[list[int | None], list[list[np.ndarray]]]:
-    """The buckets of these resolutions that hold samples, and for each dataset and bucket its samples a shard."""
-    facts = datasets[0].manifest
-    shapes = facts["buckets"] if "bucket_counts" in facts else [{"resolution": facts["resolution"]}]
-    there = sorted({shape["resolution"] for shape in shapes})
-    for resolution in resolutions:
-        if resolution not in there:
-            raise ConfigError(
-                f"train.resolution is {resolution}, but {datasets[0].root} holds latents of "
-                f"{' and '.join(map(str, there))} pixels"
+    def _by_sample(self, name: str) -> list[Any]:
+        table = self._sidecar(["status", name])
+        if name not in table.column_names:
+            raise StageError(
+                f"{self.dataset.root}: shard {self.info.name} has no column '{name}' in its .parquet; carry it "
+                "there with ingest.keep_columns, or leave it out of train.captions"
             )
-    if "bucket_counts" not in facts:
-        return [None], [[d.counts] for d in datasets]
-    wanted = [b for b, shape in enumerate(shapes) if shape["resolution"] in resolutions]
-    tables = [np.asarray(d.manifest["bucket_counts"], np.int64).reshape(len(d.shards), -1) for d in datasets]
-    used: list[int | None] = [b for b in wanted if any(t[:, b].sum() for t in tables)]
-    return used, [[t[:, b] for b in used] for t in tables]
+        rows = column_rows(table)
+        there = np.flatnonzero(rows >= 0)
+        return list(table[name].take(pa.array(there[np.argsort(rows[there], kind="stable")])).to_pylist())
+
+    def _sidecar(self, columns: Sequence[str]) -> pa.Table:
+        table = self.dataset.sidecar(self.info.index)
+        return table.select([c for c in (*dict.fromkeys(columns), COLUMN_ROW) if c in table.column_names])
 
 
-def _batch_sizes(dataset: Dataset, buckets: Sequence[int | None], batch_size: int, by_area: int | None) -> list[int]:
-    """Samples of a global batch of each bucket; raises ConfigError where its pictures leave room for none."""
-    if by_area is None or buckets[0] is None:
-        return [batch_size] * len(buckets)
-    shapes = [dataset.manifest["buckets"][b] for b in buckets]
-    areas = [int(shape["width"]) * int(shape["height"]) for shape in shapes]
-    sizes = [batch_size * min(areas) // area // by_area * by_area for area in areas]
-    if 0 in sizes:
-        largest = shapes[int(np.argmax(areas))]
+class _named:
+    """Context: what cannot be read is said of a shard of a dataset."""
+
+    def __init__(self, dataset: Dataset, position: int) -> None:
+        self.dataset, self.name = dataset, dataset.shards[position].name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError | ValueError | KeyError):
+            raise StageError(
+                f"{self.dataset.root}: shard {self.name} cannot be read: {error}; run its stage again"
+            ) from error
+
+
+def _refuse_other_kind(one: Dataset, first: _LatentFile, other: Dataset, file: _LatentFile) -> None:
+    if different := other_encoder(one.manifest, other.manifest):
         raise ConfigError(
-            f"train.batch_by_area is {by_area}, but a batch_size of {batch_size} leaves fewer pictures of "
-            f"{largest['width']} x {largest['height']} pixels than that; raise batch_size, or lower it"
+            f"train.sources: {other.root} was made with another {different} than {one.root}; "
+            "make the latents of all sources with the same encoders"
         )
-    return sizes
-
-
-def _level(dataset: Dataset, bucket: int) -> int:
-    """The place of a bucket's resolution among the dataset's, which is that of its row in `micro`."""
-    resolutions = list(dict.fromkeys(b["resolution"] for b in dataset.manifest["buckets"]))
-    return resolutions.index(dataset.manifest["buckets"][bucket]["resolution"])
-
-
-def _column(name: str, bucket: int | None) -> str:
-    return name if bucket is None else f"{name}.{bucket}"
-
-
-def _name(fingerprint: str, bucket: int | None) -> str:
-    return fingerprint if bucket is None else f"{fingerprint}:{bucket}"
-
-
-def _refuse_other_kind(one: Dataset, first: dict[str, Any], other: Dataset, arrays: dict[str, Any]) -> None:
-    for what, name in (("vae", "VAE"), ("text", "CLIP")):
-        if one.manifest[what]["digest"] != other.manifest[what]["digest"]:
-            raise ConfigError(
-                f"train.sources: {other.root} was made with another {name} than {one.root}; "
-                "make the latents of all sources with the same encoders"
-            )
+    columns = {"mean", "logstd", "tokens", "embeddings", "pooled"}
     same = one.manifest["resolution"] == other.manifest["resolution"]
-    same &= one.manifest.get("buckets") == other.manifest.get("buckets") and first.keys() == arrays.keys()
-    if not same:
+    same &= one.manifest.get("buckets") == other.manifest.get("buckets")
+    if not same or first.kinds & columns != file.kinds & columns:
         raise ConfigError(
             f"train.sources: the latents of {other.root} have other shapes, or other text, than those of {one.root}; "
             "make them with the same settings"
@@ -407,18 +549,22 @@ T = TypeVar("T")
 class Ahead(Generic[T]):
     """An iterator that a thread runs at most `depth` items ahead; `waited` is the seconds its consumer waited.
 
+    device: the rank's; where it is a GPU, that of the thread too, which would begin with the first one.
+
     What lies in the queue has not been consumed: a resumed run asks for it again by position. An error of
     the thread is raised at its item. Use as a context, so that the thread ends with the loop.
     """
 
-    def __init__(self, items: Iterator[T], depth: int) -> None:
-        self.waited = 0.0
+    def __init__(self, items: Iterator[T], depth: int, device: torch.device | None = None) -> None:
+        self.waited, self._device = 0.0, device
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(items,), name="data", daemon=True)
 
     def _work(self, items: Iterator[T]) -> None:
         try:
+            if self._device is not None and self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
             for item in items:
                 if not self._put(("item", item)):
                     return

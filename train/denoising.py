@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import logging
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from latents.encoders import load_text, require_digest
+from latents.encoders import load_text_of
+from latents.weights import find_pad
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import adapters, diffusion, initial
+from train.conditioning import Conditioning, Encoded, Joint, Learning, Stored, require_told
 from train.config import TrainConfig
 from train.data import Batch, Latents
-from train.objectives import Objective, construct, public_config
-from train.order import batch_positions, derive_key, permute
+from train.inversion import Word
+from train.objective import Objective, construct, public_config
+from train.order import derive_key, permute
 from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of, require_layer
 from train.randomness import Randomness
-
-log = logging.getLogger("carrara.train")
+from train.segments import History
 
 BINS = 10  # of the loss by timestep
 
@@ -31,55 +32,62 @@ class Diffusion(Objective):
 
     bins = BINS
 
-    def __init__(self, config: TrainConfig, datasets: Sequence[Dataset], seed: int, device: str) -> None:
-        weights = [s.weight for s in config.sources]
-        latents = Latents(
-            datasets, seed, config.shuffle_window, config.batch_size, weights, config.resolutions, config.batch_by_area
-        )
-        facts = datasets[0].manifest["text"]
-        unet = build_unet(config, latents, facts["width"], seed)
+    def __init__(
+        self, config: TrainConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None
+    ) -> None:
+        latents = Latents(config, datasets, seed, history)
+        vae, text = datasets[0].manifest["vae"], datasets[0].manifest["text"]
+        unet = build_unet(config, latents, text["width"], seed)
         model_config = public_config(unet)
+        if config.start_from:
+            require_pad(config.start_from, text.get("pad", "zero"))
         if config.adapter:
             unet = adapters.add(unet, config.adapter, seed)
-        super().__init__(unet, model_config, latents.order)
-        self.saves_frozen = config.adapter is None
-        self.config, self.latents, self.random = config, latents, Randomness(seed)
-        self.figures = ("mse", "vlb") if config.learned_variance else ("mse",)
-        self.scale = float(datasets[0].manifest["vae"]["scaling_factor"])
-        self.process = process_of(config)
-        pipeline = pipeline_of(model_config)
-        require_layer(pipeline, facts["layer"])
-        self.sized = pipeline is STABLE_DIFFUSION_XL
-        self.text: Any = None
-        if self.sized and latents.has_embeddings and not latents.has_pooled:
-            raise ConfigError(
-                "train.unet: addition_embed_type text_time is told the captions' pooled embeddings, which these "
-                "latents lack; make them with latents.text_pooled true, or with latents.text tokens"
-            )
         latents.require_captions(list(config.captions or ()))
-        if config.captions or not latents.has_embeddings:
-            self.text = load_text(facts["ref"], facts["layer"], device)
-            require_digest("the CLIP", self.text.digest, facts["digest"], facts["ref"])
-            self._tokens = functools.lru_cache(maxsize=100_000)(
-                lambda caption: self.text.tokenize([caption])[0].numpy()
-            )
-        if self.sized:
-            pooled = len(latents.empty_pooled) if latents.empty_pooled is not None else self.text.pooled_width
-            _require_told(model_config, pooled, "train.start_from" if config.start_from else "train.unet")
+        conditioning = conditioning_of(config, latents, text, model_config, seed)
+        learns = conditioning.module
+        if config.adapter and config.adapter.start_from:
+            adapters.load_lora(config.adapter.start_from, unet, learns)
+        super().__init__(unet if learns is None else Joint(unet, learns), model_config, latents.placement)
+        self.config, self.latents, self.random, self.conditioning = config, latents, Randomness(seed), conditioning
+        self.sized = conditioning.sized
+        latents.wants = wanted_columns(config, latents, conditioning)
+        if config.textual_inversion:
+            unet.requires_grad_(False)
+        # What is frozen comes from where the training began, and is not stored with every checkpoint.
+        self.saves_frozen = all(p.requires_grad for p in self.model.parameters())
+        self.figures = ("mse", "vlb") if config.learned_variance else ("mse",)
+        self.scale, self.shift = float(vae["scaling_factor"]), float(vae.get("config", {}).get("shift_factor") or 0.0)
+        for name, table in dataclasses.asdict(process_of(config)).items():
+            self.register_buffer(name, table, persistent=False)
+        self.facts = {"encoders": {"vae": vae, "text": text}, "resolution": latents.resolution}
+
+    @property
+    def unet(self) -> Any:
+        """The UNet, whatever learns beside it."""
+        return self.model.unet if isinstance(self.model, Joint) else self.model
+
+    @property
+    def process(self) -> diffusion.Process:
+        """The forward process, where the objective lies."""
+        return diffusion.Process(self.signal, self.noise, self.time)  # type: ignore[arg-type]
 
     # ---- batches, on the CPU -----------------------------------------------------------------------
 
-    def positions(self, images: int, rank: int, world: int, micro_step: int, micro: int) -> np.ndarray:
-        """As the base's; where batches go by area, a batch of large pictures has the first of its places alone."""
-        whole = self.config.batch_size
-        samples = self.latents.samples_in(images // whole)
-        return batch_positions(images, rank, world, micro_step, micro * samples // whole)
+    def expect(self, positions: np.ndarray) -> None:
+        """Begin to read these samples."""
+        self.latents.expect(positions)
+
+    def close(self) -> None:
+        """Let go of what reads ahead."""
+        self.latents.close()
 
     def batch(self, positions: np.ndarray) -> Batch:
         """What the samples at `positions` (int64 [B]) need.
 
-        x0 [B,C,h,w], noise [B,C,h,w], t int64 [B], text [B,context,width], a dropped caption being the stored
-        empty one; with several sources, weight [B]; for a UNet that is told sizes, pooled [B,width] and sizes [B,6].
+        x0 [B,C,h,w], noise [B,C,h,w], t int64 [B]; text float32 [B,context,width] or tokens int64 [B,context], a
+        dropped caption being the stored empty one; with several sources, weight [B]; for a UNet that is told sizes,
+        sizes [B,6] and beside stored embeddings pooled [B,width].
         """
         batch = self.latent_batch(self.latents, positions, self._timesteps(positions))
         dropped = self.random.uniform("caption", positions) < self.config.caption_dropout
@@ -105,7 +113,7 @@ class Diffusion(Objective):
             shift = self.random.normal("offset", positions, mean.shape[1:2])
             noise = diffusion.offset_noise(noise, shift, self.config.offset_noise)
         return {
-            "x0": torch.from_numpy(mean * np.float32(self.scale)),
+            "x0": torch.from_numpy((mean - np.float32(self.shift)) * np.float32(self.scale)),
             "noise": torch.from_numpy(noise),
             "t": torch.from_numpy(t),
         }
@@ -117,31 +125,11 @@ class Diffusion(Objective):
     def text_batch(
         self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None = None
     ) -> Batch:
-        """text, and for a UNet that is told sizes pooled and sizes; dropped: bool [B], who gets the empty caption.
+        """What the captions of samples come to (conditioning.py); dropped: bool [B], who gets the empty caption.
 
         captions: in place of the stored ones.
         """
-        pooled = None
-        if self.text is None:
-            text = latents.embeddings(positions)
-            text[dropped] = latents.empty_embedding
-            if self.sized:
-                pooled = latents.pooled(positions)
-                pooled[dropped] = latents.empty_pooled
-        else:
-            tokens = latents.tokens(positions) if captions is None else np.stack([self._tokens(c) for c in captions])
-            tokens[dropped] = latents.empty_tokens
-            unique, place = np.unique(tokens, axis=0, return_inverse=True)
-            place = place.reshape(-1)
-            if self.sized:
-                rows, row = self.text.encode_pooled(unique)
-                text, pooled = rows.numpy()[place], row.numpy()[place]
-            else:
-                text = self.text.encode(unique).numpy()[place]
-        batch = {"text": torch.from_numpy(text)}
-        if pooled is not None:
-            batch |= {"pooled": torch.from_numpy(pooled), "sizes": torch.from_numpy(latents.sizes(positions))}
-        return batch
+        return self.conditioning.batch(latents, positions, dropped, captions)
 
     def _timesteps(self, positions: np.ndarray) -> np.ndarray:
         config, steps = self.config, self.config.num_train_timesteps
@@ -149,11 +137,12 @@ class Diffusion(Objective):
         if config.stratified:
             # Which stratum is whose changes from batch to batch, so that no rank keeps to one end.
             stratum, strata = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
-            for b in np.unique(positions // config.batch_size):
-                here = np.flatnonzero(positions // config.batch_size == b)
-                key = derive_key("strata", self.random.seed, int(b))
-                strata[here] = samples = self.latents.samples_in(int(b))
-                stratum[here] = permute(positions[here] % config.batch_size, samples, key)
+            begins, places = self.placement.split(positions)
+            for begin in np.unique(begins).tolist():
+                here = np.flatnonzero(begins == begin)
+                key = derive_key("strata", self.random.seed, begin)
+                strata[here] = samples = self.placement.samples(begin)
+                stratum[here] = permute(places[here], samples, key)
             u = diffusion.stratified(self.random.uniform("timestep", positions), stratum, strata)
             if not normal:
                 return diffusion.uniform_timesteps(u, steps)
@@ -181,14 +170,15 @@ class Diffusion(Objective):
             details.append(vlb.detach().mean()[None])
         if "weight" in batch:
             each = each * batch["weight"]
+        # Summed by elements, since autocast would make a matrix product one of half precision.
         place = torch.nn.functional.one_hot(t * BINS // self.process.steps, BINS).to(error.dtype)
-        details += [error.detach() @ place / len(t), place.mean(dim=0)]
+        details += [(error.detach()[:, None] * place).mean(dim=0), place.mean(dim=0)]
         return each.mean(), torch.cat(details)
 
     def errors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean squared error of the prediction and, with a learned variance, L_vlb's term; float32 [B] each."""
         kind, t, x0, noise = self.config.prediction_type, batch["t"], batch["x0"], batch["noise"]
-        process = self.process = self.process.to(t.device)
+        process = self.process
         xt = diffusion.add_noise(process, x0, noise, t)
         output = self.predict(xt, batch).float()
         vlb = None
@@ -202,16 +192,81 @@ class Diffusion(Objective):
 
     def predict(self, xt: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The UNet's output at x_t [B,C,h,w]."""
+        text, added = self.conditioning.told(batch)
+        return self._output(xt, batch["t"], text, added)
+
+    def _output(
+        self, xt: torch.Tensor, t: torch.Tensor, text: torch.Tensor, added: dict[str, torch.Tensor] | None
+    ) -> torch.Tensor:
         if self.config.channels_last:
             xt = xt.contiguous(memory_format=torch.channels_last)
-        sizes = {"text_embeds": batch["pooled"], "time_ids": batch["sizes"]} if self.sized else None
-        time = self.process.time[batch["t"]]
-        return self.model(xt, time, batch["text"], added_cond_kwargs=sizes, return_dict=False)[0]
+        return self.unet(xt, self.process.time[t], text, added_cond_kwargs=added, return_dict=False)[0]
 
-    def probe(self, batch: Batch) -> torch.Tensor:
-        """The UNet alone."""
-        self.process = self.process.to(batch["t"].device)
-        return self.predict(batch["x0"], batch).float().mean()
+    def networks(self) -> list[torch.nn.Module]:
+        """The UNet, and the text encoder where it learns."""
+        return [self.unet, *([] if self.conditioning.module is None else [self.conditioning.module])]
+
+    def checkpoint_activations(self) -> None:
+        """Of the UNet and of what else learns; a frozen UNet's forward pass is kept for the word's gradient."""
+        self.unet.enable_gradient_checkpointing()
+        self.conditioning.checkpoint_activations()
+
+
+def conditioning_of(
+    config: TrainConfig, latents: Latents, text: dict[str, Any], unet: dict[str, Any], seed: int
+) -> Conditioning:
+    """How captions reach a UNet with the config `unet`; raises ConfigError where the latents do not hold what it takes.
+
+    text: the facts of the latents' CLIP.
+    """
+    pipeline = pipeline_of(unet)
+    require_layer(pipeline, text["layer"])
+    sized = pipeline is STABLE_DIFFUSION_XL
+    field = "train.start_from" if config.start_from else "train.unet"
+    if config.textual_inversion:
+        if sized:
+            raise ConfigError(
+                "train.textual_inversion: this UNet is also told the captions' pooled embeddings (SDXL), through which "
+                "the word cannot be learned here; choose a UNet without addition_embed_type text_time"
+            )
+        return Word(config.textual_inversion, load_text_of(text), Randomness(seed))
+    if not config.captions and not config.text_encoder and latents.has_embeddings:
+        if sized:
+            if latents.empty_pooled is None:
+                raise ConfigError(
+                    "train.unet: addition_embed_type text_time is told the captions' pooled embeddings, which these "
+                    "latents lack; make them with latents.text_pooled true, or with latents.text tokens"
+                )
+            require_told(unet, len(latents.empty_pooled), field)
+        return Stored(sized)
+    encoder = load_text_of(text)
+    if sized:
+        require_told(unet, encoder.pooled_width, field)
+    if config.text_encoder:
+        return Learning(sized, encoder, adapters.learning_text(encoder, sized, config.text_encoder, seed))
+    return Encoded(sized, encoder)
+
+
+def wanted_columns(config: TrainConfig, latents: Latents, conditioning: Conditioning) -> set[str]:
+    """The columns of the latents that batches are made of."""
+    found = {"mean", *(("logstd",) if latents.has_spread else ()), *(("micro",) if conditioning.sized else ())}
+    if isinstance(conditioning, Stored):
+        return found | {"embeddings", *(("pooled",) if conditioning.sized else ())}
+    if config.captions:
+        return found | {f"text.{name}" for name in config.captions}
+    return found if config.textual_inversion else found | {"tokens"}
+
+
+def require_pad(start_from: str, pad: str) -> None:
+    """Raises ConfigError where a pipeline fills its prompts up otherwise than the latents' captions were."""
+    theirs = find_pad(start_from)
+    if theirs is not None and theirs != pad:
+        words = {"zero": "id 0", "end": "its end token"}
+        raise ConfigError(
+            f"train.start_from: the tokenizer of {start_from} fills prompts up with {words[theirs]}, and the captions "
+            f"of the latents were filled up with {words[pad]}; make the latents again with latents.text_pad {theirs} "
+            "(carrara latents --redo)"
+        )
 
 
 def choose_caption(columns: Sequence[Sequence[str]], weights: Sequence[float], u: float) -> str:
@@ -222,16 +277,6 @@ def choose_caption(columns: Sequence[Sequence[str]], weights: Sequence[float], u
     share = np.array([w / len(column) for column, w in zip(columns, weights, strict=True) for _ in column])
     place = int(np.searchsorted(np.cumsum(share), u * share.sum(), side="right"))
     return texts[min(place, len(texts) - 1)]
-
-
-def _require_told(unet: dict[str, Any], pooled: int, field: str) -> None:
-    """Raises ConfigError where a UNet that is told sizes expects something else beside the time than these."""
-    told, one = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
-    if one is None or told != pooled + 6 * one:
-        raise ConfigError(
-            f"{field}: its projection_class_embeddings_input_dim is {told}, but {pooled} values of pooled text and six "
-            f"sizes of addition_time_embed_dim {one} each are what it is told beside the time"
-        )
 
 
 def process_of(config: TrainConfig) -> diffusion.Process:
@@ -266,7 +311,7 @@ def build_unet(config: TrainConfig, latents: Latents, width: int, seed: int) -> 
                     f"train.start_from: the UNet of {config.start_from} has {name} {unet.config[name]}, but the "
                     f"latents ask for {value}; {why}"
                 )
-        adapters.check_prediction(config.start_from, config.prediction_type)
+        adapters.check_process(config.start_from, config)
         return unet
     given = dict(config.unet)
     for name, value in (("in_channels", channels), ("out_channels", out), ("sample_size", latents.side)):

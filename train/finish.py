@@ -22,8 +22,9 @@ from shards import storage
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths
 from train import checkpoint, folders
-from train.objectives import MAX_LOGIT_SCALE, Autoencoder, Clip, Objective, to_unit
-from train.order import batch_positions
+from train.autoencoder import Autoencoder, to_unit
+from train.clip import MAX_LOGIT_SCALE, Clip
+from train.objective import Objective
 from train.ranks import Ranks
 from train.state import MARKER, StagePaths
 
@@ -33,7 +34,7 @@ SCALE_BATCH = 16
 
 
 def finish(
-    stage: str, run: str, objective: Objective, last: Path, wanted: Fingerprint, paths: StagePaths, ranks: Ranks
+    stage: str, run: str, objective: Objective, last: str, wanted: Fingerprint, paths: StagePaths, ranks: Ranks
 ) -> None:
     """Write the model folder of a fit whose last checkpoint is `last`. Collective; rank 0 writes."""
     if stage == "train":
@@ -50,7 +51,8 @@ def finish(
         facts = {"scaling_factor": measure_scale(objective, ranks)}
         objective.model.register_to_config(**facts)  # type: ignore[operator]
     if ranks.first:
-        tmp = storage.temporary_folder(paths.model)
+        model = storage.local_path(paths.model)
+        tmp = storage.temporary_folder(model)
         if isinstance(objective, Clip):
             _save_clip(objective, tmp)
         else:
@@ -58,7 +60,7 @@ def finish(
         manifest = folders.read_manifest(last)
         marker = {
             "stage": stage,
-            "checkpoint": last.name,
+            "checkpoint": folders.name_of(last),
             "images": manifest["images"],
             "step": manifest["step"],
             "weights": "ema",
@@ -66,7 +68,7 @@ def finish(
             **facts,
         }
         (tmp / MARKER).write_text(json.dumps(marker, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        storage.replace_folder(tmp, paths.model)
+        storage.replace_folder(tmp, model)
     ranks.gather(None)
 
 
@@ -77,10 +79,11 @@ def measure_scale(objective: Autoencoder, ranks: Ranks) -> float:
     The std is exact for the measured pictures, from the moments: Var = E[mean^2 + var] - E[mean]^2.
     Collective: each rank measures its share.
     """
-    count = min(SCALE_PICTURES, objective.order.size)
+    count = min(SCALE_PICTURES, objective.placement.size)
+    first = objective.placement.segments[-1].images  # of the pictures that are there by now
     sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     for begin in range(ranks.rank * SCALE_BATCH, count, ranks.world * SCALE_BATCH):
-        positions = batch_positions(begin, 0, 1, 0, min(SCALE_BATCH, count - begin))
+        positions = first + np.arange(begin, min(begin + SCALE_BATCH, count))
         pixels = torch.from_numpy(np.ascontiguousarray(objective.pictures.pixels(positions))).to(ranks.device)
         posterior = objective.model.encode(to_unit(pixels)).latent_dist
         mean, var = posterior.mean.double(), posterior.var.double()

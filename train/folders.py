@@ -1,31 +1,41 @@
 """Checkpoint folders: which there are, whether they are whole, and what their manifests say. No weights are read.
 
 Apart from checkpoint.py, which reads and writes the weights, so that asking how far a fit has come needs no torch.
+Folders are URLs: paths, or places on an object store.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import re
-import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fsspec.core import url_to_fs
+
 from shards import storage
-from shards.fingerprint import digest_file
+from shards.fingerprint import digest_json
 from shards.settings import StageError
 
 log = logging.getLogger("carrara.train")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATES = (*MOMENTS, "ema")
 POSTHOC = "posthoc"
+CHUNK = 1 << 24
 _NAME = re.compile(r"step-(\d{8,})")
+# What this format, and the one before, put into a folder; nothing else in it is ever deleted.
+_OURS = re.compile(
+    r"rank-\d+-of-\d+-[0-9a-f]+\.safetensors|others-[0-9a-f]+\.safetensors|"
+    r"(weights|exp_avg|exp_avg_sq|ema(_0\.\d{3})?)\.safetensors|manifest\.json"
+)
 
 
 def folder_name(step: int) -> str:
@@ -33,74 +43,112 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def folders(root: Path) -> list[Path]:
+def folders(root: str | Path) -> list[str]:
     """Checkpoint folders, whole or not, newest first."""
-    found = [root / n for n in storage.list_names(str(root)) if _NAME.fullmatch(n)]
-    return sorted(found, key=_step_of, reverse=True)
+    found = [storage.join(str(root), n) for n in storage.list_names(str(root)) if _NAME.fullmatch(n)]
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step_of(folder: Path) -> int:
-    match = _NAME.fullmatch(folder.name)
-    assert match is not None
+def step_of(folder: str | Path) -> int:
+    """The step of a checkpoint's folder."""
+    match = _NAME.fullmatch(name_of(folder))
+    assert match is not None, folder
     return int(match[1])
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def name_of(folder: str | Path) -> str:
+    """`.../step-00001000` -> `step-00001000`."""
+    return str(folder).rstrip("/").rsplit("/", 1)[-1]
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a checkpoint; raises StageError where there is none or it is not one."""
     try:
-        manifest = storage.read_json(str(folder / MANIFEST))
-    except ValueError:
+        manifest = storage.read_json(storage.join(str(folder), MANIFEST))
+    except (ValueError, NotADirectoryError):
         manifest = None
-    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION or "files" not in manifest:
+    known = isinstance(manifest, dict) and manifest.get("format_version") in (1, FORMAT_VERSION)
+    if not known or not isinstance(manifest.get("files"), dict):
         raise StageError(f"{folder}: not a checkpoint, or of another format: its {MANIFEST} is absent or unreadable")
-    return manifest
+    return dict(manifest)
 
 
-def damage(folder: Path, deep: bool = True) -> str:
+def damage(folder: str | Path, deep: bool = True) -> str:
     """What is wrong with a checkpoint, as one sentence; empty where it is complete. deep: read and hash the files."""
     try:
-        files = read_manifest(folder)["files"]
+        manifest = read_manifest(folder)
     except StageError as e:
         return str(e)
-    for name in sorted({*files, *(f"{n}.safetensors" for n in ("weights", *STATES))}):
-        file = folder / name
-        expected = files.get(name, {})
-        size = file.stat().st_size if file.is_file() else None
+    return damage_of(folder, manifest["files"].items(), deep)
+
+
+def damage_of(folder: str | Path, files: Iterable[tuple[str, dict[str, Any]]], deep: bool = True) -> str:
+    """As `damage`, of some of a manifest's files."""
+    for name, expected in files:
+        url = storage.join(str(folder), name)
+        if "/" in name or not isinstance(expected, dict):
+            return f"{folder}: its {MANIFEST} names '{name}', which is no file of a checkpoint"
+        size = storage.size(url)
         if size != expected.get("size"):
-            return f"{file} has {size} bytes where the manifest says {expected.get('size')}"
-        if deep and digest_file(file) != expected.get("sha256"):
-            return f"{file} does not have the sha256 that the manifest says"
+            there = "is absent" if size is None else f"has {size} bytes"
+            return f"{url} {there} where the manifest says {expected.get('size')} bytes"
+        if deep and digest(url) != expected.get("sha256"):
+            return f"{url} does not have the sha256 that the manifest says"
     return ""
 
 
-def latest_complete(root: str | Path, deep: bool = True) -> Path | None:
+def digest(url: str) -> str:
+    """sha256 of a file, streamed, as lower-case hex."""
+    found = hashlib.sha256()
+    with storage.open_read(url) as f:
+        while part := f.read(CHUNK):
+            found.update(part)
+    return found.hexdigest()
+
+
+def states(manifest: dict[str, Any]) -> set[str]:
+    """Which states a checkpoint has, by its manifest: weights, exp_avg, ema, ..."""
+    if manifest["format_version"] == 1:
+        return {f.removesuffix(".safetensors") for f in manifest["files"]}
+    return {array.partition(".")[2] for f in manifest["files"].values() for array in f.get("arrays", ())}
+
+
+def weights_digest(manifest: dict[str, Any], state: str) -> str:
+    """A digest of what a state of a checkpoint was read from, by its manifest; no weights are read."""
+    files = manifest["files"]
+    if manifest["format_version"] == 1:
+        return str(files[f"{state}.safetensors"]["sha256"])
+    return digest_json([state, sorted(f["sha256"] for f in files.values())])
+
+
+def latest_complete(root: str | Path, deep: bool = True) -> str | None:
     """The newest checkpoint under `root` that is complete; torn ones are skipped with a line in the log."""
-    for folder in folders(Path(root)):
+    for folder in folders(root):
         fault = damage(folder, deep)
         if not fault:
             return folder
-        log.warning("the checkpoint %s is skipped: %s", folder.name, fault)
+        log.warning("the checkpoint %s is skipped: %s", name_of(folder), fault)
     return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
     """Which checkpoints stay. newest: how many; hours: those younger than this too; every_images: for ever, the
-    first at or after each multiple of it."""
+    first at or after each multiple of it. `delete_old` is also told of single ones by name."""
 
     newest: int
     hours: float | None = None
     every_images: int | None = None
 
 
-def delete_old(root: Path, keep: Keep) -> None:
-    """Delete what need not be kept; the newest complete checkpoint stays in any case."""
+def delete_old(root: str | Path, keep: Keep, named: Iterable[str | None] = ()) -> None:
+    """Delete what need not be kept; the newest complete checkpoint and those `named` stay in any case."""
     everything = folders(root)
     complete = [f for f in everything if not damage(f, deep=False)]
-    stay = set(complete[: keep.newest])
+    stay = set(complete[: max(keep.newest, 1)]) | {f for f in complete if name_of(f) in set(named)}
     if keep.hours is not None:
         since = time.time() - 3600 * keep.hours
-        stay |= {f for f in complete if (f / MANIFEST).stat().st_mtime >= since}
+        stay |= {f for f in complete if _written(f) >= since}
     if keep.every_images is not None:
         before = 0
         for folder in reversed(complete):
@@ -110,9 +158,33 @@ def delete_old(root: Path, keep: Keep) -> None:
             before = images
     for folder in everything:
         # A torn one that is older than a complete one serves nobody; a newer one is left for a look.
-        newer_and_torn = folder not in complete and not any(_step_of(c) > _step_of(folder) for c in complete)
+        newer_and_torn = folder not in complete and not any(step_of(c) > step_of(folder) for c in complete)
         if folder not in stay and not newer_and_torn:
-            shutil.rmtree(folder, ignore_errors=True)
+            delete(folder)
+
+
+def delete(folder: str | Path, but: Iterable[str] = ()) -> None:
+    """Delete a checkpoint's files, the manifest first, so that what is left of it counts for nothing.
+
+    but: names of files that stay. What Carrara did not put there stays too, and the folder with it.
+    """
+    stay = set(but)
+    names = [n for n in storage.list_names(str(folder)) if _OURS.fullmatch(n) and n not in stay]
+    for name in sorted(names, key=lambda n: n != MANIFEST):
+        storage.remove(storage.join(str(folder), name))
+    if not stay and storage.is_local(str(folder)):
+        with_others = storage.list_names(str(folder))
+        if not with_others:
+            storage.local_path(str(folder)).rmdir()
+
+
+def _written(folder: str) -> float:
+    """When a checkpoint was committed, in seconds since 1970."""
+    url = storage.join(folder, MANIFEST)
+    if storage.is_local(url):
+        return storage.local_path(url).stat().st_mtime
+    fs, path = url_to_fs(url)
+    return float(fs.modified(path).timestamp())
 
 
 def truncate_log(file: Path, images: int) -> None:

@@ -5,6 +5,9 @@ log.jsonl      one line an interval: images, step, loss, loss_by_timestep, lr, g
 events.jsonl   what a person should look at: skipped steps with their samples' keys, rollbacks, validations
 tensorboard/   the same, and the grids of samples
 samples/       the grids as files
+
+All of it is written by a thread: the loop never waits for a disk. A run on an object store is told of in a temporary
+folder that the thread copies there.
 """
 
 from __future__ import annotations
@@ -13,125 +16,118 @@ import contextlib
 import json
 import logging
 import math
+import queue
+import shutil
+import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from shards import storage
 from shards.progress import Progress
 from train import folders
-from train.config import FitConfig
-from train.flops import peak_flops
-from train.ranks import Ranks
+from train.plan import peak_flops
+from train.run import Run, Told, crossed
+
+if TYPE_CHECKING:
+    from train.guard import Guard
+    from train.job import Job
+    from train.objective import Objective
+    from train.ranks import Ranks
 
 log = logging.getLogger("carrara.train")
 
-
-def crossed(images: int, batch: int, every: int) -> bool:
-    """Whether the step that ends at `images` passed a multiple of `every`."""
-    return images // every > (images - batch) // every
+MIRROR_EVERY_S = 10.0
 
 
 class Journal:
     """Silent on ranks other than 0. A resumed run first drops the lines that lie beyond its checkpoint, so each
-    number of images is there once.
-
-    figures: names of what `step` gets by sum over micro-steps; bins: how many bins of loss by timestep follow them.
-    flops: of one image.
-    """
+    number of images is there once. images: where the run stands. precision: of its arithmetic. flops: of an image."""
 
     def __init__(
-        self, stage: str, config: FitConfig, logs: Path, status_url: str, ranks: Ranks, images: int, flops: float,
-        figures: tuple[str, ...], bins: int,
+        self, job: Job, ranks: Ranks, objective: Objective, images: int, precision: str, flops: float
     ) -> None:  # fmt: skip
-        self.config, self.ranks, self.flops, self.figures, self.bins = config, ranks, flops, figures, bins
-        self.logs, self.file, self.events = logs, logs / "log.jsonl", logs / "events.jsonl"
-        self.peak = peak_flops(ranks.device, config.precision)
-        self._writer: Any = None
-        self._sums = np.zeros(len(figures) + 2 * bins)
+        self.job, self.config, self.ranks = job, job.config, ranks
+        self.figures, self.bins = ("loss", *objective.figures), objective.bins
+        self.flops, self.peak = flops, peak_flops(ranks.device, precision)
+        self.events = storage.join(job.logs, "events.jsonl")
+        self._sums = np.zeros(len(self.figures) + 2 * self.bins)
         self._steps = self._skipped = 0
         self._images = images
         self._waited = self._paused = 0.0
         self._began = time.perf_counter()
-        if ranks.first:
-            from torch.utils.tensorboard import SummaryWriter
+        self._writer: _Writer | None = _Writer(job, images) if ranks.first else None
 
-            logs.mkdir(parents=True, exist_ok=True)
-            for file in (self.file, self.events):
-                folders.truncate_log(file, images)
-            self._writer = SummaryWriter(str(logs / "tensorboard"), purge_step=images if images else None)
-            self.progress = Progress(stage, config.images, "images", status_url, done=images)
+    def step(self, told: Told, waited: float) -> None:
+        """Count one step; gives a line when a multiple of log_every_images is passed, and at the end.
 
-    def step(
-        self, images: int, step: int, rate: float, norm: float | None, values: list[float], waited: float, skipped: bool
-    ) -> None:
-        """Count one step; writes a line when a multiple of log_every_images is passed, and at the end.
-
-        values: the figures' means over the global batch, then the bins' sums and shares. A skipped step counts in the
-        rates, not in the figures.
+        A skipped step counts in the rates, not in the figures. waited: seconds that the loop waited for data, in all.
         """
-        if skipped:
-            self._skipped += 1
-        else:
+        if told.applied:
             self._steps += 1
-            self._sums += values
-        if not self.ranks.first:
+            self._sums += told.figures
+        else:
+            self._skipped += 1
+        if self._writer is None:
             return
         batch = self.config.batch_size
-        self.progress.update(batch, **({} if skipped else {"loss": values[0]}))
-        if crossed(images, batch, self.config.log_every_images) or images >= self.config.images:
-            self._line(images, step, rate, norm, waited)
+        self._writer.progress(batch, {"loss": told.figures[0]} if told.applied else {})
+        if crossed(told.images, batch, self.config.log_every_images) or told.images >= self.config.images:
+            self._line(told, waited)
 
-    def _line(self, images: int, step: int, rate: float, norm: float | None, waited: float) -> None:
+    def _line(self, told: Told, waited: float) -> None:
         now = time.perf_counter()
         seconds = max(now - self._began - self._paused, 1e-9)
-        speed = (images - self._images) / seconds
-        line: dict[str, Any] = {"images": images, "step": step}
+        speed = (told.images - self._images) / seconds
+        line: dict[str, Any] = {"images": told.images, "step": told.step}
         n = len(self.figures)
         if self._steps:  # no skipped step has figures
             line |= dict(zip(self.figures, (self._sums[:n] / self._steps).tolist(), strict=True))
         if self.bins:
             sums, shares = self._sums[n : n + self.bins], self._sums[n + self.bins :]
             line["loss_by_timestep"] = [float(s / c) if c else None for s, c in zip(sums, shares, strict=True)]
-        line |= {"lr": rate, "grad_norm": norm, "samples_per_s": speed, "skipped": self._skipped}
+        line |= {"lr": told.rate, "grad_norm": told.norm, "samples_per_s": speed, "skipped": self._skipped}
         line |= {"data_wait": (waited - self._waited) / seconds, "tflops": self.flops * speed / 1e12}
         if self.peak:
             line["mfu"] = self.flops * speed / (self.peak * self.ranks.world)
         if self.ranks.device.type == "cuda":
             line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        _append(self.file, line)
-        for name, value in line.items():
-            if isinstance(value, (int, float)) and name != "images" and math.isfinite(value):
-                self._writer.add_scalar(name, value, images)
-        for i, value in enumerate(line.get("loss_by_timestep", [])):
-            if value is not None:
-                self._writer.add_scalar(f"loss_by_timestep/{i}", value, images)
-        self._writer.flush()
-        self.progress.update(0, lr=rate, samples_per_s=speed)
+        assert self._writer is not None
+        self._writer.line(line)
         self._sums[:] = 0
         self._steps = self._skipped = 0
-        self._images, self._began, self._waited, self._paused = images, now, waited, 0.0
+        self._images, self._began, self._waited, self._paused = told.images, now, waited, 0.0
+
+    def skipped(self, told: Told, run: Run, guard: Guard, objective: Objective) -> None:
+        """Say which samples a step that was not taken saw, and why it was not."""
+        if self._writer is None:
+            return
+        from train.job import keys_at
+
+        begin, loss = told.images - self.config.batch_size, told.figures[0]
+        reason = guard.reason(loss, told.norm)
+        keys = keys_at(objective, self.config, begin)
+        facts = {"reason": reason, "loss": loss, "grad_norm": told.norm, "in_a_row": run.in_a_row, "keys": keys}
+        self.event(told.images, "skipped", **facts)
+        log.warning(
+            "%s: the step at %d images is skipped: %s; its samples' keys are in %s",
+            self.job.stage, begin, reason, self.events,
+        )  # fmt: skip
 
     def event(self, images: int, kind: str, **facts: Any) -> None:
-        """One line of events.jsonl, and of the log where a person watches."""
-        if not self.ranks.first:
-            return
-        _append(self.events, {"images": images, "kind": kind, **facts})
-        for name, value in facts.items():
-            if isinstance(value, float) and math.isfinite(value):
-                self._writer.add_scalar(f"{kind}/{name}", value, images)
+        """One line of events.jsonl, and of TensorBoard what is a number."""
+        if self._writer is not None:
+            self._writer.event(images, kind, facts)
 
-    def grid(self, images: int, pictures: np.ndarray) -> None:
-        """A grid of samples, uint8 [H,W,3], on rank 0."""
-        from PIL import Image
-
-        folder = self.logs / "samples"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(pictures).save(folder / f"{images:012d}.png")
-        self._writer.add_image("samples", pictures, images, dataformats="HWC")
+    def grid(self, images: int, pictures: np.ndarray | None) -> None:
+        """A grid of samples, uint8 [H,W,3], on rank 0; nothing where there is none."""
+        if self._writer is not None and pictures is not None:
+            self._writer.grid(images, pictures)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -144,9 +140,109 @@ class Journal:
 
     def close(self, state: str) -> None:
         """End the bar with a state: done, failed or stopped."""
-        if self.ranks.first:
-            self._writer.close()
-            self.progress.close(state)
+        if self._writer is not None:
+            self._writer.close(state)
+
+
+class _Writer:
+    """The thread of rank 0 that writes; each method gives it something to do and returns at once."""
+
+    def __init__(self, job: Job, images: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._remote = None if storage.is_local(job.logs) else job.logs
+        self.folder = Path(tempfile.mkdtemp()) if self._remote else storage.local_path(job.logs)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._copied: dict[str, tuple[int, int]] = {}
+        self._mirrored = 0.0
+        for name in ("log.jsonl", "events.jsonl"):
+            if self._remote:
+                with contextlib.suppress(FileNotFoundError):
+                    (self.folder / name).write_bytes(storage.read_bytes(storage.join(self._remote, name)))
+            folders.truncate_log(self.folder / name, images)
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=images if images else None)
+        self._progress = Progress(job.stage, job.config.images, "images", job.status_url, done=images)
+        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        failed = False
+        while (work := self._todo.get()) is not None:
+            try:
+                work()
+                if self._remote and time.monotonic() - self._mirrored > MIRROR_EVERY_S:
+                    self._mirror()
+            except Exception as e:  # what is told must not end what is done
+                if not failed:
+                    log.warning("the log of the training cannot be written: %s", e)
+                failed = True
+
+    def progress(self, images: int, figures: dict[str, float]) -> None:
+        """The bar, and the status file."""
+        self._todo.put(lambda: self._progress.update(images, **figures))
+
+    def line(self, line: dict[str, Any]) -> None:
+        """A line of the log."""
+
+        def write() -> None:
+            _append(self.folder / "log.jsonl", line)
+            images = line["images"]
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and name != "images" and math.isfinite(value):
+                    self._board.add_scalar(name, value, images)
+            for i, value in enumerate(line.get("loss_by_timestep", [])):
+                if value is not None:
+                    self._board.add_scalar(f"loss_by_timestep/{i}", value, images)
+            self._board.flush()
+            self._progress.update(0, lr=line["lr"], samples_per_s=line["samples_per_s"])
+
+        self._todo.put(write)
+
+    def event(self, images: int, kind: str, facts: dict[str, Any]) -> None:
+        """A line of the events."""
+
+        def write() -> None:
+            _append(self.folder / "events.jsonl", {"images": images, "kind": kind, **facts})
+            for name, value in facts.items():
+                if isinstance(value, float) and math.isfinite(value):
+                    self._board.add_scalar(f"{kind}/{name}", value, images)
+
+        self._todo.put(write)
+
+    def grid(self, images: int, pictures: np.ndarray) -> None:
+        """A grid of samples, uint8 [H,W,3]."""
+
+        def write() -> None:
+            from PIL import Image
+
+            folder = self.folder / "samples"
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(pictures).save(folder / f"{images:012d}.png")
+            self._board.add_image("samples", pictures, images, dataformats="HWC")
+
+        self._todo.put(write)
+
+    def _mirror(self) -> None:
+        """Copy to the object store what changed."""
+        assert self._remote is not None
+        self._mirrored = time.monotonic()
+        for file in (f for f in self.folder.rglob("*") if f.is_file()):
+            name, info = file.relative_to(self.folder).as_posix(), file.stat()
+            if self._copied.get(name) != (mark := (info.st_size, info.st_mtime_ns)):
+                storage.write_atomic(storage.join(self._remote, name), file.read_bytes())
+                self._copied[name] = mark
+
+    def close(self, state: str) -> None:
+        """Write what is left, and end."""
+        self._todo.put(self._board.close)
+        self._todo.put(lambda: self._progress.close(state))
+        self._todo.put(None)
+        self._thread.join()
+        if self._remote:
+            with contextlib.suppress(OSError):
+                self._mirror()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _append(file: Path, line: dict[str, Any]) -> None:

@@ -22,13 +22,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 if __name__ == "__main__":
     # Run as a script, Python looks for modules in this file's folder; it is the one above that holds them.
@@ -39,24 +38,27 @@ from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError, load_sections
 from train.config import STAGES, TrainConfig, TrainingSections, layout
 from train.ranks import Ranks, Stopped, join
-from train.state import discard, fingerprint, judge, open_input, stage_config, stage_paths
+from train.state import describe, discard, fingerprint, history, judge, open_input, stage_config, stage_paths
 
 if TYPE_CHECKING:
     from train.denoising import Diffusion
-    from train.loop import Job
-    from train.objectives import Objective
+    from train.job import Job
+    from train.objective import Objective
 
 log = logging.getLogger("carrara.train")
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
-def run(stage: str, config: str | TrainingSections, overrides: Sequence[str] = (), redo: bool = False) -> None:
+def run(
+    stage: str, config: str | TrainingSections, overrides: Sequence[str] = (), redo: bool = False, adopt: bool = False
+) -> None:
     """Fit one stage on the ranks that the environment describes; call it in every rank.
 
     config: a run's YAML file (with dotted overrides), or its sections as read already. Does nothing where
-    the stage is done or its weights are pretrained ones. Raises ConfigError, StageError, or ranks.Stopped
-    after a SIGTERM.
+    the stage is done or its weights are pretrained ones. redo: throw away what was begun as another run. adopt: go on with
+    what differs, where that can be: a longer run, another rate, more data. Raises ConfigError, StageError, or
+    ranks.Stopped after a SIGTERM.
     """
     sections = load_sections(config, overrides, TrainingSections) if isinstance(config, str) else config
     if stage not in STAGES:
@@ -73,48 +75,77 @@ def run(stage: str, config: str | TrainingSections, overrides: Sequence[str] = (
 
     # Heavy imports come after everything that can be refused at once.
     from train.finish import finish
-    from train.loop import Job, fit
+    from train.job import Job
+    from train.loop import fit
     from train.objectives import build
 
     ranks = join(settings.threads)
+    objective: Objective | None = None
     try:
         # Rank 0 judges for all: the others may see an older state of a shared disk.
-        found = ranks.from_first(judge(stage, settings, wanted, paths) if ranks.first else None)
+        found = _from_first(ranks, lambda: judge(stage, settings, wanted, paths, adopt))
         if found.state == "done":
             log.info("%s: finished before, nothing to do", stage)
             return
-        if found.state == "stale" and not redo:
-            raise StageError(found.reason)
+        if found.state == "changed" or (found.state == "stale" and not redo):
+            raise ConfigError(found.reason)
         if ranks.first:
             if found.state == "stale":
                 discard(paths)
             # One trainer writes here, so whatever is temporary is a dead one's.
-            storage.sweep_temporaries(str(paths.checkpoints), older_than_s=0.0)
-        objective = build(stage, settings, datasets, sections.seed, ranks.device.type)
-        used = [{"root": d.root, "fingerprint": d.fingerprint, "samples": len(d)} for d in datasets]
-        facts = {"dataset": used[0], "sources": used, "seed": sections.seed}
+            storage.sweep_temporaries(paths.checkpoints, older_than_s=0.0)
+        taken = _from_first(ranks, lambda: history(stage, settings, datasets, paths, found, adopt))
+        if ranks.first:
+            for note in taken.notes:
+                log.warning("%s: %s", stage, note)
+        objective = build(stage, settings, datasets, sections.seed, taken.history)
+        used = [describe(d) for d in datasets]
+        facts = {"dataset": used[0], "sources": used, "seed": sections.seed, "order": taken.history.to_json()}
+        facts |= objective.facts
         status = storage.join(run_paths.status, f"{stage}.json")
-        job = Job(stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts)
+        job = Job(
+            stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts, notes=taken.notes
+        )
         if isinstance(settings, TrainConfig):
             job = _watched(job, settings, objective, run_paths, ranks)
         last = fit(job, objective, ranks)
         finish(stage, sections.run, objective, last, wanted, paths, ranks)
     finally:
+        if objective is not None:
+            objective.close()
         ranks.leave()
+
+
+V = TypeVar("V")
+
+
+def _from_first(ranks: Ranks, find: Callable[[], V]) -> V:
+    """What rank 0 finds, on all ranks; an error that says what to change is raised on all of them alike."""
+    found: V | Exception | None = None
+    if ranks.first:
+        try:
+            found = find()
+        except (ConfigError, StageError) as e:
+            found = e
+    value: V | Exception = ranks.from_first(found)
+    if isinstance(value, Exception):
+        raise value
+    return value
 
 
 def _watched(job: Job, config: TrainConfig, objective: Objective, run: RunPaths, ranks: Ranks) -> Job:
     """The job with what shows how good the UNet is becoming: validation and samples, where they are asked for."""
-    from train.samples import grid
+    from train.samples import Samples
     from train.validation import Validator
 
     micro, _ = layout("train", config, ranks.world)
-    validator = draw = None
+    unet = cast("Diffusion", objective)
+    validator = samples = None
     if config.validation:
-        validator = Validator(config.validation, cast("Diffusion", objective), run, ranks, micro)
+        validator = Validator(config.validation, unet, run, ranks, micro)
     if config.samples:
-        draw = functools.partial(grid, run.run, config.samples, ranks.device.type)
-    return dataclasses.replace(job, validator=validator, draw=draw)
+        samples = Samples(config.samples, unet, ranks)
+    return dataclasses.replace(job, validator=validator, samples=samples)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,6 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default=os.environ.get("CARRARA_CONFIG", "carrara.yaml"), help="a run's YAML file")
     parser.add_argument("--stage", choices=STAGES, default="train")
     parser.add_argument("--redo", action="store_true", help="throw away what was fitted with other settings")
+    parser.add_argument(
+        "--adopt", action="store_true", help="go on with changed settings, as a longer run, or with data that has grown"
+    )
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change")
     given = parser.parse_args(arguments)
@@ -131,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     first = os.environ.get("RANK", "0") == "0"
     try:
-        run(given.stage, given.config, given.overrides, given.redo)
+        run(given.stage, given.config, given.overrides, given.redo, given.adopt)
     except (ConfigError, StageError) as e:
         if first or isinstance(e, StageError):
             print(f"carrara: {e}", file=sys.stderr, flush=True)

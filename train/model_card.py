@@ -39,7 +39,8 @@ others decides what to let through. {licence}
 ## Its parts
 
 - VAE: `{vae_ref}`, latents times {scaling_factor}, sha256 `{vae_digest}`.
-- Text encoder: `{text_ref}`, sha256 `{text_digest}`; {layer}, {context_length} tokens of {width} values.
+- Text encoder: `{text_ref}`, sha256 `{text_digest}`; {layer}, {context_length} tokens of {width} values;
+  a shorter prompt is filled up with {pad}.
 - The tokenizer is open_clip's. Captions were cleaned before training as open_clip does it: lower case, HTML entities
   resolved, broken encodings repaired. A prompt gives the same tokens if it is clean in that sense.
 
@@ -92,11 +93,13 @@ def model_card(provenance: dict[str, Any]) -> str:
         layer=_LAYERS[p["text"]["layer"]],
         context_length=p["text"]["context_length"],
         width=p["text"]["width"],
+        pad="its end token" if p["text"].get("pad") == "end" else "id 0",
     )
 
 
 def _span(data: dict[str, Any]) -> str:
-    return f", {data['first_shard']:05d} to {data['last_shard']:05d}" if "first_shard" in data else ""
+    first, last = data.get("first_shard"), data.get("last_shard")
+    return "" if first is None or last is None else f", {first:05d} to {last:05d}"
 
 
 def _process(training: dict[str, Any]) -> str:
@@ -121,7 +124,10 @@ def _tuning(training: dict[str, Any]) -> str:
     how, where = "All weights were fine-tuned", ""
     if adapter := training.get("adapter"):
         how = f"Low-rank updates ({adapter['kind']}, rank {adapter['rank']}) were trained and merged"
-        where = " They lie in `lora/` too." if adapter["kind"] == "lora" else " They lie in `adapter/` too."
+        where = " They lie in `lora/` too." if adapter["kind"] in ("lora", "locon") else " They lie in `adapter/` too."
+    if text := training.get("text_encoder"):
+        by = "as a whole" if text["kind"] == "full" else f"by low-rank updates (rank {text['rank']}), merged"
+        how += f"; the text encoder learned too, {by}"
     if word := training.get("textual_inversion"):
         how = f"The word {_quoted(word['token'])} was learned and nothing else"
         where = " It lies in `learned_embeds.safetensors`, for `load_textual_inversion`."

@@ -1,18 +1,19 @@
-"""Which sample comes when: a pure function of (dataset, seed, position), in memory O(shards).
+"""The order of one bucket of one data set over canonical streams: a pure function of (key, place), with its inverse.
 
-Position p is the p-th sample of the run, counted over all ranks and epochs. Each epoch is a keyed
-permutation of the shards, cut into windows of a few shards, and within a window a keyed permutation of
-its rows. So each sample comes once an epoch; nothing depends on ranks, workers or batches; a resumed run
-goes on at its position at once; and only a window's shards need to be open at a time.
+Place q of an epoch is turn `q // V` of stream `q % V`. An epoch lays all shards, permuted, on one line and cuts the
+line into V equal stretches, one a stream; a stream walks its stretch window by window, and the rows of a window (a
+contiguous run of the line: a few byte ranges of files) are permuted. So a rank that takes the places = r (mod W), with
+W a divisor of V, reads streams of its own alone, in sequence, each byte once an epoch. On other numbers of ranks the
+order is the same and only the reading is shared. The windows of different streams end at different turns, so that
+windows are read evenly through an epoch. placement.py puts several orders together.
 
-A permutation of n things is a Feistel network on the smallest even number of bits that holds n, walked
-until it lands below n (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking).
+A permutation of n things is a Feistel network on the smallest even number of bits that holds n, walked until it lands
+below n (Black & Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,127 +35,124 @@ def mix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> _U64(31))
 
 
-def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """The images of `index` (int64, each in 0..n-1) under the keyed permutation of 0..n-1; int64 of the same shape."""
-    if n <= 1:
-        return np.zeros_like(index)
-    half = max(1, (int(n - 1).bit_length() + 1) // 2)
-    mask, shift, size = _U64((1 << half) - 1), _U64(half), _U64(n)
-    keys = mix64(_U64(key) + np.arange(1, ROUNDS + 1, dtype=_U64) * _U64(0x9E3779B97F4A7C15))
+def permute(index: np.ndarray, n: int | np.ndarray, key: int | np.ndarray, inverse: bool = False) -> np.ndarray:
+    """The images of `index` (int64 [B]) under keyed permutations of 0..n-1, or under their inverses; int64 [B].
 
-    def cipher(x: np.ndarray) -> np.ndarray:
-        left, right = x >> shift, x & mask
-        for k in keys:
-            left, right = right, left ^ (mix64(right + k) & mask)
-        return (left << shift) | right
-
+    n, key: one for all, or one for each (int64 and uint64 [B]). Each index must lie in 0..n-1.
+    """
+    index, n, key = np.broadcast_arrays(np.asarray(index, np.int64), np.asarray(n, np.int64), np.asarray(key, _U64))
+    if index.size == 0:
+        return np.zeros(index.shape, np.int64)
+    half = np.maximum(1, (np.ceil(np.log2(np.maximum(n, 2))).astype(np.int64) + 1) // 2).astype(_U64)
+    mask, x, size = (_U64(1) << half) - _U64(1), index.astype(_U64), n.astype(_U64)
     with np.errstate(over="ignore"):
-        x = cipher(index.astype(_U64))
+        keys = [mix64(key + _U64(r * 0x9E3779B97F4A7C15 & (1 << 64) - 1)) for r in range(1, ROUNDS + 1)]
+
+        def cipher(x: np.ndarray, at: np.ndarray | slice) -> np.ndarray:
+            left, right = x >> half[at], x & mask[at]
+            for k in keys[::-1] if inverse else keys:
+                if inverse:
+                    left, right = right ^ (mix64(left + k[at]) & mask[at]), left
+                else:
+                    left, right = right, left ^ (mix64(right + k[at]) & mask[at])
+            return (left << half[at]) | right
+
+        x = cipher(x, slice(None))
         while (outside := np.flatnonzero(x >= size)).size:
-            x[outside] = cipher(x[outside])
+            x[outside] = cipher(x[outside], outside)
     return x.astype(np.int64)
 
 
-class Order:
-    """The order of a dataset's samples under a seed.
+@functools.lru_cache(maxsize=16)
+def _shuffled(key: str, shards: int, epoch: int) -> np.ndarray:
+    """The shards, int32, in the order in which an epoch lays them down; all buckets of a data set share it."""
+    return permute(np.arange(shards), shards, derive_key(key, "shards", epoch)).astype(np.int32)
 
-    counts: int64 [shards], samples of each shard. fingerprint: the dataset's, so that another dataset has
-    another order. window: how many shards are mixed with one another.
+
+class Order:
+    """Places 0, 1, 2, ... of one bucket of one data set -> its samples. Memory O(shards + V).
+
+    counts: [shards], samples of each shard. key: what the order is a function of, beside counts. streams: V.
+    window: the rows that are read, and mixed, together. Raises ValueError where there are no samples.
     """
 
-    def __init__(self, counts: np.ndarray, fingerprint: str, seed: int, window: int) -> None:
-        self.counts = np.asarray(counts, np.int64)
-        self.size = int(self.counts.sum())
+    def __init__(self, counts: np.ndarray, key: str, streams: int, window: int) -> None:
+        self.counts, self.key, self.streams, self.window = np.asarray(counts), key, streams, window
+        self.size = int(self.counts.sum(dtype=np.int64))
         if self.size == 0:
             raise ValueError("a dataset without samples has no order")
-        self.fingerprint = fingerprint
-        self._parts = (fingerprint, int(seed))
-        self.window = window
-        self._epoch = functools.lru_cache(maxsize=2)(self._plan)
+        self.length = self.size // streams + (np.arange(streams) < self.size % streams)  # of each stream, an epoch
+        # How far each stream is into its first window when an epoch begins.
+        self.phase = np.arange(streams) * window // streams
+        self.windows = -(-(int(self.length[0]) + int(self.phase[-1])) // window)  # numbers an epoch has, at the most
+        self._rows = derive_key(key, "rows")
+        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
 
-    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of one epoch: the shards in their order, and how many samples lie before each and in all ([shards + 1])."""
-        n = len(self.counts)
-        shards = permute(np.arange(n, dtype=np.int64), n, derive_key("shards", *self._parts, epoch))
-        return shards, np.concatenate([np.zeros(1, np.int64), np.cumsum(self.counts[shards])])
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Shards in their order; samples before each [shards+1]; where each stream's stretch begins; streams by that."""
+        shards = _shuffled(self.key, len(self.counts), epoch)
+        before = np.zeros(len(shards) + 1, np.uint32 if self.size < 1 << 32 else np.int64)
+        np.cumsum(self.counts[shards], out=before[1:])
+        laid = permute(np.arange(self.streams), self.streams, derive_key(self.key, "streams", epoch))
+        begins = np.empty(self.streams, np.int64)
+        begins[laid] = np.cumsum(self.length[laid]) - self.length[laid]
+        return shards, before, begins, laid
 
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions int64 [B] -> (shard position, row within the shard), int64 [B] each."""
-        positions = np.asarray(positions, np.int64)
-        shard, row = np.empty_like(positions), np.empty_like(positions)
-        epochs, places = np.divmod(positions, self.size)
-        for epoch in np.unique(epochs):
-            mine = np.flatnonzero(epochs == epoch)
-            shards, before = self._epoch(int(epoch))
-            slot = np.searchsorted(before, places[mine], side="right") - 1
-            windows = slot // self.window
-            for w in np.unique(windows):
-                here = mine[windows == w]
-                first, last = int(w) * self.window, min((int(w) + 1) * self.window, len(shards))
-                begin, end = int(before[first]), int(before[last])
-                key = derive_key("rows", *self._parts, int(epoch), int(w))
-                place = begin + permute(places[here] - begin, end - begin, key)
-                slots = np.searchsorted(before, place, side="right") - 1
-                shard[here], row[here] = shards[slots], place - before[slots]
+    def _window_key(self, epoch: np.ndarray, stream: np.ndarray, window: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            base = mix64(_U64(self._rows) + np.atleast_1d(epoch).astype(_U64))
+            return mix64(mix64(base + stream.astype(_U64)) ^ window.astype(_U64))
+
+    def extent(self, stream: np.ndarray, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First turn and number of turns of windows of streams; int64 [B] each."""
+        first = np.maximum(window * self.window - self.phase[stream], 0)
+        end = np.minimum((window + 1) * self.window - self.phase[stream], self.length[stream])
+        return first, end - first
+
+    def spot(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Places int64 [B] -> (epoch, stream, window, row within the window), int64 [B] each."""
+        epoch, within = np.divmod(np.asarray(places, np.int64), self.size)
+        turn, v = np.divmod(within, self.streams)
+        w = (turn + self.phase[v]) // self.window
+        first, size = self.extent(v, w)
+        return epoch, v, w, permute(turn - first, size, self._window_key(epoch, v, w))
+
+    def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Places int64 [B] -> (shard position, row within the shard's bucket), int64 [B] each."""
+        epochs, v, w, o = self.spot(places)
+        shard, row = np.empty_like(v), np.empty_like(v)
+        for e in np.unique(epochs):
+            mine = epochs == e
+            shards, before, begins, _ = self.epoch(int(e))
+            at = begins[v[mine]] + self.extent(v[mine], w[mine])[0] + o[mine]
+            slot = np.searchsorted(before, at.astype(before.dtype), side="right") - 1
+            shard[mine], row[mine] = shards[slot], at - before[slot].astype(np.int64)
         return shard, row
 
+    def place(self, epoch: int, shard: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """When samples come in an epoch: the inverse of `locate`, int64 [B]."""
+        _, before, begins, laid = self.epoch(epoch)
+        slot = permute(shard, len(self.counts), derive_key(self.key, "shards", epoch), inverse=True)
+        at = before[slot].astype(np.int64) + row
+        # Streams without a sample in this epoch begin where the next one does: the last of those that begin there.
+        v = laid[np.searchsorted(begins[laid], at, side="right") - 1]
+        turn = at - begins[v]
+        w = (turn + self.phase[v]) // self.window
+        first, size = self.extent(v, w)
+        turn = first + permute(turn - first, size, self._window_key(np.int64(epoch), v, w), inverse=True)
+        return epoch * self.size + turn * self.streams + v
 
-class Mixture:
-    """Which of several streams comes next: in proportion to their weights, in shuffled blocks of exact composition.
-
-    weights: float [streams], positive, of any sum. unit: how many draws belong together; a block is that many
-    times a power of two, the smallest that meets the weights to a thousandth, so that where the weights allow it
-    every batch of `unit` samples has the same composition.
-    """
-
-    def __init__(self, weights: Sequence[float], unit: int, *key: str | int) -> None:
-        share = np.asarray(weights, np.float64) / np.sum(weights)
-        if len(share) == 0 or not (share > 0).all():
-            raise ValueError("every stream of a mixture needs a weight above 0")
-        for doublings in range(17):
-            self.counts = np.maximum(_apportion(share, unit << doublings), 1)  # even the rarest comes at times
-            if (np.abs(self.counts / self.counts.sum() - share) <= 1e-3 * share).all():
-                break
-        self.length, self._key = int(self.counts.sum()), key
-        self._block = functools.lru_cache(maxsize=4)(self._plan)
-
-    def _plan(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of one block: the stream of each place, and how often that stream came before in the block."""
-        slots = np.repeat(np.arange(len(self.counts)), self.counts)
-        place = permute(np.arange(self.length, dtype=np.int64), self.length, derive_key("mixture", *self._key, block))
-        stream = slots[place]
-        before = np.empty(self.length, np.int64)
-        for s, n in enumerate(self.counts):
-            before[stream == s] = np.arange(n)
-        return stream, before
-
-    def split(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Draws int64 [B] -> (stream, place within that stream), int64 [B] each; each place of a stream comes once."""
-        index = np.asarray(index, np.int64)
-        if len(self.counts) == 1:
-            return np.zeros_like(index), index
-        stream, place = np.empty_like(index), np.empty_like(index)
-        blocks, rest = np.divmod(index, self.length)
-        for block in np.unique(blocks):
-            here = np.flatnonzero(blocks == block)
-            streams, before = self._block(int(block))
-            stream[here] = streams[rest[here]]
-            place[here] = block * self.counts[stream[here]] + before[rest[here]]
-        return stream, place
-
-
-def _apportion(share: np.ndarray, length: int) -> np.ndarray:
-    """Whole numbers, int64, in proportion to `share` with sum `length` (largest remainders)."""
-    exact = share * length
-    counts = np.floor(exact).astype(np.int64)
-    counts[np.argsort(counts - exact, kind="stable")[: length - int(counts.sum())]] += 1
-    return counts
-
-
-def batch_positions(images: int, rank: int, world: int, micro_step: int, micro: int) -> np.ndarray:
-    """Positions (int64 [micro]) of one rank's micro-batch of the global batch that begins at position `images`.
-
-    Micro-step by micro-step the ranks lie side by side, so 2 ranks and 1 rank with 2 accumulation steps
-    see the same samples in the same global batch.
-    """
-    return images + (micro_step * world + rank) * micro + np.arange(micro, dtype=np.int64)
+    def runs(self, epoch: int, stream: int, window: int) -> list[tuple[int, int, int]]:
+        """A window's rows as they lie in files: (shard position, first row, end), each a contiguous range."""
+        shards, before, begins, _ = self.epoch(epoch)
+        turn, size = (int(x) for x in self.extent(np.int64(stream), np.int64(window)))
+        first = int(begins[stream]) + turn
+        end = first + size
+        a = int(np.searchsorted(before, before.dtype.type(first), side="right")) - 1
+        b = int(np.searchsorted(before, before.dtype.type(end), side="left"))
+        found = []
+        for s in range(a, b):
+            zero, full = int(before[s]), int(before[s + 1])
+            if min(end, full) > max(first, zero):
+                found.append((int(shards[s]), max(first, zero) - zero, min(end, full) - zero))
+        return found

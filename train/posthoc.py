@@ -8,18 +8,22 @@ profile is approximated by the linear combination of snapshots that is nearest t
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shards import storage
 from shards.settings import StageError
+from train import folders
 
 if TYPE_CHECKING:
     import torch
 
+_STATE = re.compile(r"ema_(0\.\d{3})")
 _SNAPSHOT = re.compile(r"ema_(0\.\d{3})-(\d+)\.safetensors")
 
 
@@ -63,31 +67,46 @@ def coefficients(times: Sequence[float], stds: Sequence[float], time: float, std
     return solution / solution.sum()
 
 
-def reconstruct(folder: Path, images: int, std: float) -> dict[str, torch.Tensor]:
-    """The average of relative deviation `std` at `images`, float32, from the snapshots in `folder`.
+def reconstruct(root: str | Path, images: int, std: float) -> dict[str, torch.Tensor]:
+    """The average of relative deviation `std` at `images`, float32, from the snapshots under the URL `root`.
 
     Snapshots up to `images` are used. Raises StageError where there are none of two kinds at that time.
     """
-    from safetensors import safe_open
-
-    found = {f: m for f in sorted(folder.glob("*.safetensors")) if (m := _SNAPSHOT.fullmatch(f.name))}
-    used = [(f, float(m[1]), int(m[2])) for f, m in found.items() if 0 < int(m[2]) <= images]
-    kinds = {s for _, s, at in used if at == images}
+    found = sorted(_snapshots(str(root)))
+    used = [s for s in found if 0 < s[0] <= images]
+    kinds = {std for at, std, _ in used if at == images}
     if len(kinds) < 2:
         raise StageError(
-            f"{folder} has snapshots of {len(kinds)} EMAs at {images} images, and two are needed to put another "
+            f"{root} has snapshots of {len(kinds)} EMAs at {images} images, and two are needed to put another "
             "length together; train with ema_stds such as [0.05, 0.1]"
         )
-    factors = coefficients([at for _, _, at in used], [s for _, s, _ in used], images, std)
+    factors = coefficients([at for at, _, _ in used], [s for _, s, _ in used], images, std)
     total: dict[str, torch.Tensor] = {}
-    for (file, _, _), factor in zip(used, factors, strict=True):
-        with safe_open(file, "pt") as source:
-            for name in source.keys():  # noqa: SIM118 - not a mapping
-                value = source.get_tensor(name)
-                if not value.is_floating_point():
-                    total[name] = value
-                elif name in total:
-                    total[name].add_(value.double(), alpha=float(factor))
-                else:
-                    total[name] = value.double() * float(factor)
+    for (_, _, read), factor in zip(used, factors, strict=True):
+        for name, value in read().items():
+            if not value.is_floating_point():
+                total[name] = value
+            elif name in total:
+                total[name].add_(value.double(), alpha=float(factor))
+            else:
+                total[name] = value.double() * float(factor)
     return {n: v.float() if v.is_floating_point() else v for n, v in total.items()}
+
+
+def _snapshots(root: str) -> Iterator[tuple[int, float, Callable[[], dict[str, torch.Tensor]]]]:
+    """(images, relative deviation, what reads it) of each snapshot; before format 2 each was one file."""
+    from safetensors.torch import load
+
+    from train import checkpoint
+
+    for folder in folders.folders(root):
+        if folders.damage(folder, deep=False):
+            continue
+        manifest = folders.read_manifest(folder)
+        for state in folders.states(manifest):
+            if match := _STATE.fullmatch(state):
+                yield manifest["images"], float(match[1]), functools.partial(checkpoint.load_weights, folder, state)
+    for name in storage.list_names(root):
+        if match := _SNAPSHOT.fullmatch(name):
+            url = storage.join(root, name)
+            yield int(match[2]), float(match[1]), lambda url=url: load(storage.read_bytes(url))

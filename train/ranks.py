@@ -6,18 +6,24 @@ a process group that exists already is used as it is; without either this is a r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import faulthandler
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from shards import storage
 
 TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -126,3 +132,54 @@ class Sigterm:
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
+
+
+class Alarm:
+    """Context that ends this process where a step takes longer than `seconds`, and says where every thread stands.
+
+    A rank that hangs makes all others wait for it, so all say where they stand and end, and whoever started them goes
+    on from the last checkpoint. The stacks go to stderr and, where `logs` lies on a disk, to `<logs>/stacks/`.
+    """
+
+    BACKSTOP_S = (
+        60.0  # after this long Python's own thread did not get to it: faulthandler's, which needs no lock, does
+    )
+
+    def __init__(self, seconds: float, logs: str, ranks: Ranks) -> None:
+        self.seconds, self.logs, self.rank = seconds, logs, ranks.rank
+        self._since = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="alarm", daemon=True)
+
+    def __enter__(self) -> Alarm:
+        self.again()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def again(self) -> None:
+        """A step begins."""
+        self._since = time.monotonic()
+        with contextlib.suppress(ValueError, OSError):  # stderr may be no file
+            faulthandler.dump_traceback_later(self.seconds + self.BACKSTOP_S, exit=True)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self.seconds / 4)):
+            if time.monotonic() - self._since > self.seconds:
+                with contextlib.suppress(Exception):
+                    self._tell()
+                os._exit(1)
+
+    def _tell(self) -> None:
+        text = f"carrara: rank {self.rank}: a step took longer than hang_s ({self.seconds:g} s), so this rank ends"
+        if storage.is_local(self.logs):
+            file = storage.local_path(self.logs) / "stacks" / f"rank-{self.rank:05d}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "w", encoding="utf-8") as f:
+                faulthandler.dump_traceback(f, all_threads=True)
+            text += f"; where each thread stood is in {file}"
+        print(text, file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)

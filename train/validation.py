@@ -1,27 +1,36 @@
 """The loss on pictures that are never trained on: the same pictures, noise and timesteps at every validation.
 
 Its samples' timesteps are spread evenly, so that a few hundred pictures give a number that moves with the model and
-not with the draw. Two validations of the same weights agree on any number of ranks up to the rounding of a sum.
+not with the draw. Which samples they are depends neither on ranks nor on micro-batches, also where the latents have
+buckets; two validations of the same weights agree up to the rounding of a sum. It is measured on the EMA, which is what
+is exported.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import tempfile
 from typing import Any
 
 import numpy as np
 import torch
 
-from latents.encoders import load_text, load_vae, require_digest
-from latents.pictures import resize_crop
+from latents.config import LatentsConfig
+from latents.encoders import other_encoder
+from latents.stage import LatentsStage
 from shards.dataset import Dataset
-from shards.images import ImageShard, decode_rgb
+from shards.images import ImageShard
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
-from train.config import ValidationConfig
+from shards.stage import begin
+from train import segments
+from train.config import SourceConfig, TrainConfig, ValidationConfig
 from train.data import Batch, Latents
 from train.denoising import Diffusion
 from train.order import permute
 from train.ranks import Ranks
+from train.reader import Window
 
 # Validation's places in the order of samples, whose noise no training sample ever has.
 FIRST = 1 << 62
@@ -32,149 +41,176 @@ class Validator:
 
     def __init__(self, config: ValidationConfig, objective: Diffusion, run: RunPaths, ranks: Ranks, micro: int) -> None:
         self.every_images, self.patience = config.every_images, config.patience
-        source = (
-            _stored(config.latents, objective, micro)
-            if config.latents
-            else _held_out(config, objective, run, ranks.device.type)
-        )
-        count = min(config.images, source.count)
-        chunks = [np.arange(i, min(i + micro, count)) for i in range(0, count, micro)]
-        rounds = -(-len(chunks) // ranks.world)
-        self._batches: list[tuple[int, Batch]] = []
-        for r in range(rounds):
-            mine = r * ranks.world + ranks.rank
-            # Under ZeRO 3 all ranks must run the model equally often: who has no chunk repeats the first, uncounted.
-            rows = chunks[mine] if mine < len(chunks) else chunks[0]
-            weight = len(rows) if mine < len(chunks) else 0
-            steps = objective.process.steps
-            t = (permute(rows, count, 0) * 2 + 1) * steps // (2 * count)
-            batch = objective.latent_batch(source.latents, rows, t, FIRST)
-            batch |= objective.text_batch(source.latents, rows, np.zeros(len(rows), bool))
-            self._batches.append((weight, batch))
+        with tempfile.TemporaryDirectory(prefix="carrara-validation-") as folder:
+            root = config.latents or _held_out(config, objective, run, ranks.device.type, folder)
+            latents = Chosen(objective.config, _open(root, objective), config.images)
+            latents.wants = objective.latents.wants
+            self._batches = [
+                (weight, self._batch(objective, latents, rows)) for weight, rows in _share(latents.buckets, ranks, micro)
+            ]
+            latents.close()
+
+    def _batch(self, objective: Diffusion, latents: Chosen, rows: np.ndarray) -> Batch:
+        count, steps = len(latents.buckets), objective.process.steps
+        t = (permute(rows, count, 0) * 2 + 1) * steps // (2 * count)
+        batch = objective.latent_batch(latents, rows, t, FIRST)
+        return batch | objective.text_batch(latents, rows, np.zeros(len(rows), bool))
 
     @torch.no_grad()
     def measure(self, engine: Any, ranks: Ranks) -> float:
-        """The mean over the whole set, on all ranks. Collective."""
+        """The mean over the whole set, on all ranks. Collective; called where the engine uses the EMA."""
         engine.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
         for weight, batch in self._batches:
             _, details = engine({k: v.to(ranks.device, non_blocking=True) for k, v in batch.items()})
-            sums += torch.stack([details[0].double() * weight, torch.tensor(float(weight)).to(details.device)])
+            sums[0] += details[0].double() * weight
+            sums[1] += weight
         engine.train()
         total, count = ranks.mean(sums).tolist()
         return float(total / count)
 
 
+def _share(buckets: np.ndarray, ranks: Ranks, micro: int) -> list[tuple[int, np.ndarray]]:
+    """This rank's share of the samples in batches of one bucket, and how many of each batch's rows count.
+
+    buckets: int64 [N], of each sample. Under ZeRO 3 all ranks must run the model equally often: who has no rows left
+    repeats a sample, uncounted.
+    """
+    found = []
+    for bucket in np.unique(buckets):
+        rows = np.flatnonzero(buckets == bucket)
+        mine = rows[ranks.rank :: ranks.world]
+        for begins in range(0, -(-len(rows) // ranks.world), micro):
+            part = mine[begins : begins + micro]
+            found.append((len(part), part) if len(part) else (0, rows[:1]))
+    return found
+
+
 class Patience:
-    """When to stop early: `limit` validations without a new lowest loss; None is never."""
+    """When to stop early: `limit` validations without a new lowest loss; None is never. best_images: where that was."""
 
     def __init__(self, limit: int | None, state: dict[str, Any] | None = None) -> None:
         self.limit = limit
         state = state or {}
         self.best: float | None = state.get("best")
+        self.best_images: int | None = state.get("best_images")
         self.since: int = state.get("since", 0)
 
-    def over(self, loss: float) -> bool:
+    def over(self, loss: float, images: int | None = None) -> bool:
         """Take a validation's loss in; whether training should end."""
         if self.best is None or loss < self.best:
-            self.best, self.since = loss, 0
+            self.best, self.best_images, self.since = loss, images, 0
         else:
             self.since += 1
         return self.limit is not None and self.since >= self.limit
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"best": self.best, "since": self.since}
+        return {"best": self.best, "best_images": self.best_images, "since": self.since}
 
 
-class HeldOut:
-    """Held-out pictures in memory, with the same methods as data.Latents. Arrays are indexed by place."""
+class Chosen(Latents):
+    """Some samples of a dataset, numbered from 0: spread over it, the same ones every time.
 
-    def __init__(self, arrays: dict[str, np.ndarray | None], empty: dict[str, np.ndarray | None]) -> None:
-        self._arrays = arrays
-        self.empty_tokens, self.empty_embedding = empty["tokens"], empty["embedding"]
-        self.empty_pooled: np.ndarray | None = None
+    buckets: int64 [N], of each sample.
+    """
 
-    def moments(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Mean and log-std, float32 [B,C,h,w], unscaled."""
-        mean, logstd = self._arrays["mean"], self._arrays["logstd"]
-        assert mean is not None
-        return mean[positions].copy(), None if logstd is None else logstd[positions]
+    def __init__(self, config: TrainConfig, dataset: Dataset, count: int) -> None:
+        plain = {"sources": (SourceConfig(),), "resolution": config.resolutions[:1] or None, "batch_by_area": None}
+        super().__init__(config.model_copy(update=plain), [dataset], 0)
+        laid = segments.rows_laid(dataset).astype(np.int64)
+        used = np.flatnonzero(self.placement.segments[0].sizes)
+        ends = np.cumsum(laid[:, used].T.reshape(-1))  # bucket by bucket, shard by shard
+        total = int(ends[-1])
+        numbers = np.sort(permute(np.arange(min(count, total)), total, 0))
+        slot = np.searchsorted(ends, numbers, side="right")
+        rows = numbers - (ends[slot] - laid[:, used].T.reshape(-1)[slot])
+        picks = zip(used[slot // len(laid)].tolist(), (slot % len(laid)).tolist(), rows.tolist(), strict=True)
+        # Of those that were taken down nothing is measured.
+        self._picks = [p for p in picks if self._window(p).alive[0]]
+        self.buckets = np.array([b for b, _, _ in self._picks], np.int64)
+        if not self._picks:
+            raise StageError(f"{dataset.root}: there is not one sample to validate on")
 
-    def tokens(self, positions: np.ndarray) -> np.ndarray:
-        """Token ids, int64 [B,context]."""
-        tokens = self._arrays["tokens"]
-        assert tokens is not None
-        return tokens[positions].copy()
+    @functools.cache  # noqa: B019 (as long as the object, which is short)
+    def _window(self, pick: tuple[int, int, int]) -> Window:
+        bucket, shard, row = pick
+        return self._load(0, bucket, [(shard, row, row + 1)])
 
-    def embeddings(self, positions: np.ndarray) -> np.ndarray:
-        """Token embeddings, float32 [B,context,width]."""
-        embeddings = self._arrays["embeddings"]
-        assert embeddings is not None
-        return embeddings[positions].copy()
+    def _rows(self, positions: np.ndarray) -> list[tuple[Window, int]]:
+        return [(self._window(self._picks[int(p)]), 0) for p in positions]
 
 
-class _Source:
-    def __init__(self, latents: Any, count: int) -> None:
-        self.latents, self.count = latents, count
-
-
-def _stored(root: str, objective: Diffusion, micro: int) -> _Source:
-    """Latent shards of pictures that nobody trains on, of the same encoders as the training's."""
+def _open(root: str, objective: Diffusion) -> Dataset:
+    """Latents of pictures that nobody trains on, of the same encoders as the training's."""
     dataset = Dataset.open(root)
-    for what in ("vae", "text"):
-        require_digest(
-            f"the {what} of train.validation.latents", dataset.manifest[what]["digest"],
-            objective.latents.dataset.manifest[what]["digest"], root,
-        )  # fmt: skip
-    return _Source(Latents([dataset], 0, 1, micro, resolutions=objective.config.resolutions[:1]), len(dataset))
-
-
-def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, device: str) -> _Source:
-    """The run's held-out pictures, encoded here with the encoders that the latents were made with."""
-    if objective.sized:
-        raise ConfigError(
-            "train.validation: a UNet that is told sizes and pooled text is validated on stored latents; "
-            "name a folder of them with train.validation.latents"
+    if different := other_encoder(objective.latents.dataset.manifest, dataset.manifest):
+        raise StageError(
+            f"train.validation: {root} was made with another {different} than the latents that are trained on; "
+            "make it with the same encoders"
         )
+    return dataset
+
+
+def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, device: str, folder: str) -> str:
+    """The run's held-out pictures as a dataset of latents, made as those that are trained on were.
+
+    Raises ConfigError where there are none, StageError where not one can be used.
+    """
     facts = objective.latents.dataset.manifest
     try:
-        dataset = Dataset.open(run.heldout)
+        pictures = Dataset.open(run.heldout)
     except StageError:
         raise ConfigError(
             f"train.validation: {run.heldout} holds no pictures; give ingest.heldout_table, or name a folder of "
             "latents with train.validation.latents"
         ) from None
-    vae = load_vae(facts["vae"]["ref"], device)
-    require_digest("the VAE", vae.digest, facts["vae"]["digest"], facts["vae"]["ref"])
-    text = objective.text or load_text(facts["text"]["ref"], facts["text"]["layer"])
-    require_digest("the CLIP", text.digest, facts["text"]["digest"], facts["text"]["ref"])
-    pixels, captions = _pictures(dataset, config.images, objective.latents.resolution)
-    encoded = [vae.encode(pixels[i : i + 16]) for i in range(0, len(pixels), 16)]
-    tokens = text.tokenize(captions)
-    arrays: dict[str, np.ndarray | None] = {
-        "mean": torch.cat([m for m, _ in encoded]).numpy(),
-        "logstd": torch.cat([s for _, s in encoded]).numpy() if objective.latents.has_spread else None,
-        "tokens": tokens.numpy(),
-        "embeddings": None,
-    }
-    if objective.latents.has_embeddings:
-        arrays["embeddings"] = torch.cat([text.encode(tokens[i : i + 64]) for i in range(0, len(tokens), 64)]).numpy()
-    empty = {"tokens": objective.latents.empty_tokens, "embedding": objective.latents.empty_embedding}
-    return _Source(HeldOut(arrays, empty), len(pixels))
+    known = {k: v for k, v in facts.get("settings", {}).items() if k in LatentsConfig.model_fields}
+    known |= {"device": device, "resolution": objective.latents.resolution, "more_resolutions": [], "enlarge": True}
+    settings = LatentsConfig(**known)
+    few = _first(pictures, config.images)
+    if len(few) == 0:
+        raise StageError(f"{pictures.root}: there is not one held-out picture to validate on")
+    stage = _Stage(settings, RunPaths(folder), facts["vae"]["ref"], facts["text"]["ref"])
+    stage.pictures = few
+    begin(stage)
+    work = stage.worker()
+    stage.finish([work(task) for task in stage.tasks()])
+    return stage.root
 
 
-def _pictures(dataset: Dataset, count: int, resolution: int) -> tuple[np.ndarray, list[str]]:
-    pixels: list[np.ndarray] = []
-    captions: list[str] = []
-    for position in range(len(dataset.shards)):
-        shard = ImageShard(dataset, position)
-        for row in range(len(shard)):
-            if len(pixels) == count:
-                break
-            pixels.append(resize_crop(decode_rgb(shard.image_bytes(row)), resolution)[0])
-            captions.append(shard.captions[row])
-        shard.close()
-    if not pixels:
-        raise StageError(f"{dataset.root}: there is not one held-out picture to validate on")
-    return np.stack(pixels), captions
+class _Stage(LatentsStage):
+    """The latents of a dataset that is at hand."""
+
+    pictures: Dataset
+
+    def images(self) -> Dataset:
+        return self.pictures
+
+
+def _first(dataset: Dataset, count: int) -> Dataset:
+    """The first samples of a dataset, as a dataset of its own; the others count as excluded."""
+    shards, beyond = [], {}
+    for position, info in enumerate(dataset.shards):
+        if count <= 0:
+            break
+        rows = ImageShard(dataset, position, ("status", "image_offset", "image_size")).rows
+        shards.append({**dataclasses.asdict(info), "count": min(count, len(rows))})
+        beyond[info.index] = rows[count:]
+        count -= len(rows)
+    few = Dataset(dataset.root, {**dataset.manifest, "format_version": 2, "shards": shards})
+    few.exclusions = _Beyond(dataset.exclusions, beyond)  # type: ignore[assignment]
+    return few
+
+
+class _Beyond:
+    """Exclusions, and rows that are not asked for."""
+
+    def __init__(self, inner: Any, beyond: dict[int, np.ndarray]) -> None:
+        self._inner, self._beyond = inner, beyond
+
+    def rows(self, shard: int) -> np.ndarray:
+        return np.union1d(self._inner.rows(shard), self._beyond[shard])
+
+    def reasons(self, shard: int) -> dict[int, str]:
+        return {**self._inner.reasons(shard), **dict.fromkeys(self._beyond[shard].tolist(), "not asked for")}

@@ -24,7 +24,7 @@ from shards.dataset import commit_shard, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.images import pack_tar
 from shards.layout import RunPaths, sample_key
-from train.export import write_tokenizer
+from train.text_export import write_tokenizer
 
 SIDE, PER_SHARD = 32, 12
 CONTEXT = 24

@@ -20,11 +20,12 @@ from eval.config import EvalConfig
 from eval.features import FeaturesStage, Settings
 from eval.stage import GenerateStage, conclude, stages
 from shards.columns import ColumnShard, pack_columns
-from shards.dataset import Dataset, commit_shard, read_stats, shard_state, write_manifest
+from shards.dataset import Dataset, commit_shard, read_stats, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.images import ImageShard, decode_rgb, pack_tar
 from shards.layout import RunPaths
 from shards.settings import StageError
+from shards.stage import committed
 from tests.eval.conftest import SIDE, drive, refs, shard_bytes
 
 
@@ -155,7 +156,7 @@ def test_a_metric_of_part_of_the_shards(own: RunPaths, judged: EvalConfig) -> No
         file.unlink()
     assert generate.metrics()["metrics"]["fid_tf"]["n"] == 12
     generate.finish(s for t in generate.tasks() if (s := read_stats(generate.root, t.index)) is not None)
-    assert [shard_state(features.root, t).state for t in features.tasks()] == ["done", "missing", "done"]
+    assert committed(features, features.tasks()) == [True, False, True]
     drive(features)
     assert shard_bytes(features.root) == expected
 

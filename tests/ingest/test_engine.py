@@ -48,7 +48,7 @@ def test_a_shard_by_img2dataset_is_committed_like_ours(site: Site, tmp_path: Pat
         csv.writer(f).writerows([("url", "caption"), *rows])
     config = make_config(table, engine="img2dataset", samples_per_shard=20, encode_format="jpg", fetch={"retries": 0})
     stage = IngestStage(config, str(tmp_path / "run" / "images"))
-    TakenDown(urls=frozenset({url_digest(site.url("/away.png"))})).write(stage.run)
+    TakenDown.of(urls=[url_digest(site.url("/away.png"))]).create(stage.run)
     stage.check()
     manifest = run(stage)
     found = pq.read_table(tmp_path / "run" / "images" / "00000.parquet").to_pylist()

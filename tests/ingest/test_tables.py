@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ from hypothesis import strategies as st
 
 from ingest import formats
 from ingest.config import ColumnsConfig
-from ingest.tables import Cursor, make_plan, read_range, shard_ranges
+from ingest.formats import Cursor
+from ingest.stage import IngestStage
+from ingest.tables import HeldoutRule, Layout, TableSource, read_layout, read_range
+from shards.plan import Line
 from shards.settings import ConfigError
+from tests.ingest.conftest import make_config, run
+from tests.ingest.site import Site, picture
 
 TEXTS = [
     "plain",
@@ -34,6 +40,13 @@ TEXTS = [
     '"',
     '""',
 ]
+
+
+def shard_ranges(layout: Layout, size: int) -> Iterator[Line]:
+    """The table in ranges, as its first planning makes them."""
+    for file in layout.files:
+        for _, r in TableSource(layout, size).ranges(file, {"train": ()}):
+            yield Line(0, file, r.start, r.stop, r.rows, r.digest)
 
 
 def rows_of(n: int) -> dict[str, list[Any]]:
@@ -71,12 +84,12 @@ def test_ranges_read_back_as_the_table(tmp_path: Path, kind: str, block: int, mo
     monkeypatch.setattr(formats, "BLOCK_BYTES", block)
     rows = rows_of(53)
     path = write(tmp_path, rows, kind)
-    plan = make_plan(str(path), ColumnsConfig(), ["score", "id"])
-    ranges = list(shard_ranges(plan, 10))
+    layout = read_layout(str(path), ColumnsConfig(), ["score", "id"])
+    ranges = list(shard_ranges(layout, 10))
     assert [r.rows for r in ranges] == [10, 10, 10, 10, 10, 3]
     cursor = Cursor()
     order = [3, 0, 5, 1, 4, 2]
-    parts = {i: read_range(plan, ranges[i], cursor=cursor) for i in order}
+    parts = {i: read_range(layout, ranges[i], cursor=cursor) for i in order}
     cursor.close()
     assert pa.concat_tables([parts[i] for i in range(6)]).to_pydict() == rows
 
@@ -85,14 +98,14 @@ def test_the_digest_is_of_the_rows_not_of_the_file(tmp_path: Path) -> None:
     digests = set()
     for i, kind in enumerate(["parquet", "csv", "tsv", "jsonl", "jsonl.gz"]):
         (tmp_path / str(i)).mkdir()
-        plan = make_plan(str(write(tmp_path / str(i), rows_of(30), kind)), ColumnsConfig(), ["score", "id"])
-        digests.add(tuple(r.digest for r in shard_ranges(plan, 8)))
+        layout = read_layout(str(write(tmp_path / str(i), rows_of(30), kind)), ColumnsConfig(), ["score", "id"])
+        digests.add(tuple(r.digest for r in shard_ranges(layout, 8)))
     assert len(digests) == 1
     for name in ("url", "caption", "score", "id"):
         rows = rows_of(30)
         rows[name][9], rows[name][10] = rows[name][10], rows[name][9]
-        plan = make_plan(str(write(tmp_path, rows, "parquet")), ColumnsConfig(), ["score", "id"])
-        changed = [r.digest for r in shard_ranges(plan, 8)]
+        layout = read_layout(str(write(tmp_path, rows, "parquet")), ColumnsConfig(), ["score", "id"])
+        changed = [r.digest for r in shard_ranges(layout, 8)]
         (before,) = digests
         assert [a == b for a, b in zip(before, changed, strict=True)] == [True, False, True, True]
 
@@ -135,8 +148,8 @@ def test_unquoted_quotes_and_blank_lines_are_read_as_arrow_reads_them(tmp_path: 
     text = 'url,caption\nhttp://a,5" disk\n\nhttp://b,"two\n\nlines ""x"""\r\nhttp://c,it"s\n\r\nhttp://d,end'
     path = tmp_path / "t.csv"
     path.write_text(text, newline="")
-    plan = make_plan(str(path), ColumnsConfig(), [])
-    tables = [read_range(plan, r) for r in shard_ranges(plan, 1)]
+    layout = read_layout(str(path), ColumnsConfig(), [])
+    tables = [read_range(layout, r) for r in shard_ranges(layout, 1)]
     options = pa.csv.ParseOptions(newlines_in_values=True)
     assert pa.concat_tables(tables).to_pydict() == pa.csv.read_csv(path, parse_options=options).to_pydict()
     assert len(tables) == 4
@@ -156,8 +169,11 @@ def test_known_families_are_recognised(tmp_path: Path, names: list[str], url: st
     for change in (str, str.lower, str.upper):
         path = tmp_path / "t.parquet"
         pq.write_table(pa.table({change(n): [n] for n in names}), path)
-        plan = make_plan(str(path), ColumnsConfig(), [])
-        assert read_range(plan, next(iter(shard_ranges(plan, 5)))).to_pydict() == {"url": [url], "caption": [caption]}
+        layout = read_layout(str(path), ColumnsConfig(), [])
+        assert read_range(layout, next(iter(shard_ranges(layout, 5)))).to_pydict() == {
+            "url": [url],
+            "caption": [caption],
+        }
 
 
 def test_folders_globs_and_dirty_values(tmp_path: Path) -> None:
@@ -178,8 +194,8 @@ def test_folders_globs_and_dirty_values(tmp_path: Path) -> None:
     for name in ("notes.txt", "_metadata.parquet", "._a.parquet"):
         (tmp_path / name).write_text("not a table")
     for table in (str(tmp_path), str(tmp_path / "*.parquet")):
-        plan = make_plan(table, ColumnsConfig(), ["tags", "WIDTH"])
-        parts = [read_range(plan, r) for r in shard_ranges(plan, 3)]
+        layout = read_layout(table, ColumnsConfig(), ["tags", "WIDTH"])
+        parts = [read_range(layout, r) for r in shard_ranges(layout, 3)]
         assert [p.num_rows for p in parts] == [3, 2, 3, 2]  # no shard spans two files
         assert parts[0].to_pydict() == {
             "url": ["a0", "a1", "a2"],
@@ -191,8 +207,8 @@ def test_folders_globs_and_dirty_values(tmp_path: Path) -> None:
 
 
 def rows_read(table: Path, columns: dict[str, Any] | None = None, wanted: Any = (), **more: Any) -> list[Any]:
-    plan = make_plan(str(table), ColumnsConfig.model_validate(columns or {}), wanted, **more)
-    return [row for place in shard_ranges(plan, 2) for row in read_range(plan, place).to_pylist()]
+    layout = read_layout(str(table), ColumnsConfig.model_validate(columns or {}), wanted, **more)
+    return [row for place in shard_ranges(layout, 2) for row in read_range(layout, place).to_pylist()]
 
 
 def test_lists_of_urls_and_tables_without_captions(tmp_path: Path) -> None:
@@ -227,7 +243,7 @@ def test_odd_columns_and_names_of_files(tmp_path: Path) -> None:
         rows_read(folder, wanted=["n"])
     assert [r["n"] for r in rows_read(folder, {"types": {"n": "float"}}, ["n"])] == [1.0, 2.0, 1.5, 2.5]
     with pytest.raises(ConfigError, match="cannot be opened"):
-        make_plan("nosuch://bucket/t.csv", ColumnsConfig(), [])
+        read_layout("nosuch://bucket/t.csv", ColumnsConfig(), [])
 
 
 @pytest.mark.parametrize(
@@ -269,8 +285,8 @@ def test_a_table_that_cannot_be_used_gives_one_sentence(
     table = tmp_path if len(files) > 1 else tmp_path / next(iter(files), "none.csv")
 
     def every_row() -> None:
-        plan = make_plan(str(table), ColumnsConfig.model_validate(columns), wanted)
-        list(shard_ranges(plan, 4))
+        layout = read_layout(str(table), ColumnsConfig.model_validate(columns), wanted)
+        list(shard_ranges(layout, 4))
 
     with pytest.raises(ConfigError, match=sentence) as caught:
         every_row()
@@ -282,11 +298,77 @@ def test_the_planner_needs_no_memory_for_the_table(tmp_path: Path) -> None:
     n = 100_000
     table = pa.table({"url": [f"http://a/{i}" for i in range(n)], "caption": ["c" * 60] * n})
     pq.write_table(table, path, row_group_size=10_000)
-    plan = make_plan(str(path), ColumnsConfig(), [])
+    layout = read_layout(str(path), ColumnsConfig(), [])
     before = pa.total_allocated_bytes()
     peak = rows = 0
-    for r in shard_ranges(plan, 1000):
+    for r in shard_ranges(layout, 1000):
         peak = max(peak, pa.total_allocated_bytes() - before)
         rows += r.rows
     assert rows == n
     assert peak < table.nbytes / 3
+
+
+def test_of_a_list_of_captions_the_first_is_the_caption(site: Site, tmp_path: Path) -> None:
+    """As COCO and Flickr have them on the hub; all of them go on in a column of their own."""
+    captions = [["", "a dog", "a hound"], ["a cat"], [], None]
+    urls = [site.add(f"/{i}.png", picture(i)) for i in range(4)]
+    pq.write_table(
+        pa.table({"url": urls, "caption": pa.array(captions, pa.list_(pa.string()))}), tmp_path / "t.parquet"
+    )
+    with open(tmp_path / "t.jsonl", "w") as f:
+        f.writelines(json.dumps({"url": u, "caption": c}) + "\n" for u, c in zip(urls, captions, strict=True))
+    stage = IngestStage(make_config(tmp_path / "t.parquet"), str(tmp_path / "run" / "images"))
+    manifest = run(stage)
+    assert manifest["filtered_by"]["no caption"] == 2
+    rows = pq.read_table(tmp_path / "run" / "images" / "00000.parquet").to_pylist()
+    assert [r["caption"] for r in rows] == ["a dog", "a cat", "", ""]
+    assert [json.loads(r["captions"] or "null") for r in rows] == captions
+    # One caption is on one side of the split, whether it stands alone or first in a list.
+    alone = pa.record_batch({"caption": pa.array(["a dog", "a cat"])})
+    lists = pa.record_batch({"caption": pa.array(['["a dog", "x"]', '[" A  cat"]'])})
+    for seed in range(8):
+        a, b = (HeldoutRule(0.5, seed, ("whitespace",), lists=of) for of in (False, True))
+        assert a(alone).tolist() == b(lists).tolist()
+
+
+@pytest.mark.parametrize(
+    ("columns", "sentence"),
+    [
+        (
+            {"image": pa.array([{"bytes": b"x", "path": "a"}]), "text": ["a"]},
+            "'image' holds struct<bytes: binary.*by URL",
+        ),
+        ({"jpg": pa.array([b"x"]), "txt": ["a"]}, "'jpg' holds binary: ingest fetches pictures by URL"),
+        ({"url": pa.array([b"x"], pa.binary()), "caption": ["a"]}, "the column 'url' holds binary, not URLs"),
+        (
+            {"url": ["http://a/b"], "caption": pa.array([{"en": "a"}])},
+            "the column 'caption' holds struct.*, not captions",
+        ),
+    ],
+)
+def test_pictures_in_a_table_are_refused_with_a_sentence(
+    tmp_path: Path, columns: dict[str, Any], sentence: str
+) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    with pytest.raises(ConfigError, match=sentence):
+        read_layout(str(tmp_path), ColumnsConfig(), [])
+
+
+def test_a_folder_of_captions_is_no_list_of_urls(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("a red ball, on grass\n")
+        (tmp_path / f"{i}.jpg").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"begins with 'a red ball, on grass'; give ingest.table a table of URLs"):
+        read_layout(str(tmp_path), ColumnsConfig(), [], captionless=True)
+
+
+@pytest.mark.parametrize("heldout", [0.0, 0.5])
+def test_a_table_without_rows_is_a_configuration_that_cannot_be_used(tmp_path: Path, heldout: float) -> None:
+    (tmp_path / "t.csv").write_text("url,caption\n")
+    stage = IngestStage(make_config(tmp_path / "t.csv", heldout_fraction=heldout), str(tmp_path / "run" / "images"))
+    with pytest.raises(ConfigError, match="the table has no rows"):
+        stage.begin()
+
+
+def test_yamls_no_is_a_mode() -> None:
+    assert make_config("t.csv", resize_mode=False).resize_mode == "no"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latents.buckets import make_buckets, moments_column, nearest
+from latents.buckets import make_buckets, nearest
 from latents.config import LatentsConfig
-from latents.encoders import load_vae
+from latents.encoders import load_text, load_vae
 from latents.moments import dequantise_logstd
 from latents.pictures import fit_cover, resize_crop_to
 from latents.stage import LatentsStage
-from shards.columns import ColumnShard, keep_rows
+from shards.blank import blank_columns
+from shards.columns import ColumnShard, column, keep_rows, pack_columns, unpack_columns, value_of
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths
@@ -116,15 +118,17 @@ def test_every_sample_is_in_its_bucket_at_each_resolution(made):
     stage, manifest = made
     buckets = manifest["buckets"]
     assert [b["resolution"] for b in buckets] == sorted(b["resolution"] for b in buckets)
-    assert len(manifest["bucket_counts"]) == 2
+    assert len(manifest["laid"]) == 2
+    text_encoder = load_text(stage.text_ref)
     vae, source, dataset = load_vae(stage.vae_ref), Dataset.open(stage.run.images), Dataset.open(stage.root)
     seen: set[int] = set()
     for position in range(2):
         images, latents = ImageShard(source, position), ColumnShard(dataset, position)
         arrays, keys = latents.arrays, latents.keys
         own = {key: i for i, key in enumerate(images.keys)}
+        tokens = text_encoder.tokenize(images.captions).numpy()
         rows = {row["key"]: row for row in latents.table.to_pylist()}
-        assert len(keys) == dataset.shards[position].count == len(arrays["bucket"]) == len(arrays["tokens"])
+        assert len(keys) == dataset.shards[position].count == len(arrays["bucket"])
         taken = [0] * len(buckets)
         for n, key in enumerate(keys):
             pixels = decode_rgb(images.image_bytes(own[key]))
@@ -135,22 +139,28 @@ def test_every_sample_is_in_its_bucket_at_each_resolution(made):
                 assert shape["resolution"] == (32, 64)[r]
                 cut, fit = resize_crop_to(pixels, shape["width"], shape["height"])
                 mean, logstd = (x.numpy()[0] for x in vae.encode(cut[None].copy()))
-                name = moments_column("mean", b, len(buckets))
+                name = column("mean", b, len(buckets))
                 np.testing.assert_allclose(arrays[name][taken[b]].astype(float), mean, atol=4e-3, rtol=2e-3)
-                codes = arrays[moments_column("logstd", b, len(buckets))][taken[b]]
+                codes = arrays[column("logstd", b, len(buckets))][taken[b]]
                 assert np.abs(dequantise_logstd(codes) - logstd).max() <= 0.05
-                taken[b] += 1
                 row = rows[key]
                 assert (row["bucket_width" + suffix], row["bucket_height" + suffix]) == (
                     shape["width"],
                     shape["height"],
                 )
                 assert (row["crop_left" + suffix], row["scaled_height" + suffix]) == (fit.crop_left, fit.scaled_height)
-                assert arrays["micro"][n, r].tolist() == [
+                text = arrays[column("text.caption", b, len(buckets))].tobytes()
+                ends = arrays[column("text_end.caption", b, len(buckets))]
+                line = text[ends[taken[b] - 1] if taken[b] else 0 : ends[taken[b]]]
+                taken[b] += 1
+                assert json.loads(line) == ([row["caption"]] if row["caption"] else [])
+                assert (value_of(arrays, "tokens", n, r) == tokens[own[key]]).all()
+                assert row["sample"] == n
+                assert value_of(arrays, "micro", n, r).tolist() == [
                     row["original_height"], row["original_width"], fit.crop_top, fit.crop_left,
                     shape["height"], shape["width"],
                 ]  # fmt: skip
-        assert taken == manifest["bucket_counts"][position]
+        assert taken == manifest["laid"][position]
     assert len(seen) >= 6, "the pictures of this world have several shapes"
     assert manifest["errors"] == {"decode_error": 1}
 
@@ -204,6 +214,80 @@ def test_rows_are_kept_in_every_bucket(keep):
     index = arrays["embedding_index"][kept]
     assert found["embeddings"][found["embedding_index"]].tolist() == index.tolist()
     assert found["pooled"].tolist() == sorted(set(index.tolist()))
+
+
+def random_shard(rng: np.random.Generator, buckets: int) -> dict[str, np.ndarray]:
+    """A shard as the stage lays it out: 18 samples at two resolutions where there are several buckets."""
+    bucket = np.stack([rng.integers(0, 3, 18), rng.integers(3, 5, 18)], axis=1).astype(np.uint16)
+    arrays = {"empty_tokens": np.zeros(3, np.uint16), "embeddings": rng.normal(size=(7, 2)).astype(np.float16)}
+    if buckets > 1:
+        arrays["bucket"] = bucket
+    index = rng.integers(0, 7, 18).astype(np.int32)
+    for b in range(buckets):
+        own = np.flatnonzero((bucket == b).any(axis=1)) if buckets > 1 else np.arange(18)
+        texts = [json.dumps([f"caption {i}" * (i % 3)]).encode() for i in own]
+        columns = {
+            "tokens": own.astype(np.uint16)[:, None] + 1,
+            "mean": rng.normal(size=(len(own), 2, 2)).astype(np.float16),
+            "alive": np.ones(len(own), np.uint8),
+            "embedding_index": index[own],
+            "text_end.caption": np.cumsum([len(t) for t in texts], dtype=np.int64),
+            "text.caption": np.frombuffer(b"".join(texts), np.uint8),
+        }
+        arrays |= {column(name, b, buckets): array for name, array in columns.items()}
+    return arrays
+
+
+@settings(max_examples=20)
+@given(st.sets(st.integers(0, 17)), st.sets(st.integers(0, 17)), st.sampled_from([1, 5]))
+def test_what_is_taken_down_is_zero_everywhere_and_nothing_else_moves(first, second, buckets):
+    arrays = random_shard(np.random.default_rng(3), buckets)
+    data = pack_columns(arrays, {"a": "b"})
+    gone = first | second
+    living = np.array([n for n in range(18) if n not in gone], np.int64)
+    once = blank_columns(data, np.array(sorted(first), np.int64), np.array([n for n in range(18) if n not in first]))
+    twice = blank_columns(once, np.array(sorted(second), np.int64), living)
+    assert len(twice) == len(data)
+    assert twice == blank_columns(twice, np.array(sorted(gone), np.int64), living), "done again it changes nothing"
+    assert twice == blank_columns(data, np.array(sorted(gone), np.int64), living), (
+        "nor does it matter in how many steps"
+    )
+    after, metadata = unpack_columns(twice)
+    assert metadata == {"a": "b"}
+    index = [int(value_of(arrays, "embedding_index", n)) for n in range(18)]
+    lost = {index[n] for n in gone} - {index[n] for n in range(18) if n not in gone}
+    for n in range(18):
+        for r in range(2 if buckets > 1 else 1):
+            for name in ("tokens", "mean", "alive"):
+                stored = value_of(after, name, n, r)
+                assert np.array_equal(stored, np.zeros_like(stored) if n in gone else value_of(arrays, name, n, r))
+    for i in range(7):
+        assert np.array_equal(after["embeddings"][i], [0, 0] if i in lost else arrays["embeddings"][i])
+    for b in range(buckets):
+        own = [n for n in range(18) if buckets == 1 or b in arrays["bucket"][n]]
+        ends, text = after[column("text_end.caption", b, buckets)], after[column("text.caption", b, buckets)].tobytes()
+        for i, n in enumerate(own):
+            line = text[ends[i - 1] if i else 0 : ends[i]].decode()
+            assert line.strip("\0") == "" if n in gone else json.loads(line) == [f"caption {n}" * (n % 3)]
+
+
+@settings(max_examples=20)
+@given(st.sets(st.integers(0, 17)), st.sampled_from([1, 5]))
+def test_rows_are_kept_in_the_columns_of_a_bucket(keep, buckets):
+    arrays = random_shard(np.random.default_rng(4), buckets)
+    kept = sorted(keep)
+    found = keep_rows(arrays, np.array(kept, np.int64), 18)
+    for new, old in enumerate(kept):
+        for r in range(2 if buckets > 1 else 1):
+            for name in ("tokens", "mean", "alive"):
+                assert np.array_equal(value_of(found, name, new, r), value_of(arrays, name, old, r))
+            was, now = (int(value_of(a, "embedding_index", n, r)) for a, n in ((arrays, old), (found, new)))
+            assert np.array_equal(found["embeddings"][now], arrays["embeddings"][was])
+    for b in range(buckets):
+        own = [n for n in kept if buckets == 1 or b in arrays["bucket"][n]]
+        ends, text = found[column("text_end.caption", b, buckets)], found[column("text.caption", b, buckets)].tobytes()
+        lines = [json.loads(text[ends[i - 1] if i else 0 : ends[i]]) for i in range(len(own))]
+        assert lines == [[f"caption {n}" * (n % 3)] for n in own]
 
 
 @pytest.mark.parametrize(

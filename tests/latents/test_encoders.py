@@ -242,7 +242,7 @@ def transformers_text(text, layers):
     """transformers' own model with the weights of an open_clip text tower, and its projection."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    from train.export import text_tower_weights
+    from train.text_export import text_tower_weights
 
     block = text.tower.transformer.resblocks[0]
     config = CLIPTextConfig(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,19 +10,15 @@ import pytest
 import yaml
 
 from latents.stage import LatentsStage
-from latents.weights import find_vae
 from orchestration import commands, engine
 from orchestration.config import Pool, RayConfig
-from shards import storage
 from shards.columns import ColumnShard
 from shards.dataset import Dataset, read_stats, write_manifest
 from shards.exclusions import write_exclusions
-from shards.images import ImageShard
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from tests.latents import world
 from tests.latents.test_buckets import stage_of
-from tests.objects import bucket
 from tests.orchestration.head import folder_bytes
 
 SHARDS = 4

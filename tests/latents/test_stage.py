@@ -95,6 +95,7 @@ def test_latents_are_what_the_encoders_give(make):
         "ref": stage.text_ref,
         "digest": text.digest,
         "layer": "penultimate",
+        "pad": "zero",
         "context_length": 20,
         "width": 32,
     }
@@ -121,7 +122,7 @@ def test_tokens_alone_and_means_alone(make):
     lean.root = lean.run.latents + "-lean"
     run_stage(lean)
     a, b = (ColumnShard(Dataset.open(s.root), 0).arrays for s in (full, lean))
-    assert set(b) == {"mean", "tokens", "empty_tokens", "micro"}
+    assert set(b) == {"mean", "tokens", "empty_tokens", "micro", "alive", "text.caption", "text_end.caption"}
     assert all((a[k] == b[k]).all() for k in b)
 
 

@@ -147,7 +147,7 @@ def test_who_created_the_tar_and_finds_the_stats_of_another_says_so(tmp_path):
     made = folder(tmp_path)
     made.commit(0, FILES, STATS)
     (tmp_path / "00000.tar").unlink()  # by hand, while a late writer is under way
-    with pytest.raises(StageError, match="is not of the 00000.tar that was created now"):
+    with pytest.raises(StageError, match=r"is not of the 00000\.tar that was created now"):
         made.commit(0, OTHER, STATS)
 
 

@@ -14,8 +14,8 @@ import webdataset as wds
 from hypothesis import given
 from PIL import Image
 
+from shards import exclusions
 from shards.dataset import Dataset, commit_shard, read_stats, write_manifest
-from shards.exclusions import place, write_exclusions
 from shards.fingerprint import Fingerprint
 from shards.images import ImageShard, decode_rgb, is_rgb, pack_tar
 
@@ -95,8 +95,8 @@ def test_random_access_reads_the_live_samples(dataset):
 
 
 def test_an_excluded_sample_is_gone_and_its_shard_is_born_as_before(dataset):
-    line = {"shard": [1], "row": [2], "reason": ["duplicate_url"], "winner": [place(0, 0)]}
-    name = write_exclusions(dataset.root, [pa.table(line)])
+    line = {"shard": [1], "row": [2], "reason": ["duplicate_url"], "winner": [exclusions.place(0, 0)]}
+    name = exclusions.write_exclusions(dataset.root, [pa.table(line)])
     stats = [read_stats(dataset.root, i) for i in range(2)]
     write_manifest(dataset.root, "images", stats, None, name)
     again = Dataset.open(dataset.root)

@@ -72,7 +72,7 @@ def test_shards_commit_and_read_back(root):
     write_manifest(root, "images", [stats])
     assert len(Dataset.open(root)) == 2
     assert listed(root).committed.tolist() == [0]
-    with pytest.raises(ConfigError, match="settings.size: 64 -> 32"):
+    with pytest.raises(ConfigError, match=r"settings\.size: 64 -> 32"):
         begin(root, settings={"size": 32})
     with pytest.raises(ConfigError, match="set 'run' to another prefix"):
         Folder.begin(root, Fingerprint("s", 2, {}), redo=True, take_over=True)
@@ -103,7 +103,7 @@ def test_a_begun_shard_is_ended_by_whoever_comes(root):
 def test_a_folder_of_others_is_refused(root):
     other = storage.join(root, "theirs")
     storage.write_atomic(storage.join(other, "00000_stats.json"), b'{"count": 1, "successes": 1}')
-    with pytest.raises(ConfigError, match="00000_stats.json, which Carrara did not make"):
+    with pytest.raises(ConfigError, match=r"00000_stats\.json, which Carrara did not make"):
         begin(other)
     assert storage.list_names(other) == ["00000_stats.json"]
 

@@ -114,18 +114,20 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
     return values
 
 
-def run_stage(config: str, stage: str = "train", overrides: Sequence[str] = (), redo: bool = False) -> None:
-    """train.main.run without the export, which needs encoders that a test of the loop does not have."""
-    import train.export
+def run_stage(
+    config: str, stage: str = "train", overrides: Sequence[str] = (), redo: bool = False, adopt: bool = False
+) -> None:
+    """train.main.run, to the exported pipeline."""
     from train.main import run
 
-    train.export.export = lambda run: Path()  # type: ignore[assignment,misc]
-    run(stage, config, overrides, redo)
+    run(stage, config, overrides, redo, adopt)
 
 
-def fit(config: Path, world: int, *overrides: str, stage: str = "train", redo: bool = False) -> None:
+def fit(
+    config: Path, world: int, *overrides: str, stage: str = "train", redo: bool = False, adopt: bool = False
+) -> None:
     """Run a stage on `world` ranks to its end."""
-    on_ranks(world, run_stage, str(config), stage, overrides, redo)
+    on_ranks(world, run_stage, str(config), stage, overrides, redo, adopt)
 
 
 def wait_for(condition: Callable[[], bool], timeout: float = 120.0) -> None:

@@ -16,22 +16,30 @@ from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.settings import StageError, load_sections
 from tests.train import tiny
-from train.config import TrainingSections
+from train import segments
+from train.config import AutoencoderConfig, TrainConfig, TrainingSections
 from train.data import Ahead, Latents, Pictures
 from train.objectives import build
-from train.order import Order
+from train.placement import Placement
+
+CONFIG = TrainConfig(images=100, batch_size=8, streams=4, window=3)
+
+
+def where(placement: Placement, position: int) -> tuple[int, int]:
+    (part,) = placement.locate(np.array([position]))
+    shard, row = placement.order(part).locate(part.places)
+    return int(shard[0]), int(row[0])
 
 
 def test_latents_by_position(run: Path) -> None:
     dataset = Dataset.open(str(run / "latents"))
-    order = Order(dataset.counts, dataset.fingerprint, 0, 2)
-    latents = Latents([dataset], 0, 2, 8)
+    latents = Latents(CONFIG, [dataset], 0)
     positions = np.arange(25, 60)  # over the end of the epoch
     mean, logstd = latents.moments(positions)
     text, tokens = latents.embeddings(positions), latents.tokens(positions)
     assert logstd is not None
     for i, p in enumerate(positions):
-        shard, row = (int(v[0]) for v in order.locate(np.array([p])))
+        shard, row = where(latents.placement, p)
         arrays = ColumnShard(dataset, shard).arrays
         assert np.array_equal(mean[i], arrays["mean"][row].astype(np.float32))
         np.testing.assert_allclose(logstd[i], -15.0 + 0.098 * arrays["logstd"][row], rtol=1e-6)
@@ -42,13 +50,13 @@ def test_latents_by_position(run: Path) -> None:
 @pytest.mark.parametrize("cache", [0, 3000, 1 << 20])
 def test_pictures_by_position(run: Path, cache: int) -> None:
     dataset = Dataset.open(str(run / "images"))
-    order = Order(dataset.counts, dataset.fingerprint, 0, 2)
-    pictures = Pictures(dataset, order, lambda p: p, cache)
+    placement = segments.place(AutoencoderConfig(images=100, batch_size=8, streams=4, window=3), [dataset], 0)
+    pictures = Pictures(dataset, placement, lambda p: p, cache)
     for _ in range(2):
         positions = np.arange(40)
         pixels, captions = pictures.pixels(positions), pictures.captions(positions)
         for i in range(40):
-            shard, row = (int(v[0]) for v in order.locate(positions[i : i + 1]))
+            shard, row = where(placement, i)
             source = ImageShard(dataset, shard)
             assert np.array_equal(pixels[i], decode_rgb(source.image_bytes(row)))
             assert captions[i] == source.captions[row]
@@ -60,7 +68,7 @@ def test_batch_of_latents_is_the_forward_process_of_its_samples(run: Path) -> No
         str(tiny.write_config(run, tiny.configuration(run, caption_dropout=0.25))), (), TrainingSections
     )
     dataset = Dataset.open(str(run / "latents"))
-    objective = build("train", sections.train, [dataset], sections.seed, "cpu")
+    objective = build("train", sections.train, [dataset], sections.seed)
     positions = np.arange(2000)
     batch = objective.batch(positions)
     mean, logstd = objective.latents.moments(positions)  # type: ignore[union-attr,operator]
@@ -78,7 +86,7 @@ def test_batch_of_latents_is_the_forward_process_of_its_samples(run: Path) -> No
 def test_a_shard_that_is_gone_is_one_sentence(run: Path) -> None:
     (run / "latents" / "00001.safetensors").unlink()
     dataset = Dataset.open(str(run / "latents"))
-    latents = Latents([dataset], 0, 2, 8)
+    latents = Latents(CONFIG, [dataset], 0)
     with pytest.raises(StageError, match="shard 00001 cannot be read"):
         latents.moments(np.arange(40))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDPMScheduler
 
 from train import diffusion
 
@@ -19,7 +19,6 @@ SCHEDULES = [
     ("squaredcos_cap_v2", 1e-4, 0.02),
     ("sigmoid", 1e-4, 0.02),
 ]
-VARIANCE_PRESERVING = ("epsilon", "sample", "v_prediction")
 
 
 def alpha_bar(schedule: str, start: float, end: float, steps: int = 1000) -> torch.Tensor:
@@ -233,70 +232,6 @@ def test_offset_noise_is_common_to_a_channel() -> None:
     assert np.allclose(difference, difference[:, :, :1, :1], atol=1e-6)
     assert difference[:, :, 0, 0].std() == pytest.approx(0.1, rel=0.03)
     assert shifted.dtype == np.float32
-
-
-def ddpm_step(x: Any, eps: Any, t: int, betas: Any, a: Any) -> tuple[Any, Any]:
-    """Mean (Ho et al. 2020, eq. 11) and posterior variance (eq. 7) of p(x_{t-1} | x_t), float64."""
-    before = a[t - 1] if t > 0 else 1.0
-    mean = (x - betas[t] / np.sqrt(1 - a[t]) * eps) / np.sqrt(1 - betas[t])
-    return mean, betas[t] * (1 - before) / (1 - a[t])
-
-
-def ddim_step(x: Any, eps: Any, a_t: float, a_next: float, eta: float) -> tuple[Any, float]:
-    """Mean and sigma (Song et al. 2020, eq. 12 and 16), float64."""
-    sigma = eta * math.sqrt((1 - a_next) / (1 - a_t)) * math.sqrt(1 - a_t / a_next)
-    x0 = (x - math.sqrt(1 - a_t) * eps) / math.sqrt(a_t)
-    return math.sqrt(a_next) * x0 + math.sqrt(1 - a_next - sigma**2) * eps, sigma
-
-
-@pytest.mark.parametrize("prediction", VARIANCE_PRESERVING)
-@pytest.mark.parametrize("t", [0, 1, 500, 999])
-def test_ddpm_step_is_the_papers(prediction: str, t: int) -> None:
-    """The samplers that draw from our models take the step of the paper, from a network trained on our target."""
-    scheduler = DDPMScheduler(
-        1000,
-        0.00085,
-        0.012,
-        "scaled_linear",
-        prediction_type=prediction,
-        clip_sample=False,
-        variance_type="fixed_small",
-    )
-    betas = diffusion.betas("scaled_linear", 1000, 0.00085, 0.012)
-    a = diffusion.alphas_cumprod(betas)
-    p = diffusion.variance_preserving(a)
-    g = torch.Generator().manual_seed(3)
-    x0, noise = (torch.randn(1, 4, 2, 2, generator=g, dtype=torch.float64) for _ in range(2))
-    at = torch.tensor([t])
-    xt = diffusion.add_noise(p, x0, noise, at)
-    output = diffusion.target(p, prediction, x0, noise, at)
-    mean, variance = ddpm_step(xt.numpy(), noise.numpy(), t, betas.numpy(), a.numpy())
-    drawn = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    got = scheduler.step(output, t, xt, generator=torch.Generator().manual_seed(4)).prev_sample
-    expected = torch.from_numpy(mean) + (math.sqrt(variance) * drawn if t > 0 else 0.0)
-    torch.testing.assert_close(got, expected, rtol=2e-4, atol=5e-4)  # their coefficients are float32
-
-
-@pytest.mark.parametrize("prediction", VARIANCE_PRESERVING)
-@pytest.mark.parametrize("eta", [0.0, 0.5])
-def test_ddim_step_is_the_papers(prediction: str, eta: float) -> None:
-    scheduler = DDIMScheduler(
-        1000, 0.00085, 0.012, "scaled_linear", clip_sample=False, set_alpha_to_one=False, prediction_type=prediction,
-        timestep_spacing="trailing",
-    )  # fmt: skip
-    scheduler.set_timesteps(20)
-    a = alpha_bar("scaled_linear", 0.00085, 0.012)
-    p = diffusion.variance_preserving(a)
-    g = torch.Generator().manual_seed(5)
-    x0, noise = (torch.randn(1, 4, 2, 2, generator=g, dtype=torch.float64) for _ in range(2))
-    for t in (999, 549, 99):
-        at = torch.tensor([t])
-        xt = diffusion.add_noise(p, x0, noise, at)
-        output = diffusion.target(p, prediction, x0, noise, at)
-        mean, sigma = ddim_step(xt.numpy(), noise.numpy(), float(a[t]), float(a[t - 50]), eta)
-        drawn = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-        got = scheduler.step(output, t, xt, eta=eta, generator=torch.Generator().manual_seed(6)).prev_sample
-        torch.testing.assert_close(got, torch.from_numpy(mean) + sigma * drawn, rtol=2e-4, atol=5e-4)
 
 
 def test_logit_normal_timesteps_have_the_stated_density() -> None:

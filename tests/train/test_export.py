@@ -29,8 +29,10 @@ from shards.settings import ConfigError, StageError
 from tests.latents import world
 from train import posthoc
 from train.config import TrainConfig
-from train.export import build_pipeline, clip_text_model, export, scheduler, tokenizer, write_tokenizer
-from train.folders import FORMAT_VERSION, STATES
+from train.export import build_pipeline, export
+from train.folders import STATES
+from train.schedulers import scheduler
+from train.text_export import clip_text_model, tokenizer, write_tokenizer
 
 CONFIG = TrainConfig(
     images=1000, batch_size=10, prediction_type="v_prediction", num_train_timesteps=100, beta_schedule="linear"
@@ -57,7 +59,7 @@ def save_checkpoint(run: RunPaths, step: int, seed: int) -> UNet2DConditionModel
         save_file({k: v * scale for k, v in unet.state_dict().items()}, folder / f"{name}.safetensors")
     files = {f.name: {"size": f.stat().st_size, "sha256": digest_file(f)} for f in folder.iterdir()}
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1,
         "files": files,
         "images": step * 10,
         "step": step,
@@ -84,7 +86,7 @@ def source(tmp_path_factory) -> tuple[RunPaths, UNet2DConditionModel]:
 
 @pytest.fixture(scope="module")
 def exported(source) -> Path:
-    return export(source[0].run)
+    return Path(export(source[0].run))
 
 
 @pytest.fixture
@@ -179,7 +181,7 @@ def test_the_schedulers_noise_is_the_trainers(schedule):
     from train import diffusion
 
     config = CONFIG.model_copy(update={"beta_schedule": schedule})
-    found = scheduler(config.model_dump())
+    found = scheduler(config)
     expected = diffusion.alphas_cumprod(diffusion.betas(schedule, 100, config.beta_start, config.beta_end))
     assert isinstance(found, DDIMScheduler)
     assert found.config.prediction_type == "v_prediction"
@@ -287,9 +289,9 @@ def test_provenance_and_card(source, exported):
 
 
 def test_a_second_export_does_nothing_and_another_checkpoint_replaces(copy):
-    folder = export(copy.run, "step-00000005")
+    folder = Path(export(copy.run, "step-00000005"))
     before = (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_ino
-    assert export(copy.run, "step-00000005") == folder
+    assert export(copy.run, "step-00000005") == str(folder)
     assert (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_ino == before
     export(copy.run)
     assert json.loads((folder / "carrara.json").read_text())["checkpoint"] == "step-00000010"

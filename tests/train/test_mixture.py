@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from latents.config import LatentsConfig
 from latents.encoders import load_text
 from latents.stage import LatentsStage
-from shards.columns import ColumnShard, pack_columns
+from shards.columns import ColumnShard, pack_columns, value_of
 from shards.dataset import Dataset, commit_shard, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths, sample_key
@@ -26,62 +26,47 @@ from shards.settings import ConfigError, StageError
 from tests.latents import world
 from tests.train import forked, tiny
 from tests.train.test_zero import assert_close, step_folder, tensors
+from train import segments
 from train.config import SourceConfig, TrainConfig, layout
 from train.data import Latents
 from train.denoising import choose_caption, process_of
-from train.export import scheduler
 from train.objectives import build
-from train.order import Mixture
+from train.schedulers import scheduler
 
 SHAPES = [(4, 4), (4, 8), (8, 4)]
 
 
-@pytest.mark.parametrize(
-    ("weights", "unit"), [([1.0, 1.0], 8), ([0.7, 0.2, 0.1], 10), ([1.0, 0.001], 16), ([1, 2, 3], 7)]
-)
-def test_a_mixture_takes_each_place_of_each_stream_once_in_proportion(weights: list[float], unit: int) -> None:
-    mixture = Mixture(weights, unit, 3)
-    index = np.arange(3 * mixture.length)
-    stream, place = mixture.split(index)
-    for s, w in enumerate(weights):
-        mine = place[stream == s]
-        assert np.array_equal(np.sort(mine), np.arange(len(mine)))
-        assert len(mine) / len(index) == pytest.approx(w / sum(weights), rel=2e-3, abs=1 / mixture.length)
-    # By position alone, in any pieces.
-    rng = np.random.default_rng(0)
-    some = rng.integers(0, 10**12, 50)
-    together = mixture.split(some)
-    for i in range(50):
-        alone = mixture.split(some[i : i + 1])
-        assert (alone[0][0], alone[1][0]) == (together[0][i], together[1][i])
+def bucketed(root: Path, counts: tuple[int, ...] = (9, 14, 5, 12), layout: int = 3) -> Dataset:
+    """Latent shards of three shapes as the latents stage stores them; a mean's first value is its sample's number.
 
-
-def test_where_the_weights_allow_it_every_batch_has_the_same_composition() -> None:
-    stream, _ = Mixture([3, 1], 8, 0).split(np.arange(800))
-    assert (stream.reshape(100, 8).sum(axis=1) == 2).all()
-    assert len({tuple(row) for row in stream.reshape(100, 8)}) > 20
-
-
-def bucketed(root: Path, counts: tuple[int, ...] = (9, 14, 5, 12)) -> Dataset:
-    """Latent shards of three shapes as the latents stage stores them; a mean's first value is its sample's number."""
+    layout: 2 for that of before, when only moments lay bucket by bucket.
+    """
     rng = np.random.default_rng(1)
     stats, table, number = [], [], 0
     for index, n in enumerate(counts):
         bucket = rng.integers(0, 3, n)
         numbers = np.arange(number, number + n)
         number += n
-        arrays: dict[str, Any] = {
+        each: dict[str, Any] = {
             "tokens": np.repeat(numbers[:, None], tiny.CONTEXT, axis=1).astype(np.uint16),
+            "embedding_index": rng.integers(0, 3, n).astype(np.int32),
+            "micro": np.repeat(numbers[:, None], 6, axis=1).astype(np.int32),
+            "alive": np.ones(n, np.uint8),
+        }
+        arrays: dict[str, Any] = {
             "empty_tokens": np.zeros(tiny.CONTEXT, np.uint16),
             "embeddings": rng.normal(size=(3, tiny.CONTEXT, tiny.WIDTH)).astype(np.float16),
-            "embedding_index": rng.integers(0, 3, n).astype(np.int32),
             "empty_embedding": np.zeros((tiny.CONTEXT, tiny.WIDTH), np.float16),
-            "micro": np.repeat(numbers[:, None, None], 6, axis=2).astype(np.int32),
             "bucket": bucket[:, None].astype(np.uint16),
         }
+        if layout == 2:
+            del each["alive"]
+            arrays |= {**each, "micro": each["micro"][:, None]}
         for b, (h, w) in enumerate(SHAPES):
             mine = numbers[bucket == b]
             arrays[f"mean.{b}"] = np.broadcast_to(mine[:, None, None, None], (len(mine), 4, h, w)).astype(np.float16)
+            if layout == 3:
+                arrays |= {f"{name}.{b}": array[bucket == b] for name, array in each.items()}
         table.append([int((bucket == b).sum()) for b in range(3)])
         keys = [sample_key(index, r, 100) for r in range(n)]
         sink = io.BytesIO()
@@ -92,54 +77,62 @@ def bucketed(root: Path, counts: tuple[int, ...] = (9, 14, 5, 12)) -> Dataset:
         )
     extra = {
         "resolution": 32,
-        "vae": {"ref": "none", "digest": "v" * 64, "scaling_factor": 1.0, "config": {}},
-        "text": {
-            "ref": "none",
-            "digest": "t" * 64,
-            "layer": "last",
-            "context_length": tiny.CONTEXT,
-            "width": tiny.WIDTH,
-        },
+        "vae": {**tiny.encoders()["vae"], "scaling_factor": 1.0},
+        "text": tiny.encoders()["text"],
         "buckets": [{"resolution": 32, "width": 8 * w, "height": 8 * h} for h, w in SHAPES],
-        "bucket_counts": table,
+        "laid" if layout == 3 else "bucket_counts": table,
     }
     write_manifest(str(root), "latents", stats, extra)
     return Dataset.open(str(root))
 
 
-def test_a_batch_has_one_shape_and_its_own_samples(tmp_path: Path) -> None:
-    dataset = bucketed(tmp_path)
-    latents = Latents([dataset], 7, 2, 4)
+def latents_of(dataset: Dataset, batch_size: int, **values: Any) -> Latents:
+    values = {"streams": 4, "window": 4, **values}
+    return Latents(TrainConfig(images=10**6, batch_size=batch_size, **values), [dataset], 7)
+
+
+@pytest.mark.parametrize("layout", [2, 3])
+def test_a_batch_has_one_shape_and_its_own_samples(tmp_path: Path, layout: int) -> None:
+    dataset = bucketed(tmp_path, layout=layout)
+    latents = latents_of(dataset, 4)
     assert (latents.channels, latents.side, latents.has_spread) == (4, 4, False)
     seen: dict[tuple[int, ...], list[int]] = {}
     batches = 400
+    where = {}
+    shards = [ColumnShard(dataset, i) for i in range(4)]
+    first = np.cumsum([0, *(len(s) for s in shards)])
     for b in range(batches):
         whole = np.arange(4 * b, 4 * b + 4)
         mean, _ = latents.moments(whole)
         numbers = mean[:, 0, 0, 0].astype(int)
         assert np.array_equal(latents.tokens(whole)[:, 0], numbers), "tokens of the same samples"
         assert np.array_equal(latents.sizes(whole)[:, 0], numbers)
-        for rank in range(2):  # what two ranks see is the two halves
-            half = latents.moments(whole[2 * rank : 2 * rank + 2])[0]
+        for i, n in enumerate(numbers):
+            s = int(np.searchsorted(first, n, side="right")) - 1
+            index = value_of(shards[s].arrays, "embedding_index", int(n - first[s]))
+            stored = shards[s].arrays["embeddings"][int(index)]  # type: ignore[call-overload]
+            assert np.array_equal(latents.embeddings(whole)[i], stored.astype(np.float32))
+            where[int(n)] = int(whole[i])
+        for rank in range(2):  # what two ranks see is every other place
+            half = latents.moments(whole[rank::2])[0]
             assert half.shape[1:] == mean.shape[1:]
-            assert np.array_equal(half, mean[2 * rank : 2 * rank + 2])
+            assert np.array_equal(half, mean[rank::2])
         seen.setdefault(mean.shape[2:], []).extend(numbers)
-    table = np.array(dataset.manifest["bucket_counts"]).sum(axis=0)
+    table = segments.rows_laid(dataset).sum(axis=0)
     for shape, total in zip(SHAPES, table, strict=True):
         samples = seen[shape]
         assert len(samples) / (4 * batches) == pytest.approx(total / table.sum(), abs=0.03)
         for begin in range(0, len(samples) - total, total):  # each sample of a bucket once in its epoch
             assert len(set(samples[begin : begin + total])) == total
-    shard = ColumnShard(dataset, 2)
-    number = int(shard.arrays["tokens"][3, 0])
-    place = next(p for p in range(4 * batches) if latents.tokens(np.array([p]))[0, 0] == number)
-    assert latents.keys(np.array([place])) == [sample_key(2, 3, 100)]
+    for n, place in where.items():
+        s = int(np.searchsorted(first, n, side="right")) - 1
+        assert latents.keys(np.array([place])) == [sample_key(s, n - int(first[s]), 100)]
 
 
 def test_buckets_train_through_the_objective(tmp_path: Path) -> None:
     dataset = bucketed(tmp_path)
     config = TrainConfig(images=8, batch_size=4, unet=tiny.UNET)
-    objective = build("train", config, [dataset], 0, "cpu")
+    objective = build("train", config, [dataset], 0)
     shapes = set()
     for b in range(8):
         batch = objective.batch(np.arange(4 * b, 4 * b + 4))
@@ -151,10 +144,10 @@ def test_buckets_train_through_the_objective(tmp_path: Path) -> None:
 
 def test_batches_by_area_are_equal_work_and_take_each_sample_equally_often(tmp_path: Path) -> None:
     dataset = bucketed(tmp_path)
-    latents = Latents([dataset], 7, 2, 8, by_area=2)
+    latents = latents_of(dataset, 8, batch_by_area=2)
     seen: dict[tuple[int, ...], list[int]] = {}
     for b in range(1200):
-        n = latents.samples_in(b)
+        n = latents.samples_in(8 * b)
         mean, _ = latents.moments(np.arange(8 * b, 8 * b + n))
         assert n * mean.shape[2] * mean.shape[3] == 8 * 16  # the smallest of SHAPES has 16 places
         seen.setdefault(mean.shape[2:], []).extend(mean[:, 0, 0, 0].astype(int))
@@ -162,18 +155,18 @@ def test_batches_by_area_are_equal_work_and_take_each_sample_equally_often(tmp_p
         numbers, counts = np.unique(seen[shape], return_counts=True)
         assert counts.max() - counts.min() <= 1, "in an epoch each sample comes once"
         assert np.unique(seen[shape][: len(numbers)]).size == len(numbers)
-    batches = np.bincount(latents._mixture.split(np.arange(2**18))[0])
-    held = np.array(dataset.manifest["bucket_counts"]).sum(axis=0)
+    batches = np.bincount([latents.placement.bucket(8 * b) for b in range(2**15)])
+    held = segments.rows_laid(dataset).sum(axis=0)
     often = batches * np.array([8, 4, 4]) / held
     assert max(often) < 1.01 * min(often)
     with pytest.raises(ConfigError, match=r"batch_by_area is 8, but a batch_size of 8 leaves fewer pictures of"):
-        Latents([dataset], 7, 2, 8, by_area=8)
+        latents_of(dataset, 8, batch_by_area=8)
 
 
 def test_batches_by_area_are_the_same_whatever_the_ranks_and_accumulation(tmp_path: Path) -> None:
     dataset = bucketed(tmp_path)
-    config = TrainConfig(images=64, batch_size=8, batch_by_area=4, stratified=True, unet=tiny.UNET, shuffle_window=2)
-    objective = build("train", config, [dataset], 0, "cpu")
+    config = TrainConfig(images=64, batch_size=8, batch_by_area=4, stratified=True, unet=tiny.UNET, streams=4, window=4)
+    objective = build("train", config, [dataset], 0)
     sizes = set()
     for begin in range(0, 400, 8):
         whole = objective.positions(begin, 0, 1, 0, 8)
@@ -183,9 +176,10 @@ def test_batches_by_area_are_the_same_whatever_the_ranks_and_accumulation(tmp_pa
             micro = 8 // ranks // steps
             parts = [objective.positions(begin, r, ranks, a, micro) for a in range(steps) for r in range(ranks)]
             assert len({len(p) for p in parts}) == 1
-            assert np.array_equal(np.concatenate(parts), whole)
+            together = np.concatenate(parts)
+            assert np.array_equal(np.sort(together), whole)
             for name in ("x0", "noise", "t", "text"):
-                assert torch.equal(torch.cat([objective.batch(p)[name] for p in parts]), one[name])
+                assert torch.equal(torch.cat([objective.batch(p)[name] for p in parts]), one[name][together - begin])
         strata = np.sort(one["t"].numpy() * len(whole) // 1000)
         assert np.array_equal(strata, np.arange(len(whole))), "one timestep in each part, however many samples"
     assert sizes == {8, 4}
@@ -214,14 +208,17 @@ def test_several_resolutions_are_mixed_and_each_sample_comes_at_each(tmp_path: P
     for bucket, side in zip(manifest["buckets"], (16, 32, 32), strict=True):
         bucket["resolution"] = side
     object.__setattr__(dataset, "manifest", manifest)
-    latents = Latents([dataset], 7, 2, 4, resolutions=[32, 16])
-    shapes = {tuple(latents.shape(np.array([4 * b]))) for b in range(50)}
-    assert shapes == {(4, *s) for s in SHAPES}
-    assert {tuple(Latents([dataset], 7, 2, 4, resolutions=[16]).shape(np.array([4 * b]))) for b in range(50)} == {
-        (4, *SHAPES[0])
-    }
+    latents = latents_of(dataset, 4, resolution=(32, 16))
+    seen: dict[tuple[int, ...], set[int]] = {}
+    for b in range(200):
+        mean, _ = latents.moments(np.arange(4 * b, 4 * b + 4))
+        seen.setdefault(mean.shape[2:], set()).update(mean[:, 0, 0, 0].astype(int).tolist())
+    table = segments.rows_laid(dataset).sum(axis=0)
+    assert {shape: len(numbers) for shape, numbers in seen.items()} == dict(zip(SHAPES, table.tolist(), strict=True))
+    small = latents_of(dataset, 4, resolution=16)
+    assert {tuple(small.shape(np.array([4 * b]))) for b in range(50)} == {(4, *SHAPES[0])}
     with pytest.raises(ConfigError, match=r"resolution is 64, but .* holds latents of 16 and 32 pixels"):
-        Latents([dataset], 0, 2, 8, resolutions=[32, 64])
+        latents_of(dataset, 8, resolution=(32, 64))
 
 
 # ---- several captions a picture ------------------------------------------------------------------
@@ -257,7 +254,7 @@ def test_captions_of_several_columns_are_drawn_anew_each_epoch_and_encoded(tmp_p
     dataset = Dataset.open(run.latents)
     values: dict[str, Any] = {"batch_size": 11, "unet": tiny.UNET, "caption_dropout": 0.25}
     config = TrainConfig(images=5500, captions={"caption": 1.0, "others": 3.0}, **values)
-    objective: Any = build("train", config, [dataset], 5, "cpu")
+    objective: Any = build("train", config, [dataset], 5)
     positions = np.arange(11 * 200)
     found = objective.latents.captions(positions, ["caption", "others"])
     chosen = [
@@ -279,26 +276,28 @@ def test_captions_of_several_columns_are_drawn_anew_each_epoch_and_encoded(tmp_p
     text = load_text(str(clip), "penultimate")
     dropped = objective.random.uniform("caption", positions[:33]) < 0.25
     shown = ["" if d else c for c, d in zip(chosen, dropped, strict=False)]
-    assert torch.equal(objective.batch(positions[:33])["text"], text.encode(text.tokenize(shown)))
+    batch = objective.batch(positions[:33])
+    assert torch.equal(batch["tokens"], text.tokenize(shown)), "nothing is encoded in the loader's thread"
+    assert torch.equal(objective.conditioning.told(batch)[0], text.encode(text.tokenize(shown)))
     with pytest.raises(
         StageError, match=r"no column 'other' in its \.parquet; carry it there with ingest.keep_columns"
     ):
-        build("train", TrainConfig(captions={"other": 1.0}, **values), [dataset], 5, "cpu")
-    # Without the setting nothing of this is read, and the settings' fingerprint is what it was before there was one.
-    assert "captions" not in TrainConfig(**values).settings()
+        build("train", TrainConfig(captions={"other": 1.0}, **values), [dataset], 5)
 
 
 def test_another_resolution_that_is_not_there(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"resolution is 64, but .* holds latents of 32 pixels"):
-        Latents([Dataset.open(str(run / "latents"))], 0, 2, 8, resolutions=[64])
+        latents_of(Dataset.open(str(run / "latents")), 8, resolution=64)
     with pytest.raises(ConfigError, match=r"resolution is 64, but .* holds latents of 32 pixels"):
-        Latents([bucketed(tmp_path / "b")], 0, 2, 8, resolutions=[64])
+        latents_of(bucketed(tmp_path / "b"), 8, resolution=64)
 
 
 def test_sources_come_by_weight_and_must_be_of_one_kind(run: Path, tmp_path: Path) -> None:
     tiny.make_latents(tmp_path / "more", counts=(20,))
     datasets = [Dataset.open(str(run / "latents")), Dataset.open(str(tmp_path / "more"))]
-    latents = Latents(datasets, 0, 2, 8, (3.0, 1.0))
+    sources = [{"weight": 3.0}, {"latents": str(tmp_path / "more")}]
+    config = TrainConfig(images=10**6, batch_size=8, streams=4, window=4, sources=sources)  # type: ignore[arg-type]
+    latents = Latents(config, datasets, 0)
     source = latents.source(np.arange(800))
     assert (source.reshape(100, 8).sum(axis=1) == 2).all()
     mean, _ = latents.moments(np.arange(160))
@@ -306,9 +305,12 @@ def test_sources_come_by_weight_and_must_be_of_one_kind(run: Path, tmp_path: Pat
     stored = ColumnShard(datasets[1], 0).arrays["mean"].astype(np.float32)
     assert {m.tobytes() for m in second[:20]} == {m.tobytes() for m in stored}
     manifest = tmp_path / "more" / "dataset.json"
-    manifest.write_text(manifest.read_text().replace("v" * 64, "w" * 64))
-    with pytest.raises(ConfigError, match=r"train\.sources: .* another VAE"):
-        Latents([datasets[0], Dataset.open(str(tmp_path / "more"))], 0, 2, 8, (1.0, 1.0))
+    original = manifest.read_text()
+    for what in ("vae", "text"):
+        manifest.write_text(original.replace(tiny.encoders()[what]["digest"], "w" * 64))
+        name = {"vae": "VAE", "text": "CLIP"}[what]
+        with pytest.raises(ConfigError, match=rf"train\.sources: .* another {name}"):
+            Latents(config, [datasets[0], Dataset.open(str(tmp_path / "more"))], 0)
 
 
 def unet_config(**values: Any) -> TrainConfig:
@@ -319,8 +321,12 @@ def unet_config(**values: Any) -> TrainConfig:
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "flow_prediction"])
 def test_the_loss_is_written_out_in_float64(run: Path, prediction: str, weighting: dict[str, float]) -> None:
     """The objective's loss and its bins against the formulas in numpy, from the batch and the UNet's own output."""
+    if prediction == "flow_prediction" and weighting:
+        with pytest.raises(ValueError, match="gives the last timestep no weight under prediction_type flow_prediction"):
+            unet_config(prediction_type=prediction, **weighting)
+        return
     config = unet_config(prediction_type=prediction, initialisation="torch", stratified=True, **weighting)
-    objective: Any = build("train", config, [Dataset.open(str(run / "latents"))], 0, "cpu")
+    objective: Any = build("train", config, [Dataset.open(str(run / "latents"))], 0)
     objective.eval()
     batch = objective.batch(np.arange(64))
     p = process_of(config)
@@ -350,7 +356,7 @@ def test_the_loss_is_written_out_in_float64(run: Path, prediction: str, weightin
 
 def test_a_learned_variance_learns_and_leaves_the_mean_to_the_simple_loss(run: Path) -> None:
     config = unet_config(learned_variance=True, initialisation="torch")
-    objective: Any = build("train", config, [Dataset.open(str(run / "latents"))], 0, "cpu")
+    objective: Any = build("train", config, [Dataset.open(str(run / "latents"))], 0)
     assert objective.model.config.out_channels == 8
     batch = objective.batch(np.arange(16))
     loss, details = objective(batch)
@@ -379,7 +385,7 @@ def test_the_exported_scheduler_undoes_what_training_did(options: dict[str, Any]
     from train import diffusion
 
     config = unet_config(**options)
-    found = scheduler(config.model_dump())
+    found = scheduler(config)
     p = process_of(config)
     if config.prediction_type != "flow_prediction":
         torch.testing.assert_close(found.alphas_cumprod.double(), p.signal**2, rtol=1e-4, atol=1e-6)
@@ -405,6 +411,15 @@ def test_the_exported_scheduler_undoes_what_training_did(options: dict[str, Any]
         ({"zero_terminal_snr": True}, "zero_terminal_snr cannot go with prediction_type epsilon"),
         ({"zero_terminal_snr": True, "prediction_type": "flow_prediction"}, "ends in pure noise by itself"),
         ({"snr_gamma": 5, "p2_gamma": 1}, "two weights for the same loss"),
+        (
+            {"snr_gamma": 5, "zero_terminal_snr": True, "prediction_type": "v_prediction"},
+            "snr_gamma gives the last timestep no weight under zero_terminal_snr",
+        ),
+        (
+            {"p2_gamma": 1, "zero_terminal_snr": True, "prediction_type": "sample"},
+            "p2_gamma gives the last timestep no weight under zero_terminal_snr",
+        ),
+        ({"learned_variance": True, "offset_noise": 0.1}, "learns the variance of plain noise; set offset_noise to 0"),
         ({"learned_variance": True, "prediction_type": "flow_prediction"}, "learned_variance needs the steps of DDPM"),
         ({"offload": "cpu", "zero_stage": 0}, "offload needs zero_stage 1"),
         ({"compile": True, "zero_stage": 3}, "compile cannot go with zero_stage 3"),

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from train.optimizer import EmaAdamW, ema_decay, learning_rate, parameter_groups
+from train.muon import direction, is_hidden
+from train.optimizer import AdamW, ema_decay, learning_rate, parameter_groups
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_update_is_adamws_and_the_average_is_its_recursion(fused: bool) -> None:
+def optimizer_of(parameters: list[torch.Tensor], **settings: Any) -> AdamW:
+    optimizer = AdamW([{"params": parameters, "weight_decay": 0.1, "lr": 1e-2}], ("ema",), (0.9, 0.95), 1e-7)
+    optimizer.begin(parameters, [], True)
+    return optimizer
+
+
+def test_update_is_adamws_and_the_average_is_its_recursion() -> None:
+    """Beside torch's on scaled gradients; steps with a veto leave no bit changed, whatever their gradients are."""
     torch.manual_seed(0)
     ours = [torch.randn(7, 5, requires_grad=True), torch.randn(11, requires_grad=True)]
     theirs = [p.detach().clone().requires_grad_() for p in ours]
-    settings = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-7, "weight_decay": 0.1, "fused": fused}
-    mine, reference = EmaAdamW(ours, **settings), torch.optim.AdamW(theirs, **settings)
+    mine = optimizer_of(ours)
+    reference = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.1, fused=True)
     averages = [p.detach().double().clone() for p in theirs]
     for step in range(12):
         decay = 0.5 + 0.03 * step
-        mine.param_groups[0]["ema_decays"] = {"ema": decay}
+        mine.param_groups[0]["decays"] = {"ema": decay}
+        mine.scale, mine.veto = torch.tensor(8.0), torch.tensor(float(step in (3, 7)))
+        before = [v.clone() for p in ours for v in (p.detach(), *mine.state[p].values())]
         for a, b in zip(ours, theirs, strict=True):
-            a.grad = torch.randn(a.shape)
-            b.grad = a.grad.clone()
+            gradient = torch.randn(a.shape)
+            a.grad, b.grad = gradient * (math.inf if step == 3 else 8.0), gradient
         mine.step()
+        if step in (3, 7):
+            after = [v for p in ours for v in (p.detach(), *mine.state[p].values())]
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            continue
         reference.step()
         averages = [decay * e + (1 - decay) * p.detach().double() for e, p in zip(averages, theirs, strict=True)]
     for a, b, e in zip(ours, theirs, averages, strict=True):
@@ -34,11 +48,12 @@ def test_update_is_adamws_and_the_average_is_its_recursion(fused: bool) -> None:
 
 def test_a_parameter_without_gradient_is_left_alone() -> None:
     p, q = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
-    optimizer = EmaAdamW([p, q], lr=0.1, weight_decay=0.1)
+    optimizer = optimizer_of([p, q])
     p.grad = torch.ones(3)
     optimizer.step()
+    assert not torch.equal(p, torch.ones(3))
     assert torch.equal(q, torch.ones(3))
-    assert "ema" not in optimizer.state.get(q, {})
+    assert torch.equal(optimizer.state[q]["ema"], torch.ones(3))
 
 
 def test_halflife_is_in_images_and_does_not_depend_on_the_batch() -> None:
@@ -73,3 +88,40 @@ def test_decay_is_for_matrices_alone() -> None:
     assert matrices["weight_decay"] == 0.3
     assert [p.shape for p in rest["params"]] == [(4,), (4,)]
     assert rest["weight_decay"] == 0.0
+
+
+def test_wsd_stays_and_goes_down_at_the_end_alone() -> None:
+    """... so that a longer run has the same rates until the shorter one's cool-down begins."""
+    shape = {"batch_size": 10, "peak": 2.0, "warmup": 100, "final_fraction": 0.1, "schedule": "wsd", "cooldown": 200}
+    short = {i: learning_rate(i, total=1000, **shape) for i in range(0, 1001, 10)}
+    long = {i: learning_rate(i, total=5000, **shape) for i in range(0, 1001, 10)}
+    assert short[0] == pytest.approx(0.2)
+    assert {i: v for i, v in short.items() if i <= 800} == {i: v for i, v in long.items() if i <= 800}
+    assert short[800] == 2.0
+    assert short[850] == pytest.approx(0.1 * 2 + 0.9 * 2 * 0.5)  # 1 - sqrt(1 / 4)
+    assert short[1000] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(list(short.values())[9:], list(short.values())[10:], strict=False))
+
+
+def test_muon_is_for_the_blocks_matrices_and_its_direction_is_orthogonal() -> None:
+    """Singular values near one (Newton-Schulz stops early by design), the same singular vectors, AdamW's size."""
+    hidden = {
+        "down_blocks.0.resnets.0.conv1.weight": (64, 32, 3, 3),
+        "mid_block.attentions.0.to_q.weight": (64, 64),
+        "conv_in.weight": (64, 4, 3, 3),
+        "time_embedding.linear_1.weight": (64, 64),
+        "up_blocks.1.resnets.0.norm1.weight": (64,),
+    }
+    assert [n for n, s in hidden.items() if is_hidden(n, s)] == list(hidden)[:2]
+    torch.manual_seed(0)
+    for rows, columns in ((48, 20), (20, 48), (32, 32)):
+        momentum = torch.randn(3, rows, columns)
+        found = direction(momentum) / (0.2 * max(rows, columns) ** 0.5)
+        u, _, vh = torch.linalg.svd(momentum, full_matrices=False)
+        singular = torch.linalg.svdvals(found)
+        assert 0.3 < float(singular.min())
+        assert float(singular.max()) < 1.3
+        along = torch.diagonal(u.mT @ found @ vh.mT, dim1=-2, dim2=-1)
+        assert torch.allclose(along.sort(descending=True).values, singular, atol=2e-3)
+        rms = direction(momentum).square().mean().sqrt()
+        assert 0.1 < float(rms) < 0.3

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from shards.settings import StageError
 from tests.train import forked, tiny
 from tests.train.test_zero import assert_same, initial, step_folder, tensors
-from train import folders, posthoc
+from train import checkpoint, folders, posthoc
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -80,8 +80,12 @@ def test_further_averages_are_exact_under_every_stage(run: Path, stage: int) -> 
             weights = tensors(step_folder(run, step), "weights")
             expected = {n: e.lerp(weights[n], 1.0 - posthoc.decay(8 * step, 8, std)) for n, e in expected.items()}
             assert_same(tensors(step_folder(run, step), f"ema_{std:.3f}"), expected)
-    names = sorted(p.name for p in (run / "checkpoints" / folders.POSTHOC).iterdir())
-    assert names == [f"ema_{s}-{i:012d}.safetensors" for s in ("0.050", "0.100") for i in (8, 16, 24, 32)]
+    aside = run / "checkpoints" / folders.POSTHOC
+    assert [folders.name_of(f) for f in folders.folders(aside)] == [f"step-{i:08d}" for i in (4, 3, 2, 1)]
+    assert folders.states(folders.read_manifest(aside / "step-00000004")) == {"ema_0.050", "ema_0.100"}
+    half = checkpoint.whole(str(aside / "step-00000004"), "ema_0.050")
+    assert_same(half, {n: v.half().float() for n, v in tensors(step_folder(run, 4), "ema_0.050").items()})
+    # At a length that was kept, and at the end, the reconstruction is that snapshot.
+    found = posthoc.reconstruct(aside, 32, 0.05)
+    assert all((found[n] - v).abs().max() < 2e-3 for n, v in half.items())
     assert folders.damage(step_folder(run, 4)) == ""
-    (step_folder(run, 4) / "ema_0.050.safetensors").unlink()
-    assert "ema_0.050" in folders.damage(step_folder(run, 4))

@@ -31,8 +31,9 @@ from tests.train import forked, tiny
 from tests.train.test_export import pictures, save_checkpoint
 from train import adapters, folders
 from train.config import TrainConfig, TrainingSections
-from train.export import build_pipeline, clip_text_model, export, tokenizer, write_tokenizer
+from train.export import build_pipeline, export
 from train.objectives import build
+from train.text_export import clip_text_model, tokenizer, write_tokenizer
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -56,7 +57,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPaths, Path]:
     """A run, and the pipeline that was exported from it."""
     run = make_run(tmp_path_factory.mktemp("base") / "r")
     save_checkpoint(run, 10, seed=2)
-    return run, export(run.run)
+    return run, Path(export(run.run))
 
 
 def tuned(base: tuple[RunPaths, Path], folder: Path, **train: Any) -> tuple[RunPaths, Path]:
@@ -85,7 +86,7 @@ def plain(folder: Path | str) -> Any:
 def test_full_fine_tuning_begins_with_the_pipelines_weights(base: Any, tmp_path: Path) -> None:
     run, config = tuned(base, tmp_path)
     sections = load_sections(str(config), (), TrainingSections)
-    objective = build("train", sections.train, [Dataset.open(run.latents)], 5, "cpu")
+    objective = build("train", sections.train, [Dataset.open(run.latents)], 5)
     start = UNet2DConditionModel.from_pretrained(base[1] / "unet").state_dict()
     assert all(torch.equal(start[k], v) for k, v in objective.model.state_dict().items())
     end = UNet2DConditionModel.from_pretrained(Path(run.model) / "unet").state_dict()
@@ -134,8 +135,8 @@ def test_a_learned_word_is_what_load_textual_inversion_takes(base: Any, tmp_path
     word = {"token": "<thing>", "initial": "circle", "vectors": 2, "templates": ["a photo of {} on blue", "{}"]}
     run, config = tuned(base, tmp_path, textual_inversion=word, zero_stage=2)
     sections = load_sections(str(config), (), TrainingSections)
-    objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5, "cpu")
-    begin = objective.model.rows.detach().clone()
+    objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5)
+    begin = objective.model.text.rows.detach().clone()
     learned = load_file(Path(run.model) / "learned_embeds.safetensors")["<thing>"]
     assert (learned - begin).abs().max() > 1e-3
     # The UNet and the CLIP are those of the start, to the bit.
@@ -144,10 +145,10 @@ def test_a_learned_word_is_what_load_textual_inversion_takes(base: Any, tmp_path
     pipeline = plain(run.model)
     pipeline.load_textual_inversion(Path(run.model) / "learned_embeds.safetensors")
     got, _ = pipeline.encode_prompt("a photo of <thing> on blue", "cpu", 1, False)
-    objective.model.rows.data.copy_(learned)
-    tokens, place = (torch.from_numpy(v)[None] for v in objective.captions[0])
+    objective.model.text.rows.data.copy_(learned)
+    tokens, place = (torch.from_numpy(v)[None] for v in objective.conditioning.templates[0])
     with torch.no_grad():
-        torch.testing.assert_close(got, objective.model.encode(tokens, place), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, objective.model.text(tokens, place), rtol=1e-4, atol=1e-5)
     in_memory = pictures(build_pipeline(run.run), prompt="a photo of <thing>")
     assert np.abs(pictures(pipeline, prompt="a photo of <thing>") - in_memory).max() < 2e-5
 
@@ -183,7 +184,7 @@ def test_a_unet_that_is_told_sizes_becomes_an_sdxl_pipeline(tmp_path: Path) -> N
     assert drawn.std() > 0.01
     # What the UNet is told in training: the stored sizes, in SDXL's order.
     sections = load_sections(str(config), (), TrainingSections)
-    objective = build("train", sections.train, [Dataset.open(run.latents)], 5, "cpu")
+    objective = build("train", sections.train, [Dataset.open(run.latents)], 5)
     batch = objective.batch(np.arange(9))
     micro = load_file(Path(run.latents) / "00000.safetensors")["micro"][:, 0].float()
     assert len(micro) == len(batch["sizes"]) + 1  # nine of the ten samples
@@ -313,7 +314,7 @@ def test_a_public_pipeline_is_fine_tuned_and_takes_the_lora(name: str, tmp_path:
     for part in (public / "unet").glob("*.safetensors"):
         part.rename(part.with_suffix(".bin"))
     with pytest.raises(ConfigError, match=r"which is not beside it" if "sharded" in name else "are pickled"):
-        build("train", sections.train, [Dataset.open(run.latents)], 5, "cpu")
+        build("train", sections.train, [Dataset.open(run.latents)], 5)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +335,7 @@ def test_sdxl_models_that_are_told_something_else_are_refused(
     UNet2DConditionModel(**{**PUBLIC["sdxl-fp16-sharded"][1], **change}).save_pretrained(tmp_path / "unet")
     config = TrainConfig(images=16, start_from=str(tmp_path / "unet"))
     with pytest.raises(ConfigError, match=sentence):
-        build("train", config, [Dataset.open(run.latents)], 5, "cpu")
+        build("train", config, [Dataset.open(run.latents)], 5)
 
 
 def test_where_a_unet_cannot_come_from(base: Any, tmp_path: Path) -> None:
@@ -344,7 +345,7 @@ def test_where_a_unet_cannot_come_from(base: Any, tmp_path: Path) -> None:
     data = {"start_from": str(base[1]), "adapter": {"targets": ["no_such_layer"]}}
     config = TrainConfig(images=8, batch_size=8, **data)
     with pytest.raises(ConfigError, match=r"train\.adapter\.targets"):
-        build("train", config, [Dataset.open(base[0].latents)], 0, "cpu")
+        build("train", config, [Dataset.open(base[0].latents)], 0)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +373,7 @@ def test_dreambooth_is_two_sources_with_a_weight_of_their_loss(base: Any, tmp_pa
     assert [s["root"] for s in manifest["sources"]] == [run.latents, prior.latents]
     sections = load_sections(str(config), (), TrainingSections)
     datasets = [Dataset.open(run.latents), Dataset.open(prior.latents)]
-    objective: Any = build("train", sections.train, datasets, 5, "cpu")
+    objective: Any = build("train", sections.train, datasets, 5)
     batch = objective.batch(np.arange(8))
     assert sorted(batch["weight"].tolist()) == [0.25] * 4 + [1.0] * 4
     with torch.no_grad():
@@ -394,4 +395,4 @@ def test_captions_that_no_pipeline_would_show_are_refused_before_training(
     }
     config = TrainConfig(images=16, unet={**tiny.UNET, **(told if sized else {})})
     with pytest.raises(ConfigError, match=f"latents.text_layer {layer}"):
-        build("train", config, [Dataset.open(run.latents)], 5, "cpu")
+        build("train", config, [Dataset.open(run.latents)], 5)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from latents.encoders import load_vae
+from latents.moments import dequantise_logstd, quantise_logstd
 from latents.pictures import resize_crop
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
@@ -19,10 +20,12 @@ from shards.layout import RunPaths
 from shards.settings import ConfigError, load_sections
 from tests.train import forked, tiny
 from tests.train.test_guard import events
+from tests.train.test_mixture import bucketed
 from tests.train.test_tuning import make_run, run_and_export
 from tests.train.test_zero import step_folder
 from train import folders, samples, validation
 from train.config import TrainingSections, ValidationConfig
+from train.export import build_pipeline
 from train.objectives import build
 from train.ranks import Ranks
 from train.state import stage_state
@@ -53,7 +56,7 @@ def test_the_same_whatever_the_ranks_and_the_mean_of_all_its_pictures(run: Path,
     sections = load_sections(
         str(tiny.write_config(run, tiny.configuration(run, initialisation="torch"))), (), TrainingSections
     )
-    objective: Any = build("train", sections.train, [Dataset.open(str(run / "latents"))], 5, "cpu")
+    objective: Any = build("train", sections.train, [Dataset.open(str(run / "latents"))], 5)
     config = ValidationConfig(images=11, latents=str(tmp_path / "held"))
     losses = {}
     for micro in (11, 4, 3):
@@ -74,11 +77,42 @@ def test_the_same_whatever_the_ranks_and_the_mean_of_all_its_pictures(run: Path,
     assert total / count == pytest.approx(losses[3], rel=1e-5)
 
 
+def test_with_buckets_too_the_set_depends_on_neither_ranks_nor_micro_batches(run: Path, tmp_path: Path) -> None:
+    """With 20 of 40 samples in three buckets: which ones they are, their noise and timesteps, and so the loss."""
+    held = bucketed(tmp_path / "held", counts=(9, 14, 5, 12))
+    config = load_sections(
+        str(tiny.write_config(run, tiny.configuration(run, initialisation="torch"))), (), TrainingSections
+    ).train
+    objective: Any = build("train", config, [bucketed(tmp_path / "train")], 5)
+    objective.eval()
+    found = {}
+    for world, micro in ((1, 20), (1, 8), (1, 3), (2, 4), (3, 2), (7, 1)):
+        samples, total, count, calls = [], 0.0, 0, set()
+        for rank in range(world):
+            ranks = Ranks(rank, world, HERE.device, False)
+            settings = ValidationConfig(images=20, latents=held.root)
+            batches = validation.Validator(settings, objective, RunPaths(str(run)), ranks, micro)._batches
+            calls.add(len(batches))
+            for weight, batch in batches:
+                with torch.no_grad():
+                    error, _ = objective.errors(batch)
+                total, count = total + float(error.sum()) * (weight > 0), count + weight
+                samples += [(batch["x0"][i].numpy().tobytes(), int(batch["t"][i])) for i in range(weight)]
+        assert len(calls) == 1, "all ranks run the model equally often"
+        assert count == 20
+        found[world, micro] = (sorted(samples), total / count)
+    first = found.pop((1, 20))
+    assert len(set(first[0])) == 20
+    for other in found.values():
+        assert other[0] == first[0]
+        assert other[1] == pytest.approx(first[1], rel=1e-5)
+
+
 def test_held_out_pictures_are_encoded_as_the_latents_are(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
     data = tiny.configuration(tmp_path / "r")
     sections = load_sections(str(tiny.write_config(tmp_path, data)), (), TrainingSections)
-    objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5, "cpu")
+    objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5)
     config = ValidationConfig(images=5)
     with pytest.raises(ConfigError, match=r"holds no pictures; give ingest\.heldout_table"):
         validation.Validator(config, objective, run, HERE, 4)
@@ -89,8 +123,10 @@ def test_held_out_pictures_are_encoded_as_the_latents_are(tmp_path: Path) -> Non
     pixels = np.stack([resize_crop(decode_rgb(shard.image_bytes(i)), 32)[0] for i in range(5)])
     mean, logstd = load_vae(str(Path(run.autoencoder) / "model")).encode(pixels)
     draw = objective.random.normal("posterior", np.arange(5) + validation.FIRST, mean.shape[1:])
-    expected = 0.7 * (mean + torch.exp(logstd) * torch.from_numpy(draw))
-    torch.testing.assert_close(batch["x0"], expected, rtol=1e-4, atol=1e-5)
+    # As latents are stored: the mean in half precision, the spread by its codes.
+    spread = torch.from_numpy(dequantise_logstd(quantise_logstd(logstd.numpy())))
+    expected = 0.7 * (mean.half().float() + torch.exp(spread) * torch.from_numpy(draw))
+    torch.testing.assert_close(batch["x0"], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_patience() -> None:
@@ -116,7 +152,7 @@ def test_a_run_that_stops_getting_better_ends_there_and_stays_ended(tmp_path: Pa
     assert [e["images"] for e in found] == [16, 32]
     assert found[0]["loss"] == found[1]["loss"]
     last = folders.latest_complete(run.checkpoints)
-    assert last == step_folder(tmp_path / "r", 4)
+    assert last == str(step_folder(tmp_path / "r", 4))
     assert folders.read_manifest(last)["finished"]
     sections = load_sections(str(config), (), TrainingSections)
     assert stage_state("train", run.run, sections).state == "done"
@@ -124,6 +160,13 @@ def test_a_run_that_stops_getting_better_ends_there_and_stays_ended(tmp_path: Pa
     assert grid.shape == (32 + samples.GAP + 32, 32 + samples.GAP + 32, 3)
     assert (grid[-32:, -32:] == 255).all()
     assert grid[:32, :32].std() > 1
+    # What a pipeline draws from the same checkpoint, by the same sampler: two ranks drew it here.
+    pipeline = build_pipeline(run.run)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    expected = pipeline(
+        list(drawn["prompts"]), num_inference_steps=2, guidance_scale=3.0, generator=generators, output_type="np"
+    ).images
+    assert np.abs(samples.tile(np.rint(expected * 255).astype(np.uint8)).astype(int) - grid).max() <= 1
 
 
 def full_disk(config: str) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,42 @@ def parquet(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
+@functools.cache
+def encoders() -> dict[str, dict[str, Any]]:
+    """The facts of a VAE (8 pixels a place, 4 channels) and a CLIP (CONTEXT tokens of WIDTH values) of random weights,
+    as a manifest of latents has them; saved once a process."""
+    import open_clip
+    import torch
+    from diffusers import AutoencoderKL
+    from safetensors.torch import save_file
+
+    from latents.weights import find_clip, find_vae
+
+    root = Path(tempfile.mkdtemp(prefix="carrara-tiny-"))
+    atexit.register(_remove, root, os.getpid())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+        shape = {**VAE, **blocks, "block_out_channels": [8] * 4, "scaling_factor": 0.9}
+        AutoencoderKL(**shape).save_pretrained(root / "vae")
+        text = {"context_length": CONTEXT, "vocab_size": 49408, "width": WIDTH, "heads": 2, "layers": 1}
+        model_cfg = {"embed_dim": WIDTH, "vision_cfg": CLIP["vision_cfg"], "text_cfg": text}
+        (root / "clip").mkdir()
+        save_file(open_clip.CLIP(**model_cfg).state_dict(), root / "clip" / "open_clip_model.safetensors")
+    config = {"model_cfg": model_cfg, "preprocess_cfg": {}}
+    (root / "clip" / "open_clip_config.json").write_text(json.dumps(config))
+    vae, clip = find_vae(str(root / "vae")), find_clip(str(root / "clip"))
+    return {
+        "vae": {"ref": vae.ref, "digest": vae.digest, "scaling_factor": 0.9, "config": vae.config},
+        "text": {"ref": clip.ref, "digest": clip.digest, "layer": "last", "context_length": CONTEXT, "width": WIDTH},
+    }
+
+
+def _remove(root: Path, pid: int) -> None:
+    if os.getpid() == pid:  # not in a fork
+        shutil.rmtree(root, ignore_errors=True)
+
+
 def make_latents(root: Path, counts: tuple[int, ...] = (9, 14, 5, 12), text: str = "embeddings") -> None:
     rng = np.random.default_rng(1)
     stats = []
@@ -57,11 +97,7 @@ def make_latents(root: Path, counts: tuple[int, ...] = (9, 14, 5, 12), text: str
         stats.append(
             commit_shard(str(root), index, files, {"count": n, "rows": n}, Fingerprint("latents", 1, {}, index))
         )
-    extra = {
-        "resolution": 32,
-        "vae": {"ref": "none", "digest": "v" * 64, "scaling_factor": 0.9, "config": {}},
-        "text": {"ref": "none", "digest": "t" * 64, "layer": "last", "context_length": CONTEXT, "width": WIDTH},
-    }
+    extra = {"resolution": 32, **encoders(), "laid": [[n] for n in counts]}
     write_manifest(str(root), "latents", stats, extra)
 
 
@@ -123,7 +159,7 @@ def configuration(run: Path, **train: Any) -> dict[str, Any]:
         "seed": 5,
         "autoencoder": {**shared, **intervals, "resolution": 16, "model": VAE},
         "clip": {**shared, **intervals, "model": CLIP},
-        "train": {**shared, **intervals, "unet": UNET, "shuffle_window": 2, **train},
+        "train": {**shared, **intervals, "unet": UNET, "streams": 4, "window": 4, **train},
     }
 
 

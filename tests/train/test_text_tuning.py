@@ -1,0 +1,145 @@
+"""A text encoder that learns with the UNet: wholly, or by a LoRA; what comes out opened by diffusers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from latents.encoders import load_text
+from shards.dataset import Dataset
+from shards.layout import RunPaths
+from shards.settings import load_sections
+from tests.train import forked, tiny
+from tests.train.test_export import pictures
+from tests.train.test_tuning import base, make_run, plain, save_public  # noqa: F401 (a fixture)
+from train import checkpoint
+from train.config import TrainConfig, TrainingSections
+from train.export import build_pipeline
+from train.objectives import build
+from train.text_export import clip_text_model
+
+pytestmark = pytest.mark.timeout(900)
+
+PROMPT = {"prompt": ["a blue square", "a red circle"]}
+
+
+def config_of(source: tuple[RunPaths, Path], folder: Path, **train: Any) -> Path:
+    folder.mkdir()
+    for name in ("latents", "autoencoder", "clip"):
+        (folder / name).symlink_to(Path(source[0].run) / name)
+    data = tiny.configuration(folder, images=32, learning_rate=1e-2, ema_halflife_images=1, **train)
+    data["train"] |= {"unet": {}, "start_from": str(source[1]), "num_train_timesteps": 100, "beta_schedule": "linear"}
+    data["train"]["prediction_type"] = "v_prediction"
+    return tiny.write_config(folder, data)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_learning_encoder_begins_as_the_frozen_one_and_has_its_gradient(base: Any, kind: str) -> None:  # noqa: F811
+    values = {"images": 16, "batch_size": 8, "start_from": str(base[1])}
+    datasets = [Dataset.open(base[0].latents)]
+    frozen: Any = build("train", TrainConfig(captions={"caption": 1.0}, **values), datasets, 5)
+    learning: Any = build("train", TrainConfig(text_encoder={"kind": kind}, **values), datasets, 5)
+    batch = learning.batch(np.arange(8))
+    torch.testing.assert_close(
+        learning.conditioning.told(batch)[0], frozen.conditioning.told(frozen.batch(np.arange(8)))[0],
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    learning(batch)[0].backward()
+    moved = {n for n, p in learning.model.named_parameters() if n.startswith("text.") and p.grad is not None}
+    trained = {n for n, p in learning.model.named_parameters() if n.startswith("text.") and p.requires_grad}
+    assert moved == trained
+    assert all(".lora_" in n for n in trained) == (kind == "lora")
+    assert learning.saves_frozen == (kind == "full")
+
+
+@pytest.mark.slow
+def test_loras_of_both_are_what_load_lora_weights_takes(base: Any, tmp_path: Path) -> None:  # noqa: F811
+    """Killed after a checkpoint, gone on with 2 ranks under ZeRO 2; the merged model and the LoRA draw the same."""
+    values = {"adapter": {"rank": 4, "alpha": 8}, "text_encoder": {"rank": 4, "alpha": 2}, "zero_stage": 2}
+    config = config_of(base, tmp_path / "r", **values)
+    run = RunPaths(str(tmp_path / "r"))
+    ranks = forked.start(1, forked.run_stage, str(config))
+    forked.wait_for(lambda: (Path(run.checkpoints) / "step-00000002" / "manifest.json").exists())
+    ranks[0].kill()
+    with pytest.raises(forked.RankError):
+        ranks[0].result()
+    forked.fit(config, 2)
+    whole = config_of(base, tmp_path / "undisturbed", **values)
+    forked.fit(whole, 1)
+    ends = [checkpoint.load_weights(p / "checkpoints" / "step-00000004", "raw") for p in (tmp_path / "r", whole.parent)]
+    assert ends[0].keys() == ends[1].keys()
+    assert max(float((ends[0][k] - v).abs().max()) for k, v in ends[1].items()) < 5e-5
+    merged = pictures(plain(run.model), **PROMPT)
+    pipeline = plain(base[1])
+    before = pictures(pipeline, **PROMPT)
+    names = load_file(Path(run.model) / "lora" / "pytorch_lora_weights.safetensors")
+    assert {n.partition(".")[0] for n in names} == {"unet", "text_encoder"}
+    pipeline.load_lora_weights(Path(run.model) / "lora")
+    assert pipeline.text_encoder.peft_config["default_0"].lora_alpha == 2
+    assert np.abs(pictures(pipeline, **PROMPT) - merged).max() < 5e-5
+    assert np.abs(before - merged).max() > 1e-3
+    # The text's part alone moves what a prompt means.
+    prompts = [p.encode_prompt("a blue square", "cpu", 1, False)[0] for p in (plain(base[1]), plain(run.model))]
+    assert (prompts[0] - prompts[1]).abs().max() > 1e-3
+    held = ends[0]
+    assert all(".lora_" in n for n in held), "checkpoints hold the updates alone"
+
+
+@pytest.mark.slow
+def test_a_whole_text_encoder_is_exported_as_it_learned(base: Any, tmp_path: Path) -> None:  # noqa: F811
+    config = config_of(base, tmp_path / "r", text_encoder={"kind": "full"}, activation_checkpointing=True)
+    run = RunPaths(str(tmp_path / "r"))
+    forked.fit(config, 1)
+    values = checkpoint.load_weights(Path(run.checkpoints) / "step-00000004", "ema")
+    pipeline = plain(run.model)
+    stored = pipeline.text_encoder.state_dict()
+    for name, value in stored.items():
+        assert torch.equal(values[f"text.{name}"], value), name
+    assert all(torch.equal(values[f"unet.{k}"], v) for k, v in pipeline.unet.state_dict().items())
+    start = plain(base[1]).text_encoder.state_dict()
+    assert max(float((start[k] - v).abs().max()) for k, v in stored.items()) > 1e-3
+    in_memory = pictures(build_pipeline(run.run), **PROMPT)
+    assert np.abs(pictures(pipeline, **PROMPT) - in_memory).max() < 1e-5
+    assert "the text encoder learned too, as a whole" in (Path(run.model) / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_sdxls_text_encoder_learns_too(kind: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", text="tokens", text_layer="penultimate_no_norm")
+    save_public("sdxl-fp16-sharded", run, tmp_path / "public")
+    data = tiny.configuration(tmp_path / "r", images=16, learning_rate=1e-2, ema_halflife_images=1)
+    data["train"] |= {"unet": {}, "start_from": str(tmp_path / "public"), "text_encoder": {"kind": kind}}
+    config = tiny.write_config(tmp_path, data)
+    forked.fit(config, 2)
+    sections = load_sections(str(config), (), TrainingSections)
+    objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5)
+    objective.model.load_state_dict(
+        {**objective.model.state_dict(), **checkpoint.load_weights(Path(run.checkpoints) / "step-00000002", "ema")}
+    )
+    pipeline = DiffusionPipeline.from_pretrained(run.model)
+    rows, _, pooled, _ = pipeline.encode_prompt("a blue square", device="cpu", do_classifier_free_guidance=False)
+    tokens = objective.conditioning.text.tokenize(["a blue square"])
+    with torch.no_grad():
+        text, added = objective.conditioning.told({"tokens": tokens, "sizes": torch.zeros(1, 6)})
+    torch.testing.assert_close(rows, text, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pooled, added["text_embeds"], rtol=1e-4, atol=1e-5)
+    if kind == "lora":
+        public = DiffusionPipeline.from_pretrained(tmp_path / "public", variant="fp16", torch_dtype=torch.float32)
+        public.text_encoder_2, public.vae, public.scheduler = frozen_encoder(run), pipeline.vae, pipeline.scheduler
+        public.unet = pipeline.unet
+        public.load_lora_weights(Path(run.model) / "lora")
+        assert (
+            np.abs(pictures(public, prompt="a blue square") - pictures(pipeline, prompt="a blue square")).max() < 5e-5
+        )
+
+
+def frozen_encoder(run: RunPaths) -> Any:
+    """In full precision, where the public pipeline's is in half."""
+    return clip_text_model(load_text(str(Path(run.clip) / "model"), "penultimate_no_norm"), projected=True)

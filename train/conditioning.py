@@ -1,0 +1,177 @@
+"""What a UNet is told beside x_t and the timestep: captions, and for SDXL their pooled embedding and sizes.
+
+    Stored     the embeddings lie in the latent shards
+    Encoded    tokens lie there, or captions are drawn; the frozen CLIP runs within the step, where the UNet runs
+    Learning   as Encoded, but the text encoder learns with the UNet (adapters.py says how much of it)
+
+and in inversion.py, where a word alone learns. Each has two halves: `batch` makes what one micro-batch needs, on the
+CPU in the loader's thread, and touches no device; `told` is called within the step and gives what the UNet is called
+with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from latents.encoders import TextEncoder, kept_blocks
+from shards.settings import ConfigError
+from train.data import Batch
+
+# The text [B,context,width], and for a UNet that is told sizes what else it is called with.
+Told = tuple[torch.Tensor, dict[str, torch.Tensor] | None]
+
+
+class Conditioning:
+    """Captions as the shards hold them, and how they reach the UNet.
+
+    sized: the UNet is told sizes and pooled text, as SDXL's is. module: what of this learns; None where nothing does.
+    stored: the embeddings lie in the shards, so that no encoder is at hand.
+    """
+
+    module: nn.Module | None = None
+    stored = False
+
+    def __init__(self, sized: bool) -> None:
+        self.sized = sized
+
+    def batch(
+        self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None = None
+    ) -> Batch:
+        """What samples of `latents` (data.Latents) need; dropped: bool [B], who gets the empty caption.
+
+        captions: in place of the stored ones.
+        """
+        batch = self.captions(latents, positions, dropped, captions)
+        if self.sized:
+            batch["sizes"] = torch.from_numpy(latents.sizes(positions))
+        return batch
+
+    def captions(
+        self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None
+    ) -> Batch:
+        """The part of `batch` that stands for the captions."""
+        raise NotImplementedError
+
+    def prompts(self, prompts: Sequence[str], text: TextEncoder | None = None) -> Batch:
+        """What stands for these prompts, as `captions` gives it for captions; text: the encoder, where `stored`."""
+        raise NotImplementedError
+
+    def told(self, batch: Batch) -> Told:
+        """What the UNet is called with, where the batch lies."""
+        raise NotImplementedError
+
+    def checkpoint_activations(self) -> None:
+        """Keep no activations inside blocks of `module`; nothing where it is not a network."""
+
+
+class Stored(Conditioning):
+    """text float32 [B,context,width] from the shards; for a UNet that is told sizes, pooled [B,width] too."""
+
+    stored = True
+
+    def captions(
+        self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None
+    ) -> Batch:
+        """The stored embeddings, a dropped caption being the stored empty one."""
+        text = latents.embeddings(positions)
+        text[dropped] = latents.empty_embedding
+        batch = {"text": torch.from_numpy(text)}
+        if self.sized:
+            pooled = latents.pooled(positions)
+            pooled[dropped] = latents.empty_pooled
+            batch["pooled"] = torch.from_numpy(pooled)
+        return batch
+
+    def prompts(self, prompts: Sequence[str], text: TextEncoder | None = None) -> Batch:
+        """Their embeddings, by the latents' own encoder."""
+        assert text is not None
+        if not self.sized:
+            return {"text": text.encode(text.tokenize(prompts))}
+        rows, pooled = text.encode_pooled(text.tokenize(prompts))
+        return {"text": rows, "pooled": pooled}
+
+    def told(self, batch: Batch) -> Told:
+        """As the batch holds them."""
+        if not self.sized:
+            return batch["text"], None
+        return batch["text"], {"text_embeds": batch["pooled"], "time_ids": batch["sizes"]}
+
+
+class Encoded(Conditioning):
+    """tokens int64 [B,context], from the shards or of drawn captions; the frozen CLIP runs within the step."""
+
+    def __init__(self, sized: bool, text: TextEncoder) -> None:
+        super().__init__(sized)
+        self.text = text
+        self._tokens = functools.lru_cache(maxsize=100_000)(lambda caption: text.tokenize([caption])[0].numpy())
+
+    def captions(
+        self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None
+    ) -> Batch:
+        """The tokens, a dropped caption being the stored empty one."""
+        tokens = latents.tokens(positions) if captions is None else np.stack([self._tokens(c) for c in captions])
+        tokens[dropped] = latents.empty_tokens
+        return {"tokens": torch.from_numpy(tokens)}
+
+    def prompts(self, prompts: Sequence[str], text: TextEncoder | None = None) -> Batch:
+        """Their tokens."""
+        return {"tokens": self.text.tokenize(prompts)}
+
+    def told(self, batch: Batch) -> Told:
+        """The frozen CLIP's features, in the arithmetic that autocast has here (bf16 on a GPU), else in float32."""
+        kind = batch["tokens"].device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        rows, pooled = self.text.features(batch["tokens"], dtype, pooled=self.sized)
+        # Outside autocast the UNet's own type counts; within it, autocast casts.
+        if not self.sized:
+            return rows, None
+        assert pooled is not None
+        return rows, {"text_embeds": pooled, "time_ids": batch["sizes"]}
+
+
+class Learning(Encoded):
+    """As Encoded, but `module`, transformers' model of the same tower, learns with the UNet."""
+
+    def __init__(self, sized: bool, text: TextEncoder, module: nn.Module) -> None:
+        super().__init__(sized, text)
+        self.module = module
+        # Whether the layer that the UNet reads is the model's last one, or lies before it (SDXL).
+        self.depth = len(kept_blocks(text.tower, text.layer))
+        del text.model, text.tower  # the same weights a second time
+
+    def told(self, batch: Batch) -> Told:
+        """The learning encoder's features, with their gradient."""
+        assert self.module is not None
+        if not self.sized:
+            return self.module(batch["tokens"]).last_hidden_state, None
+        out = self.module(batch["tokens"], output_hidden_states=True)
+        return out.hidden_states[self.depth], {"text_embeds": out.text_embeds, "time_ids": batch["sizes"]}
+
+    def checkpoint_activations(self) -> None:
+        """transformers' own name for it."""
+        assert self.module is not None
+        self.module.gradient_checkpointing_enable()  # type: ignore[operator]
+
+
+class Joint(nn.Module):
+    """A UNet and what learns of its conditioning, as one model with the names `unet.` and `text.`."""
+
+    def __init__(self, unet: nn.Module, text: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text = unet, text
+
+
+def require_told(unet: dict[str, Any], pooled: int, field: str) -> None:
+    """Raises ConfigError where a UNet that is told sizes expects something else beside the time than these."""
+    told, one = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    if one is None or told != pooled + 6 * one:
+        raise ConfigError(
+            f"{field}: its projection_class_embeddings_input_dim is {told}, but {pooled} values of pooled text and six "
+            f"sizes of addition_time_embed_dim {one} each are what it is told beside the time"
+        )

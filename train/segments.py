@@ -1,0 +1,278 @@
+"""What a run took its samples from, recorded: segments, each with sources, weights and batch sizes from a position on.
+
+A checkpoint's manifest keeps it as `order`. A source is a range of shards of a data set. It keeps its key for life, so a
+new segment goes on with its epoch. Growth is one more range, taken in with consent; a take-down changes nothing here,
+since a sample that is taken down keeps its row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from shards import storage
+from shards.dataset import Dataset
+from shards.fingerprint import digest_json
+from shards.settings import ConfigError
+from train.config import FitConfig, SourceConfig, TrainConfig
+from train.placement import Placement, Segment, Source
+
+VERSION = 2  # 1 was an order by windows of shards, which kept no record
+
+WINDOW_BYTES = 2 << 20  # of a window, where the configuration does not say how many rows it has
+MOST_ROWS, FEWEST_ROWS = 256, 8
+MOST_STREAMS, FEWEST_STREAMS = 1024, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Shards of a data set, by place in its manifest. given: as the configuration names the data set, None for the
+    run's own; again: which of several sources of one name. rows: of each bucket."""
+
+    given: str | None
+    again: int
+    root: str
+    first: int
+    end: int
+    rows: tuple[int, ...]
+    key: str
+    weight: float
+
+    @property
+    def source(self) -> tuple[str | None, int]:
+        """Which of the configuration's sources it belongs to."""
+        return self.given, self.again
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A segment as it is kept. images, step: where it begins. sizes: samples of a batch of each bucket. changes: what was
+    adopted, in sentences."""
+
+    images: int
+    step: int
+    batch_size: int
+    sizes: tuple[int, ...]
+    ranges: tuple[Range, ...]
+    changes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """All segments of a run."""
+
+    streams: int
+    window: int
+    segments: tuple[Record, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a manifest keeps it."""
+        return {"version": VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> History:
+        """The inverse of `to_json`."""
+        segments = []
+        for s in value["segments"]:
+            ranges = tuple(Range(**{**r, "rows": tuple(r["rows"])}) for r in s["ranges"])
+            segments.append(
+                Record(**{**s, "sizes": tuple(s["sizes"]), "ranges": ranges, "changes": tuple(s["changes"])})
+            )
+        return cls(value["streams"], value["window"], tuple(segments))
+
+    def placement(self, tables: dict[str, np.ndarray], seed: int) -> Placement:
+        """tables: by key of a range, its samples, int [shards, buckets]; of those that are not there the sums do, since
+        nothing is to be found in them."""
+        sources: dict[str, np.ndarray] = {}
+        for record in self.segments:
+            for r in record.ranges:
+                sources.setdefault(r.key, tables.get(r.key, np.array([r.rows], np.int64)))
+        segments = [
+            Segment(s.images, s.batch_size, s.sizes, tuple(Source(r.key, sources[r.key], r.weight) for r in s.ranges))
+            for s in self.segments
+        ]
+        return Placement(segments, seed, self.streams, self.window)
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """A history to go on with. notes: what a person should know; refusal: why consent is needed, or nothing."""
+
+    history: History
+    notes: tuple[str, ...] = ()
+    refusal: str = ""
+
+
+def rows_laid(dataset: Dataset) -> np.ndarray:
+    """The rows of each bucket in each shard, int32 [shards, buckets], whatever became of their samples since."""
+    for name in ("laid", "bucket_counts"):
+        if name in dataset.manifest:
+            return np.asarray(dataset.manifest[name], np.int32).reshape(len(dataset.shards), -1)
+    return dataset.counts.astype(np.int32)[:, None]
+
+
+def tables(history: History, config: FitConfig, datasets: Sequence[Dataset]) -> dict[str, np.ndarray]:
+    """By key, the samples of the ranges of the last segment, whose data sets are at hand."""
+    found = {}
+    by_source = dict(zip(names(config), datasets, strict=True))
+    for r in history.segments[-1].ranges:
+        found[r.key] = rows_laid(by_source[r.source])[r.first : r.end]
+    return found
+
+
+def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
+    """The history of a run that begins now, with all that its data sets hold."""
+    laid = [rows_laid(d) for d in datasets]
+    ranges = []
+    for source, weight, dataset, table in zip(names(config), _weights(config), datasets, laid, strict=True):
+        ranges.append(_range(source, dataset, table, 0, dataset.fingerprint, weight))
+    total = sum(int(t.sum()) for t in laid)
+    window = config.window or int(np.clip(WINDOW_BYTES // _row_bytes(datasets[0], laid[0]), FEWEST_ROWS, MOST_ROWS))
+    fitting = 1 << max(0, total // window - 1).bit_length()
+    most = MOST_STREAMS if datasets[0].kind == "latents" else MOST_STREAMS // 4  # a tar's sidecar is kept for each
+    streams = config.streams or int(np.clip(fitting, FEWEST_STREAMS, most))
+    record = Record(0, 0, config.batch_size, batch_sizes(config, datasets), tuple(ranges))
+    return History(streams, window, (record,))
+
+
+def place(config: FitConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None) -> Placement:
+    """Where the samples of a run come from; history: None for one that begins now."""
+    history = history or begin(config, datasets)
+    return history.placement(tables(history, config, datasets), seed)
+
+
+def resume(
+    stored: dict[str, Any] | None, images: int, step: int, config: FitConfig, datasets: Sequence[Dataset],
+    adopt: bool = False, changes: Sequence[str] = (),
+) -> Taken:  # fmt: skip
+    """The history of a run that goes on at `images`, after `step` steps.
+
+    stored: what its checkpoint kept; None where that was made before histories were. adopt: take in what has grown, and
+    sources that are others now. changes: settings that differ and are adopted.
+    """
+    if stored is None or stored.get("version") != VERSION:
+        fresh = begin(config, datasets)
+        record = dataclasses.replace(fresh.segments[0], images=images, step=step, changes=tuple(changes))
+        note = (
+            f"a new order of samples begins at {images} images, since the checkpoint was made with an older one; the "
+            "epoch under way ends there"
+        )
+        return Taken(dataclasses.replace(fresh, segments=(record,)), (note,))
+    history = History.from_json(stored)
+    last = history.segments[-1]
+    ranges: list[Range] = []
+    notes: list[str] = []
+    told: list[str] = []  # what is adopted
+    refusal = ""
+    for source, weight, dataset in zip(names(config), _weights(config), datasets, strict=True):
+        laid = rows_laid(dataset)
+        own = [r for r in last.ranges if r.source == source]
+        kept = []
+        for r in own:
+            found = laid[r.first : r.end].sum(axis=0, dtype=np.int64)
+            if tuple(found.tolist()) == r.rows:
+                kept.append(r)
+                continue
+            if int(found.sum()) > sum(r.rows):
+                refusal = refusal or (
+                    f"{dataset.root} holds other samples than this training began with ({int(found.sum()):,} where it "
+                    f"had {sum(r.rows):,} in the same shards); give --adopt to go on with these"
+                )
+            told.append(
+                f"{dataset.root}: {int(found.sum()):,} samples in place of {sum(r.rows):,}, in an order of their own"
+            )
+            notes.append(told[-1])
+            kept.append(
+                _range(source, dataset, laid[: r.end], r.first, f"{dataset.fingerprint}:{r.first}:{images}", 0.0)
+            )
+        end = max((r.end for r in own), default=0)
+        more = int(laid[end:].sum())
+        if more and (adopt or not own):
+            kept.append(
+                _range(source, dataset, laid, end, f"{dataset.fingerprint}:{end}" if end else dataset.fingerprint, 0.0)
+            )
+            told.append(f"{dataset.root}: {more:,} samples more")
+        elif more:
+            notes.append(f"{dataset.root} holds {more:,} samples more by now; --adopt takes them in")
+        total = sum(sum(r.rows) for r in kept)
+        ranges += [
+            dataclasses.replace(r, weight=weight * sum(r.rows) / total, root=dataset.root) for r in kept if total
+        ]
+    record = Record(images, step, config.batch_size, batch_sizes(config, datasets), tuple(ranges), (*changes, *told))
+    if _same(record, last) and not changes:
+        return Taken(history, tuple(notes), "" if adopt else refusal)
+    before = history.segments if last.images < images else history.segments[:-1]
+    return Taken(dataclasses.replace(history, segments=(*before, record)), tuple(notes), "" if adopt else refusal)
+
+
+def _same(a: Record, b: Record) -> bool:
+    def without_root(record: Record) -> list[Range]:  # a run may be moved
+        return [dataclasses.replace(r, root="", weight=round(r.weight, 12)) for r in record.ranges]
+
+    return (a.batch_size, a.sizes, without_root(a)) == (b.batch_size, b.sizes, without_root(b))
+
+
+def _range(
+    source: tuple[str | None, int], dataset: Dataset, laid: np.ndarray, first: int, key: str, weight: float
+) -> Range:
+    rows = tuple(laid[first:].sum(axis=0, dtype=np.int64).tolist())
+    key = key if source[1] == 0 else f"{key}#{source[1]}"
+    return Range(*source, dataset.root, first, len(laid), rows, digest_json([key])[:32], weight)
+
+
+def _sources(config: FitConfig) -> Sequence[SourceConfig]:
+    return config.sources if isinstance(config, TrainConfig) else (SourceConfig(),)
+
+
+def _weights(config: FitConfig) -> list[float]:
+    return [s.weight for s in _sources(config)]
+
+
+def names(config: FitConfig) -> list[tuple[str | None, int]]:
+    """The configuration's sources, and which of several of one name each is."""
+    names = [s.latents for s in _sources(config)]
+    return [(name, names[:i].count(name)) for i, name in enumerate(names)]
+
+
+def _row_bytes(dataset: Dataset, laid: np.ndarray) -> int:
+    """About how much a sample takes up, by the first shard that has some."""
+    place = int(np.flatnonzero(laid.sum(axis=1))[0])
+    suffix = ".safetensors" if dataset.kind == "latents" else ".tar"
+    size = storage.size(storage.join(dataset.root, dataset.shards[place].name + suffix)) or 0
+    return max(1, size // int(laid[place].sum()))
+
+
+def batch_sizes(config: FitConfig, datasets: Sequence[Dataset]) -> tuple[int, ...]:
+    """Samples of a global batch of each bucket, 0 for those that are not trained on.
+
+    Raises ConfigError where a resolution is not there, or a bucket's pictures leave room for none.
+    """
+    laid = np.sum([rows_laid(d).sum(axis=0, dtype=np.int64) for d in datasets], axis=0)
+    if not isinstance(config, TrainConfig):
+        return (config.batch_size,)
+    facts = datasets[0].manifest
+    shapes = facts["buckets"] if len(laid) > 1 else [{"resolution": facts["resolution"]}]
+    there = sorted({shape["resolution"] for shape in shapes})
+    wanted = config.resolutions or (int(facts["resolution"]),)
+    for resolution in wanted:
+        if resolution not in there:
+            raise ConfigError(
+                f"train.resolution is {resolution}, but {datasets[0].root} holds latents of "
+                f"{' and '.join(map(str, there))} pixels"
+            )
+    used = [b for b, shape in enumerate(shapes) if shape["resolution"] in wanted and laid[b]]
+    sizes = dict.fromkeys(used, config.batch_size)
+    if config.batch_by_area is not None and len(laid) > 1:
+        areas = {b: int(shapes[b]["width"]) * int(shapes[b]["height"]) for b in used}
+        unit, smallest = config.batch_by_area, min(areas.values())
+        sizes = {b: config.batch_size * smallest // area // unit * unit for b, area in areas.items()}
+        if 0 in sizes.values():
+            largest = shapes[max(areas, key=lambda b: areas[b])]
+            raise ConfigError(
+                f"train.batch_by_area is {unit}, but a batch_size of {config.batch_size} leaves fewer pictures of "
+                f"{largest['width']} x {largest['height']} pixels than that; raise batch_size, or lower it"
+            )
+    return tuple(sizes.get(b, 0) for b in range(len(laid)))
