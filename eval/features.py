@@ -67,7 +67,7 @@ class FeaturesStage:
         self.found = {name: networks.find(name, ref) for name, ref in sorted(refs.items())}
         self.weights = {name: found.digest for name, found in self.found.items()}
         # Other pictures, another folder: but for those that are being made, of which nothing goes again.
-        self.pictures = None if grows else Dataset.open(source).fingerprint
+        self.pictures = None if grows else _fingerprint(source)
         self.root = storage.join(folder, digest_json([dataclasses.asdict(settings), self.weights, self.pictures])[:10])
 
     def made_with(self) -> Fingerprint:
@@ -98,6 +98,13 @@ class FeaturesStage:
             "status": dict(sorted(status.items())),
         }
         return write_manifest(self.root, "features", kept, extra)
+
+
+def _fingerprint(source: str) -> str:
+    try:
+        return Dataset.open(source).fingerprint
+    except StageError:
+        return ""  # not finished; `tasks` says so
 
 
 class FeaturesWorker:

@@ -20,9 +20,10 @@ from eval.config import EvalConfig
 from eval.stage import GenerateStage
 from shards import storage
 from shards.dataset import Dataset, read_stats
+from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths
 from shards.settings import ConfigError
-from shards.stage import Task, Worker
+from shards.stage import Task, Worker, committed, is_begun
 
 VARY = ("sampler", "steps", "guidance_scale")
 SECOND_ORDER = {"heun": 2}  # evaluations of the network a step; one for all others
@@ -77,7 +78,7 @@ class FirstPart:
     @property
     def complete(self) -> bool:
         """Whether these shards are all committed."""
-        return self.stage.committed(self.root, self.tasks()) == [t.index for t in self.tasks()]
+        return is_begun(self) and all(committed(self, self.tasks()))
 
     def measure(self) -> dict[str, Any]:
         """The result of these shards alone, in the form of metrics.json."""

@@ -23,6 +23,7 @@ from eval.networks import INCEPTION_SHA256
 from eval.retrieval import distinct, of_pairs
 from shards import storage
 from shards.columns import ColumnShard
+from shards.commit import born, read_made_with
 from shards.dataset import Dataset
 from shards.fingerprint import digest_bytes, digest_json
 
@@ -114,7 +115,7 @@ def _warn(url: str, _content: str) -> None:
 
 
 def dataset_of(root: str, stats: Sequence[dict[str, Any]]) -> Dataset:
-    """The committed shards as a dataset, whether or not its manifest is written yet; digests are the manifest's.
+    """The committed shards as a dataset, whether or not its manifest is written yet.
 
     Its own manifest also tells how many pictures were dropped, and how many were converted to RGB."""
     shards = [
@@ -122,11 +123,11 @@ def dataset_of(root: str, stats: Sequence[dict[str, Any]]) -> Dataset:
             "index": s["shard"],
             "rows": s["rows"],
             "count": s["count"],
-            "digest": digest_json({"files": s["files"], "excluded": []})[:32],
+            "born": born(s),
         }
         for s in sorted(stats, key=lambda s: s["shard"])
     ]
-    weights = stats[0]["fingerprint"].get("weights") or {} if stats else {}
+    weights = (read_made_with(root) or {}).get("weights") or {} if stats else {}
     manifest = {
         "kind": "generated",
         "fingerprint": digest_json(shards)[:32],

@@ -32,12 +32,12 @@ from eval.reference import RESIZE, ReferenceStage, parquet, png, same_weights
 from latents.weights import find_clip, find_vae
 from shards import storage
 from shards.columns import pack_columns
-from shards.dataset import MANIFEST, Dataset, commit_shard, read_stats, shard_state, write_manifest
+from shards.dataset import MANIFEST, Dataset, read_stats, write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
 from shards.images import pack_tar
 from shards.layout import RunPaths, sample_key
 from shards.settings import ConfigError, StageError
-from shards.stage import Stage, Task
+from shards.stage import Stage, Task, committed, is_begun, open_folder
 
 if TYPE_CHECKING:
     from latents.encoders import TextEncoder
@@ -63,6 +63,7 @@ class GenerateStage:
 
     name = "eval"
     unit = "images"
+    data = ".tar"
 
     def __init__(self, config: EvalConfig, run: RunPaths, vae_ref: str, text_ref: str, seed: int = 0) -> None:
         # The noise of a picture depends on its prompt alone, so that checkpoints, samplers and runs are compared at
@@ -109,14 +110,14 @@ class GenerateStage:
         settings = Settings(self.resolution, c.batch_size, c.precision, c.threads)
         aside = storage.join(self.run.eval, "reference")
 
-        def stage(label: str, source: str, folder: str, refs: dict[str, str]) -> None:
-            found[label] = FeaturesStage(source, folder, label, refs, settings, c.device)
+        def stage(label: str, source: str, folder: str, refs: dict[str, str], grows: bool = False) -> None:
+            found[label] = FeaturesStage(source, folder, label, refs, settings, c.device, grows)
 
         if self.judges and self._distance_source is not None:
             source = self._distance_source
             stage("real", source, storage.join(aside, f"real-{digest_bytes(source.encode())[:8]}"), self.judges)
         if self.judges:
-            stage("generated", self.root, storage.join(self.root, "features"), self.judges)
+            stage("generated", self.root, storage.join(self.root, "features"), self.judges, grows=True)
         if c.memorisation:
             stage("train", self.run.images, storage.join(aside, "train"), {"clip": self.features_ref})
         return found
@@ -132,7 +133,7 @@ class GenerateStage:
                     continue
                 drawn = results.dataset_of(self.root, self._committed()[0])
                 tasks = [stage.task(position, info) for position, info in enumerate(drawn.shards)]
-            done = [t.index for t in tasks if shard_state(stage.root, t).state == "done"]
+            done = [t.index for t, there in zip(tasks, committed(stage, tasks), strict=True) if there]
             stats = [s for index in done if (s := read_stats(stage.root, index)) is not None]
             if stats:
                 found[label] = results.dataset_of(stage.root, stats)
@@ -195,6 +196,11 @@ class GenerateStage:
             yield self._task(index, part)
 
     def _task(self, index: int, items: list[Item]) -> Task:
+        drawn = [[i.prompt.id, i.replicate, i.prompt.key, i.prompt.shard, i.prompt.row, i.control] for i in items]
+        return Task(index, digest_json(drawn), items)
+
+    def made_with(self) -> Fingerprint:
+        """Settings, weights, and for which prompts."""
         c = self.config
         settings = {
             "sampler": c.sampler,
@@ -208,10 +214,8 @@ class GenerateStage:
             "faithfulness": c.faithfulness,
             "shard_size": c.shard_size,
         }
-        drawn = digest_json(
-            [[i.prompt.id, i.replicate, i.prompt.key, i.prompt.shard, i.prompt.row, i.control] for i in items]
-        )
-        return Task(index, Fingerprint(self.name, VERSION, settings, drawn, self.weights), items)
+        drawn = [prompts.digest(self.prompts()), c.replicates]
+        return Fingerprint(self.name, VERSION, settings, digest_json(drawn), self.weights)
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Build the pipeline and the feature network once; the result makes one shard a call."""
@@ -285,8 +289,10 @@ class GenerateStage:
     def _committed(self) -> tuple[list[dict[str, Any]], dict[int, int]]:
         """Stats of the shards that are committed now, and the numbers of pictures of those that are missing."""
         done, missing = [], {}
-        for task in self.tasks():
-            stats = read_stats(self.root, task.index) if shard_state(self.root, task).state == "done" else None
+        tasks = list(self.tasks())
+        there = committed(self, tasks) if is_begun(self) else [False] * len(tasks)
+        for task, known in zip(tasks, there, strict=True):
+            stats = read_stats(self.root, task.index) if known else None
             if stats is None:
                 missing[task.index] = len(task.payload)
             else:
@@ -298,7 +304,7 @@ class GenerateStage:
         if reference is None:
             return
         tasks = list(reference.tasks())
-        left = [task for task in tasks if shard_state(reference.root, task).state != "done"]
+        left = [task for task, there in zip(tasks, committed(reference, tasks), strict=True) if not there]
         if left:
             work = reference.worker()
             for task in left:
@@ -346,6 +352,7 @@ class _Worker:
         from latents.stage import fixed_arithmetic
 
         self.stage, self.config, self.fixed = stage, stage.config, fixed_arithmetic
+        self.folder = open_folder(stage)
         c = self.config
         device = pick_device(c.device)
         self.judge = faithfulness.load(c.faithfulness)
@@ -365,17 +372,20 @@ class _Worker:
     def __call__(self, task: Task) -> dict[str, Any]:
         """Draw, judge and commit one shard; returns its committed stats. Its features follow at once, so that they can
         be measured while the rest is drawn; should this process die in between, the feature stage makes them."""
-        weights = task.fingerprint.weights or {}
-        same_weights("the CLIP", self.clip.digest, weights["features"], self.clip.ref)
+        same_weights("the CLIP", self.clip.digest, self.stage.weights["features"], self.clip.ref)
+        if (found := self.folder.adopt(task.index)) is not None:
+            return self._followed(found)
         started = time.perf_counter()
         with self.fixed(self.config.threads):
             files, stats = self._make(task.index, task.payload)
         stats["seconds"] = round(time.perf_counter() - started, 3)
-        committed = commit_shard(self.stage.root, task.index, files, stats, task.fingerprint)
+        return self._followed(self.folder.commit(task.index, files, stats, task.input))
+
+    def _followed(self, stats: dict[str, Any]) -> dict[str, Any]:
         if self.features is not None:
-            drawn = results.dataset_of(self.stage.root, [committed])
+            drawn = results.dataset_of(self.stage.root, [stats])
             self.features.of(drawn, self.features.stage.task(0, drawn.shards[0]))
-        return committed
+        return stats
 
     def _make(self, index: int, items: list[Item]) -> tuple[dict[str, bytes], dict[str, Any]]:
         size = self.config.batch_size

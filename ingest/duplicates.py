@@ -27,11 +27,13 @@ import pyarrow as pa
 
 from ingest.config import DuplicatesConfig
 from shards import storage
-from shards.dataset import EXCLUSIONS_SCHEMA
 from shards.layout import sample_key, shard_name
 
 PARTITION_SAMPLES = 4_000_000
 
+_SCHEMA = pa.schema(
+    [("key", pa.string()), ("shard", pa.int64()), ("row", pa.int64()), ("reason", pa.string()), ("winner", pa.string())]
+)
 _RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<i8")])
 _ROW_BITS = 20  # samples_per_shard is at most 1,000,000
 _HASH_BITS = 64
@@ -47,7 +49,7 @@ def find_duplicates(
     rules: DuplicatesConfig | None = None,
     caption_repeats: int | None = None,
 ) -> tuple[pa.Table, Counter[str]]:
-    """The exclusions of a dataset (columns of EXCLUSIONS_SCHEMA, sorted by place), and its rows by status.
+    """The exclusions of a dataset (columns of _SCHEMA, sorted by place), and its rows by status.
 
     indices: of the shards, in order. samples: how many successes there are, to size the partitions.
     """
@@ -213,4 +215,4 @@ def _table(winners: dict[int, tuple[int, str]], samples_per_shard: int) -> pa.Ta
                 "winner": sample_key(shard_won, row_won, samples_per_shard),
             }
         )
-    return pa.Table.from_pylist(rows, EXCLUSIONS_SCHEMA)
+    return pa.Table.from_pylist(rows, _SCHEMA)

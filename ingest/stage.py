@@ -30,13 +30,13 @@ from ingest.statistics import COUNTED, sum_counts
 from ingest.takedown import TakenDown
 from ingest.work import Crew, Outcome
 from shards import storage
-from shards.dataset import MANIFEST, commit_shard, put_in_place, staging, write_exclusions, write_manifest
-from shards.fingerprint import Fingerprint
+from shards.dataset import MANIFEST, write_manifest
+from shards.exclusions import converted, write_exclusions
+from shards.fingerprint import Fingerprint, digest_json
 from shards.settings import ConfigError, StageError
-from shards.stage import Task
+from shards.stage import Task, open_folder
 
 VERSION = 4
-PENDING = "pending.json"  # in the staging folder: the shards of a dataset that is being rewritten
 
 Split = Literal["train", "heldout"]
 
@@ -51,6 +51,7 @@ class IngestStage:
     seed: int = 0
 
     unit = "images"
+    data = ".tar"
 
     @property
     def name(self) -> str:
@@ -62,12 +63,6 @@ class IngestStage:
         if self.config.engine == "img2dataset":
             require_img2dataset()
         self._plan()
-
-    def prepare(self) -> None:
-        """Before anything is judged: end an exchange of shards that was killed, drop a manifest that is not current."""
-        put_in_place(self.root)
-        if not self.is_current():
-            storage.remove(storage.join(self.root, MANIFEST))
 
     def is_current(self) -> bool:
         """Whether the manifest, if there is one, was written with the present settings of the pass over the run."""
@@ -83,10 +78,12 @@ class IngestStage:
     def tasks(self) -> Iterator[Task]:
         """One task a shard. Walks through the whole table, since a task holds the digest of its rows."""
         plan = self._plan()
-        settings = self._settings()
         for index, place in enumerate(tables.shard_ranges(plan, self.config.samples_per_shard, self._keep())):
-            inputs = {"rows": place.rows, "digest": place.digest}
-            yield Task(index, Fingerprint("ingest", VERSION, settings, inputs), place)
+            yield Task(index, digest_json({"rows": place.rows, "digest": place.digest})[:32], place)
+
+    def made_with(self) -> Fingerprint:
+        """The settings that a shard's bytes depend on."""
+        return Fingerprint("ingest", VERSION, self._settings())
 
     def worker(self) -> IngestWorker:
         """A worker with its connections and threads; `close()` ends them, as the end of the process does."""
@@ -123,7 +120,7 @@ class IngestStage:
         counts["success"] -= len(exclusions)
         if rows != sum(counts.values()) - rows:
             raise StageError(f"{self.root}: {rows} rows went in, but what became of them is {counts}")
-        write_exclusions(self.root, exclusions)
+        excluded_file = write_exclusions(self.root, [converted(exclusions)])
         filtered = [("caption_empty", "no caption")] + [(f.label, f.label) for f in config.filters]
         by_filter, errors = (sum_counts(s[name] for s in stats) for name in ("filters", "errors"))
         filtered_by = {label: by_filter.get(name, 0) for name, label in filtered}
@@ -145,8 +142,8 @@ class IngestStage:
                 "bytes_fetched": sum(s["bytes_fetched"] for s in stats),
                 **statistics.of_run(stats),
             },
+            excluded_file,
         )
-        storage.remove(storage.join(staging(self.root), PENDING))
         if not counts["success"]:
             most = errors.most_common(1)
             why = f" (most often: {most[0][0]}, {ERRORS[most[0][0]].meaning})" if most else ""
@@ -246,6 +243,7 @@ class IngestWorker:
 
     def __init__(self, stage: IngestStage) -> None:
         self.stage = stage
+        self.folder = open_folder(stage)
         self.plan = stage._plan()
         self.keep = stage._keep()
         self.cursor = tables.Cursor()
@@ -254,6 +252,8 @@ class IngestWorker:
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """Fetch a shard's rows and commit it; returns its committed stats."""
+        if (found := self.folder.adopt(task.index)) is not None:
+            return found
         began, cpu = time.time(), _cpu_seconds()
         config = self.stage.config
         rows = tables.read_range(self.plan, task.payload, self.keep, self.cursor)
@@ -272,7 +272,7 @@ class IngestWorker:
         stats = statistics.of_shard(done, urls, began)
         stats["cpu_seconds"] = round(_cpu_seconds() - cpu, 3)
         stats["checks"] = statistics.checks(rows, self.plan, done, config.swapped_sizes)
-        return commit_shard(self.stage.root, task.index, files, stats, task.fingerprint)
+        return self.folder.commit(task.index, files, stats, task.input)
 
     def close(self) -> None:
         """Close connections, threads and files."""

@@ -16,14 +16,23 @@ import numpy as np
 import pyarrow as pa
 
 from shards import storage
-from shards.commit import born, json_bytes, parse_stats, read_made_with
+from shards.commit import born, commit_shard, json_bytes, parse_stats, read_made_with
 from shards.exclusions import Exclusions, OldExclusions
 from shards.fingerprint import digest_bytes
 from shards.layout import shard_name
 from shards.listing import STATS, listed
 from shards.settings import StageError
 
-__all__ = ["MANIFEST", "Dataset", "ShardInfo", "born", "read_stats", "read_stats_of", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "Dataset",
+    "ShardInfo",
+    "born",
+    "commit_shard",
+    "read_stats",
+    "read_stats_of",
+    "write_manifest",
+]
 
 FORMAT_VERSION = 2
 MANIFEST = "dataset.json"

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from shards.commit import Folder, made_with_of, read_made_with
 from shards.fingerprint import Fingerprint
+from shards.listing import listed
 from shards.settings import StageError
 
 
@@ -104,3 +105,8 @@ def refuse_other_settings(stage: Stage) -> None:
             f"{stage.root}: was made with other settings or weights than there are now ({'; '.join(changes)}); put them "
             "back, or run with --redo"
         )
+
+
+def committed(stage: Stage, tasks: Iterable[Task]) -> list[bool]:
+    """Whether the shard of each task is committed, by the names in the stage's folder."""
+    return listed(stage.root, stage.data).is_committed(t.index for t in tasks).tolist()

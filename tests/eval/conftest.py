@@ -61,7 +61,7 @@ def write_heldout(root: str, count: int, hostile: str | None = None) -> None:
         pq.write_table(table, sink)
         files = {".tar": tar, ".parquet": sink.getvalue()}
         stats.append(
-            commit_shard(root, index, files, {"rows": rows, "count": rows}, Fingerprint("ingest", 1, {"rows": rows}))
+            commit_shard(root, index, files, {"rows": rows, "count": rows}, Fingerprint("ingest", 1, {}, f"{rows} rows"))
         )
     write_manifest(root, "images", stats, {"status": {"success": count}})
 

@@ -132,7 +132,7 @@ def image_shard(run: RunPaths, index: int, rows: int, size: int = 32, corrupt: t
     pq.write_table(table, sink)
     stats = {"rows": rows, "count": len(samples)}
     files = {".tar": tar, ".parquet": sink.getvalue()}
-    return commit_shard(run.images, index, files, stats, Fingerprint("ingest", 1, {"index": index}))
+    return commit_shard(run.images, index, files, stats, Fingerprint("ingest", 1, {}, input=str(index)))
 
 
 def image_dataset(run: RunPaths, shards: int = 2, rows: int = 13, corrupt: dict[int, tuple[int, ...]] | None = None):
