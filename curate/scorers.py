@@ -58,11 +58,7 @@ def find_weights(score: Score, own_clip: str) -> Weights | None:
             raise ConfigError(f"the head '{score.weights}' is no file ending in {', '.join(TENSOR_FILES)}")
         return Weights(score.weights, digest_file(str(path)))
     if isinstance(score, ClassifierScore):
-        folder = _classifier_folder(score.model)
-        files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors"))
-        if not any(p.suffix == ".safetensors" for p in files):
-            raise ConfigError(f"the classifier '{score.model}': {folder} holds no .safetensors")
-        return Weights(score.model, digest_json([[p.name, digest_file(str(p))] for p in files]))
+        return Weights(score.model, tensors_digest(model_folder(score.model, "classifier")))
     return None
 
 
@@ -152,7 +148,7 @@ class _Classifier:
 
         from latents.encoders import pick_device
 
-        folder = _classifier_folder(score.model)
+        folder = model_folder(score.model, "classifier")
         self.score, self.torch, self.device = score, torch, pick_device(score.device)
         try:
             self.processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -181,18 +177,32 @@ class _Classifier:
             return probability.cpu().numpy()
 
 
-def _classifier_folder(ref: str) -> Path:
-    folder = Path(ref).expanduser()
-    if folder.is_dir():
+def model_folder(ref: str | None, what: str) -> Path:
+    """The folder of a transformers model, as it lies here or fetched from the hub: settings and safetensors alone.
+
+    Raises ConfigError where there is none. what: `classifier`, for the sentence.
+    """
+    folder = Path(ref or "").expanduser()
+    if ref and folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(ref, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(
+            snapshot_download(str(ref), allow_patterns=["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"])
+        )
     except Exception as e:  # the hub's client raises many types, for names that it does not take as well
         raise ConfigError(
-            f"the classifier '{ref}' is no folder here and cannot be had from the hub: {' '.join(str(e).split())[:200]}"
+            f"the {what} '{ref}' is no folder here and cannot be had from the hub: {' '.join(str(e).split())[:200]}"
         ) from None
+
+
+def tensors_digest(folder: Path) -> str:
+    """64 hex digits over the settings and weights in a model's folder; raises ConfigError where it has no weights."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model", ".jinja", ".safetensors"))
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise ConfigError(f"{folder} holds no .safetensors")
+    return digest_json([[p.name, digest_file(str(p))] for p in files])
 
 
 def _column(label: str) -> str:
