@@ -85,8 +85,8 @@ class Transformers:
 
 
 class Server:
-    """An OpenAI-compatible server. Requests that may succeed later are tried again; a server that does not answer at all
-    raises StageError, so that its trouble is no image's fate."""
+    """An OpenAI-compatible server. Requests that may succeed later are tried again; a server that does not answer at
+    all raises StageError, so that its trouble is no image's fate."""
 
     def __init__(self, config: CaptionConfig, endpoint: Endpoint) -> None:
         self.config, self.endpoint = config, endpoint
@@ -110,9 +110,7 @@ class Server:
                 async with gate:
                     return await self._ask(session, image, prompt, seed + place)
 
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(n, i, p)) for n, (i, p) in enumerate(requests)]
-            return [t.result() for t in tasks]
+            return list(await asyncio.gather(*(one(n, i, p) for n, (i, p) in enumerate(requests))))
 
     async def _ask(self, session: aiohttp.ClientSession, image: np.ndarray, prompt: str, seed: int) -> Answer:
         sink = io.BytesIO()

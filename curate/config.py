@@ -141,14 +141,9 @@ class CaptionConfig(Strict):
         return self
 
     def settings(self) -> dict[str, Any]:
-        """What the captions depend on, not how quickly they come."""
-        hidden = PLACEMENT | {"endpoint"}
-        how = (
-            self.endpoint.model_dump(mode="json", include={"url", "model", "max_tokens_total"})
-            if self.endpoint
-            else None
-        )
-        return self.model_dump(mode="json", exclude=hidden) | {"endpoint": how}
+        """What the captions depend on, not where or how quickly they are made."""
+        served = self.endpoint.model_dump(include={"model", "max_tokens_total"}) if self.endpoint else None
+        return self.model_dump(mode="json", exclude=PLACEMENT | {"endpoint"}) | {"endpoint": served}
 
 
 class CurateConfig(Strict):

@@ -25,6 +25,7 @@ from shards.settings import ConfigError, StageError
 
 Columns = dict[str, "np.ndarray | list[str]"]
 Embeddings = dict[str, np.ndarray]
+MODEL_FILES = (".json", ".txt", ".model", ".jinja", ".safetensors")  # no pickle, no code
 TENSOR_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -199,7 +200,7 @@ def model_folder(ref: str | None, what: str) -> Path:
 
 def tensors_digest(folder: Path) -> str:
     """64 hex digits over the settings and weights in a model's folder; raises ConfigError where it has no weights."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model", ".jinja", ".safetensors"))
+    files = sorted(p for p in folder.iterdir() if p.suffix in MODEL_FILES)
     if not any(p.suffix == ".safetensors" for p in files):
         raise ConfigError(f"{folder} holds no .safetensors")
     return digest_json([[p.name, digest_file(str(p))] for p in files])
