@@ -110,9 +110,10 @@ def new_sidecar(
     config: IngestConfig,
     raw: list[str | None],
     cleaned: list[str],
+    keep: Iterable[str],
 ) -> Sidecar:
-    """The rows of a shard from the table's; raw and cleaned: their captions."""
-    kept = kept_columns(layout, config.keep_columns)
+    """The rows of a shard from the table's; raw and cleaned: their captions. keep: columns that are carried through."""
+    kept = kept_columns(layout, keep)
     columns: dict[str, list[Any]] = {kept_as: rows[name].to_pylist() for name, kept_as in kept.items()}
     types = [(kept_as, rows.schema.field(name).type) for name, kept_as in kept.items()]
     if layout.caption_lists and CAPTIONS not in columns:  # all of them; `caption` is the first

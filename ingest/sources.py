@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -41,6 +42,7 @@ Kind = Literal["table", "folder", "parquet", "webdataset"]
 IMAGES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|mpo)\Z", re.IGNORECASE)
 TABLES = re.compile(r"\.(parquet|csv|tsv|jsonl|ndjson)(\.gz)?\Z", re.IGNORECASE)
 BINARY = re.compile(r"\.(parquet|arrow)\Z", re.IGNORECASE)
+TARS = r"\.tar\Z"
 CAPTION_FILES = (".txt", ".caption", ".json")
 METADATA = re.compile(r"(?:\A|/)metadata\.(jsonl|csv|parquet)\Z", re.IGNORECASE)
 _TEXTS = ("txt", "caption", "json", "cls")  # a sample's members that say something of its image
@@ -48,11 +50,14 @@ _LONGEST_TEXT = 1 << 20  # bytes of a caption file or member
 _PART_ROWS = 200_000
 _LOOKED_AT = 1000  # files of a folder that are looked at to tell what it is
 
+PLACE, FAULT = "place", "fault"  # columns of a listing: where the image lies, and the code of a row that has none
+
 # What a listing's rows hold beside the columns that the configuration asks for.
-FIXED = (("url", pa.string()), ("place", pa.string()), ("fault", pa.string()), ("caption", pa.list_(pa.string())))
+FIXED = (("url", pa.string()), (PLACE, pa.string()), (FAULT, pa.string()), ("caption", pa.list_(pa.string())))
 Row = dict[str, Any]
 
 
+@functools.lru_cache(maxsize=16)  # asked again and again within a command, also of stores that are far away
 def detect(table: str, kind: str = "auto") -> Kind:
     """What a path, folder or glob holds. Raises ConfigError where it holds nothing that is known, or several kinds."""
     if kind != "auto":
@@ -125,6 +130,16 @@ def _open_fs(table: str) -> tuple[Any, str]:
     if not there:
         raise ConfigError(f"ingest.table: there is no file or folder '{table}'")
     return fs, path
+
+
+def folder_of(table: str) -> str:
+    """The folder below which everything lies that `table` names: itself, a file's own, or what stands before a glob."""
+    fs, path = _open_fs(table)
+    if _is_glob(fs, table, path):
+        path = path[: re.search(r"[*?\[]", path).start()].rpartition("/")[0] or "/"  # type: ignore[union-attr]
+    elif not fs.isdir(path):
+        path = path.rpartition("/")[0]
+    return str(fs.unstrip_protocol(path)) if "://" in table else path
 
 
 # ---- the listing -------------------------------------------------------------------------------------------
@@ -239,6 +254,16 @@ def refresh(root: str, table: str, kind: Kind, wanted: Wanted, progress: str = "
     return said
 
 
+def is_listed(root: str, table: str, kind: Kind) -> bool:
+    """Whether everything that lies at `table` is in the listing."""
+    listing = Listing(root)
+    if kind == "folder":
+        return bool(np.isin(_hashes([url for url, _ in _images(table)[0]]), listing.known()).all()) and bool(
+            listing.parts
+        )
+    return set(_files(table, TARS if kind == "webdataset" else BINARY.pattern)) <= listing.files.keys()
+
+
 Told = Callable[[int], Any]
 
 
@@ -249,7 +274,7 @@ def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> C
     """Lists tars or tables: each is looked through once, whole; one that was written again keeps its old rows."""
 
     def list_new(listing: Listing, table: str, wanted: Wanted, told: Told) -> list[str]:
-        files = _files(table, r"\.tar\Z" if rows_of is _tar_rows else BINARY.pattern)
+        files = _files(table, TARS if rows_of is _tar_rows else BINARY.pattern)
         marks = stamps(files)
         said = []
         changed = [f for f in files if listing.files.get(f, marks[f]) != marks[f]]
@@ -456,18 +481,11 @@ def image_column(schema: pa.Schema, given: str | None) -> str | None:
 
 def _list_folder(listing: Listing, table: str, wanted: Wanted, told: Told) -> list[str]:
     """Lists the images below a folder that are not listed yet, with their captions."""
-    fs, path = _open_fs(table)
-    found = sorted(fs.glob(path) if _is_glob(fs, table, path) else fs.find(path))
-    found = [p for p in found if not any(part.startswith(".") for part in p[len(path.rstrip("/")) :].split("/"))]
-    remote = "://" in table
-
-    def url(name: str) -> str:
-        return str(fs.unstrip_protocol(name)) if remote else name
-
-    images = [p for p in found if IMAGES.search(p)]
-    hashes = _hashes([url(p) for p in images])
+    images, found = _images(table)
+    fs, _ = _open_fs(table)
+    hashes = _hashes([url for url, _ in images])
     known = listing.known()
-    new = [p for p, there in zip(images, np.isin(hashes, known), strict=True) if not there]
+    new = [one for one, there in zip(images, np.isin(hashes, known), strict=True) if not there]
     said = []
     gone = int((~np.isin(known, hashes)).sum())
     if gone:
@@ -476,7 +494,7 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, told: Told) -> li
     told_by_table = _metadata(fs, [p for p in found if METADATA.search(p)], wanted) if new else {}
     rows: list[Row] = []
     bare = 0
-    for image in new:
+    for url, image in new:
         facts = told_by_table.get(image, {})
         captions = _captions_in(facts, wanted.given.caption)
         if not captions:
@@ -486,7 +504,7 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, told: Told) -> li
             captions = [image.rpartition("/")[0].rpartition("/")[2].replace("_", " ")]
         bare += not captions
         rows.append(
-            {"url": url(image), "place": url(image), "fault": None, "caption": captions}
+            {"url": url, "place": url, "fault": None, "caption": captions}
             | {name: facts.get(name) for name in wanted.columns}
         )
         told(1)
@@ -501,6 +519,15 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, told: Told) -> li
             "keep"
         )
     return said
+
+
+def _images(table: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """(URL, path) of every image below a folder or behind a glob, in order; and the paths of all files."""
+    fs, path = _open_fs(table)
+    found = sorted(fs.glob(path) if _is_glob(fs, table, path) else fs.find(path))
+    found = [p for p in found if not any(part.startswith(".") for part in p[len(path.rstrip("/")) :].split("/"))]
+    images = [p for p in found if IMAGES.search(p)]
+    return [(str(fs.unstrip_protocol(p)) if "://" in table else p, p) for p in images], found
 
 
 def _beside(fs: Any, image: str, there: set[str], wanted: Wanted) -> tuple[list[str], Row]:

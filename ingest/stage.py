@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from ingest import captions, filters, removal, statistics, tables, takedown
-from ingest.config import FilterConfig, IngestConfig
+from ingest import captions, filters, removal, sources, statistics, tables, takedown
+from ingest.config import ColumnsConfig, FilterConfig, IngestConfig
 from ingest.digests import has_digests
 from ingest.duplicates import Sidecars, find_duplicates
 from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE
@@ -93,7 +93,8 @@ class IngestStage:
         """Open the table and find the columns; raises ConfigError before any work has begun."""
         if self.config.engine == "img2dataset":
             require_img2dataset()
-        self.layout()
+        if self._kind() == "table" or storage.list_names(self._listing()):
+            self.layout()
 
     def made_with(self) -> Fingerprint:
         """The settings that a shard's bytes depend on."""
@@ -103,6 +104,11 @@ class IngestStage:
 
     def begin(self, redo: bool = False, each: Each = map) -> None:
         """Make the folder ready and bring its plan up to the table; under the lease. each: see shards.plan.grow."""
+        if self._kind() != "table":
+            for sentence in sources.refresh(
+                self._listing(), self._table(), self._kind(), self._wanted(), f"{self.name}: listing"
+            ):
+                log.warning("%s: %s", self.name, sentence)
         layout = self.layout()
         stages = [self]
         if self.config.heldout_fraction and self.split == "train":  # one walk plans both
@@ -182,7 +188,7 @@ class IngestStage:
             elif line.shard in begun:
                 yield Task(line.shard, None, line)
             else:
-                files = set(tables.list_files(self._table())) if files is None else files
+                files = set(tables.list_files(self._rows())) if files is None else files
                 if line.file in files:
                     yield Task(line.shard, None, line)
 
@@ -199,7 +205,9 @@ class IngestStage:
             manifest = storage.read_json(storage.join(self.root, MANIFEST))
         except ValueError:
             return False
-        if not plan.is_grown(self.root, tables.list_files(self._table())):
+        if self._kind() != "table" and not sources.is_listed(self._listing(), self._table(), self._kind()):
+            return False
+        if not plan.is_grown(self.root, tables.list_files(self._rows())):
             return False
         return manifest is None or (manifest.get("passes") == self._passes() and not self.list_grew(manifest))
 
@@ -429,11 +437,42 @@ class IngestStage:
             raise ConfigError("ingest: there is no held-out split; set heldout_table or heldout_fraction")
         return self.config.heldout_table or self.config.table
 
+    def _kind(self) -> sources.Kind:
+        """What the configuration's table is: one of URLs, or images of one's own."""
+        return sources.detect(self._table(), self.config.source.kind)
+
+    def _listing(self) -> str:
+        """Where images of one's own are listed."""
+        other = self.split == "heldout" and self.config.heldout_table is not None
+        return storage.join(self.run, "listing-heldout" if other else "listing")
+
+    def _rows(self) -> str:
+        """Where the rows are: the configuration's table, or the listing of images of one's own."""
+        return self._table() if self._kind() == "table" else self._listing()
+
+    def _wanted(self) -> sources.Wanted:
+        named = (*self.config.keep_columns, *filters.needed_columns(self.config.filters))
+        columns = tuple(dict.fromkeys(n for n in named if n.lower() not in ("url", "caption")))
+        return sources.Wanted(columns, self.config.columns, self.config.source)
+
+    def below(self) -> tuple[str, ...]:
+        """The folders below which rows may name files."""
+        if self._kind() == "table":
+            return self.config.source.files_below
+        return (sources.folder_of(self._table()),)
+
+    def kept(self) -> tuple[str, ...]:
+        """The columns that are carried into the sidecar; of a listing the places too, which a retry asks for."""
+        return self.config.keep_columns if self._kind() == "table" else (*self.config.keep_columns, sources.PLACE)
+
     def layout(self) -> Layout:
         """The table's files and the columns that are read; raises ConfigError where they do not fit the settings."""
-        wanted = [*self.config.keep_columns, *filters.needed_columns(self.config.filters)]
+        wanted = [*self.kept(), *filters.needed_columns(self.config.filters)]
+        given = self.config.columns
+        if self._kind() != "table":
+            wanted, given = [*wanted, sources.FAULT], ColumnsConfig()
         captionless = self.config.empty_captions == "keep"
-        layout = tables.read_layout(self._table(), self.config.columns, wanted, statistics.LOOKED_AT, captionless)
+        layout = tables.read_layout(self._rows(), given, wanted, statistics.LOOKED_AT, captionless)
         types = {}
         for f in self.config.filters:
             if f.column not in filters.DERIVED:
@@ -444,7 +483,7 @@ class IngestStage:
         if texts:
             names = {f.column: str(tables.resolve(layout, f.column)) for f in texts}
             filters.check_numbers(texts, types, tables.first_values(layout, names))
-        kept_columns(layout, self.config.keep_columns)
+        kept_columns(layout, self.kept())
         return layout
 
     def heldout_rule(self, layout: Layout) -> HeldoutRule | None:
@@ -462,6 +501,7 @@ class IngestStage:
             by_alias=True,
             exclude={
                 "table",
+                "source",
                 "heldout_table",
                 "heldout_fraction",
                 "columns",
@@ -618,8 +658,9 @@ class IngestWorker:
         cleaned = [captions.clean(text or "", config.captions) for text in firsts]
         outcomes = self._judge(rows, cleaned)
         urls = rows["url"].to_pylist()
-        done = self._fetch(task, urls, outcomes)
-        sidecar = new_sidecar(task.index, rows, self.layout, config, raw, cleaned)
+        places = rows[sources.PLACE].to_pylist() if sources.PLACE in rows.column_names else urls
+        done = self._fetch(task, places, outcomes)
+        sidecar = new_sidecar(task.index, rows, self.layout, config, raw, cleaned, self.stage.kept())
         files = sidecar.pack(done)
         stats = statistics.of_shard(done, urls, began)
         stats["cpu_seconds"] = round(_cpu_seconds() - cpu, 3)
@@ -645,7 +686,7 @@ class IngestWorker:
         outcomes: list[Outcome | None] = [
             Outcome.of("taken_down") if self.taken_down.has_url(url or "") else None for url in urls
         ]
-        done = self._fetch(task, urls, outcomes)
+        done = self._fetch(task, sidecar.columns.get(sources.PLACE, urls), outcomes)
         files = sidecar.pack(done)
         stats = statistics.of_shard(done, urls, began)
         return files, stats | {
@@ -669,9 +710,13 @@ class IngestWorker:
         config = self.stage.config
         verdicts = judge_rows(config, self.layout, rows, cleaned)
         outcomes: list[Outcome | None] = []
-        for caption, url, verdict in zip(cleaned, rows["url"].to_pylist(), verdicts, strict=True):
+        none = [None] * rows.num_rows
+        faults = rows[sources.FAULT].to_pylist() if sources.FAULT in rows.column_names else none
+        for caption, url, verdict, fault in zip(cleaned, rows["url"].to_pylist(), verdicts, faults, strict=True):
             if self.taken_down.has_url(url or ""):
                 outcomes.append(Outcome.of("taken_down"))
+            elif fault is not None:
+                outcomes.append(Outcome.of(fault))
             elif not caption and config.empty_captions == "drop":
                 outcomes.append(Outcome.of("caption_empty"))
             elif verdict is not None:
