@@ -1,9 +1,11 @@
-"""Evaluation side by side with its peers: python -m benchmarks.eval [frechet] [features] [merge]
+"""Evaluation side by side with its peers: python -m benchmarks.eval [frechet] [features] [merge] [generate] [tail]
 
 frechet    Frechet distance of 2048-d moments: ours against scipy's sqrtm (clean-fid, pytorch-fid) and against the
            eigenvalues of S1 S2 (torch-fidelity, torchmetrics); full rank, and fewer vectors than dimensions
-features   pictures/s of the feature stage against the bare network on ready batches; peak memory at N and 4 N pictures
+features   images/s of the feature stage against the bare network on ready batches; peak memory at N and 4 N images
 merge      200,000 moments shards into one, read from disk: time and memory
+generate   images/s of the whole evaluation against the bare pipeline in a loop; what a checkpoint costs beside that
+tail       distances from finished features, for a first checkpoint and for a second one
 
 Peer and ours take turns in one process, the best of several turns counts. Ratios are printed, larger is better for us.
 """
@@ -25,8 +27,8 @@ import numpy as np
 import scipy
 import scipy.linalg
 
-from eval import frechet, moments
-from eval.moments import Accumulator, Moments
+from eval.metrics import frechet, moments
+from eval.metrics.moments import Accumulator, Moments
 
 
 def main() -> None:
@@ -45,6 +47,8 @@ def main() -> None:
             "frechet": lambda: bench_frechet(given.dim),
             "features": bench_features,
             "merge": lambda: bench_merge(given.shards, given.merge_dim),
+            "generate": bench_generate,
+            "tail": bench_tail,
         }[name]()
 
 
@@ -182,8 +186,9 @@ def bench_features(count: int = 24, side: int = 256, batch: int = 8) -> None:
     import torch
 
     from eval import networks
-    from eval.features import FeaturesStage, Settings
+    from eval.features import FeaturesStage, FeaturesWorker
     from shards.dataset import Dataset
+    from shards.stage import begin, open_folder
     from shards.images import ImageShard, decode_rgb
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -195,8 +200,10 @@ def bench_features(count: int = 24, side: int = 256, batch: int = 8) -> None:
         shard = ImageShard(Dataset.open(f"{folder}/images"), 0)
         pixels = np.stack([decode_rgb(shard.image_bytes(i)) for i in range(count)])
         ready = [network.prepare(pixels[i : i + batch]) for i in range(0, count, batch)]
-        settings = Settings(side, batch, threads=torch.get_num_threads())
         folders = iter(range(100))
+        first = FeaturesStage(f"{folder}/images", f"{folder}/first", "x", "inception", str(weights), side, batch)
+        begin(first)
+        known = first.worker().__dict__
 
         def bare() -> float:
             for prepared in ready:
@@ -204,9 +211,13 @@ def bench_features(count: int = 24, side: int = 256, batch: int = 8) -> None:
             return 0.0
 
         def staged() -> float:
-            stage = FeaturesStage(f"{folder}/images", f"{folder}/{next(folders)}", "x", {}, settings, "cpu")
-            work = stage.worker()
-            work.networks = [network]  # loaded before: the shard alone is timed
+            stage = FeaturesStage(
+                f"{folder}/images", f"{folder}/{next(folders)}", "x", "inception", str(weights), side, batch,
+                torch.get_num_threads(), "cpu",
+            )  # fmt: skip
+            begin(stage)
+            work = FeaturesWorker.__new__(FeaturesWorker)
+            work.__dict__ |= known | {"stage": stage, "folder": open_folder(stage)}  # the network is loaded already
             for task in stage.tasks():
                 work(task)
             return 0.0
@@ -234,11 +245,13 @@ def memory(what: str) -> float:
 
 
 def peak(count: int) -> None:
-    """Peak resident memory of a process that takes 2048 numbers of each of so many pictures through the stage."""
-    from eval.features import FeaturesStage, FeaturesWorker, Settings
+    """Peak resident memory of a process that takes 2048 numbers of each of so many images through the stage."""
+    from eval import networks
+    from eval.features import FeaturesStage
+    from shards.stage import begin
 
     class Network:
-        def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        def prepare(self, pixels: np.ndarray, rows: object = ()) -> np.ndarray:
             return pixels.reshape(len(pixels), -1)[:, :2048].astype(np.float32)
 
         def __call__(self, prepared: np.ndarray) -> dict[str, np.ndarray]:
@@ -246,11 +259,149 @@ def peak(count: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         image_shards(f"{folder}/images", count, 128, 128)
-        stage = FeaturesStage(f"{folder}/images", f"{folder}/out", "x", {}, Settings(128, 16), "cpu")
-        work = FeaturesWorker(stage)
-        work.networks = [Network()]  # type: ignore[list-item]
+        (Path(folder) / "w.pth").write_bytes(b"x")
+        networks.load = lambda *_: Network()  # type: ignore[assignment]
+        stage = FeaturesStage(f"{folder}/images", f"{folder}/out", "x", "inception", f"{folder}/w.pth", 128)
+        begin(stage)
+        work = stage.worker()
         stage.finish([work(task) for task in stage.tasks()])
         print(memory("VmHWM"))
+
+
+# ---- generation, end to end -------------------------------------------------------------------------
+
+
+def bench_generate(images: int = 32, side: int = 128, steps: int = 12, batch: int = 8) -> None:
+    """Images made, encoded, judged by a CLIP and committed, two shards in hand as the engine has them, against the bare
+    pipeline in a loop; then the driver's part after a first and after a second checkpoint."""
+    import json
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from eval import model as models
+    from eval.config import EvalConfig
+    from eval.evaluation import Evaluation
+    from eval.generate import ImageGenerator, Sample
+    from shards.layout import RunPaths
+    from shards.stage import begin
+    from tests.eval.conftest import build_run
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        run: RunPaths = build_run(Path(folder) / "run", 240)
+        torch.manual_seed(0)
+        UNet2DConditionModel(
+            sample_size=side // 4, block_out_channels=(64, 128), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
+        ).save_pretrained(f"{run.model}/unet")  # fmt: skip
+        config = EvalConfig(num_prompts=images, steps=steps, batch_size=batch, shard_size=batch, device="cpu")
+        refs = (run.autoencoder + "/model", run.clip + "/model")
+        evaluation = Evaluation(config, run, *refs)
+        bare_pipeline = ImageGenerator(models.build_pipeline(run, evaluation.model), "ddim", steps, 3.0)
+        samples = [Sample(p.id, 0, p.text) for p in evaluation.prompts]
+        numbers = iter(range(100))
+
+        def bare() -> float:
+            for i in range(0, images, batch):
+                bare_pipeline(samples[i : i + batch])
+            return 0.0
+
+        def staged() -> float:
+            own = Evaluation(config, RunPaths(run.run), *refs)
+            own.generate.root = f"{folder}/{next(numbers)}"
+            stage = own.generate
+            begin(stage)
+            for features in stage.features():
+                begin(features)
+            work = workers.pop()
+            work.stage, work.folder = stage, begin(stage)
+            work.features = [f.worker() for f in stage.features()]
+            for f in work.features:
+                f.lock = work.lock
+            began = time.perf_counter()
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(work, stage.tasks()))
+            took.append(time.perf_counter() - began)
+            workers.append(work)
+            return 0.0
+
+        begin(evaluation.generate)
+        for f in evaluation.generate.features():
+            begin(f)
+        workers, took = [evaluation.generate.worker()], []
+        ratios = []
+        for _ in range(3):  # in turn, so that a busy machine is busy for both
+            began = time.perf_counter()
+            bare()
+            alone = time.perf_counter() - began
+            staged()
+            ratios.append(alone / took[-1])
+        rate = images / took[-1]
+        print(f"generate, {images} images of {side} px, {steps} steps, one thread: {rate:.2f} images/s end to end,")
+        print(f"  {', '.join(f'{100 * r:.1f} %' for r in ratios)} of the bare pipeline's rate")
+        tails = []
+        for name, seen in (("step-00000004", 256), ("step-00000008", 512)):
+            (Path(run.model) / "carrara.json").write_text(json.dumps({"checkpoint": name, "images_seen": seen}))
+            own = Evaluation(config, run, *refs)
+            began, drawn = time.perf_counter(), 0.0
+            for stage in own.stages():
+                begin(stage)
+                todo = list(stage.tasks())
+                if stage is own.generate or "generated" in stage.name:
+                    since = time.perf_counter()
+                    work = stage.worker()
+                    stage.finish([work(t) for t in todo])
+                    drawn += time.perf_counter() - since
+                    continue
+                from eval.shardwork import committed_stats
+
+                if all(s is not None for s in committed_stats(stage, todo)):
+                    continue
+                work = stage.worker()
+                stage.finish([work(t) for t in todo])
+            own.measure()
+            tails.append(time.perf_counter() - began - drawn)
+        print(f"  beside making images: {tails[0]:.1f} s for the first checkpoint, {tails[1]:.1f} s for the second")
+
+
+def bench_tail(n: int = 4000, real: int = 8000, d: int = 1024) -> None:
+    """What the driver works out of finished features, for a first checkpoint and for a second one: the real side's
+    factor, kernel sums and radii are kept, the generated side's are its own."""
+    from eval.metrics import frechet, kernel, neighbours
+    from eval.metrics.statistics import RealSide
+    from shards.columns import pack_columns
+    from shards.dataset import Dataset, commit_shard, write_manifest
+    from shards.fingerprint import Fingerprint
+
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        keys = [f"{i:06d}" for i in range(real)]
+        sink = io.BytesIO()
+        pq.write_table(pa.table({"key": keys, "status": ["success"] * real}), sink)
+        y = rng.standard_normal((real, d)).astype(np.float32)
+        files = {".safetensors": pack_columns({"x": y}, {}), ".parquet": sink.getvalue()}
+        stats = commit_shard(folder, 0, files, {"rows": real, "count": real}, Fingerprint("f", 1, {}))
+        write_manifest(folder, "features", [stats])
+        seconds = []
+        for seed in (1, 2):
+            x = np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
+            owner = np.arange(n) % 20
+            side, began = RealSide(Dataset.open(folder), "x"), time.perf_counter()
+            real_side = side.frechet, side.kernel("polynomial"), side.radii
+            apart = time.perf_counter() - began
+            frechet.estimate(real_side[0], {g: moments.of(x[owner == g]) for g in range(20)})
+            kernel.kid(x, side.features, owner, real_side[1])
+            neighbours.prdc(side.features, x, range(n), real_side[2])
+            seconds.append((apart, time.perf_counter() - began))
+    (first, whole), (second, again) = seconds
+    print(f"tail, {n:,} generated and {real:,} real vectors, d = {d}: the real side {first:.2f} s, then {second:.3f} s;")
+    print(f"  all of it {whole:.1f} s, then {again:.1f} s")
 
 
 # ---- merge ------------------------------------------------------------------------------------------

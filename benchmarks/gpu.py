@@ -26,7 +26,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ BAD = {3: math.nan, 6: 80.0}
 
 
 def objective_of(unet_config: dict[str, Any], side: int, tower: nn.Module | None = None, seed: int = 0) -> Any:
-    """A denoising objective on random numbers: the same batches for every use. tower: encodes tokens within the step."""
+    """A denoising objective on random numbers, the same at every use. tower: encodes tokens within the step."""
     from diffusers import UNet2DConditionModel
 
     from train.objective import Objective
@@ -192,7 +192,10 @@ class Report:
         entry["seconds"] = round(time.monotonic() - began, 1)
         self.found["parts"][name] = entry
         self.file.write_text(json.dumps(self.found, indent=1, default=str) + "\n", encoding="utf-8")
-        print(f"{name:24} {entry['seconds']:6.1f} s  {json.dumps(entry.get('result', entry), default=str)[:900]}", flush=True)
+        print(
+            f"{name:24} {entry['seconds']:6.1f} s  {json.dumps(entry.get('result', entry), default=str)[:900]}",
+            flush=True,
+        )
 
 
 @contextlib.contextmanager
@@ -367,7 +370,7 @@ def fp16() -> dict[str, Any]:
     try:
         engine = engine_of(objective_of(TOY, 8), zero_stage=1, precision="fp16")
         judge, overflows = Guard(None, RANKS.device), 0
-        for step in range(40):
+        for _ in range(40):
             engine.backward({**sample(engine.objective, 0), "times": torch.ones(BATCH, device=DEVICE)})
             engine.rates(RATE, {"ema": DECAY})
             outcome = engine.step(judge, False)
@@ -471,7 +474,7 @@ def matmul_peak() -> dict[str, float]:
 def planned(unet_config: dict[str, Any], side: int, checkpointing: bool) -> dict[str, float]:
     """In a process of its own: FLOPs of an image, bytes of activations a sample, trained values."""
     global DEVICE
-    DEVICE = "cpu"
+    DEVICE = "cpu"  # of this process: fake tensors are reckoned with as a CPU would
     from train import plan
 
     with torch.device("meta"):
@@ -503,7 +506,9 @@ def speed(
     result: dict[str, Any] = {"batch": batch, "gflop_an_image": plan["flops"] / 1e9}
     for variant, changes in variants:
         try:
-            result[variant] = one_speed(unet, side, batch, plan["flops"], peak, changes, tokens, checkpointing, Ahead, Guard, Late)
+            result[variant] = one_speed(
+                unet, side, batch, plan["flops"], peak, changes, tokens, checkpointing, Ahead, Guard, Late
+            )
         except torch.OutOfMemoryError:
             free()
             result[variant] = one_speed(
@@ -523,6 +528,7 @@ def one_speed(
     tokens: bool, checkpointing: bool, Ahead: Any, Guard: Any, Late: Any,
 ) -> dict[str, Any]:  # fmt: skip
     from train.plan import peak_flops
+    from train.run import Run
 
     changes = dict(changes)
     channels_last = changes.pop("channels_last", False)
@@ -551,7 +557,7 @@ def one_speed(
             engine.backward(next(ahead))
             engine.rates(RATE, {"ema": DECAY})
             outcome = engine.step(judge, False, False)
-            told += list(late.read(outcome, step, step, RATE, step == steps - 1))
+            told += list(late.read(outcome, Run(step, step), RATE, step == steps - 1))
             if step == 0:
                 first = synchronised() - began
             if step in (3, steps - 1) or not CUDA:
@@ -642,11 +648,18 @@ def generation_speed() -> dict[str, Any]:
 RANKS: Any = None
 
 
+class AtOnce(Executor):
+    """Does what it is given before it returns: models are built with torch's one generator."""
+
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(work(*arguments, **named))
+        return done
+
+
 def run(out: str, minutes: float, only: list[str] | None = None) -> None:
     global RANKS
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    from train.ranks import join
-
     # Imported before any clock runs: a limit that rang within an import would leave it broken.
     import open_clip  # noqa: F401
     from diffusers import (  # noqa: F401
@@ -658,10 +671,11 @@ def run(out: str, minutes: float, only: list[str] | None = None) -> None:
 
     import train.loop  # noqa: F401
     from train import checkpoint, muon, plan  # noqa: F401
+    from train.ranks import join
 
-    RANKS = join(None)
+    RANKS = join(None if CUDA else 1)
     report = Report(Path(out), minutes)
-    pool = ProcessPoolExecutor(3 if CUDA else 1, mp_context=get_context("spawn"))
+    pool: Executor = ProcessPoolExecutor(3, mp_context=get_context("spawn")) if CUDA else AtOnce()
     big = CUDA
     counted = {
         "sd2_256": pool.submit(planned, SD2 if big else TOY, 32 if big else 8, False),
@@ -695,7 +709,7 @@ def run(out: str, minutes: float, only: list[str] | None = None) -> None:
         ("generation", 40, generation_speed),
         ("sd2_256_tokens", 40, lambda: speed("tokens", sd2, px[0], counted["sd2_256"], peak, eager[1:], tokens=True)),
         ("loop", 40, whole_loop),
-        ("sdxl_1024", 70, lambda: speed("xl", sdxl, px[2], counted["sdxl_1024"], peak, eager[1:], checkpointing=True, most=8)),
+        ("sdxl_1024", 70, lambda: speed("xl", sdxl, px[2], counted["sdxl_1024"], peak, eager[1:], False, True, 8)),
         ("sd2_256_compiled", 150, lambda: speed("sd2_256", sd2, px[0], counted["sd2_256"], peak, whole)),
         ("sd2_512_compiled", 150, lambda: speed("sd2_512", sd2, px[1], counted["sd2_512"], peak, whole, most=64)),
         ("save_stall", 40, save_stall),

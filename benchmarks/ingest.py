@@ -31,6 +31,7 @@ from typing import Any
 
 import certifi
 import numpy as np
+import psutil
 from PIL import Image
 
 DISTINCT = 40
@@ -124,8 +125,13 @@ def table(folder: Path, url: str, rows: int) -> Path:
     return place
 
 
-def client_ours(base: str, out: Path, images: int, kernel: str) -> float:
-    """CPU-seconds for one shard of so many pictures, after a small one."""
+def own_memory() -> float:
+    """MB of this process that no other shares: what a further worker on a machine costs."""
+    return float(psutil.Process().memory_full_info().uss) / 1e6
+
+
+def client_ours(base: str, out: Path, images: int, kernel: str) -> tuple[float, float]:
+    """CPU-seconds for one shard of so many pictures, after a small one, and MB of its own after that small one."""
     from ingest.config import IngestConfig
     from ingest.stage import IngestStage
 
@@ -142,12 +148,13 @@ def client_ours(base: str, out: Path, images: int, kernel: str) -> float:
     stage = IngestStage(config, str(out / "shards"))
     worker, tasks = stage.worker(), list(stage.tasks())
     worker(tasks[0])
+    memory = own_memory()
     began = time.process_time()
     stats = worker(tasks[1])
     spent = time.process_time() - began
     assert stats["count"] == images, stats["errors"]
     worker.close()
-    return spent
+    return spent, memory
 
 
 def client_img2dataset(base: str, out: Path, images: int) -> float:
@@ -204,7 +211,10 @@ def child(spec: str) -> None:
         print(json.dumps(client_bare(bodies, s["images"], s["filter"])))
         return
     if s["who"] == "ours":
-        print(json.dumps(client_ours(s["base"], out, s["images"], s["filter"])))
+        bare = own_memory()  # Python, and this file's numpy and Pillow
+        seconds, memory = client_ours(s["base"], out, s["images"], s["filter"])
+        print(f"  own memory: {memory:.0f} MB, {memory - bare:.0f} MB of them beyond Python, numpy and Pillow")
+        print(json.dumps(seconds))
     else:
         print(json.dumps(client_img2dataset(s["base"], out, s["images"])))
 
@@ -272,7 +282,9 @@ def compare(name: str, images: int, rounds: int, kernel: str, folder: Path) -> N
                     [sys.executable, "-m", "benchmarks.ingest", "--child", json.dumps(spec)],
                     env=environment, check=True, stdout=subprocess.PIPE, text=True,
                 )  # fmt: skip
-                seconds = float(found.stdout.strip().splitlines()[-1])
+                *said, last = found.stdout.strip().splitlines()
+                seconds = float(last)
+                print("".join(f"{line}\n" for line in said if "memory" in line), end="")
                 best[who] = min(best.get(who, 1e9), seconds)
                 print(f"{name:6} round {r + 1}  {who:12} {images / seconds:8.1f} images/CPU-s", flush=True)
     finally:

@@ -1,16 +1,20 @@
-"""Training side by side with its peers: python -m benchmarks.train [loop] [diffusers] [ema] [checkpoint] [resume] [gpu]
+"""Training side by side with its peers:
+
+    python -m benchmarks.train [loop] [diffusers] [ema] [save] [waits] [resume] [gpu]
 
 loop         our loop from latent shards against a bare PyTorch loop on batches that lie in memory; wait for data
 diffusers    our loop from latents against the steps of diffusers' train_text_to_image.py (pixels -> VAE -> UNet, with
              diffusers' and transformers' own classes), same UNet, pictures and machine; VAE and UNet are Stable
              Diffusion's with an eighth of the channels, so that their costs stand in SD's own proportion
 ema          what the averages add to a step: AdamW with and without them on the same weights, as a share of a step
-checkpoint   for how long a step waits when a checkpoint is saved, as a share of a step
+save         for how long the loop stands still when a checkpoint is saved, on 1, 2 and 4 ranks, as a share of a step;
+             and what the fullest rank keeps for it in memory
+waits        how often a step makes the host wait for the device, under ZeRO 0 to 3 (counted)
 resume       the first batch at the start of an epoch and at its end: its place in 2e9 samples, its latents from shards
-gpu          SD 2's UNet from latents at 256 and 512 px on the GPU here: samples/s, memory, MFU (needs CUDA)
+gpu          what benchmarks/gpu.py does: correctness and speed on the GPU here, in eight minutes
 
-Peer and ours, each in a process of its own, take turns step by step; the median of the pairs' ratios is printed with
-its interval, and what DESIGN asks of it. On two cores all but `gpu` take about five minutes.
+Peer and ours, each in a process of its own, take turns step by step until the interval is narrow; the median of the
+pairs' ratios is printed with it, and what is asked of it. On two cores all but `gpu` take about ten minutes.
 """
 
 from __future__ import annotations
@@ -49,11 +53,6 @@ EIGHTH_VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
     "norm_num_groups": 8,
-}
-SD2_UNET = {
-    "block_out_channels": [320, 640, 1280, 1280],
-    "attention_head_dim": [5, 10, 20, 20],
-    "use_linear_projection": True,
 }
 CONTEXT = 77
 
@@ -154,8 +153,7 @@ def in_turn(theirs: Callable[..., Any], mine: Callable[..., Any], skip: int) -> 
 def compared(peer: np.ndarray, mine: np.ndarray, batch: int) -> str:
     """Speeds of median steps, and the median of the pairs' ratios with its 95 % interval (bootstrap over pairs)."""
     pairs = peer / mine
-    draws = np.random.default_rng(0).choice(pairs, (2000, len(pairs)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    low, high = interval(pairs)
     return (
         f"{batch / np.median(peer):6.2f}/s   ours {batch / np.median(mine):6.2f}/s   ratio {np.median(pairs):.3f} "
         f"[{low:.3f}, {high:.3f}] of {len(pairs)} pairs of steps"
@@ -185,7 +183,8 @@ def ours(run: str, settings: dict[str, Any]) -> dict[str, float]:
     from shards.dataset import Dataset
     from shards.fingerprint import Fingerprint
     from train.config import TrainConfig
-    from train.loop import Job, fit
+    from train.job import Job
+    from train.loop import fit
     from train.objectives import build
     from train.ranks import join
 
@@ -195,7 +194,8 @@ def ours(run: str, settings: dict[str, Any]) -> dict[str, float]:
     objective = build("train", config, [dataset], 0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        job = Job("train", config, 0, root / "c", root, str(root / "s.json"), Fingerprint("train", 1, {}, ""), {})
+        made = Fingerprint("train", 1, {}, "")
+        job = Job("train", config, 0, str(root / "c"), str(root), str(root / "s.json"), made, {})
         fit(job, objective, ranks)
         lines = [json.loads(line) for line in (root / "log.jsonl").read_text().splitlines()][1:]
     speed = statistics.median(line["samples_per_s"] for line in lines)
@@ -231,14 +231,35 @@ def bare(run: str, settings: dict[str, Any]) -> list[float]:
     return turns.seconds
 
 
-def bench_loop(steps: int, threads: int) -> None:
+def until_narrow(theirs: Callable[..., Any], mine: Callable[..., Any], width: float) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of steps, round after round, until half of the ratio's interval is `width`; six rounds at most."""
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    for _ in range(6):
+        pairs.append(in_turn(theirs, mine, 3))
+        peer, ours_ = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        low, high = interval(peer / ours_)
+        if (high - low) / 2 <= width:
+            break
+    return peer, ours_
+
+
+def interval(pairs: np.ndarray) -> tuple[float, float]:
+    """Of the median, 95 %, by bootstrap over pairs."""
+    draws = np.random.default_rng(0).choice(pairs, (2000, len(pairs)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def bench_loop(steps: int, threads: int, width: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         latent_shards(Path(folder) / "latents", 4096, 16, 96)
         settings = {
             "images": 32 * steps, "batch_size": 32, "unet": SMALL_UNET, "threads": threads, "zero_stage": 1,
             "log_every_images": 32 * 4, "checkpoint_every_images": 10**9, "initialisation": "torch",
         }  # fmt: skip
-        pairs = in_turn(functools.partial(bare, folder, settings), functools.partial(paced, folder, settings), 3)
+        pairs = until_narrow(
+            functools.partial(bare, folder, settings), functools.partial(paced, folder, settings), width
+        )
         print(f"loop        bare {compared(*pairs, 32)} (wanted 0.97)", flush=True)
         found = alone(ours, folder, {**settings, "images": 32 * 20})
     print(f"            wait for data {100 * found['wait']:.2f} % of the time (wanted at most 1 %)", flush=True)
@@ -337,12 +358,13 @@ def bench_diffusers(steps: int, threads: int, side: int, compiled: bool) -> None
 # ---- averages, checkpoints, resume -----------------------------------------------------------------
 
 
-def steps_of(run: str, settings: dict[str, Any]) -> dict[str, float]:
-    """Seconds of a whole step, of the averages in it, and of what a save takes from the loop (medians)."""
+def steps_of(run: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a whole step, of the averages in it, and of what a save takes from the loop (medians); bytes kept."""
     from shards.dataset import Dataset
     from train import checkpoint, folders
-    from train import engine as deep
     from train.config import TrainConfig
+    from train.engine import Engine
+    from train.guard import Guard
     from train.objectives import build
     from train.ranks import join
 
@@ -350,74 +372,147 @@ def steps_of(run: str, settings: dict[str, Any]) -> dict[str, float]:
     ranks = join(config.threads)
     objective = build("train", config, [Dataset.open(run + "/latents")], 0)
     objective.to(ranks.device)
-    engine, optimizer = deep.start(config, objective, ranks, config.batch_size, 1)
-    batch = {k: v.to(ranks.device) for k, v in objective.batch(np.arange(config.batch_size)).items()}
-    seconds: dict[str, list[float]] = {
-        "step": [],
-        "update": [],
-        "update and averages": [],
-        "save": [],
-        "beside a save": [],
-    }
+    micro = config.batch_size // ranks.world
+    batch = objective.batch(np.arange(config.batch_size)[ranks.rank :: ranks.world])
+    engine, judge = Engine(config, objective, ranks, micro, 1), Guard(None, ranks.device)
+    seconds: dict[str, list[float]] = {"step": [], "save": [], "beside a save": [], "update": [], "averages too": []}
 
     def synchronised() -> float:
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
+        if ranks.world > 1:
+            torch.distributed.barrier()
         return time.perf_counter()
 
     def one() -> float:
         began = synchronised()
-        loss, _ = engine(batch)
-        engine.backward(loss)
-        engine.step()
+        engine.backward(batch)
+        engine.rates(1e-4, dict.fromkeys(engine.averages, 0.999))
+        engine.step(judge)
         return synchronised() - began
 
-    averages = dict(optimizer.param_groups[0]["ema_decays"])
     for _ in range(3):
         one()
     with tempfile.TemporaryDirectory() as folder:
-        saver = checkpoint.Saver(Path(folder), engine, objective.model, optimizer, tuple(averages), folders.Keep(2))
-        saver.save(0, {"images": 0, "optimizer_steps": 3})
+        root = ranks.from_first(folder)
+        saver = checkpoint.Saver(root, engine, folders.Keep(2), ranks)
+        saver.save(1, {"images": 0, "optimizer_steps": 3})
         saver.finish()
-        for i in range(1, 8):
+        for i in range(2, 8):
             seconds["step"].append(one())
             began = synchronised()
             saver.save(i, {"images": i, "optimizer_steps": i})
             seconds["save"].append(synchronised() - began)
             seconds["beside a save"].append(one())
             saver.finish()
+        kept = max(ranks.gather(sum(t.nbytes for t in saver._held.values())))
+        ranks.gather(None)
     # The optimizer alone, on gradients like its own.
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = torch.ones_like(p) * 1e-6
+    for flat in engine.flats:
+        flat.grad = torch.full_like(flat, 1e-6)
     for i in range(20):
-        kind = "update" if i % 2 else "update and averages"
-        for group in optimizer.param_groups:
-            group["ema_decays"] = {} if kind == "update" else dict.fromkeys(averages, 0.999)
-        began = synchronised()
-        optimizer.step()
-        seconds[kind].append(synchronised() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+        kind = "averages too" if i % 2 else "update"
+        decays = dict.fromkeys(engine.averages, 0.999) if i % 2 else {}
+        for group in engine.optimizer.param_groups:
+            group["params"], group["decays"] = list(engine.flats), decays
+        began = time.perf_counter()
+        engine.optimizer.param_groups[:1] and engine.optimizer.step()
+        seconds[kind].append(time.perf_counter() - began)
+    values = sum(int(np.prod(shape)) for _, shape in engine.parameters())
+    return {name: statistics.median(s) for name, s in seconds.items()} | {"kept": kept, "values": values}
+
+
+def on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work(*arguments)` returns on the first of `world` ranks, each in a process of its own."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with ProcessPoolExecutor(world, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = [pool.submit(_as_rank, rank, world, port, work, *arguments) for rank in range(world)]
+        return next(iter([f.result() for f in found]))
+
+
+def _as_rank(rank: int, world: int, port: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in values.items()})
+    return work(*arguments)
 
 
 def bench_steps(which: tuple[str, ...]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         latent_shards(Path(folder) / "latents", 512, 16, 96)
-        settings = {
-            "images": 64, "batch_size": 32, "unet": SMALL_UNET, "threads": os.cpu_count() or 1,
-            "initialisation": "torch",
-        }  # fmt: skip
-        s = alone(steps_of, folder, settings)
-    if "ema" in which:
-        added = s["update and averages"] - s["update"]
-        share = 100 * added / s["step"]
-        print(f"ema         {1e3 * added:.2f} ms of a step of {1e3 * s['step']:.0f} ms: {share:.2f} % (wanted 2 %)")
-    if "checkpoint" in which:
-        slower = s["beside a save"] - s["step"]
-        print(
-            f"checkpoint  {1e3 * s['save']:.0f} ms to copy, the next step {1e3 * slower:+.0f} ms while it is written, "
-            f"{(s['save'] + max(0.0, slower)) / s['step']:.2f} steps (wanted 1)"
-        )
+        settings = {"images": 64, "batch_size": 32, "unet": SMALL_UNET, "threads": 1, "initialisation": "torch"}
+        for world in (1, 2, 4) if "save" in which else (1,):
+            s = on_ranks(world, steps_of, folder, settings)
+            if "ema" in which and world == 1:
+                added = s["averages too"] - s["update"]
+                share = 100 * added / s["step"]
+                print(f"ema         {1e3 * added:.2f} ms of {1e3 * s['step']:.0f} ms: {share:.2f} % (wanted 2 %)")
+            if "save" in which:
+                own = 16 * s["values"] / world  # four states of float32
+                print(
+                    f"save        {world} ranks: the loop stands still {1e3 * s['save']:.1f} ms, "
+                    f"{s['save'] / s['step']:.3f} of a step of {1e3 * s['step']:.0f} ms (wanted 0.1 at 4 ranks); the "
+                    f"next one {1e3 * (s['beside a save'] - s['step']):+.0f} ms while it is written; kept by "
+                    f"the fullest rank {s['kept'] / 2**20:.1f} MiB, {s['kept'] / own:.2f} of its share (wanted 1.1)",
+                    flush=True,
+                )  # fmt: skip
+
+
+def waits_of(run: str, settings: dict[str, Any], steps: int) -> tuple[float, dict[str, int]]:
+    """How often a step calls what would make the host wait, were the tensors on a device; and where from."""
+    import collections
+    import contextlib
+    import traceback
+
+    from shards.dataset import Dataset
+    from train.config import TrainConfig
+    from train.engine import Engine
+    from train.guard import Guard
+    from train.objectives import build
+    from train.ranks import join
+
+    config = TrainConfig.model_validate(settings)
+    ranks = join(config.threads)
+    objective = build("train", config, [Dataset.open(run + "/latents")], 0)
+    engine, judge = Engine(config, objective, ranks, config.batch_size // ranks.world, 1), Guard(8.0)
+    found: collections.Counter[str] = collections.Counter()
+    names = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero")
+    calls = {n: getattr(torch.Tensor, n) for n in names}
+
+    def counting(call: Any) -> Any:
+        def counted(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            frame = next(f for f in reversed(traceback.extract_stack()[:-1]) if "/torch/" not in f.filename)
+            found[f"{Path(frame.filename).name}:{frame.lineno}"] += 1
+            return call(self, *args, **kwargs)
+
+        return counted
+
+    for step in range(steps + 3):
+        batch = objective.batch(np.arange(config.batch_size)[ranks.rank :: ranks.world])
+        if step == 3:
+            for name, call in calls.items():
+                setattr(torch.Tensor, name, counting(call))
+        with contextlib.suppress(StopIteration):
+            engine.backward(batch)
+            engine.rates(1e-4, {"ema": 0.999})
+            engine.step(judge, False, False)
+    for name, call in calls.items():
+        setattr(torch.Tensor, name, call)
+    return sum(found.values()) / steps, dict(found)
+
+
+def bench_waits() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        latent_shards(Path(folder) / "latents", 64, 16, 96)
+        for stage in range(4):
+            settings = {"images": 64, "batch_size": 4, "unet": SMALL_UNET, "threads": 1, "zero_stage": stage}
+            each, where = on_ranks(2, waits_of, folder, settings, 4)
+            print(
+                f"waits       ZeRO {stage} on 2 ranks: {each:g} a step {where or ''} (wanted 0 for 0 to 2)", flush=True
+            )
 
 
 def bench_resume() -> None:
@@ -461,54 +556,34 @@ def bench_resume() -> None:
     )
 
 
-# ---- the GPU ---------------------------------------------------------------------------------------
-
-
-def bench_gpu(micro: dict[int, int], steps: int, compiled: bool) -> None:
-    if not torch.cuda.is_available():
-        print("gpu         there is none here")
-        return
-    for side, size in micro.items():
-        with tempfile.TemporaryDirectory() as folder:
-            latent_shards(Path(folder) / "latents", 8 * size, side // 8, 1024)
-            settings = {
-                "images": size * steps, "batch_size": size, "unet": SD2_UNET, "precision": "bf16", "zero_stage": 1,
-                "channels_last": True, "compile": compiled, "log_every_images": size * 5, "prefetch": 8,
-                "checkpoint_every_images": 10**9, "initialisation": "torch",
-            }  # fmt: skip
-            found = alone(ours, folder, settings)
-        print(
-            f"gpu         SD 2, {side} px, batch {size}, compile {compiled}: {found['speed']:.1f}/s, "
-            f"{found.get('memory_gib', 0):.1f} GiB, MFU {100 * found.get('mfu', 0):.1f} % "
-            f"(published: 24 to 32 %), wait for data {100 * found['wait']:.2f} %",
-            flush=True,
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["loop", "diffusers", "ema", "checkpoint", "resume"])
+    parser.add_argument("what", nargs="*", default=["loop", "diffusers", "ema", "save", "waits", "resume"])
     parser.add_argument("--steps", type=int, default=40, help="of each")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each side, without a GPU")
     parser.add_argument("--compile", action="store_true", help="beside diffusers' script, with train.compile")
     parser.add_argument("--side", type=int, default=256, help="pixels, beside diffusers' script")
-    parser.add_argument("--batch-256", type=int, default=256, help="on the GPU")
-    parser.add_argument("--batch-512", type=int, default=64, help="on the GPU")
-    parser.add_argument("--no-compile", action="store_true", help="on the GPU")
+    parser.add_argument("--out", default=os.environ.get("OUT", "."), help="where gpu writes gpu.json")
+    parser.add_argument("--minutes", type=float, default=8.0, help="on the GPU")
+    parser.add_argument("--until", type=float, default=0.02, help="half-width of the ratio's interval to stop at")
     given = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{os.cpu_count()} CPUs, {device}, torch {torch.__version__}", flush=True)
     what = tuple(given.what)
     if "loop" in what:
-        bench_loop(given.steps, given.threads)
+        bench_loop(given.steps, given.threads, given.until)
     if "diffusers" in what:
         bench_diffusers(given.steps, given.threads, given.side, given.compile)
-    if {"ema", "checkpoint"} & set(what):
+    if {"ema", "save"} & set(what):
         bench_steps(what)
+    if "waits" in what:
+        bench_waits()
     if "resume" in what:
         bench_resume()
     if "gpu" in what:
-        bench_gpu({256: given.batch_256, 512: given.batch_512}, given.steps, not given.no_compile)
+        from benchmarks import gpu
+
+        gpu.run(given.out, given.minutes)
 
 
 if __name__ == "__main__":

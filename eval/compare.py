@@ -1,7 +1,7 @@
-"""Is one result better than another? Paired differences of results under one protocol, and the alarm built on them.
+"""Is one result better than another? Paired differences of results under one protocol, a verdict, and the alarm.
 
-Two checkpoints are drawn with the same prompts and the same noise, and most of the luck is shared. So the difference
-is jackknifed by group, rather than the two values apart: its error is far smaller than the two errors together.
+Two models are drawn with the same prompts and the same noise, and most of the chance is shared. So the difference is
+jackknifed by group, rather than the two values apart: its error is far smaller than the two errors together.
 metrics.json holds what is needed, the values without each group.
 """
 
@@ -12,11 +12,15 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from eval.estimate import jackknife
-from eval.protocol import Protocol, require_comparable
+from eval.metrics.estimate import paired, quantile95
+from eval.protocol import require_comparable
 
-# What an alarm looks at, where measured: how far from the real pictures, and whether pictures fit their prompts.
-WATCHED = ("fid_clean", "fid_tf", "fd_dinov2_pil", "fd_clip_unit", "clip_score")
+# What a verdict and an alarm look at, where measured: how far from the real images, and whether images fit prompts.
+WATCHED = (
+    "fid_clean", "fid_tf", "fd_dinov2_pil", "fd_clip_unit", "clip_score", "vqa_score", "soft_tifa_gm",
+)  # fmt: skip
+HORIZON = 30  # checkpoints over which the rate of false alarms is held
+BAD = ("failed", "blank", "repeated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,9 @@ class Difference:
     low: float
     high: float
     p: float
+    groups: int
+    label: str = ""
+    tag: str = ""
 
     @property
     def verdict(self) -> str:
@@ -45,99 +52,174 @@ class Difference:
         sign = -1 if self.better == "higher" else 1
         return sign * self.value / self.se if self.se else math.copysign(math.inf, sign * self.value)
 
+    def p_worse(self) -> float:
+        """One-sided p of b being no worse than a."""
+        from scipy.special import stdtr
 
-def differences(a: dict[str, Any], b: dict[str, Any], vary: Collection[str] = ()) -> list[Difference]:
-    """Every metric that both results (contents of metrics.json) can be compared in, by name.
+        return float(stdtr(self.groups - 1, -self.worse_by())) if self.value else 1.0
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], vary: Collection[str] = (), tags: bool = False) -> list[Difference]:  # fmt: skip
+    """Every metric that both results (contents of metrics.json) can be compared in, by name; with `tags` also by tag.
 
     StageError naming the fields where they were measured differently, other than in `vary`.
     """
-    from scipy.stats import t as student
-
-    require_comparable(Protocol.from_json(a["protocol"]), Protocol.from_json(b["protocol"]), vary)
-    found = []
-    for name in sorted(a.get("jackknife", {}).keys() & b.get("jackknife", {}).keys()):
-        before, after = a["jackknife"][name], b["jackknife"][name]
-        if len(before["left_out"]) != len(after["left_out"]):
-            continue  # other groups, or one of them lost all its pictures
-        better = a["metrics"][name]["better"]
-        value = b["metrics"][name]["value"] - a["metrics"][name]["value"]
-        left = [y - x for x, y in zip(before["left_out"], after["left_out"], strict=True)]
-        e = jackknife(value, left, after["sizes"])
-        assert e.se is not None
-        assert e.bias_corrected is not None
-        freedom = len(left) - 1
-        half = float(student.ppf(0.975, freedom)) * e.se
-        corrected = e.bias_corrected
-        if e.se > 1e-12 * max(1.0, abs(a["metrics"][name]["value"])):
-            p = 2 * float(student.sf(abs(corrected) / e.se, freedom))
-        else:
-            p = 1.0 if abs(corrected) < 1e-9 else 0.0
-        x, y = _value(a, name), _value(b, name)
-        found.append(Difference(name, better, x, y, corrected, e.se, corrected - half, corrected + half, p))
+    require_comparable(a["protocol"], b["protocol"], vary)
+    found = _paired(a["metrics"], b["metrics"], a.get("jackknife", {}), b.get("jackknife", {}))
+    if tags:
+        for tag in sorted(a["by_tag"].keys() & b["by_tag"].keys()):
+            of_tag = _paired(a["by_tag"][tag], b["by_tag"][tag], a["tag_jackknife"][tag], b["tag_jackknife"][tag])
+            found += [dataclasses.replace(d, tag=tag) for d in of_tag]
     return found
+
+
+def _paired(a: dict[str, Any], b: dict[str, Any], left_a: dict[str, Any], left_b: dict[str, Any]) -> list[Difference]:
+    from scipy.special import stdtr
+
+    found = []
+    for name in sorted(left_a.keys() & left_b.keys() & a.keys() & b.keys()):
+        before, after = (dict(zip(s[name]["groups"], s[name]["left_out"], strict=True)) for s in (left_a, left_b))
+        sizes = dict(zip(left_b[name]["groups"], left_b[name]["sizes"], strict=True))
+        shared = sorted(before.keys() & after.keys())  # matched by name: one of them may have lost a group
+        if len(shared) < 2:
+            continue
+        x, y = a[name]["value"], b[name]["value"]
+        value, se = paired([before[g] for g in shared], [after[g] for g in shared], y - x, [sizes[g] for g in shared])
+        half = quantile95(len(shared)) * se
+        if se > 1e-12 * max(1.0, abs(x)):
+            p = 2 * float(stdtr(len(shared) - 1, -abs(value) / se))
+        else:
+            p = 1.0 if abs(value) < 1e-9 else 0.0
+        label = a[name].get("label", name)
+        found.append(
+            Difference(name, a[name]["better"], x, y, value, se, value - half, value + half, p, len(shared), label)
+        )
+    return found
+
+
+def verdict(found: Sequence[Difference], before: str, after: str) -> tuple[str, str]:
+    """(better, worse, mixed or same; one sentence) over the watched metrics, each held to 0.05 over their number."""
+    watched = [d for d in found if d.metric in WATCHED and not d.tag]
+    sure = [d for d in watched if d.p * len(watched) < 0.05]
+    better = [d.label or d.metric for d in sure if d.verdict == "better"]
+    worse = [d.label or d.metric for d in sure if d.verdict == "worse"]
+    if not watched:
+        return "same", f"{after} and {before} share no metric that a verdict could rest on."
+    if better and worse:
+        return "mixed", f"{after} is better than {before} in {_and(better)}, and worse in {_and(worse)}."
+    if better or worse:
+        way = "better" if better else "worse"
+        rest = len(watched) - len(better or worse)
+        others = f"; in {rest} other{'s' if rest > 1 else ''} no difference is shown" if rest else ""
+        return way, f"{after} is {way} than {before} in {_and(better or worse)}{others}."
+    return (
+        "same",
+        f"No difference between {after} and {before} is shown in {_and([d.label or d.metric for d in watched])}.",
+    )
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# ---- alarms ------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Alarm:
-    """A checkpoint is worse than the best one before it. sigmas: by how many standard errors of the difference."""
+    """A checkpoint is worse than one before it, by more than chance and than is worth an alarm."""
 
     checkpoint: str
     best: str
-    difference: Difference
-    sigmas: float
+    metric: str
+    value: float
+    before: float
+    p: float
+    words: str
 
     def __str__(self) -> str:
-        d = self.difference
-        return (
-            f"{self.checkpoint} is worse than {self.best} in {d.metric}: {d.b:.4g} against {d.a:.4g}, "
-            f"a difference of {self.sigmas:.1f} standard errors ({d.value:+.3g}, 95 % interval {d.low:+.3g} to "
-            f"{d.high:+.3g}, p {d.p:.2g})"
-        )
+        return self.words
 
 
-def alarms(results: Sequence[dict[str, Any]], checkpoint: str, sigmas: float) -> list[Alarm]:
-    """Where the named checkpoint is worse than the best comparable one before it by more than `sigmas` errors.
+def alarms(
+    results: Sequence[dict[str, Any]], checkpoint: str, rate: float = 0.02, min_change: float = 0.02,
+    bad_images: float = 0.01,
+) -> list[Alarm]:  # fmt: skip
+    """Where the named checkpoint is worse than a comparable one before it.
 
-    results: contents of metrics.json of one run; only complete ones of the checkpoint's own cell and protocol count.
-    One that raised an alarm itself is nobody's best: a collapsed model can have a fine CLIP score.
+    results: contents of metrics.json of one run; only complete ones of the checkpoint's own protocol and weights
+    count. The p of each comparison is held to rate / HORIZON over the number of comparisons (candidates times metrics,
+    Bonferroni), so that over HORIZON equally good checkpoints a false alarm has a chance of at most `rate`, although
+    each is held against the best of many; a change below `min_change` of the earlier value is not worth one. One that
+    raised an alarm itself is nobody's best. Failed, blank and repeated images alarm as well, also where there is no
+    earlier result: a collapsed model can have a fine CLIP score.
     """
     found: list[Alarm] = []
     for mine in [r for r in results if r["checkpoint"] == checkpoint and _whole(r)]:
-        like = [r for r in results if _whole(r) and _kind(r) == _kind(mine)]
         sound: list[dict[str, Any]] = []
-        for result in sorted(like, key=_seen):
-            if _seen(result) < _seen(mine) and not _against(result, sound, sigmas):
+        for result in sorted((r for r in results if _whole(r) and _kind(r) == _kind(mine)), key=_seen):
+            if _seen(result) < _seen(mine) and not _against(result, sound, rate, min_change, bad_images):
                 sound.append(result)
-        found += _against(mine, sound, sigmas)
+        found += _against(mine, sound, rate, min_change, bad_images)
     return found
 
 
-def _against(result: dict[str, Any], sound: Sequence[dict[str, Any]], sigmas: float) -> list[Alarm]:
-    """Alarms of a result beside those of fewer images among `sound`."""
+def _against(
+    result: dict[str, Any], sound: Sequence[dict[str, Any]], rate: float, min_change: float, bad_images: float
+) -> list[Alarm]:
+    """Alarms of a result beside those of fewer images seen among `sound`."""
+    rivals = [r for r in sound if _seen(r) < _seen(result)]
+    found = _bad_images(result, rivals, rate, bad_images)
+    compared = [(r, [d for d in differences(r, result) if d.metric in WATCHED]) for r in rivals]
+    comparisons = sum(len(d) for _, d in compared)
+    worst: dict[str, tuple[float, dict[str, Any], Difference]] = {}
+    for rival, apart in compared:
+        for d in apart:
+            p = d.p_worse() * comparisons * HORIZON
+            if p < rate and d.worse_by() > 0 and abs(d.value) > min_change * abs(d.a):
+                if d.metric not in worst or p < worst[d.metric][0]:
+                    worst[d.metric] = (p, rival, d)
+    for name, (p, rival, d) in sorted(worst.items()):
+        words = (
+            f"{result['checkpoint']} is worse than {rival['checkpoint']} in {name}: {d.b:.4g} against {d.a:.4g}, a "
+            f"difference of {d.worse_by():.1f} standard errors ({d.value:+.3g}, 95 % interval {d.low:+.3g} to "
+            f"{d.high:+.3g})"
+        )
+        found.append(Alarm(result["checkpoint"], rival["checkpoint"], name, d.b, d.a, p, words))
+    return found
+
+
+def _bad_images(result: dict[str, Any], rivals: Sequence[dict[str, Any]], rate: float, limit: float) -> list[Alarm]:
+    from scipy.stats import fisher_exact
+
+    def shares(r: dict[str, Any]) -> dict[str, tuple[int, int]]:
+        total = r["counts"]["images"] + r["counts"]["failed"]
+        return {name: (int(r["counts"].get(name, 0)), total) for name in BAD}
+
     found = []
-    for name in WATCHED:
-        rivals = [r for r in sound if _seen(r) < _seen(result) and name in r.get("jackknife", {})]
-        if not rivals or name not in result.get("jackknife", {}):
+    for name, (bad, total) in shares(result).items():
+        best = min(rivals, key=lambda r: shares(r)[name][0] / max(1, shares(r)[name][1]), default=None)
+        bad_before, before = (0, 0) if best is None else shares(best)[name]
+        change = bad / max(1, total) - bad_before / max(1, before)
+        if change <= limit:
             continue
-        best = (max if result["metrics"][name]["better"] == "higher" else min)(rivals, key=lambda r: _value(r, name))
-        for d in differences(best, result):
-            if d.metric == name and d.worse_by() > sigmas and d.verdict == "worse":
-                found.append(Alarm(result["checkpoint"], best["checkpoint"], d, d.worse_by()))
+        p = 0.0 if best is None else float(fisher_exact([[bad, total - bad], [bad_before, before - bad_before]])[1])
+        if p * len(BAD) * max(1, len(rivals)) * HORIZON >= rate:
+            continue
+        than = "" if best is None else f", against {bad_before:,} of {before:,} of {best['checkpoint']}"
+        words = f"{result['checkpoint']} has {bad:,} {name} images of {total:,}{than}"
+        name_before = "" if best is None else best["checkpoint"]
+        found.append(Alarm(result["checkpoint"], name_before, name, bad, bad_before, p, words))
     return found
 
 
 def _kind(result: dict[str, Any]) -> tuple[str, str]:
-    return result["cell"], result["protocol"]["id"]
+    return result["model"]["weights"], result["protocol"]["id"]
 
 
 def _seen(result: dict[str, Any]) -> int:
     return int(result["images_seen"] or 0)
 
 
-def _value(result: dict[str, Any], name: str) -> float:
-    metric = result["metrics"][name]
-    return float(metric.get("bias_corrected", metric["value"]))
-
-
 def _whole(result: dict[str, Any]) -> bool:
-    return not result["missing"]["pictures"]
+    return not result["missing"]["images"]

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eval import frechet, networks, resize
-from eval.inputs import read_picture
-from eval.moments import Accumulator
+from eval import networks
+from eval.inputs import read_image
+from eval.metrics import frechet
+from eval.metrics.moments import Accumulator
+from eval.networks import resize
 from latents.pictures import ahead
 from shards import storage
 from shards.dataset import MANIFEST, Dataset
@@ -137,7 +139,7 @@ def _pictures(source: str) -> tuple[int, Iterator[np.ndarray]]:
             other.name, source, len(found) - len(files), len(found),
         )  # fmt: skip
     return len(files), ahead(
-        lambda i: read_picture(files[i], "explain-fid", "take it out of the folder"), len(files), 2, 32
+        lambda i: read_image(files[i], "explain-fid", "take it out of the folder"), len(files), 2, 32
     )
 
 

@@ -1,27 +1,26 @@
-"""The feature stage: pictures of any image shards through every network asked for, once, into shards that stay.
+"""The feature stage: images of any shards through one network, once, into columns that stay.
 
-One feature shard a picture shard, one float32 column a feature (networks.COLUMNS), one row a picture in the parquet.
-A metric that is invented next month reads these and needs neither pictures nor networks. The same stage serves
-generated pictures, held-out ones and the training set; a generated shard has its features as soon as it is drawn.
-Pictures are read, decoded and resized in threads ahead of the networks, three batches at most, so the networks wait
-for nothing and memory does not grow with the number of pictures.
+One feature shard an image shard, one float32 column a feature, one row an image in the parquet. A metric that is
+invented next month reads these and needs neither images nor networks. The same stage serves generated images, real
+ones and the training set, and every kind of network: Inception, DINOv2, CLIP, the VAE, judges. A generated shard's
+images are handed over in memory as they are made (`of_images`); others are read, decoded and resized in threads ahead
+of the network, three batches at most, so the network waits for nothing and memory does not grow with their number.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import itertools
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from eval import networks
-from eval.accounts import accounted
-from eval.reference import parquet
+from eval.rows import dataset_of
+from eval.shardwork import Made, accounted, commit, committed_stats, counted, parquet, png, tar_of
 from latents.pictures import ahead, resize_crop
 from shards import images, storage
 from shards.columns import pack_columns
@@ -30,74 +29,67 @@ from shards.fingerprint import Fingerprint, digest_json
 from shards.settings import StageError
 from shards.stage import Task, open_folder
 
-VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the bytes of a feature shard depend on besides pictures and weights."""
-
-    resolution: int  # pictures of another size are brought to it first, as for training; 0 leaves them as they are
-    batch_size: int = 16
-    precision: str = "float32"  # of the CLIP; the others are always float32
-    threads: int = 1
+VERSION = 2
+SHEET = 16  # reconstructions kept of each shard, for the report
+ROW_COLUMNS = ("caption", "prompt_id", "questions")  # of the images' sidecar, where it has them
 
 
 class FeaturesStage:
-    """Stage over the image shards in `source`, into `folder`/<id>. Small and picklable.
+    """Stage over the image shards in `source`, into `folder`/<network>-<id>. Small and picklable.
 
-    refs: network's name -> its weights' reference. label: for the stage's name, e.g. heldout.
+    ref: the network's weights. resolution: images of another size are brought to it first, as for training; 0 leaves
+    them as they are. label: for the stage's name, e.g. real.
     """
 
     unit = "images"
     data = ".safetensors"
 
     def __init__(
-        self,
-        source: str,
-        folder: str,
-        label: str,
-        refs: Mapping[str, str],
-        settings: Settings,
-        device: str = "auto",
-        grows: bool = False,
-    ) -> None:
-        self.source, self.settings, self.device = source, settings, device
-        self.name = f"features-{label}"
-        self.found = {name: networks.find(name, ref) for name, ref in sorted(refs.items())}
-        self.weights = {name: found.digest for name, found in self.found.items()}
-        # Other pictures, another folder: but for those that are being made, of which nothing goes again.
-        self.pictures = None if grows else _fingerprint(source)
-        self.root = storage.join(folder, digest_json([dataclasses.asdict(settings), self.weights, self.pictures])[:10])
+        self, source: str, folder: str, label: str, network: str, ref: Any, resolution: int, batch_size: int = 16,
+        threads: int = 1, device: str = "auto",
+    ) -> None:  # fmt: skip
+        self.source, self.resolution, self.batch_size = source, resolution, batch_size
+        self.threads, self.device = threads, device
+        self.name = f"features-{label}-{network}"
+        self.found = networks.find(network, ref)
+        self.weights = {network: self.found.digest}
+        # Other images, another folder: but for those that are being made, of which none goes again.
+        self.images = None if label == "generated" else _fingerprint(source)
+        self.root = storage.join(folder, f"{network}-{digest_json(self.made_with().to_json())[:10]}")
 
     def made_with(self) -> Fingerprint:
-        """Settings, weights, and which pictures are measured."""
-        return Fingerprint("features", VERSION, dataclasses.asdict(self.settings), self.pictures, self.weights)
+        """Resolution, weights, and which images."""
+        return Fingerprint("features", VERSION, {"resolution": self.resolution}, self.images, self.weights)
 
     def tasks(self) -> Iterator[Task]:
-        """One task a shard of pictures; StageError where the pictures are not finished."""
+        """One task a shard of images; StageError where the images are not finished."""
         for position, info in enumerate(Dataset.open(self.source).shards):
             yield self.task(position, info)
 
     def task(self, position: int, info: ShardInfo) -> Task:
-        """The task of the shard at this position of the pictures, which need not be finished."""
+        """The task of the shard at this position of the images, which need not be finished."""
         return Task(info.index, info.born, position)
 
     def worker(self) -> FeaturesWorker:
-        """Load the networks once; the result makes one shard a call."""
+        """Load the network once; the result makes one shard a call."""
         return FeaturesWorker(self)
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        """Check that every picture is accounted for and write the manifest, with counts of what was dropped."""
-        expected = {s.index: s.count for s in Dataset.open(self.source).shards}
-        kept, status = accounted(self.root, expected, stats)
-        extra = {
-            "source": Dataset.open(self.source).fingerprint,
-            "weights": self.weights,
-            "settings": dataclasses.asdict(self.settings),
-            "status": dict(sorted(status.items())),
-        }
-        return write_manifest(self.root, "features", kept, extra)
+        """Check that every image is accounted for and write the manifest, with counts of what was dropped."""
+        source = Dataset.open(self.source)
+        kept, status = accounted(self.root, {s.index: s.count for s in source.shards}, stats)
+        extra = {"source": source.fingerprint, "weights": self.weights, "status": dict(sorted(status.items()))}
+        return write_manifest(self.root, "features", kept, {**extra, "resolution": self.resolution})
+
+    def committed(self, images_of: Dataset | None = None) -> Dataset | None:
+        """What is committed now of the features of these images (by default of the finished ones); None for none."""
+        try:
+            found = Dataset.open(self.source) if images_of is None else images_of
+        except StageError:
+            return None
+        tasks = [self.task(position, info) for position, info in enumerate(found.shards)]
+        done = [s for s in committed_stats(self, tasks) if s is not None]
+        return dataset_of(self.root, done) if done else None
 
 
 def _fingerprint(source: str) -> str:
@@ -108,48 +100,60 @@ def _fingerprint(source: str) -> str:
 
 
 class FeaturesWorker:
-    """The networks of one process, and the features of one shard with them."""
+    """The network of one process, and the features of one shard with it. Safe to call from several threads."""
 
     def __init__(self, stage: FeaturesStage) -> None:
         from latents.encoders import pick_device
         from latents.stage import fixed_arithmetic
 
-        self.stage, self.settings, self.fixed = stage, stage.settings, fixed_arithmetic
+        self.stage, self._fixed, self.lock = stage, fixed_arithmetic, threading.Lock()
         self.folder = open_folder(stage)
-        device = pick_device(stage.device)
-        for found in stage.found.values():
-            if networks.find(found.name, found.ref).digest != found.digest:
-                raise StageError(f"{found.ref}: the {found.name} weights here are others than where this was begun")
-        with fixed_arithmetic(self.settings.threads):
-            self.networks = [networks.load(f, device, self.settings.precision) for f in stage.found.values()]
+        found = stage.found
+        if networks.find(found.name, found.ref).digest != found.digest:
+            raise StageError(f"{found.ref}: the {found.name} weights here are others than where this was begun")
+        with fixed_arithmetic(stage.threads):
+            self.network = networks.load(found, pick_device(stage.device))
         self.dataset: Dataset | None = None
 
     def __call__(self, task: Task) -> dict[str, Any]:
-        """Make and commit the features of one shard of the finished pictures; returns their committed stats."""
+        """Make and commit the features of one shard of the finished images; returns their committed stats."""
         position, known = task.payload, self.dataset
         if known is None or position >= len(known.shards) or known.shards[position].born != task.input:
-            self.dataset = Dataset.open(self.stage.source)  # perhaps finished again since this worker started
-            if self.dataset.shards[position].born != task.input:
-                raise StageError(
-                    f"{self.stage.source}: the pictures changed during the run; run the same command again"
-                )
-        assert self.dataset is not None
-        return self.of(self.dataset, task)
+            known = self.dataset = Dataset.open(self.stage.source)  # perhaps finished again since this worker started
+            if known.shards[position].born != task.input:
+                raise StageError(f"{self.stage.source}: the images changed during the run; run the same command again")
+        shard = images.ImageShard(known, position)
+        with contextlib.closing(shard):
+            return commit(self.folder, task, lambda: self._of_shard(shard))
 
-    def of(self, pictures: Dataset, task: Task) -> dict[str, Any]:
-        """As a call, from these pictures, of which this shard alone need be committed."""
-        if (found := self.folder.adopt(task.index)) is not None:
-            return found
-        started = time.perf_counter()
-        shard = images.ImageShard(pictures, task.payload)
-        with self.fixed(self.settings.threads):
-            files, stats = self._make(shard)
-        shard.close()
-        stats["seconds"] = round(time.perf_counter() - started, 3)
-        return self.folder.commit(task.index, files, stats, task.input)
+    def of_images(
+        self, task: Task, keys: list[str], pixels: list[np.ndarray], rows: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """As a call, from images in memory, uint8 [H, W, 3] each, and their rows."""
 
-    def _make(self, shard: images.ImageShard) -> tuple[dict[str, bytes], dict[str, Any]]:
-        size, side = self.settings.batch_size, self.settings.resolution
+        def batches() -> Iterator[tuple[list[int], Any]]:
+            size = self.stage.batch_size
+            for start in range(0, len(keys), size):
+                stacked = np.stack([self._resized(p) for p in pixels[start : start + size]])
+                ready = self.network.prepare(stacked, rows[start : start + size])
+                yield list(range(start, start + len(stacked))), ready
+
+        errors: list[str | None] = [None] * len(keys)
+        make = lambda: self._made(keys, rows, batches(), errors, [False] * len(keys))  # noqa: E731
+        return commit(self.folder, task, make)
+
+    def _resized(self, pixels: np.ndarray) -> np.ndarray:
+        side = self.stage.resolution
+        return resize_crop(pixels, side)[0] if side and pixels.shape[:2] != (side, side) else pixels
+
+    def _of_shard(self, shard: images.ImageShard) -> Made:
+        size = self.stage.batch_size
+        if shard.table["image_offset"].take(pa.array(shard.rows)).null_count:
+            raise StageError(
+                f"{self.stage.source}: its images are not kept (eval.keep_images), so {self.stage.found.name} cannot "
+                "see them; evaluate the model again with all of them"
+            )
+        rows = self._rows(shard)
         errors: list[str | None] = [None] * len(shard)
         converted: list[bool] = [False] * len(shard)
 
@@ -157,65 +161,63 @@ class FeaturesWorker:
             try:
                 data = shard.image_bytes(i)
                 converted[i] = not images.is_rgb(data)
-                pixels = images.decode_rgb(data)
-                return resize_crop(pixels, side)[0] if side else pixels
+                return self._resized(images.decode_rgb(data))
             except ValueError as e:
                 errors[i] = " ".join(str(e).split())[:500]
                 return None
 
-        def load(batch: int) -> list[tuple[list[int], list[Any]]]:
-            """The pictures of one batch as every network wants them; several groups where they keep their own sizes."""
-            rows = range(batch * size, min(len(shard), (batch + 1) * size))
-            whole = [(i, pixels) for i in rows if (pixels := decoded(i)) is not None]
+        def load(batch: int) -> list[tuple[list[int], Any]]:
+            """The images of one batch as the network wants them; several groups where they keep their own sizes."""
+            places = range(batch * size, min(len(shard), (batch + 1) * size))
+            whole = [(i, pixels) for i in places if (pixels := decoded(i)) is not None]
             groups = []
             for _, group in itertools.groupby(whole, lambda item: item[1].shape):
                 indices, pictures = zip(*group, strict=True)
-                stacked = np.stack(pictures)
-                groups.append((list(indices), [network.prepare(stacked) for network in self.networks]))
+                groups.append((list(indices), self.network.prepare(np.stack(pictures), [rows[i] for i in indices])))
             return groups
 
+        batches = (group for groups in ahead(load, -(-len(shard) // size), 2, 3) for group in groups)
+        return self._made(shard.keys, rows, batches, errors, converted)
+
+    def _rows(self, shard: images.ImageShard) -> list[dict[str, Any]]:
+        names = [n for n in ROW_COLUMNS if n in shard.table.column_names]
+        return list(shard.table.select(names).take(pa.array(shard.rows)).to_pylist())
+
+    def _made(
+        self, keys: list[str], rows: list[dict[str, Any]], batches: Iterable[tuple[list[int], Any]],
+        errors: list[str | None], converted: list[bool],
+    ) -> Made:  # fmt: skip
         columns: dict[str, list[np.ndarray]] = {}
         kept: list[int] = []
-        for groups in ahead(load, -(-len(shard) // size), 2, 3):
-            for indices, prepared in groups:
-                parts: dict[str, np.ndarray] = {}
-                for network, ready in zip(self.networks, prepared, strict=True):
-                    parts |= network(ready)
-                fine = np.logical_and.reduce([np.isfinite(v).all(axis=1) for v in parts.values()])
-                for i, good in zip(indices, fine, strict=True):
-                    if good:
-                        kept.append(i)
-                    else:
-                        errors[i] = "its features are not finite"
-                for name, part in parts.items():
-                    columns.setdefault(name, []).append(part[fine].astype(np.float32, copy=False))
-        arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
-        if not arrays:  # a shard without one usable picture still has every column
-            arrays = {c: np.zeros((0, 0), np.float32) for n in self.stage.found for c in networks.COLUMNS[n]}
+        sheet: dict[int, bytes] = {}
+        scores = self.stage.found.name in ("judge", "preference", "scorer")
+        for indices, ready in batches:
+            with self.lock, self._fixed(self.stage.threads):
+                parts = self.network(ready)
+                if isinstance(self.network, networks.Reconstruction) and len(sheet) < SHEET:
+                    sheet |= {i: png(p) for i, p in zip(indices, self.network.images, strict=True) if i < SHEET}
+            fine = np.logical_and.reduce([np.isfinite(v).all(axis=1) | scores for v in parts.values()])
+            kept += [i for i, good in zip(indices, fine, strict=True) if good]
+            for i, good in zip(indices, fine, strict=True):
+                errors[i] = None if good else "its features are not finite"
+            for name, part in parts.items():
+                columns.setdefault(name, []).append(part[fine].astype(np.float32, copy=False))
+        order = np.argsort(kept, kind="stable")
+        arrays = {name: np.concatenate(parts)[order] for name, parts in columns.items()}
+        if not arrays:  # a shard without one usable image still has every column
+            arrays = {c: np.zeros((0, 0), np.float32) for c in networks.COLUMNS.get(self.stage.found.name, ())}
         status = ["success" if e is None else "failed" for e in errors]
-        prompts = shard.table["prompt_id"].take(pa.array(shard.rows)).to_pylist() if _generated(shard) else None
-        table = {
-            "key": shard.keys,
-            "row": shard.rows.tolist(),
-            "prompt_id": prompts or [None] * len(shard),
+        table: dict[str, list[Any]] = {
+            "key": keys,
+            "caption": [r.get("caption") for r in rows],
+            "prompt_id": [r.get("prompt_id") for r in rows],
             "status": status,
-            "error": errors,
+            "error": list(errors),
             "converted": converted,
         }
-        types = {"row": pa.int64(), "converted": pa.bool_()}
-        files = {
-            ".safetensors": pack_columns(arrays, self.stage.weights),
-            ".parquet": parquet(table, {n: types.get(n, pa.string()) for n in table}),
-        }
-        counts = Counter(status)
-        counts["success"] += 0
-        return files, {
-            "rows": len(shard),
-            "count": len(kept),
-            "status": dict(sorted(counts.items())),
-            "converted": sum(converted),
-        }
-
-
-def _generated(shard: images.ImageShard) -> bool:
-    return "prompt_id" in shard.table.column_names
+        files = {".safetensors": pack_columns(arrays, self.stage.weights)}
+        if sheet:
+            tar, places = tar_of([(k, {"png": sheet[i]}) if i in sheet else None for i, k in enumerate(keys)])
+            files[".tar"], table = tar, table | places
+        files[".parquet"] = parquet(table, converted=pa.bool_())
+        return files, {**counted(status), "converted": sum(converted)}

@@ -1,15 +1,16 @@
-"""Prompts to pictures with a diffusers pipeline, each picture's noise a function of its prompt and replicate alone.
+"""Prompts to images with a diffusers pipeline, each image's noise a function of its prompt and replicate alone.
 
-    seed = first 8 bytes of sha256(JSON [prompt id, replicate, purpose]), purpose "start" or "steps"
-
-So a picture is the same whichever worker draws it, in whatever batch, and two checkpoints or samplers are compared at
-the same noise. Reseeding for every chunk, as several public evaluation scripts do, gives 30,000 pictures from a few
-noises.
+A generator's whole state comes from 128 bits of sha256(JSON [prompt id, replicate]), so an image is the same whichever
+worker makes it, in whatever batch, and two checkpoints or samplers are compared at the same noise. (torch's own
+`manual_seed` keeps 32 bits of a seed: among a million images 109 would share their noise. Reseeding for every chunk,
+as several public evaluation scripts do, gives 30,000 images from a few noises.)
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,45 +22,74 @@ from shards.settings import ConfigError
 if TYPE_CHECKING:
     import torch
 
-# diffusers' scheduler class and what it is told beyond the exported scheduler's own configuration.
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+log = logging.getLogger("carrara.eval")
+
+# diffusers' scheduler class and what it is told beyond the exported scheduler's own configuration; None: the model's.
+SAMPLERS: dict[str, tuple[str, dict[str, Any]] | None] = {
+    "model": None,
     "ddpm": ("DDPMScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "dpm-solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm-solver++-karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "dpm-solver++-sde-karras": (
+        "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
     "unipc": ("UniPCMultistepScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "euler-karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
-}
+    "heun-karras": ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+    # On a rectified flow the first order of DPM-Solver++ is Euler's step in the flow's own time.
+    "flow-euler": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 1}),
+}  # fmt: skip
 # Those that know rectified flows (use_flow_sigmas), and those that take a variance beside the prediction.
-FLOW_SAMPLERS = ["dpm-solver++", "unipc"]
-LEARNED_VARIANCE_SAMPLERS = ["ddpm"]
+FLOW_SAMPLERS = ["dpm-solver++", "unipc", "flow-euler", "model"]
+LEARNED_VARIANCE_SAMPLERS = ["ddpm", "model"]
 
 
-class Draw(NamedTuple):
-    """One picture to draw."""
+class Sample(NamedTuple):
+    """One image to generate."""
 
     prompt_id: str
     replicate: int
     text: str
 
 
-def seed_of(prompt_id: str, replicate: int, purpose: str) -> int:
-    """63-bit seed of one picture's noise for one purpose."""
-    text = json.dumps([prompt_id, replicate, purpose], ensure_ascii=False, separators=(",", ":"))
-    return int(digest_bytes(text.encode())[:16], 16) >> 1
+def seed_of(prompt_id: str, replicate: int) -> int:
+    """128 bits: the seed of one image's noise."""
+    text = json.dumps([prompt_id, replicate], ensure_ascii=False, separators=(",", ":"))
+    return int(digest_bytes(text.encode())[:32], 16)
 
 
-def start_noise(draws: Sequence[Draw], shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal float32 [len(draws), *shape], drawn on the CPU so that it is the same for every device."""
+def generator_of(seed: int) -> torch.Generator:
+    """A CPU generator whose Mersenne Twister is filled from all bits of `seed`, by numpy's SeedSequence.
+
+    torch keeps the 624 words of its state, as uint64, from byte 24 on; before them stand the seed, how many words are
+    left and where the next one is. It does not fill them from more than 32 bits itself.
+    """
     import torch
 
-    noise = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(d.prompt_id, d.replicate, "start")))
-        for d in draws
-    ]
-    return torch.stack(noise)
+    words = np.random.MT19937(np.random.SeedSequence(seed)).state["state"]["key"]
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state().numpy().copy()
+    state[24 : 24 + 8 * len(words)] = words.astype("<u8").view(np.uint8)
+    generator.set_state(torch.from_numpy(state))
+    return generator
+
+
+def generators(samples: Sequence[Sample]) -> list[torch.Generator]:
+    """One generator an image."""
+    return [generator_of(seed_of(s.prompt_id, s.replicate)) for s in samples]
+
+
+def start_noise(samples: Sequence[Sample], shape: tuple[int, ...]) -> torch.Tensor:
+    """What the generators give first: standard normal float32 [len(samples), *shape], drawn on the CPU so that it is
+    the same for every device."""
+    import torch
+
+    return torch.stack([torch.randn(shape, generator=g) for g in generators(samples)])
 
 
 def swap_sampler(pipeline: Any, sampler: str, timestep_spacing: str | None = None) -> None:
@@ -68,29 +98,42 @@ def swap_sampler(pipeline: Any, sampler: str, timestep_spacing: str | None = Non
 
     if sampler not in SAMPLERS:
         raise ConfigError(f"eval.sampler is '{sampler}'; it must be one of {', '.join(SAMPLERS)}")
-    config = pipeline.scheduler.config
-    fitting = list(SAMPLERS)
-    if config.prediction_type == "flow_prediction":
+    config, chosen = pipeline.scheduler.config, SAMPLERS[sampler]
+    fitting, what = list(SAMPLERS), ""
+    if "FlowMatch" in type(pipeline.scheduler).__name__:
+        fitting, what = ["flow-euler", "model"], "this pipeline's rectified flow"
+        chosen = None if sampler == "flow-euler" else chosen
+    elif config.get("prediction_type") == "flow_prediction":
         fitting, what = FLOW_SAMPLERS, "a rectified flow"
     elif str(config.get("variance_type", "")).startswith("learned"):
         fitting, what = LEARNED_VARIANCE_SAMPLERS, "a model that has learned its variance"
+    elif sampler == "flow-euler":
+        fitting, what = [s for s in SAMPLERS if s != "flow-euler"], "a model that is no rectified flow"
     if sampler not in fitting:
         raise ConfigError(f"eval.sampler is '{sampler}', which cannot sample {what}; take {' or '.join(fitting)}")
-    name, extra = SAMPLERS[sampler]
-    if timestep_spacing is not None:
-        extra = {**extra, "timestep_spacing": timestep_spacing}
-    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **extra)
+    extra = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
+    if chosen is not None:
+        name, more = chosen
+        pipeline.scheduler = getattr(diffusers, name).from_config(config, **more, **extra)
+    elif extra:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(config, **extra)
 
 
-def placed(pipeline: Any, device: str, precision: str) -> Any:
-    """The pipeline on that device; in float32 as it is."""
-    import torch
+def evaluations(sampler: str, steps: int, guidance_scale: float) -> int:
+    """Evaluations of the denoiser that one image takes: the cost that does not depend on the machine.
 
-    return pipeline.to(device) if precision == "float32" else pipeline.to(device, getattr(torch, precision))
+    Heun's method takes two a step and one at the last; PNDM, without its Runge-Kutta steps, repeats its second.
+    """
+    once = 2 * steps - 1 if sampler.startswith("heun") else steps + (sampler == "pndm")
+    return once * (2 if guidance_scale > 1 else 1)
 
 
-class Artist:
-    """A pipeline that draws batches. `side` is the pictures' size in px."""
+class ImageGenerator:
+    """A pipeline that makes batches of images of `size` px.
+
+    Of its parts the denoiser alone runs in `precision`: the sampler's state, the VAE and the text encoders are float32,
+    since 8 significant bits are too few for 8-bit images and for sums over steps.
+    """
 
     def __init__(
         self,
@@ -101,32 +144,114 @@ class Artist:
         timestep_spacing: str | None = None,
         precision: str = "float32",
         device: str = "cpu",
+        size: int | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
     ) -> None:
-        swap_sampler(pipeline, sampler, timestep_spacing)
-        pipeline.set_progress_bar_config(disable=True)
-        self.pipeline = placed(pipeline, device, precision)
-        self.steps, self.guidance_scale = steps, guidance_scale
-        self.latent_side = int(pipeline.unet.config.sample_size)
-        self.channels = int(pipeline.unet.config.in_channels)
-        self.side = self.latent_side * int(pipeline.vae_scale_factor)
-
-    def __call__(self, draws: Sequence[Draw]) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures uint8 [B, side, side, 3], and which of them are finite, bool [B] (the others are black)."""
         import torch
 
-        noise = start_noise(draws, (self.channels, self.latent_side, self.latent_side))
-        generators = [torch.Generator().manual_seed(seed_of(d.prompt_id, d.replicate, "steps")) for d in draws]
+        swap_sampler(pipeline, sampler, timestep_spacing)
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline, self.steps, self.guidance_scale = pipeline.to(device), steps, guidance_scale
+        self.denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+        self.interval, self.dtype = guidance_interval, getattr(torch, precision)
+        self._batch = 0
+        if channels_last and device != "cpu" and hasattr(pipeline, "unet"):
+            self.denoiser.to(memory_format=torch.channels_last)
+        if precision != "float32":
+            self.denoiser.to(self.dtype)
+        self._forward = torch.compile(self.denoiser.forward) if compile else self.denoiser.forward
+        if precision != "float32" or guidance_interval is not None or compile:
+            self._names = list(inspect.signature(self.denoiser.forward).parameters)
+            self.denoiser.forward = self._denoise
+        scale = int(getattr(pipeline, "vae_scale_factor", 1))
+        self.size = size or int(self.denoiser.config.sample_size) * scale
+        if self.size % scale:
+            near = round(self.size / scale) * scale or scale
+            raise ConfigError(
+                f"eval.size is {self.size}, which the VAE does not divide; {near} is the nearest that fits"
+            )
+        self._largest = 1 << 30  # images at once that the device is known to hold
+
+    def __call__(self, samples: Sequence[Sample], **more: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 [B, size, size, 3], and which of them are finite, bool [B] (the others are black).
+
+        A batch that the device's memory does not hold is made in halves, and so are all later ones. more: further
+        arguments of the pipeline.
+        """
+        import torch
+
+        parts = []
+        start = 0
+        while start < len(samples):
+            part = list(samples[start : start + self._largest])
+            try:
+                parts.append(self._make(part, **{k: v[start : start + len(part)] if isinstance(v, list) else v for k, v in more.items()}))  # fmt: skip
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                self._largest = len(part) // 2
+                torch.cuda.empty_cache()
+                log.warning("eval: the device's memory does not hold %d images at once; now %d", len(part), self._largest)  # fmt: skip
+                continue
+            start += len(part)
+        return np.concatenate([p for p, _ in parts]), np.concatenate([f for _, f in parts])
+
+    def _make(self, samples: list[Sample], **more: Any) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+
+        self._batch = len(samples)
+        known = inspect.signature(self.pipeline.__call__).parameters
+        given = {"height": self.size, "width": self.size, "use_resolution_binning": False}
         with torch.inference_mode():
             pixels = self.pipeline(
-                prompt=[d.text for d in draws],
+                prompt=[s.text for s in samples],
                 num_inference_steps=self.steps,
                 guidance_scale=self.guidance_scale,
-                latents=noise.to(self.pipeline.device, self.pipeline.unet.dtype),
-                generator=generators,
+                generator=generators(samples),
                 output_type="pt",
+                **{k: v for k, v in given.items() if k in known and k not in more},
+                **more,
             ).images.float()
         finite = torch.isfinite(pixels).flatten(1).all(dim=1)
         return to_uint8(torch.where(finite[:, None, None, None], pixels, 0.0)), finite.cpu().numpy()
+
+    def _denoise(self, *args: Any, **kwargs: Any) -> Any:
+        """The denoiser in its own precision; outside the guidance interval on the conditioned half alone."""
+        import torch
+
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        x = next(v for n in ("sample", "hidden_states") if (v := named.get(n)) is not None)
+        halved = len(x) == 2 * self._batch and not self._guided(named.get("timestep"))
+
+        def cast(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: cast(v) for k, v in value.items()}
+            if isinstance(value, list | tuple):
+                return type(value)(cast(v) for v in value)
+            if not isinstance(value, torch.Tensor):
+                return value
+            if halved and value.ndim and len(value) == 2 * self._batch:
+                value = value[self._batch :]  # the conditioned half comes second in every pipeline
+            return value.to(self.dtype) if value.is_floating_point() and value.ndim > 1 else value
+
+        found = self._forward(**{name: cast(value) for name, value in named.items()})
+        out = (found[0] if isinstance(found, tuple) else found.sample).to(x.dtype)
+        out = torch.cat([out, out]) if halved else out
+        if isinstance(found, tuple):
+            return (out, *found[1:])
+        found.sample = out
+        return found
+
+    def _guided(self, timestep: Any) -> bool:
+        if self.interval is None or timestep is None:
+            return True
+        scheduler = self.pipeline.scheduler
+        last = float(scheduler.timesteps.max())
+        time = float(timestep.flatten()[0] if hasattr(timestep, "flatten") else timestep)
+        time /= scheduler.config.num_train_timesteps if last > 1 else 1
+        return self.interval[0] <= time <= self.interval[1]
 
 
 def to_uint8(pixels: torch.Tensor) -> np.ndarray:

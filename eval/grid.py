@@ -2,7 +2,7 @@
 
     eval.grid: {samplers: [ddim, dpm-solver++], steps: [10, 20, 50], guidance_scales: [1, 3, 7.5], weights: [ema]}
 
-Every cell draws the same prompts from the same noise, so that cells are compared in pairs. A cell's pictures lie in its
+Every cell draws the same prompts from the same noise, so that cells are compared in pairs. A cell's images lie in its
 own folder and are never drawn twice. After a first part of its prompts a cell that another one beats in distance, in
 CLIP score and in cost, each by more than the errors say, is given up: what is given up, and why, follows from that
 first part alone, so a grid that was killed comes to the same decisions.
@@ -15,20 +15,22 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from eval import compare, results
+from eval import compare, measure
 from eval.config import EvalConfig
+from eval.evaluation import METRICS, Evaluation
+from eval.generate import evaluations
+from eval.measure import DISTANCES
+from eval.rows import dataset_of
+from eval.shardwork import committed_stats
 from eval.stage import GenerateStage
 from shards import storage
-from shards.dataset import Dataset, read_stats
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths
 from shards.settings import ConfigError
 from shards.stage import Task, Worker, committed, is_begun
 
-VARY = ("sampler", "steps", "guidance_scale")
-SECOND_ORDER = {"heun": 2}  # evaluations of the network a step; one for all others
+VARY = ("sampler", "steps", "guidance_scale", "guidance_interval", "timestep_spacing")
 GIVE_UP_SIGMAS = 3.0
-DISTANCES = ("fid_clean", "fid_tf", "fd_dinov2_pil", "fd_clip_unit")  # the first that was measured
 
 
 def cells(config: EvalConfig) -> list[EvalConfig]:
@@ -40,28 +42,31 @@ def cells(config: EvalConfig) -> list[EvalConfig]:
         config.model_copy(update={"sampler": s, "steps": n, "guidance_scale": w, "weights": weights})
         for s, n, w, weights in itertools.product(g.samplers, g.steps, g.guidance_scales, g.weights)
     ]
-    return sorted(found, key=lambda c: (evaluations(c), c.cell))
+    return sorted(found, key=lambda c: (cost(c), c.cell))
 
 
-def evaluations(config: EvalConfig) -> int:
-    """Evaluations of the UNet that one picture takes: the cost that does not depend on the machine."""
-    guided = 2 if config.guidance_scale > 1 else 1
-    order = SECOND_ORDER.get(config.sampler, 1)
-    return (order * config.steps - (order - 1)) * guided  # Heun's last step has one
+def cost(config: EvalConfig) -> int:
+    """Evaluations of the denoiser that one image takes."""
+    return evaluations(config.sampler, config.steps, config.guidance_scale)
 
 
 class FirstPart:
     """The first `shards` shards of a cell as a stage of its own, which leaves no manifest: the cell is not finished."""
 
     unit = "images"
+    in_hand = GenerateStage.in_hand
 
-    def __init__(self, stage: GenerateStage, shards: int) -> None:
-        self.stage, self.shards = stage, shards
-        self.name, self.root, self.data = stage.name, stage.root, stage.data
+    def __init__(self, evaluation: Evaluation, shards: int) -> None:
+        self.evaluation, self.stage, self.shards = evaluation, evaluation.generate, shards
+        self.name, self.root, self.data = self.stage.name, self.stage.root, self.stage.data
 
     def made_with(self) -> Fingerprint:
         """The cell's own."""
         return self.stage.made_with()
+
+    def begin(self, redo: bool = False) -> None:
+        """As the cell's own."""
+        self.stage.begin(redo)
 
     def tasks(self) -> Iterator[Task]:
         """The first tasks of the cell."""
@@ -81,16 +86,11 @@ class FirstPart:
         return is_begun(self) and all(committed(self, self.tasks()))
 
     def measure(self) -> dict[str, Any]:
-        """The result of these shards alone, in the form of metrics.json."""
-        stats = [s for t in self.tasks() if (s := read_stats(self.root, t.index)) is not None]
-        reference = self.stage.reference()
-        real = None if reference is None else Dataset.open(reference.root)
+        """The result of these shards alone, in every distance that the cells are reported in."""
+        stats = [s for s in committed_stats(self, self.tasks()) if s is not None]
         return {
-            "checkpoint": self.stage.subject.name,
-            "cell": self.stage.config.cell,
-            "protocol": self.stage.protocol().to_json(),
-            "missing": {"shards": [], "pictures": 0},
-            **results.measure(self.stage.config, results.dataset_of(self.root, stats), real),
+            "protocol": self.evaluation.protocol,
+            **measure.measure(self.evaluation, dataset_of(self.root, stats)),
         }
 
 
@@ -118,9 +118,9 @@ def dominated(parts: Sequence[tuple[EvalConfig, dict[str, Any]]]) -> list[GivenU
     found = []
     for config, result in parts:
         for other, rival in parts:
-            if other.cell == config.cell or evaluations(other) > evaluations(config):
+            if other.cell == config.cell or cost(other) > cost(config):
                 continue
-            apart = {d.metric: d for d in compare.differences(rival, result, (*VARY, "weights"))}
+            apart = {d.metric: d for d in compare.differences(rival, result, VARY)}
             distance = next((apart[n] for n in DISTANCES if n in apart), None)
             score = apart.get("clip_score")
             if distance is None or score is None:
@@ -129,7 +129,7 @@ def dominated(parts: Sequence[tuple[EvalConfig, dict[str, Any]]]) -> list[GivenU
                 words = (
                     f"{distance.metric} {distance.b:.4g} against {distance.a:.4g} ({distance.worse_by():.0f} standard "
                     f"errors), clip_score {score.b:.4g} against {score.a:.4g} ({score.worse_by():.0f}), "
-                    f"{evaluations(config)} evaluations of the network against {evaluations(other)}"
+                    f"{cost(config)} evaluations of the denoiser against {cost(other)}"
                 )
                 found.append(GivenUp(config.cell, other.cell, words))
                 break
@@ -138,8 +138,8 @@ def dominated(parts: Sequence[tuple[EvalConfig, dict[str, Any]]]) -> list[GivenU
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A finished cell: distance (lower is better) and CLIP score (higher), each (value, low, high); seconds are a
-    picture's."""
+    """A finished cell: distance (lower is better) and CLIP score (higher), each (value, low, high); seconds are an
+    image's."""
 
     cell: str
     distance: tuple[float, float, float]
@@ -153,7 +153,7 @@ class Point:
 def points(found: Sequence[tuple[EvalConfig, dict[str, Any], float]]) -> tuple[str, list[Point]]:
     """The distance's name, and a point a cell with its place marked; cells without both metrics are left out.
 
-    found: (configuration, content of metrics.json, measured seconds a picture). A cell is on the frontier where no
+    found: (configuration, content of metrics.json, measured seconds an image). A cell is on the frontier where no
     other is at least as good in distance, score and evaluations, and better in one. The knee is the cell farthest from
     the straight line between the frontier's ends in distance and score, each scaled to 0..1 (Das 1999).
     """
@@ -161,7 +161,7 @@ def points(found: Sequence[tuple[EvalConfig, dict[str, Any], float]]) -> tuple[s
     if not name:
         return "", []
     made = [
-        Point(c.cell, _triple(r["metrics"][name]), _triple(r["metrics"]["clip_score"]), seconds, evaluations(c))
+        Point(c.cell, _triple(r["metrics"][name]), _triple(r["metrics"]["clip_score"]), seconds, cost(c))
         for c, r, seconds in found
         if "clip_score" in r["metrics"]
     ]
@@ -191,7 +191,7 @@ def knee(frontier: Sequence[Point]) -> Point | None:
 
 
 def _triple(metric: dict[str, Any]) -> tuple[float, float, float]:
-    value = metric.get("bias_corrected", metric["value"])
+    value = metric["value"]
     return value, metric.get("low", value), metric.get("high", value)
 
 
@@ -206,41 +206,33 @@ def _better_two(q: Point, p: Point) -> bool:
     return no_worse and (q.distance[0] < p.distance[0] or q.score[0] > p.score[0])
 
 
-def seconds_a_picture(stage: GenerateStage) -> float:
-    """Measured: the shards' seconds over their pictures; drawing, features and judging together."""
-    stats = [s for t in stage.tasks() if (s := read_stats(stage.root, t.index)) is not None]
-    return sum(s["seconds"] for s in stats) / max(1, sum(s["rows"] for s in stats))
+def seconds_an_image(stage: GenerateStage) -> float:
+    """Measured: the shards' seconds over their images."""
+    done, _ = stage.committed()
+    return sum(s["seconds"] for s in done) / max(1, sum(s["rows"] for s in done))
 
 
-def record_file(run: RunPaths, checkpoint: str) -> str:
+def record_file(run: RunPaths, model: str) -> str:
     """Where a grid's outcome lies: cells, given-up ones with their reason, the frontier."""
-    return storage.join(run.eval, checkpoint, "grid.json")
-
-
-def read_record(run: RunPaths, checkpoint: str) -> dict[str, Any] | None:
-    """What `record` wrote; None where there is none, or a torn one."""
-    try:
-        found = storage.read_json(record_file(run, checkpoint))
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and found.get("points") else None
+    return storage.join(run.eval, model, "grid.json")
 
 
 def record(
-    run: RunPaths, stages: Sequence[GenerateStage], given_up: Sequence[GivenUp], first: dict[str, int]
+    run: RunPaths, done: Sequence[Evaluation], given_up: Sequence[GivenUp], first: dict[str, int]
 ) -> dict[str, Any]:
     """Write grid.json of the finished cells and of those given up; returns it."""
     gone = {g.cell for g in given_up}
-    found = []
-    for stage in stages:
-        metrics = results.read(storage.join(stage.root, results.METRICS))
-        if stage.config.cell not in gone and metrics is not None:
-            found.append((stage.config, metrics, seconds_a_picture(stage)))
+    found, ids = [], {}
+    for evaluation in done:
+        metrics = measure.read(storage.join(evaluation.folder, METRICS))
+        if evaluation.config.cell not in gone and metrics is not None:
+            found.append((evaluation.config, metrics, seconds_an_image(evaluation.generate)))
+            ids[evaluation.config.cell] = evaluation.folder.rsplit("/", 1)[-1]
     name, placed = points(found)
     outcome = {
         "distance": name,
-        "points": [dataclasses.asdict(p) for p in placed],
-        "given_up": [{**dataclasses.asdict(g), "pictures": first[g.cell]} for g in given_up],
+        "points": [{**dataclasses.asdict(p), "folder": ids[p.cell]} for p in placed],
+        "given_up": [{**dataclasses.asdict(g), "images": first[g.cell]} for g in given_up],
     }
-    storage.write_json(record_file(run, stages[0].subject.name), outcome)
+    storage.write_json(record_file(run, done[0].model.name), outcome)
     return outcome

@@ -1,6 +1,7 @@
 """Judgement by people: blinded pairs on one HTML page, their votes, and Bradley-Terry scores with intervals.
 
-    carrara judge pack  --config run.yaml --cells step-00000600/ddim-20-3 step-00000900/ddim-20-3 --out pack
+    carrara judge pack RUN --results step-00000600/30a96fd76c step-00000900/30a96fd76c --out pack
+    carrara judge pack RUN --results step-00000900/30a96fd76c /other/run:step-00000900/30a96fd76c --out pack
     carrara judge score pack votes-*.csv
 
 `pack` writes index.html, which opens from a USB stick and saves a CSV of votes, and key.json, which says what was what
@@ -9,7 +10,8 @@ by a hash, and nothing on the page tells them apart. Pairs are drawn evenly over
 
 Bradley & Terry 1952: P(i beats j) = 1 / (1 + exp(s_j - s_i)). A tie is half a win to either side. The scores are the
 maximum of the likelihood with a weak prior, N(0, 3) in logits, without which one who never lost would have none; they
-are centred, and their intervals come from the inverse of the observed information, over voters' prompts as draws.
+are centred. Their intervals count two votes as independent only where neither the prompt nor the voter is the same:
+errors clustered both ways (Cameron, Gelbach & Miller 2011), and Student's t on the smaller number of clusters.
 """
 
 from __future__ import annotations
@@ -19,15 +21,16 @@ import dataclasses
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from eval import gather
-from eval.estimate import Z95
+from eval import measure
+from eval.metrics.estimate import quantile95
+from eval.report import gather
 from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import digest_json
@@ -53,6 +56,16 @@ class Pair:
     right_picture: str
 
 
+class Vote(NamedTuple):
+    """wins: of i over j, 1, 0.5 or 0."""
+
+    i: int
+    j: int
+    wins: float
+    prompt: str
+    voter: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """Bradley-Terry score in logits, centred, with standard error and 95 % interval; the share of comparisons won."""
@@ -67,15 +80,16 @@ class Score:
 
 
 def pairs(run: RunPaths, names: Sequence[str], count: int, seed: int = 0) -> list[Pair]:
-    """`count` pairs of pictures with the same prompt and noise from cells named CHECKPOINT/CELL, in a shuffled order.
+    """`count` pairs of images with the same prompt and noise from results named [RUN:]MODEL/PROTOCOL, in a shuffled
+    order, none twice.
 
-    StageError where the cells share too few pictures.
+    StageError where the results share too few images.
     """
     if len(names) < 2 or len(set(names)) != len(names):
-        raise ConfigError("judge: name at least two different cells, such as step-00000600/ddim-20-3")
+        raise ConfigError("judge: name at least two different results, such as step-00000600/30a96fd76c")
     if not 1 <= count <= MAX_PAIRS:
         raise ConfigError(f"judge: --pairs is {count}; ask for 1 to {MAX_PAIRS} on a page")
-    sets = [_Cell(run, name) for name in names]
+    sets = [_Result(run, name) for name in names]
     shared = sorted(set.intersection(*(set(s.place) for s in sets)))
     if not shared:
         raise StageError(f"judge: {', '.join(names)} have no prompt in common; evaluate them with the same prompts")
@@ -85,9 +99,9 @@ def pairs(run: RunPaths, names: Sequence[str], count: int, seed: int = 0) -> lis
         raise ConfigError(f"judge: there are {len(order) * len(pairings)} pairs, not {count}; ask for fewer")
     found = []
     for n in range(count):
-        # Each prompt meets another pairing at every round, so that all come up equally often.
+        # Each prompt begins at another pairing and meets the next one at every round: all come up, none twice.
         place = order[n % len(order)]
-        i, j = pairings[(n + n // len(order)) % len(pairings)]
+        i, j = pairings[(n % len(order) + n // len(order)) % len(pairings)]
         identity = digest_json([seed, *place, i, j])
         if int(identity[:8], 16) % 2:
             i, j = j, i
@@ -95,21 +109,27 @@ def pairs(run: RunPaths, names: Sequence[str], count: int, seed: int = 0) -> lis
     return found
 
 
-class _Cell:
-    """Pictures of one evaluated cell, by prompt and replicate."""
+class _Result:
+    """Images of one evaluated result, by prompt and replicate."""
 
     def __init__(self, run: RunPaths, name: str) -> None:
-        parts = name.split("/")
+        other, _, rest = name.rpartition(":")
+        parts = rest.split("/")
         if len(parts) != 2 or any(not p or p.startswith(".") for p in parts):
-            raise ConfigError(f"judge: '{name}' must be CHECKPOINT/CELL, such as step-00000900/ddim-20-3")
-        dataset = Dataset.open(storage.join(run.eval, *parts))
+            raise ConfigError(f"judge: '{name}' must be [RUN:]MODEL/PROTOCOL, such as step-00000900/30a96fd76c")
+        paths = RunPaths(other) if other else run
+        found = measure.read(storage.join(paths.eval, *parts, "metrics.json"))
+        if found is None:
+            raise ConfigError(f"judge: there is no result {name}; the report says which there are")
+        dataset = Dataset.open(storage.join(paths.eval, parts[0], found["images"]))
         self.shards = [ImageShard(dataset, p) for p in range(len(dataset.shards))]
         self.place: dict[tuple[str, int], tuple[int, int]] = {}
         self.captions: dict[tuple[str, int], str] = {}
         for p, shard in enumerate(self.shards):
             for i, row in enumerate(shard.table.take(shard.rows).to_pylist()):
-                self.place[row["prompt_id"], row["replicate"]] = (p, i)
-                self.captions[row["prompt_id"], row["replicate"]] = row["caption"]
+                if row["image_offset"] is not None:
+                    self.place[row["prompt_id"], row["replicate"]] = (p, i)
+                    self.captions[row["prompt_id"], row["replicate"]] = row["caption"]
 
     def prompt(self, place: tuple[str, int]) -> str:
         return gather.plain(self.captions[place])
@@ -121,7 +141,7 @@ class _Cell:
 
 def write_pack(out: str, names: Sequence[str], found: Sequence[Pair], run: RunPaths) -> str:
     """Write index.html and key.json into the folder `out`; returns the page's path."""
-    from eval import report
+    from eval.report import page as report
 
     pack = digest_json([list(names), [p.id for p in found]])[:12]
     small = all("image/png" in p.left_picture for p in found)
@@ -137,16 +157,16 @@ def write_pack(out: str, names: Sequence[str], found: Sequence[Pair], run: RunPa
     return storage.join(out, "index.html")
 
 
-def read_votes(pack: str, files: Sequence[str]) -> tuple[list[str], list[tuple[int, int, float, str]]]:
-    """Names, and (i, j, wins of i, pair) of every vote; ConfigError with file and line where one cannot be used.
+def read_votes(pack: str, files: Sequence[str]) -> tuple[list[str], list[Vote]]:
+    """Names, and every vote; ConfigError with file and line where one cannot be used.
 
-    A voter's second vote on a pair (by the `voter` column) replaces the first.
+    A voter's second vote on a pair (by the `voter` column, or the file where it is empty) replaces the first.
     """
     key = storage.read_json(storage.join(pack, "key.json"))
     if not isinstance(key, dict) or not isinstance(key.get("pairs"), dict):
         raise ConfigError(f"judge: {pack} has no key.json; name the folder that `carrara judge pack` wrote")
     names = [str(n) for n in key["names"]]
-    votes: dict[tuple[str, str], tuple[int, int, float, str]] = {}
+    votes: dict[tuple[str, str], Vote] = {}
     for file in files:
         path = Path(file)
         if not path.is_file() or path.stat().st_size > MAX_VOTES:
@@ -164,15 +184,17 @@ def read_votes(pack: str, files: Sequence[str]) -> tuple[list[str], list[tuple[i
                 raise ConfigError(f"{where}: pair '{row.get('pair')}', choice '{choice}' is no vote of this pack")
             i, j = names.index(pair["left"]), names.index(pair["right"])
             wins = {"left": 1.0, "right": 0.0, "tie": 0.5}[choice]
-            votes[str(row.get("voter") or file), str(row["pair"])] = (i, j, wins, str(row["pair"]))
+            voter = row.get("voter") or ""
+            if voter in ("", "anonymous"):  # as pages of before called everybody
+                voter = f"file {file}"
+            votes[voter, str(row["pair"])] = Vote(i, j, wins, str(pair["prompt"]), voter)
     return names, list(votes.values())
 
 
-def bradley_terry(names: Sequence[str], votes: Sequence[tuple[int, int, float, str]]) -> list[Score]:
-    """Scores of `names` from votes (i, j, wins of i out of 1, pair), best first.
+def bradley_terry(names: Sequence[str], votes: Sequence[Vote]) -> list[Score]:
+    """Scores of `names` from votes, best first.
 
-    Votes of several people on one pair are no independent draws: the covariance is the sandwich H^-1 S H^-1 with S
-    summed by pair (Liang & Zeger 1986). ConfigError where there is no vote.
+    The covariance is the sandwich H^-1 S H^-1 with S summed by prompt and by voter (Liang & Zeger 1986). ConfigError where there is no vote.
     """
     if not votes:
         raise ConfigError("judge: there are no votes; give the CSV files that the page saved")
@@ -192,30 +214,41 @@ def bradley_terry(names: Sequence[str], votes: Sequence[tuple[int, int, float, s
         if np.abs(step).max() < 1e-12:
             break
     scores = scores - scores.mean()
-    covariance = _covariance(design, won - chance, information, [v[3] for v in votes])
+    covariance = _covariance(design, won - chance, information, votes)
+    voters = len({v.voter for v in votes})
+    half = quantile95(max(2, min(len({v.prompt for v in votes}), voters if voters > 1 else len(votes))))
     result = []
     for k, name in enumerate(names):
         mine = float(won[i == k].sum() + (1 - won[j == k]).sum())
         count = int((i == k).sum() + (j == k).sum())
         se = math.sqrt(max(0.0, float(covariance[k, k])))
         score = float(scores[k])
-        result.append(Score(name, score, se, score - Z95 * se, score + Z95 * se, mine / max(1, count), count))
+        result.append(Score(name, score, se, score - half * se, score + half * se, mine / max(1, count), count))
     return sorted(result, key=lambda s: -s.score)
 
 
 def _covariance(
     design: npt.NDArray[np.float64], residual: npt.NDArray[np.float64], information: npt.NDArray[np.float64],
-    clusters: Sequence[str],
+    votes: Sequence[Vote],
 ) -> npt.NDArray[np.float64]:  # fmt: skip
-    """Of the centred scores: by pair, or the model's own where that is the larger, as with few or one-sided votes."""
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
-    sums = np.zeros((index.max() + 1, design.shape[1]))
-    np.add.at(sums, index, design * residual[:, None])
+    """Of the centred scores: clustered by prompt and by voter, or the model's own where that is the larger, as with few
+    or one-sided votes."""
+    scores = design * residual[:, None]
+
+    def summed(clusters: Sequence[Hashable]) -> npt.NDArray[np.float64]:
+        places = {c: i for i, c in enumerate(dict.fromkeys(clusters))}
+        sums = np.zeros((len(places), design.shape[1]))
+        np.add.at(sums, [places[c] for c in clusters], scores)
+        return (sums.T @ sums) * (len(places) / max(1, len(places) - 1))
+
+    prompts, voters = [v.prompt for v in votes], [v.voter for v in votes]
     centre = np.eye(len(information)) - 1 / len(information)
     inverse = centre @ np.linalg.inv(information)
-    robust = inverse @ (sums.T @ sums) @ inverse.T * (len(sums) / max(1, len(sums) - 1))
-    own = inverse @ centre
-    return robust if np.trace(robust) > np.trace(own) else own
+    kinds = [summed(prompts)]
+    if len(set(voters)) > 1:
+        kinds += [summed(voters), summed(prompts) + summed(voters) - summed(list(zip(prompts, voters, strict=True)))]
+    found = [inverse @ kind @ inverse.T for kind in kinds] + [inverse @ centre]
+    return max(found, key=np.trace)  # the two-way sum may come out small by chance; the cautious one counts
 
 
 def table(scores: Sequence[Score]) -> str:

@@ -11,7 +11,7 @@ from shards.images import decode_rgb
 from shards.settings import ConfigError
 
 MAX_TEXT = 64_000_000  # bytes of a list of prompts
-MAX_PICTURE = 100_000_000  # bytes of one picture
+MAX_IMAGE = 100_000_000  # bytes of one image
 
 
 def read_lines(path: str, option: str, wanted: str) -> list[str]:
@@ -27,18 +27,18 @@ def read_lines(path: str, option: str, wanted: str) -> list[str]:
         raise ConfigError(f"{option}: {path} is not UTF-8 text; save it as UTF-8") from None
 
 
-def read_picture(path: str | Path, option: str, advice: str) -> np.ndarray:
-    """A picture, uint8 [H, W, 3]: its size in bytes and in pixels is looked at before anything is decoded.
+def read_image(path: str | Path, option: str, advice: str) -> np.ndarray:
+    """A image, uint8 [H, W, 3]: its size in bytes and in pixels is looked at before anything is decoded.
 
     Raises ConfigError, naming the option and ending with `advice`.
     """
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{option}: there is no file {path}")
-    if file.stat().st_size > MAX_PICTURE:
-        raise ConfigError(f"{option}: {path} is larger than {MAX_PICTURE // 1_000_000} MB; {advice}")
+    if file.stat().st_size > MAX_IMAGE:
+        raise ConfigError(f"{option}: {path} is larger than {MAX_IMAGE // 1_000_000} MB; {advice}")
     try:
         return decode_rgb(file.read_bytes())
     except ValueError as e:
-        why = re.sub(r"cannot identify image file <.*?>", "it is no picture", str(e))
+        why = re.sub(r"cannot identify image file <.*?>", "it is no image", str(e))
         raise ConfigError(f"{option}: {path}: {why}; {advice}") from None

@@ -1,78 +1,54 @@
 """How a number was measured. A score without its protocol cannot be compared with anything.
 
 The published distances of one and the same model differ by whole points between captions, resizes and sampler settings.
-So every result carries its protocol, and comparing results of unlike protocols is an error that names the fields.
+So every result carries its protocol, its folder is named by the protocol's id, and comparing results of unlike
+protocols is an error that names the fields. What is measured (UNet, VAE, text encoder, which of the weights) is the
+model's record, and no part of it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from shards.fingerprint import digest_json
 from shards.settings import StageError
 
-SEED_RULE = "sha256(prompt id, replicate, purpose), first 8 bytes; one generator a picture"
-SUBJECT = ("unet", "weights")  # what is measured, rather than how
+CODE = 2  # raise it when the same settings come to other images or numbers
+SEED_RULE = "128 bits of sha256([prompt id, replicate]) fill one Mersenne Twister an image"
+RESIZE = "shorter side by antialiased Lanczos, centre crop; features by each network's own preprocessing"
+
+GENERATION = (  # the fields that images depend on; the others come after
+    "prompts", "replicates", "seed_rule", "size", "sampler", "steps", "guidance_scale", "guidance_interval",
+    "timestep_spacing", "precision", "code", "generated_with",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """Everything a metric depends on. Digests are sha256 hex; `unet` and `weights` name the model under test."""
+@functools.cache
+def libraries(*names: str) -> dict[str, str]:
+    """Major and minor versions of libraries whose code decides about numbers."""
+    from importlib.metadata import version
 
-    prompts: str  # digest of the prompts' ids, in order
-    prompt_count: int
-    replicates: int
-    seed_rule: str
-    resolution: int  # side of the pictures, px
-    sampler: str
-    steps: int
-    guidance_scale: float
-    timestep_spacing: str  # "" where the exported scheduler decides
-    dtype: str
-    resize: str  # how real pictures come to the resolution, and pictures to the feature network
-    reference: str  # fingerprint of the held-out dataset; "" without one
-    vae: str
-    text: str
-    features: str
-    unet: str
-    weights: str  # ema or raw
-    inception: str = ""  # "" where no Inception features are taken
-    dinov2: str = ""
-    distance_reference: str = ""  # fingerprint of the pictures that Inception's and DINOv2's distances are to
-
-    @property
-    def id(self) -> str:
-        """Ten hex digits over all fields but the model under test: equal ids mean comparable numbers."""
-        return digest_json({k: v for k, v in asdict(self).items() if k not in SUBJECT})[:10]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"id": self.id, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Protocol:
-        """The inverse of `to_json`; StageError where a field is absent or unknown (written by another version)."""
-        names = {f.name for f in fields(cls)}
-        given = set(data) - {"id"}
-        if given != names:
-            odd = ", ".join(sorted(given ^ names))
-            raise StageError(
-                f"a stored protocol has other fields than this version's ({odd}); run the evaluation again"
-            )
-        return cls(**{k: v for k, v in data.items() if k != "id"})
+    return {name: ".".join(version(name).split("+")[0].split(".")[:2]) for name in names}
 
 
-def require_comparable(a: Protocol, b: Protocol, vary: Collection[str] = ()) -> None:
-    """StageError naming the fields in which two protocols differ, other than the model under test and those in
-    `vary`."""
-    ours, theirs = asdict(a), asdict(b)
-    unlike = [name for name in ours if ours[name] != theirs[name] and name not in SUBJECT and name not in vary]
+def identity(protocol: dict[str, Any]) -> str:
+    """Ten hex digits over all fields: equal ids mean comparable numbers."""
+    return digest_json({k: v for k, v in protocol.items() if k != "id"})[:10]
+
+
+def require_comparable(a: dict[str, Any], b: dict[str, Any], vary: Collection[str] = ()) -> None:
+    """StageError naming the fields in which two protocols differ, other than those in `vary`."""
+    names = [n for n in dict.fromkeys([*a, *b]) if n not in ("id", *vary)]
+    unlike = [n for n in names if a.get(n) != b.get(n)]
     if unlike:
-        shown = "; ".join(f"{name}: {_short(ours[name])} and {_short(theirs[name])}" for name in unlike)
-        raise StageError(f"results {a.id} and {b.id} were measured differently and cannot be compared ({shown})")
+        shown = "; ".join(f"{n}: {_short(a.get(n))} and {_short(b.get(n))}" for n in unlike)
+        raise StageError(
+            f"results {a.get('id')} and {b.get('id')} were measured differently and cannot be compared ({shown})"
+        )
 
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 24 else text[:12] + "..."
+    return text if len(text) <= 60 else text[:12] + "..."

@@ -1,10 +1,10 @@
 """Pictures from a checkpoint for people: prompts in, PNG files out; few in this process, many on a cluster.
 
     carrara sample runs/demo --prompt "a large red circle on the left of a white background" --count 4
-    carrara sample runs/demo --prompts prompts.jsonl --out pictures
+    carrara sample runs/demo --prompts prompts.jsonl --out images
     carrara sample runs/demo --prompt "a blue star" --image photo.png --strength 0.6 [--mask mask.png]
 
-A picture is a function of the weights, its prompt, the settings, the seed and its number: the n-th picture of a seed
+A image is a function of the weights, its prompt, the settings, the seed and its number: the n-th image of a seed
 has the same noise for every prompt, so that prompts compare. Image to image and inpainting are diffusers' own
 pipelines around the same networks. Shards lie in OUT/shards, as everywhere, so that a killed run goes on where it
 stood; the PNGs are unpacked from them.
@@ -13,39 +13,36 @@ stood; the PNGs are unpacked from them.
 from __future__ import annotations
 
 import json
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from latents.pictures import resize_crop
 from PIL import Image
 from pydantic import Field, model_validator
 
-from eval import checkpoints
-from eval.accounts import accounted
+from eval import model as models
 from eval.config import Sampler, Weights
-from eval.generate import Draw, placed, seed_of, start_noise, swap_sampler, to_uint8
-from eval.inputs import read_lines, read_picture
+from eval.generate import ImageGenerator, Sample
+from eval.inputs import read_image, read_lines
 from eval.prompts import MAX_CHARS
-from eval.reference import parquet, png
-from latents.pictures import resize_crop
+from eval.shardwork import Made, accounted, commit, counted, parquet, png, tar_of
 from shards import storage
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
-from shards.images import ImageShard, pack_tar
+from shards.images import ImageShard
 from shards.layout import RunPaths, sample_key
 from shards.settings import ConfigError, Strict, validate
 from shards.stage import Task, open_folder
 
 VERSION = 1
-UNPACKED = 2000  # pictures; beyond that the shards are the result
+UNPACKED = 20_000  # images; beyond that the shards are the result
 ADVICE = "give a PNG, JPEG or WebP of a sensible size"
 
 
-class Wish(Strict):
+class Request(Strict):
     """One line of what is wanted."""
 
     prompt: str = Field(max_length=MAX_CHARS)
@@ -54,10 +51,10 @@ class Wish(Strict):
 
 
 class SampleConfig(Strict):
-    """How pictures are drawn."""
+    """How images are drawn."""
 
-    wishes: list[Wish] = Field(min_length=1)
-    count: int = Field(default=1, ge=1, le=100_000, description="pictures a prompt")
+    requests: list[Request] = Field(min_length=1)
+    count: int = Field(default=1, ge=1, le=100_000, description="images a prompt")
     checkpoint: str = "latest"
     weights: Weights = "ema"
     sampler: Sampler = "ddim"
@@ -67,7 +64,7 @@ class SampleConfig(Strict):
     height: int | None = Field(default=None, ge=8, le=8192)
     image: str | None = None
     mask: str | None = None
-    strength: float = Field(default=0.6, gt=0, le=1, description="how far a given picture may change")
+    strength: float = Field(default=0.6, gt=0, le=1, description="how far a given image may change")
     batch_size: int = Field(default=8, ge=1, le=4096)
     shard_size: int = Field(default=64, ge=1, le=100_000)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -77,13 +74,13 @@ class SampleConfig(Strict):
     @model_validator(mode="after")
     def _together(self) -> SampleConfig:
         if self.mask and not self.image:
-            raise ValueError("a mask needs the picture that it is of; give --image too")
+            raise ValueError("a mask needs the image that it is of; give --image too")
         return self
 
 
-def wishes_of(prompts: Iterable[str], file: str | None, negative: str, seed: int) -> list[Wish]:
+def requests_of(prompts: Iterable[str], file: str | None, negative: str, seed: int) -> list[Request]:
     """Prompts of the command line, then those of a file: one a line, or (.jsonl) {prompt, negative, seed} a line."""
-    found = [_wish({"prompt": p, "negative": negative, "seed": seed}, "--prompt") for p in prompts]
+    found = [_request({"prompt": p, "negative": negative, "seed": seed}, "--prompt") for p in prompts]
     if file is None:
         return found
     lines = read_lines(file, "--prompts", "a text file with one prompt a line, or a .jsonl")
@@ -98,16 +95,16 @@ def wishes_of(prompts: Iterable[str], file: str | None, negative: str, seed: int
                 values = None
             if not isinstance(values, dict):
                 raise ConfigError(f'--prompts: line {number} of {file} is not a JSON object such as {{"prompt": ...}}')
-        found.append(_wish({"negative": negative, "seed": seed, **values}, f"{file}, line {number}"))
+        found.append(_request({"negative": negative, "seed": seed, **values}, f"{file}, line {number}"))
     return found
 
 
-def _wish(values: dict[str, Any], source: str) -> Wish:
-    return validate(Wish, values, source)
+def _request(values: dict[str, Any], source: str) -> Request:
+    return validate(Request, values, source)
 
 
 class SampleStage:
-    """Stage over shards of pictures to draw. Small and picklable, but for a picture to start from."""
+    """Stage over shards of images to draw. Small and picklable, but for a image to start from."""
 
     name = "sample"
     unit = "images"
@@ -116,39 +113,39 @@ class SampleStage:
     def __init__(self, config: SampleConfig, run: RunPaths, out: str) -> None:
         self.config, self.run, self.out = config, run, out
         self.root = storage.join(out, "shards")
-        self.subject = checkpoints.find(run, config.checkpoint, config.weights)
-        self.image = None if config.image is None else read_picture(config.image, "--image", ADVICE)
-        self.mask = None if config.mask is None else read_picture(config.mask, "--mask", ADVICE)
+        self.model = models.find(run, config.checkpoint, config.weights)
+        self.image = None if config.image is None else read_image(config.image, "--image", ADVICE)
+        self.mask = None if config.mask is None else read_image(config.mask, "--mask", ADVICE)
 
     @property
     def total(self) -> int:
-        """How many pictures are wanted."""
-        return len(self.config.wishes) * self.config.count
+        """How many images are wanted."""
+        return len(self.config.requests) * self.config.count
 
     def made_with(self) -> Fingerprint:
-        """Settings, weights and what is to be drawn."""
+        """Settings, weights and what is to be generated."""
         c = self.config
-        settings = c.model_dump(exclude={"wishes", "device", "image", "mask", "checkpoint"})
+        settings = c.model_dump(exclude={"requests", "device", "image", "mask", "checkpoint"})
         settings["image"] = None if self.image is None else digest_bytes(self.image.tobytes())
         settings["mask"] = None if self.mask is None else digest_bytes(self.mask.tobytes())
-        wanted = digest_json([[w.prompt, w.negative, w.seed] for w in c.wishes])
-        return Fingerprint(self.name, VERSION, settings, wanted, {"unet": self.subject.digest})
+        wanted = digest_json([[r.prompt, r.negative, r.seed] for r in c.requests])
+        return Fingerprint(self.name, VERSION, settings, wanted, {"model": self.model.digest})
 
     def tasks(self) -> Iterator[Task]:
-        """One task a shard; the pictures of a prompt lie side by side."""
+        """One task a shard; the images of a prompt lie side by side."""
         c = self.config
         for index, start in enumerate(range(0, self.total, c.shard_size)):
-            items = [(c.wishes[i // c.count], i % c.count) for i in range(start, min(start + c.shard_size, self.total))]
-            yield Task(index, payload=items)
+            places = range(start, min(start + c.shard_size, self.total))
+            yield Task(index, payload=[(c.requests[i // c.count], i % c.count) for i in places])
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Build the pipeline once; the result makes one shard a call."""
         return _Worker(self)
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        """Write the manifest, and unpack the pictures beside it where there are not too many."""
+        """Write the manifest, and unpack the images beside it where there are not too many."""
         kept, _ = accounted(self.root, {task.index: len(task.payload) for task in self.tasks()}, stats)
-        extra = {"checkpoint": self.subject.name, "settings": self.config.model_dump(mode="json")}
+        extra = {"checkpoint": self.model.name, "settings": self.config.model_dump(mode="json")}
         manifest = write_manifest(self.root, "samples", kept, extra)
         if self.total <= UNPACKED:
             self._unpack()
@@ -165,9 +162,7 @@ class SampleStage:
                 storage.write_atomic(storage.join(self.out, file), shard.image_bytes(i))
                 listed.append({"file": file, **{k: row[k] for k in ("caption", "negative", "seed", "number")}})
             shard.close()
-        storage.write_json(
-            storage.join(self.out, "samples.json"), {"checkpoint": self.subject.name, "pictures": listed}
-        )
+        storage.write_json(storage.join(self.out, "samples.json"), {"checkpoint": self.model.name, "images": listed})
 
 
 class _Worker:
@@ -178,87 +173,70 @@ class _Worker:
         self.stage, self.config, self.fixed = stage, stage.config, fixed_arithmetic
         self.folder = open_folder(stage)
         c = stage.config
-        device = pick_device(c.device)
         with fixed_arithmetic(c.threads):
-            base = checkpoints.build_pipeline(stage.run, stage.subject)
-            swap_sampler(base, c.sampler)
-            self.pipeline = _kind(base, stage.image is not None, stage.mask is not None)
-            self.pipeline = placed(self.pipeline, device, c.precision)
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.factor = int(self.pipeline.vae_scale_factor)
-        self.width, self.height = (side or stage.subject.resolution for side in (c.width, c.height))
-        for name, side in (("width", self.width), ("height", self.height)):
-            if side % self.factor:
-                near = round(side / self.factor) * self.factor or self.factor
-                raise ConfigError(f"--{name} is {side}, which the VAE does not divide; {near} is the nearest that fits")
+            base = models.build_pipeline(stage.run, stage.model)
+            factor = int(base.vae_scale_factor)
+            self.width, self.height = (side or stage.model.size for side in (c.width, c.height))
+            for name, side in (("width", self.width), ("height", self.height)):
+                if side % factor:
+                    near = round(side / factor) * factor or factor
+                    raise ConfigError(
+                        f"--{name} is {side}, which the VAE does not divide; {near} is the nearest that fits"
+                    )
+            pipeline = _kind(base, stage.image is not None, stage.mask is not None)
+            device = pick_device(c.device)
+            self.generator = ImageGenerator(
+                pipeline, c.sampler, c.steps, c.guidance_scale, precision=c.precision, device=device
+            )
 
     def __call__(self, task: Task) -> dict[str, Any]:
-        if (found := self.folder.adopt(task.index)) is not None:
-            return found
-        started = time.perf_counter()
-        with self.fixed(self.config.threads):
-            files, stats = self._make(task.index, task.payload)
-        stats["seconds"] = round(time.perf_counter() - started, 3)
-        return self.folder.commit(task.index, files, stats)
+        def make() -> Made:
+            with self.fixed(self.config.threads):
+                return self._make(task.index, task.payload)
 
-    def _make(self, index: int, items: list[tuple[Wish, int]]) -> tuple[dict[str, bytes], dict[str, Any]]:
-        pictures: list[np.ndarray] = []
+        return commit(self.folder, task, make)
+
+    def _make(self, index: int, items: list[tuple[Request, int]]) -> Made:
+        images: list[np.ndarray] = []
         finite: list[bool] = []
         for start in range(0, len(items), self.config.batch_size):
-            drawn, fine = self._draw(items[start : start + self.config.batch_size])
-            pictures += list(drawn)
+            made, fine = self._generate(items[start : start + self.config.batch_size])
+            images += list(made)
             finite += fine.tolist()
         keys = [sample_key(index, row, self.config.shard_size) for row in range(len(items))]
-        kept = [i for i, fine in enumerate(finite) if fine]
-        encoded = {i: png(pictures[i]) for i in kept}
-        tar, places = pack_tar((keys[i], {"png": encoded[i], "txt": items[i][0].prompt.encode()}) for i in kept)
-        place = {i: p["png"] for i, p in zip(kept, places, strict=True)}
+        tar, places = tar_of(
+            [
+                (key, {"png": png(image), "txt": request.prompt.encode()}) if fine else None
+                for key, image, fine, (request, _) in zip(keys, images, finite, items, strict=True)
+            ]
+        )
+        status = ["success" if f else "failed_to_generate" for f in finite]
         table: dict[str, list[Any]] = {
             "key": keys,
-            "caption": [w.prompt for w, _ in items],
-            "negative": [w.negative for w, _ in items],
-            "seed": [w.seed for w, _ in items],
+            "caption": [r.prompt for r, _ in items],
+            "negative": [r.negative for r, _ in items],
+            "seed": [r.seed for r, _ in items],
             "number": [n for _, n in items],
-            "status": ["success" if f else "failed_to_generate" for f in finite],
-            "error": [None if f else "the picture is not finite" for f in finite],
-            "image_offset": [place[i][0] if i in place else None for i in range(len(items))],
-            "image_size": [place[i][1] if i in place else None for i in range(len(items))],
+            "status": status,
+            "error": [None if f else "the image is not finite" for f in finite],
+            **places,
         }
-        integers = ("seed", "number", "image_offset", "image_size")
-        types = {n: pa.int64() if n in integers else pa.string() for n in table}
-        stats = {"rows": len(items), "count": len(kept), "status": dict(sorted(Counter(table["status"]).items()))}
-        return {".tar": tar, ".parquet": parquet(table, types)}, stats
+        return {".tar": tar, ".parquet": parquet(table, seed=pa.int64(), number=pa.int64())}, counted(status)
 
-    def _draw(self, items: list[tuple[Wish, int]]) -> tuple[np.ndarray, np.ndarray]:
-        import torch
-
-        c, pipeline = self.config, self.pipeline
-        draws = [Draw(f"seed {w.seed}", n, w.prompt) for w, n in items]
-        steps = [torch.Generator().manual_seed(seed_of(d.prompt_id, d.replicate, "steps")) for d in draws]
-        given: dict[str, Any] = {"generator": steps}
+    def _generate(self, items: list[tuple[Request, int]]) -> tuple[np.ndarray, np.ndarray]:
+        samples = [Sample(f"seed {r.seed}", n, r.prompt) for r, n in items]
+        given: dict[str, Any] = {"negative_prompt": [r.negative for r, _ in items]}
         if self.stage.image is None:
-            shape = (int(pipeline.unet.config.in_channels), self.height // self.factor, self.width // self.factor)
-            given["latents"] = start_noise(draws, shape).to(pipeline.device, pipeline.unet.dtype)
             given |= {"width": self.width, "height": self.height}
         else:
-            given |= {"image": [self._fitted(self.stage.image)] * len(items), "strength": c.strength}
+            given |= {"image": [self._fitted(self.stage.image)] * len(items), "strength": self.config.strength}
             if self.stage.mask is not None:
                 grey = self._fitted(self.stage.mask).convert("L").point(lambda v: 255 if v >= 128 else 0)
                 given |= {"mask_image": [grey] * len(items), "width": self.width, "height": self.height}
-        with torch.inference_mode():
-            pixels = pipeline(
-                prompt=[w.prompt for w, _ in items],
-                negative_prompt=[w.negative for w, _ in items],
-                num_inference_steps=c.steps,
-                guidance_scale=c.guidance_scale,
-                output_type="pt",
-                **given,
-            ).images.float()
-        fine = torch.isfinite(pixels).flatten(1).all(dim=1)
-        return to_uint8(torch.where(fine[:, None, None, None], pixels, 0.0)), fine.cpu().numpy()
+        return self.generator(samples, **given)
 
     def _fitted(self, pixels: np.ndarray) -> Image.Image:
-        """A picture to start from at the size that is drawn: shorter side scaled, then the middle."""
+        """An image to start from at the size that is made: shorter side scaled, then the middle."""
         if self.width == self.height:
             return Image.fromarray(resize_crop(pixels, self.width)[0])
         from PIL import ImageOps

@@ -1,475 +1,232 @@
-"""The evaluation's two stages: held-out pictures seen once (reference.py), and the pictures of one checkpoint (here).
+"""The generation: shards of images of one model by one sampler.
 
-    for stage in stages(config, RunPaths(run), vae_ref, text_ref):
-        work = stage.worker()
-        stage.finish(work(task) for task in stage.tasks())
-    eval.report.render(run, checkpoint)
-
-A generated shard holds its pictures as PNG in a tar, one row a picture in a parquet, and the CLIP's features of
-pictures and prompts as float32 columns: a metric that is invented next month needs no new pictures. It is a pure
-function of its prompts, the settings and the weights; noise depends on the prompt and the replicate alone, batches
-are formed in row order.
+A shard holds its images as PNG in a tar and a row an image in a parquet. It is a pure function of its prompts, the
+settings and the weights; noise depends on the prompt and the replicate alone. Which images a shard holds is written
+once (plan.json) and grows: more prompts of a list are further shards, and none that is there is made again. Two shards
+are in hand at a time, so that encoding and committing one, and resizing for the networks, go on beside the making of
+the next; the networks get the images in memory.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+import json
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from eval import checkpoints, clipscore, faithfulness, networks, prompts, results
-from eval.accounts import accounted
-from eval.config import EvalConfig
-from eval.features import FeaturesStage, Settings
-from eval.generate import Artist, Draw, seed_of
-from eval.protocol import SEED_RULE, Protocol
-from eval.reference import RESIZE, ReferenceStage, parquet, png, same_weights
-from latents.weights import find_clip, find_vae
+from eval import model as models
+from eval.features import FeaturesStage
+from eval.generate import ImageGenerator, Sample, seed_of
+from eval.prompts import Prompt
+from eval.rows import dataset_of
+from eval.shardwork import Made, accounted, commit, committed_stats, counted, parquet, png, tar_of
 from shards import storage
-from shards.columns import pack_columns
-from shards.dataset import MANIFEST, Dataset, read_stats, write_manifest
+from shards.commit import Folder
+from shards.dataset import write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
-from shards.images import pack_tar
-from shards.layout import RunPaths, sample_key
-from shards.settings import ConfigError, StageError
-from shards.stage import Stage, Task, committed, is_begun, open_folder
+from shards.layout import sample_key, shard_name
+from shards.settings import StageError
+from shards.stage import Task, open_folder
 
 if TYPE_CHECKING:
-    from latents.encoders import TextEncoder
+    from eval.evaluation import Evaluation
 
-VERSION = 1  # raise it when the bytes of a shard change for the same settings
+VERSION = 2  # raise it when the bytes of a shard change for the same settings
 STATUSES = ("success", "failed_to_generate")
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """One picture to draw, and the other prompt's caption it is held against as a control."""
-
-    prompt: prompts.Prompt
-    replicate: int
-    control: str
+PLAN = "plan.json"
+BLANK = 8  # an image whose channels all span fewer levels than this shows nothing
+ENCODERS = 4  # threads that encode PNG
+Item = tuple[Prompt, int]  # a prompt and which of its images
 
 
 class GenerateStage:
-    """Stage over shards of prompts. Small and picklable: settings, paths, digests.
-
-    Raises ConfigError or StageError at once where the checkpoint, the weights or the prompts are missing.
-    """
+    """Stage over shards of prompts. Small and picklable: settings, paths, digests."""
 
     name = "eval"
     unit = "images"
     data = ".tar"
+    in_hand = 2
 
-    def __init__(self, config: EvalConfig, run: RunPaths, vae_ref: str, text_ref: str, seed: int = 0) -> None:
-        # The noise of a picture depends on its prompt alone, so that checkpoints, samplers and runs are compared at
-        # the same noise. The seed is taken so that all stages are built alike.
-        self.config, self.run, self.seed = config, run, seed
-        self.vae_ref, self.text_ref = vae_ref, text_ref
-        self.features_ref = config.features or text_ref
-        self.subject = checkpoints.find(run, config.checkpoint, config.weights)
-        vae = find_vae(vae_ref)
-        self.resolution = self.subject.resolution
-        self.weights = {
-            "unet": self.subject.digest,
-            "vae": vae.digest,
-            "text": find_clip(text_ref).digest,
-            "features": find_clip(self.features_ref).digest,
-        }
-        self.root = storage.join(run.eval, self.subject.name, config.cell)
-        self.judges = {name: ref for name in ("inception", "dinov2") if (ref := getattr(config, name)) is not None}
-        if not self.subject.exported:
-            # The pipeline takes its VAE and text encoder from where the latents came from: they must be those named.
-            made_with = Dataset.open(run.latents).manifest
-            for name, ref in (("vae", vae_ref), ("text", text_ref)):
-                what = "the VAE" if name == "vae" else "the CLIP"
-                same_weights(what, self.weights[name], made_with[name]["digest"], ref)
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.evaluation, self.config, self.run = evaluation, evaluation.config, evaluation.run
+        self.model, self.size = evaluation.model, evaluation.size
+        self.root = storage.join(self.run.eval, self.model.name, f"images-{evaluation.generation_id}")
+
+    def features(self) -> list[FeaturesStage]:
+        """The stages of the networks that these images are given to as they are made."""
+        return self.evaluation.features_of(self.root, storage.join(self.root, "features"), "generated")
 
     @property
-    def has_heldout(self) -> bool:
-        """Whether there are held-out real pictures to compare with."""
-        return storage.exists(storage.join(self.run.heldout, MANIFEST))
+    def wanted(self) -> int:
+        """Images that are asked for."""
+        return len(self.evaluation.prompts) * self.config.replicates
 
-    def reference(self) -> ReferenceStage | None:
-        """The stage that this one's `finish` reads; None without held-out pictures."""
-        if not self.has_heldout:
-            return None
-        return ReferenceStage(self.config, self.run, self.vae_ref, self.text_ref, self.resolution)
+    def _ends(self) -> list[int]:
+        """Where each planned shard ends, in images; those that are written, and behind them what is still wanted."""
+        try:
+            ends = [int(e) for e in (storage.read_json(storage.join(self.root, PLAN)) or {}).get("ends", [])]
+        except ValueError:
+            raise StageError(f"{self.root}/{PLAN} is torn; delete it if no shard lies beside it") from None
+        while not ends or ends[-1] < self.wanted:
+            ends.append(min((ends[-1] if ends else 0) + self.config.shard_size, self.wanted))
+        return ends
 
-    @property
-    def _distance_source(self) -> str | None:
-        return self.config.reference or (self.run.heldout if self.has_heldout else None)
-
-    def features(self) -> dict[str, FeaturesStage]:
-        """The feature stages that the metrics read: real, generated and train, those of them that are asked for."""
-        c, found = self.config, {}
-        settings = Settings(self.resolution, c.batch_size, c.precision, c.threads)
-        aside = storage.join(self.run.eval, "reference")
-
-        def stage(label: str, source: str, folder: str, refs: dict[str, str], grows: bool = False) -> None:
-            found[label] = FeaturesStage(source, folder, label, refs, settings, c.device, grows)
-
-        if self.judges and self._distance_source is not None:
-            source = self._distance_source
-            stage("real", source, storage.join(aside, f"real-{digest_bytes(source.encode())[:8]}"), self.judges)
-        if self.judges:
-            stage("generated", self.root, storage.join(self.root, "features"), self.judges, grows=True)
-        if c.memorisation:
-            stage("train", self.run.images, storage.join(aside, "train"), {"clip": self.features_ref})
-        return found
-
-    def _feature_shards(self) -> dict[str, Dataset]:
-        """What of the feature stages is committed now, by label."""
-        found = {}
-        for label, stage in self.features().items():
-            try:
-                tasks = list(stage.tasks())
-            except StageError:  # its pictures are not finished
-                if label != "generated":
-                    continue
-                drawn = results.dataset_of(self.root, self._committed()[0])
-                tasks = [stage.task(position, info) for position, info in enumerate(drawn.shards)]
-            done = [t.index for t, there in zip(tasks, committed(stage, tasks), strict=True) if there]
-            stats = [s for index in done if (s := read_stats(stage.root, index)) is not None]
-            if stats:
-                found[label] = results.dataset_of(stage.root, stats)
-        return found
-
-    def prompts(self) -> list[prompts.Prompt]:
-        """The prompts, in order."""
-        if self.config.prompt_file is not None:
-            return prompts.from_file(self.config.prompt_file, self.config.prompts)
-        if not self.has_heldout:
-            raise ConfigError(
-                f"eval: there is no held-out set in {self.run.heldout}; set eval.prompt_file to a text file of prompts"
-            )
-        return prompts.from_heldout(Dataset.open(self.run.heldout), self.config.prompts)
-
-    def protocol(self) -> Protocol:
-        """How the numbers of this stage are measured."""
-        chosen, c = self.prompts(), self.config
-        return Protocol(
-            prompts=prompts.digest(chosen),
-            prompt_count=len(chosen),
-            replicates=c.replicates,
-            seed_rule=SEED_RULE,
-            resolution=self.resolution,
-            sampler=c.sampler,
-            steps=c.steps,
-            guidance_scale=c.guidance_scale,
-            timestep_spacing=c.timestep_spacing or "",
-            dtype=c.precision,
-            resize=RESIZE,
-            reference=Dataset.open(self.run.heldout).fingerprint if self.has_heldout else "",
-            vae=self.weights["vae"],
-            text=self.weights["text"],
-            features=self.weights["features"],
-            unet=self.weights["unet"],
-            weights=c.weights,
-            **{name: networks.find(name, ref).digest for name, ref in self.judges.items()},
-            distance_reference=self._distance_fingerprint(),
-        )
-
-    def _distance_fingerprint(self) -> str:
-        source = self._distance_source if self.judges else None
-        return "" if source is None else Dataset.open(source).fingerprint
+    def begin(self, redo: bool = False) -> None:
+        """Begin the folders of the images and of their features, and write the plan, grown by what is wanted; called
+        under the lease."""
+        Folder.begin(self.root, self.made_with(), self.data, redo=redo, take_over=True, known=("features", "scores"))
+        for stage in self.features():
+            Folder.begin(stage.root, stage.made_with(), stage.data, redo=redo, take_over=True)
+        ends = self._ends()
+        url = storage.join(self.root, PLAN)
+        if (storage.read_json(url) or {}).get("ends") != ends:
+            storage.write_json(url, {"ends": ends, "replicates": self.config.replicates})
 
     def tasks(self) -> Iterator[Task]:
-        """One task a shard of `shard_size` pictures; a prompt's replicates lie side by side."""
-        chosen = self.prompts()
-        items = (
-            Item(prompt, replicate, control)
-            for prompt, control in zip(chosen, prompts.controls(chosen), strict=True)
-            for replicate in range(self.config.replicates)
-        )
-        index, part = 0, []
-        for item in items:
-            part.append(item)
-            if len(part) == self.config.shard_size:
-                yield self._task(index, part)
-                index, part = index + 1, []
-        if part:
-            yield self._task(index, part)
-
-    def _task(self, index: int, items: list[Item]) -> Task:
-        drawn = [[i.prompt.id, i.replicate, i.prompt.key, i.prompt.shard, i.prompt.row, i.control] for i in items]
-        return Task(index, digest_json(drawn), items)
+        """One task a planned shard that is wanted or there; a prompt's replicates lie side by side."""
+        ends = self._ends()
+        prompts = self.evaluation.prompt_list(-(-ends[-1] // self.config.replicates)).prompts
+        per = self.config.replicates
+        start = 0
+        for index, end in enumerate(ends):
+            if start >= self.wanted and not storage.exists(storage.join(self.root, shard_name(index) + "_stats.json")):
+                return
+            items = [(prompts[i // per], i % per) for i in range(start, min(end, len(prompts) * per))]
+            yield Task(index, digest_json([[p.id, r, p.text] for p, r in items]), items)
+            start = end
 
     def made_with(self) -> Fingerprint:
-        """Settings, weights, and for which prompts."""
-        c = self.config
-        settings = {
-            "sampler": c.sampler,
-            "steps": c.steps,
-            "guidance_scale": c.guidance_scale,
-            "timestep_spacing": c.timestep_spacing,
-            "resolution": self.resolution,
-            "precision": c.precision,
-            "batch_size": c.batch_size,
-            "threads": c.threads,
-            "faithfulness": c.faithfulness,
-            "shard_size": c.shard_size,
-        }
-        drawn = [prompts.digest(self.prompts()), c.replicates]
-        return Fingerprint(self.name, VERSION, settings, digest_json(drawn), self.weights)
+        """The part of the protocol that images depend on, and the model's parts."""
+        return Fingerprint(self.name, VERSION, self.evaluation.generation, None, self.model.parts)
 
-    def worker(self) -> Callable[[Task], dict[str, Any]]:
-        """Build the pipeline and the feature network once; the result makes one shard a call."""
+    def worker(self) -> _Worker:
+        """Build the pipeline and the networks once; the result makes one shard a call."""
         return _Worker(self)
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        """Check the accounting, write the manifest and metrics.json beside it; returns the manifest.
-
-        Held-out shards whose features are missing are seen here first, one after another.
-        """
-        expected = {task.index: len(task.payload) for task in self.tasks()}
-        kept, status = accounted(self.root, expected, stats)
-        self._finish_reference()
+        """Check the accounting and write the manifest."""
+        kept, status = accounted(self.root, {task.index: len(task.payload) for task in self.tasks()}, stats)
         extra = {
-            "checkpoint": self.subject.name,
-            "images_seen": self.subject.images,
+            "model": self.model.to_json(),
             "cell": self.config.cell,
-            "protocol": self.protocol().to_json(),
+            "generation": self.evaluation.generation,
             "status": {k: status[k] for k in STATUSES},
         }
-        # The manifest comes last: with it the stage counts as done, so the metrics must be there.
-        self.write_metrics()
         return write_manifest(self.root, "generated", kept, extra)
 
-    def write_metrics(self) -> None:
-        """Write metrics.json from the shards that are committed now.
-
-        The report of earlier numbers goes first, so that a kill in between cannot leave it standing for these.
-        """
-        storage.remove(storage.join(self.run.reports, f"{self.subject.name}.html"))
-        results.write(storage.join(self.root, results.METRICS), self.metrics())
-
-    def metrics_are_current(self) -> bool:
-        """Whether metrics.json is of this protocol and these settings of the statistics, and nothing is missing from
-        it."""
-        found = results.read(storage.join(self.root, results.METRICS))
-        return (
-            found is not None
-            and found.get("protocol") == self.protocol().to_json()
-            and found.get("statistics") == self._statistics()
-            and not found["missing"]["pictures"]
-            and found.get("features") == _described(self._feature_shards())
-        )
-
-    def _statistics(self) -> dict[str, Any]:
-        """Settings that change the metrics but no picture."""
-        c = self.config
-        return {"retrieval_candidates": c.retrieval_candidates, "jackknife_groups": c.jackknife_groups}
-
-    def metrics(self) -> dict[str, Any]:
-        """The metrics of whatever shards are committed now: all of them after `finish`, a part of them before.
-
-        What is missing is in the result, so a partial one can be read at any moment.
-        """
-        done, missing = self._committed()
-        reference = self.reference()
-        real = Dataset.open(reference.root) if reference and storage.exists(join_manifest(reference.root)) else None
-        features = self._feature_shards()
-        return {
-            "checkpoint": self.subject.name,
-            "images_seen": self.subject.images,
-            "cell": self.config.cell,
-            "protocol": self.protocol().to_json(),
-            "statistics": self._statistics(),
-            "reference": None if real is None else {"root": real.root.rsplit("/", 1)[-1], "pictures": len(real)},
-            "missing": {"shards": sorted(missing), "pictures": sum(missing.values())},
-            "features": _described(features),
-            **results.measure(self.config, results.dataset_of(self.root, done), real, features),
-        }
-
-    def _committed(self) -> tuple[list[dict[str, Any]], dict[int, int]]:
-        """Stats of the shards that are committed now, and the numbers of pictures of those that are missing."""
-        done, missing = [], {}
+    def committed(self) -> tuple[list[dict[str, Any]], dict[int, int]]:
+        """Stats of the shards with wanted images that are committed now, and how many wanted images the others lack."""
+        done, missing, start = [], {}, 0
         tasks = list(self.tasks())
-        there = committed(self, tasks) if is_begun(self) else [False] * len(tasks)
-        for task, known in zip(tasks, there, strict=True):
-            stats = read_stats(self.root, task.index) if known else None
-            if stats is None:
-                missing[task.index] = len(task.payload)
-            else:
+        for task, stats in zip(tasks, committed_stats(self, tasks), strict=True):
+            if start < self.wanted and stats is not None:
                 done.append(stats)
+            elif start < self.wanted:
+                missing[task.index] = min(len(task.payload), self.wanted - start)
+            start += len(task.payload)
         return done, missing
-
-    def _finish_reference(self) -> None:
-        reference = self.reference()
-        if reference is None:
-            return
-        tasks = list(reference.tasks())
-        left = [task for task, there in zip(tasks, committed(reference, tasks), strict=True) if not there]
-        if left:
-            work = reference.worker()
-            for task in left:
-                work(task)
-        reference.finish(s for task in tasks if (s := read_stats(reference.root, task.index)) is not None)
-
-
-def _described(features: dict[str, Dataset]) -> dict[str, Any]:
-    told = ("fingerprint", "dropped", "converted")
-    return {label: {"pictures": len(d), **{k: d.manifest[k] for k in told}} for label, d in features.items()}
-
-
-def join_manifest(root: str) -> str:
-    """Where a dataset's manifest lies."""
-    return storage.join(root, MANIFEST)
-
-
-def stages(config: EvalConfig, run: RunPaths, vae_ref: str, text_ref: str, seed: int = 0) -> list[Stage]:
-    """The stages of one evaluation, in order: the reference where there are held-out pictures, the generation, and
-    the features that `conclude` measures, of real pictures first."""
-    generate = GenerateStage(config, run, vae_ref, text_ref, seed)
-    reference = generate.reference()
-    features = generate.features()
-    last = features.pop("generated", None)
-    parts: list[Stage | None] = [reference, *features.values(), generate, last]
-    return [stage for stage in parts if stage is not None]
-
-
-def conclude(config: EvalConfig, run: RunPaths, vae_ref: str, text_ref: str, seed: int = 0) -> str:
-    """After the stages: measure again if only the statistics' settings changed, render the report; returns its path."""
-    from eval import report
-
-    stage = GenerateStage(config, run, vae_ref, text_ref, seed)
-    if not stage.metrics_are_current():
-        stage._finish_reference()
-        stage.write_metrics()
-    return report.render(run, stage.subject.name, config.cell)
 
 
 class _Worker:
-    """The networks of one process, and the making of one shard with them."""
+    """The pipeline and the networks of one process. Safe to call from several threads."""
 
     def __init__(self, stage: GenerateStage) -> None:
-        from latents.encoders import load_text, pick_device
+        from latents.encoders import pick_device
         from latents.stage import fixed_arithmetic
 
         self.stage, self.config, self.fixed = stage, stage.config, fixed_arithmetic
+        c, self.lock = stage.config, threading.Lock()
         self.folder = open_folder(stage)
-        c = self.config
-        device = pick_device(c.device)
-        self.judge = faithfulness.load(c.faithfulness)
+        self.device = pick_device(c.device)
         with fixed_arithmetic(c.threads):
-            pipeline = checkpoints.build_pipeline(stage.run, stage.subject)
-            self.artist = Artist(
-                pipeline, c.sampler, c.steps, c.guidance_scale, c.timestep_spacing, c.precision, device
-            )
-            self.clip = load_text(stage.features_ref, "last", device, c.precision)
-            features = stage.features().get("generated")
-            self.features = None if features is None else features.worker()
-        if self.artist.side != stage.resolution:
-            raise StageError(
-                f"the pipeline draws pictures of {self.artist.side} px where {stage.resolution} were expected"
-            )
+            self.generator = ImageGenerator(
+                models.build_pipeline(stage.run, stage.model), c.sampler, c.steps, c.guidance_scale,
+                c.timestep_spacing, c.precision, self.device, stage.size, c.guidance_interval, c.channels_last,
+                c.compile,
+            )  # fmt: skip
+            self.features = [f.worker() for f in stage.features()]
+        for worker in self.features:
+            worker.lock = self.lock  # one device, one at a time
 
     def __call__(self, task: Task) -> dict[str, Any]:
-        """Draw, judge and commit one shard; returns its committed stats. Its features follow at once, so that they can
-        be measured while the rest is drawn; should this process die in between, the feature stage makes them."""
-        same_weights("the CLIP", self.clip.digest, self.stage.weights["features"], self.clip.ref)
+        """Generate and commit one shard; returns its committed stats. Its features follow at once, from the images in
+        memory; should this process die in between, the feature stages make them from the shard."""
+        items: list[Item] = task.payload
         if (found := self.folder.adopt(task.index)) is not None:
-            return self._followed(found)
-        started = time.perf_counter()
-        with self.fixed(self.config.threads):
-            files, stats = self._make(task.index, task.payload)
-        stats["seconds"] = round(time.perf_counter() - started, 3)
-        return self._followed(self.folder.commit(task.index, files, stats, task.input))
+            return found
+        images: list[np.ndarray] = []
+        fine: list[bool] = []
+        with self.lock, self.fixed(self.config.threads):
+            size = self.config.batch_size
+            for start in range(0, len(items), size):
+                made, finite = self.generator([Sample(p.id, r, p.text) for p, r in items[start : start + size]])
+                images += list(made)
+                fine += finite.tolist()
+        committed = commit(self.folder, task, lambda: self._made(task.index, items, images, fine))
+        one = dataset_of(self.stage.root, [committed])
+        live = [i for i, f in enumerate(fine) if f]
+        keys, rows = self._keys(task.index, len(items)), [_row(p) for p, _ in items]
+        for worker in self.features:
+            of = worker.stage.task(0, one.shards[0])
+            worker.of_images(of, [keys[i] for i in live], [images[i] for i in live], [rows[i] for i in live])
+        return committed
 
-    def _followed(self, stats: dict[str, Any]) -> dict[str, Any]:
-        if self.features is not None:
-            drawn = results.dataset_of(self.stage.root, [stats])
-            self.features.of(drawn, self.features.stage.task(0, drawn.shards[0]))
-        return stats
+    def _keys(self, index: int, count: int) -> list[str]:
+        return [sample_key(index, row, max(self.config.shard_size, count)) for row in range(count)]
 
-    def _make(self, index: int, items: list[Item]) -> tuple[dict[str, bytes], dict[str, Any]]:
-        size = self.config.batch_size
-        pictures: list[np.ndarray] = []
-        finite: list[bool] = []
-        for start in range(0, len(items), size):
-            drawn, fine = self.artist(
-                [Draw(i.prompt.id, i.replicate, i.prompt.text) for i in items[start : start + size]]
-            )
-            pictures += list(drawn)
-            finite += fine.tolist()
-        kept = [i for i, fine in enumerate(finite) if fine]
-        captions = [items[i].prompt.text for i in kept]
-        if kept:
-            features = self.clip.encode_images(np.stack([pictures[i] for i in kept]), size).numpy()
-            texts = self.clip.encode_captions(captions, size).numpy()
-            fine_features = np.isfinite(features).all(axis=1) & np.isfinite(texts).all(axis=1)
-            kept = [i for i, fine in zip(kept, fine_features, strict=True) if fine]
-            features, texts = features[fine_features], texts[fine_features]
-        if not kept:
+    def _made(self, index: int, items: list[Item], images: list[np.ndarray], fine: list[bool]) -> Made:
+        if not any(fine):
             raise StageError(
-                f"{self.stage.root}: shard {index} has not one finite picture; the model's weights are broken"
+                f"{self.stage.root}: shard {index} has not one finite image; the model's weights are broken"
             )
-        keys = [sample_key(index, row, self.config.shard_size) for row in range(len(items))]
-        encoded = {i: png(pictures[i]) for i in kept}
-        tar, places = pack_tar((keys[i], {"png": encoded[i], "txt": items[i].prompt.text.encode()}) for i in kept)
-        place = {i: p["png"] for i, p in zip(kept, places, strict=True)}
-        cosine = dict(zip(kept, clipscore.cosines(features, texts).tolist(), strict=True))
-        cut = truncated(self.clip, [i.prompt.text for i in items])
-        ok = set(kept)
+        live = [i for i, f in enumerate(fine) if f]
+        with ThreadPoolExecutor(ENCODERS) as pool:
+            encoded = dict(zip(live, pool.map(png, [images[i] for i in live]), strict=True))
+        keys, most = self._keys(index, len(items)), self.config.keep_images
+        stays = set(live if most is None else [i for i in live if i < most])
+        tar, places = tar_of(
+            [(k, {"png": encoded[i], "txt": items[i][0].text.encode()}) if i in stays else None for i, k in enumerate(keys)]
+        )  # fmt: skip
+        status = [STATUSES[0] if f else STATUSES[1] for f in fine]
         table: dict[str, list[Any]] = {
             "key": keys,
-            "caption": [i.prompt.text for i in items],
-            "prompt_id": [i.prompt.id for i in items],
-            "replicate": [i.replicate for i in items],
-            "seed": [seed_of(i.prompt.id, i.replicate, "start") for i in items],
-            "control": [i.control for i in items],
-            "source_key": [i.prompt.key or None for i in items],
-            "source_shard": [i.prompt.shard for i in items],
-            "source_row": [i.prompt.row for i in items],
-            "status": [STATUSES[0] if i in ok else STATUSES[1] for i in range(len(items))],
-            "error": [None if i in ok else "the picture or its features are not finite" for i in range(len(items))],
-            "width": [self.artist.side] * len(items),
-            "height": [self.artist.side] * len(items),
-            "sha256": [digest_bytes(encoded[i]) if i in ok else None for i in range(len(items))],
-            "image_offset": [place[i][0] if i in ok else None for i in range(len(items))],
-            "image_size": [place[i][1] if i in ok else None for i in range(len(items))],
-            "image_ext": ["png" if i in ok else None for i in range(len(items))],
-            "clip_cosine": [cosine.get(i) for i in range(len(items))],
-            "truncated": cut,
+            "replicate": [r for _, r in items],
+            "seed": [f"{seed_of(p.id, r):032x}" for p, r in items],
+            "source_key": [p.key or None for p, _ in items],
+            "source_shard": [p.shard for p, _ in items],
+            "source_row": [p.row for p, _ in items],
+            "name": [p.name or None for p, _ in items],
+            "tags": [list(p.tags) for p, _ in items],
+            "extra": [p.extra or None for p, _ in items],
+            "status": status,
+            "error": [None if f else "the image is not finite" for f in fine],
+            "width": [self.generator.size] * len(items),
+            "height": [self.generator.size] * len(items),
+            "sha256": [digest_bytes(encoded[i]) if i in encoded else None for i in range(len(items))],
+            "image_ext": ["png" if i in stays else None for i in range(len(items))],
             "blank": [
-                bool(np.ptp(pictures[i].reshape(-1, 3), axis=0).max() < BLANK) if i in ok else None
-                for i in range(len(items))
+                bool(np.ptp(images[i].reshape(-1, 3), axis=0).max() < BLANK) if f else None for i, f in enumerate(fine)
             ],
+            **{name: [_row(p)[name] for p, _ in items] for name in ("caption", "prompt_id", "questions")},
+            **places,
         }
-        if self.judge:
-            own = [self.judge.judge(pictures[i], item.prompt.text) if i in ok else None for i, item in enumerate(items)]
-            other = [
-                self.judge.judge(pictures[i], item.control) if i in ok and item.control else None
-                for i, item in enumerate(items)
-            ]
-            table |= faithfulness.columns(self.judge, own, "shows") | faithfulness.columns(self.judge, other, "control")
-        columns = pack_columns({"images": features, "captions": texts}, {"features": self.clip.digest})
-        files = {".tar": tar, ".safetensors": columns, ".parquet": parquet(table, {n: _type(n) for n in table})}
-        stats = {"rows": len(items), "count": len(kept), "status": dict(sorted(Counter(table["status"]).items()))}
-        return files, stats
+        integers = dict.fromkeys(("replicate", "source_shard", "source_row", "width", "height"), pa.int64())
+        sidecar = parquet(table, blank=pa.bool_(), tags=pa.list_(pa.string()), **integers)
+        return {".tar": tar, ".parquet": sidecar}, {**counted(status), "device": _device(self.device)}
 
 
-BLANK = 8  # a picture whose channels all span fewer levels than this shows nothing
-_INTEGERS = ("replicate", "seed", "source_shard", "source_row", "width", "height", "image_offset", "image_size")
+def _row(prompt: Prompt) -> dict[str, Any]:
+    questions = json.dumps(prompt.questions, ensure_ascii=False) if prompt.questions else None
+    return {"caption": prompt.text, "prompt_id": prompt.id, "questions": questions}
 
 
-def _type(name: str) -> pa.DataType:
-    if name in _INTEGERS:
-        return pa.int64()
-    if name == "clip_cosine":
-        return pa.float64()
-    if name in ("truncated", "blank") or name.startswith(("shows_", "control_")):
-        return pa.bool_()
-    return pa.string()
+def _device(device: str) -> str:
+    import platform
 
+    import torch
 
-def truncated(clip: TextEncoder, captions: list[str]) -> list[bool]:
-    """Which captions have more tokens than the CLIP reads: those that fill a context one token longer to its end."""
-    longer = clip.tokenizer([*captions, ""], context_length=clip.context_length + 1)
-    padding = int(longer[-1, -1])
-    return [bool(row[-1] != padding) for row in longer[:-1]]
+    return torch.cuda.get_device_name() if device.startswith("cuda") else f"{platform.machine()} CPU"

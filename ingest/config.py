@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import urllib.parse
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from ingest.addresses import allowed
 from ingest.captions import DEFAULT_STEPS, STEPS
 from shards.settings import Strict
 
@@ -97,12 +99,25 @@ class FetchConfig(Strict):
     """Limits on the network. Times are seconds; none of these is part of a shard's fingerprint but max_bytes."""
 
     concurrency: int = Field(default=128, ge=1, le=10_000, description="requests under way in one worker process")
-    host_concurrency: int = Field(default=8, ge=1, description="of them, to one host")
+    host_concurrency: int = Field(
+        default=8, ge=1, description="requests to one host, by all workers of the run together"
+    )
     connect_timeout: float = Field(default=10.0, gt=0)
     timeout: float = Field(default=30.0, gt=0, description="for one attempt from the first byte sent to the last read")
     min_speed: float = Field(default=1024.0, ge=0, description="bytes/s, on average, once min_speed_after has passed")
     min_speed_after: float = Field(default=5.0, gt=0)
     max_bytes: int = Field(default=50_000_000, ge=1, description="of a body, after content decoding")
+    body_memory: int = Field(
+        default=256_000_000,
+        ge=1,
+        description="bytes of bodies that a worker holds at once, coming in and being decoded",
+    )
+    decode_memory: int = Field(
+        default=2_000_000_000, ge=500_000_000, description="bytes that a process may take that decodes other than JPEGs"
+    )
+    decode_timeout: float = Field(
+        default=60.0, gt=0, description="after which such a process is ended with its picture"
+    )
     max_redirects: int = Field(default=5, ge=0)
     retries: int = Field(default=2, ge=0, description="further attempts after a transient failure")
     backoff: float = Field(default=0.5, ge=0, description="wait before the first retry; doubles with each")
@@ -113,19 +128,71 @@ class FetchConfig(Strict):
     host_pause: float = Field(default=60.0, gt=0, description="for so long; then one request tries it again")
     user_agent: str = "carrara/0.1 (image-text dataset builder)"
     allow_addresses: tuple[str, ...] = Field(
-        default=(), description="networks that may be reached although they are not public, e.g. 127.0.0.1/32"
+        default=(),
+        description="networks that may be reached although they are not public, e.g. 127.0.0.1/32 or 127.0.0.1:8701",
     )
     verify_tls: bool = True
+    nameservers: tuple[str, ...] = Field(
+        default=(), description="name servers to ask, e.g. 127.0.0.1 or 10.0.0.2:5353; none: as the system does"
+    )
+    ndots: int = Field(default=1, ge=0, le=15, description="dots from which on a name is asked for as it is, first")
+    proxy: str | None = Field(
+        default=None,
+        description="http://[user:password@]host:port that all requests go through; it then looks up names, "
+        "and has to refuse private addresses",
+    )
+    canaries: tuple[str, ...] = Field(
+        default=("www.iana.org", "www.wikipedia.org", "www.cloudflare.com"),
+        description="hosts, perhaps with :port, that are known to be there: tried where many of a table's are not, to "
+        "tell a dead table from a machine without network",
+    )
 
     @field_validator("allow_addresses")
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
-            try:
-                ipaddress.ip_network(text)
-            except ValueError as e:
-                raise ValueError(f"write each entry as a network such as 127.0.0.1/32 ({e})") from None
+            allowed(text)
         return value
+
+    @field_validator("nameservers")
+    @classmethod
+    def _servers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            bracketed = re.fullmatch(r"\[(.+)\](?::([0-9]{1,5}))?", text)
+            plain = re.fullmatch(r"([0-9.]+)(?::([0-9]{1,5}))?", text)
+            found = bracketed or plain
+            try:
+                ipaddress.ip_address(found[1] if found else text)
+            except ValueError as e:
+                raise ValueError(
+                    f"write each name server as an address, such as 10.0.0.2 or 10.0.0.2:5353 ({e})"
+                ) from None
+        return value
+
+    @field_validator("proxy")
+    @classmethod
+    def _proxy(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urllib.parse.urlsplit(value)
+            if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
+                raise ValueError("write the proxy as http://host:port")
+        return value
+
+    @field_validator("canaries")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?", text):
+                raise ValueError(f"write '{text}' as the name of a host, perhaps with :port")
+        return value
+
+    @model_validator(mode="after")
+    def _room_for_one(self) -> FetchConfig:
+        if self.body_memory < self.max_bytes:
+            if "body_memory" in self.model_fields_set:
+                raise ValueError("body_memory is less than max_bytes, so that the largest body would have no room")
+            self.__dict__["body_memory"] = self.max_bytes
+        return self
 
     @field_validator("user_agent")
     @classmethod
@@ -144,7 +211,7 @@ class OptOutConfig(Strict):
         default=("img2dataset",), description="names that X-Robots-Tag may address beside our own product name"
     )
     tdm_reservation: bool = True
-    robots_txt: bool = Field(default=False, description="ask each host's robots.txt too (RFC 9309), once a process")
+    robots_txt: bool = Field(default=False, description="ask each host's robots.txt too (RFC 9309), once a run")
 
 
 class SourceConfig(Strict):
@@ -249,8 +316,12 @@ class IngestConfig(Strict):
             "reencode": self.reencode != "always",
             "background": self.background != (255, 255, 255),
             "downscale_filter": self.downscale_filter != "bicubic",
+            "decode_threads": self.decode_threads != 1,
             "opt_out.robots_txt": self.opt_out.robots_txt,
         }
+        # Its client has one deadline and a number of attempts; a limit that somebody set and nobody keeps is no limit.
+        known = {"concurrency", "timeout", "retries", "user_agent", "allow_addresses"}
+        others |= {f"fetch.{name}": True for name in sorted(self.fetch.model_fields_set - known)}
         for name, is_set in others.items():
             if is_set:
                 raise ValueError(f"engine: img2dataset does not know ingest.{name}; leave it away")

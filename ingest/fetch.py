@@ -2,8 +2,9 @@
 
 Redirects are followed here rather than by the client, so that each hop is judged like the first URL:
 scheme, address (ingest/addresses.py), opt-out headers (ingest/optout.py). Bodies are counted while they
-come in, also while they are decompressed. Failures carry a code of ingest/errors.py with a message that
-does not change from run to run, since it is stored.
+come in, also while they are decompressed, one by one and all together. How often a host is asked is agreed
+upon by all workers of the run (ingest/hosts.py). Failures carry a code of ingest/errors.py with a message that
+does not change from run to run, since it is stored; those of this machine (ingest/trouble.py) are nobody's row's.
 """
 
 from __future__ import annotations
@@ -12,114 +13,160 @@ import asyncio
 import contextlib
 import dataclasses
 import email.utils
+import errno
 import hashlib
 import ipaddress
 import random
+import socket
 import ssl
 import time
 import zlib
-from collections.abc import AsyncIterator
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TypeVar
 
 import aiohttp
 from protego import Protego
 from yarl import URL
 
-from ingest.addresses import AddressRefused, Guard, GuardedResolver
+from ingest.addresses import AddressRefused, Guard
 from ingest.config import FetchConfig, OptOutConfig
-from ingest.errors import ERRORS, Rejected
+from ingest.errors import Rejected
+from ingest.hosts import Desk, Exchange, Robots
+from ingest.names import Names
 from ingest.optout import product_name, robots_refusal, robots_txt_refuses, tdm_refusal
+from ingest.trouble import Health, no_route, own_fault, split
+from ingest.urls import parse_url
+from ingest.urls import redirect as _redirect
+from shards.settings import NodeTrouble
 
 _WITH_BODY = (200, 203)  # 203: a proxy on the way has changed something
 _REDIRECTS = (301, 302, 303, 307, 308)
 _COMPRESSIONS = ("gzip", "deflate", "br", "zstd", "compress", "dcb", "dcz", "lzma", "xz", "bzip", "exi", "pack200")
 _FORBIDDEN = (401, 402, 403, 407, 451)
-_CHUNK = 1 << 18
+_CHUNK = 1 << 17  # of a connection's buffer; the client holds twice as much at most
+_INFLATED, _DEFLATED = 1 << 20, 1 << 14  # bytes out of and into the decompressor in one go: a few milliseconds
 _MEMBERS = 4096  # of a gzip body; each costs a copy of what follows it, however little it holds
 _HEADER_BYTES, _HEADERS = 1 << 15, 256  # the client's own limits, 8190 and 128, lose pictures of wordy servers
+_OPT_OUT_BYTES = 1 << 13  # of headers that say what may be done with a picture
+_LEAST_HELD = 1 << 14  # bytes that a body counts at least
+_MOST_STALLS = 20  # attempts of a row that end since there is no room for its body, and do not count
 
 # Failures that are the host's rather than the picture's.
 _HOST_FAULTS = frozenset(
     ("dns_not_found", "dns_failure", "connect_refused", "connect_timeout", "tls_error", "connection_lost", "timeout")
 ) | {"http_rate_limited"}
-_MANY_HOSTS = 50_000  # remembered at once, then idle ones are forgotten
+_UNREACHED = frozenset(("connect_timeout", "timeout"))
 _ROBOTS_BYTES = 512 << 10  # RFC 9309, 2.5: at least 500 KiB are to be read
-_MANY_ROBOTS = 10_000
+_MANY_ROBOTS, _ALL_ROBOTS_BYTES = 10_000, 4 << 20  # hosts whose rules are held at once, and their text's bytes
+_LONG_ROBOTS = 1 << 14  # bytes of rules from which on a thread reads them
 
 
 @dataclasses.dataclass(frozen=True)
 class Fetched:
     """A body as the server means it (content encoding undone), and how many attempts it took.
 
-    final_url: where redirects led; None where there were none.
+    final_url: where redirects led; None where there were none. held: its number in the Room.
     """
 
     body: bytes
     sha256: str
     attempts: int
     final_url: str | None = None
+    held: int = 0
 
 
-class _Host:
-    """What is known of a host: its places for requests, and a circuit breaker.
+class Room:
+    """The bytes that bodies may take in a worker, all together.
 
-    After `host_failures` failures in a row nothing is asked of it for `host_pause` seconds, then by one
-    request at a time, until one is answered. So a dead host costs a few timeouts, not one for each row.
+    The body that came first of those still coming in may always grow to `largest`, so much is kept free for it;
+    the others wait where there is no more. So there is always one that comes to its end and makes room.
     """
 
-    def __init__(self, config: FetchConfig) -> None:
-        self.slots = asyncio.Semaphore(config.host_concurrency)
-        self.users = self.answers = self._failures = 0
-        self.quiet_until = 0.0  # the server asked for a pause
-        self._closed_until = 0.0
-        self._code = ""
-        self._limit, self._pause = config.host_failures, config.host_pause
+    def __init__(self, size: int, largest: int) -> None:
+        self.free, self.largest = max(size, largest), largest
+        self._held: dict[int, int] = {}
+        self._growing: dict[int, None] = {}  # those that are still coming in, in the order in which they began
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._next = 0
 
-    @property
-    def forgettable(self) -> bool:
-        """Whether nobody uses it and nothing bad is known of it."""
-        return not self.users and not self._failures and self.quiet_until < time.monotonic()
+    def begin(self) -> int:
+        """A new body's number."""
+        self._next += 1
+        self._held[self._next] = 0
+        self._growing[self._next] = None
+        return self._next
 
-    def refusal(self) -> str | None:
-        """The code with which a request ends unsent; None where it may go (and then is the one that tries)."""
-        if not self._limit or self._failures < self._limit:
-            return None
-        now = time.monotonic()
-        if now >= self._closed_until:
-            self._closed_until = now + self._pause
-            return None
-        return self._code
+    def take(self, body: int, size: int) -> bool:
+        """Whether a body may take so many bytes more, and then it has them."""
+        first = next(iter(self._growing))
+        kept = 0 if body == first else max(0, self.largest - self._held[first])
+        if self.free - size < kept:
+            return False
+        self.free -= size
+        self._held[body] += size
+        return True
 
-    def answered(self) -> None:
-        """It lives."""
-        self.answers += 1
-        self._failures = 0
+    async def wait(self, body: int, size: int) -> None:
+        """As `take`, once there is room."""
+        waiting = (body, size, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        try:
+            await waiting[2]
+        finally:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
 
-    def failed(self, code: str) -> None:
-        """It did not answer. What is final stays final for the rows that are not asked for."""
-        self._failures += 1
-        self._code = "host_unavailable" if ERRORS[code].retryable else code
-        self._closed_until = time.monotonic() + self._pause
+    def done(self, body: int) -> None:
+        """All of the body is here."""
+        del self._growing[body]
+        self._serve()
+
+    def end(self, body: int) -> None:
+        """The body is no more."""
+        self.free += self._held.pop(body)
+        self._growing.pop(body, None)
+        self._serve()
+
+    def _serve(self) -> None:
+        for waiting in list(self._waiting):
+            body, size, future = waiting
+            if body in self._growing and not future.done() and self.take(body, size):
+                self._waiting.remove(waiting)
+                future.set_result(None)
 
 
 class Fetcher:
-    """The client of one worker process. To be made and used within one event loop; `await close()` at the end."""
+    """The client of one worker process. To be made and used within one event loop; `await close()` at the end.
 
-    def __init__(self, config: FetchConfig, opt_out: OptOutConfig) -> None:
+    hosts: how the run's ledger of hosts is reached, and the name by which it knows this worker.
+    """
+
+    def __init__(
+        self, config: FetchConfig, opt_out: OptOutConfig, hosts: Exchange | None = None, name: str = ""
+    ) -> None:
         self.config, self.opt_out = config, opt_out
         self.guard = Guard(config.allow_addresses)
         self.agents = (product_name(config.user_agent), *opt_out.agents)
+        self.desk = Desk(config, name, hosts, ahead=2 * config.concurrency)
+        self.health = Health(config.canaries, self._look_up, self._reach, lambda: self.desk.success_rate)
+        self.names = Names(config, self.guard, self.health.looked_up)
+        self.room = Room(config.body_memory, config.max_bytes)
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._room = asyncio.Semaphore(config.concurrency)
-        self._hosts: dict[str, _Host] = {}
+        self._places = asyncio.Semaphore(config.concurrency)
         self._tls: ssl.SSLContext | None = None
-        self._robots: dict[str, asyncio.Task[Protego | None]] = {}
+        self._robots: OrderedDict[str, tuple[Protego | None, int]] = OrderedDict()
+        self._robots_bytes = 0
+        through = config.proxy is not None
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0,  # the semaphores above are the limit
-                resolver=GuardedResolver(self.guard),
-                ttl_dns_cache=300,
-                socket_factory=self.guard.socket_factory,
+                # Through a proxy there is nobody else to connect to, and it is the configuration's.
+                resolver=aiohttp.ThreadedResolver() if through else self.names,
+                socket_factory=None if through else self.guard.socket_factory,
+                use_dns_cache=through,
             ),
+            proxy=config.proxy,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout),
             headers={"User-Agent": config.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -134,115 +181,142 @@ class Fetcher:
     async def close(self) -> None:
         """Close all connections."""
         await self._session.close()
+        await self.names.close()
+        await self.desk.close()
 
     @contextlib.asynccontextmanager
     async def fetch(self, text: str) -> AsyncIterator[Fetched]:
-        """The body behind a URL of the table; raises Rejected. Transient failures are tried again.
+        """The body behind a URL of the table; raises Rejected, or NodeTrouble. Transient failures are tried again.
 
-        Bodies that are held in the context count: at most `concurrency` of them, beside as many requests.
-        So memory stays bounded where pictures come in faster than they are decoded.
+        Bodies that are held in the context count: at most `concurrency` of them and `body_memory` bytes, those of
+        requests that are under way included. So memory is bounded where pictures come faster than they are decoded.
         """
-        url = parse_url(text)
-        fetched = await self._fetch(url)
+        fetched = await self._with_retries(parse_url(text))
         try:
             yield fetched
         finally:
-            self._room.release()
+            self._places.release()
+            self.room.end(fetched.held)
 
-    async def _fetch(self, url: URL) -> Fetched:
-        """With a place in `_room` taken, which the caller gives back."""
-        host = self._host(url.host or "")
-        host.users += 1
-        try:
-            return await self._with_retries(url, host)
-        finally:
-            host.users -= 1
-            if host.forgettable:
-                self._hosts.pop(url.host or "", None)
-
-    def _host(self, name: str) -> _Host:
-        if name not in self._hosts:
-            if len(self._hosts) >= _MANY_HOSTS:
-                self._hosts = {n: h for n, h in self._hosts.items() if h.users}
-            self._hosts[name] = _Host(self.config)
-        return self._hosts[name]
-
-    async def _with_retries(self, url: URL, host: _Host) -> Fetched:
+    async def _with_retries(self, url: URL) -> Fetched:
+        """With a place in `_places` taken, which the caller gives back."""
         rejected: Rejected | None = None
-        for attempt in range(1, self.config.retries + 2):
-            async with host.slots:
-                while (pause := host.quiet_until - time.monotonic()) > 0:
-                    await asyncio.sleep(pause)
-                closed = host.refusal()
-                if closed is not None:
-                    rejected = rejected or Rejected(closed)
-                    rejected.attempts = attempt - 1
-                    raise rejected
+        name = url.raw_host or ""
+        attempt, stalls = 1, 0
+        while True:
+            try:
+                ahead = await self.desk.enter(name)
+            except Rejected as closed:
+                rejected = rejected or closed
+                rejected.attempts = attempt - 1
+                raise rejected from None
+            try:
                 async with self._slots:
-                    answers = host.answers
+                    self.desk.begun(ahead)
+                    ahead = False
                     try:
-                        fetched = await self._attempt(url, attempt, host)
+                        fetched = await self._attempt(url, attempt, name)
                     except _Failed as failed:
-                        rejected, wait = failed.rejected, failed.retry_after
-                        if rejected.code in _HOST_FAULTS and host.answers == answers:
-                            host.failed(rejected.code)
+                        rejected, wait, stalled = failed.rejected, failed.retry_after, failed.stalled
                         if wait is not None:
-                            host.quiet_until = time.monotonic() + min(wait, self.config.max_backoff)
+                            self.desk.quieten(name, min(wait, self.config.max_backoff))
                     else:
-                        await self._room.acquire()
+                        try:
+                            await self._places.acquire()
+                        except BaseException:
+                            self.room.end(fetched.held)
+                            raise
                         return fetched
+            finally:
+                self.desk.begun(ahead)
+                self.desk.leave(name)
+            await self.health.judge()
+            if stalled and stalls < _MOST_STALLS:
+                stalls += 1
+                continue
             if not rejected.retryable or attempt > self.config.retries:
                 rejected.attempts = attempt
                 raise rejected
             backoff = self.config.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
             await asyncio.sleep(min(max(backoff, wait or 0.0), self.config.max_backoff))
-        raise AssertionError("unreachable: the last attempt returns or raises")
+            attempt += 1
 
-    async def _attempt(self, url: URL, attempt: int, host: _Host) -> Fetched:
+    async def _attempt(self, url: URL, attempt: int, name: str) -> Fetched:
+        """One attempt. Raises _Failed, or NodeTrouble."""
+        trip = _Trip(name)
         try:
-            async with asyncio.timeout(self.config.timeout):
-                body, final = await self._follow(url, host)
-        except _Failed:
-            raise
-        except Rejected as e:
-            raise _Failed(e) from None
-        except aiohttp.ClientError as e:
-            raise _Failed(_as_rejected(e)) from None
-        except TimeoutError:
-            raise _Failed(Rejected("timeout")) from None
-        except OSError:
-            raise _Failed(Rejected("connection_lost")) from None
-        except ValueError as e:  # what a hostile header may make a parser raise; it must not end the other rows
-            raise _Failed(Rejected("http_malformed", f"an answer that cannot be read ({type(e).__name__})")) from None
-        # In the loop's own thread: hashing 100 KB takes less than a thread switch costs.
-        led_to = str(final) if final != url else None
-        return Fetched(body, hashlib.sha256(body).hexdigest(), attempt, led_to)
+            async with asyncio.timeout(self.config.timeout) as trip.deadline:
+                data, digest = await self._follow(url, trip)
+        except BaseException as e:
+            if trip.body:
+                self.room.end(trip.body)
+            if isinstance(e, NodeTrouble) or not isinstance(e, Exception):
+                raise
+            failed = self._failure(e)
+            if failed.rejected.code in _HOST_FAULTS and not trip.answered and not failed.stalled:
+                self.desk.failed(name, failed.rejected.code)
+                if failed.rejected.code in _UNREACHED:
+                    self.health.unreached(name)
+            raise failed from None
+        return Fetched(data, digest, attempt, trip.final_url, trip.body)
 
-    async def _follow(self, url: URL, host: _Host | None, robots: bool = False) -> tuple[bytes, URL]:
-        """The body at the end of the redirects from `url`, and where that is.
+    def _failure(self, error: Exception) -> _Failed:
+        """What an attempt's error means for the row; raises NodeTrouble where it is this machine's own."""
+        if isinstance(error, _Failed):
+            return error
+        if isinstance(error, Rejected):
+            return _Failed(error)
+        fault = own_fault(error)
+        if fault:
+            raise NodeTrouble(fault) from None
+        if isinstance(error, aiohttp.ClientError):
+            if isinstance(error, aiohttp.ClientConnectorError) and self._unrouted(error):
+                raise NodeTrouble("there is no route from this machine to the internet") from None
+            return _Failed(_as_rejected(error))
+        if isinstance(error, TimeoutError):
+            return _Failed(Rejected("timeout"))
+        if isinstance(error, OSError):
+            return _Failed(Rejected("connection_lost"))
+        if isinstance(error, ValueError):  # what a hostile header may make a parser raise
+            return _Failed(Rejected("http_malformed", f"an answer that cannot be read ({type(error).__name__})"))
+        return _Failed(Rejected("unforeseen", type(error).__name__))
 
-        robots: it is a robots.txt, so no opt-out is looked for.
+    def _unrouted(self, error: aiohttp.ClientConnectorError) -> bool:
+        """Whether no way led to a host since this machine knows none. (A router on the way may say so as well.)"""
+        if error.os_error.errno not in (errno.ENETUNREACH, errno.ENETDOWN, None):
+            return False
+        host = (self.config.proxy and URL(self.config.proxy).host) or error.host
+        return any(no_route(address) for address in (host, *self.names.remembered(host)))
+
+    async def _follow(self, url: URL, trip: _Trip | None) -> tuple[bytes, str]:
+        """The body at the end of the redirects from `url`, and its sha256.
+
+        trip: the row's; None: it is a robots.txt, so no opt-out is looked for, and what is too long is cut.
         """
         seen = {url}
-        limit = _ROBOTS_BYTES if robots else self.config.max_bytes
         for hop in range(self.config.max_redirects + 1):
-            if url.host is None or not self._may_be_literal(url.host):
+            if url.host is None or not self._may_be_literal(url):
                 raise Rejected("address_refused")
-            if self.opt_out.respect and self.opt_out.robots_txt and not robots:
+            if self.opt_out.respect and self.opt_out.robots_txt and trip is not None:
                 await self._check_robots_txt(url)
             async with self._session.get(url, allow_redirects=False, ssl=self._tls_for(url)) as response:
-                if host is not None and hop == 0 and response.status != 429:
-                    host.answered()
+                if trip is not None and hop == 0:
+                    self.health.answered(url.raw_host or "", url.port or 0)
+                    if response.status != 429:
+                        trip.answered = True
+                        self.desk.answered(trip.name)
                 # Error pages are not asked: they say noindex of themselves.
-                if response.status in (*_WITH_BODY, *_REDIRECTS) and not robots:
+                if response.status in (*_WITH_BODY, *_REDIRECTS) and trip is not None:
                     self._check_opt_out(response)
                 if response.status not in _REDIRECTS:
                     _check_status(response)
-                    return await self._read(response, limit, cut=robots), url
+                    return await self._read(response, trip)
                 url = _redirect(url, response.headers.get("Location"))
             if url in seen:
                 raise Rejected("too_many_redirects", "a circle of redirects")
             seen.add(url)
+            if trip is not None:
+                trip.final_url = str(url)
         raise Rejected("too_many_redirects", f"more than {self.config.max_redirects} redirects")
 
     def _tls_for(self, url: URL) -> ssl.SSLContext | bool:
@@ -253,85 +327,106 @@ class Fetcher:
             self._tls = ssl.create_default_context()
         return self._tls
 
-    def _may_be_literal(self, host: str) -> bool:
+    def _may_be_literal(self, url: URL) -> bool:
         """False for a numeric host that is not permitted. Names are judged by the addresses they resolve to."""
+        host = url.host or ""
         try:
             ipaddress.ip_address(host.partition("%")[0])
         except ValueError:
             return True
-        return self.guard.permits(host)
+        return self.guard.permits(host, url.port)
 
     def _check_opt_out(self, response: aiohttp.ClientResponse) -> None:
         if not self.opt_out.respect:
             return
-        directive = robots_refusal(response.headers.getall("X-Robots-Tag", []), self.agents, self.opt_out.directives)
+        tags = response.headers.getall("X-Robots-Tag", [])
+        reservations = response.headers.getall("TDM-Reservation", []) if self.opt_out.tdm_reservation else []
+        if sum(map(len, tags)) + sum(map(len, reservations)) > _OPT_OUT_BYTES:
+            raise Rejected("http_malformed", "more opt-out headers than anybody could mean")
+        directive = robots_refusal(tags, self.agents, self.opt_out.directives)
         if directive is not None:
             raise Rejected("x_robots_tag", directive)
-        if self.opt_out.tdm_reservation and tdm_refusal(response.headers.getall("TDM-Reservation", [])):
+        if tdm_refusal(reservations):
             raise Rejected("tdm_reservation")
 
     async def _check_robots_txt(self, url: URL) -> None:
         """Raises Rejected where the host's robots.txt forbids the URL, or where there is one that cannot be read."""
         origin = str(url.origin())
-        task = self._robots.get(origin)
-        if task is None:
-            if len(self._robots) >= _MANY_ROBOTS:
-                self._robots = {o: t for o, t in self._robots.items() if not t.done()}
-            task = self._robots[origin] = asyncio.create_task(self._read_robots_txt(url.origin()))
-        try:
-            # Many wait for one request, which has a deadline of its own: none of them may end it for the others.
-            rules = await asyncio.shield(task)
-        except Rejected:
-            self._robots.pop(origin, None)  # asked again by whoever comes next; the breaker bounds how often
-            raise
-        if rules is not None and robots_txt_refuses(rules, str(url), self.agents):
-            raise Rejected("robots_txt")
+        known = self._robots.get(origin)
+        if known is None:
+            code, body = await self.desk.robots(origin, lambda: self._read_robots_txt(url.origin()))
+            if code:
+                raise Rejected(code, (body or b"").decode())
+            rules, size = None, 0
+            if body is not None:
+                text = zlib.decompressobj().decompress(body, _ROBOTS_BYTES)
+                size = len(text)
+                rules = await _aside(size, lambda: Protego.parse(text.decode("utf-8-sig", "replace")))
+            self._robots[origin] = known = (rules, size)
+            self._robots_bytes += size
+            while len(self._robots) > _MANY_ROBOTS or (
+                self._robots_bytes > _ALL_ROBOTS_BYTES and len(self._robots) > 1
+            ):
+                self._robots_bytes -= self._robots.popitem(last=False)[1][1]
+        rules, size = known
+        if rules is not None:
+            asked = rules
+            if await _aside(size, lambda: robots_txt_refuses(asked, str(url), self.agents)):
+                raise Rejected("robots_txt")
 
-    async def _read_robots_txt(self, origin: URL) -> Protego | None:
-        """The rules of a host; None where it has none. RFC 9309, 2.3.1: 4xx allows all, unreachable nothing."""
+    async def _read_robots_txt(self, origin: URL) -> Robots:
+        """A host's rules, compressed; None where it has none. RFC 9309, 2.3.1: 4xx allows all, unreachable nothing."""
         try:
             async with asyncio.timeout(self.config.timeout):
-                body, _ = await self._follow(origin / "robots.txt", None, robots=True)
-        except _Failed:
-            raise Rejected("host_unavailable", "its robots.txt could not be read") from None
-        except Rejected as e:
-            if e.retryable:
-                raise Rejected(e.code) from None
-            if e.code in ("dns_not_found", "tls_error", "address_refused", "http_malformed", "encoding_unsupported"):
-                raise
-            return None
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as e:
-            raise (_as_rejected(e) if isinstance(e, aiohttp.ClientError) else Rejected("timeout")) from None
-        return Protego.parse(body.decode("utf-8-sig", "replace"))
+                body, _ = await self._follow(origin.with_path("/robots.txt"), None)
+        except NodeTrouble:
+            raise
+        except Exception as e:
+            failed = self._failure(e)
+            code, message = failed.rejected.code, failed.rejected.message
+            if isinstance(e, _Failed):
+                return "host_unavailable", b"its robots.txt could not be read"
+            passing = ("dns_not_found", "tls_error", "address_refused", "http_malformed", "encoding_unsupported")
+            if failed.rejected.retryable or code in (*passing, "unforeseen"):
+                return code, message.encode()
+            return "", None
+        return "", zlib.compress(body, 6)
 
-    async def _read(self, response: aiohttp.ClientResponse, limit: int, cut: bool = False) -> bytes:
-        """The body; raises Rejected where it is longer than limit, unless cut: then it is what lies within."""
+    async def _read(self, response: aiohttp.ClientResponse, trip: _Trip | None) -> tuple[bytes, str]:
+        """The body and its sha256; raises Rejected where it is longer than allowed. A robots.txt is cut instead."""
+        cut = trip is None
+        limit = _ROBOTS_BYTES if cut else self.config.max_bytes
         if not cut and response.content_length is not None and response.content_length > limit:
             raise Rejected("body_too_large", f"more than {limit} bytes")
         inflate = _inflater(response.headers.get("Content-Encoding", ""))
         pieces: list[bytes] = []
         size = received = 0
+        digest = hashlib.sha256()
         clock = asyncio.get_running_loop().time
         began = clock()
         # A silence this long is too slow as well; without a minimum speed the deadline alone ends it.
         patience = self.config.min_speed_after if self.config.min_speed > 0 else None
         try:
             async with asyncio.timeout(patience) as silence:
-                while chunk := await response.content.read(_CHUNK):
+                while chunk := await response.content.readany():
                     received += len(chunk)
                     if received > limit and not cut:
                         raise Rejected("body_too_large", f"more than {limit} bytes")
-                    if inflate is not None:
-                        try:
-                            chunk = inflate.decompress(chunk, limit + 1 - size)
-                        except zlib.error:
-                            raise Rejected("http_malformed", "the compressed body is damaged") from None
-                        if size + len(chunk) > limit and not cut:
+                    for piece in (chunk,) if inflate is None else inflate.pieces(chunk):
+                        size += len(piece)
+                        if size > limit and not cut:
                             raise Rejected("body_too_large", f"more than {limit} bytes once decompressed")
-                    size += len(chunk)
-                    pieces.append(chunk)
-                    if cut and size >= limit:
-                        return b"".join(pieces)[:limit]
+                        if trip is not None:
+                            trip.body = trip.body or self.room.begin()
+                            if not self.room.take(trip.body, max(len(piece), _LEAST_HELD)):
+                                silence.reschedule(None)
+                                began += await self._wait_for_room(trip, max(len(piece), _LEAST_HELD))
+                        digest.update(piece)
+                        pieces.append(piece)
+                        if cut and size >= limit:
+                            return b"".join(pieces)[:limit], ""
+                        if inflate is not None:
+                            await asyncio.sleep(0)  # others have their turn
                     now = clock()
                     if now - began > self.config.min_speed_after and received < self.config.min_speed * (now - began):
                         raise Rejected("too_slow", f"less than {self.config.min_speed:g} bytes a second")
@@ -345,48 +440,80 @@ class Fetcher:
             raise Rejected("body_truncated")
         if not size:
             raise Rejected("body_empty")
-        return b"".join(pieces)
+        if trip is not None:
+            self.room.done(trip.body)
+        return b"".join(pieces), digest.hexdigest()
+
+    async def _wait_for_room(self, trip: _Trip, size: int) -> float:
+        """Wait until a body may grow, without its clocks; returns the seconds. Raises _Failed where it takes too long.
+
+        Then what came in is thrown away and asked for again later, so that slow servers cannot hold all the room.
+        """
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        assert trip.deadline is not None
+        ends = trip.deadline.when()
+        trip.deadline.reschedule(None)
+        try:
+            async with asyncio.timeout(self.config.timeout):
+                await self.room.wait(trip.body, size)
+        except TimeoutError:
+            raise _Failed(Rejected("timeout", "no room for its body in this worker"), stalled=True) from None
+        finally:
+            if ends is not None:
+                trip.deadline.reschedule(ends + clock() - began)
+        return clock() - began
+
+    async def _look_up(self, host: str) -> None:
+        """For Health: the addresses of a canary, asked anew."""
+        await self.names.addresses(host, anew=True)
+
+    async def _reach(self, host: str, port: int) -> None:
+        """For Health: connect to a canary, and no more; its address is judged unless it is the configuration's."""
+        if self.config.proxy is not None:
+            host, port = split(str(URL(self.config.proxy).authority).rpartition("@")[2])
+        named = self.config.proxy is not None or any(host == split(c)[0] for c in self.config.canaries)
+        error: OSError = ConnectionError("no address")
+        for family, address in await self.names.addresses(host):
+            if not named and not self.guard.permits(address, port):
+                continue
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setblocking(False)
+                try:
+                    await asyncio.get_running_loop().sock_connect(probe, (address, port))
+                    return
+                except ConnectionRefusedError:
+                    return  # somebody was there to refuse it
+                except OSError as e:
+                    error = e
+        raise error
+
+
+T = TypeVar("T")
+
+
+async def _aside(size: int, call: Callable[[], T]) -> T:
+    """The result of a call, from a thread where what it works on is so long that it would hold up the others."""
+    return call() if size <= _LONG_ROBOTS else await asyncio.to_thread(call)
+
+
+@dataclasses.dataclass
+class _Trip:
+    """One attempt of a row: its host, the number of its body, its deadline, what is known of it so far."""
+
+    name: str
+    body: int = 0  # none yet
+    deadline: asyncio.Timeout | None = None
+    answered: bool = False
+    final_url: str | None = None
 
 
 class _Failed(Exception):
-    """One attempt's end, with the wait that the server asks for in seconds."""
+    """One attempt's end, with the wait that the server asks for in seconds. stalled: there was no room for its body."""
 
-    def __init__(self, rejected: Rejected, retry_after: float | None = None) -> None:
+    def __init__(self, rejected: Rejected, retry_after: float | None = None, stalled: bool = False) -> None:
         super().__init__(rejected.code)
-        self.rejected, self.retry_after = rejected, retry_after
-
-
-def parse_url(text: str) -> URL:
-    """A table's URL, blanks and letters beyond ASCII quoted; raises Rejected (url_*, scheme_refused)."""
-    if not text.strip():
-        raise Rejected("url_missing")
-    try:
-        url = URL(text.strip())
-        if url.scheme and url.scheme not in ("http", "https"):
-            raise Rejected("scheme_refused", "neither http nor https")
-        if not url.scheme or not url.host or url.port is None:
-            raise Rejected("url_invalid")
-    except (ValueError, UnicodeError):
-        raise Rejected("url_invalid") from None
-    return url.with_fragment(None)
-
-
-def _redirect(url: URL, location: str | None) -> URL:
-    if not location:
-        raise Rejected("redirect_invalid")
-    try:
-        relative = URL(location.strip())
-        if relative.scheme in ("http", "https") and not relative.host:
-            raise Rejected("redirect_invalid")
-        target = url.join(relative)
-    except (ValueError, UnicodeError):
-        raise Rejected("redirect_invalid") from None
-    if target.scheme not in ("http", "https"):
-        raise Rejected("scheme_refused", "a redirect to neither http nor https")
-    try:
-        return parse_url(str(target))
-    except Rejected:
-        raise Rejected("redirect_invalid") from None
+        self.rejected, self.retry_after, self.stalled = rejected, retry_after, stalled
 
 
 def _check_status(response: aiohttp.ClientResponse) -> None:
@@ -409,7 +536,7 @@ def _check_status(response: aiohttp.ClientResponse) -> None:
 
 def _retry_after(response: aiohttp.ClientResponse) -> float | None:
     """Seconds that Retry-After asks for (RFC 9110, 10.2.3: seconds or a date); None where it says nothing."""
-    text = response.headers.get("Retry-After", "").strip()
+    text = response.headers.get("Retry-After", "").strip()[:100]
     if text.isascii() and text.isdigit() and len(text) < 10:
         return float(text)
     with contextlib.suppress(ValueError, TypeError, OverflowError):
@@ -427,28 +554,42 @@ class _Inflater:
         self._begun = False
         self._members = 0
 
-    def decompress(self, data: bytes, most: int) -> bytes:
-        """What so many bytes more give; longer than `most` where there is more of it. Raises zlib.error."""
-        found = b""
-        while data and len(found) < most:
-            if self._stream.eof:  # another gzip member, or padding
-                data = data.lstrip(b"\0")
-                if not data.startswith(b"\x1f"):
-                    break
-                self._members += 1
-                if self._members > _MEMBERS:
-                    raise zlib.error("more gzip members than anybody could mean")
-                self._stream = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        """What so many bytes more give, in pieces of a bounded size. Raises Rejected where they are damaged."""
+        for at in range(0, len(data), _DEFLATED):
+            some = data[at : at + _DEFLATED]
+            while some:
+                try:
+                    if self._stream.eof and not self._next_member(some := some.lstrip(b"\0")):
+                        return
+                    piece, some = self._one(some)
+                except zlib.error:
+                    raise Rejected("http_malformed", "the compressed body is damaged") from None
+                if piece:
+                    yield piece
+
+    def _next_member(self, data: bytes) -> bool:
+        """Whether another gzip member begins there, rather than padding or what is none of it."""
+        if not data.startswith(b"\x1f"):
+            return False
+        self._members += 1
+        if self._members > _MEMBERS:
+            raise zlib.error("more gzip members than anybody could mean")
+        self._stream = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        return True
+
+    def _one(self, data: bytes) -> tuple[bytes, bytes]:
+        """A piece, and what is left of the data."""
+        while True:
             try:
-                found += self._stream.decompress(data, most - len(found))
+                piece = self._stream.decompress(data, _INFLATED)
+                break
             except zlib.error:
                 if self._begun or not self._kinds:
                     raise
                 self._stream = zlib.decompressobj(self._kinds.pop(0))
-                continue
-            self._begun = True
-            data = self._stream.unused_data if self._stream.eof else self._stream.unconsumed_tail
-        return found
+        self._begun = True
+        return piece, self._stream.unused_data if self._stream.eof else self._stream.unconsumed_tail
 
     @property
     def complete(self) -> bool:

@@ -2,8 +2,10 @@
 
 It runs shard by shard in a process of its own (this file as a script), since it prints, leaks and may
 hang; what it leaves is read back, checked row by row and packed and committed like what we make. Its
-client knows nothing of private addresses, so in that process every socket is judged by our guard.
-Bodies are not bounded there, and a row's deadline is img2dataset's own.
+client knows nothing of private addresses, so in that process every socket is judged by our guard, and answers
+by our reading of the opt-out headers (those of the last hop, since it follows redirects unseen). Bodies are not
+bounded there, nor requests to a host, and a row's deadline is img2dataset's own; limits of that kind are refused
+by the configuration.
 """
 
 from __future__ import annotations
@@ -29,10 +31,10 @@ from PIL import Image
 from ingest.addresses import AddressRefused, Guard
 from ingest.config import IngestConfig
 from ingest.errors import Rejected
-from ingest.fetch import parse_url
-from ingest.optout import product_name
+from ingest.optout import product_name, robots_refusal, tdm_refusal
 from ingest.pixels import Picture, hashes
 from ingest.takedown import TakenDown
+from ingest.urls import parse_url
 from ingest.work import Outcome
 from shards.settings import ConfigError, StageError
 
@@ -77,7 +79,7 @@ class Img2datasetCrew:
         table = pa.table({"url": urls})
         with pa.OSFile(str(folder / "rows.feather"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        (folder / "config.json").write_text(self.config.model_dump_json(by_alias=True))
+        (folder / "config.json").write_text(self.config.model_dump_json(by_alias=True, exclude_unset=True))
         fetch = self.config.fetch
         rounds = -(-len(urls) // fetch.concurrency) * (fetch.retries + 1)
         limit = _START_S + 4 * rounds * fetch.timeout
@@ -148,16 +150,25 @@ def main(folder: str) -> None:
     guard, connect = Guard(config.fetch.allow_addresses), socket.socket.connect
 
     def guarded(self: socket.socket, address: Any) -> None:
-        if self.family in (socket.AF_INET, socket.AF_INET6) and not guard.permits(str(address[0])):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not guard.permits(str(address[0]), int(address[1])):
             raise AddressRefused(f"{AddressRefused.__name__}: {address[0]} is not a public address")
         connect(self, address)
 
     socket.socket.connect = guarded  # type: ignore[method-assign, assignment]
 
+    import img2dataset.downloader
     from img2dataset.downloader import Downloader
     from img2dataset.resizer import Resizer
     from img2dataset.writer import WebDatasetSampleWriter
 
+    opt_out, ours = config.opt_out, product_name(config.fetch.user_agent)
+
+    def disallowed(headers: Any, *_: Any) -> bool:
+        tags, reserved = headers.get_all("X-Robots-Tag", []), headers.get_all("TDM-Reservation", [])
+        refused = robots_refusal(tags, (ours, *opt_out.agents), opt_out.directives)
+        return refused is not None or (opt_out.tdm_reservation and tdm_refusal(reserved))
+
+    img2dataset.downloader.is_disallowed = disallowed
     resizer = Resizer(
         config.image_size,
         config.resize_mode,
@@ -186,8 +197,8 @@ def main(folder: str) -> None:
         None,
         config.encode_format,
         config.fetch.retries,
-        product_name(config.fetch.user_agent),
-        list(config.opt_out.directives) if config.opt_out.respect else None,
+        ours,
+        ["asked by disallowed"] if opt_out.respect else None,
     )
     done, _ = download((0, str(rows)))
     stats = json.loads((out / "00000_stats.json").read_text()) if done else {}

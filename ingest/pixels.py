@@ -6,7 +6,8 @@ scaled (v / 257), transparency laid on a stated ground, and of an animation the 
 refused, if so configured). The same bytes in give the same bytes out.
 
 Pillow judges and decodes; for the two steps that cost the most there are quicker hands with the same pixels:
-libjpeg-turbo itself (simplejpeg) for whole JPEGs, and torch's antialiased resize, which is Pillow's in SIMD.
+libjpeg-turbo itself (simplejpeg) for whole JPEGs, and fast_image_resize (cykooz.resizer), which is Pillow's
+resize in SIMD: across first, then down, as Pillow does it, it gives the same pixels within a level.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import io
 import json
 import math
 import struct
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
+import cykooz_resizer as fir
 import numpy as np
 import simplejpeg
 import xxhash
@@ -33,15 +36,23 @@ from ingest.errors import Rejected
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what shards may hold
 _FILTERS = {name: Image.Resampling[name.upper()] for name in get_args(Filter)}
+_QUICK_FILTERS: dict[Filter, fir.FilterType] = {
+    "lanczos": fir.FilterType.lanczos3,
+    "bicubic": fir.FilterType.catmull_rom,
+}
 _MARGIN: dict[Filter, float] = {"lanczos": 2.0, "bicubic": 4 / 3}  # how much larger a JPEG is decoded at least
 _MAY_MOVE = ("GIF", "PNG", "WEBP", "AVIF")  # the further pages of a TIFF or MPO are other pictures
 LARGEST_PROFILE = 4 << 20
 LARGEST_JPEG = 1 << 29  # pixels that simplejpeg can count the bytes of
-QUICK_BYTES, QUICK_PIXELS = 2 << 20, 1 << 20
+# What is decoded on the event loop: 20 ms at most, by the file, the picture in it, and what is in front of the picture.
+QUICK_BYTES, QUICK_PIXELS, QUICK_WORK, QUICK_BEFORE = 2 << 20, 1 << 20, 1 << 21, 1 << 16
+QUICK_STORED, LIGHT_STORED = 1 << 19, 1 << 21  # pixels of the picture that is stored
 LONGEST_SIDE: dict[EncodeFormat, int] = {"jpg": 65_500, "webp": 16_383, "png": (1 << 31) - 1}  # that a file can hold
 SMALL = 1 << 14  # pixels up to which Pillow resizes: a third of a millisecond at most
 
 MOST_SCANS = 500  # of a JPEG: each goes over the whole picture, and may take a hundred bytes
+MOST_WORK = 1_500_000_000  # pixels times scans: some two seconds
+_BAND = 1 << 20  # pixels that are brought to RGB at a time
 _JPEG_SCAN = b"\xff\xda"
 _JPEG_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 _JPEG_END = b"\xff\xd9"
@@ -144,12 +155,20 @@ def _decode(data: bytes, settings: PixelSettings) -> Decoded:
     size = header_size(data)
     if size is not None:
         _check_size(size, settings.max_pixels)
+    jpeg = jpeg_header(data)
+    if jpeg is not None:
+        if jpeg.scans > MOST_SCANS:
+            raise Rejected("image_corrupt", f"more than {MOST_SCANS} scans")
+        if jpeg.scans * jpeg.width * jpeg.height > MOST_WORK:
+            raise Rejected("image_too_large", f"{jpeg.scans} scans of {jpeg.width}x{jpeg.height} pixels")
     if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses twice that by itself
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, settings.max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=_OPENABLE)
         original = image.size
         _check_size(original, settings.max_pixels)
+        if image.format == "TIFF":
+            _check_tiles(image, settings.max_pixels)
         if image.format in _MAY_MOVE and settings.animations == "refuse" and getattr(image, "is_animated", False):
             raise Rejected("animation_refused")
         pixels = _jpeg_pixels(data, image, settings)
@@ -164,13 +183,13 @@ def _decode(data: bytes, settings: PixelSettings) -> Decoded:
         if pixels is None:
             if image.format == "PNG":
                 _mend_colour_key(image, data[24])
-            pixels = np.array(to_rgb(image, settings.background, profile))
+            pixels = _rgb_pixels(image, settings.background, profile)
             original = (pixels.shape[1], pixels.shape[0])
             if image.format == "TIFF":  # turned already: Pillow does that while it loads
                 orientation = 1
         elif profile and _changes(profile, "RGB"):
-            pixels = np.array(_to_srgb(Image.fromarray(pixels), profile))
-    except Rejected:
+            pixels = _rgb_pixels(Image.fromarray(pixels), settings.background, profile)
+    except (Rejected, MemoryError):
         raise
     except UnidentifiedImageError:
         raise Rejected("not_an_image") from None
@@ -193,8 +212,6 @@ def _jpeg_pixels(data: bytes, image: Image.Image, settings: PixelSettings) -> np
     """
     if image.format not in ("JPEG", "MPO") or math.prod(image.size) > LARGEST_JPEG:
         return None
-    if image.info.get("progressive") and data.count(_JPEG_SCAN) > MOST_SCANS:
-        raise Rejected("image_corrupt", f"more than {MOST_SCANS} scans")
     if image.mode not in _JPEG_SPACES:
         return None
     wanted, margin = target_size(*image.size, settings), _MARGIN[settings.downscale_filter]
@@ -270,13 +287,74 @@ def _png_chunks(data: bytes, kept: set[bytes]) -> bytes:
     return b"".join(parts)
 
 
-def header_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height from the header of a WebP or PNG, None for what is neither.
+class JpegHeader(NamedTuple):
+    """What a JPEG says before its picture. frame: the marker's second byte, 0xC0 and 0xC1 for baseline.
 
-    These two are read here since Pillow's WebP reader allocates the canvas as soon as it opens a file.
+    before: bytes in front of the frame (profiles, EXIF, thumbnails). scans: at most; a picture without any has 0.
     """
+
+    width: int
+    height: int
+    components: int
+    frame: int
+    before: int
+    scans: int
+
+
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """The frame header (SOF) of a JPEG; None for what is none, or has no frame where decoders look for it."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 9 < len(data):
+        if data[at] != 0xFF:  # bytes between segments: decoders go on to the next marker
+            at = data.find(b"\xff", at)
+            if at < 0:
+                return None
+            continue
+        kind = data[at + 1]
+        if kind in (0x00, 0x01, 0xFF) or 0xD0 <= kind <= 0xD8:
+            at += 1 if kind == 0xFF else 2
+            continue
+        if kind in (0xD9, 0xDA):
+            return None
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            height, width, components = struct.unpack_from(">HHB", data, at + 5)
+            return JpegHeader(width, height, components, kind, at, _scans(data, at, kind, components))
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return None
+
+
+def _scans(data: bytes, frame: int, kind: int, components: int) -> int:
+    """At most how many scans follow a frame. A baseline one whose first has all components has no other."""
+    at = frame
+    while kind in (0xC0, 0xC1) and at + 5 < len(data) and data[at] == 0xFF:
+        if data[at + 1] == 0xDA:
+            if data[at + 4] == components:
+                return 1  # libjpeg ends at a second one
+            break
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return data.count(_JPEG_SCAN, frame)
+
+
+def header_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height from the header of a JPEG, PNG, WebP, GIF or BMP; None for what is none of these.
+
+    TIFF and AVIF are Pillow's to open, which reads their headers alone. Its WebP reader allocates the canvas as
+    soon as it opens a file. A GIF's first frame may be larger than its header says; Pillow tells that.
+    """
+    jpeg = jpeg_header(data)
+    if jpeg is not None:
+        return jpeg.width, jpeg.height
     if data.startswith(_PNG) and data[12:16] == b"IHDR" and len(data) >= 24:
         return struct.unpack(">II", data[16:24])
+    if data[:6] in (b"GIF87a", b"GIF89a") and len(data) >= 10:
+        return struct.unpack("<HH", data[6:10])
+    if data[:2] == b"BM" and len(data) >= 26:
+        if int.from_bytes(data[14:18], "little") == 12:  # OS/2
+            return struct.unpack("<HH", data[18:22])
+        width, height = struct.unpack("<ii", data[18:26])
+        return abs(width), abs(height)  # from below, or from above
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return None
     kind = data[12:16]
@@ -291,14 +369,42 @@ def header_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def is_quick(data: bytes) -> bool:
-    """Whether `process` takes milliseconds rather than tenths of a second: a small file, and a small picture in it."""
+def is_quick(data: bytes, settings: PixelSettings | None = None) -> bool:
+    """Whether `process` takes some milliseconds: a small JPEG, a small picture in it, and a small one out of it.
+
+    Without settings it is only said of the decoding.
+    """
     if len(data) > QUICK_BYTES:
         return False
-    size = header_size(data)
-    if size is None:  # a JPEG spends bytes on every block, so a short one is small; of other formats nothing is known
-        return data[:2] == b"\xff\xd8"
-    return size[0] * size[1] <= QUICK_PIXELS
+    jpeg = jpeg_header(data)
+    if jpeg is None or jpeg.frame > 0xC2 or jpeg.components not in (1, 3) or jpeg.before > QUICK_BEFORE:
+        return False
+    pixels = jpeg.width * jpeg.height
+    if not 0 < pixels <= QUICK_PIXELS or pixels * jpeg.scans > QUICK_WORK:
+        return False
+    if settings is None:
+        return True
+    if settings.encode_format != "jpg":
+        return False
+    scaled = math.prod(target_size(jpeg.width, jpeg.height, settings))
+    square = settings.image_size**2 if settings.resize_mode in ("center_crop", "border") else 0
+    return max(square, scaled if settings.resize_mode != "center_crop" else 0) <= QUICK_STORED
+
+
+def is_light(data: bytes, settings: PixelSettings) -> bool:
+    """Whether a thread may decode a picture beside the event loop: no step of it holds the interpreter for long."""
+    jpeg = jpeg_header(data)
+    if jpeg is None or jpeg.frame > 0xC2 or jpeg.components not in (1, 3) or jpeg.before > QUICK_BEFORE:
+        return False
+    return math.prod(target_size(max(jpeg.width, 1), max(jpeg.height, 1), settings)) <= LIGHT_STORED
+
+
+def _check_tiles(image: Image.Image, max_pixels: int) -> None:
+    """Refuse a TIFF whose tiles or strips are larger than any picture may be: a decoder allocates one whole."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    wide, high = int(tags.get(322, 0) or 0), int(tags.get(323, 0) or 0)
+    if wide * high > max(max_pixels, 1 << 20) or int(tags.get(277, 1) or 1) > 8:
+        raise Rejected("image_too_large", f"tiles of {wide}x{high} pixels")
 
 
 def _mend_colour_key(image: Image.Image, bits: int) -> None:
@@ -310,6 +416,19 @@ def _mend_colour_key(image: Image.Image, bits: int) -> None:
         image.info["transparency"] = tuple(v >> 8 for v in key)
 
 
+def _rgb_pixels(image: Image.Image, background: tuple[int, int, int], profile: bytes | None) -> np.ndarray:
+    """`to_rgb`, uint8 [H,W,3], band by band: the steps of a large picture would take several times its memory."""
+    width, height = image.size
+    rows = max(1, _BAND // max(width, 1))
+    if rows >= height:
+        return np.array(to_rgb(image, background, profile))
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height)))
+        pixels[top : top + rows] = np.asarray(to_rgb(band, background, profile))
+    return pixels
+
+
 def to_rgb(image: Image.Image, background: tuple[int, int, int], profile: bytes | None = None) -> Image.Image:
     """Any mode that Pillow decodes to RGB, 8 bits, sRGB, on a ground; raises Rejected (image_unsupported)."""
     alpha = None
@@ -319,8 +438,8 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int], profile: bytes 
             raise Rejected("image_unsupported", "integers of more than 16 bits")
         if isinstance(key := image.info.get("transparency"), int):
             alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
-        # (255 v + 32895) >> 16 is v / 257, rounded, for every v of 16 bits.
-        image = Image.fromarray(((values.astype(np.int64) * 255 + 32895) >> 16).astype(np.uint8))
+        # (255 v + 32895) >> 16 is v / 257, rounded, for every v of 16 bits; it fits into 32.
+        image = Image.fromarray(((values.astype(np.uint32) * 255 + 32895) >> 16).astype(np.uint8))
     if image.mode == "F":
         raise Rejected("image_unsupported", "floating point pixels")
     if image.has_transparency_data:
@@ -387,21 +506,40 @@ def resize(pixels: np.ndarray, settings: PixelSettings) -> np.ndarray:
 def _scaled(pixels: np.ndarray, size: tuple[int, int], box: tuple[int, int, int, int], kernel: Filter) -> np.ndarray:
     """The part `box` (left, top, right, bottom) of the picture scaled to `size` (width, height)."""
     left, top, right, bottom = box
-    part = (bottom - top, right - left)
-    if pixels.shape[0] * pixels.shape[1] <= SMALL or math.prod(size) > 8 * math.prod(part):
-        # Small, or so long that most of the scaled picture would be thrown away.
-        across, down = pixels.shape[1] / size[0], pixels.shape[0] / size[1]
+    part = (right - left, bottom - top)
+    across, down = pixels.shape[1] / size[0], pixels.shape[0] / size[1]
+    if pixels.shape[0] * pixels.shape[1] <= SMALL:
         source = (left * across, top * down, right * across, bottom * down)
-        return np.asarray(Image.fromarray(pixels).resize(part[::-1], _FILTERS[kernel], source))
-    import torch  # a worker has it; who only judges headers does without
-    from torch.nn.functional import interpolate
+        return np.asarray(Image.fromarray(pixels).resize(part, _FILTERS[kernel], source))
+    # Across and then down, each rounded to 8 bits, as Pillow does it; in one go the other is first.
+    wide = _fir(pixels, (part[0], pixels.shape[0]), kernel, (left * across, 0.0, part[0] * across, pixels.shape[0]))
+    return _fir(wide, part, kernel, (0.0, top * down, part[0], part[1] * down))
 
-    batch = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    planes = interpolate(batch, (size[1], size[0]), mode=kernel, antialias=True)[0].numpy()
-    scaled = np.empty((*part, 3), np.uint8)
-    for channel in range(3):
-        scaled[..., channel] = planes[channel, top:bottom, left:right]
-    return scaled
+
+def _fir(
+    pixels: np.ndarray, size: tuple[int, int], kernel: Filter, box: tuple[float, float, float, float]
+) -> np.ndarray:
+    """The part `box` (left, top, width, height) of uint8 [H,W,3] scaled to `size` (width, height)."""
+    height, width = pixels.shape[:2]
+    if size == (width, height) and box == (0.0, 0.0, width, height):
+        return pixels
+    left, top = min(box[0], width), min(box[1], height)  # what was rounded may stick out by a millionth of a pixel
+    crop = fir.CropBox(left, top, min(box[2], width - left), min(box[3], height - top))
+    options = fir.ResizeOptions(fir.ResizeAlg.convolution(_QUICK_FILTERS[kernel]), use_alpha=False, crop_box=crop)
+    scaled = fir.ImageData(*size, fir.PixelType.U8x3)
+    _resizer().resize(fir.ImageData(width, height, fir.PixelType.U8x3, pixels.tobytes()), scaled, options)
+    return np.frombuffer(scaled.get_buffer(), np.uint8).reshape(size[1], size[0], 3)
+
+
+_local = threading.local()
+
+
+def _resizer() -> fir.Resizer:
+    """A thread's own resizer: it keeps its buffers from picture to picture."""
+    found: fir.Resizer | None = getattr(_local, "resizer", None)
+    if found is None:
+        found = _local.resizer = fir.Resizer()
+    return found
 
 
 def encode(pixels: np.ndarray, settings: PixelSettings) -> bytes:

@@ -24,6 +24,7 @@ from ingest.config import ColumnsConfig, FilterConfig, IngestConfig
 from ingest.digests import has_digests
 from ingest.duplicates import Sidecars, find_duplicates
 from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE
+from ingest.hosts import Exchange
 from ingest.img2dataset_engine import Img2datasetCrew
 from ingest.img2dataset_engine import require as require_img2dataset
 from ingest.packing import kept_columns, new_sidecar, rows_again
@@ -75,9 +76,11 @@ class IngestStage:
     seed: int = 0
     add_changed: bool = False
     retry: frozenset[str] = frozenset()
+    hosts: Exchange | None = None  # how the run's ledger of hosts is reached; None: each worker has its own
 
     unit = "images"
     data = ".tar"
+    plans = True  # `begin` walks through a table, and takes what can do that elsewhere
 
     @property
     def name(self) -> str:
@@ -614,7 +617,7 @@ class IngestWorker:
         self.rule = stage.heldout_rule(self.layout)
         self.cursor = tables.Cursor()
         self.taken_down = TakenDown.read(stage.run)
-        self.crew = make_crew(stage.config, self.taken_down)
+        self.crew = make_crew(stage.config, self.taken_down, stage.hosts)
         self._packed: tuple[int, dict[str, bytes], dict[str, Any]] | None = None
 
     def __call__(self, task: Task) -> dict[str, Any]:
@@ -744,6 +747,6 @@ def judge_rows(
     return filters.judge(config.filters, columns, cleaned)
 
 
-def make_crew(config: IngestConfig, taken_down: TakenDown) -> Crew | Img2datasetCrew:
+def make_crew(config: IngestConfig, taken_down: TakenDown, hosts: Exchange | None = None) -> Crew | Img2datasetCrew:
     """What fetches: our own client, or img2dataset in a process of its own."""
-    return Img2datasetCrew(config, taken_down) if config.engine == "img2dataset" else Crew(config, taken_down)
+    return Img2datasetCrew(config, taken_down) if config.engine == "img2dataset" else Crew(config, taken_down, hosts)

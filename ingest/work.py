@@ -1,7 +1,8 @@
 """What a worker process does for the rows of a shard: fetch many at once, decode in threads, in table order.
 
 The event loop runs in a thread of its own, so that a worker can be called from anywhere, also where
-another loop is running; it lives as long as the process, and with it the pooled connections.
+another loop is running; it lives as long as the process, and with it the pooled connections. Whatever a row brings
+in ends that row alone; what is wrong with this machine ends the shard, as NodeTrouble, and marks no row.
 """
 
 from __future__ import annotations
@@ -11,14 +12,20 @@ import atexit
 import contextlib
 import dataclasses
 import gc
+import os
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from ingest.config import IngestConfig
+from ingest.decoders import Decoders
 from ingest.errors import ERRORS, Rejected
-from ingest.fetch import Fetcher
+from ingest.fetch import Fetched, Fetcher
+from ingest.hosts import Exchange
 from ingest.pixels import Picture, PixelSettings, is_quick, process
 from ingest.takedown import TakenDown
+from ingest.trouble import own_fault, raise_limits
+from shards.settings import NodeTrouble
 
 DNS_THREADS = 32
 
@@ -27,7 +34,7 @@ DNS_THREADS = 32
 class Outcome:
     """What became of a row. picture: for a success alone. bytes_fetched and attempts go to statistics only.
 
-    final_url: where redirects led; None where there were none.
+    final_url: where redirects led, None where there were none.
     """
 
     status: str
@@ -62,30 +69,40 @@ def pixel_settings(config: IngestConfig) -> PixelSettings:
 
 
 class Crew:
-    """A process's event loop, client and decoding threads."""
+    """A process's event loop, client and decoders.
 
-    def __init__(self, config: IngestConfig, taken_down: TakenDown | None = None) -> None:
-        self.config = config
+    hosts: how the run's ledger of hosts is reached (ingest/hosts.py); without it this process keeps its own.
+    """
+
+    def __init__(
+        self, config: IngestConfig, taken_down: TakenDown | None = None, hosts: Exchange | None = None
+    ) -> None:
+        self.config, self.hosts = config, hosts
         self.taken_down = taken_down or TakenDown()
         self.pixels = pixel_settings(config)
+        raise_limits()
         self._decoders = ThreadPoolExecutor(config.decode_threads, "decode")
+        self._others = Decoders(self.pixels, config.fetch.decode_memory, config.fetch.decode_timeout)
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(ThreadPoolExecutor(DNS_THREADS, "dns"))
         self._thread = threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True)
         self._thread.start()
         self._turn = asyncio.Lock()
         self._fetcher: Fetcher | None = None
-        import torch  # noqa: F401  # that resizes: to load it takes seconds, in which no request would be looked after
-
         gc.collect()
         gc.freeze()  # or each full collection walks over all that was imported: a tenth of the time of small pictures
         atexit.register(self.close)  # or the client complains of connections left open
 
     def fetch_all(self, urls: dict[int, str]) -> dict[int, Outcome]:
-        """The outcome of each URL, by the number it comes with."""
+        """The outcome of each URL, by the number it comes with; raises NodeTrouble."""
         future = asyncio.run_coroutine_threadsafe(self._fetch_all(urls), self._loop)
         try:
             return future.result()
+        except BaseExceptionGroup as group:
+            own, _ = group.split(NodeTrouble)
+            if own is None:
+                raise
+            raise _first(own) from None
         except BaseException:
             future.cancel()
             raise
@@ -103,33 +120,67 @@ class Crew:
         if not self._thread.is_alive():
             self._loop.close()
         self._decoders.shutdown(wait=False)
+        self._others.close()
 
     async def _fetch_all(self, urls: dict[int, str]) -> dict[int, Outcome]:
         if self._fetcher is None:
-            self._fetcher = Fetcher(self.config.fetch, self.config.opt_out)
+            name = f"{socket.gethostname()}/{os.getpid()}/{os.urandom(4).hex()}"
+            self._fetcher = Fetcher(self.config.fetch, self.config.opt_out, self.hosts, name)
         async with asyncio.TaskGroup() as group:
             tasks = {i: group.create_task(self._one(self._fetcher, url)) for i, url in urls.items()}
-        return {i: task.result() for i, task in tasks.items()}
+        outcomes = {i: task.result() for i, task in tasks.items()}
+        await self._fetcher.health.shard([o.error for o in outcomes.values()])
+        return outcomes
 
     async def _one(self, fetcher: Fetcher, url: str) -> Outcome:
+        """What becomes of a row. Raises NodeTrouble alone."""
         try:
             async with fetcher.fetch(url) as fetched:
-                size, sha256, attempts, final = len(fetched.body), fetched.sha256, fetched.attempts, fetched.final_url
-                try:
-                    if self.taken_down.has_bytes(sha256) or (final and self.taken_down.has_url(final)):
-                        raise Rejected("taken_down")
-                    if is_quick(fetched.body):
-                        # To hand a picture of a few milliseconds over costs a good part of what it takes: both
-                        # threads want the interpreter, and a thread's own memory is given back after each
-                        # picture. One a turn of the loop, so that requests are looked after in between.
-                        async with self._turn:
-                            picture = process(fetched.body, self.pixels)
-                    else:
-                        picture = await self._loop.run_in_executor(self._decoders, process, fetched.body, self.pixels)
-                except Rejected as e:
-                    return Outcome.of(
-                        e.code, e.message, sha256=sha256, bytes_fetched=size, attempts=attempts, final_url=final
-                    )
+                outcome = await self._judge(fetched)
         except Rejected as e:
-            return Outcome.of(e.code, e.message, attempts=e.attempts)
-        return Outcome("success", None, None, picture, sha256, size, attempts, final)
+            outcome = Outcome.of(e.code, e.message, attempts=e.attempts)
+        except NodeTrouble:
+            raise
+        except Exception as e:
+            outcome = _unforeseen(e)
+        fetcher.desk.row(outcome.status == "success")
+        await fetcher.health.row(outcome.status == "success")
+        return outcome
+
+    async def _judge(self, fetched: Fetched) -> Outcome:
+        """What becomes of a row whose body is here."""
+        known = {"sha256": fetched.sha256, "bytes_fetched": len(fetched.body), "attempts": fetched.attempts}
+        known["final_url"] = fetched.final_url
+        try:
+            led_to = fetched.final_url
+            if self.taken_down.has_bytes(fetched.sha256) or (led_to and self.taken_down.has_url(led_to)):
+                raise Rejected("taken_down")
+            if is_quick(fetched.body, self.pixels):
+                # To hand a picture of a few milliseconds over costs a good part of what it takes: both
+                # threads want the interpreter, and a thread's own memory is given back after each
+                # picture. One a turn of the loop, so that requests are looked after in between.
+                async with self._turn:
+                    picture = process(fetched.body, self.pixels)
+                    await asyncio.sleep(0)
+            else:
+                picture = await self._loop.run_in_executor(self._decoders, self._others.process, fetched.body)
+        except Rejected as e:
+            return Outcome.of(e.code, e.message, **known)
+        except NodeTrouble:
+            raise
+        except Exception as e:
+            return _unforeseen(e, **known)
+        return Outcome("success", None, None, picture, **known)  # type: ignore[arg-type]
+
+
+def _unforeseen(error: Exception, **known: object) -> Outcome:
+    """The outcome of a row by an error that nobody foresaw; raises NodeTrouble where it is this machine's."""
+    fault = own_fault(error)
+    if fault:
+        raise NodeTrouble(fault) from error
+    return Outcome.of("unforeseen", type(error).__name__, **known)
+
+
+def _first(group: BaseExceptionGroup[NodeTrouble]) -> NodeTrouble:
+    found = group.exceptions[0]
+    return _first(found) if isinstance(found, BaseExceptionGroup) else found

@@ -37,6 +37,7 @@ from latents.pictures import Fit, ahead, crop_before, resize_crop_to
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
 from shards import images, storage
 from shards.columns import COLUMN_ROW, ColumnFile, column, members, pack_columns
+from shards.commit import Folder, read_made_with
 from shards.dataset import MANIFEST, Dataset, born, read_stats, read_stats_of, write_manifest
 from shards.exclusions import write_exclusions
 from shards.fingerprint import Fingerprint, digest_bytes
@@ -44,7 +45,7 @@ from shards.layout import RunPaths, shard_name
 from shards.listing import listed
 from shards.settings import ConfigError, StageError
 from shards.stage import Task, open_folder, refuse_other_settings
-from shards.takeover import is_old, old_digests
+from shards.takeover import is_old, old_digests, old_version
 
 if TYPE_CHECKING:
     from latents.encoders import TextEncoder, Vae
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("carrara.latents")
 
 VERSION = 3  # raise it when the bytes of a shard change for the same settings
+READABLE = (2,)  # older ones, to whose shards new ones may be added
 
 # An image shard's words for what became of a row, and ours for a picture that was there but has no latent.
 STATUSES = (*images.STATUSES, "failed_to_encode")
@@ -127,12 +129,22 @@ class LatentsStage:
                 "set latents.moments to false"
             )
         weights = {"vae": vae.digest, "text": text.digest}
-        return Fingerprint(self.name, VERSION, self.config.settings(), None, weights)
+        stored = read_made_with(self.root)
+        kept = stored is not None and stored.get("taken_over_from") and stored["version"] in READABLE
+        version = stored["version"] if stored is not None and kept else VERSION
+        return Fingerprint(self.name, version, self.config.settings(), None, weights)
 
-    def begin(self, redo: bool) -> None:
-        """Refuse latents of an older version that are of other images than the run's; raises ConfigError."""
-        if redo or not is_old(self.root):
-            return
+    def begin(self, redo: bool = False, each: Any = map) -> None:
+        """Make the folder ready, or take one of an older version over; raises ConfigError where those latents are of
+        other images than the run's."""
+        made_with = self.made_with()
+        if is_old(self.root) and not redo:
+            self._refuse_other_images()
+            # What readers still understand goes on as it is; each shard says how its columns lie.
+            made_with = dataclasses.replace(made_with, version=old_version(self.root, READABLE) or VERSION)
+        Folder.begin(self.root, made_with, self.data, redo=redo, take_over=True)
+
+    def _refuse_other_images(self) -> None:
         digests = old_digests(self.run.images)
         committed = listed(self.root, self.data).committed
         for index, stats in read_stats_of(self.root, (int(i) for i in committed)):

@@ -28,6 +28,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from orchestration.config import Pool, RayConfig
 from orchestration.engine import Job, build_worker, sentence
+from orchestration.hosts import shared
 from shards.layout import shard_name
 from shards.settings import ConfigError, StageError
 from shards.stage import Stage, Task
@@ -75,7 +76,12 @@ class _Call:
 
 def on_ray(job: Job, pool: Pool, config: RayConfig) -> None:
     """Make every open shard of the job's ledger on the cluster that `ray.init` connected to."""
-    fleet = _Fleet(job.stage, pool, config)
+    with shared(job.stage) as stage:
+        _drive(job, stage, pool, config)
+
+
+def _drive(job: Job, stage: Stage, pool: Pool, config: RayConfig) -> None:
+    fleet = _Fleet(stage, pool, config)
     try:
         while (not job.ledger.empty and not job.stop.is_set()) or fleet.busy:
             job.lease.check()

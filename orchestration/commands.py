@@ -1,5 +1,5 @@
 """The commands around the stages: plan and inspect for the latents; export, sample, watch, numbers, grid,
-explain-fid and judge for a trained model.
+explain-fid, judge, compare, images, scores and reference for a trained model.
 
     carrara plan [RUN] --config C [--rows N]                           what pre-encoding stores, takes and costs
     carrara inspect [RUN] --config C                                   latents decoded beside their originals
@@ -9,7 +9,11 @@ explain-fid and judge for a trained model.
     carrara grid [RUN] --config C eval.grid='{steps: [10, 20]}'        samplers x steps x guidance x EMA
     carrara export RUN [--checkpoint step-00001000] [--weights raw] [--dtype float16] [--out DIR]   a diffusers pipeline
     carrara explain-fid A B --inception FILE                           why two FIDs of the same pictures differ
-    carrara judge pack RUN --cells A B --out DIR; carrara judge score DIR VOTES.csv ...
+    carrara judge pack RUN --results A B --out DIR; carrara judge score DIR VOTES.csv ...
+    carrara compare A B                                                two results in pairs, of one run or of two
+    carrara images RESULT --layout geneval --out DIR                   images out for a benchmark of its own
+    carrara scores RESULT FILE --name geneval                          its scores in, as a metric like any other
+    carrara reference coco --annotations FILE --images DIR --out DIR   COCO's images and captions as a reference
 
 What they do is in latents/, train/ and eval/; what is here is their arguments and Ray.
 """
@@ -50,7 +54,7 @@ def _sample(arguments: list[str]) -> None:
     parser.add_argument("--weights", default="ema", help="ema, raw, one of train.ema_stds (ema_0.050), or posthoc:0.08")
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance-scale", "--guidance", type=float, default=3.0)
     parser.add_argument("--width", type=int)
     parser.add_argument("--height", type=int)
     parser.add_argument("--image", help="a picture to start from")
@@ -65,7 +69,7 @@ def _sample(arguments: list[str]) -> None:
     parser.add_argument("--redo", action="store_true", help="draw again what lies in --out from other settings")
     given = parser.parse_args(arguments)
 
-    from eval.sample import SampleConfig, SampleStage, wishes_of
+    from eval.sample import SampleConfig, SampleStage, requests_of
     from orchestration import engine
     from orchestration.config import Pool, RayConfig
     from shards import storage
@@ -73,11 +77,18 @@ def _sample(arguments: list[str]) -> None:
     from shards.layout import RunPaths
     from shards.settings import validate
 
-    wishes = wishes_of(given.prompt, given.prompts, given.negative, given.seed)
-    if not wishes:
+    requests = requests_of(given.prompt, given.prompts, given.negative, given.seed)
+    if not requests:
         raise ConfigError('sample: nothing to draw; give --prompt "..." or --prompts FILE')
     values = {k: v for k, v in vars(given).items() if k in SampleConfig.model_fields}
-    config = validate(SampleConfig, {**values, "wishes": wishes, "guidance_scale": given.guidance}, "carrara sample")
+    config = validate(
+        SampleConfig,
+        {
+            **values,
+            "requests": requests,
+        },
+        "carrara sample",
+    )
     asked = digest_json(config.model_dump(mode="json"))[:10]
     run = RunPaths(given.run)
     out = given.out or storage.join(given.run, "samples", asked)
@@ -87,7 +98,7 @@ def _sample(arguments: list[str]) -> None:
         engine.run(stage, run.status, RayConfig(), Pool(), local=not given.ray, redo=given.redo)
 
     _maybe_on_ray(given.ray, drive)
-    log.info("%d pictures of %s are in %s", stage.total, stage.subject.name, out)
+    log.info("%d pictures of %s are in %s", stage.total, stage.model.name, out)
 
 
 def _maybe_on_ray(on_ray: bool, work: Callable[[], None]) -> None:
@@ -129,23 +140,60 @@ def _watch(arguments: list[str]) -> None:
 
 
 def _numbers(arguments: list[str]) -> None:
-    parser = _Parser("carrara numbers", description="Metrics of whatever pictures are committed now; changes nothing.")
+    parser = _Parser("carrara numbers", description="Metrics of whatever images are committed now; changes nothing.")
     _, config = _configured(arguments, parser)
-    from eval.report import spread
-    from eval.stage import GenerateStage
-    from orchestration import stages
-    from shards.layout import RunPaths
+    from orchestration.evaluation import numbers
 
-    stages.check_inputs("eval", config)
-    stage = GenerateStage(
-        config.eval, RunPaths(config.run), stages.vae_ref(config), stages.text_ref(config), config.seed
-    )
-    found = stage.metrics()
-    missing = found["missing"]["pictures"]
-    print(f"{found['checkpoint']} {found['cell']}, protocol {found['protocol']['id']}, {missing} pictures missing")
-    for name, metric in found["metrics"].items():
-        value, interval = spread(metric)
-        print(f"{name:<22}{value:>12}   {interval:<22} n {metric['n']}")
+    print(numbers(config))
+
+
+def _compare(arguments: list[str]) -> None:
+    parser = _Parser("carrara compare", description="Two results in pairs: RUN/eval/MODEL/PROTOCOL, or RUN:MODEL.")
+    parser.add_argument("a", help="a result's folder, or RUN:MODEL where it has one result alone")
+    parser.add_argument("b", help="the other, of this run or of another one")
+    parser.add_argument("--json", help="write the differences to this file, too")
+    given = parser.parse_args(arguments)
+    from orchestration.evaluation import compare
+
+    print(compare(given.a, given.b, given.json))
+
+
+def _images(arguments: list[str]) -> None:
+    parser = _Parser("carrara images", description="A result's images as files, as a benchmark wants to have them.")
+    parser.add_argument("result", help="a result's folder, or RUN:MODEL where it has one result alone")
+    parser.add_argument("--layout", default="files", help="files, geneval, dpg or compbench")
+    parser.add_argument("--out", required=True, help="a new folder")
+    given = parser.parse_args(arguments)
+    from orchestration.evaluation import export_images
+
+    print(export_images(given.result, given.layout, given.out))
+
+
+def _scores(arguments: list[str]) -> None:
+    parser = _Parser("carrara scores", description="Scores made elsewhere as a metric like any other.")
+    parser.add_argument("result", help="a result's folder, or RUN:MODEL where it has one result alone")
+    parser.add_argument("file", help="JSON lines: id (or file) and score (or correct)")
+    parser.add_argument("--name", required=True, help="of the metric: small letters, digits, _")
+    parser.add_argument("--index", help="the export's index.jsonl, where the file names images by their files")
+    given = parser.parse_args(arguments)
+    from orchestration.evaluation import import_scores
+
+    print(import_scores(given.result, given.name, given.file, given.index))
+
+
+def _reference(arguments: list[str]) -> None:
+    parser = _Parser("carrara reference", description="Real images and captions of a public set as shards.")
+    parser.add_argument("kind", choices=["coco"], help="coco: COCO's captions file and a folder of its images")
+    parser.add_argument("--annotations", required=True, help="captions_val2014.json")
+    parser.add_argument("--images", required=True, help="the folder val2014")
+    parser.add_argument("--out", required=True, help="folder for images/ (shards) and prompts.jsonl")
+    parser.add_argument("--count", type=int, default=30_000, help="captions that are drawn")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--all", action="store_true", help="the reference is all images, not those of the captions")
+    given = parser.parse_args(arguments)
+    from eval import coco
+
+    print(coco.reference(given.annotations, given.images, given.out, given.count, given.seed, given.all))
 
 
 def _grid(arguments: list[str]) -> None:
@@ -195,7 +243,7 @@ def _judge(arguments: list[str]) -> None:
     actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
     pack = actions.add_parser("pack", help="write a page of pairs")
     pack.add_argument("run", help="the run's folder")
-    pack.add_argument("--cells", nargs="+", required=True, metavar="CHECKPOINT/CELL")
+    pack.add_argument("--results", nargs="+", required=True, metavar="[RUN:]MODEL/PROTOCOL")
     pack.add_argument("--pairs", type=int, default=60)
     pack.add_argument("--seed", type=int, default=0)
     pack.add_argument("--out", required=True, help="folder for index.html (to give away) and key.json (to keep)")
@@ -209,8 +257,8 @@ def _judge(arguments: list[str]) -> None:
 
     if given.action == "pack":
         run = RunPaths(given.run)
-        found = human.pairs(run, given.cells, given.pairs, given.seed)
-        log.info("%d pairs: %s", len(found), human.write_pack(given.out, given.cells, found, run))
+        found = human.pairs(run, given.results, given.pairs, given.seed)
+        log.info("%d pairs: %s", len(found), human.write_pack(given.out, given.results, found, run))
         log.info("give away index.html alone; key.json says what was what")
         return
     names, votes = human.read_votes(given.pack, given.votes)
@@ -289,6 +337,10 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "watch": _watch,
     "numbers": _numbers,
     "grid": _grid,
+    "compare": _compare,
+    "images": _images,
+    "scores": _scores,
+    "reference": _reference,
     "export": _export,
     "explain-fid": _explain,
     "judge": _judge,

@@ -165,13 +165,14 @@ _PATHS = {
     ("run",): "path",
     ("ingest", "table"): "path",
     ("ingest", "heldout_table"): "path",
-    ("eval", "prompt_file"): "path",
+    ("eval", "prompts_file"): "path",
     ("eval", "reference"): "path",
     ("eval", "inception"): "reference",
     ("eval", "dinov2"): "path",
     ("autoencoder", "pretrained"): "reference",
     ("clip", "pretrained"): "reference",
-    ("eval", "features"): "reference",
+    ("eval", "clip"): "reference",
+    ("eval", "model"): "reference",
 }
 
 

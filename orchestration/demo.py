@@ -228,28 +228,28 @@ def _read(url: str) -> Any:
 
 def _farewell(config: RunConfig, seconds: float) -> None:
     """Where the results are, and the numbers that one looks at first."""
-    from eval import results
-    from eval.stage import GenerateStage
+    from eval import measure
+    from eval.evaluation import METRICS
 
     paths = RunPaths(config.run)
-    stage = GenerateStage(config.eval, paths, stages.vae_ref(config), stages.text_ref(config), config.seed)
-    metrics = results.read(storage.join(stage.root, results.METRICS))
+    found = stages.evaluation(config)
+    metrics = measure.read(storage.join(found.folder, METRICS))
     _say("")
     for line in _headline(metrics):
         _say(line)
-    _say(f"report  {stages.report_path(config, stage.subject.name)}")
+    _say(f"report  {stages.report_path(config, found.model.name)}")
     _say(f"model   {paths.model}   (diffusers: StableDiffusionPipeline.from_pretrained)")
     _say(f"total   {status.duration(seconds)}")
 
 
 def _headline(metrics: dict[str, Any] | None) -> list[str]:
     """What was measured, a line a metric, with its 95 % interval."""
-    from eval.report import LABELS, headline
+    from eval.report.page import headline
 
     texts = headline(metrics) if metrics else {}
     return [
-        f"{LABELS[n]}: {value}" + (f" ({interval})" if interval else "")
-        for n, (value, interval) in texts.items()
+        f"{label}: {value}" + (f" ({interval})" if interval else "")
+        for label, (value, interval) in texts.items()
         if value
     ]
 

@@ -7,9 +7,9 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
+from shards import storage
 from shards.settings import ConfigError, StageError
 
 PACKAGES = ("ray", "torch", "deepspeed", "diffusers", "open_clip_torch", "transformers", "webdataset")
@@ -76,12 +76,8 @@ def _writable(config_path: str | None) -> list[str]:
         print(f"run          no configuration looked at ({e})")
         return [str(e)] if config_path else []
     print(f"run          {config.run} (relative paths are from {base}, {why})")
-    if "://" in config.run:
-        return []
     try:
-        os.makedirs(config.run, exist_ok=True)
-        with tempfile.TemporaryFile(dir=config.run):
-            pass
-    except OSError as e:
-        return [f"{config.run} cannot be written to ({e.strerror})"]
+        storage.probe(config.run)
+    except ConfigError as e:
+        return [str(e)]
     return []

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+import ray._private.state as ray_state
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -76,6 +77,7 @@ class Gang:
         self.group: PlacementGroup | None = None
         self.actors: list[Any] = []
         self.places: list[_Place] = []
+        self.began: float | None = None  # by the monotonic clock, once all are there
 
     def __enter__(self) -> Gang:
         try:
@@ -93,6 +95,7 @@ class Gang:
         nodes = list(dict.fromkeys(p.node for p in places))
         order = sorted(range(self.count), key=lambda i: (nodes.index(places[i].node), i))
         self.actors, self.places = [self.actors[i] for i in order], [places[i] for i in order]
+        self.began = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,6 +128,21 @@ class Gang:
         sent = ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=there).remote(first.pid, number)
         with contextlib.suppress(RayError):
             ray.get(sent, timeout=30)
+
+    def leaving(self) -> str:
+        """Which node of the ranks is about to go (preempted, or drained), as a sentence; else empty."""
+        draining = ray_state.state.get_draining_nodes()
+        gone = [p.address for p in self.places if p.node in draining]
+        return f"the node {gone[0]} of its ranks is about to go" if gone else ""
+
+    def room_for(self, more: int) -> str:
+        """That there is room for so many ranks more, as a sentence; else empty."""
+        if more <= 0:
+            return ""
+        free = ray.available_resources()
+        if all(free.get(name, 0.0) >= amount * more for name, amount in self.bundle.items()):
+            return f"there is room for {more} ranks more"
+        return ""
 
     def _place(self) -> None:
         group = self.group = placement_group([self.bundle] * self.count, strategy="PACK")

@@ -1,13 +1,14 @@
-"""`carrara grid`: every cell of a checkpoint's grid, on Ray or in this process; what is beaten early is given up."""
+"""`carrara grid`: every cell of a model's grid, on Ray or in this process; what is beaten early is given up."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from typing import Any
 
-from eval import grid, report
-from eval.features import FeaturesStage
-from eval.stage import GenerateStage, conclude
+from eval import grid
+from eval.evaluation import Evaluation
+from eval.report import page
 from orchestration import engine, stages
 from orchestration.config import RunConfig
 from shards.layout import RunPaths
@@ -21,44 +22,40 @@ def run(config: RunConfig, local: bool = False, redo: bool = False) -> str:
     First the first part of each cell is drawn and judged in pairs, then the rest of those that were not beaten.
     """
     stages.check_inputs("eval", config)
-    paths, vae, text = RunPaths(config.run), stages.vae_ref(config), stages.text_ref(config)
-    cells = [GenerateStage(c, paths, vae, text, config.seed) for c in grid.cells(config.eval)]
-    log.info("grid: %d cells of %s: %s", len(cells), cells[0].subject.name, ", ".join(c.config.cell for c in cells))
+    paths, vae, clip = RunPaths(config.run), stages.vae_ref(config), stages.text_ref(config)
+    cells = [Evaluation(c, paths, vae, clip, config.seed) for c in grid.cells(config.eval)]
+    log.info("grid: %d cells of %s: %s", len(cells), cells[0].model.name, ", ".join(c.config.cell for c in cells))
     with contextlib.ExitStack() as stack:
         if not local:
             from orchestration.connection import connected
 
             stack.enter_context(connected(config.ray))
 
-        def drive(stage: GenerateStage | grid.FirstPart | FeaturesStage) -> None:
+        def drive(stage: Any) -> None:
             engine.run(stage, paths.status, config.ray, config.ray.eval, local, redo)
 
-        reference = cells[0].reference()
-        if reference is not None:
-            engine.run(reference, paths.status, config.ray, config.ray.eval, local, redo)
+        for real in cells[0].real():
+            drive(real)
         given_up, first = _first_parts(config, cells, drive)
         gone = {g.cell for g in given_up}
-        page = ""
-        for cell in cells:
-            if cell.config.cell in gone:
-                continue
-            drive(cell)
-            for features in cell.features().values():
-                drive(features)
-            page = conclude(cell.config, paths, vae, text, config.seed)
-    outcome = grid.record(paths, cells, given_up, first)
+        kept = [cell for cell in cells if cell.config.cell not in gone]
+        for cell in kept:
+            for stage in cell.stages():
+                drive(stage)
+            cell.measure()
+    outcome = grid.record(paths, kept, given_up, first)
     for point in outcome["points"]:
         mark = " (knee)" if point["knee"] else " (frontier)" if point["frontier"] else ""
         log.info(
-            "grid: %s: %s %.4g, clip_score %.4g, %.3g s a picture%s",
+            "grid: %s: %s %.4g, clip_score %.4g, %.3g s an image%s",
             point["cell"], outcome["distance"], point["distance"][0], point["score"][0], point["seconds"], mark,
         )  # fmt: skip
-    return report.render(paths, cells[0].subject.name) if page else page
+    return page.render(paths, cells[0].model.name, watch=config.eval.watch)
 
 
-def _first_parts(config: RunConfig, cells: list[GenerateStage], drive) -> tuple[list[grid.GivenUp], dict[str, int]]:  # type: ignore[no-untyped-def]
-    """What is given up after the first part of every cell, and how many pictures each had by then."""
-    sizes = [len(task.payload) for task in cells[0].tasks()]
+def _first_parts(config: RunConfig, cells: list[Evaluation], drive: Any) -> tuple[list[grid.GivenUp], dict[str, int]]:
+    """What is given up after the first part of every cell, and how many images each had by then."""
+    sizes = [len(task.payload) for task in cells[0].generate.tasks()]
     shards = grid.first_shards(config.eval, len(sizes))
     first = {cell.config.cell: sum(sizes[:shards]) for cell in cells}
     if shards == len(sizes) or len(cells) == 1:
@@ -67,7 +64,7 @@ def _first_parts(config: RunConfig, cells: list[GenerateStage], drive) -> tuple[
     for part in parts:
         if not part.complete:
             drive(part)
-    given_up = grid.dominated([(part.stage.config, part.measure()) for part in parts])
+    given_up = grid.dominated([(part.evaluation.config, part.measure()) for part in parts])
     for g in given_up:
-        log.info("grid: %s is given up after %d pictures; %s beats it: %s", g.cell, first[g.cell], g.by, g.words)
+        log.info("grid: %s is given up after %d images; %s beats it: %s", g.cell, first[g.cell], g.by, g.words)
     return given_up, first

@@ -34,6 +34,7 @@ from shards.listing import listed
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
 from shards.takeover import take_over_as_it_is
+from train.seen import Account, Unknown
 
 log = logging.getLogger("carrara")
 
@@ -199,11 +200,8 @@ def checkpoints(config: RunConfig, paths: RunPaths, hits: Iterable[removal.Hit])
 def _count(manifest: dict[str, Any], dataset: Dataset, samples: dict[int, list[int]]) -> int | None:
     """How many of these samples a checkpoint saw; None where its order cannot be told."""
     try:
-        from train.seen import Unknown, first_seen
-    except ImportError:  # until there is an inverse of the order
-        return None
-    try:
-        places = [p for shard, some in samples.items() for p in first_seen(manifest, dataset, shard, some)]
+        account = Account(manifest, dataset)
+        places = [p for shard, some in samples.items() for p in account.first(shard, some)]
     except Unknown:
         return None
     return sum(p is not None and p < manifest["images"] for p in places)

@@ -2,6 +2,7 @@
 
     carrara latents --config configs/demo.yaml latents.batch_size=64     one stage
     carrara all --config configs/demo.yaml                               every stage in order
+    carrara eval --model FOLDER --run runs/sd15 eval.prompts_file=FILE   any diffusers pipeline; needs no table
     carrara status runs/demo                                             how far a run is; needs no cluster
     carrara submit latents --address http://127.0.0.1:8265 ...           the same stage as a Ray job
     carrara ingest --config configs/demo.yaml --dry-run                  what the filters keep, and what it costs
@@ -106,6 +107,8 @@ def _command(arguments: Sequence[str]) -> None:
     parser.add_argument("--sha256", metavar="FILE", help="remove: a file of sha256 of pictures as fetched")
     parser.add_argument("--host", metavar="NAME", help="remove: all pictures of a host and those below it")
     parser.add_argument("--address", help="submit: the cluster's dashboard, e.g. http://127.0.0.1:8265")
+    parser.add_argument("--model", metavar="FOLDER", help="eval: any diffusers pipeline, a folder or a hub name")
+    parser.add_argument("--run", metavar="DIR", help="eval --model: the folder for its results")
     args = parser.parse_intermixed_args(arguments)
     known(args.command, (*COMMANDS, *commands.COMMANDS))
     _check_options(args)
@@ -117,6 +120,10 @@ def _command(arguments: Sequence[str]) -> None:
         examine(args.config)
     elif args.command == "submit":
         _submit(args)
+    elif args.model is not None:
+        from orchestration.evaluation import evaluate_model
+
+        print(evaluate_model(args.model, args.run, args.rest, args.config, args.local, args.redo))
     else:
         _run(args)
 
@@ -140,6 +147,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.retry is not None:
         stages.retry_ingest(config, args.retry, args.local)
         return
+    if args.command == "all":
+        stages.check_all(config)
     for name in stages.STAGES if args.command == "all" else (args.command,):
         stages.run(name, config, args.local, args.redo, bool(args.add_changed))
 
@@ -147,6 +156,8 @@ def _run(args: argparse.Namespace) -> None:
 def _check_options(args: argparse.Namespace) -> None:
     """Options that belong to one command are refused elsewhere: a mistaken --dry-run must not begin the work."""
     owners = {
+        "model": "eval",
+        "run": "eval",
         "dry_run": "ingest",
         "retry": "ingest",
         "add_changed": "ingest",

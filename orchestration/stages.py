@@ -7,7 +7,7 @@ import difflib
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestration import engine
 from orchestration.config import Pool, RunConfig
@@ -16,6 +16,9 @@ from shards.dataset import MANIFEST
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from shards.stage import Stage
+
+if TYPE_CHECKING:
+    from eval.evaluation import Evaluation
 
 log = logging.getLogger("carrara")
 
@@ -72,8 +75,9 @@ def check_inputs(name: str, config: RunConfig) -> None:
     if name == "train":
         needs.append((latents, "finished latent shards", "latents"))
     if name == "eval":
-        needs.append((paths.checkpoints, "a checkpoint", "train"))
-        if config.eval.prompt_file is None:
+        if not storage.exists(storage.join(paths.model, "model_index.json")):
+            needs.append((paths.checkpoints, "a checkpoint", "train"))
+        if config.eval.prompts_file is None:
             needs.append((heldout, "held-out image shards, whose captions are the prompts", "ingest"))
     for file, what, maker in needs:
         if not storage.exists(file):
@@ -96,10 +100,7 @@ def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
         latents = config.latents.model_copy(update={"text_pad": text_pad(config)})
         return [(LatentsStage(latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)]
     if name == "eval":
-        from eval.stage import stages as eval_stages
-
-        parts = eval_stages(config.eval, paths, vae_ref(config), text_ref(config), config.seed)
-        return [(s, config.ray.eval) for s in parts]
+        return [(s, config.ray.eval) for s in evaluation(config).stages()]
     raise ValueError(f"{name} is not a stage over shards")
 
 
@@ -112,18 +113,38 @@ def is_complete(name: str, config: RunConfig) -> bool:
     try:
         check_inputs(name, config)
         status = RunPaths(config.run).status
-        if not all(engine.is_complete(stage, status) for stage, _ in shard_stages(name, config)):
-            return False
-        return name != "eval" or _report_is_current(config)
+        if name == "eval":
+            return _evaluation_is_complete(evaluation(config), status, config)
+        return all(engine.is_complete(stage, status) for stage, _ in shard_stages(name, config))
     except (ConfigError, StageError):
         return False
 
 
-def _report_is_current(config: RunConfig) -> bool:
-    from eval.stage import GenerateStage
+def _evaluation_is_complete(found: Evaluation, status: str, config: RunConfig) -> bool:
+    if not found.is_current() or not storage.exists(report_path(config, found.model.name)):
+        return False
+    return all(engine.is_complete(stage, status) for stage in found.stages())
 
-    stage = GenerateStage(config.eval, RunPaths(config.run), vae_ref(config), text_ref(config), config.seed)
-    return stage.metrics_are_current() and storage.exists(report_path(config, stage.subject.name))
+
+def evaluation(config: RunConfig) -> Evaluation:
+    """The evaluation of this configuration, with its checkpoint, prompts and weights resolved now."""
+    from eval.evaluation import Evaluation
+
+    return Evaluation(config.eval, RunPaths(config.run), vae_ref(config), text_ref(config), config.seed)
+
+
+def check_all(config: RunConfig) -> None:
+    """What the configuration alone says will be missing, before any stage begins: an evaluation without prompts after
+    days of training, say. Raises ConfigError."""
+    if config.eval.prompts_file is None and not config.ingest.has_heldout:
+        raise ConfigError(
+            "eval: it would have no prompts; set ingest.heldout_fraction (0.01, say), ingest.heldout_table or "
+            "eval.prompts_file"
+        )
+    for field in ("prompts_file", "inception", "dinov2", "reference"):
+        path = getattr(config.eval, field)
+        if path and "://" not in path and path != "download" and not os.path.exists(path):
+            raise ConfigError(f"eval.{field}: there is no {path}")
 
 
 def report_path(config: RunConfig, checkpoint: str) -> str:
@@ -148,6 +169,8 @@ def run(name: str, config: RunConfig, local: bool = False, redo: bool = False, a
         from orchestration import trainer
 
         work: Callable[[], Any] = lambda: trainer.run(name, config, local, redo)  # noqa: E731
+    elif name == "eval":
+        work = lambda: run_evaluation(evaluation(config), config, local, redo)  # noqa: E731
     else:
         stages = shard_stages(name, config)
         if name == "ingest":
@@ -210,8 +233,13 @@ def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, 
         from orchestration.remove import settle_latents
 
         settle_latents(config, again=name == "latents")
-    if name == "eval":
-        from eval.stage import conclude
 
-        report = conclude(config.eval, paths, vae_ref(config), text_ref(config), config.seed)
-        log.info("eval: the report is %s", report)
+
+def run_evaluation(found: Evaluation, config: RunConfig, local: bool, redo: bool = False) -> str:
+    """All stages of one evaluation, then its numbers and its report, whose path is returned: of the one checkpoint that
+    was resolved at the beginning, whatever training writes meanwhile."""
+    for stage in found.stages():
+        engine.run(stage, RunPaths(config.run).status, config.ray, config.ray.eval, local, redo)
+    report = found.conclude()
+    log.info("eval: the report is %s", report)
+    return report

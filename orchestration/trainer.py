@@ -33,6 +33,8 @@ from train.config import FitConfig, TrainingSections, layout
 log = logging.getLogger("carrara")
 
 FEWER_AFTER_S = 60.0  # how long all the ranks' room is waited for where fewer would do
+LOOK_EVERY_S = 5.0  # how often it is asked whether a node of the ranks is about to go
+GROW_AFTER_S = 300.0  # how long fewer ranks than configured train before there may be a stop to take in more
 
 
 def run(stage: str, config: RunConfig, local: bool = False, redo: bool = False) -> None:
@@ -102,7 +104,9 @@ def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: boo
         while True:
             told = {"stage": stage, "sections": sections.model_dump(), "redo": redo}
             try:
-                return _fit_once(stage, told, getattr(sections, stage), ranks, config.ray, asked, lease)
+                if _fit_once(stage, told, getattr(sections, stage), ranks, config.ray, asked, lease):
+                    return
+                redo = False  # saved, to go on with other ranks; the next round begins with all that there is room for
             except RankDied as e:
                 now = _images(stage, paths)
                 failures = 1 if now > reached else failures + 1
@@ -120,16 +124,28 @@ def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: boo
 
 def _fit_once(
     stage: str, told: dict[str, Any], fit: FitConfig, ranks: Ranks, config: RayConfig, asked: StopFlag, lease: Lease
-) -> None:
-    """One gang of ranks to its end; with fewer ranks than configured where that is allowed and no room for more."""
+) -> bool:
+    """One gang of ranks to its end; with fewer ranks than configured where that is allowed and no room for more.
+
+    False: it saved and stopped before its end, since a node of its ranks is about to go, or since there is room for
+    more ranks again.
+    """
     from orchestration.gang import Gang, NoRoom
 
     passed_on = math.inf  # when the request to stop was passed on to the ranks
     gang: Gang | None = None
+    regroup, looked = "", time.monotonic()
 
     def check() -> None:
-        nonlocal passed_on
+        nonlocal passed_on, regroup, looked
         lease.check()
+        if gang is not None and gang.places and not regroup and time.monotonic() - looked > LOOK_EVERY_S:
+            looked = time.monotonic()
+            more = gang.began is not None and looked - gang.began > GROW_AFTER_S
+            regroup = gang.leaving() or (gang.room_for(counts[0] - gang.count) if more else "")
+            if regroup:
+                log.warning("%s: %s; saving, to go on with other ranks", stage, regroup)
+                gang.signal(signal.SIGTERM)
         if asked.is_set():
             if gang is None or not gang.places or time.monotonic() - passed_on > config.grace_s:
                 raise _stopped(stage)
@@ -150,9 +166,12 @@ def _fit_once(
                 raise
             log.warning("%s; going on with fewer", e)
             continue
+        if stopped and regroup and not asked.is_set():
+            return False
         if stopped:
             raise Stopped(stopped[0])
-        return
+        return True
+    return True
 
 
 def _counts(stage: str, fit: FitConfig, ranks: Ranks) -> list[int]:

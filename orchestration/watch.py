@@ -7,13 +7,15 @@
 The newest complete checkpoint comes first; older ones that were never evaluated are late and are skipped (unless
 eval.watch.backfill). What is done is read from the output folder alone, so the watcher may be killed at any moment and
 started again, and two of them do no work twice: the evaluation's own lease lets one in, the other waits. A checkpoint
-that is worse than the best before it by more than its error bars allow is an ALARM line in the log and, if the user
-gave one, a call of their command.
+that is worse than one before it by more than chance allows (eval/compare.py) is an ALARM line in the log and, if the
+user gave one, a call of their command. A cron expression is of local time, whatever the clock does in spring; at each
+of its moments everything that is due is evaluated.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import logging
@@ -26,7 +28,8 @@ from typing import Any, Literal
 
 from cronsim import CronSim
 
-from eval import checkpoints, compare, history, results
+from eval import compare, model
+from eval.report import history
 from orchestration import stages
 from orchestration.config import RunConfig
 from orchestration.lease import Busy, Lease
@@ -47,18 +50,19 @@ def watch(config: RunConfig, local: bool = False, once: bool = False, forever: b
     paths, failures = RunPaths(config.run), Counter[str]()
     if not storage.list_names(paths.run):
         raise ConfigError(f"watch: {paths.run} is no run's folder, or an empty one; name the run that is trained")
-    if not checkpoints.complete(paths):
+    if not model.complete(paths):
         log.info("watch: %s has no complete checkpoint yet", paths.checkpoints)
-    due = _clock(config)
+    due, open_ = clock(config.eval.watch.cron), False  # open_: a moment has come, and not all that is due is done
     with stop_on_sigterm(StopFlag()) as stop:
         while True:
             settle(config, paths)
             checkpoint = next_checkpoint(config, [n for n, count in failures.items() if count >= ATTEMPTS])
-            time_has_come = due()  # asked in any case: a moment at which there was nothing to do has passed
+            open_ = due() or open_  # asked in any case: a moment at which there was nothing to do has passed
             if checkpoint is None:
+                open_ = False
                 if once or (not forever and stages.is_complete("train", config)):
                     break
-            elif once or time_has_come:
+            elif once or open_:
                 outcome = _evaluate(config, checkpoint, local)
                 if outcome == "done":
                     settle(config, paths)
@@ -78,7 +82,7 @@ def watch(config: RunConfig, local: bool = False, once: bool = False, forever: b
 def next_checkpoint(config: RunConfig, leave_out: list[str]) -> str | None:
     """The newest complete checkpoint, if it has no result yet; with backfill the newest of all that have none. Those
     in `leave_out` have failed too often."""
-    for name in checkpoints.complete(RunPaths(config.run)):
+    for name in model.complete(RunPaths(config.run)):
         if name not in leave_out and not stages.is_complete("eval", for_checkpoint(config, name)):
             return name
         if not config.eval.watch.backfill:
@@ -96,60 +100,66 @@ def settle(config: RunConfig, paths: RunPaths) -> None:
 
     The note comes last: a watcher that is killed in between leaves its alarm to the next one, twice rather than never.
     """
-    open_ = _unsettled(config, paths)
-    if not open_:
+    if not _unsettled(paths):
         return
     try:
         with Lease(paths.status, "alarms", paths.eval, on_ray=False):
-            raised = {alarm for name in checkpoints.complete(paths) for alarm in _note(config, paths, name)["alarms"]}
-            for checkpoint, digest in _unsettled(config, paths):
-                found = raise_alarms(config, paths, checkpoint, raised)
+            every = history.read_all(paths)
+            raised = {alarm for result in every for alarm in _note(paths, result)["alarms"]}
+            for result in _unsettled(paths):
+                found = raise_alarms(config, every, result, raised)
                 raised |= {str(alarm) for alarm in found}
-                noted = {"metrics": digest, "alarms": [str(alarm) for alarm in found]}
-                storage.write_json(_note_file(config, paths, checkpoint), noted)
+                noted = {"metrics": digest_json(_plain(result)), "alarms": [str(alarm) for alarm in found]}
+                storage.write_json(_note_file(paths, result), noted)
     except Busy:
-        log.info("another watcher raises the alarms of %s", ", ".join(name for name, _ in open_))
+        log.info("another watcher raises the alarms of %s", paths.eval)
 
 
-def _unsettled(config: RunConfig, paths: RunPaths) -> list[tuple[str, str]]:
-    """(checkpoint, digest of its numbers) of complete results without a note, oldest first."""
-    found = []
-    for name in reversed(checkpoints.complete(paths)):
-        result = results.read(storage.join(paths.eval, name, config.eval.cell, results.METRICS))
-        if result is not None and not result["missing"]["pictures"]:
-            digest = digest_json(result)
-            if _note(config, paths, name)["metrics"] != digest:
-                found.append((name, digest))
-    return found
+def _unsettled(paths: RunPaths) -> list[dict[str, Any]]:
+    """Complete results without a note on just these numbers, oldest first; read once, whatever their number."""
+    every = sorted(history.read_all(paths), key=lambda r: (r["images_seen"] or 0, r["checkpoint"]))
+    whole = [r for r in every if not r["missing"]["images"]]
+    return [r for r in whole if _note(paths, r)["metrics"] != digest_json(_plain(r))]
 
 
-def _note_file(config: RunConfig, paths: RunPaths, checkpoint: str) -> str:
-    return storage.join(paths.eval, checkpoint, config.eval.cell, "alarm.json")
+def _plain(result: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in result.items() if k != "folder"}
 
 
-def _note(config: RunConfig, paths: RunPaths, checkpoint: str) -> dict[str, Any]:
+def _note_file(paths: RunPaths, result: dict[str, Any]) -> str:
+    return storage.join(paths.eval, result["checkpoint"], result["folder"], "alarm.json")
+
+
+def _note(paths: RunPaths, result: dict[str, Any]) -> dict[str, Any]:
     """The numbers that alarms were raised for, and the alarms; empty where there is no note, or a torn one."""
     with contextlib.suppress(ValueError):
-        found = storage.read_json(_note_file(config, paths, checkpoint))
+        found = storage.read_json(_note_file(paths, result))
         if isinstance(found, dict) and found.keys() >= {"metrics", "alarms"}:
             return found
     return {"metrics": "", "alarms": []}
 
 
-def raise_alarms(config: RunConfig, paths: RunPaths, checkpoint: str, raised: set[str]) -> list[compare.Alarm]:
-    """Log what is alarming about a checkpoint and was not raised before, call the user's command for each; returns the
+def raise_alarms(
+    config: RunConfig, every: list[dict[str, Any]], result: dict[str, Any], raised: set[str]
+) -> list[compare.Alarm]:
+    """Log what is alarming about a result and was not raised before, call the user's command for each; returns the
     alarms."""
-    every, sigmas = history.cells(paths), config.eval.watch.alarm_sigmas
-    found = compare.alarms(every, checkpoint, sigmas)
+    watch, checkpoint = config.eval.watch, result["checkpoint"]
+    like = [
+        r for r in every
+        if r["protocol"]["id"] == result["protocol"]["id"] and r["model"]["weights"] == result["model"]["weights"]
+    ]  # fmt: skip
+    limits = (watch.alarm_rate, watch.alarm_min_change, watch.alarm_bad_images)
+    found = compare.alarms(like, checkpoint, *limits)
     # One that was evaluated late may be what newer ones are to be held against.
-    newer = sorted({r["checkpoint"] for r in every} - {checkpoint})
-    found += [alarm for name in newer for alarm in compare.alarms(every, name, sigmas) if alarm.best == checkpoint]
+    newer = sorted({r["checkpoint"] for r in like if (r["images_seen"] or 0) > (result["images_seen"] or 0)})
+    found += [alarm for name in newer for alarm in compare.alarms(like, name, *limits) if alarm.best == checkpoint]
     found = [alarm for alarm in found if str(alarm) not in raised]
     for alarm in found:
         log.warning("ALARM %s", alarm)
         print(f"ALARM {alarm}", file=sys.stdout, flush=True)
-        if config.eval.watch.alarm_command:
-            _call(config.eval.watch.alarm_command, alarm)
+        if watch.alarm_command:
+            _call(watch.alarm_command, alarm)
     if not found:
         log.info("%s: no alarm", checkpoint)
     return found
@@ -175,11 +185,7 @@ def _evaluate(config: RunConfig, checkpoint: str, local: bool) -> Literal["done"
 
 def _call(command: list[str], alarm: compare.Alarm) -> None:
     """The user's command, with the alarm as its last argument and as JSON in CARRARA_ALARM; its failure is a line."""
-    d = alarm.difference
-    facts = {
-        "checkpoint": alarm.checkpoint, "best": alarm.best, "metric": d.metric, "value": d.b, "best_value": d.a,
-        "difference": d.value, "se": d.se, "sigmas": alarm.sigmas, "p": d.p,
-    }  # fmt: skip
+    facts = dataclasses.asdict(alarm)
     try:
         done = subprocess.run(
             [*command, str(alarm)], env={**os.environ, "CARRARA_ALARM": json.dumps(facts)}, timeout=COMMAND_S
@@ -190,20 +196,27 @@ def _call(command: list[str], alarm: compare.Alarm) -> None:
         log.error("eval.watch.alarm_command cannot be run: %s", e)
 
 
-def _clock(config: RunConfig) -> Callable[[], bool]:
-    """Whether it is time: always without a cron expression, else once after each of its moments (local time)."""
-    expression = config.eval.watch.cron
+def clock(expression: str | None, now: Callable[[], datetime.datetime] | None = None) -> Callable[[], bool]:
+    """Whether it is time: always without a cron expression, else once after each of its moments, in local time with its
+    changes in spring and autumn (an offset that was right in winter is an hour off in summer)."""
     if expression is None:
         return lambda: True
-    moments = CronSim(expression, datetime.datetime.now().astimezone())
+    now = now or local_time
+    moments = CronSim(expression, now())
     following = [next(moments)]
 
     def due() -> bool:
-        now = datetime.datetime.now().astimezone()
-        if now < following[0]:
+        if now() < following[0]:
             return False
-        while following[0] <= now:  # moments that passed during an evaluation are late, and skipped
+        while following[0] <= now():  # moments that passed during an evaluation are late, and skipped
             following[0] = next(moments)
         return True
 
     return due
+
+
+def local_time() -> datetime.datetime:
+    """Now, in the zone of TZ or of this machine; with the zone's rules, not today's offset."""
+    from dateutil import tz
+
+    return datetime.datetime.now(tz.gettz())

@@ -240,7 +240,7 @@ def _rows(arrays: Mapping[str, np.ndarray], name: str, samples: int) -> np.ndarr
 
 
 def value_of(arrays: Mapping[str, np.ndarray], name: str, sample: int, resolution: int = 0) -> np.ndarray | None:
-    """A sample's row of a column at one of the dataset's resolutions, by its place among them; None where it is absent."""
+    """A sample's row of a column at one of the dataset's resolutions, by its place; None where it is absent."""
     if "bucket" in arrays:
         bucket = int(arrays["bucket"][sample, resolution])
         if f"{name}.{bucket}" in arrays:

@@ -37,25 +37,42 @@ def pack_tar(samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[bytes, li
     WebDataset takes everything up to the first dot for it. Returns the bytes and, for each sample, its
     members' (offset, size) by extension.
     """
-    import webdataset  # here, since it loads torch: only a process that writes tars pays for that
-
-    sink = io.BytesIO()
+    pieces: list[bytes] = []
     places: list[dict[str, tuple[int, int]]] = []
-    with webdataset.TarWriter(sink, encoder=False, mtime=0) as tar:
-        for key, members in samples:
-            if "." in key or "/" in key or not key:
-                raise ValueError(f"the key '{key}' may have neither a dot nor a slash")
-            offset = tar.tarstream.offset
-            tar.write({"__key__": key, **members})
-            place = {}
-            for extension in sorted(members):  # the order in which webdataset writes them
-                size = len(members[extension])
-                place[extension] = (offset + tarfile.BLOCKSIZE, size)
-                offset += tarfile.BLOCKSIZE - (-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            if offset != tar.tarstream.offset:
-                raise AssertionError("webdataset laid the members out in another way than is counted here")
-            places.append(place)
-    return sink.getvalue(), places
+    offset = 0
+    for key, members in samples:
+        if "." in key or "/" in key or not key:
+            raise ValueError(f"the key '{key}' may have neither a dot nor a slash")
+        place = {}
+        for extension in sorted(members):  # the order in which webdataset writes them
+            data = members[extension]
+            padding = -len(data) % tarfile.BLOCKSIZE
+            pieces += (_tar_header(f"{key}.{extension}", len(data)), data, bytes(padding))
+            place[extension] = (offset + tarfile.BLOCKSIZE, len(data))
+            offset += tarfile.BLOCKSIZE + len(data) + padding
+        places.append(place)
+    end = 2 * tarfile.BLOCKSIZE
+    pieces.append(bytes(end + -(offset + end) % tarfile.RECORDSIZE))
+    return b"".join(pieces), places
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """A member's header, to the byte what webdataset's TarWriter makes of it by Python's tarfile."""
+    raw = name.encode("utf-8", "surrogateescape")
+    if len(raw) > 100 or size >= 1 << 33:
+        return _tar_info(name, size).tobuf(tarfile.USTAR_FORMAT)
+    begin, between, rest = _BLANK_HEADER[100:124], _BLANK_HEADER[136:148], _BLANK_HEADER[156:]
+    header = b"".join((raw.ljust(100, b"\0"), begin, b"%011o\0" % size, between, b"        ", rest))
+    return b"".join((header[:148], b"%06o\0 " % sum(header), header[156:]))
+
+
+def _tar_info(name: str, size: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime, info.mode, info.uname, info.gname = size, 0, 0o444, "bigdata", "bigdata"
+    return info
+
+
+_BLANK_HEADER = _tar_info("", 0).tobuf(tarfile.USTAR_FORMAT)
 
 
 class ImageShard:

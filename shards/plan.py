@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -124,9 +125,11 @@ class Plan:
 
     def lines(self) -> Iterator[Line]:
         """Every shard's line, in the order of the numbers."""
-        for batch in self.table.to_batches(4096):
-            for row in batch.to_pylist():
-                yield _line(row)
+        for batch in self.table.to_batches(1 << 16):
+            columns = [batch.column(name).to_pylist() for name in SCHEMA.names[:7]]
+            over = batch.column("takes_over").is_valid().to_numpy(zero_copy_only=False)
+            for i, values in enumerate(zip(*columns, strict=True)):
+                yield _line(batch.slice(i, 1).to_pylist()[0]) if over[i] else Line(*values)
 
     def line(self, shard: int) -> Line | None:
         """The line of one shard; None where it is not planned."""
@@ -156,10 +159,11 @@ def _line(row: dict[str, Any]) -> Line:
 def is_grown(root: str, files: Sequence[str]) -> bool:
     """Whether a plan is up to these files: each is planned as it is now."""
     known = read(root)
-    planned = dict(known.without_rows)
-    for file, stamp in zip(known.table["file"].to_pylist(), known.table["stamp"].to_pylist(), strict=True):
-        planned[file] = stamp
-    return all(planned.get(file) == stamp for file, stamp in stamps(files).items())
+    pairs = known.table.select(["file", "stamp"]).group_by(["file", "stamp"]).aggregate([])
+    planned: dict[str, set[str]] = {file: {stamp} for file, stamp in known.without_rows.items()}
+    for file, stamp in zip(pairs["file"].to_pylist(), pairs["stamp"].to_pylist(), strict=True):
+        planned.setdefault(file, set()).add(stamp)
+    return all(planned.get(file) == {stamp} for file, stamp in stamps(files).items())
 
 
 def part_url(root: str, number: int) -> str:
@@ -194,6 +198,10 @@ def stamps(files: Sequence[str]) -> dict[str, str]:
     """By file, what changes when it is written again: size and time of the last change, on a store the ETag."""
     found = {}
     for file in files:
+        if storage.is_local(file):
+            status = os.stat(storage.local_path(file))
+            found[file] = f"{status.st_size}-{status.st_mtime_ns}"
+            continue
         fs, path = fsspec.core.url_to_fs(file)
         info = fs.info(path)
         mark = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("generation")

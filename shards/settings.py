@@ -25,6 +25,13 @@ class StageError(Exception):
     """A stage cannot go on; the text is one sentence that says why and what to do."""
 
 
+class NodeTrouble(StageError):
+    """This machine cannot do the work at the moment, whichever shard it is given: no DNS, no route, out of descriptors,
+    memory or disk. Raised by a worker in place of an error of its rows; the engine gives the shard back uncounted, and
+    leaves the machine out after a few. The text is one sentence that says what is wrong there.
+    """
+
+
 class Strict(pydantic.BaseModel):
     """Base of every configuration model: unknown keys are errors, values do not change once read."""
 

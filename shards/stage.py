@@ -32,9 +32,9 @@ class Stage(Protocol):
     """A stage over shards.
 
     One whose manifest holds what was worked out over the whole run may have two methods more: `is_current() -> bool`,
-    whether that was done with the present settings, and `begin(redo: bool, each)`, called under the lease in the
-    place of `begin` below. One whose worker may be called from several threads may say how many shards it wants at a
-    time (`in_hand`). Stats that hold `encode_seconds` and `wait_seconds` are summed up beside the progress bar.
+    whether that was done with the present settings, and `begin(redo: bool)`, called under the lease in the place
+    of `begin` below; a stage that `plans` is given `each` too. One whose worker may be called from several threads may
+    say how many shards it wants at a time (`in_hand`). Stats that hold `encode_seconds` and `wait_seconds` are summed up beside the progress bar.
     """
 
     @property
@@ -82,7 +82,7 @@ def begin(stage: Stage, redo: bool = False, each: Callable[..., Iterable[Any]] =
     """
     own = getattr(stage, "begin", None)
     if own is not None:
-        own(redo, each)
+        own(redo, **({"each": each} if getattr(stage, "plans", False) else {}))
     folder = Folder.begin(stage.root, stage.made_with(), stage.data, redo=redo and own is None, take_over=True)
     folder.sweep()
     return folder

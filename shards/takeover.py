@@ -50,9 +50,19 @@ def is_old(root: str) -> bool:
     )
 
 
+def old_version(root: str, wanted: tuple[int, ...]) -> int | None:
+    """The version of the stage that made the first shard of a folder of format 1, where it is one of these."""
+    committed = listed(root).committed
+    stats = storage.read_json(storage.join(root, shard_name(int(committed[0])) + STATS)) if len(committed) else None
+    version = (stats or {}).get("fingerprint", {}).get("version")
+    return version if version in wanted else None
+
+
 def old_digests(root: str) -> dict[int, str]:
-    """By shard number, what a manifest of format 1 called its digest: what later stages then took for their input. Of the
-    manifest of before the folder was taken over, where it was. Empty where there is none."""
+    """By shard number, what a manifest of format 1 called its digest: what later stages then took for their input.
+
+    Of the manifest of before the folder was taken over, where it was. Empty where there is none.
+    """
     for name in (OLD_MANIFEST, "dataset.json"):
         try:
             manifest = storage.read_json(storage.join(root, name))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,14 +29,21 @@ def never(method: str, path: str) -> bool:
 
 
 @contextmanager
-def server(ignores: bool = False, lose: Asked = never, busy: Asked = never) -> Iterator[str]:
+def server(
+    ignores: bool = False, lose: Asked = never, busy: Asked = never, throttled: Asked = never, delay_s: float = 0.0
+) -> Iterator[str]:
     """A URL. ignores: If-None-Match and If-Match are dropped. lose: the request is carried out, and a 500 answered.
-    busy: a conditional request is answered by 409 ConditionalRequestConflict, and not carried out."""
+    busy: a conditional request is answered by 409 ConditionalRequestConflict, and not carried out. throttled: a request is
+    answered by 503 SlowDown. delay_s: how long each answer takes."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     app, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
 
     def one_at_a_time(environ: dict[str, Any], start: Any) -> Any:
         method = environ["REQUEST_METHOD"]
+        time.sleep(delay_s)
+        if throttled(method, environ["PATH_INFO"]):
+            start("503 Slow Down", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
         if method not in ("PUT", "POST"):
             return app(environ, start)
         path = environ["PATH_INFO"] + "?" + environ.get("QUERY_STRING", "")
@@ -67,14 +75,16 @@ def server(ignores: bool = False, lose: Asked = never, busy: Asked = never) -> I
 
 
 @contextmanager
-def bucket(ignores: bool = False, lose: Asked = never, busy: Asked = never) -> Iterator[str]:
+def bucket(
+    ignores: bool = False, lose: Asked = never, busy: Asked = never, throttled: Asked = never, delay_s: float = 0.0
+) -> Iterator[str]:
     """`s3://NAME` of an empty bucket; what it needs is in the environment as long as this lasts.
 
     moto keeps its buckets for the whole process, whatever server they were made through, so each has a name
     of its own.
     """
     name = f"carrara-{uuid.uuid4().hex}"
-    with server(ignores, lose, busy) as url, pytest.MonkeyPatch.context() as patch:
+    with server(ignores, lose, busy, throttled, delay_s) as url, pytest.MonkeyPatch.context() as patch:
         for variable, value in {
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",

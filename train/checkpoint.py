@@ -53,7 +53,7 @@ _TYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 
 
 class Saver:
-    """Saves checkpoints under the URL `root`. Collective, but for `wait` and `error`."""
+    """Saves checkpoints under the URL `root`. Collective, but for `wait` and `error`. A context, whose end waits."""
 
     def __init__(self, root: str, engine: Engine, keep: Keep, ranks: Ranks) -> None:
         self.root, self.engine, self.keep, self.ranks = str(root), engine, keep, ranks
@@ -64,6 +64,12 @@ class Saver:
         self._held: dict[tuple[int, str], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self.error: str | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
 
     def save(self, step: int, facts: dict[str, Any]) -> str:
         """Copy what the checkpoint of `step` holds and begin to write it; returns its folder to be.
@@ -368,6 +374,7 @@ def load(folder: str, manifest: dict[str, Any], engine: Engine) -> None:
         for state in ("weights", *engine.optimizer.names(engine.flats[flat])):
             _fill(index, state, [p for p in engine.pieces if p.flat == flat], engine)
     engine.optimizer.restored(int(manifest["optimizer_steps"]))
+    engine.load_scaling(manifest.get("loss_scale"))
     for name, buffer in engine.model.named_buffers():
         if name in index.others:
             buffer.copy_(index.others[name])

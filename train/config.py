@@ -338,6 +338,9 @@ class ValidationConfig(Strict):
     latents: str | None = Field(
         default=None, description="folder of latent shards; null: the run's held-out pictures, encoded at the start"
     )
+    export: Literal["newest", "best"] = Field(
+        default="newest", description="which checkpoint becomes the model in the end; that of the lowest loss is kept"
+    )
     patience: int | None = Field(
         default=None, ge=1, description="stop early after so many validations without a new lowest loss"
     )

@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -75,6 +75,29 @@ def micro_batches(objective: Objective, config: FitConfig, ranks: Ranks, images:
         yield made(waiting.popleft())
 
 
+K = TypeVar("K")
+
+
+class Kept(Generic[K]):
+    """What was made last for some arguments, at most `limit` of it; several threads that ask for one make it once."""
+
+    def __init__(self, make: Callable[..., K], limit: int) -> None:
+        self._make, self._limit = make, limit
+        self._found: OrderedDict[tuple[Any, ...], tuple[threading.Lock, list[K]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, *arguments: Any) -> K:
+        with self._lock:
+            lock, value = self._found.setdefault(arguments, (threading.Lock(), []))
+            self._found.move_to_end(arguments)
+            while len(self._found) > self._limit:
+                self._found.popitem(last=False)
+        with lock:
+            if not value:
+                value.append(self._make(*arguments))
+        return value[0]
+
+
 class Pictures:
     """Pictures and captions of image shards, by position.
 
@@ -90,7 +113,7 @@ class Pictures:
         self._cache: dict[tuple[int, int], np.ndarray] = {}
         self._decoders: ThreadPoolExecutor | None = None
         # By shard what a window is cut from: small columns of the sidecar.
-        self._shard = functools.lru_cache(maxsize=placement.streams + 16)(self._open)
+        self._shard = Kept(self._open, placement.streams + 16)
 
     def expect(self, positions: np.ndarray) -> None:
         """Begin to read what `pixels` and `captions` of these places will ask for."""
@@ -171,7 +194,7 @@ class Latents:
         self.datasets, self.dataset = list(datasets), datasets[0]
         self.placement = history.placement(segments.tables(history, config, datasets), seed)
         self.resolution = (config.resolutions or (int(self.dataset.manifest["resolution"]),))[0]
-        self._file = functools.lru_cache(maxsize=2 * history.streams * len(datasets))(_LatentFile)
+        self._file = Kept(_LatentFile, 2 * history.streams * len(datasets))
         first = [_LatentFile(d, int(np.flatnonzero(d.counts)[0])) for d in datasets]
         for dataset, file in zip(datasets[1:], first[1:], strict=True):
             _refuse_other_kind(self.dataset, first[0], dataset, file)

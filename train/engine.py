@@ -67,7 +67,7 @@ class Outcome:
 
 
 class Engine:
-    """The objective, shared out over the ranks as `config.zero_stage` says, and its optimizer.
+    """The objective, shared out over the ranks as `config.zero_stage` says, and its optimizer. A context.
 
     micro: samples of one micro-batch of a rank. accumulation: micro-batches of a step.
     """
@@ -94,6 +94,7 @@ class Engine:
         fp16 = self.precision == "fp16"
         self.scale = torch.full((), FIRST_SCALE if fp16 else 1.0, dtype=torch.float32, device=ranks.device)
         self.steady = torch.zeros((), dtype=torch.int32, device=ranks.device)  # steps since the scale last changed
+        self.rate = config.learning_rate  # of the step to come
         self._totals: torch.Tensor | None = None
 
     # ---- a step ------------------------------------------------------------------------------------
@@ -114,6 +115,7 @@ class Engine:
 
     def rates(self, learning_rate: float, decays: dict[str, float]) -> None:
         """Set the learning rate of the step to come, and by what factor each average keeps its past in it."""
+        self.rate = learning_rate
         for group in self.optimizer.param_groups:
             group["lr"], group["decays"] = learning_rate, decays
 
@@ -194,6 +196,12 @@ class Engine:
                 a.copy_(b)
                 b.copy_(kept)
         self.refresh()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.destroy()
 
     def destroy(self) -> None:
         """Let go of what DeepSpeed holds."""

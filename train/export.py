@@ -55,7 +55,8 @@ def export(
 ) -> str:  # fmt: skip
     """Write `<run>/model` (or `out`) from a checkpoint, atomically; nothing is done where it is there already.
 
-    checkpoint: a folder name under `<run>/checkpoints`, or `latest`. weights: `ema`, `raw`, one of the further EMAs
+    checkpoint: a folder name under `<run>/checkpoints`, `latest`, or `best` by its
+    validation. weights: `ema`, `raw`, one of the further EMAs
     (`ema_0.050`), or `posthoc:STD`, an EMA of any relative deviation put together from their snapshots. dtype:
     float32 or float16. licence: of the weights, for the model card. Returns the folder. Raises StageError where the
     checkpoint, or the weights the latents were made with, are gone.
@@ -355,6 +356,9 @@ def _checkpoint_folder(paths: RunPaths, checkpoint: str) -> str:
         if found is None:
             raise StageError(f"{paths.checkpoints}: there is no complete checkpoint here; run the train stage")
         return found
+    if checkpoint == "best":
+        newest = latest_complete(paths.checkpoints)
+        checkpoint = (read_manifest(newest).get("best") if newest else None) or "best"
     folder = storage.join(paths.checkpoints, checkpoint)
     if not storage.exists(storage.join(folder, MANIFEST)):
         raise StageError(f"{paths.checkpoints}: there is no complete checkpoint '{checkpoint}' here")

@@ -26,7 +26,7 @@ from train.autoencoder import Autoencoder, to_unit
 from train.clip import MAX_LOGIT_SCALE, Clip
 from train.objective import Objective
 from train.ranks import Ranks
-from train.state import MARKER, StagePaths
+from train.state import MARKER, StagePaths, to_export
 
 # Pictures that the scale of the latents is measured on: its standard error is then far below 1 %.
 SCALE_PICTURES = 2048
@@ -41,7 +41,7 @@ def finish(
         if ranks.first:
             from train.export import export
 
-            export(RunPaths(run).run)
+            export(RunPaths(run).run, to_export(objective.config, last, folders.read_manifest(last)))
         ranks.gather(None)
         return
     checkpoint.load_model(last, objective.model, "ema")

@@ -11,17 +11,18 @@ import torch
 
 from shards.fingerprint import Fingerprint
 from shards.settings import ConfigError, StageError
-from train import plan
+from train import checkpoint, plan
 from train.config import FitConfig, layout
 from train.data import Batch
-from train.engine import resolve_precision
-from train.folders import Keep
+from train.engine import Engine, resolve_precision
+from train.folders import Keep, folder_name
+from train.guard import Guard
 from train.objective import Objective
 from train.order import derive_key
 from train.ranks import Ranks
 from train.run import Run
 from train.samples import Samples
-from train.validation import Validator
+from train.validation import Patience, Validator
 
 log = logging.getLogger("carrara.train")
 
@@ -30,8 +31,8 @@ log = logging.getLogger("carrara.train")
 class Job:
     """One fit. checkpoints, logs: URLs of folders. status_url: where progress is written. facts: stored in manifests.
 
-    validator: None for no validation. samples: pictures at every checkpoint; None for none. notes: of what the run takes
-    its samples from, for the journal.
+    validator: None for no validation. samples: pictures at every checkpoint; None for none. notes: of what the run
+    takes its samples from, for the journal.
     """
 
     stage: str
@@ -56,7 +57,9 @@ class Job:
         """For dropout inside a model; everything else is drawn by position."""
         return derive_key("model", self.seed, images, micro_step, rank) >> 1
 
-    def manifest(self, objective: Objective, run: Run, precision: str) -> dict[str, Any]:
+    def manifest(
+        self, objective: Objective, run: Run, engine: Engine, guard: Guard, patience: Patience
+    ) -> dict[str, Any]:  # fmt: skip
         """What a checkpoint says of itself beside its tensors."""
         return {
             **self.facts,
@@ -66,18 +69,36 @@ class Job:
             "run": dataclasses.asdict(run),
             "finished": run.finished or run.images >= self.config.images,
             "config": self.config.model_dump(mode="json"),
-            "precision": precision,
+            "precision": engine.precision,
             "model_config": objective.model_config,
             "fingerprint": self.fingerprint.to_json(),
+            "loss_scale": engine.scaling(),
+            "guard": guard.state(),
+            "patience": patience.state(),
+            "best": None if patience.best_step is None else folder_name(patience.best_step),
         }
+
+
+def newest(job: Job, ranks: Ranks) -> tuple[str | None, dict[str, Any], Run]:
+    """The newest whole checkpoint's folder and manifest (None and nothing at the start), and where the run stands.
+
+    Collective.
+    """
+    found = checkpoint.newest(job.checkpoints, ranks)
+    if found is None:
+        return None, {}, Run()
+    run = Run.of(found[1])
+    # A run that had ended early goes on where it was made longer.
+    run.finished = run.finished and found[1]["config"]["images"] == job.config.images
+    return *found, run
 
 
 def begin(job: Job, objective: Objective, ranks: Ranks, images: int, fresh: bool) -> tuple[int, int, float]:
     """(micro batch of one rank, accumulation steps, FLOPs of an image), after all that can be refused is.
 
-    images: where the run stands. fresh: whether this is its first step. Says on rank 0 what a step will cost. Raises ConfigError on all ranks
-    alike where a batch does not go through the model, or does not fit the device; else moves the objective there.
-    Collective.
+    images: where the run stands. fresh: whether this is its first step. Says on rank 0 what a step will cost. Raises
+    ConfigError on all ranks alike where a batch does not go through the model, or does not fit the device; else moves
+    the objective there. Collective.
     """
     config = job.config
     micro, accumulation = layout(job.stage, config, ranks.world)

@@ -32,6 +32,7 @@ from shards import storage
 from shards.progress import Progress
 from train import folders
 from train.plan import peak_flops
+from train.ranks import Stopped
 from train.run import Run, Told, crossed
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ MIRROR_EVERY_S = 10.0
 
 class Journal:
     """Silent on ranks other than 0. A resumed run first drops the lines that lie beyond its checkpoint, so each
-    number of images is there once. images: where the run stands. precision: of its arithmetic. flops: of an image."""
+    number of images is there once. images: where the run stands. precision: of its arithmetic. flops: of an image.
+    A context, whose end says how it ended."""
 
     def __init__(
         self, job: Job, ranks: Ranks, objective: Objective, images: int, precision: str, flops: float
@@ -62,6 +64,14 @@ class Journal:
         self._waited = self._paused = 0.0
         self._began = time.perf_counter()
         self._writer: _Writer | None = _Writer(job, images) if ranks.first else None
+
+    def __enter__(self) -> Journal:
+        for note in self.job.notes:
+            self.event(self._images, "order", note=note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close("done" if kind is None else "stopped" if issubclass(kind, Stopped) else "failed")
 
     def step(self, told: Told, waited: float) -> None:
         """Count one step; gives a line when a multiple of log_every_images is passed, and at the end.

@@ -48,6 +48,10 @@ class Run:
         at = {"step": manifest["step"], "images": manifest["images"], "applied": manifest["optimizer_steps"]}
         return cls(**at, **counts, finished=bool(manifest.get("finished")))
 
+    def crossed(self, every: int, config: FitConfig) -> bool:
+        """Whether the last step passed a multiple of `every` images."""
+        return crossed(self.images, config.batch_size, every)
+
     def count(self, told: Told) -> None:
         """Take in what became of a step. An overflow of fp16 is neither taken nor wrong."""
         self.applied += told.applied
@@ -61,17 +65,18 @@ class Run:
         a run that was stopped between the two goes on as if it had not been."""
         return self.in_a_row >= max_skips and self.last_veto < self.images
 
-    def roll_back(self, stage: str, to: dict[str, Any] | None, most: int, events: str) -> None:
-        """The weights go back to a checkpoint, by its manifest. Raises StageError where that is no use any more."""
+    def roll_back(
+        self, stage: str, to: tuple[str, dict[str, Any]] | None, most: int, events: str
+    ) -> tuple[str, dict[str, Any]]:  # fmt: skip
+        """The weights go back to a checkpoint, returned. Raises StageError where that is no use any more."""
         if to is None or self.rollbacks >= most:
-            why = (
-                "there is no checkpoint to go back to" if to is None else f"it went back {self.rollbacks} times before"
-            )
+            why = f"it went back {self.rollbacks} times before" if to else "there is no checkpoint to go back to"
             raise StageError(
                 f"{stage}: {self.in_a_row} steps in a row were skipped up to {self.last_veto} images, and {why}; lower "
                 f"learning_rate, or look at the samples in {events}"
             )
-        self.in_a_row, self.rollbacks, self.applied = 0, self.rollbacks + 1, int(to["optimizer_steps"])
+        self.in_a_row, self.rollbacks, self.applied = 0, self.rollbacks + 1, int(to[1]["optimizer_steps"])
+        return to
 
     def rates(self, config: FitConfig) -> tuple[float, dict[str, float]]:
         """The learning rate, and the averages' factors, of the step that begins here."""
@@ -109,8 +114,8 @@ class Late:
         self._spare: list[torch.Tensor] = []
         self.stop = False
 
-    def read(self, outcome: Outcome, step: int, images: int, rate: float, everything: bool) -> Iterator[Told]:
-        """Take a step's outcome; yields the step before's, and its own too where `everything` is asked for, or to stop.
+    def read(self, outcome: Outcome, run: Run, rate: float, everything: bool) -> Iterator[Told]:
+        """Take the newest step's outcome; yields the one before, and where `everything` is asked, itself.
 
         flags of the outcome: whether to stop, whether a checkpoint could not be written.
         """
@@ -121,7 +126,7 @@ class Late:
             host = self._spare.pop() if self._spare else torch.empty(len(row), dtype=row.dtype, pin_memory=True)
             row, event = host.copy_(row, non_blocking=True), torch.cuda.Event()
             event.record()
-        self._waiting.append(((step, images, rate), row, event))
+        self._waiting.append(((run.step, run.images, rate), row, event))
         while len(self._waiting) > (0 if everything or self.stop else 1):
             at, row, event = self._waiting.pop(0)
             if event is not None:

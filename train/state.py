@@ -154,13 +154,16 @@ def judge(stage: str, config: StageConfig, wanted: Fingerprint, paths: StagePath
         return StageState("done")
     longer = any(line.startswith(f"{stage}.images:") for line in later)
     fitted = manifest.get("images", 0) >= config.images or (manifest.get("finished", False) and not longer)
-    exported = (
-        stage == "train"
-        and marker is not None
-        and newest is not None
-        and marker.get("checkpoint") == folders.name_of(newest)
-    )
+    wanted_name = to_export(config, newest, manifest) if newest else None
+    exported = stage == "train" and marker is not None and marker.get("checkpoint") == wanted_name
     return StageState("done" if fitted and exported else "resumable", where, tuple(later))
+
+
+def to_export(config: Any, newest: str, manifest: dict[str, Any]) -> str:
+    """The name of the checkpoint that becomes the model of a run whose last one is `newest`, by its manifest."""
+    validation = getattr(config, "validation", None)
+    best = manifest.get("best") if validation is not None and validation.export == "best" else None
+    return str(best or folders.name_of(newest))
 
 
 # A setting that says this leaves the choice to the program, which made it when the run began.

@@ -46,7 +46,8 @@ class Validator:
             latents = Chosen(objective.config, _open(root, objective), config.images)
             latents.wants = objective.latents.wants
             self._batches = [
-                (weight, self._batch(objective, latents, rows)) for weight, rows in _share(latents.buckets, ranks, micro)
+                (weight, self._batch(objective, latents, rows))
+                for weight, rows in _share(latents.buckets, ranks, micro)
             ]
             latents.close()
 
@@ -87,26 +88,26 @@ def _share(buckets: np.ndarray, ranks: Ranks, micro: int) -> list[tuple[int, np.
 
 
 class Patience:
-    """When to stop early: `limit` validations without a new lowest loss; None is never. best_images: where that was."""
+    """When to stop early: `limit` validations without a new lowest loss; None is never. best_step: where that was."""
 
     def __init__(self, limit: int | None, state: dict[str, Any] | None = None) -> None:
         self.limit = limit
         state = state or {}
         self.best: float | None = state.get("best")
-        self.best_images: int | None = state.get("best_images")
+        self.best_step: int | None = state.get("best_step")
         self.since: int = state.get("since", 0)
 
-    def over(self, loss: float, images: int | None = None) -> bool:
+    def over(self, loss: float, step: int | None = None) -> bool:
         """Take a validation's loss in; whether training should end."""
         if self.best is None or loss < self.best:
-            self.best, self.best_images, self.since = loss, images, 0
+            self.best, self.best_step, self.since = loss, step, 0
         else:
             self.since += 1
         return self.limit is not None and self.since >= self.limit
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"best": self.best, "best_images": self.best_images, "since": self.since}
+        return {"best": self.best, "best_step": self.best_step, "since": self.since}
 
 
 class Chosen(Latents):

@@ -20,10 +20,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from demo import scenes
 from eval.config import EvalConfig
+from eval.evaluation import Evaluation
 from shards.dataset import commit_shard, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.images import pack_tar
 from shards.layout import RunPaths, sample_key
+from shards.stage import begin
 from train.text_export import write_tokenizer
 
 SIDE, PER_SHARD = 32, 12
@@ -161,7 +163,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
 @pytest.fixture(scope="session")
 def config() -> EvalConfig:
     return EvalConfig(
-        prompts=20, steps=2, batch_size=4, shard_size=8, guidance_scale=2.0, faithfulness="scenes", jackknife_groups=4
+        num_prompts=20,
+        steps=2,
+        batch_size=4,
+        shard_size=8,
+        guidance_scale=2.0,
+        scorer="demo.scorer",
+        jackknife_groups=4,
     )
 
 
@@ -171,8 +179,22 @@ def refs(run: RunPaths) -> tuple[str, str]:
 
 def drive(stage) -> dict:  # type: ignore[no-untyped-def]
     """Run a whole stage in this process."""
+    begin(stage)
     work = stage.worker()
     return stage.finish([work(task) for task in stage.tasks()])
+
+
+def evaluation_of(run: RunPaths, config: EvalConfig) -> Evaluation:
+    return Evaluation(config, run, *refs(run))
+
+
+def evaluate(run: RunPaths, config: EvalConfig) -> Evaluation:
+    """Every stage in this process, then the numbers and the page."""
+    evaluation = evaluation_of(run, config)
+    for stage in evaluation.stages():
+        drive(stage)
+    evaluation.conclude()
+    return evaluation
 
 
 def shard_bytes(root: str) -> dict[str, bytes]:

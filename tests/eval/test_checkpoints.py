@@ -10,10 +10,10 @@ import pytest
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from eval import checkpoints
+from eval import model as checkpoints
 from eval.config import EvalConfig, GridConfig
+from eval.evaluation import Evaluation
 from eval.grid import cells
-from eval.stage import GenerateStage
 from latents.weights import find_clip, find_vae
 from shards.fingerprint import digest_file
 from shards.layout import RunPaths
@@ -69,34 +69,53 @@ def trained(run: RunPaths, tmp_path: Path) -> RunPaths:
 
 def test_the_newest_complete_checkpoint_is_found(trained: RunPaths) -> None:
     newest = checkpoints.find(trained)
-    assert (newest.name, newest.images, newest.resolution, newest.exported) == ("step-00000002", 128, SIDE, False)
+    assert (newest.name, newest.images_seen, newest.size, newest.folder) == ("step-00000002", 128, SIDE, None)
     assert checkpoints.find(trained, weights="raw").digest != newest.digest
-    assert checkpoints.find(trained, "step-00000001").images == 64
+    assert checkpoints.find(trained, "step-00000001").images_seen == 64
     (Path(trained.checkpoints) / "step-00000002" / "ema.safetensors").write_bytes(b"torn")
     assert checkpoints.find(trained).name == "step-00000001"
 
 
-def test_a_checkpoint_and_its_export_draw_the_same_pictures(trained: RunPaths) -> None:
-    config = EvalConfig(prompts=4, steps=2, batch_size=2, shard_size=4, faithfulness=None)
-    from_checkpoint = GenerateStage(config, trained, *refs(trained))
-    drive(from_checkpoint)
-    pictures = shard_bytes(from_checkpoint.root)["00000.tar"]
-    raw = GenerateStage(config.model_copy(update={"weights": "raw", "steps": 3}), trained, *refs(trained))
-    assert raw.protocol().unet != from_checkpoint.protocol().unet
+def test_a_checkpoint_and_its_export_make_the_same_images(trained: RunPaths) -> None:
+    config = EvalConfig(num_prompts=4, steps=2, batch_size=2, shard_size=4)
+    from_checkpoint = Evaluation(config, trained, *refs(trained))
+    drive(from_checkpoint.generate)
+    images = shard_bytes(from_checkpoint.generate.root)["00000.tar"]
+    raw = Evaluation(config.model_copy(update={"weights": "raw"}), trained, *refs(trained))
+    assert raw.protocol["id"] == from_checkpoint.protocol["id"]  # measured alike, of another model
+    assert raw.folder != from_checkpoint.folder
+    assert raw.generate.root != from_checkpoint.generate.root
     export(trained.run)
     shutil.rmtree(trained.checkpoints)
+    from_export = Evaluation(config, trained, *refs(trained))
+    assert from_export.model.folder is not None
+    assert (from_export.model.name, from_export.model.images_seen) == ("step-00000002", 128)
     shutil.rmtree(trained.eval)
-    from_export = GenerateStage(config, trained, *refs(trained))
-    assert from_export.subject.exported
-    assert (from_export.subject.name, from_export.subject.images) == ("step-00000002", 128)
-    drive(from_export)
-    assert shard_bytes(from_export.root)["00000.tar"] == pictures
+    drive(from_export.generate)
+    assert shard_bytes(from_export.generate.root)["00000.tar"] == images
+
+
+def test_an_exported_models_own_encoders_are_its_digest(trained: RunPaths) -> None:
+    """Another VAE in the configuration changes neither what an exported pipeline is nor how it is measured; another
+    one in its folder does."""
+    export(trained.run)
+    shutil.rmtree(trained.checkpoints)
+    config = EvalConfig(num_prompts=4, steps=1)
+    vae, clip = refs(trained)
+    first = Evaluation(config, trained, vae, clip)
+    other = Evaluation(config, trained, None, clip)
+    assert (first.model.digest, first.protocol["id"]) == (other.model.digest, other.protocol["id"])
+    file = Path(trained.model) / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v + 1e-3 for k, v in load_file(file).items()}, file)
+    changed = Evaluation(config, trained, vae, clip)
+    assert changed.model.parts["vae"] != first.model.parts["vae"]
+    assert changed.protocol["id"] == first.protocol["id"]
 
 
 def test_an_export_of_other_weights_is_not_taken_for_these(trained: RunPaths) -> None:
     export(trained.run, weights="raw")
     shutil.rmtree(trained.checkpoints)
-    assert checkpoints.find(trained, weights="raw").exported
+    assert checkpoints.find(trained, weights="raw").folder
     with pytest.raises(StageError, match=r"has the weights 'raw', .* set eval\.weights to raw"):
         checkpoints.find(trained)
 
@@ -143,5 +162,5 @@ def test_other_encoders_than_those_of_the_latents_are_refused(trained: RunPaths)
     facts = json.loads(manifest.read_text())
     facts["text"]["digest"] = "0" * 64
     manifest.write_text(json.dumps(facts))
-    with pytest.raises(StageError, match=r"the CLIP at .* is not the one the latents were made with"):
-        GenerateStage(EvalConfig(), trained, *refs(trained))
+    with pytest.raises(StageError, match=r"the CLIP at .* (is not the one|other)"):
+        Evaluation(EvalConfig(), trained, *refs(trained))

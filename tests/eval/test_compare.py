@@ -8,24 +8,34 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval import compare, frechet, moments
-from eval.estimate import Estimate, jackknife, mean_by_cluster, with_groups
+from eval import compare
+from eval.metrics import frechet, moments
+from eval.metrics.estimate import Estimate, jackknife, mean_by_cluster, with_groups
 from shards.settings import StageError
-from tests.eval.test_protocol import PROTOCOL
+from tests.eval.test_protocol import made
 
 
-def result(name: str, images: int, found: dict[str, Estimate], **protocol: Any) -> dict[str, Any]:
-    import dataclasses
-
-    better = {"clip_score": "higher"}
+def result(
+    name: str, images: int, found: dict[str, Estimate], counts: dict[str, int] | None = None, **protocol: Any
+) -> dict[str, Any]:
+    better = {"clip_score": "higher", "vqa_score": "higher", "soft_tifa_gm": "higher"}
     return {
         "checkpoint": name,
         "images_seen": images,
         "cell": "ddim-25-3",
-        "protocol": dataclasses.replace(PROTOCOL, unet=name, **protocol).to_json(),
-        "missing": {"pictures": 0, "shards": []},
-        "metrics": {n: {**e.to_json(), "better": better.get(n, "lower"), "definition": ""} for n, e in found.items()},
-        "jackknife": {n: {"sizes": list(e.sizes or ()), "left_out": list(e.left_out or ())} for n, e in found.items()},
+        "protocol": made(**protocol),
+        "model": {"weights": "ema"},
+        "missing": {"images": 0, "shards": []},
+        "counts": {"images": 1000, "failed": 0, "blank": 0, "repeated": 0, **(counts or {})},
+        "metrics": {
+            n: {**e.to_json(), "better": better.get(n, "lower"), "label": n, "definition": ""} for n, e in found.items()
+        },
+        "jackknife": {
+            n: {"groups": list(e.groups or ()), "sizes": list(e.sizes or ()), "left_out": list(e.left_out or ())}
+            for n, e in found.items()
+        },
+        "by_tag": {},
+        "tag_jackknife": {},
     }
 
 
@@ -48,7 +58,7 @@ def test_with_a_group_a_picture_it_is_the_paired_t_test() -> None:
 
 def distances(seed: int, shift: float, ref: frechet.Reference) -> Estimate:
     rng = np.random.default_rng(seed)
-    return frechet.estimate(ref, [moments.of(g + shift) for g in rng.standard_normal((10, 40, 6))])
+    return frechet.estimate(ref, {i: moments.of(g + shift) for i, g in enumerate(rng.standard_normal((10, 40, 6)))})
 
 
 def test_differences_of_distances_cover_the_truth() -> None:
@@ -69,18 +79,83 @@ def test_equal_results_show_no_difference() -> None:
     same = [result(n, i, {"fd_clip_unit": distances(3, 0.1, ref)}) for i, n in enumerate("ab")]
     [d] = compare.differences(*same)
     assert (d.value, d.p, d.verdict) == (0, 1, "no difference shown")
-    assert not compare.alarms(same, "b", 3.0)
+    assert not compare.alarms(same, "b")
 
 
 def test_unlike_protocols_are_never_compared() -> None:
     x = score(np.arange(9.0))
     a, b = result("a", 1, {"clip_score": x}), result("b", 2, {"clip_score": x}, steps=50, inception="f" * 64)
-    with pytest.raises(StageError, match=r"steps: 25 and 50; inception: +and ffffffffffff"):
+    with pytest.raises(StageError, match=r"steps: 25 and 50; inception: None and ffffffffffff"):
         compare.differences(a, b)
     assert compare.differences(a, b, ("steps", "inception"))
 
 
-def test_a_worse_checkpoint_is_an_alarm_against_the_best_before_it() -> None:
+def plateau(rng: np.random.Generator, name: str, images: int, worse: float = 0.0, groups: int = 20) -> dict[str, Any]:
+    """An equally good checkpoint: every metric is noise about one value; `worse` of them in errors' units."""
+    found = {}
+    for metric in compare.WATCHED:
+        sign = -1 if metric in ("clip_score", "vqa_score", "soft_tifa_gm") else 1
+        x = 10 + rng.standard_normal(groups * 20) + sign * worse * 0.05
+        found[metric] = with_groups(mean_by_cluster(x, range(len(x))), x, np.arange(len(x)) % groups)
+    return result(name, images, found)
+
+
+def test_a_plateau_raises_no_alarm_and_a_worse_checkpoint_does() -> None:
+    """30 equally good checkpoints, each held against all before it, in 30 runs: at most 2 % of the runs alarm at all
+    (with three errors against the best it was one checkpoint in six). The 20th made worse is seen."""
+    rng = np.random.default_rng(0)
+    false = 0
+    for _ in range(30):
+        results = [plateau(rng, f"s{k:02d}", k + 1) for k in range(30)]
+        false += any(compare._against(results[k], results[:k], 0.02, 0.0, 0.01) for k in range(30))
+    assert false <= 1, false
+    seen = 0
+    for _ in range(3):
+        results = [plateau(rng, f"s{k:02d}", k + 1, worse=20 if k == 19 else 0) for k in range(20)]
+        seen += bool(compare.alarms(results, "s19"))
+    assert seen == 3
+    small = [plateau(rng, f"s{k:02d}", k + 1, worse=20 if k == 19 else 0) for k in range(20)]
+    assert not compare.alarms(small, "s19", min_change=0.5)  # sure, and yet not worth an alarm
+
+
+def test_bad_images_alarm_whatever_the_metrics_say() -> None:
+    rng = np.random.default_rng(1)
+    for name in compare.BAD:
+        results = [plateau(rng, f"s{k}", k + 1) for k in range(4)]
+        results[3]["counts"][name] = 480
+        [alarm] = compare.alarms(results, "s3")
+        assert (alarm.metric, alarm.value) == (name, 480)
+        results[3]["counts"][name] = 5  # one in two hundred is less than the limit
+        assert not compare.alarms(results, "s3")
+    first = plateau(rng, "s0", 1)
+    first["counts"]["failed"] = 500
+    assert [a.metric for a in compare.alarms([first], "s0")] == ["failed"]
+
+
+def test_groups_are_matched_by_name() -> None:
+    """One result lost a group of images: the others' differences are paired as before, not by place."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal(200)
+    owner = np.arange(200) % 10
+    keep = owner != 3
+    a = result("a", 1, {"clip_score": with_groups(mean_by_cluster(x, range(200)), x, owner)})
+    y = (x + 0.5)[keep]
+    b = result("b", 2, {"clip_score": with_groups(mean_by_cluster(y, range(len(y))), y, owner[keep])})
+    [d] = compare.differences(a, b)
+    assert d.groups == 9
+    assert d.se < 0.05  # by place it would be the noise of two results apart, 0.1
+
+
+def test_a_verdict_is_one_sentence() -> None:
+    rng = np.random.default_rng(3)
+    a, same, worse = plateau(rng, "a", 1), plateau(rng, "b", 2), plateau(rng, "c", 3, worse=20)
+    assert compare.verdict(compare.differences(a, same), "a", "b")[0] == "same"
+    way, words = compare.verdict(compare.differences(a, worse), "a", "c")
+    assert way == "worse"
+    assert words.startswith("c is worse than a in fid_clean") or words.startswith("c is worse than a in ")
+
+
+def test_a_worse_checkpoint_is_an_alarm_against_one_before_it() -> None:
     rng = np.random.default_rng(5)
     luck = rng.standard_normal(200)
     levels = {"step-1": 20.0, "step-2": 24.0, "step-3": 23.9, "step-4": 21.0}
@@ -88,18 +163,19 @@ def test_a_worse_checkpoint_is_an_alarm_against_the_best_before_it() -> None:
         result(n, i + 1, {"clip_score": score(v + luck + 0.5 * rng.standard_normal(200))})
         for i, (n, v) in enumerate(levels.items())
     ]
-    assert [compare.alarms(run, n, 3.0) == [] for n in levels] == [True, True, True, False]
-    [alarm] = compare.alarms(run, "step-4", 3.0)
-    assert (alarm.best, alarm.difference.metric) == ("step-2", "clip_score")
-    assert alarm.sigmas > 20
-    assert str(alarm).startswith("step-4 is worse than step-2 in clip_score: 2")
-    # Neither other cells, nor other protocols, nor partial results are held against it.
-    for change in ({"cell": "x"}, {"protocol": {**run[0]["protocol"], "id": "x"}}, {"missing": {"pictures": 3}}):
-        assert not compare.alarms([{**run[1], **change}, run[3]], "step-4", 3.0)
+    assert [compare.alarms(run, n) == [] for n in levels] == [True, True, True, False]
+    [alarm] = compare.alarms(run, "step-4")
+    assert (alarm.best in ("step-2", "step-3"), alarm.metric) == (True, "clip_score")
+    assert str(alarm).startswith(f"step-4 is worse than {alarm.best} in clip_score: 2")
+    # Neither other weights, nor other protocols, nor partial results are held against it.
+    for change in (
+        {"model": {"weights": "raw"}}, {"protocol": {**run[0]["protocol"], "id": "x"}}, {"missing": {"images": 3}},
+    ):  # fmt: skip
+        assert not compare.alarms([{**run[1], **change}, run[3]], "step-4")
 
 
 def test_one_that_was_alarming_is_nobodys_best() -> None:
-    """The second collapsed: far from the real pictures, and by luck with a fine CLIP score."""
+    """The second collapsed: far from the real images, and by chance with a fine CLIP score."""
     rng = np.random.default_rng(7)
     luck = rng.standard_normal(200)
     levels = {"step-1": (0.2, 20.0), "step-2": (0.9, 26.0), "step-3": (0.19, 21.0), "step-4": (0.3, 21.0)}
@@ -107,9 +183,10 @@ def test_one_that_was_alarming_is_nobodys_best() -> None:
     for i, (name, (far, points)) in enumerate(levels.items()):
         values = [v + luck * s + 0.01 * rng.standard_normal(200) for v, s in ((far, 0.01), (points, 1.0))]
         run.append(result(name, i + 1, dict(zip(("fd_clip_unit", "clip_score"), map(score, values), strict=True))))
-    told = [[(a.best, a.difference.metric) for a in compare.alarms(run, name, 3.0)] for name in levels]
-    assert told == [[], [("step-1", "fd_clip_unit")], [], [("step-3", "fd_clip_unit")]]
-    assert told == [[(a.best, a.difference.metric) for a in compare.alarms(run[::-1], n, 3.0)] for n in levels]
+    told = [[a.metric for a in compare.alarms(run, name)] for name in levels]
+    assert told == [[], ["fd_clip_unit"], [], ["fd_clip_unit"]]
+    assert all(a.best != "step-2" for a in compare.alarms(run, "step-4"))
+    assert told == [[a.metric for a in compare.alarms(run[::-1], n)] for n in levels]
 
 
 def test_groups_of_a_mean_are_means_without_them() -> None:
@@ -117,5 +194,5 @@ def test_groups_of_a_mean_are_means_without_them() -> None:
     owner = np.array([0, 3, 3, 5] * 4 + [5])
     e = with_groups(mean_by_cluster(x, range(17)), x, owner)
     assert e.left_out == pytest.approx([x[owner != g].mean() for g in (0, 3, 5)])
-    assert e.sizes == (4, 8, 5)
+    assert (e.groups, e.sizes) == ((0, 3, 5), (4, 8, 5))
     assert jackknife(e.value, e.left_out or (), e.sizes or ()).bias_corrected == pytest.approx(e.value)

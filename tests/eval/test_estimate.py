@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from eval.estimate import jackknife, mean_by_cluster, proportion, wilson
+from eval.metrics.estimate import jackknife, mean_by_cluster, proportion, wilson
 
 
 def test_jackknife_of_a_mean_is_the_textbook_error() -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import explain, frechet, networks, resize
+from eval import explain, networks
+from eval.metrics import frechet
+from eval.networks import resize
 from orchestration.run_stage import main
 from shards.settings import ConfigError
 from tests.eval.test_networks import pictures

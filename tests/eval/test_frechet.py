@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from eval import frechet, moments
-from eval.moments import Moments
+from eval.metrics import frechet, moments
+from eval.metrics.moments import Moments
 from tests.eval.conftest import random_features
 
 
@@ -111,26 +111,56 @@ def test_leaving_a_group_out_equals_measuring_without_it() -> None:
         assert left == pytest.approx(frechet.distance(ref, direct), rel=1e-10)
 
 
-def test_the_jackknife_takes_the_bias_out_and_its_interval_covers() -> None:
-    """200 draws of a known shifted model: the raw distance is biased upwards, the corrected one is not, and its 95 %
-    interval holds the truth in about 95 % of the draws."""
-    d, n, runs = 16, 200, 200
-    scale = np.arange(1, d + 1) ** -0.5
-    shift = np.full(d, 0.15)
-    truth_ref = frechet.reference(gaussian(np.zeros(d), np.diag(scale**2), 10**9))
-    truth = float(shift @ shift)
-    rng = np.random.default_rng(12)
-    raw, corrected, covered = [], [], 0
+def spectrum(d: int, power: float) -> np.ndarray:
+    """Eigenvalues k^-power with the trace of Inception's features."""
+    values = np.arange(1, d + 1) ** -power
+    return np.asarray(120 * values / values.sum())
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5])
+def test_the_bias_is_taken_out_only_where_it_can_be(power: float) -> None:
+    """A perfect model against an exact reference, at n/d from 1/8 to 16: the raw value is biased upwards everywhere;
+    with fewer than 4 d images nothing is called corrected, from 4 d on the corrected one is right within its error."""
+    d, runs = 48, 24
+    values = spectrum(d, power)
+    ref = frechet.Reference(0, np.zeros(d), np.diag(np.sqrt(values)), float(values.sum()))
+    rng = np.random.default_rng(5)
+    for share in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16):
+        n = int(share * d)
+        found = []
+        for _ in range(runs):
+            x = rng.standard_normal((n, d)) * np.sqrt(values)
+            owner = np.arange(n) % 20
+            if n <= d:
+                found.append(frechet.estimate_of(ref, x, owner))
+            else:
+                found.append(frechet.estimate(ref, {g: moments.of(x[owner == g]) for g in range(20)}))
+        assert min(e.value for e in found) > 0
+        assert all((e.bias_corrected is None) == (share < frechet.CORRECTABLE) for e in found)
+        if share >= frechet.CORRECTABLE:
+            corrected = np.array([e.bias_corrected for e in found])
+            left = abs(corrected.mean()) - 3 * corrected.std(ddof=1) / np.sqrt(runs)
+            raw, se = np.mean([e.value for e in found]), np.mean([e.se for e in found])
+            assert left < max(0.05 * raw, 0.5 * se), (share, corrected.mean(), raw, se)
+            assert np.mean([e.se for e in found]) == pytest.approx(np.std([e.value for e in found]), rel=0.6)
+
+
+@pytest.mark.parametrize("groups", [4, 10, 20])
+def test_intervals_hold_what_other_images_would_give(groups: int) -> None:
+    """The 95 % interval of the value as published covers its expectation over draws of as many images."""
+    d, n, runs = 12, 240, 400
+    scale, shift = np.arange(1, d + 1) ** -0.5, np.full(d, 0.15)
+    ref = frechet.Reference(0, np.zeros(d), np.diag(scale), float((scale**2).sum()))
+    rng = np.random.default_rng(groups)
+    found = []
     for _ in range(runs):
-        x = rng.standard_normal((n, d)) * scale + shift
-        e = frechet.estimate(truth_ref, [moments.of(p) for p in np.array_split(x, 20)])
-        raw.append(e.value)
-        corrected.append(e.bias_corrected)
-        covered += (e.low or 0) <= truth <= (e.high or 0)
-    error = np.std(corrected) / np.sqrt(runs)
-    assert np.mean(raw) - truth > 10 * error
-    assert abs(np.mean(corrected) - truth) < 3 * error
-    assert 0.90 * runs <= covered <= 0.99 * runs
+        parts = np.array_split(rng.standard_normal((n, d)) * scale + shift, groups)
+        found.append(frechet.estimate(ref, dict(enumerate(map(moments.of, parts)))))
+    expected = np.mean([e.value for e in found])
+    covered = np.mean([(e.low or 0) <= expected <= (e.high or 0) for e in found])
+    assert 0.92 <= covered <= 0.98, covered
+    corrected = np.mean([(e.corrected_low or 0) <= float(shift @ shift) <= (e.corrected_high or 0) for e in found])
+    assert 0.92 <= corrected <= 0.98, corrected
 
 
 def test_what_has_no_distance_is_refused() -> None:

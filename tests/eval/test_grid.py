@@ -16,14 +16,14 @@ import yaml
 
 from eval import grid
 from eval.config import EvalConfig, GridConfig
-from eval.estimate import Estimate
+from eval.evaluation import Evaluation
+from eval.metrics.estimate import Estimate
 from eval.stage import GenerateStage
 from orchestration import grid as driver
 from orchestration.config import RunConfig
 from shards.layout import RunPaths
 from shards.settings import ConfigError, validate
-from shards.stage import Worker
-from tests.eval.conftest import refs
+from tests.eval.conftest import drive, refs
 from tests.eval.test_compare import result, score
 
 
@@ -31,10 +31,10 @@ def test_cells_are_every_combination_cheapest_first(config: EvalConfig) -> None:
     g = GridConfig(samplers=["ddim", "heun"], steps=[10, 5], guidance_scales=[1, 3], weights=["ema", "raw"])
     found = grid.cells(config.model_copy(update={"grid": g}))
     assert len(found) == len({c.cell for c in found}) == 16
-    assert [grid.evaluations(c) for c in found] == sorted(grid.evaluations(c) for c in found)
+    assert [grid.cost(c) for c in found] == sorted(grid.cost(c) for c in found)
     assert found[0].cell == "ddim-5-1"
     assert {"ddim-5-1-raw", "heun-10-3"} <= {c.cell for c in found}
-    assert grid.evaluations(next(c for c in found if c.cell == "heun-10-3")) == 38
+    assert grid.cost(next(c for c in found if c.cell == "heun-10-3")) == 38
     with pytest.raises(ConfigError, match=r"eval\.grid is not set"):
         grid.cells(config)
     for bad, says in (({"steps": [5, 5]}, "twice"), ({"samplers": ["plms"]}, "samplers"), ({"steps": []}, "steps")):
@@ -63,7 +63,7 @@ def test_only_what_is_beaten_in_everything_is_given_up(config: EvalConfig) -> No
     ]
     [gone] = grid.dominated(parts)
     assert (gone.cell, gone.by) == (parts[2][0].cell, parts[1][0].cell)
-    assert "40 evaluations of the network against 20" in gone.words
+    assert "40 evaluations of the denoiser against 20" in gone.words
 
 
 def placed(*values: tuple[float, float, int]) -> list[grid.Point]:
@@ -99,8 +99,7 @@ def workplace(run: RunPaths, tmp_path: Path) -> tuple[Path, RunPaths]:
         "autoencoder": {"pretrained": vae},
         "clip": {"pretrained": text},
         "eval": {
-            "prompts": 12, "batch_size": 4, "shard_size": 4, "guidance_scale": 2.0, "jackknife_groups": 4,
-            "faithfulness": "scenes",
+            "num_prompts": 12, "batch_size": 4, "shard_size": 4, "guidance_scale": 2.0, "jackknife_groups": 4,
             "grid": {"samplers": ["ddim"], "steps": [1, 3], "guidance_scales": [2], "first_percent": 30},
         },
     }  # fmt: skip
@@ -121,9 +120,9 @@ def test_killed_in_the_middle_it_ends_with_the_same_bytes(
 ) -> None:
     folder, own = workplace
     config = validate(RunConfig, yaml.safe_load((folder / "run.yaml").read_text()), "run.yaml")
-    kept: dict[str, Worker] = {}  # loading the networks is most of the time, and not what is tested
+    kept: dict[str, Any] = {}  # loading the networks is most of the time, and not what is tested
 
-    def worker(stage: GenerateStage) -> Worker:
+    def worker(stage: GenerateStage) -> Any:
         if stage.config.cell not in kept:
             kept[stage.config.cell] = build(stage)
         return kept[stage.config.cell]
@@ -138,7 +137,7 @@ def test_killed_in_the_middle_it_ends_with_the_same_bytes(
     before = {p: p.stat().st_mtime_ns for p in Path(own.eval).rglob("*.tar")}
     driver.run(config, local=True)
     assert {p: p.stat().st_mtime_ns for p in Path(own.eval).rglob("*.tar")} == before  # cells are kept
-    for at in (4, 6):  # of reference's three, the first parts' two, and four more
+    for at in (8, 12):  # among the first parts' shards, and among the rest
         shutil.rmtree(own.eval)
         child = os.fork()
         if child == 0:
@@ -163,17 +162,18 @@ def test_killed_in_the_middle_it_ends_with_the_same_bytes(
 def test_a_first_part_is_measured_alone(workplace: tuple[Path, RunPaths]) -> None:
     folder, own = workplace
     config = validate(RunConfig, yaml.safe_load((folder / "run.yaml").read_text()), "run.yaml")
-    stage = GenerateStage(grid.cells(config.eval)[0], own, *refs(own))
-    reference = stage.reference()
-    assert reference is not None
-    work = reference.worker()
-    reference.finish([work(t) for t in reference.tasks()])
+    evaluation = Evaluation(grid.cells(config.eval)[0], own, *refs(own))
+    for real in evaluation.real():
+        drive(real)
     assert grid.first_shards(config.eval, 3) == 1
-    part = grid.FirstPart(stage, 1)
+    part = grid.FirstPart(evaluation, 1)
     assert not part.complete
+    part.begin()
     work = part.worker()
-    for task in stage.tasks():
+    for task in evaluation.generate.tasks():
         if task.index < 2:  # one shard more than the part lies there; it does not count
             work(task)
     assert part.complete
-    assert part.measure()["metrics"]["clip_score"]["n"] == 4
+    found = part.measure()["metrics"]
+    assert found["clip_score"]["n"] == 4
+    assert "fd_clip_unit" in found  # in the distance, too, that cells are given up by

@@ -12,8 +12,8 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kernel_mmd
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from eval import manifold, mmd
-from eval.inception_score import inception_score
+from eval.metrics import kernel, neighbours
+from eval.metrics.inception_score import inception_score
 from tests.eval.conftest import random_features
 
 KID = {"kid_kernel": "poly", "kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None, "kid_kernel_poly_coef0": 1}
@@ -25,7 +25,7 @@ def groups(n: int, count: int = 5) -> np.ndarray:
 
 def test_kid_is_torch_fidelitys_on_the_whole_set() -> None:
     x, y = random_features(90, 24, 1), random_features(90, 24, 2) + 0.1
-    assert mmd.kid(x, y, groups(90)).value == pytest.approx(kernel_mmd(x, y, **KID), rel=1e-10)
+    assert kernel.kid(x, y, groups(90)).value == pytest.approx(kernel_mmd(x, y, **KID), rel=1e-10)
 
 
 def test_kid_of_sets_of_unlike_sizes_by_its_definition() -> None:
@@ -33,12 +33,12 @@ def test_kid_of_sets_of_unlike_sizes_by_its_definition() -> None:
     k = lambda a, b: (a @ b / 6 + 1) ** 3  # noqa: E731
     within = [np.mean([k(a, b) for a, b in itertools.permutations(s, 2)]) for s in (x, y)]
     across = np.mean([k(a, b) for a in x for b in y])
-    assert mmd.kid(x, y, groups(13)).value == pytest.approx(sum(within) - 2 * across, rel=1e-10)
+    assert kernel.kid(x, y, groups(13)).value == pytest.approx(sum(within) - 2 * across, rel=1e-10)
 
 
 def test_equal_distributions_have_a_kid_near_zero_also_below_it() -> None:
     estimates = [
-        mmd.kid(random_features(80, 16, s), random_features(80, 16, s + 1000), groups(80, 8)) for s in range(40)
+        kernel.kid(random_features(80, 16, s), random_features(80, 16, s + 1000), groups(80, 8)) for s in range(40)
     ]
     values = np.array([e.value for e in estimates])
     assert abs(values.mean()) < 3 * values.std() / np.sqrt(len(values))
@@ -57,14 +57,14 @@ def test_cmmd_is_its_definition_for_any_tile() -> None:
     x, y = (random_features(n, 12, s) for n, s in ((17, 5), (23, 6)))
     x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
     expected = cmmd_by_loops(x, y)
-    found = [mmd.cmmd(x, y, groups(17), tile=tile) for tile in (1, 4, 5, 23, 2048)]
+    found = [kernel.cmmd(x, y, groups(17), tile=tile) for tile in (1, 4, 5, 23, 2048)]
     for e in found:
         assert e.value == pytest.approx(expected, rel=1e-9)
         assert e.se == pytest.approx(found[0].se, rel=1e-8)
-    assert mmd.cmmd(x, x, groups(17)).value == pytest.approx(0, abs=1e-9)
+    assert kernel.cmmd(x, x, groups(17)).value == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("metric", [mmd.kid, mmd.cmmd])
+@pytest.mark.parametrize("metric", [kernel.kid, kernel.cmmd])
 def test_what_is_left_without_a_group_is_measured_without_it(metric) -> None:
     x, y, owner = random_features(31, 5, 7), random_features(20, 5, 8), np.arange(31) % 4
     left_out = metric(x, y, owner).left_out
@@ -108,7 +108,7 @@ def prdc_by_loops(real: np.ndarray, fake: np.ndarray, k: int) -> tuple[float, fl
 @pytest.mark.parametrize("tile", [3, 8, 1024])
 def test_prdc_is_the_naive_loop(tile: int) -> None:
     real, fake = random_features(26, 4, 10), random_features(31, 4, 11) * 1.1 + 0.2
-    found = manifold.prdc(real, fake, range(31), k=4, tile=tile)
+    found = neighbours.prdc(real, fake, range(31), k=4, tile=tile)
     expected = prdc_by_loops(real, fake, 4)
     for name, value in zip(("precision", "recall", "density", "coverage"), expected, strict=True):
         assert found[name].value == pytest.approx(value, abs=1e-12), name
@@ -119,7 +119,7 @@ def test_precision_and_recall_are_torch_fidelitys() -> None:
     theirs = prc_features_to_metric(
         torch.tensor(fake), torch.tensor(real), prc_neighborhood=3, prc_batch_size=50, save_cpu_ram=True, verbose=False
     )
-    ours = manifold.prdc(real, fake, range(100), k=3, tile=32)
+    ours = neighbours.prdc(real, fake, range(100), k=3, tile=32)
     assert (ours["precision"].value, ours["recall"].value) == pytest.approx(
         (theirs["precision"], theirs["recall"]), abs=1e-6
     )
@@ -128,7 +128,7 @@ def test_precision_and_recall_are_torch_fidelitys() -> None:
 def test_a_collapsed_set_is_precise_and_covers_nothing() -> None:
     real = random_features(100, 4, 14)
     collapsed = real[:1] + 1e-4 * random_features(60, 4, 15)
-    found = manifold.prdc(real, collapsed, range(60))
+    found = neighbours.prdc(real, collapsed, range(60))
     assert found["precision"].value == 1
     assert found["coverage"].value < 0.2
     assert found["recall"].value < 0.05
@@ -136,8 +136,8 @@ def test_a_collapsed_set_is_precise_and_covers_nothing() -> None:
 
 def test_too_few_pictures_are_refused() -> None:
     with pytest.raises(ValueError, match="no 5 neighbours"):
-        manifold.radii(random_features(5, 3, 16))
+        neighbours.radii(random_features(5, 3, 16))
     with pytest.raises(ValueError, match="at least 2 vectors"):
-        mmd.kid(random_features(2, 3, 17), random_features(5, 3, 18), [0, 1])
+        kernel.kid(random_features(2, 3, 17), random_features(5, 3, 18), [0, 1])
     with pytest.raises(ValueError, match="not finite"):
         inception_score([[np.nan, 1.0], [0.0, 1.0]], [0, 1])

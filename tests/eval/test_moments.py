@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import moments
+from eval.metrics import moments
 from shards.columns import pack_columns, unpack_columns
 from tests.eval.conftest import random_features
 

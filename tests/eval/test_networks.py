@@ -22,8 +22,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from eval import dinov2, frechet, manifold, mmd, moments, networks, resize
-from eval.inception_score import inception_score
+from eval import networks
+from eval.metrics import frechet, kernel, moments, neighbours
+from eval.metrics.inception_score import inception_score
+from eval.networks import dinov2, resize
 from shards.settings import ConfigError
 
 COUNT = 6
@@ -75,10 +77,10 @@ def test_every_number_is_torch_fidelitys_on_the_same_pictures(sets, inception_we
     x, y, owner = generated["inception_tf"], real["inception_tf"], np.arange(COUNT) % 3
     fid = frechet.distance_of(frechet.reference_of(y), x)
     assert fid == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)  # theirs is off by 1e-6 at n < d
-    assert mmd.kid(x, y, owner).value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    assert kernel.kid(x, y, owner).value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
     isc = inception_score(generated["inception_tf_logits"], owner).value
     assert isc == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
-    found = manifold.prdc(y, x, range(COUNT), k=3)
+    found = neighbours.prdc(y, x, range(COUNT), k=3)
     assert (found["precision"].value, found["recall"].value) == pytest.approx((theirs["precision"], theirs["recall"]))
 
 

@@ -58,7 +58,7 @@ def test_watch_and_sample_end_on_ray(trained: RunPaths, tmp_path: Path) -> None:
     assert [p.name for p in pictures[0]] == [p.name for p in pictures[1]]
     assert len(pictures[0]) == 3
     assert [p.read_bytes() for p in pictures[0]] == [p.read_bytes() for p in pictures[1]]
-    assert len(json.loads((tmp_path / "ray" / "samples.json").read_text())["pictures"]) == 3
+    assert len(json.loads((tmp_path / "ray" / "samples.json").read_text())["images"]) == 3
 
 
 def test_two_watchers_that_are_killed_end_with_the_same_bytes(trained: RunPaths, tmp_path: Path) -> None:  # noqa: F811

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from eval import grid, history, human, report
-from eval.config import EvalConfig, GridConfig
-from eval.stage import GenerateStage, stages
+from eval import grid, human
+from eval.config import EvalConfig
+from eval.report import history
 from shards.layout import RunPaths
 from tests.eval.browser import Tab, visit
-from tests.eval.conftest import build_run, drive, refs
+from tests.eval.conftest import build_run, evaluate
 
 HOSTILE = [
     '<script>document.body.dataset.owned=1</script><img src=x onerror="document.body.dataset.owned=2">',
@@ -37,23 +37,25 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
     prompts.write_text("\n".join(HOSTILE), encoding="utf-8")
     shutil.copytree(run.heldout, run.images)
     config = EvalConfig(
-        prompts=6, prompt_file=str(prompts), steps=1, batch_size=6, shard_size=3, jackknife_groups=3, memorisation=True,
-        replicates=2,
+        num_prompts=6, prompts_file=str(prompts), steps=1, batch_size=6, shard_size=3, jackknife_groups=4,
+        memorisation=True, replicates=2,
     )  # fmt: skip
+    cells = []
     for name, images, steps in (("step-00000004", 256, (1, 2)), ("step-00000008", 512, (1,))):
         facts = {"checkpoint": name, "images_seen": images}
         (Path(run.model) / "carrara.json").write_text(json.dumps(facts))
-        for n in steps:
-            made = stages(config.model_copy(update={"steps": n}), run, *refs(run))
-            for stage in made:
-                drive(stage)
-    (Path(run.model) / "carrara.json").write_text(json.dumps({"checkpoint": "step-00000004", "images_seen": 256}))
-    wide = config.model_copy(update={"grid": GridConfig(steps=[1, 2])})
-    cells = [GenerateStage(c, run, *refs(run)) for c in grid.cells(wide)]
+        made = [evaluate(run, config.model_copy(update={"steps": n})) for n in steps]
+        cells = cells or made
     grid.record(run, cells, [grid.GivenUp("<b>x</b>", "y", "z")], {"<b>x</b>": 3})
     for name in ("step-00000004", "step-00000008"):
-        report.render(run, name, "ddim-1-3")
+        page.render(run, name, cells[0].folder.rsplit("/", 1)[-1])
     return run
+
+
+def folders(run: RunPaths) -> list[str]:
+    """Of the first checkpoint's two results."""
+    found = [r["folder"] for r in sorted(history.read_all(run, "step-00000004"), key=lambda r: r["cell"])]
+    return [f"step-00000004/{f}" for f in found]
 
 
 def test_hostile_captions_do_nothing_in_a_browser(two: RunPaths) -> None:
@@ -101,8 +103,8 @@ def test_the_slider_moves_the_cut(two: RunPaths) -> None:
         assert await tab.value(places) == 6  # one lies over the other
         assert tab.said == []
         text = await tab.value("document.body.innerText")
-        assert "Against step-00000004" in text
-        assert "Nearest training pictures" in text
+        assert "Beside step-00000004" in text
+        assert "Nearest training images" in text
 
     visit(Path(two.reports) / "step-00000008.html", look)
 
@@ -118,14 +120,14 @@ def test_nothing_overflows_a_narrow_window(two: RunPaths) -> None:
 
 
 def test_the_grid_and_the_numbers_are_on_the_page(two: RunPaths) -> None:
-    page = (Path(two.reports) / "step-00000004.html").read_text(encoding="utf-8")
-    assert "Samplers, steps, guidance" in page
-    assert "&lt;b&gt;x&lt;/b&gt;" in page
-    assert 'http-equiv="Content-Security-Policy"' in page
+    html = (Path(two.reports) / "step-00000004.html").read_text(encoding="utf-8")
+    assert "Samplers, steps, guidance" in html
+    assert "&lt;b&gt;x&lt;/b&gt;" in html
+    assert 'http-equiv="Content-Security-Policy"' in html
     rows = json.loads((Path(two.reports) / "history.json").read_text())
     lines = (Path(two.reports) / "history.csv").read_text().splitlines()
     assert len(lines) == len(rows) + 1 > 20
-    assert lines[0].startswith("checkpoint,images_seen,cell,protocol,metric,n,value")
+    assert lines[0].startswith("checkpoint,images_seen,cell,weights,protocol,metric,tag,n,value")
 
 
 def test_formulas_are_defused_in_csv() -> None:
@@ -138,8 +140,8 @@ def test_formulas_are_defused_in_csv() -> None:
 
 
 def test_votes_are_cast_and_saved_in_a_browser(two: RunPaths, tmp_path: Path) -> None:
-    cells = ["step-00000004/ddim-1-3", "step-00000004/ddim-2-3"]
-    page = human.write_pack(str(tmp_path), cells, human.pairs(two, cells, 5), two)
+    cells = folders(two)
+    written = human.write_pack(str(tmp_path), cells, human.pairs(two, cells, 5), two)
 
     async def look(tab: Tab) -> None:
         assert await tab.value("document.querySelectorAll('[data-pair]:not([hidden])').length") == 1
@@ -156,7 +158,7 @@ def test_votes_are_cast_and_saved_in_a_browser(two: RunPaths, tmp_path: Path) ->
         assert await tab.value("document.body.dataset.owned") is None
         assert (tab.requests, tab.said) == ({}, [])
 
-    visit(Path(page), look)
+    visit(Path(written), look)
     [saved] = tmp_path.glob("votes-*.csv")
     assert ",11 ann," in saved.read_text()  # what a spreadsheet would take for a formula is not in it
     names, votes = human.read_votes(str(tmp_path), [str(saved)])

@@ -10,12 +10,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from eval import charts, gather, report
 from eval.config import EvalConfig
-from eval.stage import stages
+from eval.report import charts, gather, page
 from shards.layout import RunPaths
 from shards.settings import StageError
-from tests.eval.conftest import build_run, drive, refs
+from tests.eval.conftest import build_run, evaluate
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -51,9 +50,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
     run = build_run(tmp_path_factory.mktemp("report") / "hostile <run>", 30, HOSTILE)
-    config = EvalConfig(prompts=30, steps=1, batch_size=10, shard_size=15, faithfulness="scenes", jackknife_groups=3)
-    for stage in stages(config, run, *refs(run)):
-        drive(stage)
+    config = EvalConfig(num_prompts=30, steps=1, batch_size=10, shard_size=15, scorer="demo.scorer", jackknife_groups=4)
+    evaluate(run, config)
     folder = Path(run.run)
     for name in ("train", "autoencoder", "clip"):
         (folder / name).mkdir(exist_ok=True)
@@ -76,12 +74,12 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
 
 
 @pytest.fixture(scope="module")
-def page(done: RunPaths) -> str:
-    return Path(report.render(done, "step-00000004", now=NOW)).read_text(encoding="utf-8")
+def html(done: RunPaths) -> str:
+    return Path(page.render(done, "step-00000004", now=NOW)).read_text(encoding="utf-8")
 
 
-def test_a_hostile_caption_is_text(page: str) -> None:
-    parsed = Page(page)
+def test_a_hostile_caption_is_text(html: str) -> None:
+    parsed = Page(html)
     assert not parsed.open
     names = {tag for tag, _ in parsed.tags}
     assert not names & {"script", "iframe", "object", "embed", "link", "form", "base", "svg"}
@@ -90,12 +88,12 @@ def test_a_hostile_caption_is_text(page: str) -> None:
     assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in shown
     assert "{{ 7*7 }} &lt;b&gt;" in shown  # neither a template nor an entity is resolved
     assert "<i>punsafe</i>" in shown
-    assert "\u202e" not in page
+    assert "\u202e" not in html
     assert "hostile <run>" in shown
 
 
-def test_nothing_is_loaded_and_the_policy_says_so(page: str) -> None:
-    parsed = Page(page)
+def test_nothing_is_loaded_and_the_policy_says_so(html: str) -> None:
+    parsed = Page(html)
     policy = next(
         a["content"] for t, a in parsed.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
     )
@@ -108,29 +106,29 @@ def test_nothing_is_loaded_and_the_policy_says_so(page: str) -> None:
     assert all(s is not None and s.startswith("data:image/") for s in sources)
     links = {a["href"] for t, a in parsed.tags if t == "a"}
     assert all(link is not None and (link.startswith("#") or link == "index.html") for link in links)
-    assert "url(" not in page
-    assert "http:" not in page
-    assert "https:" not in page
+    assert "url(" not in html
+    assert "http:" not in html
+    assert "https:" not in html
 
 
-def test_captions_are_isolated_and_pictures_have_words(page: str) -> None:
-    parsed = Page(page)
-    assert sum(t == "bdi" and a.get("dir") == "auto" for t, a in parsed.tags) >= report.PROMPTS_SHOWN
-    assert all(a.get("alt") for t, a in parsed.tags if t == "img")
+def test_captions_are_isolated_and_pictures_have_words(html: str) -> None:
+    parsed = Page(html)
+    assert sum(t == "bdi" and a.get("dir") == "auto" for t, a in parsed.tags) >= page.SHEET
+    assert all("alt" in a for t, a in parsed.tags if t == "img")
     ids = [a["id"] for _, a in parsed.tags if "id" in a]
     assert len(ids) == len(set(ids))
-    assert all(f'href="#{i}"' in page for i in ("numbers", "pictures", "faithfulness", "curves", "data", "limits"))
+    assert all(f'id="{i}"' in html for i in ("verdict", "images", "numbers", "curves", "data", "provenance"))
 
 
-def test_the_page_tells_the_runs_numbers(page: str, done: RunPaths) -> None:
-    text = " ".join(" ".join(Page(page).texts).split())
-    metrics = json.loads((Path(done.eval) / "step-00000004" / "ddim-1-3" / "metrics.json").read_bytes())
+def test_the_page_tells_the_runs_numbers(html: str, done: RunPaths) -> None:
+    text = " ".join(" ".join(Page(html).texts).split())
+    metrics = json.loads(next(Path(done.eval).rglob("metrics.json")).read_bytes())
     assert metrics["protocol"]["id"] in text
-    assert report.percent(metrics["metrics"]["faithful_colour"]["value"]) in text
-    assert report.spread(metrics["metrics"]["clip_score"])[0] in text
+    assert page.percent(metrics["metrics"]["shows_colour"]["value"]) in text
+    assert page.spread(metrics["metrics"]["clip_score"])[0] in text
     for words in (
         "http not found",
-        "were no usable picture",
+        "were no usable image",
         "duplicate url",
         "not an FID",
         "2 January 2026, 03:04 UTC",
@@ -140,19 +138,20 @@ def test_the_page_tells_the_runs_numbers(page: str, done: RunPaths) -> None:
         assert title in text
 
 
-def test_the_page_is_the_same_when_rendered_again(page: str, done: RunPaths) -> None:
-    assert Path(report.render(done, "step-00000004", now=NOW)).read_text(encoding="utf-8") == page
+def test_the_page_is_the_same_when_rendered_again(html: str, done: RunPaths) -> None:
+    assert Path(page.render(done, "step-00000004", now=NOW)).read_text(encoding="utf-8") == html
 
 
-def test_history_and_index_have_every_result(page: str, done: RunPaths) -> None:
+def test_history_and_index_have_every_result(html: str, done: RunPaths) -> None:
     table = pq.read_table(Path(done.reports) / "history.parquet").to_pylist()
-    metrics = json.loads((Path(done.eval) / "step-00000004" / "ddim-1-3" / "metrics.json").read_bytes())
-    assert {r["metric"]: r["value"] for r in table} == {
+    metrics = json.loads(next(Path(done.eval).rglob("metrics.json")).read_bytes())
+    assert {r["metric"]: r["value"] for r in table if not r["tag"]} == {
         **{n: m["value"] for n, m in metrics["metrics"].items()},
         **{f"count_{n}": number for n, number in metrics["counts"].items()},
     }
     index = Page((Path(done.reports) / "index.html").read_text(encoding="utf-8"))
     assert ("a", {"href": "step-00000004.html"}) in index.tags
+    assert {r["tag"] for r in table} >= {"one thing", "two things"}
     assert not index.open
 
 
@@ -165,7 +164,7 @@ def test_the_funnel_adds_up(done: RunPaths) -> None:
 
 def test_a_checkpoint_without_results_is_one_sentence(done: RunPaths) -> None:
     with pytest.raises(StageError, match="run the eval stage"):
-        report.render(done, "step-00000099")
+        page.render(done, "step-00000099")
 
 
 @pytest.mark.parametrize(
@@ -187,9 +186,9 @@ def test_long_captions_are_cut() -> None:
 
 
 def test_numbers_read_as_people_write_them() -> None:
-    assert [report.percent(v) for v in (0.0, 0.004, 0.853, 0.996, 1.0)] == ["0 %", "0.4 %", "85 %", "99.6 %", "100 %"]
-    assert report.rounded(12.34567, 0.0213) == "12.346"
-    assert report.rounded(-12.34567, 2.5) == "\u221212.3"
+    assert [page.percent(v) for v in (0.0, 0.004, 0.853, 0.996, 1.0)] == ["0 %", "0.4 %", "85 %", "99.6 %", "100 %"]
+    assert page.rounded(12.34567, 0.0213) == "12.346"
+    assert page.rounded(-12.34567, 2.5) == "\u221212.3"
     assert [charts.count(v) for v in (950, 1200, 3_400_000, 2e9)] == ["950", "1.2k", "3.4M", "2B"]
 
 
@@ -197,3 +196,28 @@ def test_smoothing_keeps_a_straight_line_and_does_not_lag() -> None:
     line = [2.0 * i for i in range(200)]
     assert charts.smoothed(line)[20:180] == pytest.approx(line[20:180])
     assert charts.smoothed([3.0] * 50) == pytest.approx([3.0] * 50)
+
+
+def test_the_value_shown_is_the_one_that_was_published(html: str, done: RunPaths) -> None:
+    """A distance stands first as it is quoted, raw, with its own interval, not below zero; what is without its bias
+    stands beside it, if at all."""
+    estimate = {
+        "value": 12.70, "se": 0.07, "low": 12.55, "high": 12.85, "bias_corrected": 11.98, "corrected_low": 11.83,
+        "corrected_high": 12.13, "label": "FID", "better": "lower", "definition": "x", "n": 9000,
+    }  # fmt: skip
+    result = {"metrics": {"fid_tf": estimate}, "real": {}, "floors": {}, "counts": {}, "by_tag": {}}
+    shown = page.number(result, "fid_tf", None)
+    assert (shown["value"], shown["interval"]) == ("12.700", "12.550 to 12.850")
+    assert shown["corrected"].startswith("11.980 without the bias")
+    metrics = json.loads(next(Path(done.eval).rglob("metrics.json")).read_bytes())["metrics"]
+    for name in ("fd_clip_unit", "cmmd"):
+        assert metrics[name]["low"] >= 0
+    assert "fewer than 2,048" in html
+
+
+def test_provenance_is_folded_and_says_where_and_how(html: str) -> None:
+    text = " ".join(" ".join(Page(html).texts).split())
+    for words in ("command", "commit", "versions.torch", "hardware", "images_per_second"):
+        assert words in text, words
+    assert "null" not in text
+    assert html.count("<details>") >= 3

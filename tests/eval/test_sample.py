@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import checkpoints
-from eval.generate import Artist, Draw
-from eval.sample import SampleConfig, SampleStage, Wish, wishes_of
+from eval import model as checkpoints
+from eval.generate import ImageGenerator, Sample
+from eval.sample import Request, SampleConfig, SampleStage, requests_of
 from orchestration.run_stage import main
 from shards.layout import RunPaths
 from shards.settings import ConfigError, validate
@@ -19,9 +19,9 @@ from tests.eval.conftest import SIDE, drive
 
 
 def draw(run: RunPaths, out: Path, **settings: object) -> list[np.ndarray]:
-    values = {"wishes": [Wish(prompt="a red circle", seed=7)], "steps": 2, **settings}
+    values = {"requests": [Request(prompt="a red circle", seed=7)], "steps": 2, **settings}
     drive(SampleStage(validate(SampleConfig, values, "sample"), run, str(out)))
-    files = json.loads((out / "samples.json").read_text())["pictures"]
+    files = json.loads((out / "samples.json").read_text())["images"]
     return [np.asarray(Image.open(out / f["file"])) for f in files]
 
 
@@ -35,15 +35,15 @@ def test_a_picture_depends_on_its_seed_and_number_alone(run: RunPaths, tmp_path:
     assert together[0].shape == (SIDE, SIDE, 3)
     assert all(apart(x, y) <= 1 for x, y in zip(together, apart_, strict=True))
     assert all(apart(together[0], x) > 1 for x in together[1:])
-    artist = Artist(checkpoints.build_pipeline(run, checkpoints.find(run)), "ddim", 2, 3.0)
-    direct = artist([Draw("seed 7", 3, "a red circle")])[0][0]
+    artist = ImageGenerator(checkpoints.build_pipeline(run, checkpoints.find(run)), "ddim", 2, 3.0)
+    direct = artist([Sample("seed 7", 3, "a red circle")])[0][0]
     assert apart(direct, together[3]) <= 1
 
 
 def test_negative_prompts_sizes_and_other_seeds_change_pictures(run: RunPaths, tmp_path: Path) -> None:
     [plain] = draw(run, tmp_path / "a")
-    [negative] = draw(run, tmp_path / "b", wishes=[Wish(prompt="a red circle", negative="blue", seed=7)])
-    [other] = draw(run, tmp_path / "c", wishes=[Wish(prompt="a red circle", seed=8)])
+    [negative] = draw(run, tmp_path / "b", requests=[Request(prompt="a red circle", negative="blue", seed=7)])
+    [other] = draw(run, tmp_path / "c", requests=[Request(prompt="a red circle", seed=8)])
     [wide] = draw(run, tmp_path / "d", width=48)
     assert wide.shape == (SIDE, 48, 3)
     assert apart(plain, negative) > 0
@@ -68,19 +68,20 @@ def test_image_to_image_stays_near_and_inpainting_keeps_the_rest(run: RunPaths, 
 
 
 def test_it_goes_on_where_it_stood(run: RunPaths, tmp_path: Path) -> None:
-    config = SampleConfig(wishes=[Wish(prompt=p) for p in "abc"], steps=1, shard_size=1)
+    config = SampleConfig(requests=[Request(prompt=p) for p in "abc"], steps=1, shard_size=1)
     stage = SampleStage(config, run, str(tmp_path))
     tasks = list(stage.tasks())
     assert len(tasks) == stage.total == 3
-    assert len({t.fingerprint.digest for t in tasks}) == 3
-    assert [t.fingerprint.digest for t in stage.tasks()] == [t.fingerprint.digest for t in tasks]
+    assert list(stage.tasks()) == tasks
+    more = config.model_copy(update={"steps": 2})
+    assert SampleStage(more, run, str(tmp_path)).made_with().digest != stage.made_with().digest
 
 
 def test_prompts_from_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\n two \n")
     (tmp_path / "b.jsonl").write_text('{"prompt": "x", "negative": "y", "seed": 3}\n{"prompt": "z"}\n')
-    assert [w.prompt for w in wishes_of(["zero"], str(tmp_path / "a.txt"), "", 0)] == ["zero", "one", "two"]
-    x, z = wishes_of([], str(tmp_path / "b.jsonl"), "n", 5)
+    assert [w.prompt for w in requests_of(["zero"], str(tmp_path / "a.txt"), "", 0)] == ["zero", "one", "two"]
+    x, z = requests_of([], str(tmp_path / "b.jsonl"), "n", 5)
     assert (x.negative, x.seed, z.negative, z.seed) == ("y", 3, "n", 5)
 
 
@@ -95,7 +96,7 @@ def test_prompts_from_files(tmp_path: Path) -> None:
 def test_bad_lines_are_one_sentence(tmp_path: Path, line: str, says: str) -> None:
     (tmp_path / "b.jsonl").write_text(line)
     with pytest.raises(ConfigError, match=says):
-        wishes_of([], str(tmp_path / "b.jsonl"), "", 0)
+        requests_of([], str(tmp_path / "b.jsonl"), "", 0)
 
 
 def test_mistakes_on_the_command_line_are_one_sentence(
@@ -107,7 +108,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(
         (["--prompt", "x", "--sampler", "plms"], "sampler"),
         (["--prompt", "x", "--image", "no.png"], "--image: there is no file no.png"),
         (["--prompt", "x", "--image", str(tmp_path / "bad.png")], "cannot be decoded"),
-        (["--prompt", "x", "--mask", "m.png"], "a mask needs the picture"),
+        (["--prompt", "x", "--mask", "m.png"], "a mask needs the image"),
         (["--prompts", str(tmp_path / "bad.png")], "not UTF-8"),
         (["--prompt", "x", "--stpes", "3"], "unrecognized arguments: --stpes 3"),
     ):

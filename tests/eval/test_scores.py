@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from eval import clipscore, encoders, retrieval
+from eval import networks
+from eval.metrics import clip_score, retrieval
 
 
 def unit(n: int, d: int, seed: int) -> np.ndarray:
@@ -19,8 +20,8 @@ def test_clip_score_clamps_each_pair_before_the_mean() -> None:
     images, texts = unit(50, 8, 0) * 3, unit(50, 8, 1) * 0.5
     cos = np.array([a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in zip(images, texts, strict=True)])
     assert (cos < 0).any()
-    np.testing.assert_allclose(clipscore.cosines(images, texts), cos, atol=1e-14)
-    score, raw = clipscore.clip_score(clipscore.cosines(images, texts), range(50))
+    np.testing.assert_allclose(clip_score.cosines(images, texts), cos, atol=1e-14)
+    score, raw = clip_score.clip_score(clip_score.cosines(images, texts), range(50))
     assert score.value == pytest.approx(100 * np.mean([max(c, 0) for c in cos]), rel=1e-12)
     assert raw.value == pytest.approx(cos.mean(), rel=1e-12)
     assert score.value != pytest.approx(max(100 * cos.mean(), 0), rel=0.1)  # the clamp after the mean is another number
@@ -28,7 +29,7 @@ def test_clip_score_clamps_each_pair_before_the_mean() -> None:
 
 def test_a_cosine_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="zero or not finite"):
-        clipscore.cosines(np.zeros((1, 4)), np.ones((1, 4)))
+        clip_score.cosines(np.zeros((1, 4)), np.ones((1, 4)))
 
 
 def test_rank_one_among_all_is_the_argmax() -> None:
@@ -78,7 +79,7 @@ def test_psnr_by_its_definition() -> None:
     b = a.copy()
     b[1] = np.where(a[1] > 127, a[1] - 10, a[1] + 10)
     b[2, 0, 0, 0] ^= 1
-    found = encoders.psnr(a, b)
-    assert found[0] == encoders.PSNR_CAP
+    found = networks.psnr(a, b)
+    assert found[0] == networks.PSNR_CAP
     assert found[1] == pytest.approx(20 * np.log10(255 / 10))
     assert found[2] == pytest.approx(10 * np.log10(255**2 * 75))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dateutil import tz
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from eval import history
+from eval.config import EvalConfig
+from eval.report import history
 from orchestration import stages, watch
 from orchestration.config import RunConfig
 from orchestration.lease import Lease
@@ -34,7 +37,7 @@ def configured(run: RunPaths, **watching: Any) -> RunConfig:
         "autoencoder": {"pretrained": vae},
         "clip": {"pretrained": text},
         "eval": {
-            "prompts": 30, "steps": 1, "batch_size": 10, "shard_size": 30, "jackknife_groups": 10, "weights": "raw",
+            "num_prompts": 30, "steps": 1, "batch_size": 10, "shard_size": 30, "jackknife_groups": 10, "weights": "raw",
             "watch": {"every_s": 0.2, **watching},
         },
     }  # fmt: skip
@@ -42,7 +45,7 @@ def configured(run: RunPaths, **watching: Any) -> RunConfig:
 
 
 def done(run: RunPaths) -> list[str]:
-    return [r["checkpoint"] for r in history.cells(run)]
+    return [r["checkpoint"] for r in history.read_all(run)]
 
 
 def test_the_newest_comes_first_and_what_is_late_is_skipped(trained: RunPaths) -> None:  # noqa: F811
@@ -88,7 +91,7 @@ def test_two_watchers_do_no_work_twice(trained: RunPaths) -> None:  # noqa: F811
 
 def test_a_busy_run_is_waited_for(trained: RunPaths) -> None:  # noqa: F811
     config = configured(trained)
-    with Lease(trained.status, "reference", trained.eval, on_ray=False):
+    with Lease(trained.status, "features-real-clip", trained.eval, on_ray=False):
         assert watch._evaluate(config, "step-00000002", local=True) == "busy"
     assert watch.next_checkpoint(config, []) == "step-00000002"
 
@@ -129,11 +132,13 @@ def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
     watch.watch(config, local=True, once=True)
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("ALARM ")]
     assert lines
-    assert all(x.startswith("ALARM step-00000003 is worse than step-0000000") for x in lines)
+    assert all(
+        x.startswith(("ALARM step-00000003 is worse than step-0000000", "ALARM step-00000003 has ")) for x in lines
+    )
     facts = [json.loads(x) for x in told.read_text().splitlines()]
     assert len(facts) == len(lines)
-    assert {(f["checkpoint"], f["metric"]) for f in facts} == {("step-00000003", "fd_clip_unit")}
-    assert all(f["sigmas"] > 3 for f in facts)
+    assert {f["checkpoint"] for f in facts} == {"step-00000003"}
+    assert {f["metric"] for f in facts} & {"fd_clip_unit", "repeated", "blank"}
 
 
 def test_a_checkpoint_that_cannot_be_evaluated_is_left_aside(trained: RunPaths) -> None:  # noqa: F811
@@ -145,27 +150,69 @@ def test_a_checkpoint_that_cannot_be_evaluated_is_left_aside(trained: RunPaths) 
     assert done(trained) == ["step-00000001"]
 
 
-def test_cron_decides_when(trained: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    import datetime
-
-    class Clock(datetime.datetime):
-        at = datetime.datetime(2026, 1, 1, 11, 59, 30)
-
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime.datetime:
-            return cls.at
-
-    monkeypatch.setattr(watch.datetime, "datetime", Clock)
-    due = watch._clock(configured(trained, cron="0 */6 * * *"))
+def test_cron_decides_when() -> None:
+    zone = tz.gettz("Europe/Rome")
+    at = [datetime.datetime(2026, 1, 1, 11, 59, 30, tzinfo=zone)]
+    due = watch.clock("0 */6 * * *", lambda: at[0])
     assert not due()
-    Clock.at += datetime.timedelta(minutes=1)
+    at[0] += datetime.timedelta(minutes=1)
     assert due()
     assert not due()
-    Clock.at += datetime.timedelta(hours=19)  # three moments passed: one evaluation, not three
+    at[0] += datetime.timedelta(hours=19)  # three moments passed: one look, not three
     assert due()
     assert not due()
     with pytest.raises(ConfigError, match="cron expression of five fields"):
-        configured(trained, cron="soon")
+        validate(EvalConfig, {"watch": {"cron": "soon"}}, "run.yaml")
+
+
+def test_cron_is_of_local_time_on_either_side_of_summer() -> None:
+    """Nine in the morning is nine in the morning the day after the clocks went forward (29 March 2026 in Rome)."""
+    zone = tz.gettz("Europe/Rome")
+    at = [datetime.datetime(2026, 3, 28, 12, 0, tzinfo=zone)]
+    due = watch.clock("0 9 * * *", lambda: at[0])
+    for day in (29, 30):
+        at[0] = datetime.datetime(2026, 3, day, 8, 59, tzinfo=zone)
+        assert not due(), day
+        at[0] = datetime.datetime(2026, 3, day, 9, 1, tzinfo=zone)
+        assert due(), day
+    here = watch.local_time()
+    assert here.tzinfo is not None
+    assert not isinstance(here.tzinfo, datetime.timezone)  # a zone with its rules, not an offset
+
+
+def test_one_moment_evaluates_everything_that_is_due(trained: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    left = ["step-00000002", "step-00000001"]
+    moments = iter([True])
+    evaluated: list[str] = []
+
+    def evaluate(_config: RunConfig, name: str, _local: bool) -> str:
+        evaluated.append(left.pop(0))
+        return "done"
+
+    monkeypatch.setattr(watch, "next_checkpoint", lambda *_: left[0] if left else None)
+    monkeypatch.setattr(watch, "clock", lambda _: lambda: next(moments, False))
+    monkeypatch.setattr(watch, "_evaluate", evaluate)
+    monkeypatch.setattr(watch.stages, "is_complete", lambda *_: True)
+    watch.watch(configured(trained, cron="0 12 * * *", backfill=True), local=True)
+    assert evaluated == ["step-00000002", "step-00000001"]
+
+
+def test_a_checkpoint_is_evaluated_from_beginning_to_end(trained: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Training writes another checkpoint between the stages and the report: `latest` was resolved once."""
+    config = configured(trained)
+    shutil.move(Path(trained.checkpoints) / "step-00000002", Path(trained.run) / "later")
+    real = stages.engine.run
+
+    def run(stage: Any, *rest: Any) -> bool:
+        found = real(stage, *rest)
+        if stage.name == "eval":
+            shutil.move(Path(trained.run) / "later", Path(trained.checkpoints) / "step-00000002")
+        return found
+
+    monkeypatch.setattr(stages.engine, "run", run)
+    stages.run("eval", config, True)
+    assert done(trained) == ["step-00000001"]
+    assert sorted(p.name for p in Path(trained.reports).glob("step-*.html")) == ["step-00000001.html"]
 
 
 def test_a_moment_with_nothing_to_do_has_passed(trained: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -182,7 +229,7 @@ def test_a_moment_with_nothing_to_do_has_passed(trained: RunPaths, monkeypatch: 
         raise Stopped("seen")
 
     monkeypatch.setattr(watch, "next_checkpoint", look)
-    monkeypatch.setattr(watch, "_clock", lambda _: lambda: moments[-1] and not due.append(True))
+    monkeypatch.setattr(watch, "clock", lambda _: lambda: moments[-1] and not due.append(True))
     monkeypatch.setattr(watch, "_evaluate", evaluate)
     due: list[bool] = []
     with pytest.raises(Stopped, match="seen"):
@@ -226,7 +273,7 @@ def test_watch_has_a_run_on_its_command_line(
     assert main(["numbers", trained.run, "--config", str(tmp_path / "c.yaml")]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("step-00000002 ")
-    assert told[0].endswith(" 0 pictures missing")
+    assert told[0].endswith(" 0 images missing")
     kept = json.loads(next(Path(trained.eval).rglob("metrics.json")).read_text())["metrics"]
     assert [line.split()[0] for line in told[1:]] == list(kept)
     assert all(f"n {metric['n']}" in line for line, metric in zip(told[1:], kept.values(), strict=True))

@@ -17,7 +17,7 @@ from ingest.config import IngestConfig
 from ingest.stage import IngestStage
 from orchestration import engine
 from orchestration.config import CpuPool, RayConfig
-from shards.dataset import verify_shard
+from shards.verify import verify_shard
 from tests.ingest.conftest import PRELOAD, make_config
 from tests.ingest.site import Site, picture
 
@@ -68,8 +68,9 @@ def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
             process.join(30)
             # It may have finished: then the work begins anew, since an unfinished run is what is to be killed.
             if process.exitcode == 0:
-                for file in rng.sample(sorted((run / "images").glob("*_stats.json")), 40):
-                    file.unlink()
+                for stats in rng.sample(sorted((run / "images").glob("*_stats.json")), 40):
+                    for file in stats.parent.glob(stats.name[:5] + "*"):
+                        file.unlink()
                 (run / "images" / "dataset.json").unlink(missing_ok=True)
                 continue
             assert process.exitcode == -signal.SIGKILL
@@ -86,5 +87,5 @@ def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
     assert manifests[0] == manifests[1]
     assert manifests[0]["counts"]["rows"] == ROWS
     assert not any(verify_shard(str(run / "images"), i) for i in range(ROWS // SHARD))
-    leftovers = [p.name for p in (run / "images").iterdir() if ".tmp-" in p.name]
+    leftovers = [p.name for p in (run / "images").rglob("*") if ".tmp-" in p.name or p.parent.name.startswith(".new-")]
     assert not leftovers

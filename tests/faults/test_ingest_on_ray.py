@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from shards.dataset import verify_shard
+from shards.verify import verify_shard
 from tests.ingest.site import Site, picture
 from tests.orchestration.head import actors, ended, folder_bytes, run_stage, wait_for
 

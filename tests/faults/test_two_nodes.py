@@ -24,8 +24,9 @@ import pytest
 import yaml
 
 from orchestration.cluster import Cluster, end_marked
-from shards.dataset import Dataset, verify_shard
+from shards.dataset import Dataset
 from shards.layout import RunPaths
+from shards.verify import verify_shard
 from tests.latents.world import image_dataset, save_clip, save_vae
 from tests.orchestration.head import ROOT, ended, folder_bytes
 

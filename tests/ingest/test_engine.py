@@ -25,6 +25,9 @@ def test_what_it_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in (("reencode", "needed"), ("animations", "refuse"), ("background", [0, 0, 0])):
         with pytest.raises(ConfigError, match=f"img2dataset does not know ingest.{name}"):
             validate(IngestConfig, {"table": "t.csv", "engine": "img2dataset", name: value}, "run.yaml")
+    for name in ("host_concurrency", "max_redirects", "min_speed", "max_bytes"):
+        with pytest.raises(ConfigError, match=f"img2dataset does not know ingest.fetch.{name}"):
+            validate(IngestConfig, {"table": "t", "engine": "img2dataset", "fetch": {name: 7}}, "run.yaml")
     monkeypatch.setattr(img2dataset_engine.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"pip install 'carrara\[img2dataset\]'"):
         img2dataset_engine.require()
@@ -37,6 +40,9 @@ def test_a_shard_by_img2dataset_is_committed_like_ours(site: Site, tmp_path: Pat
         (site.url("/gone.png"), "dead"),
         (site.add("/page", b"<html></html>"), "page"),
         (site.add("/no.png", picture(9), X_Robots_Tag="noai"), "opted out"),
+        (site.add("/tdm.png", picture(9), TDM_Reservation="1"), "reserved"),
+        (site.add("/named.png", picture(9), X_Robots_Tag="img2dataset: noai"), "opted out by name"),
+        (site.add("/none.png", picture(9), X_Robots_Tag="max-snippet:20, none"), "opted out by none"),
         ("file:///etc/passwd", "a file"),
         (f"http://127.0.0.2:{site.port}/0.png", "a private address"),
         (site.add("/hop", b"", 302, Location=f"http://127.0.0.2:{site.port}/0.png"), "a redirect to one"),
@@ -53,7 +59,7 @@ def test_a_shard_by_img2dataset_is_committed_like_ours(site: Site, tmp_path: Pat
     manifest = run(stage)
     found = pq.read_table(tmp_path / "run" / "images" / "00000.parquet").to_pylist()
     assert [r["error"] for r in found] == [
-        *[None] * 6, "img2dataset_download", "img2dataset_resize", "x_robots_tag", "scheme_refused",
+        *[None] * 6, "img2dataset_download", "img2dataset_resize", *["x_robots_tag"] * 4, "scheme_refused",
         "address_refused", "address_refused", "url_missing", "taken_down",
     ]  # fmt: skip
     assert manifest["counts"]["success"] == 6

@@ -519,7 +519,9 @@ def test_what_a_format_cannot_hold_is_refused(fmt: Any, side: int) -> None:
 def test_header_sizes() -> None:
     for fmt, options in (("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True}), ("WEBP", {"exif": b"Exif\0\0MM\0*"})):
         assert header_size(encoded(smooth(), fmt, **options)) == (40, 30)
-    assert header_size(encoded(smooth(), "JPEG")) is None
+    for fmt in ("JPEG", "GIF", "BMP"):
+        assert header_size(encoded(smooth(), fmt)) == (40, 30)
+    assert header_size(b"<html>") is None
 
 
 def test_encodings_are_deterministic_and_carry_nothing_private() -> None:

@@ -12,13 +12,21 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from ingest import removal
 from ingest.stage import IngestStage
+from orchestration import remove
+from orchestration.config import RunConfig
 from orchestration.run_stage import main
 from shards.columns import ColumnShard, keep_rows, unpack_columns
 from shards.dataset import Dataset
 from shards.layout import RunPaths
+from shards.settings import validate
 from tests.ingest.site import Site, picture
 from tests.latents import world
+from tests.train import tiny
+from train import segments
+from train.config import TrainConfig
+from train.seen import Account
 
 ROWS = 20
 
@@ -117,6 +125,46 @@ def test_a_picture_is_taken_out_of_the_whole_run(
         Dataset.open(paths.images).manifest["counts"] | {"success": 0, "opted_out": ROWS}
         == Dataset.open(paths.images).manifest["counts"]
     )
+
+
+def test_the_checkpoints_that_saw_a_picture_are_named(tmp_path: Path) -> None:
+    """By the inverse of the order: each checkpoint knows its own; one of an older order says perhaps."""
+    run = tmp_path / "run"
+    tiny.make_latents(run / "latents")
+    paths = RunPaths(str(run))
+    dataset = Dataset.open(paths.latents)
+    history = segments.begin(TrainConfig(images=200, batch_size=8, streams=4, window=4), [dataset])
+
+    def checkpoint(images: int, **order: Any) -> str:
+        folder = run / "checkpoints" / f"step-{images:08d}"
+        folder.mkdir(parents=True)
+        manifest = {"images": images, "fingerprint": {}, "seed": 7, **order}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return str(folder)
+
+    early, late = checkpoint(8, order=history.to_json()), checkpoint(16, order=history.to_json())
+    old = checkpoint(24)
+    account = Account({"order": history.to_json(), "seed": 7, "images": 16}, dataset)
+    places = {
+        (s.index, row): place
+        for s in dataset.shards
+        for row, place in enumerate(account.first(s.index, range(s.count)))
+    }
+    first = next(p for p, at in places.items() if at is not None and at < 8)
+    second = next(p for p, at in places.items() if at is not None and 8 <= at < 16)
+    never = next(p for p, at in places.items() if at is None or at >= 16)
+    given = {"pretrained": "somewhere"}
+    values = {"run": str(run), "ingest": {"table": "t.csv"}, "autoencoder": given, "clip": given}
+    config = validate(RunConfig, values, "run.yaml")
+
+    def saw(*rows: tuple[int, int]) -> dict[str, int | None]:
+        hits = [removal.Hit(shard, row, "k", True, None, frozenset()) for shard, row in rows]
+        return {folder: line["pictures"] for folder, line in remove.checkpoints(config, paths, hits).items()}
+
+    assert saw(first, second, never) == {early: 1, late: 2, old: None}
+    assert saw(second) == {late: 1, old: None}
+    assert saw(never) == {old: None}
+    assert saw() == {}
 
 
 def test_what_remove_counts_is_what_a_whole_finish_counts(

@@ -17,6 +17,7 @@ from shards.commit import MADE_WITH, Folder, born, born_of
 from shards.dataset import Dataset, read_stats, read_stats_of, write_manifest
 from shards.exclusions import write_exclusions
 from shards.fingerprint import Fingerprint
+from shards.listing import listed
 from shards.settings import ConfigError, StageError
 from shards.verify import discard, verify, verify_shard
 
@@ -449,3 +450,14 @@ def test_replace_folder_publishes_whole_folders(tmp_path):
 def test_packed_small_files_come_apart_again():
     small = [("00000.parquet", b"\n\n"), ("00000.x", b"")]
     assert commit.unpack(commit.pack(small, b"{}\n")) == (small, b"{}\n")
+
+
+def test_shards_beyond_99_999_stay_in_the_order_of_their_numbers(tmp_path):
+    """Their names have a digit more, so as texts they would come before the others."""
+    made = folder(tmp_path)
+    stats = [made.commit(i, FILES, STATS) for i in (100_000, 99_999, 7)]
+    write_manifest(str(tmp_path), "images", stats)
+    assert [s.name for s in Dataset.open(str(tmp_path)).shards] == ["00007", "99999", "100000"]
+    assert listed(str(tmp_path)).committed.tolist() == [7, 99_999, 100_000]
+    assert [i for i, _ in read_stats_of(str(tmp_path), [7, 99_999, 100_000])] == [7, 99_999, 100_000]
+    assert list(verify(str(tmp_path), deep=True)) == []

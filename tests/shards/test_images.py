@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import tarfile
 
 import hypothesis.strategies as st
@@ -131,3 +132,17 @@ def test_colours_that_would_be_converted_are_known():
     assert [is_rgb(encoded(mode, "JPEG")) for mode in ("RGB", "CMYK", "L")] == [True, False, False]
     with pytest.raises(ValueError, match="cannot be decoded"):
         is_rgb(b"GIF89a")
+
+
+def test_a_tar_is_what_webdatasets_writer_makes() -> None:
+    rng = random.Random(0)
+    samples = [
+        (f"{i:09d}", {"txt": b"x" * (i * 97 % 1500), "jpg": rng.randbytes(rng.randrange(3000)), "json": b"{}"})
+        for i in range(60)
+    ]
+    sink = io.BytesIO()
+    with wds.TarWriter(sink, encoder=False, mtime=0) as tar:
+        for key, members in samples:
+            tar.write({"__key__": key, **members})
+    assert pack_tar(samples)[0] == sink.getvalue()
+    assert pack_tar([])[0] == bytes(10240)

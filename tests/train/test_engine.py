@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-
 import math
 import traceback
 from collections.abc import Iterator
@@ -189,7 +188,7 @@ def config(run: Path) -> str:
 def test_two_ranks_take_the_steps_of_a_plain_loop_and_nobody_waits(
     config: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ZeRO 0 to 3, two micro-batches a step: weights, averages, vetoes (a NaN on one rank, a spike) and their traces."""
+    """ZeRO 0 to 3, two micro-batches a step: weights, averages, vetoes (a NaN on one rank, a spike), their traces."""
     monkeypatch.setattr(guards, "WARM_UP", 3)
     weights, average, vetoed, loss = plain(config, optimizer)
     assert vetoed == [5, 7]

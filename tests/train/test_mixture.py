@@ -354,6 +354,19 @@ def test_the_loss_is_written_out_in_float64(run: Path, prediction: str, weightin
     assert np.array_equal(whole * 8 // 1000, np.arange(8))
 
 
+def test_the_loss_by_timestep_is_summed_in_float32_under_autocast(run: Path) -> None:
+    """Where autocast makes the network's products half precise, the sums of what it was wrong by stay exact."""
+    objective: Any = build("train", unet_config(initialisation="torch"), [Dataset.open(str(run / "latents"))], 0)
+    batch = objective.eval().batch(np.arange(64))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        error, _ = objective.errors(batch)
+        _, details = objective(batch)
+    bins = batch["t"].numpy() * 10 // 1000
+    for b in range(10):
+        expected = error.double().numpy()[bins == b].sum() / 64
+        assert float(details[1 + b]) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
 def test_a_learned_variance_learns_and_leaves_the_mean_to_the_simple_loss(run: Path) -> None:
     config = unet_config(learned_variance=True, initialisation="torch")
     objective: Any = build("train", config, [Dataset.open(str(run / "latents"))], 0)

@@ -164,3 +164,34 @@ def test_pretrained_and_unmade_inputs(run: Path) -> None:
     state = state_of(tiny.write_config(run, data))
     assert state.state == "new"
     assert "no finished dataset" in state.reason
+
+
+def hang(config: str) -> None:
+    """Train, but rank 1 never comes to the end of its third step's forward pass."""
+    import time
+
+    from train import denoising
+
+    forward, calls = denoising.Diffusion.forward, []
+
+    def stuck(self: Any, batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3 and os.environ["RANK"] == "1":
+            time.sleep(3600)
+        return forward(self, batch)
+
+    denoising.Diffusion.forward = stuck  # type: ignore[method-assign]
+    forked.run_stage(config)
+
+
+def test_a_hang_is_ended_with_the_stacks_of_all_ranks(run: Path) -> None:
+    config = config_of(run, hang_s=20.0, checkpoint_every_images=8)
+    ranks = forked.start(2, hang, str(config))
+    for rank in ranks:
+        with pytest.raises(forked.RankError, match="killed"):
+            rank.result()
+    stacks = [(run / "train" / "stacks" / f"rank-{r:05d}.txt").read_text() for r in range(2)]
+    assert "in stuck" in stacks[1]
+    assert "in stuck" not in stacks[0]
+    assert "backward" in stacks[0] or "step" in stacks[0]
+    assert folders.latest_complete(run / "checkpoints")

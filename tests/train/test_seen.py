@@ -41,7 +41,9 @@ def where(dataset: Dataset) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("buckets", [False, True])
-def test_the_account_is_exact_with_buckets_and_mixtures_before_and_after_take_downs(tmp_path: Path, buckets: bool) -> None:
+def test_the_account_is_exact_with_buckets_and_mixtures_before_and_after_take_downs(
+    tmp_path: Path, buckets: bool
+) -> None:
     if buckets:
         bucketed(tmp_path / "own")
         bucketed(tmp_path / "other", counts=(11, 8))

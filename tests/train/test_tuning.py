@@ -29,11 +29,12 @@ from shards.settings import ConfigError, load_sections, validate
 from tests.latents import world
 from tests.train import forked, tiny
 from tests.train.test_export import pictures, save_checkpoint
+from tests.train.test_padding import STABLE_DIFFUSION_1, STABLE_DIFFUSION_2, public_tokenizer
 from train import adapters, folders
 from train.config import TrainConfig, TrainingSections
 from train.export import build_pipeline, export
 from train.objectives import build
-from train.text_export import clip_text_model, tokenizer, write_tokenizer
+from train.text_export import clip_text_model, tokenizer
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -274,9 +275,9 @@ def save_public(name: str, run: RunPaths, folder: Path) -> dict[str, Any]:
         )  # fmt: skip
     variant = how.get("variant")
     made.to(dtype=torch.float16 if variant else torch.float32).save_pretrained(folder, **how)
-    for names in folder.glob("tokenizer*"):  # which transformers does not save as it was read, with open_clip's pad
+    for names in folder.glob("tokenizer*"):  # the public ones, with the special tokens that they have
         shutil.rmtree(names)
-        write_tokenizer(names, text.context_length)
+        public_tokenizer(names, STABLE_DIFFUSION_1 if name.startswith("sd15") else STABLE_DIFFUSION_2)
     return {"variant": variant} if variant else {}
 
 
@@ -284,7 +285,8 @@ def save_public(name: str, run: RunPaths, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_pipeline_is_fine_tuned_and_takes_the_lora(name: str, tmp_path: Path) -> None:
     layer = PUBLIC[name][0]
-    run = make_run(tmp_path / "r", text_layer=layer, text_pooled=name.startswith("sdxl"))
+    pad = "end" if name.startswith("sd15") else "zero"
+    run = make_run(tmp_path / "r", text_layer=layer, text_pooled=name.startswith("sdxl"), text_pad=pad)
     public = tmp_path / "public"
     opened = save_public(name, run, public)
     files = {p.name for p in (public / "unet").iterdir()}
@@ -336,6 +338,29 @@ def test_sdxl_models_that_are_told_something_else_are_refused(
     config = TrainConfig(images=16, start_from=str(tmp_path / "unet"))
     with pytest.raises(ConfigError, match=sentence):
         build("train", config, [Dataset.open(run.latents)], 5)
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        ({}, ["prediction_type"]),
+        ({"prediction_type": "v_prediction"}, []),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, ["zero_terminal_snr"]),
+        ({"prediction_type": "v_prediction", "beta_schedule": "linear"}, ["beta_schedule"]),
+        ({"prediction_type": "v_prediction", "beta_end": 0.02}, ["beta_end"]),
+        ({"prediction_type": "v_prediction", "num_train_timesteps": 100}, ["num_train_timesteps"]),
+    ],
+)
+def test_another_process_than_the_pipelines_is_said(
+    stored: dict[str, Any], said: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    UNet2DConditionModel(**SHAPE, sample_size=16, cross_attention_dim=32).save_pretrained(tmp_path / "unet")
+    plain: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    PNDMScheduler(**plain).save_pretrained(tmp_path / "scheduler")
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **stored}))
+    adapters.check_process(str(tmp_path), TrainConfig(start_from="x", prediction_type="v_prediction"))
+    assert [r.args[0] for r in caplog.records if r.name == "carrara.train"] == said  # type: ignore[index]
 
 
 def test_where_a_unet_cannot_come_from(base: Any, tmp_path: Path) -> None:

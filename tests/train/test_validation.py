@@ -25,7 +25,6 @@ from tests.train.test_tuning import make_run, run_and_export
 from tests.train.test_zero import step_folder
 from train import folders, samples, validation
 from train.config import TrainingSections, ValidationConfig
-from train.export import build_pipeline
 from train.objectives import build
 from train.ranks import Ranks
 from train.state import stage_state
@@ -160,13 +159,37 @@ def test_a_run_that_stops_getting_better_ends_there_and_stays_ended(tmp_path: Pa
     assert grid.shape == (32 + samples.GAP + 32, 32 + samples.GAP + 32, 3)
     assert (grid[-32:, -32:] == 255).all()
     assert grid[:32, :32].std() > 1
-    # What a pipeline draws from the same checkpoint, by the same sampler: two ranks drew it here.
-    pipeline = build_pipeline(run.run)
-    generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    expected = pipeline(
-        list(drawn["prompts"]), num_inference_steps=2, guidance_scale=3.0, generator=generators, output_type="np"
-    ).images
-    assert np.abs(samples.tile(np.rint(expected * 255).astype(np.uint8)).astype(int) - grid).max() <= 1
+
+
+def with_losses(config: str, losses: list[float]) -> None:
+    """A run whose validations come out as told."""
+    left = list(losses)
+
+    def measure(self: Any, engine: Any, ranks: Ranks) -> float:
+        return left.pop(0)
+
+    validation.Validator.measure = measure  # type: ignore[method-assign]
+    forked.run_stage(config)
+
+
+def test_the_best_checkpoint_is_saved_kept_and_exported_by_choice(run: Path, tmp_path: Path) -> None:
+    tiny.make_latents(tmp_path / "held", counts=(7,))
+    validate = {"images": 4, "every_images": 8, "latents": str(tmp_path / "held"), "export": "best"}
+    values = {"images": 80, "checkpoint_every_images": 16, "keep_checkpoints": 2, "validation": validate}
+    config = tiny.write_config(run, tiny.configuration(run, **values))
+    forked.on_ranks(1, with_losses, str(config), [3.0, 2.0, 1.0, *[2.0] * 7])
+    # The third step was no multiple of 16 images, and is saved since it was the best so far.
+    left = sorted(p.name for p in (run / "checkpoints").iterdir() if p.name.startswith("step-"))
+    assert left == ["step-00000003", "step-00000008", "step-00000010"]
+    newest = folders.read_manifest(run / "checkpoints" / "step-00000010")
+    assert newest["best"] == "step-00000003"
+    assert newest["patience"] == {"best": 1.0, "best_step": 3, "since": 7}
+    marker = json.loads((run / "model" / "carrara.json").read_text())
+    assert marker["checkpoint"] == "step-00000003"
+    sections = load_sections(str(config), (), TrainingSections)
+    assert stage_state("train", str(run), sections).state == "done"
+    other = load_sections(str(config), ("train.validation.export=newest",), TrainingSections)
+    assert stage_state("train", str(run), other).state == "resumable", "the other choice is yet to be exported"
 
 
 def full_disk(config: str) -> None:

@@ -1,0 +1,601 @@
+"""From committed shards to metrics.json: every number with its count, standard error and interval, whole and by tag.
+
+Shards are read in the order of their ids, so the result is the same, bit for bit, for any number of workers. What
+belongs to real images alone is worked out once and kept (metrics/statistics.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eval import judges, suites
+from eval.metrics import clip_score, frechet, kernel, memorisation, moments, neighbours
+from eval.metrics.estimate import Estimate, mean_by_cluster, proportion, with_groups
+from eval.metrics.inception_score import inception_score
+from eval.metrics.retrieval import distinct, of_pairs
+from eval.metrics.statistics import RealSide, from_npz
+from eval.networks import INCEPTION_SHA256
+from eval.prompts import controls
+from eval.rows import column, group_of, live, table
+from shards import storage
+from shards.dataset import Dataset
+from shards.fingerprint import digest_json
+
+if TYPE_CHECKING:
+    from eval.evaluation import Evaluation
+
+log = logging.getLogger("carrara.eval")
+
+FORMAT = 2
+FEW = 2048  # images; with fewer a Frechet distance is mostly bias, and no headline
+DISTANCES = ("fid_clean", "fid_tf", "fd_dinov2_pil", "fd_clip_unit")
+
+# name -> (which way is better, what people call it, definition)
+DEFINITIONS: dict[str, tuple[str, str, str]] = {
+    "fid_clean": (
+        "lower", "FID, as clean-fid",
+        "FID as clean-fid measures it: the Inception of 2015, Pillow's bicubic resize in float32",
+    ),
+    "fid_tf": (
+        "lower", "FID, as torch-fidelity",
+        "FID as torch-fidelity measures it: the Inception of 2015, TensorFlow 1's resize",
+    ),
+    "kid_tf": (
+        "lower", "KID", "unbiased KID of all images at once on fid_tf's features; may be negative"
+    ),
+    "inception_score": (
+        "higher", "Inception score",
+        "Inception score of all images at once (one split, where the published one is a mean of ten) on fid_tf's logits",
+    ),
+    "fd_dinov2_pil": (
+        "lower", "Fr\u00e9chet distance, DINOv2",
+        "Frechet distance on DINOv2's class token, images stretched to 224 px by Pillow",
+    ),
+    "kd_dinov2_pil": (
+        "lower", "Kernel distance, DINOv2",
+        "KID's unbiased kernel distance on fd_dinov2_pil's features; may be negative",
+    ),
+    "fd_clip_unit": (
+        "lower", "Fr\u00e9chet distance, CLIP",
+        "Frechet distance between unit-length CLIP features of generated and of real images; not an FID, which is "
+        "measured on Inception features",
+    ),
+    "cmmd": (
+        "lower", "CMMD",
+        "1000 * squared MMD (Gaussian kernel, sigma 10, biased) of unit-length CLIP features against the real images'; "
+        "published values are on ViT-L/14 at 336 px",
+    ),
+    "clip_score": ("higher", "CLIP score", "100 * mean(max(cos, 0)) of image and prompt, no prefix"),
+    "clip_cosine": ("higher", "CLIP cosine", "mean cosine of image and prompt"),
+    "clip_score_control": (
+        "", "CLIP score, other prompts", "CLIP score of the same images with other prompts: what chance alone gives"
+    ),
+    "clip_score_real": ("", "CLIP score, real images", "CLIP score of the real images with their own captions"),
+    "retrieval": (
+        "higher", "Prompt found from image", "share of images whose own prompt ranks first among distinct prompts"
+    ),
+    "clip_retrieval_real": (
+        "", "Real caption found", "share of real images whose own caption ranks first: the CLIP's own skill"
+    ),
+    "diversity_clip": (
+        "higher", "Diversity within a prompt",
+        "mean of 1 - cosine of CLIP features over the pairs of images of one prompt; needs replicates",
+    ),
+    "vae_psnr": ("", "VAE PSNR, dB", "mean PSNR in dB of the VAE's reconstruction of real images"),
+    "near_training": (
+        "", "Near a training image",
+        "share of generated images whose nearest training image, by CLIP features, is nearer than that of 99 % of the "
+        "real images; 1 % would be as novel as real images are",
+    ),
+    "vqa_score": (
+        "higher", "VQAScore", "mean chance that the judge answers yes when asked whether the image shows the prompt"
+    ),
+    "soft_tifa_am": (
+        "higher", "Soft-TIFA, atoms",
+        "mean over prompts of the arithmetic mean of the judge's chances of the right answers (GenEval 2, AM)",
+    ),
+    "soft_tifa_gm": (
+        "higher", "Soft-TIFA, prompts",
+        "mean over prompts of the geometric mean of the judge's chances of the right answers (GenEval 2, GM)",
+    ),
+    "pickscore": ("higher", "PickScore", "PickScore_v1: logit scale times cosine of prompt and image"),
+    "hps": ("higher", "HPSv2", "100 * cosine of prompt and image in HPSv2's CLIP"),
+    "aesthetic": ("higher", "Aesthetic", "LAION's aesthetic predictor, 1 to 10"),
+}  # fmt: skip
+_SHARES = {
+    "precision": ("higher", "Precision", "share of generated images within the 5th-neighbour ball of a real one"),
+    "recall": ("higher", "Recall", "share of real images within the 5th-neighbour ball of a generated one"),
+    "density": ("higher", "Density", "mean number of real images' 5th-neighbour balls that hold a generated one, over 5"),
+    "coverage": ("higher", "Coverage", "share of real images with a generated one within their 5th-neighbour ball"),
+}  # fmt: skip
+SPACES = {"inception": "fid_tf's features (not VGG's, as torch-fidelity has it)", "dinov2": "DINOv2's features"}
+for _space, _where in SPACES.items():
+    for _name, (_better, _title, _text) in _SHARES.items():
+        DEFINITIONS[f"{_name}_{_space}"] = (
+            _better, f"{_title}, {_space}", f"{_text}, on {_where}; depends on the numbers of images",
+        )  # fmt: skip
+SHARES = (
+    "retrieval",
+    "clip_retrieval_real",
+    "near_training",
+    *(f"{n}_{s}" for n in _SHARES for s in SPACES if n != "density"),
+)
+
+
+def write(url: str, metrics: dict[str, Any]) -> None:
+    """Write the content of a metrics.json, with its own digest."""
+    storage.write_json(url, {**metrics, "digest": digest_json(metrics)})
+
+
+def read(url: str) -> dict[str, Any] | None:
+    """The content of a metrics.json; None where there is none, it is torn, of an older layout, or not what was
+    written: a number that was changed by hand is no measurement."""
+    try:
+        found = storage.read_json(url)
+    except NotADirectoryError:
+        return None
+    except ValueError:
+        found = {}
+    if found is None:
+        return None
+    whole = isinstance(found, dict) and "metrics" in found
+    if not whole or found.pop("digest", None) != digest_json(found):
+        _warn(url, digest_json(found), "is torn or was edited and does not count; the eval stage measures it again")
+        return None
+    if found.get("format") != FORMAT:
+        folder = url.rsplit("/", 1)[0]
+        why = f"is of an older layout: it stays as it is, and the eval stage makes its like beside it; {folder} may go"
+        _warn(url, digest_json(found), why)
+        return None
+    return dict(found)
+
+
+@functools.lru_cache(maxsize=1024)  # once, however often it is looked at
+def _warn(url: str, _content: str, what: str) -> None:
+    log.warning("%s %s", url, what)
+
+
+def inputs(evaluation: Evaluation, generated: Dataset) -> dict[str, str]:
+    """Fingerprints of everything that `measure` reads."""
+    found = {"images": generated.fingerprint}
+    for stage in evaluation.generate.features():
+        if (dataset := stage.committed(generated)) is not None:
+            found[f"generated {stage.found.name}"] = dataset.fingerprint
+    for stage in evaluation.real():
+        if storage.exists(storage.join(stage.root, "dataset.json")):
+            found[f"real {stage.found.name}"] = Dataset.open(stage.root).fingerprint
+    return found | {f"scores {n}": d for n, d in suites.imported_digests(generated.root).items()}
+
+
+class Images:
+    """The generated images that are measured: their rows, and each network's columns for them, in order."""
+
+    def __init__(self, evaluation: Evaluation, generated: Dataset) -> None:
+        rows = table(generated) if len(generated.shards) else {}
+        self.status = rows.get("status", [])
+        asked = {p.id for p in evaluation.prompts}
+        self.all = [i for i, p in enumerate(rows.get("prompt_id", ())) if p in asked]
+        whole = live({name: [values[i] for i in self.all] for name, values in rows.items()})
+        self.failed = len(self.all) - len(whole.get("key", ()))
+        self.features: dict[str, Dataset] = {}
+        places: dict[str, dict[str, int]] = {}
+        usable = set(whole.get("key", ()))
+        for stage in evaluation.generate.features():
+            dataset = stage.committed(generated)
+            if dataset is not None and len(dataset):
+                keys = live(table(dataset, "key", "status"))["key"]
+                places[stage.found.name] = {k: i for i, k in enumerate(keys)}
+                usable &= places[stage.found.name].keys()
+                self.features[stage.found.name] = dataset
+        kept = [i for i, k in enumerate(whole.get("key", ())) if k in usable]
+        self.failed += len(whole.get("key", ())) - len(kept)
+        self.rows = {name: [values[i] for i in kept] for name, values in whole.items()}
+        self.keys: list[str] = self.rows.get("key", [])
+        self.places = {n: np.array([place[k] for k in self.keys], np.int64) for n, place in places.items()}
+        self._columns: dict[tuple[str, str], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def column(self, network: str, name: str) -> np.ndarray:
+        """[n, d] of the measured images."""
+        if (network, name) not in self._columns:
+            self._columns[network, name] = column(self.features[network], name)[self.places[network]]
+        return self._columns[network, name]
+
+
+def measure(evaluation: Evaluation, generated: Dataset) -> dict[str, Any]:
+    """`metrics` (name -> estimate, direction, label, definition), `by_tag` (tag -> the same), `counts`, `jackknife`
+    (name -> groups, sizes, left_out) of the generated images against the real ones, from what is committed."""
+    config = evaluation.config
+    images = Images(evaluation, generated)
+    real = {
+        s.found.name: Dataset.open(s.root) for s in evaluation.real() if storage.exists(storage.join(s.root, "dataset.json"))
+    }  # fmt: skip
+    meaning: Callable[[str], Hashable] | None = None
+    definitions = dict(DEFINITIONS)
+    if config.scorer:
+        module = judges.scorer(config.scorer)
+        meaning = getattr(module, "meaning", None)
+        definitions |= {n: ("higher", _label(n), text) for n, text in module.SCORES.items()}
+    imported = suites.imported(generated.root)
+    definitions |= {n: ("higher", _label(n), f"scores made elsewhere: {s.source}") for n, s in imported.items()}
+
+    found: dict[str, Estimate | None] = {}
+    counts = {"images": len(images), "failed": images.failed}
+    nearest: list[dict[str, Any]] = []
+    tags: dict[str, dict[str, Estimate | None]] = {}
+    floors: dict[str, float | None] = {}
+    if len(images):
+        sides = _sides(evaluation, real)
+        everyone = np.arange(len(images))
+        found, more = _generated(evaluation, images, sides, imported, meaning, everyone)
+        counts |= more
+        tags = _by_tag(evaluation, images, sides, imported, meaning)
+        nearest_found = _memorisation(evaluation, images)
+        if nearest_found is not None:
+            found["near_training"], more, nearest = nearest_found
+            counts |= more
+    if "clip" in real and len(real["clip"]):
+        of_real, more = _real(evaluation, real, meaning)
+        found, counts = found | of_real, counts | more
+        keys = live(table(real["clip"], "key", "status"))["key"]
+        floors = {"fd_clip_unit": floor(column(real["clip"], "images"), keys, len(images))}
+    of_judges = {
+        name: round(float(np.nanmean(values)), 6)
+        for network in ("judge", "preference", "scorer")
+        if network in real and len(real[network])
+        for name in _columns_of(real[network])
+        if name != "atoms" and np.isfinite(values := column(real[network], name)).any()
+    }
+    weights = images.features["inception"].manifest["weights"] if "inception" in images.features else {}
+    note = ""
+    if weights.get("inception", INCEPTION_SHA256) != INCEPTION_SHA256:
+        note = f"; these weights ({weights['inception'][:12]}) are not the published ones"
+
+    def described(estimates: dict[str, Estimate | None]) -> dict[str, Any]:
+        result = {}
+        for name, e in sorted(estimates.items()):
+            if e is None:
+                continue
+            better, label, text = definitions[name]
+            text += note if name.startswith(("fid_", "kid_", "inception_")) or name.endswith("_inception") else ""
+            few = name in DISTANCES and e.n < FEW
+            result[name] = {**e.to_json(), "better": better, "label": label, "definition": text}
+            if few:
+                result[name]["caution"] = (
+                    f"of {e.n:,} images: fewer than {FEW:,}, so that bias is most of it; good for comparing results of "
+                    "as many images alone"
+                )
+            if name in SHARES or (name in definitions and _is_share(images, name)):
+                result[name]["unit"] = "share"
+        return result
+
+    return {
+        "format": FORMAT,
+        "metrics": described(found),
+        "tags": _scorer_tags(config.scorer, images.rows.get("caption", [])),
+        "by_tag": {tag: described(estimates) for tag, estimates in sorted(tags.items())},
+        "counts": counts,
+        "real": of_judges,
+        "floors": {n: v for n, v in floors.items() if v is not None},
+        "jackknife": _groups(found),
+        "tag_jackknife": {tag: _groups(estimates) for tag, estimates in sorted(tags.items())},
+        "nearest": nearest,
+        "inputs": inputs(evaluation, generated),
+    }
+
+
+def _groups(estimates: dict[str, Estimate | None]) -> dict[str, Any]:
+    """Of each estimate the values without each jackknife group, for paired comparisons."""
+    return {
+        n: {"groups": list(e.groups), "sizes": list(e.sizes or ()), "left_out": list(e.left_out)}
+        for n, e in sorted(estimates.items())
+        if e is not None and e.left_out is not None and e.groups is not None
+    }
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def _is_share(images: Images, name: str) -> bool:
+    """Whether a scorer's or an imported score is yes or no for every image."""
+    if "scorer" not in images.features or name not in _columns_of(images.features["scorer"]):
+        return False
+    values = images.column("scorer", name)
+    return bool(np.isin(values[np.isfinite(values)], (0.0, 1.0)).all())
+
+
+def _columns_of(dataset: Dataset) -> list[str]:
+    from shards.columns import ColumnShard
+
+    position = next(p for p in range(len(dataset.shards)) if dataset.counts[p])
+    return list(ColumnShard(dataset, position).arrays)
+
+
+def _sides(evaluation: Evaluation, real: dict[str, Dataset]) -> dict[str, RealSide]:
+    from latents.encoders import pick_device
+
+    device = pick_device(evaluation.config.device)
+    names = {"clip": ["images"], "inception": ["inception_tf", "inception_clean"], "dinov2": ["dinov2"]}
+    return {
+        c: RealSide(real[n], c, device) for n, columns in names.items() if n in real and len(real[n]) > 1 for c in columns
+    }  # fmt: skip
+
+
+def _jackknifes(owner: np.ndarray) -> bool:
+    """Whether there are two groups, and two images without any one of them."""
+    sizes = np.bincount(owner) if len(owner) else np.zeros(0, np.int64)
+    filled = sizes[sizes > 0]
+    return len(filled) >= 2 and int(filled.sum() - filled.max()) >= 2
+
+
+def _generated(
+    evaluation: Evaluation, images: Images, sides: dict[str, RealSide], imported: dict[str, suites.Imported],
+    meaning: Callable[[str], Hashable] | None, chosen: np.ndarray, tag: bool = False,
+) -> tuple[dict[str, Estimate | None], dict[str, int]]:  # fmt: skip
+    """The estimates of the chosen images (all, or those of a tag), and counts."""
+    config = evaluation.config
+    rows = {name: [values[i] for i in chosen] for name, values in images.rows.items()}
+    prompts: list[str] = rows["prompt_id"]
+    owner = group_of(prompts, config.jackknife_groups)
+    found: dict[str, Estimate | None] = {}
+    counts = {
+        "prompts": len(set(prompts)),
+        "distinct_captions": len(set(rows["caption"])),
+        "blank": sum(map(bool, rows["blank"])),
+        "repeated": len(chosen) - len(set(rows["sha256"])),
+    }
+
+    def mean(values: np.ndarray) -> Estimate | None:
+        """Of a score an image; NaN where there is none. A yes-or-no score is a share."""
+        there = np.isfinite(values)
+        if not there.any():
+            return None
+        who = [p for p, t in zip(prompts, there, strict=True) if t]
+        x = values[there].astype(np.float64)
+        yes_no = bool(np.isin(x, (0.0, 1.0)).all())
+        return with_groups((proportion if yes_no else mean_by_cluster)(x, who), x, owner[there])
+
+    if "clip" in images.features:
+        x, texts = images.column("clip", "images")[chosen], images.column("clip", "captions")[chosen]
+        cosine = clip_score.cosines(x, texts)
+        found["clip_score"] = with_groups(clip_score.clip_score(cosine, prompts)[0], 100 * np.maximum(cosine, 0), owner)
+        found["clip_cosine"] = with_groups(clip_score.clip_score(cosine, prompts)[1], cosine, owner)
+        found["diversity_clip"] = _diversity(x, prompts, owner)
+        if not tag:
+            truncated = images.column("clip", "truncated")[chosen][:, 0]
+            counts["truncated_prompts"] = len({p for p, t in zip(prompts, truncated, strict=True) if t})
+            counts["retrieval_candidates"] = _candidates(config.retrieval_candidates, rows["caption"], meaning)
+            found["retrieval"] = of_pairs(x, texts, rows["caption"], config.retrieval_candidates, meaning, prompts)
+            first = {p: i for i, p in reversed(list(enumerate(prompts)))}
+            unique = list(first)
+            other = dict(zip(unique, controls([rows["caption"][first[p]] for p in unique]), strict=True))
+            pairs = [(i, first[unique[j]]) for i, p in enumerate(prompts) if (j := other[p]) is not None]
+            if pairs:
+                a, b = (list(side) for side in zip(*pairs, strict=True))
+                cosines = clip_score.cosines(x[a], texts[b])
+                found["clip_score_control"] = clip_score.clip_score(cosines, [prompts[i] for i in a])[0]
+        if "images" in sides and _jackknifes(owner):
+            side = sides["images"]
+            found["cmmd"] = kernel.cmmd(x, side.features, owner, side.kernel("gaussian"), side.device)
+            if not tag or len(chosen) >= FEW:
+                found["fd_clip_unit"] = _distance(side, x, owner)
+    for network in ("judge", "preference", "scorer"):
+        if network in images.features:
+            for name in _columns_of(images.features[network]):
+                if name != "atoms":
+                    found[name] = mean(images.column(network, name)[chosen][:, 0])
+    for name, scores in imported.items():
+        found[name] = mean(scores.of(prompts, rows["replicate"]))
+    if _jackknifes(owner):
+        found |= _of_networks(evaluation, images, sides, owner, prompts, chosen, tag)
+    return found, counts
+
+
+def _of_networks(
+    evaluation: Evaluation, images: Images, sides: dict[str, RealSide], owner: np.ndarray, prompts: list[str],
+    chosen: np.ndarray, tag: bool,
+) -> dict[str, Estimate | None]:  # fmt: skip
+    """What the Inception's and DINOv2's features say; without real images the Inception score alone."""
+    found: dict[str, Estimate | None] = {}
+    many = not tag or len(chosen) >= FEW
+    if "inception" in images.features and not tag:
+        found["inception_score"] = inception_score(images.column("inception", "inception_tf_logits")[chosen], owner)
+    columns = (
+        ("inception", "inception_tf", "fid_tf"), ("inception", "inception_clean", "fid_clean"), ("dinov2", "dinov2", "fd_dinov2_pil"),
+    )  # fmt: skip
+    for network, name, distance in columns:
+        if network not in images.features:
+            continue
+        x, side = images.column(network, name)[chosen], sides.get(name)
+        file = evaluation.config.fid_statistics.get(distance)  # type: ignore[call-overload]
+        if many and file is not None:
+            found[distance] = _distance_to(from_npz(file, f"eval.fid_statistics.{distance}")[0], x, owner)
+        elif many and side is not None:
+            found[distance] = _distance(side, x, owner)
+        if side is None or name == "inception_clean":
+            continue
+        kernel_name = "kid_tf" if network == "inception" else "kd_dinov2_pil"
+        found[kernel_name] = kernel.kid(x, side.features, owner, side.kernel("polynomial"), side.device)
+        if not tag and min(len(x), len(side)) > neighbours.NEIGHBOURS:
+            shares = neighbours.prdc(side.features, x, prompts, side.radii, device=side.device)
+            found |= {f"{share}_{network}": e for share, e in shares.items()}
+    return found
+
+
+def _distance(side: RealSide, x: np.ndarray, owner: np.ndarray) -> Estimate | None:
+    return _distance_to(side.frechet, x, owner)
+
+
+def _distance_to(ref: frechet.Reference, x: np.ndarray, owner: np.ndarray) -> Estimate | None:
+    """Frechet distance; a prompt's images stay in one jackknife group."""
+    if len(x) <= ref.dim:
+        return frechet.estimate_of(ref, x, owner)
+    return frechet.estimate(ref, {int(g): moments.of(x[owner == g]) for g in np.unique(owner)})
+
+
+def _diversity(x: np.ndarray, prompts: Sequence[str], owner: np.ndarray) -> Estimate | None:
+    """Mean of 1 - cosine over the pairs of each prompt's images, a prompt being one draw; None without replicates.
+
+    The mean over pairs of n unit vectors is (|sum|^2 - n) / (n (n - 1)).
+    """
+    _, index, counts = np.unique(np.asarray(prompts), return_inverse=True, return_counts=True)
+    if counts.max() < 2:
+        return None
+    unit = np.asarray(x, np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    sums = np.zeros((len(counts), unit.shape[1]))
+    np.add.at(sums, index, unit)
+    several = counts > 1
+    n = counts[several]
+    values = 1 - ((sums[several] ** 2).sum(1) - n) / (n * (n - 1))
+    group = np.zeros(len(counts), np.int64)
+    group[index] = owner
+    return with_groups(mean_by_cluster(values, range(len(values))), values, group[several])
+
+
+def _by_tag(
+    evaluation: Evaluation, images: Images, sides: dict[str, RealSide], imported: dict[str, suites.Imported],
+    meaning: Callable[[str], Hashable] | None,
+) -> dict[str, dict[str, Estimate | None]]:  # fmt: skip
+    more = _scorer_tags(evaluation.config.scorer, images.rows["caption"])
+    tags = [[*(t or ()), *more.get(c, ())] for t, c in zip(images.rows["tags"], images.rows["caption"], strict=True)]
+    found: dict[str, list[int]] = {}
+    for i, mine in enumerate(tags):
+        for tag in dict.fromkeys(mine):
+            found.setdefault(tag, []).append(i)
+    result = {}
+    for tag, chosen in found.items():
+        result[tag] = _generated(evaluation, images, sides, imported, meaning, np.array(chosen), tag=True)[0]
+    if "judge" in images.features:
+        for skill, estimate in _by_skill(evaluation, images).items():
+            result.setdefault(skill, {})["soft_tifa_am"] = estimate
+    return result
+
+
+def _scorer_tags(name: str | None, captions: Sequence[str]) -> dict[str, list[str]]:
+    """Tags by caption, where the user's scorer has a rule for them."""
+    rule = getattr(judges.scorer(name), "tags", None) if name else None
+    return {} if rule is None else {c: list(rule(c)) for c in dict.fromkeys(captions)}
+
+
+def _by_skill(evaluation: Evaluation, images: Images) -> dict[str, Estimate]:
+    """Soft-TIFA's chances by the skill of each question, where a suite names one a question (GenEval 2)."""
+    atoms = images.column("judge", "atoms")
+    found: dict[str, list[tuple[float, str]]] = {}
+    for i, extra in enumerate(images.rows["extra"]):
+        skills = json.loads(extra).get("skills") if extra else None
+        for j, skill in enumerate(skills if isinstance(skills, list) else ()):
+            if j < atoms.shape[1] and np.isfinite(atoms[i, j]):
+                found.setdefault(str(skill), []).append((float(atoms[i, j]), images.rows["prompt_id"][i]))
+    result = {}
+    for skill, values in found.items():
+        x, who = (list(v) for v in zip(*values, strict=True))
+        groups = group_of(who, evaluation.config.jackknife_groups)
+        result[skill] = with_groups(mean_by_cluster(x, who), x, groups)
+    return result
+
+
+def _memorisation(
+    evaluation: Evaluation, images: Images
+) -> tuple[Estimate, dict[str, int], list[dict[str, Any]]] | None:
+    stages = evaluation.nearest() if evaluation.config.memorisation else {}
+    if len(stages) < 2 or not all(storage.exists(storage.join(s.root, "dataset.json")) for s in stages.values()):
+        return None
+    places = images.places["clip"]
+    return memorisation.measure(stages["generated"], stages["real"], images.rows["prompt_id"], images.keys, places)
+
+
+def _candidates(wanted: int, captions: Sequence[str], meaning: Callable[[str], Hashable] | None) -> int:
+    return min(wanted, len(distinct(captions, [meaning(c) for c in captions] if meaning else None)))
+
+
+def _real(
+    evaluation: Evaluation, real: dict[str, Dataset], meaning: Callable[[str], Hashable] | None
+) -> tuple[dict[str, Estimate | None], dict[str, int]]:
+    clip, wanted = real["clip"], evaluation.config.retrieval_candidates
+    rows = live(table(clip, "key", "caption", "status"))
+    x, texts = column(clip, "images"), column(clip, "captions")
+    keys, captions = rows["key"], [c or "" for c in rows["caption"]]
+    found: dict[str, Estimate | None] = {
+        "clip_score_real": clip_score.clip_score(clip_score.cosines(x, texts), keys)[0],
+        "clip_retrieval_real": of_pairs(x, texts, captions, wanted, meaning),
+    }
+    if "vae" in real and len(real["vae"]):
+        psnr = column(real["vae"], "psnr")[:, 0]
+        found["vae_psnr"] = mean_by_cluster(psnr, range(len(psnr)))
+    counts = {
+        "real_images": len(keys),
+        "real_failed": sum(clip.manifest["status"].get(s, 0) for s in ("failed",)),
+        "real_retrieval_candidates": _candidates(wanted, captions, meaning),
+    }
+    return found, counts
+
+
+def floor(x: np.ndarray, keys: Sequence[str], generated: int) -> float | None:
+    """What fd_clip_unit would be, as it is shown, of a model without any fault: from the distance of two random halves
+    of the real images x [m, d], whose bias is of order 1/n, brought to the sizes that are compared. None where the
+    halves are too small for that (fewer than 2 d).
+
+    Two samples of one distribution of a and b images are about c (1/a + 1/b) apart; halves are c * 4/m.
+    """
+    half = group_of([f"half {k}" for k in keys], 2)
+    small = int(min((half == 0).sum(), (half == 1).sum()))
+    if small < 2 * x.shape[1] or generated < 2 * x.shape[1]:
+        return None
+    a, b = (moments.of(x[half == side]) for side in (0, 1))
+    apart = frechet.distance(frechet.reference(a), b)
+    return apart * (1 / generated + 1 / len(x)) / (1 / a.n + 1 / b.n)
+
+
+def provenance(evaluation: Evaluation) -> dict[str, Any]:
+    """Where and how: command, git commit, versions, hardware, cost. Not part of the numbers."""
+    from importlib.metadata import version
+
+    done, _ = evaluation.generate.committed()
+    images, seconds = sum(s["count"] for s in done), sum(s["seconds"] for s in done)
+    features = [s for f in evaluation.generate.features() for s in _stats(f)]
+    found = {
+        "command": " ".join(sys.argv),
+        "commit": _commit(),
+        "versions": {
+            n: version(n) for n in ("torch", "diffusers", "transformers", "open_clip_torch", "numpy", "scipy")
+        },
+        "python": platform.python_version(),
+        "hardware": sorted({s.get("device", "") for s in done} - {""}),
+        "seconds": round(seconds + sum(s["seconds"] for s in features), 1),
+        "images_per_second": round(images / seconds, 3) if seconds else None,
+    }
+    return {k: v for k, v in found.items() if v not in (None, "", [], {})}
+
+
+def _stats(stage: Any) -> list[dict[str, Any]]:
+    from shards.dataset import read_stats
+
+    dataset = stage.committed()
+    return [s for i in (dataset.shards if dataset else ()) if (s := read_stats(stage.root, i.index))]
+
+
+def _commit() -> str | None:
+    """The commit of the code, `+` where the work tree differs from it; None outside git."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        if head.returncode:
+            return None
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=30)
+        return head.stdout.strip()[:12] + ("+" if dirty.stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,110 @@
+"""The real side of every distance, worked out once and kept beside its features: moments' factor, kernel sums, radii.
+
+    real = RealSide(dataset, "inception_clean", device)
+    frechet.estimate(real.frechet, groups); kernel.kid(x, real.features, owner, real.kernel("polynomial"))
+
+A second checkpoint, and every cell of a grid, then costs its own side alone. What is kept is named by the features'
+own fingerprint, so that other images never meet it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from eval.metrics import frechet, kernel, neighbours
+from eval.metrics.moments import Accumulator
+from eval.rows import column, feature_parts
+from shards import storage
+from shards.columns import pack_columns, unpack_columns
+from shards.dataset import Dataset
+from shards.fingerprint import digest_bytes
+from shards.settings import ConfigError
+
+MAX_NPZ = 2_000_000_000  # bytes of a file of statistics
+
+
+class RealSide:
+    """Features of real images in one column of a dataset, and what the distances need of them."""
+
+    def __init__(self, dataset: Dataset, name: str, device: str = "cpu") -> None:
+        self.dataset, self.name, self.device = dataset, name, device
+        self._features: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def features(self) -> np.ndarray:
+        """float32 [m, d], read when first asked for."""
+        if self._features is None:
+            self._features = column(self.dataset, self.name)
+        return self._features
+
+    @property
+    def frechet(self) -> frechet.Reference:
+        """The fixed side of a Frechet distance."""
+
+        def make() -> dict[str, np.ndarray]:
+            dim = next(int(x.shape[1]) for x in feature_parts(self.dataset, self.name))
+            if len(self) <= dim:
+                ref = frechet.reference_of(self.features)
+            else:
+                total = Accumulator(dim)
+                for part in feature_parts(self.dataset, self.name):
+                    total.add(part)
+                ref = frechet.reference(total.result())
+            return {"n": np.array([ref.n]), "mean": ref.mean, "factor": ref.factor, "trace": np.array([ref.trace])}
+
+        kept = self._kept("frechet", make)
+        return frechet.Reference(int(kept["n"][0]), kept["mean"], kept["factor"], float(kept["trace"][0]))
+
+    def kernel(self, name: str) -> kernel.Within:
+        """The kernel's sums over the pairs of real images."""
+
+        def make() -> dict[str, np.ndarray]:
+            w = kernel.within(name, self.features, self.device)
+            return {"n": np.array([w.n]), "sums": np.array([w.total, w.diagonal])}
+
+        kept = self._kept(name, make)
+        return kernel.Within(int(kept["n"][0]), float(kept["sums"][0]), float(kept["sums"][1]))
+
+    @property
+    def radii(self) -> np.ndarray:
+        """Distance of each real image to its NEIGHBOURS-th nearest, float64 [m]."""
+        return self._kept("radii", lambda: {"radii": neighbours.radii(self.features, device=self.device)})["radii"]
+
+    def _kept(self, what: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        url = storage.join(self.dataset.root, f"statistics-{self.name}-{what}-{self.dataset.fingerprint[:12]}.bin")
+        if storage.exists(url):
+            try:
+                arrays, facts = unpack_columns(storage.read_bytes(url))
+                if facts.get("fingerprint") == self.dataset.fingerprint:
+                    return arrays
+            except ValueError:
+                pass  # torn; made again
+        arrays = make()
+        storage.write_atomic(url, pack_columns(arrays, {"fingerprint": self.dataset.fingerprint}))
+        return arrays
+
+
+def from_npz(path: str, option: str) -> tuple[frechet.Reference, str]:
+    """The fixed side from a file with `mu` [d] and `sigma` [d, d], as pytorch-fid, clean-fid and ADM give them, and the
+    file's sha256. ConfigError, naming the option, where it is none. The file does not say of how many images it is."""
+    local = storage.local_path(path)
+    if not local.is_file():
+        raise ConfigError(f"{option}: there is no file {path}; name an .npz with mu and sigma")
+    if local.stat().st_size > MAX_NPZ:
+        raise ConfigError(f"{option}: {path} is larger than {MAX_NPZ // 10**9} GB, which no such statistics are")
+    try:
+        with np.load(local, allow_pickle=False) as file:
+            mean, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
+    except (OSError, ValueError, KeyError, EOFError) as e:
+        raise ConfigError(
+            f"{option}: {path} cannot be read as statistics ({' '.join(str(e).split())[:120]}); it needs the arrays "
+            "mu and sigma"
+        ) from None
+    if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)) or not (np.isfinite(mean).all() and np.isfinite(sigma).all()):  # fmt: skip
+        raise ConfigError(f"{option}: mu {mean.shape} and sigma {sigma.shape} of {path} are no finite statistics")
+    return frechet.reference_of_covariance(mean, sigma), digest_bytes(local.read_bytes())

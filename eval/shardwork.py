@@ -1,0 +1,98 @@
+"""What every stage of the evaluation does with a shard: encode, lay out as tar and parquet, time, commit, account.
+
+The one place that commits eval's shards.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from shards.commit import Folder
+from shards.dataset import read_stats
+from shards.images import pack_tar
+from shards.settings import StageError
+from shards.stage import Stage, Task, committed, is_begun
+
+PNG_LEVEL = 1  # of zlib; higher ones cost time beside the accelerator
+
+# What `make` gives: files by suffix, and stats (rows, count, status, ...).
+Made = tuple[dict[str, bytes], dict[str, Any]]
+
+
+def commit(folder: Folder, task: Task, make: Callable[[], Made]) -> dict[str, Any]:
+    """Make one shard and commit it, with the seconds that it took, unless it is there; returns its committed stats."""
+    if (found := folder.adopt(task.index)) is not None:
+        return found
+    started = time.perf_counter()
+    files, stats = make()
+    stats["seconds"] = round(time.perf_counter() - started, 3)
+    return folder.commit(task.index, files, stats, task.input)
+
+
+def committed_stats(stage: Stage, tasks: Iterable[Task]) -> list[dict[str, Any] | None]:
+    """The stats of each task's shard; None for those that are not committed with the stage's settings."""
+    wanted = list(tasks)
+    if not is_begun(stage):
+        return [None] * len(wanted)
+    there = committed(stage, wanted)
+    return [read_stats(stage.root, t.index) if known else None for t, known in zip(wanted, there, strict=True)]
+
+
+def png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as PNG."""
+    sink = io.BytesIO()
+    Image.fromarray(image).save(sink, "PNG", compress_level=PNG_LEVEL)
+    return sink.getvalue()
+
+
+def tar_of(rows: list[tuple[str, dict[str, bytes]] | None]) -> tuple[bytes, dict[str, list[Any]]]:
+    """A tar of (key, members with a png) and the columns that say where each row's image lies; None: has none."""
+    tar, places = pack_tar([row for row in rows if row is not None])
+    following = iter(places)
+    place = [None if row is None else next(following)["png"] for row in rows]
+    return tar, {
+        "image_offset": [None if p is None else p[0] for p in place],
+        "image_size": [None if p is None else p[1] for p in place],
+    }
+
+
+def parquet(table: dict[str, list[Any]], **types: pa.DataType) -> bytes:
+    """Columns as a parquet file; string unless a type is given, so that a column of nulls has its type too."""
+    given = {"image_offset": pa.int64(), "image_size": pa.int64(), **types}
+    sink = io.BytesIO()
+    columns = {n: pa.array(v, given.get(n, pa.string())) for n, v in table.items()}
+    pq.write_table(pa.table(columns), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def counted(status: list[str]) -> dict[str, Any]:
+    """rows, count and status of a shard's stats."""
+    return {"rows": len(status), "count": status.count("success"), "status": dict(sorted(Counter(status).items()))}
+
+
+def accounted(
+    root: str, expected: dict[int, int], stats: Iterable[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """What the manifest keeps of each shard's stats, and how often each status occurs over all of them.
+
+    expected: shard -> the images it must hold. Raises StageError where a shard is missing or counted twice, or
+    its images do not add up.
+    """
+    left, kept, status = dict(expected), [], Counter[str]()
+    for s in stats:
+        if s["rows"] != left.pop(s["shard"], None) or sum(s["status"].values()) != s["rows"]:
+            raise StageError(f"{root}: shard {s['shard']} does not have the images of its task; run again")
+        status.update(s["status"])
+        kept.append({k: s[k] for k in ("shard", "rows", "count", "files", "born")})
+    if left:
+        raise StageError(f"{root}: {len(left)} shards are missing, the first is {min(left)}; run again")
+    return kept, status

@@ -1,0 +1,112 @@
+"""Ranks that go and come back: what the driver does about it, with a gang that is told what it sees."""
+
+from __future__ import annotations
+
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orchestration import gang as gangs
+from orchestration import trainer
+from orchestration.config import Ranks as RanksConfig
+from orchestration.config import RayConfig
+from orchestration.stopping import Stopped
+from train.config import FitConfig
+
+
+class FakeGang:
+    """Runs until it is signalled, or for ten ticks."""
+
+    made: list[FakeGang]
+    draining = False
+    room = 8
+
+    def __init__(self, stage: str, count: int, ranks: Any, patience_s: float, check: Any) -> None:
+        self.count, self.check, self.began = count, check, 0.0
+        self.places: list[Any] = ["somewhere"]
+        self.signals: list[int] = []
+
+    def __enter__(self) -> FakeGang:
+        if self.count > self.room:
+            raise gangs.NoRoom("no room")
+        FakeGang.made.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, work: Any, told: Any) -> list[str | None]:
+        for _ in range(10):
+            self.check()
+            if self.signals:
+                return ["train: stopped by SIGTERM"] * self.count
+        return [None] * self.count
+
+    def signal(self, number: int) -> None:
+        self.signals.append(number)
+
+    def leaving(self) -> str:
+        return "the node 10.0.0.1 of its ranks is about to go" if self.draining else ""
+
+    def room_for(self, more: int) -> str:
+        return f"there is room for {more} ranks more" if 0 < more <= FakeGang.room - self.count else ""
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(gangs, "Gang", FakeGang)
+    monkeypatch.setattr(trainer, "LOOK_EVERY_S", -1.0)
+    monkeypatch.setattr(FakeGang, "made", [], raising=False)
+    monkeypatch.setattr(FakeGang, "draining", False)
+    monkeypatch.setattr(FakeGang, "room", 8)
+    flag = SimpleNamespace(set=False)
+    return SimpleNamespace(is_set=lambda: flag.set, flag=flag)
+
+
+def once(asked: Any) -> bool:
+    fit = FitConfig(images=1000, batch_size=64, ranks=8)
+    lease = SimpleNamespace(check=lambda: None)
+    return trainer._fit_once("train", {}, fit, RanksConfig(min_ranks=2), RayConfig(), asked, lease)  # type: ignore[arg-type]
+
+
+def test_a_node_that_is_about_to_go_saves_first_and_the_rest_goes_on(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeGang, "draining", True)
+    assert once(asked) is False
+    (gang,) = FakeGang.made
+    assert (gang.count, gang.signals) == (8, [signal.SIGTERM]), "asked once, however often it is looked"
+    monkeypatch.setattr(FakeGang, "draining", False)
+    monkeypatch.setattr(FakeGang, "room", 4)
+    assert once(asked) is True
+    assert FakeGang.made[-1].count == 4
+
+
+def test_it_grows_again_when_ranks_come_back(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeGang, "room", 4)
+    run = FakeGang.run
+
+    def come_back(self: FakeGang, work: Any, told: Any) -> list[str | None]:
+        FakeGang.room = 8
+        return run(self, work, told)
+
+    monkeypatch.setattr(FakeGang, "run", come_back)
+    monkeypatch.setattr(trainer, "GROW_AFTER_S", -1.0)
+    assert once(asked) is False
+    assert once(asked) is True
+    assert [g.count for g in FakeGang.made] == [4, 8]
+    assert FakeGang.made[0].signals == [signal.SIGTERM]
+
+
+def test_ranks_are_left_alone_for_a_while_and_a_request_to_stop_is_one(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeGang, "room", 4)
+    monkeypatch.setattr(FakeGang, "began", float("inf"), raising=False)
+    monkeypatch.setattr(trainer, "GROW_AFTER_S", 1e12)
+    assert once(asked) is True
+    asked.flag.set = True
+    with pytest.raises(Stopped):
+        once(asked)
