@@ -617,7 +617,7 @@ class IngestWorker:
         self.rule = stage.heldout_rule(self.layout)
         self.cursor = tables.Cursor()
         self.taken_down = TakenDown.read(stage.run)
-        self.crew = make_crew(stage.config, self.taken_down, stage.hosts)
+        self.crew = make_crew(stage.config, self.taken_down, stage.hosts, stage.below())
         self._packed: tuple[int, dict[str, bytes], dict[str, Any]] | None = None
 
     def __call__(self, task: Task) -> dict[str, Any]:
@@ -747,6 +747,10 @@ def judge_rows(
     return filters.judge(config.filters, columns, cleaned)
 
 
-def make_crew(config: IngestConfig, taken_down: TakenDown, hosts: Exchange | None = None) -> Crew | Img2datasetCrew:
+def make_crew(
+    config: IngestConfig, taken_down: TakenDown, hosts: Exchange | None = None, below: Sequence[str] = ()
+) -> Crew | Img2datasetCrew:
     """What fetches: our own client, or img2dataset in a process of its own."""
-    return Img2datasetCrew(config, taken_down) if config.engine == "img2dataset" else Crew(config, taken_down, hosts)
+    if config.engine == "img2dataset":
+        return Img2datasetCrew(config, taken_down)
+    return Crew(config, taken_down, hosts, below)
