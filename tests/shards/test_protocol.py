@@ -308,3 +308,15 @@ def test_what_is_explored_and_what_runs_agree_on_the_bytes():
     cut_files = {**files, ".tar": {"size": 1, "sha256": "c"}}
     later = json_bytes({"files": cut_files, "born": born_of(files), "made_with": "x"})
     assert born(parse_stats(later) or {}) == born(parse_stats(stats) or {}), "a take-down changes no birth"
+
+
+def test_who_finds_that_the_shard_was_ended_since_its_first_look_looks_again():
+    stats = ("stats", "A", "A", "")
+    steps = adopt()
+    assert next(steps) == ("read", STATS)
+    assert steps.send(None) == ("digest", TAR)
+    assert steps.send("d") == ("read", NEW + "d")
+    assert steps.send(None) == ("read", STATS), "the small file went, so the stats must be there by now"
+    with pytest.raises(StopIteration) as end:
+        steps.send(stats)
+    assert end.value.value == stats
