@@ -13,6 +13,7 @@ Peer and ours take turns in one process, the best of several turns counts. Ratio
 from __future__ import annotations
 
 import argparse
+import io
 import mmap
 import os
 import subprocess
@@ -144,8 +145,6 @@ def random_inception(path: Path) -> None:
 
 
 def image_shards(root: str, count: int, side: int, per_shard: int) -> None:
-    import io
-
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
@@ -188,8 +187,8 @@ def bench_features(count: int = 24, side: int = 256, batch: int = 8) -> None:
     from eval import networks
     from eval.features import FeaturesStage, FeaturesWorker
     from shards.dataset import Dataset
-    from shards.stage import begin, open_folder
     from shards.images import ImageShard, decode_rgb
+    from shards.stage import begin, open_folder
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with tempfile.TemporaryDirectory() as folder:
@@ -293,10 +292,15 @@ def bench_generate(images: int = 32, side: int = 128, steps: int = 12, batch: in
         run: RunPaths = build_run(Path(folder) / "run", 240)
         torch.manual_seed(0)
         UNet2DConditionModel(
-            sample_size=side // 4, block_out_channels=(64, 128), layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
-        ).save_pretrained(f"{run.model}/unet")  # fmt: skip
+            sample_size=side // 4,
+            block_out_channels=(64, 128),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        ).save_pretrained(f"{run.model}/unet")
         config = EvalConfig(num_prompts=images, steps=steps, batch_size=batch, shard_size=batch, device="cpu")
         refs = (run.autoencoder + "/model", run.clip + "/model")
         evaluation = Evaluation(config, run, *refs)
@@ -400,7 +404,9 @@ def bench_tail(n: int = 4000, real: int = 8000, d: int = 1024) -> None:
             neighbours.prdc(side.features, x, range(n), real_side[2])
             seconds.append((apart, time.perf_counter() - began))
     (first, whole), (second, again) = seconds
-    print(f"tail, {n:,} generated and {real:,} real vectors, d = {d}: the real side {first:.2f} s, then {second:.3f} s;")
+    print(
+        f"tail, {n:,} generated and {real:,} real vectors, d = {d}: the real side {first:.2f} s, then {second:.3f} s;"
+    )
     print(f"  all of it {whole:.1f} s, then {again:.1f} s")
 
 

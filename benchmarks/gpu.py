@@ -363,6 +363,8 @@ def correctness(optimizer: str, precision: str) -> dict[str, Any]:
 
 def fp16() -> dict[str, Any]:
     """The loss scale comes down from where gradients overflow, and no step is taken until then."""
+    if not CUDA:
+        return {"right": None, "why": "fp16 is slow on a CPU; tests hold it there"}
     from train import engine as engines
     from train.guard import Guard
 
@@ -532,6 +534,7 @@ def one_speed(
 
     changes = dict(changes)
     channels_last = changes.pop("channels_last", False)
+    torch.backends.cudnn.benchmark = changes.pop("cudnn_benchmark", False)
     objective = objective_of(unet, side, clip_tower() if tokens else None)
     objective.channels_last = channels_last
     began = synchronised()
@@ -690,6 +693,7 @@ def run(out: str, minutes: float, only: list[str] | None = None) -> None:
         return peak
 
     eager = [("eager", {}), ("channels_last", {"channels_last": True})]
+    tuned = [*eager, ("cudnn_benchmark", {"channels_last": True, "cudnn_benchmark": True})]
     blocks = [("blocks", {"compile": "blocks", "channels_last": True})]
     whole = [("compiled", {"compile": True, "channels_last": True})]
     px = (32, 64, 128) if big else (8, 16, 16)
@@ -701,7 +705,7 @@ def run(out: str, minutes: float, only: list[str] | None = None) -> None:
         ("fp16_scale", 20, fp16),
         ("checkpoints", 40, checkpoints),
         ("matmul_peak", 20, measure_peak),
-        ("sd2_256", 70, lambda: speed("sd2_256", sd2, px[0], counted["sd2_256"], peak, eager)),
+        ("sd2_256", 70, lambda: speed("sd2_256", sd2, px[0], counted["sd2_256"], peak, tuned)),
         ("sd2_512", 70, lambda: speed("sd2_512", sd2, px[1], counted["sd2_512"], peak, eager, most=64)),
         ("sd2_256_blocks", 90, lambda: speed("sd2_256", sd2, px[0], counted["sd2_256"], peak, blocks)),
         ("vae", 25, vae_speed),

@@ -146,6 +146,7 @@ def client_ours(base: str, out: Path, images: int, kernel: str) -> tuple[float, 
         }
     )
     stage = IngestStage(config, str(out / "shards"))
+    stage.begin()
     worker, tasks = stage.worker(), list(stage.tasks())
     worker(tasks[0])
     memory = own_memory()
@@ -204,7 +205,7 @@ def child(spec: str) -> None:
     out = Path(s["out"])
     out.mkdir()
     if s["who"] == "memory":
-        print(json.dumps(client_memory(s["path"])))
+        print(json.dumps(client_memory(s["path"], out)))
         return
     if s["who"] == "bare":
         bodies = [p.read_bytes() for p in sorted(Path(s["bodies"]).glob("*.jpg"))]
@@ -304,21 +305,22 @@ def compare(name: str, images: int, rounds: int, kernel: str, folder: Path) -> N
     print(flush=True)
 
 
-def client_memory(path: str) -> tuple[int, float, float]:
+def client_memory(path: str, out: Path) -> tuple[int, float, float]:
     """Shards planned, their rows read once, and the peak of this process's memory in MB, with the seconds it took."""
     from ingest import tables
     from ingest.config import IngestConfig
     from ingest.stage import IngestStage
 
     config = IngestConfig.model_validate({"table": path, "filters": [{"column": "similarity", "min": 0.28}]})
-    stage = IngestStage(config, "/nowhere")
+    stage = IngestStage(config, str(out / "images"))
     began, rows = time.monotonic(), 0
+    stage.begin()
     last = None
     for task in stage.tasks():
         last = task
         rows += task.payload.rows
     assert last is not None
-    assert tables.read_range(stage._plan(), last.payload).num_rows == last.payload.rows
+    assert tables.read_range(stage.layout(), last.payload).num_rows == last.payload.rows
     seconds = time.monotonic() - began
     # Not getrusage's, which begins with that of the process that started this one.
     [peak] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:")]

@@ -464,7 +464,6 @@ def bench_steps(which: tuple[str, ...]) -> None:
 def waits_of(run: str, settings: dict[str, Any], steps: int) -> tuple[float, dict[str, int]]:
     """How often a step calls what would make the host wait, were the tensors on a device; and where from."""
     import collections
-    import contextlib
     import traceback
 
     from shards.dataset import Dataset
@@ -490,15 +489,19 @@ def waits_of(run: str, settings: dict[str, Any], steps: int) -> tuple[float, dic
 
         return counted
 
+    from deepspeed.accelerator import get_accelerator
+
+    kind, synchronize = type(get_accelerator()), type(get_accelerator()).synchronize
     for step in range(steps + 3):
         batch = objective.batch(np.arange(config.batch_size)[ranks.rank :: ranks.world])
-        if step == 3:
+        if step == 3:  # ZeRO 3 looks at what the ranks call in its first steps
             for name, call in calls.items():
                 setattr(torch.Tensor, name, counting(call))
-        with contextlib.suppress(StopIteration):
-            engine.backward(batch)
-            engine.rates(1e-4, {"ema": 0.999})
-            engine.step(judge, False, False)
+            kind.synchronize = counting(synchronize)
+        engine.backward(batch)
+        engine.rates(1e-4, {"ema": 0.999})
+        engine.step(judge, False, False)
+    kind.synchronize = synchronize
     for name, call in calls.items():
         setattr(torch.Tensor, name, call)
     return sum(found.values()) / steps, dict(found)

@@ -1,18 +1,24 @@
-"""A checkpoint to numbers and a page: generated shards, features, metrics with their errors, a report.
+"""A model to numbers and a page: generated shards, features, metrics with their errors, a report.
 
-config        what a user sets
-protocol      how a number was measured, with a short id; unlike protocols are never compared
-prompts       the captions that are drawn: of held-out pictures, or of a text file
-checkpoints   which weights are evaluated, and their digests
-generate      prompts to pictures, with noise that depends on the prompt and the replicate alone
-stage         the two stages: the held-out pictures' features (reference), the generated shards
-moments       count, mean, scatter in float64: merge, un-merge
-estimate      jackknife, cluster and Wilson errors
-frechet       Frechet distance, its error and its bias
-clipscore     CLIP score and raw cosine
-retrieval     a picture's caption among a hundred
-faithfulness  does the picture show what its caption says (where a corpus has a judge)
-encoders      the VAE's and the CLIP's own quality on held-out pictures
-results       shards to metrics.json
-report        one HTML page a checkpoint; history, index
+evaluation   one evaluation: a model, a protocol, the stages that make what it needs, the numbers at their end
+config       what a user sets
+protocol     how a number was measured, with a short id; unlike protocols are never compared
+model        which model: a checkpoint, the run's export, any diffusers pipeline; digests of its parts
+prompts      the captions that are drawn: of held-out images, of a text file, of a suite in JSON lines
+generate     prompts to images, with noise that depends on the prompt and the replicate alone
+stage        the generated shards
+features     images of any shards through one network, once
+networks/    Inception, DINOv2, CLIP, the VAE; how images come to their sizes
+judges/      VQAScore and Soft-TIFA, learned preferences, a module of the user's own
+metrics/     the metrics, one file each, and their errors
+measure      committed shards to metrics.json, whole and by tag
+compare      paired differences, a verdict, alarms
+grid         samplers x steps x guidance: cells, what is given up, the frontier and its knee
+suites       images out for benchmarks, scores in
+coco         COCO as a reference and its prompts
+human        blinded pairs and Bradley-Terry scores
+explain      the same images under every published FID's protocol
+sample       images on request
+report/      one HTML page a checkpoint, an index, the history
+rows, shardwork, inputs   reading columns; what every stage does with a shard; files that people name
 """

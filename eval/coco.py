@@ -103,8 +103,16 @@ def _made(part: Sequence[tuple[int, Path, str]]) -> Made:
             samples.append((f"{i:012d}", {_extension(file): data}))
         except ValueError as e:
             error = " ".join(str(e).split())[:300]
-        rows.append({"key": f"{i:012d}", "caption": caption, "status": "failed" if error else "success",
-                     "error": error, "sha256": digest_bytes(data), "image_ext": None if error else _extension(file)})  # fmt: skip
+        rows.append(
+            {
+                "key": f"{i:012d}",
+                "caption": caption,
+                "status": "failed" if error else "success",
+                "error": error,
+                "sha256": digest_bytes(data),
+                "image_ext": None if error else _extension(file),
+            }
+        )
     tar, places = images.pack_tar(samples)
     where = {key: next(iter(p.values())) for (key, _), p in zip(samples, places, strict=True)}
     table = {name: [r[name] for r in rows] for name in rows[0]}

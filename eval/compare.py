@@ -59,7 +59,9 @@ class Difference:
         return float(stdtr(self.groups - 1, -self.worse_by())) if self.value else 1.0
 
 
-def differences(a: dict[str, Any], b: dict[str, Any], vary: Collection[str] = (), tags: bool = False) -> list[Difference]:  # fmt: skip
+def differences(
+    a: dict[str, Any], b: dict[str, Any], vary: Collection[str] = (), tags: bool = False
+) -> list[Difference]:
     """Every metric that both results (contents of metrics.json) can be compared in, by name; with `tags` also by tag.
 
     StageError naming the fields where they were measured differently, other than in `vary`.
@@ -176,9 +178,9 @@ def _against(
     for rival, apart in compared:
         for d in apart:
             p = d.p_worse() * comparisons * HORIZON
-            if p < rate and d.worse_by() > 0 and abs(d.value) > min_change * abs(d.a):
-                if d.metric not in worst or p < worst[d.metric][0]:
-                    worst[d.metric] = (p, rival, d)
+            alarming = p < rate and d.worse_by() > 0 and abs(d.value) > min_change * abs(d.a)
+            if alarming and (d.metric not in worst or p < worst[d.metric][0]):
+                worst[d.metric] = (p, rival, d)
     for name, (p, rival, d) in sorted(worst.items()):
         words = (
             f"{result['checkpoint']} is worse than {rival['checkpoint']} in {name}: {d.b:.4g} against {d.a:.4g}, a "

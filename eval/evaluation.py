@@ -76,8 +76,9 @@ class Evaluation:
         from latents.weights import find_clip, find_vae
 
         for what, part, found in (
-            ("the VAE", "vae", vae_ref and find_vae(vae_ref)), ("the CLIP", "text_encoder", clip_ref and find_clip(clip_ref)),
-        ):  # fmt: skip
+            ("the VAE", "vae", vae_ref and find_vae(vae_ref)),
+            ("the CLIP", "text_encoder", clip_ref and find_clip(clip_ref)),
+        ):
             if found and found.digest != self.model.parts[part]:
                 from latents.encoders import require_digest
 
@@ -143,7 +144,9 @@ class Evaluation:
             "reference": "" if source is None else Dataset.open(source).fingerprint,
             "reference_as_is": c.reference_as_is,
             **{name: self._digest(name) for name in ("clip", "inception", "dinov2", "judge", "preference", "scorer")},
-            "fid_statistics": {n: statistics.from_npz(f, f"eval.fid_statistics.{n}")[1] for n, f in sorted(c.fid_statistics.items())},
+            "fid_statistics": {
+                n: statistics.npz_digest(f, f"eval.fid_statistics.{n}") for n, f in sorted(c.fid_statistics.items())
+            },
             "training_set": Dataset.open(self.run.images).fingerprint if c.memorisation else "",
             "retrieval_candidates": c.retrieval_candidates,
             "jackknife_groups": c.jackknife_groups,
@@ -189,7 +192,9 @@ class Evaluation:
         refs = {n: r for n, r in self.refs.items() if not only or n in only}
         if label == "real" and self.vae_ref is not None and not c.reference_as_is:
             refs["vae"] = self.vae_ref
-        return [FeaturesStage(source, folder, label, n, r, side, c.batch_size, c.threads, c.device) for n, r in refs.items()]  # fmt: skip
+        return [
+            FeaturesStage(source, folder, label, n, r, side, c.batch_size, c.threads, c.device) for n, r in refs.items()
+        ]
 
     @functools.cached_property
     def generate(self) -> GenerateStage:

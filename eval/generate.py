@@ -31,7 +31,9 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "ddim": ("DDIMScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "dpm-solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpm-solver++-karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "dpm-solver++-karras": (
+        "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
+    ),
     "dpm-solver++-sde-karras": (
         "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
     ),
@@ -187,13 +189,19 @@ class ImageGenerator:
         while start < len(samples):
             part = list(samples[start : start + self._largest])
             try:
-                parts.append(self._make(part, **{k: v[start : start + len(part)] if isinstance(v, list) else v for k, v in more.items()}))  # fmt: skip
+                parts.append(
+                    self._make(
+                        part, **{k: v[start : start + len(part)] if isinstance(v, list) else v for k, v in more.items()}
+                    )
+                )
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
                 self._largest = len(part) // 2
                 torch.cuda.empty_cache()
-                log.warning("eval: the device's memory does not hold %d images at once; now %d", len(part), self._largest)  # fmt: skip
+                log.warning(
+                    "eval: the device's memory does not hold %d images at once; now %d", len(part), self._largest
+                )
                 continue
             start += len(part)
         return np.concatenate([p for p, _ in parts]), np.concatenate([f for _, f in parts])

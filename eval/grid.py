@@ -64,9 +64,9 @@ class FirstPart:
         """The cell's own."""
         return self.stage.made_with()
 
-    def begin(self, redo: bool = False) -> None:
+    def begin(self, redo: bool = False, each: Any = map) -> None:
         """As the cell's own."""
-        self.stage.begin(redo)
+        self.stage.begin(redo, each)
 
     def tasks(self) -> Iterator[Task]:
         """The first tasks of the cell."""

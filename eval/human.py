@@ -194,7 +194,8 @@ def read_votes(pack: str, files: Sequence[str]) -> tuple[list[str], list[Vote]]:
 def bradley_terry(names: Sequence[str], votes: Sequence[Vote]) -> list[Score]:
     """Scores of `names` from votes, best first.
 
-    The covariance is the sandwich H^-1 S H^-1 with S summed by prompt and by voter (Liang & Zeger 1986). ConfigError where there is no vote.
+    The covariance is the sandwich H^-1 S H^-1 with S summed by prompt and by voter (Liang & Zeger 1986).
+    ConfigError where there is no vote.
     """
     if not votes:
         raise ConfigError("judge: there are no votes; give the CSV files that the page saved")

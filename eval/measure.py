@@ -55,7 +55,7 @@ DEFINITIONS: dict[str, tuple[str, str, str]] = {
     ),
     "inception_score": (
         "higher", "Inception score",
-        "Inception score of all images at once (one split, where the published one is a mean of ten) on fid_tf's logits",
+        "Inception score of all images at once (one split; the published one is a mean of ten) on fid_tf's logits",
     ),
     "fd_dinov2_pil": (
         "lower", "Fr\u00e9chet distance, DINOv2",
@@ -115,9 +115,13 @@ DEFINITIONS: dict[str, tuple[str, str, str]] = {
 _SHARES = {
     "precision": ("higher", "Precision", "share of generated images within the 5th-neighbour ball of a real one"),
     "recall": ("higher", "Recall", "share of real images within the 5th-neighbour ball of a generated one"),
-    "density": ("higher", "Density", "mean number of real images' 5th-neighbour balls that hold a generated one, over 5"),
+    "density": (
+        "higher",
+        "Density",
+        "mean number of real images' 5th-neighbour balls that hold a generated one, over 5",
+    ),
     "coverage": ("higher", "Coverage", "share of real images with a generated one within their 5th-neighbour ball"),
-}  # fmt: skip
+}
 SPACES = {"inception": "fid_tf's features (not VGG's, as torch-fidelity has it)", "dinov2": "DINOv2's features"}
 for _space, _where in SPACES.items():
     for _name, (_better, _title, _text) in _SHARES.items():
@@ -220,8 +224,10 @@ def measure(evaluation: Evaluation, generated: Dataset) -> dict[str, Any]:
     config = evaluation.config
     images = Images(evaluation, generated)
     real = {
-        s.found.name: Dataset.open(s.root) for s in evaluation.real() if storage.exists(storage.join(s.root, "dataset.json"))
-    }  # fmt: skip
+        s.found.name: Dataset.open(s.root)
+        for s in evaluation.real()
+        if storage.exists(storage.join(s.root, "dataset.json"))
+    }
     meaning: Callable[[str], Hashable] | None = None
     definitions = dict(DEFINITIONS)
     if config.scorer:
@@ -330,8 +336,11 @@ def _sides(evaluation: Evaluation, real: dict[str, Dataset]) -> dict[str, RealSi
     device = pick_device(evaluation.config.device)
     names = {"clip": ["images"], "inception": ["inception_tf", "inception_clean"], "dinov2": ["dinov2"]}
     return {
-        c: RealSide(real[n], c, device) for n, columns in names.items() if n in real and len(real[n]) > 1 for c in columns
-    }  # fmt: skip
+        c: RealSide(real[n], c, device)
+        for n, columns in names.items()
+        if n in real and len(real[n]) > 1
+        for c in columns
+    }
 
 
 def _jackknifes(owner: np.ndarray) -> bool:
@@ -414,15 +423,17 @@ def _of_networks(
     if "inception" in images.features and not tag:
         found["inception_score"] = inception_score(images.column("inception", "inception_tf_logits")[chosen], owner)
     columns = (
-        ("inception", "inception_tf", "fid_tf"), ("inception", "inception_clean", "fid_clean"), ("dinov2", "dinov2", "fd_dinov2_pil"),
-    )  # fmt: skip
+        ("inception", "inception_tf", "fid_tf"),
+        ("inception", "inception_clean", "fid_clean"),
+        ("dinov2", "dinov2", "fd_dinov2_pil"),
+    )
     for network, name, distance in columns:
         if network not in images.features:
             continue
         x, side = images.column(network, name)[chosen], sides.get(name)
         file = evaluation.config.fid_statistics.get(distance)  # type: ignore[call-overload]
         if many and file is not None:
-            found[distance] = _distance_to(from_npz(file, f"eval.fid_statistics.{distance}")[0], x, owner)
+            found[distance] = _distance_to(from_npz(file, f"eval.fid_statistics.{distance}"), x, owner)
         elif many and side is not None:
             found[distance] = _distance(side, x, owner)
         if side is None or name == "inception_clean":

@@ -1,7 +1,7 @@
 """Which captions are drawn: those of held-out images, distinct ones first, the lines of a text file, or a suite of
 prompts in JSON lines.
 
-    {"prompt": "a photo of a bench", "id": "bench-1", "tags": ["single object"], "questions": [["Is it a bench?", "yes"]]}
+    {"prompt": "a photo of a bench", "id": "b1", "tags": ["single object"], "questions": [["Is it a bench?", "yes"]]}
 
 GenEval's file (`prompt`, `tag`, `include`) and GenEval 2's (`prompt`, `vqa_list`, `skills`, `atom_count`) open as they
 are; `category` is a tag as well. Every other key is kept, and comes out again with an export. A prompt's id is the

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from latents.pictures import resize_crop
 from PIL import Image
 from pydantic import Field, model_validator
 
@@ -29,6 +28,7 @@ from eval.generate import ImageGenerator, Sample
 from eval.inputs import read_image, read_lines
 from eval.prompts import MAX_CHARS
 from eval.shardwork import Made, accounted, commit, counted, parquet, png, tar_of
+from latents.pictures import resize_crop
 from shards import storage
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json

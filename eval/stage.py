@@ -75,7 +75,7 @@ class GenerateStage:
             ends.append(min((ends[-1] if ends else 0) + self.config.shard_size, self.wanted))
         return ends
 
-    def begin(self, redo: bool = False) -> None:
+    def begin(self, redo: bool = False, each: Any = map) -> None:
         """Begin the folders of the images and of their features, and write the plan, grown by what is wanted; called
         under the lease."""
         Folder.begin(self.root, self.made_with(), self.data, redo=redo, take_over=True, known=("features", "scores"))
@@ -189,8 +189,11 @@ class _Worker:
         keys, most = self._keys(index, len(items)), self.config.keep_images
         stays = set(live if most is None else [i for i in live if i < most])
         tar, places = tar_of(
-            [(k, {"png": encoded[i], "txt": items[i][0].text.encode()}) if i in stays else None for i, k in enumerate(keys)]
-        )  # fmt: skip
+            [
+                (k, {"png": encoded[i], "txt": items[i][0].text.encode()}) if i in stays else None
+                for i, k in enumerate(keys)
+            ]
+        )
         status = [STATUSES[0] if f else STATUSES[1] for f in fine]
         table: dict[str, list[Any]] = {
             "key": keys,

@@ -170,7 +170,7 @@ class _Follower:
     """A bar over the status file of the stage that is running; plain lines where there is no terminal."""
 
     def __init__(self, config: RunConfig, name: str, step: str) -> None:
-        parts = {"ingest": ("ingest", "heldout"), "eval": ("reference", "eval")}.get(name, (name,))
+        parts = {"ingest": ("ingest", "heldout"), "eval": ("features-real-clip", "eval")}.get(name, (name,))
         self.urls = [storage.join(RunPaths(config.run).status, f"{part}.json") for part in parts]
         self.step, self.began = step, time.time()
         self.bar: tqdm[Any] | None = None

@@ -93,6 +93,7 @@ def _command(arguments: Sequence[str]) -> None:
     parser.add_argument("--config", help="the run's YAML (else CARRARA_CONFIG, else ./carrara.yaml)")
     parser.add_argument("--local", action="store_true", help="in this process, without Ray")
     parser.add_argument("--redo", action="store_true", help="make again what was made with other settings")
+    parser.add_argument("--adopt", action="store_true", help="of a fit: go on with settings or data that changed")
     parser.add_argument(
         "--dry-run", nargs="?", type=int, const=0, metavar="ROWS", help="ingest: fetch nothing; look at about ROWS rows"
     )
@@ -150,7 +151,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.command == "all":
         stages.check_all(config)
     for name in stages.STAGES if args.command == "all" else (args.command,):
-        stages.run(name, config, args.local, args.redo, bool(args.add_changed))
+        stages.run(name, config, args.local, args.redo, bool(args.add_changed), args.adopt)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -191,7 +192,8 @@ def _submit(args: argparse.Namespace) -> None:
         raise ConfigError("submit needs a stage: carrara submit latents --config configs/demo.yaml")
     stage, *overrides = args.rest
     known(stage, ("all", "watch", "grid"))
-    options = [*(["--config", args.config] if args.config else []), *(["--redo"] if args.redo else []), *overrides]
+    options = [*(["--config", args.config] if args.config else []), *(["--redo"] if args.redo else [])]
+    options += [*(["--adopt"] if args.adopt else []), *overrides]
     address = args.address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
     code = subprocess.run(job_command(address, [stage, *options])).returncode
     if code:

@@ -152,7 +152,10 @@ def report_path(config: RunConfig, checkpoint: str) -> str:
     return storage.join(RunPaths(config.run).reports, f"{checkpoint}.html")
 
 
-def run(name: str, config: RunConfig, local: bool = False, redo: bool = False, add_changed: bool = False) -> None:
+def run(
+    name: str, config: RunConfig, local: bool = False, redo: bool = False, add_changed: bool = False,
+    adopt: bool = False,
+) -> None:  # fmt: skip
     """Run one stage to its end; on Ray, which is connected to only if there is something to do.
 
     add_changed: of ingest, take the rows of a table's file that changed anew, as further shards.
@@ -168,7 +171,7 @@ def run(name: str, config: RunConfig, local: bool = False, redo: bool = False, a
     if name in FITS:
         from orchestration import trainer
 
-        work: Callable[[], Any] = lambda: trainer.run(name, config, local, redo)  # noqa: E731
+        work: Callable[[], Any] = lambda: trainer.run(name, config, local, redo, adopt)  # noqa: E731
     elif name == "eval":
         work = lambda: run_evaluation(evaluation(config), config, local, redo)  # noqa: E731
     else:

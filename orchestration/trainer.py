@@ -37,28 +37,32 @@ LOOK_EVERY_S = 5.0  # how often it is asked whether a node of the ranks is about
 GROW_AFTER_S = 300.0  # how long fewer ranks than configured train before there may be a stop to take in more
 
 
-def run(stage: str, config: RunConfig, local: bool = False, redo: bool = False) -> None:
-    """Fit `stage` to its end. Raises ConfigError, StageError, or Stopped after SIGTERM."""
+def run(stage: str, config: RunConfig, local: bool = False, redo: bool = False, adopt: bool = False) -> None:
+    """Fit `stage` to its end; adopt: with settings that changed, or data that has grown.
+
+    Raises ConfigError, StageError, or Stopped after SIGTERM.
+    """
     paths = RunPaths(config.run)
     sections = TrainingSections(
         run=config.run, seed=config.seed, autoencoder=config.autoencoder, clip=config.clip, train=config.train
     )
     with Lease(paths.status, stage, _root(stage, paths), on_ray=not local) as lease, _status_ends(paths, stage):
         if local:
-            _without_ray(stage, sections, redo)
+            _without_ray(stage, sections, redo, adopt)
         else:
-            _on_ray(stage, sections, config, redo, lease)
+            _on_ray(stage, sections, config, redo, adopt, lease)
 
 
 def _root(stage: str, paths: RunPaths) -> str:
     return paths.checkpoints if stage == "train" else getattr(paths, stage)
 
 
-def _without_ray(stage: str, sections: TrainingSections, redo: bool) -> None:
+def _without_ray(stage: str, sections: TrainingSections, redo: bool, adopt: bool) -> None:
     """One rank in a fresh process of its own: DeepSpeed cannot fit a second model after the first in one."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
-        fit = pool.submit(_rank, {"stage": stage, "sections": sections.model_dump(), "redo": redo})
+        told = {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt}
+        fit = pool.submit(_rank, told)
 
         def pass_on(signum: int, _frame: FrameType | None) -> None:
             for process in multiprocessing.active_children():
@@ -88,13 +92,13 @@ def _rank(told: dict[str, Any]) -> str | None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("carrara").setLevel(logging.INFO)
     try:
-        fit(told["stage"], TrainingSections(**told["sections"]), redo=told["redo"])
+        fit(told["stage"], TrainingSections(**told["sections"]), redo=told["redo"], adopt=told["adopt"])
     except FitStopped as e:
         return str(e)
     return None
 
 
-def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: bool, lease: Lease) -> None:
+def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: bool, adopt: bool, lease: Lease) -> None:
     from orchestration.gang import RankDied
 
     ranks: Ranks = getattr(config.ray, stage)
@@ -102,7 +106,7 @@ def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: boo
     failures, reached = 0, _images(stage, paths)
     with stop_on_sigterm(StopFlag()) as asked:
         while True:
-            told = {"stage": stage, "sections": sections.model_dump(), "redo": redo}
+            told = {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt}
             try:
                 if _fit_once(stage, told, getattr(sections, stage), ranks, config.ray, asked, lease):
                     return

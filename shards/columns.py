@@ -259,7 +259,7 @@ def samples_columns(arrays: dict[str, np.ndarray], gone: np.ndarray, living: np.
     found = {}
     count = _length(arrays) or 0
     taken, stays = np.zeros(count, bool), np.zeros(count, bool)
-    taken[gone], stays[living] = True, True
+    taken[np.asarray(gone, np.int64)], stays[np.asarray(living, np.int64)] = True, True
     lost: set[int] = set()
     kept: set[int] = set()
     for name, array in arrays.items():

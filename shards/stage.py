@@ -32,8 +32,8 @@ class Stage(Protocol):
     """A stage over shards.
 
     One whose manifest holds what was worked out over the whole run may have two methods more: `is_current() -> bool`,
-    whether that was done with the present settings, and `begin(redo: bool)`, called under the lease in the place
-    of `begin` below; a stage that `plans` is given `each` too. One whose worker may be called from several threads may
+    whether that was done with the present settings, and `begin(redo: bool)`, called under the lease in the place of
+    `begin` below; a stage that `plans` is given `each` too. One whose worker may be called from several threads may
     say how many shards it wants at a time (`in_hand`). Stats that hold `encode_seconds` and `wait_seconds` are summed
     up beside the progress bar.
     """

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
+from latents.encoders import Vae
 from latents.pictures import resize_crop
+from latents.weights import find_vae
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, segments
@@ -22,15 +26,8 @@ class Autoencoder(Objective):
     figures = ("l1", "mse", "kl", "psnr")
 
     def __init__(self, config: AutoencoderConfig, dataset: Dataset, seed: int, history: History | None = None) -> None:
-        from diffusers import AutoencoderKL
-
         placement = segments.place(config, [dataset], seed, history)
-        vae = construct(AutoencoderKL, {"sample_size": config.resolution, **config.model}, "autoencoder.model", seed)
-        if config.initialisation == "thumbnail":
-            try:
-                initial.thumbnail(vae)
-            except ValueError as e:
-                raise ConfigError(f"autoencoder.model: {e}") from None
+        vae = begun(config) if config.start_from else constructed(config, seed)
         super().__init__(vae, public_config(vae), placement)
         shrink = 2 ** (len(vae.config.block_out_channels) - 1)
         if config.resolution % shrink:
@@ -75,6 +72,35 @@ class Autoencoder(Objective):
         loss = c.l1_weight * l1 + c.mse_weight * mse.mean() + c.kl_weight * kl
         psnr = -10 * torch.log10(mse.detach().clamp(min=1e-10) / 4).mean()
         return loss, torch.stack([l1.detach(), mse.detach().mean(), kl.detach(), psnr])
+
+
+def constructed(config: AutoencoderConfig, seed: int) -> Any:
+    """A fresh AutoencoderKL; raises ConfigError where it cannot be."""
+    from diffusers import AutoencoderKL
+
+    vae = construct(AutoencoderKL, {"sample_size": config.resolution, **config.model}, "autoencoder.model", seed)
+    if config.initialisation == "thumbnail":
+        try:
+            initial.thumbnail(vae)
+        except ValueError as e:
+            raise ConfigError(f"autoencoder.model: {e}") from None
+    return vae
+
+
+def begun(config: AutoencoderConfig) -> Any:
+    """The AutoencoderKL of `start_from`, all of which learns or its decoder alone; raises ConfigError.
+
+    With a frozen encoder, as sd-vae-ft-mse was made, whatever was trained on the latents goes on to fit.
+    """
+    weights = find_vae(config.start_from or "")
+    if weights.kind != "AutoencoderKL":
+        raise ConfigError(f"autoencoder.start_from: {weights.ref} is an {weights.kind}, and an AutoencoderKL is fitted")
+    vae = Vae(weights).model.requires_grad_(True)
+    if config.frozen_encoder:
+        vae.encoder.requires_grad_(False)
+        if vae.quant_conv is not None:
+            vae.quant_conv.requires_grad_(False)
+    return vae
 
 
 def to_unit(pixels: torch.Tensor, channels_last: bool = False) -> torch.Tensor:

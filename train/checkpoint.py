@@ -46,7 +46,7 @@ from train.ranks import Ranks
 
 GATHER = 1 << 26  # values of a state that are read at once
 SEEN_AFTER_S = 5.0  # how long a shared disk may take to show a file that another machine wrote
-_TYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+_TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 
 
 # ---- save ------------------------------------------------------------------------------------------

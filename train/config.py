@@ -219,6 +219,13 @@ class AutoencoderConfig(FitConfig):
         default=256, ge=8, le=2048, description="pictures are fitted to this square, in pixels"
     )
     model: dict[str, Any] = Field(default_factory=dict, description="arguments of diffusers.AutoencoderKL")
+    start_from: str | None = Field(
+        default=None,
+        description="begin with this VAE (a diffusers folder, a file, a hub name) in place of `model`",
+    )
+    frozen_encoder: bool = Field(
+        default=False, description="the decoder of start_from alone learns, so that latents stay what they are"
+    )
     initialisation: Literal["torch", "thumbnail"] = Field(
         default="torch", description="thumbnail: begins as 'shrink, enlarge' and needs far fewer pictures"
     )
@@ -228,6 +235,14 @@ class AutoencoderConfig(FitConfig):
         default=1e-6, ge=0, description="times the KL in nats, per value of the picture"
     )
     cache_bytes: Operational[int] = Field(default=1 << 30, ge=0, description="decoded pictures kept in memory, a rank")
+
+    @model_validator(mode="after")
+    def _beginning(self) -> Self:
+        if self.frozen_encoder and not self.start_from:
+            raise ValueError("frozen_encoder needs a VAE that is there; name it with start_from")
+        if self.start_from and (self.model or self.initialisation != "torch"):
+            raise ValueError("model and initialisation are given by start_from; leave them out")
+        return self
 
 
 class ClipConfig(FitConfig):

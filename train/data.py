@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import queue
@@ -217,7 +218,7 @@ class Latents:
         self.wants.add("embeddings" if self.has_embeddings else "tokens")
         self._reader = Reader(self.placement, self._load)
         self._taken: tuple[bytes, list[tuple[Window, int]]] = (b"", [])
-        self.channels, height, width = arrays.shape_of_mean()
+        self.channels, height, _ = arrays.shape_of_mean()
         self.side = self._side(height)
 
     def _side(self, height: int) -> int:
@@ -401,8 +402,8 @@ class _LatentFile:
     def read(self, bucket: int, first: int, end: int, wants: set[str]) -> dict[str, Any]:
         """Columns of the rows from `first` up to `end` of a bucket, by name, and `alive`, bool."""
         found: dict[str, Any] = {}
-        plain = [n for n in ("mean", "logstd", "tokens", "micro") if n in wants]
-        by_caption = [n for n in ("embeddings", "pooled") if n in wants]
+        plain: list[str] = [n for n in ("mean", "logstd", "tokens", "micro") if n in wants]
+        by_caption: list[str] = [n for n in ("embeddings", "pooled") if n in wants]
         texts = [n.removeprefix("text.") for n in wants if n.startswith("text.")]
         stored = [t for t in texts if f"text.{t}" in self.kinds]
         asked = [*plain, *(["embedding_index"] if by_caption else []), *(f"text_end.{t}" for t in stored)]
@@ -436,7 +437,7 @@ class _LatentFile:
         return {**found, "alive": alive}
 
     def _rows(self, bucket: int, first: int, end: int, names: Sequence[str]) -> dict[str, np.ndarray]:
-        """Rows of columns by name; those that lie sample by sample, as they once did, are picked from a longer range."""
+        """Rows of columns by name; those that lie sample by sample, as all once did, are picked from a longer range."""
         parts: list[tuple[str, int, int]] = []
         picks: list[np.ndarray | None] = []
         for name in names:
@@ -463,7 +464,7 @@ class _LatentFile:
         own = column(f"text.{name}", bucket, 2 if self.several else 1)
         (data,) = self._file.rows([(own, int(ends[0]), int(ends[-1]))])
         text = data.tobytes()
-        lines = [text[a - ends[0] : b - ends[0]].strip(b"\0") for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        lines = [text[a - ends[0] : b - ends[0]].strip(b"\0") for a, b in itertools.pairwise(ends)]
         return [list(json.loads(line)) if line else [] for line in lines]
 
     def _samples(self, bucket: int) -> np.ndarray:

@@ -370,6 +370,7 @@ def _settings(
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # which would wait for the device twice a step
     }
 
 

@@ -21,9 +21,9 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -93,8 +93,13 @@ def _upload(folder: Path, url: str) -> None:
     storage.remove(storage.join(url, PROVENANCE))
     for file in sorted(f for f in folder.rglob("*") if f.is_file() and f != folder / PROVENANCE):
         with file.open("rb") as f:
-            put_file(storage.join(url, file.relative_to(folder).as_posix()), iter(lambda f=f: f.read(CHUNK), b""))
+            put_file(storage.join(url, file.relative_to(folder).as_posix()), _chunks(f))
     storage.write_atomic(storage.join(url, PROVENANCE), (folder / PROVENANCE).read_bytes())
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(CHUNK):
+        yield chunk
 
 
 def build_pipeline(run: str, checkpoint: str = "latest", weights: str = "ema") -> Any:

@@ -48,7 +48,9 @@ def finish(
     objective.to(ranks.device).eval()
     facts: dict[str, Any] = {}
     if isinstance(objective, Autoencoder):
-        facts = {"scaling_factor": measure_scale(objective, ranks)}
+        # Behind a frozen encoder the latents are what they were, and so is their scale.
+        kept = objective.config.frozen_encoder
+        facts = {"scaling_factor": objective.model.config.scaling_factor if kept else measure_scale(objective, ranks)}
         objective.model.register_to_config(**facts)  # type: ignore[operator]
     if ranks.first:
         model = storage.local_path(paths.model)

@@ -64,13 +64,13 @@ def name_of(folder: str | Path) -> str:
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a checkpoint; raises StageError where there is none or it is not one."""
     try:
-        manifest = storage.read_json(storage.join(str(folder), MANIFEST))
+        found = storage.read_json(storage.join(str(folder), MANIFEST))
     except (ValueError, NotADirectoryError):
-        manifest = None
-    known = isinstance(manifest, dict) and manifest.get("format_version") in (1, FORMAT_VERSION)
-    if not known or not isinstance(manifest.get("files"), dict):
+        found = None
+    manifest: dict[str, Any] = found if isinstance(found, dict) else {}
+    if manifest.get("format_version") not in (1, FORMAT_VERSION) or not isinstance(manifest.get("files"), dict):
         raise StageError(f"{folder}: not a checkpoint, or of another format: its {MANIFEST} is absent or unreadable")
-    return dict(manifest)
+    return manifest
 
 
 def damage(folder: str | Path, deep: bool = True) -> str:

@@ -56,8 +56,8 @@ def run(
     """Fit one stage on the ranks that the environment describes; call it in every rank.
 
     config: a run's YAML file (with dotted overrides), or its sections as read already. Does nothing where
-    the stage is done or its weights are pretrained ones. redo: throw away what was begun as another run. adopt: go on with
-    what differs, where that can be: a longer run, another rate, more data. Raises ConfigError, StageError, or
+    the stage is done or its weights are pretrained ones. redo: throw away what was begun as another run. adopt: go on
+    with what differs, where that can be: a longer run, another rate, more data. Raises ConfigError, StageError, or
     ranks.Stopped after a SIGTERM.
     """
     sections = load_sections(config, overrides, TrainingSections) if isinstance(config, str) else config

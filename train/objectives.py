@@ -22,8 +22,8 @@ def build(
 ) -> Objective:
     """The objective of a stage; raises ConfigError where the model cannot be built as configured.
 
-    datasets: the one that the stage fits, or for `train` those of its sources, in their order. history: what the run took
-    its samples from; None for a run that begins with these.
+    datasets: the one that the stage fits, or for `train` those of its sources, in their order. history: what the run
+    took its samples from; None for a run that begins with these.
     """
     if isinstance(config, AutoencoderConfig):
         return Autoencoder(config, datasets[0], seed, history)

@@ -164,7 +164,8 @@ class AdamW8bit(AdamW):
             for i, (values, gradients) in enumerate(parts):
                 moments = {n: self._unpack(n, state[n][i]) for n in MOMENTS}
                 step = taken.clone()
-                self._adamw(group, [values], [gradients], *([moments[n]] for n in MOMENTS), [step])
+                first, second = ([moments[n]] for n in MOMENTS)
+                self._adamw(group, [values], [gradients], first, second, [step])
                 for n in MOMENTS:
                     packed = self._pack(n, moments[n])
                     # Rounding a vetoed step's moments again could move them.

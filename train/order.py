@@ -89,7 +89,7 @@ class Order:
         self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Shards in their order; samples before each [shards+1]; where each stream's stretch begins; streams by that."""
+        """Shards in their order; samples before each [shards+1]; where each stretch begins; streams by that."""
         shards = _shuffled(self.key, len(self.counts), epoch)
         before = np.zeros(len(shards) + 1, np.uint32 if self.size < 1 << 32 else np.int64)
         np.cumsum(self.counts[shards], out=before[1:])
@@ -139,13 +139,13 @@ class Order:
         turn = at - begins[v]
         w = (turn + self.phase[v]) // self.window
         first, size = self.extent(v, w)
-        turn = first + permute(turn - first, size, self._window_key(np.int64(epoch), v, w), inverse=True)
+        turn = first + permute(turn - first, size, self._window_key(np.array([epoch]), v, w), inverse=True)
         return epoch * self.size + turn * self.streams + v
 
     def runs(self, epoch: int, stream: int, window: int) -> list[tuple[int, int, int]]:
         """A window's rows as they lie in files: (shard position, first row, end), each a contiguous range."""
         shards, before, begins, _ = self.epoch(epoch)
-        turn, size = (int(x) for x in self.extent(np.int64(stream), np.int64(window)))
+        turn, size = (int(x) for x in self.extent(np.array(stream), np.array(window)))
         first = int(begins[stream]) + turn
         end = first + size
         a = int(np.searchsorted(before, before.dtype.type(first), side="right")) - 1

@@ -95,8 +95,6 @@ def reconstruct(root: str | Path, images: int, std: float) -> dict[str, torch.Te
 
 def _snapshots(root: str) -> Iterator[tuple[int, float, Callable[[], dict[str, torch.Tensor]]]]:
     """(images, relative deviation, what reads it) of each snapshot; before format 2 each was one file."""
-    from safetensors.torch import load
-
     from train import checkpoint
 
     for folder in folders.folders(root):
@@ -108,5 +106,10 @@ def _snapshots(root: str) -> Iterator[tuple[int, float, Callable[[], dict[str, t
                 yield manifest["images"], float(match[1]), functools.partial(checkpoint.load_weights, folder, state)
     for name in storage.list_names(root):
         if match := _SNAPSHOT.fullmatch(name):
-            url = storage.join(root, name)
-            yield int(match[2]), float(match[1]), lambda url=url: load(storage.read_bytes(url))
+            yield int(match[2]), float(match[1]), functools.partial(_of_file, storage.join(root, name))
+
+
+def _of_file(url: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
+
+    return dict(load(storage.read_bytes(url)))

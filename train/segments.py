@@ -1,8 +1,8 @@
 """What a run took its samples from, recorded: segments, each with sources, weights and batch sizes from a position on.
 
-A checkpoint's manifest keeps it as `order`. A source is a range of shards of a data set. It keeps its key for life, so a
-new segment goes on with its epoch. Growth is one more range, taken in with consent; a take-down changes nothing here,
-since a sample that is taken down keeps its row.
+A checkpoint's manifest keeps it as `order`. A source is a range of shards of a data set. It keeps its key for life,
+so a new segment goes on with its epoch. Growth is one more range, taken in with consent; a take-down changes nothing
+here, since a sample that is taken down keeps its row.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A segment as it is kept. images, step: where it begins. sizes: samples of a batch of each bucket. changes: what was
-    adopted, in sentences."""
+    """A segment as it is kept. images, step: where it begins. sizes: samples of a batch of each bucket. changes: what
+    was adopted, in sentences."""
 
     images: int
     step: int
@@ -136,6 +136,17 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     streams = config.streams or int(np.clip(fitting, FEWEST_STREAMS, most))
     record = Record(0, 0, config.batch_size, batch_sizes(config, datasets), tuple(ranges))
     return History(streams, window, (record,))
+
+
+def too_few(config: FitConfig, datasets: Sequence[Dataset]) -> list[str]:
+    """Of buckets with fewer samples than a batch takes, a sentence each: a sample comes several times in a batch."""
+    sizes, laid = batch_sizes(config, datasets), np.sum([rows_laid(d).sum(axis=0) for d in datasets], axis=0)
+    shapes = datasets[0].manifest.get("buckets") or []
+    found = []
+    for b in np.flatnonzero((laid > 0) & (laid < np.array(sizes))).tolist():
+        of = f" of {shapes[b]['width']} x {shapes[b]['height']} pixels" if len(sizes) > 1 else ""
+        found.append(f"there are {laid[b]} samples{of}, and a batch takes {sizes[b]}: each comes several times in one")
+    return found
 
 
 def place(config: FitConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None) -> Placement:

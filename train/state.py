@@ -105,6 +105,10 @@ def fingerprint(stage: str, config: StageConfig, seed: int, datasets: Sequence[D
             if not Path(config.adapter.start_from).is_file():
                 raise ConfigError(f"train.adapter.start_from: there is no file {config.adapter.start_from}")
             weights["adapter"] = digest_file(config.adapter.start_from)
+    if isinstance(config, AutoencoderConfig) and config.start_from:
+        from latents.weights import find_vae
+
+        weights = {"start_from": find_vae(config.start_from).digest}
     found = [d.fingerprint for d in datasets]
     given = found[0] if len(found) == 1 else digest_json(found)
     return Fingerprint(stage, VERSION, {**config.settings(), "seed": seed}, given, weights)
@@ -146,8 +150,8 @@ def judge(stage: str, config: StageConfig, wanted: Fingerprint, paths: StagePath
     if later and not adopt:
         return StageState(
             "changed",
-            f"{where} was made with other settings ({'; '.join(later)}); give --adopt to go on with these from there, or "
-            "put them back",
+            f"{where} was made with other settings ({'; '.join(later)}); give --adopt to go on with these from there, "
+            "or put them back",
             tuple(later),
         )
     if finished and not later:
@@ -174,11 +178,12 @@ _CHOSEN = ("streams", "window", "precision")
 def differences(
     stage: str, config: StageConfig, wanted: Fingerprint, stored: dict[str, Any]
 ) -> tuple[list[str], list[str]]:
-    """What a run was begun with and is asked for differently: what cannot be changed, and what can by consent; a sentence
-    each. stored: the fingerprint in a checkpoint's manifest. A setting that it does not name had its default."""
+    """What a run was begun with and is asked for differently: what cannot be changed, and what can by consent,
+    a sentence each. stored: the fingerprint in a manifest. A setting that it does not name had its default."""
     kind = type(config)
     then, now = stored.get("settings", {}), json.loads(json.dumps(wanted.settings))
-    what, later = [], []
+    what: list[str] = []
+    later: list[str] = []
     for name in sorted(now):
         default = _default(kind, name) if name in kind.model_fields else None
         before, after = then.get(name, default), now[name]
@@ -213,15 +218,16 @@ def history(
     Raises ConfigError where that needs consent.
     """
     newest = folders.latest_complete(paths.checkpoints, deep=False)
+    few = tuple(segments.too_few(config, datasets))
     if newest is None:
-        return segments.Taken(segments.begin(config, datasets))
+        return segments.Taken(segments.begin(config, datasets), few)
     manifest = folders.read_manifest(newest)
     taken = segments.resume(
         manifest.get("order"), manifest["images"], manifest["step"], config, datasets, adopt, found.changes
     )
     if taken.refusal:
         raise ConfigError(f"{stage}: {taken.refusal}")
-    return taken
+    return dataclasses.replace(taken, notes=(*taken.notes, *few))
 
 
 def _marker(model: str) -> dict[str, Any] | None:

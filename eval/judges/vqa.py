@@ -38,11 +38,15 @@ class Judge:
         transformers.utils.logging.disable_progress_bar()
         self.config, self.device = config, device
         try:
-            self.processor: Any = transformers.AutoProcessor.from_pretrained(config.model, local_files_only=_local(config.model))  # fmt: skip
+            self.processor: Any = transformers.AutoProcessor.from_pretrained(
+                config.model, local_files_only=_local(config.model)
+            )
             self.model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
-                config.model, local_files_only=_local(config.model), use_safetensors=True,
+                config.model,
+                local_files_only=_local(config.model),
+                use_safetensors=True,
                 dtype=getattr(torch, config.precision),
-            )  # fmt: skip
+            )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
             why = " ".join(str(e).split())[:200]
             raise ConfigError(f"eval.judge.model: {config.model} is no image-text-to-text model ({why})") from None
@@ -130,10 +134,14 @@ def digest(ref: str) -> str:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(ref, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))  # fmt: skip
+            folder = Path(
+                snapshot_download(ref, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
+            )
         except Exception as e:  # offline, unknown, gated
             why = " ".join(str(e).split())[:160]
-            raise ConfigError(f"eval.judge.model: {ref} is no folder here and cannot be had from the hub ({why})") from None  # fmt: skip
+            raise ConfigError(
+                f"eval.judge.model: {ref} is no folder here and cannot be had from the hub ({why})"
+            ) from None
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja")]
     if not any(p.suffix == ".safetensors" for p in files):
         raise ConfigError(f"eval.judge.model: {ref} has no .safetensors; weights are read from those alone")

@@ -19,7 +19,7 @@ from eval.rows import column, feature_parts
 from shards import storage
 from shards.columns import pack_columns, unpack_columns
 from shards.dataset import Dataset
-from shards.fingerprint import digest_bytes
+from shards.fingerprint import digest_file
 from shards.settings import ConfigError
 
 MAX_NPZ = 2_000_000_000  # bytes of a file of statistics
@@ -89,22 +89,29 @@ class RealSide:
         return arrays
 
 
-def from_npz(path: str, option: str) -> tuple[frechet.Reference, str]:
-    """The fixed side from a file with `mu` [d] and `sigma` [d, d], as pytorch-fid, clean-fid and ADM give them, and the
-    file's sha256. ConfigError, naming the option, where it is none. The file does not say of how many images it is."""
+def npz_digest(path: str, option: str) -> str:
+    """sha256 of a file of statistics; ConfigError, naming the option, where there is none."""
     local = storage.local_path(path)
     if not local.is_file():
         raise ConfigError(f"{option}: there is no file {path}; name an .npz with mu and sigma")
     if local.stat().st_size > MAX_NPZ:
         raise ConfigError(f"{option}: {path} is larger than {MAX_NPZ // 10**9} GB, which no such statistics are")
+    return digest_file(local)
+
+
+def from_npz(path: str, option: str) -> frechet.Reference:
+    """The fixed side from a file with `mu` [d] and `sigma` [d, d], as pytorch-fid, clean-fid and ADM give them.
+    ConfigError, naming the option, where it is none. The file does not say of how many images it is."""
+    npz_digest(path, option)
     try:
-        with np.load(local, allow_pickle=False) as file:
+        with np.load(storage.local_path(path), allow_pickle=False) as file:
             mean, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
     except (OSError, ValueError, KeyError, EOFError) as e:
         raise ConfigError(
             f"{option}: {path} cannot be read as statistics ({' '.join(str(e).split())[:120]}); it needs the arrays "
             "mu and sigma"
         ) from None
-    if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)) or not (np.isfinite(mean).all() and np.isfinite(sigma).all()):  # fmt: skip
+    finite = np.isfinite(mean).all() and np.isfinite(sigma).all()
+    if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)) or not finite:
         raise ConfigError(f"{option}: mu {mean.shape} and sigma {sigma.shape} of {path} are no finite statistics")
-    return frechet.reference_of_covariance(mean, sigma), digest_bytes(local.read_bytes())
+    return frechet.reference_of_covariance(mean, sigma)

@@ -12,10 +12,10 @@ import unicodedata
 from typing import Any
 
 import numpy as np
-from latents.pictures import resize_crop
 from PIL import Image
 
 from eval.report import charts
+from latents.pictures import resize_crop
 from shards import storage
 from shards.columns import ColumnShard
 from shards.dataset import MANIFEST, Dataset

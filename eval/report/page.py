@@ -73,6 +73,11 @@ def render(
     return url_of(run, model)
 
 
+def _whole(against: verdict.Against | None) -> list[compare.Difference]:
+    """The differences that are of no tag."""
+    return [d for d in against.differences if not d.tag] if against else []
+
+
 def _shown(results: Sequence[dict[str, Any]], grid: dict[str, Any] | None) -> dict[str, Any]:
     if grid is not None:
         order = sorted(grid["points"], key=lambda p: (not p["knee"], not p["frontier"], p["distance"][0]))
@@ -120,7 +125,7 @@ def _context(
         "date": when,
         "verdict": found,
         "alarms": found.alarms,
-        "arrows": [_arrow(d) for d in (before.differences if before else []) if d.metric in compare.WATCHED and not d.tag],
+        "arrows": [_arrow(d) for d in _whole(before) if d.metric in compare.WATCHED],
         "sheet": images.in_order(SHEET),
         "best": best,
         "worst": worst,
@@ -322,7 +327,7 @@ def _index(run: RunPaths, every: list[dict[str, Any]], watch: WatchConfig | None
                 "r": r,
                 "texts": [text(r, n) for n in columns],
                 "arrows": [
-                    next((_arrow(d) for d in (found.before.differences if found.before else []) if d.metric == n and not d.tag), None)
+                    next((_arrow(d) for d in _whole(found.before) if d.metric == n), None)
                     for n in columns
                 ],
                 "alarms": found.alarms,

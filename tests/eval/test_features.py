@@ -327,7 +327,7 @@ def test_the_thresholds_interval_holds_the_true_quantile() -> None:
 
 
 def test_the_floor_is_what_a_perfect_model_comes_to() -> None:
-    """Draws of the real images' own distribution, in the numbers that are compared: the floor is their mean distance."""
+    """The floor is the mean distance of draws of the real images' own distribution, in the numbers compared."""
     rng = np.random.default_rng(5)
     d, real, generated = 24, 600, 256
     scale = np.arange(1, d + 1) ** -0.5

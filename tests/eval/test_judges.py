@@ -116,10 +116,13 @@ def test_batched_answers_are_those_of_a_plain_loop(vlm: str) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, 40, 40, 3), dtype=np.uint8)
     rows = [
-        {"caption": "a red circle", "questions": json.dumps([["how many circle is it ?", "four"], ["is it red ?", "Yes"]])},
+        {
+            "caption": "a red circle",
+            "questions": json.dumps([["how many circle is it ?", "four"], ["is it red ?", "Yes"]]),
+        },
         {"caption": "a blue star in the red circle", "questions": None},
         {"caption": "star", "questions": json.dumps([["is it a star ?", "a blue star"]])},  # an answer of three tokens
-    ]  # fmt: skip
+    ]
     found = judge(judge.prepare(pixels, rows))
     for i, row in enumerate(rows):
         question = judge.config.question.replace("{prompt}", str(row["caption"]))
@@ -138,10 +141,22 @@ def test_batched_answers_are_those_of_a_plain_loop(vlm: str) -> None:
 
 
 SUITE = [
-    {"prompt": "a red circle", "id": "one", "vqa_list": [["is it red ?", "Yes"], ["how many circle ?", "four"]], "skills": ["attribute", "count"], "atom_count": 2},
-    {"prompt": "a blue star", "id": "two", "vqa_list": [["is it a star ?", "Yes"]], "skills": ["object"], "atom_count": 1},
+    {
+        "prompt": "a red circle",
+        "id": "one",
+        "vqa_list": [["is it red ?", "Yes"], ["how many circle ?", "four"]],
+        "skills": ["attribute", "count"],
+        "atom_count": 2,
+    },
+    {
+        "prompt": "a blue star",
+        "id": "two",
+        "vqa_list": [["is it a star ?", "Yes"]],
+        "skills": ["object"],
+        "atom_count": 1,
+    },
     {"prompt": "a/red_star\0 ../x", "id": "../three", "tags": ["odd"], "include": [1]},
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -228,12 +243,12 @@ def test_scores_made_elsewhere_are_a_metric_like_any_other(judged: Any, tmp_path
     assert "Geneval" in (Path(found.run.reports) / f"{found.model.name}.html").read_text()
     for content, name, says in (
         ('{"id": "nobody", "score": 1}', "x", "there is no image 'nobody'"),
-        ('{"id": "%s", "score": NaN}' % keys[0], "x", "finite number"),
-        (('{"id": "%s", "score": 1}\n' % keys[0]) * 2, "x", "has a score already"),
+        (json.dumps({'id': keys[0]})[:-1] + ', "score": NaN}', "x", "finite number"),
+        ((json.dumps({'id': keys[0]})[:-1] + ', "score": 1}\n') * 2, "x", "has a score already"),
         ('{"score": 1}', "x", "names no image"),
         ("", "x", "has no scores"),
-        ('{"id": "%s", "score": 1}' % keys[0], "taste", "has other scores named taste"),
-        ('{"id": "%s", "score": 1}' % keys[0], "clip_score", "is no free name"),
+        (json.dumps({'id': keys[0]})[:-1] + ', "score": 1}', "taste", "has other scores named taste"),
+        (json.dumps({'id': keys[0]})[:-1] + ', "score": 1}', "clip_score", "is no free name"),
     ):  # fmt: skip
         (tmp_path / "bad.jsonl").write_text(content)
         with pytest.raises(ConfigError, match=says):

@@ -12,7 +12,7 @@ import pytest
 
 from eval import grid, human
 from eval.config import EvalConfig
-from eval.report import history
+from eval.report import history, page
 from shards.layout import RunPaths
 from tests.eval.browser import Tab, visit
 from tests.eval.conftest import build_run, evaluate

@@ -1,4 +1,4 @@
-"""Any diffusers pipeline as the subject, with a UNet or a transformer; two results in pairs; COCO's recipe end to end."""
+"""Any diffusers pipeline as the subject, with a UNet or a transformer; results in pairs; COCO's recipe end to end."""
 
 from __future__ import annotations
 
@@ -203,6 +203,6 @@ def test_shipped_configurations_end_with_a_report() -> None:
         with pytest.raises(ConfigError, match="it would have no prompts"):
             stages.check_all(bare)
     assert EvalConfig().num_prompts == 256
+    broken = models.Model("x", "model", {}, 32, None, str(folder))
     with pytest.raises(StageError, match="cannot be opened as a diffusers pipeline"):
-        broken = models.Model("x", "model", {}, 32, None, str(folder))
         models.build_pipeline(RunPaths("/nowhere"), broken)

@@ -251,7 +251,7 @@ def test_only_the_denoiser_is_rounded(run: RunPaths, precision: str) -> None:
             return forward(**kw)
 
         generator._forward = rounded
-    images, finite = generator([Sample("a", 0, "a red circle")])
+    _, finite = generator([Sample("a", 0, "a red circle")])
     assert finite.all()
     assert kinds["state"] == kinds["vae"] == {torch.float32}
     assert next(pipeline.unet.parameters()).dtype == getattr(torch, precision)

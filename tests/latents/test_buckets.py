@@ -245,7 +245,9 @@ def test_what_is_taken_down_is_zero_everywhere_and_nothing_else_moves(first, sec
     data = pack_columns(arrays, {"a": "b"})
     gone = first | second
     living = np.array([n for n in range(18) if n not in gone], np.int64)
-    once = blank_columns(data, np.array(sorted(first), np.int64), np.array([n for n in range(18) if n not in first]))
+    once = blank_columns(
+        data, np.array(sorted(first), np.int64), np.array([n for n in range(18) if n not in first], np.int64)
+    )
     twice = blank_columns(once, np.array(sorted(second), np.int64), living)
     assert len(twice) == len(data)
     assert twice == blank_columns(twice, np.array(sorted(gone), np.int64), living), "done again it changes nothing"

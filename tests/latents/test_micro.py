@@ -41,9 +41,9 @@ def stored(run: RunPaths, **settings: Any) -> None:
         sink = io.BytesIO()
         Image.fromarray(pixels).save(sink, "PNG")
         samples.append((f"{n:09d}", {"png": sink.getvalue()}))
-        rows.append({"key": f"{n:09d}", "caption": "a picture", "status": "success", "error": None, "error_message": None,
-                     "width": pixels.shape[1], "height": pixels.shape[0], "original_width": width,
-                     "original_height": height, "image_ext": "png"})  # fmt: skip
+        rows.append({"key": f"{n:09d}", "caption": "a picture", "status": "success", "error": None,
+                     "error_message": None, "width": pixels.shape[1], "height": pixels.shape[0],
+                     "original_width": width, "original_height": height, "image_ext": "png"})  # fmt: skip
     tar, places = pack_tar(samples)
     for row, place in zip(rows, places, strict=True):
         row["image_offset"], row["image_size"] = place["png"]
@@ -79,8 +79,9 @@ def test_the_crop_is_that_of_the_whole_picture_whatever_ingest_did(
         assert lost[3] == 12, "a picture that lost 44 % of its width is not called uncropped"
 
 
-@pytest.mark.parametrize(("original", "kept"), [((1600, 900), (512, 512)), ((900, 1600), (512, 512)), ((512, 512), (512, 512))])
-def test_what_was_lost_before_is_in_pixels_of_the_picture_as_it_is_scaled(original: Any, kept: Any) -> None:
+@pytest.mark.parametrize("original", [(1600, 900), (900, 1600), (512, 512)])
+def test_what_was_lost_before_is_in_pixels_of_the_picture_as_it_is_scaled(original: tuple[int, int]) -> None:
+    kept = (512, 512)
     for side in (256, 512, 128):
         fit = fit_cover(*kept, side, side)
         left, top = crop_before(original, kept, fit)
@@ -89,12 +90,14 @@ def test_what_was_lost_before_is_in_pixels_of_the_picture_as_it_is_scaled(origin
 
 
 @pytest.mark.parametrize("mode", ["center_crop", "border"])
-def test_buckets_over_square_pictures_are_refused(tmp_path: Path, vae_folder: Path, clip_folder: Path, mode: str) -> None:
+def test_buckets_over_square_pictures_are_refused(
+    tmp_path: Path, vae_folder: Path, clip_folder: Path, mode: str
+) -> None:
     run = RunPaths(str(tmp_path))
     stored(run, resize_mode=mode)
     config = LatentsConfig(resolution=32, device="cpu", buckets={"step": 8})  # type: ignore[arg-type]
     stage = LatentsStage(config, run, str(vae_folder), str(clip_folder), seed=0)
-    with pytest.raises(ConfigError, match=rf"latents\.buckets: .* are all square, .*resize_mode {mode}; ingest them with keep_ratio"):
+    with pytest.raises(ConfigError, match=rf"latents\.buckets: .* are all square, .*resize_mode {mode}; ingest them"):
         list(stage.tasks())
 
 
@@ -103,9 +106,11 @@ def test_latents_larger_than_the_pictures_are_made_only_where_asked_for_by_name(
 ) -> None:
     run = RunPaths(str(tmp_path))
     stored(run)
-    for values, field in (({"resolution": 128}, "resolution"), ({"resolution": 32, "more_resolutions": [96]}, "more_resolutions")):
+    further = {"resolution": 32, "more_resolutions": [96]}
+    for values, field in (({"resolution": 128}, "resolution"), (further, "more_resolutions")):
         config = LatentsConfig(device="cpu", **values)  # type: ignore[arg-type]
-        with pytest.raises(ConfigError, match=rf"latents\.{field} is \d+, but .*image_size 64: each would be enlarged.*latents\.enlarge"):
+        sentence = rf"latents\.{field} is \d+, but .*image_size 64: each would be enlarged.*latents\.enlarge"
+        with pytest.raises(ConfigError, match=sentence):
             list(LatentsStage(config, run, str(vae_folder), str(clip_folder), seed=0).tasks())
         asked = config.model_copy(update={"enlarge": True})
         assert len(list(LatentsStage(asked, run, str(vae_folder), str(clip_folder), seed=0).tasks())) == 1

@@ -121,14 +121,14 @@ def test_relative_paths_become_absolute_and_names_on_a_hub_stay(here: Path) -> N
         **MINIMAL,
         "autoencoder": {"pretrained": "vae"},
         "clip": {"pretrained": "ViT-B-32:w.safetensors"},
-        "eval": {"features": "ViT-B-32:openai"},
+        "eval": {"clip": "ViT-B-32:openai"},
     }
     found = load(str(write(here / "c.yaml", data)), ["run=s3://bucket/run"], str(here))
     assert found.run == "s3://bucket/run"
     assert found.ingest.table == f"{here}/table.csv"
     assert found.autoencoder.pretrained == f"{here}/vae"
     assert found.clip.pretrained == f"ViT-B-32:{here}/w.safetensors"
-    assert found.eval.features == "ViT-B-32:openai"
+    assert found.eval.clip == "ViT-B-32:openai"
     assert load(str(here / "c.yaml"), [], str(here)).run == f"{here}/runs/x"
 
 
@@ -177,10 +177,17 @@ def test_status_reads_the_run_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_demo_ends_with_labelled_numbers() -> None:
     measured = {"value": 0.9, "se": 0.01, "low": 0.88, "high": 0.92, "n": 100}
-    metrics = {"metrics": {"faithful_colour": measured, "retrieval": measured}}
+    common = {"unit": "share", "better": "higher", "definition": "x"}
+    metrics = {
+        "metrics": {
+            "shows_colour": {**measured, **common, "label": "Shows colour"},
+            "retrieval": {**measured, **common, "label": "Prompt found from image"},
+        },
+        "by_tag": {},
+    }
     assert _headline({}) == []
     lines = _headline(metrics)
-    assert [line.split(":")[0] for line in lines] == ["Prompt found from picture", "Colour as prompted"]
+    assert [line.split(":")[0] for line in lines] == ["Prompt found from image", "Shows colour"]
     assert all("90" in line for line in lines)
 
 

@@ -335,3 +335,27 @@ def test_a_checkpoint_of_format_1_is_read(tmp_path: Path, monkeypatch: pytest.Mo
             assert_same(found[state], values)
     assert_same(checkpoint.load_weights(folder, "raw"), stored["weights"])
     assert_same(checkpoint.load_weights(folder), stored["ema"])
+
+
+@pytest.mark.slow
+def test_a_run_on_an_object_store_is_trained_stopped_and_gone_on_with(run: Path, bucket: str) -> None:
+    """`run: s3://...` through train/main.py: latents, checkpoints, log and status all lie there."""
+    import s3fs
+
+    store = s3fs.S3FileSystem(skip_instance_cache=True)
+    root = bucket.removeprefix("s3://")
+    for folder in ("latents", "images"):
+        store.put(str(run / folder), f"{root}/{folder}", recursive=True)
+    data = tiny.configuration(run, checkpoint_every_images=16, images=48)
+    data["run"] = bucket
+    config = tiny.write_config(run, data)
+    code = "from tests.train import forked; import sys; forked.run_stage(sys.argv[1], 'train', sys.argv[2:])"
+    without_export = "import train.finish as f; f.finish = lambda *a, **k: None; " + code
+    tiny.finish_ranks(tiny.start_ranks(["-c", without_export, str(config), "train.images=32"], 2))
+    assert folders.step_of(folders.latest_complete(f"{bucket}/checkpoints") or "") == 4
+    tiny.finish_ranks(tiny.start_ranks(["-c", without_export, str(config), "train.images=32"], 1))
+    store.invalidate_cache()
+    lines = store.cat_file(f"{root}/train/log.jsonl").decode().splitlines()
+    assert [json.loads(line)["images"] for line in lines] == [8, 16, 24, 32]
+    assert json.loads(store.cat_file(f"{root}/status/train.json"))["state"] == "done"
+    assert any("tfevents" in p for p in store.find(f"{root}/train/tensorboard"))

@@ -115,11 +115,16 @@ def waits(found: collections.Counter[str]) -> Iterator[None]:
 
         return counted
 
+    from deepspeed.accelerator import get_accelerator
+
+    kind, synchronize = type(get_accelerator()), type(get_accelerator()).synchronize
     for name, call in before.items():
         setattr(torch.Tensor, name, counting(call))
+    kind.synchronize = counting(synchronize)
     try:
         yield
     finally:
+        kind.synchronize = synchronize
         for name, call in before.items():
             setattr(torch.Tensor, name, call)
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from eval import checkpoints
+from eval import model as models
 from latents.config import LatentsConfig
 from latents.encoders import load_text, load_vae
 from latents.stage import LatentsStage
@@ -85,9 +85,9 @@ def test_sources_elsewhere_and_another_resolution_are_exported(elsewhere: Any, t
     assert (facts["latents"]["resolution"], facts["latents"]["samples"]) == (16, len(dataset))
     assert facts["latents"]["fingerprint"] == dataset.fingerprint
     # eval asks the checkpoint, too.
-    subject = checkpoints.find(run)
-    assert subject.resolution == 16
-    drawn = pictures(checkpoints.build_pipeline(run, subject), prompt="a red circle")
+    subject = models.find(run)
+    assert subject.size == 16
+    drawn = pictures(models.build_pipeline(run, subject), prompt="a red circle")
     assert np.abs(drawn - pictures(pipeline, prompt="a red circle")).max() < 1e-5
     from PIL import Image
 

@@ -217,7 +217,7 @@ def test_the_inverse_says_when_each_sample_came_and_no_sample_comes_twice_more_o
 
 
 def test_segments_change_nothing_before_them_and_break_no_epoch(sources: tuple[Source, ...]) -> None:
-    """A source added, one dropped, other batch sizes: what came before stays, epochs stay sets, the inverse is right."""
+    """A source added, one dropped, other batch sizes: what came before stays, epochs are sets, the inverse is right."""
     a, b, c = sources
     plain = Segment(0, 96, SIZES, (a, b))
     grown = Segment(61 * 96, 48, (48, 48, 24), (a, b, c))
@@ -237,7 +237,7 @@ def test_segments_change_nothing_before_them_and_break_no_epoch(sources: tuple[S
 
 
 def test_split_knows_batches_of_every_segment(sources: tuple[Source, ...]) -> None:
-    placement = Placement([Segment(0, 96, SIZES, sources), Segment(192, 48, SIZES[1:] + (48,), sources)], 7, V, R)
+    placement = Placement([Segment(0, 96, SIZES, sources), Segment(192, 48, (*SIZES[1:], 48), sources)], 7, V, R)
     begin, place = placement.split(np.array([0, 95, 96, 191, 192, 239, 240, 300]))
     assert begin.tolist() == [0, 0, 96, 96, 192, 192, 240, 288]
     assert place.tolist() == [0, 95, 0, 95, 0, 47, 0, 12]

@@ -131,7 +131,9 @@ def test_a_store_that_throttles_gives_the_same_samples(tmp_path: Path) -> None:
     assert len(asked) > 30
 
 
-def test_reads_that_fail_are_tried_again_and_at_last_are_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_reads_that_fail_are_tried_again_and_at_last_are_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_bytes(b"0123456789")
     url, real, slept = str(tmp_path / "file"), storage._read_ranges, []
     monkeypatch.setattr(storage.time, "sleep", slept.append)

@@ -225,8 +225,8 @@ def test_a_moved_run_goes_on_and_another_source_is_a_segment(run: Path, tmp_path
     dataset = Dataset.open(str(moved))
     assert segments.resume(before.to_json(), 80, 10, CONFIG, [dataset]).history == before
     tiny.make_latents(tmp_path / "second", counts=(10, 10))
-    config = CONFIG.model_copy(update={"sources": TrainConfig.model_validate(
-        {"images": 8, "sources": [{}, {"latents": str(tmp_path / "second"), "weight": 3.0}]}).sources, "batch_size": 16})  # fmt: skip
+    values = {"sources": [{}, {"latents": str(tmp_path / "second"), "weight": 3.0}], "batch_size": 16}
+    config = TrainConfig.model_validate({**CONFIG.model_dump(), **values})
     both = segments.resume(before.to_json(), 80, 10, config, [dataset, Dataset.open(str(tmp_path / "second"))], True)
     latents = Latents(config, [dataset, Dataset.open(str(tmp_path / "second"))], 5, both.history)
     assert np.bincount(latents.source(np.arange(80, 80 + 160))).tolist() == [40, 120]
@@ -256,6 +256,20 @@ def test_a_rare_buckets_windows_are_smaller(tmp_path: Path) -> None:
     windows = {b: o.window for (_, b), o in placement.orders.items()}
     assert windows == {b: round(90 * n / 300) for b, n in enumerate(rows)}
     assert isinstance(next(iter(placement.orders.values())), Order)
+
+
+def test_a_bucket_that_a_batch_exhausts_is_told(tmp_path: Path) -> None:
+    dataset = bucketed(tmp_path / "b")
+    rows = segments.rows_laid(dataset).sum(axis=0).tolist()
+    told = segments.too_few(CONFIG.model_copy(update={"batch_size": max(rows)}), [dataset])
+    assert len(told) == sum(n < max(rows) for n in rows)
+    fewest = rows.index(min(rows))
+    shape = dataset.manifest["buckets"][fewest]
+    said = (
+        f"there are {min(rows)} samples of {shape['width']} x {shape['height']} pixels, and a batch takes {max(rows)}"
+    )
+    assert any(line.startswith(said) for line in told)
+    assert segments.too_few(CONFIG.model_copy(update={"batch_size": min(rows)}), [dataset]) == []
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------

@@ -186,20 +186,21 @@ def test_fp16_takes_the_steps_of_fp32_and_finds_its_scale(
 
 
 @pytest.mark.slow
-def test_compiled_training_is_eager_training_up_to_rounding(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [True, "blocks"])
+def test_compiled_training_is_eager_training_up_to_rounding(run: Path, tmp_path: Path, how: bool | str) -> None:
     eager, compiled = beside(run, tmp_path / "eager"), beside(run, tmp_path / "compiled")
     forked.fit(settings(eager), 1)
-    config = settings(compiled, compile=True)
+    config = settings(compiled, compile=how)
     forked.on_ranks(1, run_counting_graphs, str(config), 1)
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
     for name in ("weights", *folders.STATES):
         assert_close(tensors(step_folder(compiled, STEPS), name), tensors(step_folder(eager, STEPS), name))
     # Names are the plain model's: it resumes compiled from an eager checkpoint, and the other way round.
-    for folder, compile_ in ((eager, True), (compiled, False)):
+    for folder, compile_ in ((eager, how), (compiled, False)):
         end = tensors(step_folder(folder, STEPS), "weights")
         for step in range(STEPS, 2, -1):
             shutil.rmtree(step_folder(folder, step))
-        forked.on_ranks(1, run_counting_graphs, str(settings(folder, compile=compile_)), int(compile_))
+        forked.on_ranks(1, run_counting_graphs, str(settings(folder, compile=compile_)), int(bool(compile_)))
         assert_close(tensors(step_folder(folder, STEPS), "weights"), end)
 
 

@@ -1,0 +1,155 @@
+"""How long a training waits for its data: latents from files, and from an S3 server that takes 30 ms for each answer.
+
+    python -m benchmarks.reading [--samples 20000] [--batch 256] [--step 0.25] [--delay 0.03]
+
+A data set as of 256 px (moments 4x32x32, tokens) is walked as one rank of a training does that takes `--step` seconds
+a step, and as fast as it can be read. The server is moto in a process of its own; it shares the machine's cores with
+the reader, so what it can give is told too. Nothing is learned: the loop only takes batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from shards import storage
+from shards.columns import pack_columns
+from shards.dataset import Dataset, commit_shard, write_manifest
+from shards.fingerprint import Fingerprint
+from shards.layout import sample_key
+
+SHARD = 2000
+
+
+def make(root: Path, samples: int) -> None:
+    """Latent shards of random content, as the latents stage lays them out."""
+    rng, stats = np.random.default_rng(0), []
+    counts = [min(SHARD, samples - i) for i in range(0, samples, SHARD)]
+    for index, n in enumerate(counts):
+        arrays: dict[str, np.ndarray] = {
+            "mean": rng.normal(size=(n, 4, 32, 32)).astype(np.float16),
+            "logstd": rng.integers(60, 120, (n, 4, 32, 32)).astype(np.uint8),
+            "tokens": rng.integers(1, 1000, (n, 77)).astype(np.uint16),
+            "alive": np.ones(n, np.uint8),
+            "empty_tokens": np.zeros(77, np.uint16),
+        }
+        keys = pa.table({"key": [sample_key(index, r, SHARD) for r in range(n)], "status": ["success"] * n})
+        pq.write_table(keys, root / "keys.parquet")
+        files = {
+            ".safetensors": pack_columns(arrays, {"logstd_min": "-15.0", "logstd_step": "0.098"}),
+            ".parquet": (root / "keys.parquet").read_bytes(),
+        }
+        made = Fingerprint("latents", 3, {}, index)
+        stats.append(commit_shard(str(root / "latents"), index, files, {"count": n, "rows": n}, made))
+    facts = {"vae": {"ref": "none", "digest": "v", "scaling_factor": 1.0, "config": {}},
+             "text": {"ref": "none", "digest": "t", "layer": "last", "context_length": 77, "width": 8}}  # fmt: skip
+    write_manifest(str(root / "latents"), "latents", stats, {"resolution": 256, "laid": [[n] for n in counts], **facts})
+
+
+def serve(delay: float, out: Connection) -> None:
+    """A process with an S3 server and an empty bucket; ends with its parent."""
+    from tests.objects import bucket
+
+    with bucket(delay_s=delay) as url:
+        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
+        out.send((url, {name: os.environ[name] for name in names}))
+        while os.getppid() != 1:
+            time.sleep(0.5)
+
+
+@contextmanager
+def on_s3(root: Path, delay: float) -> Iterator[str]:
+    """The data set in a bucket."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(delay, theirs), daemon=True)
+    process.start()
+    url, environment = ours.recv()
+    os.environ.update(environment)
+    try:
+        for file in (root / "latents").iterdir():
+            if file.is_file():
+                storage.write_atomic(f"{url}/latents/{file.name}", file.read_bytes())
+        yield f"{url}/latents"
+    finally:
+        process.terminate()
+
+
+def walk(url: str, batch: int, step: float, steps: int) -> dict[str, Any]:
+    """Take `steps` batches, each `step` seconds after the one before; what was waited is of all but the first."""
+    from train.config import TrainConfig
+    from train.data import Ahead, Latents, micro_batches
+    from train.ranks import Ranks
+
+    config = TrainConfig(images=batch * (steps + 1), batch_size=batch)
+    latents = Latents(config, [Dataset.open(url)], 0)
+
+    class Loop:
+        """What of an objective reads."""
+
+        placement = latents.placement
+
+        def positions(self, images: int, rank: int, world: int, micro_step: int, micro: int) -> np.ndarray:
+            return images + np.arange(batch, dtype=np.int64)
+
+        def expect(self, positions: np.ndarray) -> None:
+            latents.expect(positions)
+
+        def batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]:
+            mean, _ = latents.moments(positions)
+            return {"mean": torch.from_numpy(mean), "tokens": torch.from_numpy(latents.tokens(positions))}
+
+    ranks = Ranks(0, 1, torch.device("cpu"), False)
+    began = time.perf_counter()
+    with Ahead(micro_batches(Loop(), config, ranks, 0), config.prefetch) as ahead:  # type: ignore[arg-type]
+        next(ahead)
+        first, ahead.waited = time.perf_counter() - began, 0.0
+        began = time.perf_counter()
+        for _ in range(steps):
+            next(ahead)
+            time.sleep(step)
+    seconds = time.perf_counter() - began
+    latents.close()
+    return {
+        "first_s": round(first, 3),
+        "samples_per_s": round(batch * steps / seconds),
+        "waited": round(ahead.waited / seconds, 4),
+        "streams": latents.placement.streams,
+        "steps": steps,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--step", type=float, default=0.25, help="seconds")
+    parser.add_argument("--delay", type=float, default=0.03, help="seconds of each answer of the server")
+    given = parser.parse_args()
+    steps = given.samples // given.batch - 1
+    with tempfile.TemporaryDirectory(prefix="carrara-reading-") as folder:
+        root = Path(folder)
+        make(root, given.samples)
+        found = {"files": walk(str(root / "latents"), given.batch, given.step, steps),
+                 "files, no step": walk(str(root / "latents"), given.batch, 0.0, steps)}  # fmt: skip
+        with on_s3(root, given.delay) as url:
+            found["s3"] = walk(url, given.batch, given.step, steps)
+            found["s3, no step"] = walk(url, given.batch, 0.0, steps)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
