@@ -141,8 +141,8 @@ def _require_urls(file: str) -> None:
     if line and "://" not in line:
         raise ConfigError(
             f"{file}: a .txt is read as a list of URLs, one a line, and this one begins with '{line[:60]}'; give "
-            "ingest.table a table of URLs and captions (.parquet, .csv, .tsv, .jsonl), or the folder that holds pictures "
-            "with their captions beside"
+            "ingest.table a table of URLs and captions (.parquet, .csv, .tsv, .jsonl), or the folder of pictures with "
+            "their captions beside"
         )
 
 
@@ -318,8 +318,8 @@ def _find(schema: pa.Schema, given: str | None, names: Sequence[str], what: str,
     holds = [f"'{f.name}' holds {f.type}" for f in schema if _holds_bytes(f.type)] if what == "url" else []
     if holds:
         raise ConfigError(
-            f"{file}: no column is known to hold the url, and {holds[0]}: if these are pictures, set ingest.source.kind: "
-            "parquet and ingest.source.image_column"
+            f"{file}: no column is known to hold the url, and {holds[0]}: if these are pictures, set "
+            "ingest.source.kind: parquet and ingest.source.image_column"
         )
     or_not = " (or ingest.empty_captions to keep, to do without)" if what == "caption" else ""
     raise ConfigError(
