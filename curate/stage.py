@@ -13,24 +13,24 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from shards.commit import Folder
-from shards.sketch import Sketch, edges, merge, quantile, sketch
 
 from curate.config import CurateConfig, HeadScore, Score
 from curate.scorers import Columns, build, find_weights
 from latents.stage import fixed_arithmetic
 from shards import images, storage
 from shards.columns import pack_columns, unpack_columns
+from shards.commit import Folder
 from shards.dataset import Dataset, read_stats, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths, shard_name
 from shards.settings import ConfigError, StageError
+from shards.sketch import Sketch, edges, merge, quantile, sketch
 from shards.stage import Task
 
 VERSION = 1  # raise it when the bytes of a shard change for the same settings
@@ -88,33 +88,21 @@ class ScoreStage:
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Merge the columns' histograms and write the manifest."""
-        sketches: dict[str, Sketch] = {}
-        values: dict[str, dict[str, int]] = {}
-        missing: Counter[str] = Counter()
+        merged = _Columns()
 
         def folded() -> Iterator[dict[str, Any]]:
             for one in stats:
-                for column, found in one["sketch"].items():
-                    sketches[column] = merge([sketches.get(column, {}), found])
-                for column, found in one["values"].items():
-                    values[column] = merge_counts([values.get(column, {}), found])
-                missing.update(one["missing"])
+                merged.add(one)
                 yield one
 
         def extra() -> dict[str, Any]:
-            columns: dict[str, Any] = {}
-            for column, found in sketches.items():
-                quantiles = {f"{q:g}": _json_number(quantile(found, q)) for q in SHOWN}
-                columns[column] = {"missing": missing[column], "quantiles": quantiles, "sketch": found}
-            for column, found in values.items():
-                columns[column] = {"missing": missing[column], "values": found}
             settings = self.made_with()
             return {
                 "score": self.score,
                 "settings": self.config.settings(),
                 "weights": settings.weights,
                 "scored_with": settings.digest,
-                "columns": dict(sorted(columns.items())),
+                "columns": merged.described(),
             }
 
         return write_manifest(self.root, "scores", folded(), extra)
@@ -129,6 +117,39 @@ class ScoreStage:
                 f"the score '{self.score}' reads the embeddings of '{self.config.embeddings}', which are not finished "
                 f"in {root}; score that one first"
             ) from None
+
+
+class _Columns:
+    """What the stats of shards say of the columns, merged."""
+
+    def __init__(self) -> None:
+        self.sketches: dict[str, Sketch] = {}
+        self.values: dict[str, dict[str, int]] = {}
+        self.missing: Counter[str] = Counter()
+
+    def add(self, stats: Mapping[str, Any]) -> None:
+        for column, found in stats["sketch"].items():
+            self.sketches[column] = merge([self.sketches.get(column, {}), found])
+        for column, found in stats["values"].items():
+            self.values[column] = merge_counts([self.values.get(column, {}), found])
+        self.missing.update(stats["missing"])
+
+    def described(self) -> dict[str, Any]:
+        columns: dict[str, Any] = {}
+        for column, found in self.sketches.items():
+            quantiles = {f"{q:g}": _json_number(quantile(found, q)) for q in SHOWN}
+            columns[column] = {"missing": self.missing[column], "quantiles": quantiles, "sketch": found}
+        for column, found in self.values.items():
+            columns[column] = {"missing": self.missing[column], "values": found}
+        return dict(sorted(columns.items()))
+
+
+def columns_of(stats: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """By column, what the manifest of a score says of it, from the stats of its shards."""
+    merged = _Columns()
+    for one in stats:
+        merged.add(one)
+    return merged.described()
 
 
 def merge_counts(counts: Iterable[dict[str, int]], most: int = 200) -> dict[str, int]:
@@ -208,12 +229,13 @@ def read_embeddings(dataset: Dataset, index: int, rows: np.ndarray, name: str) -
     if read_stats(dataset.root, index) is None:
         raise StageError(f"{dataset.root}: shard {shard_name(index)} is not there; run the score again")
     arrays, _ = unpack_columns(storage.read_bytes(storage.join(dataset.root, shard_name(index) + ".safetensors")))
-    stored = arrays[name]
-    place = np.searchsorted(arrays["row"], rows)
-    there = (place < len(stored)) & (arrays["row"][np.minimum(place, len(stored) - 1)] == rows) if len(stored) else None
+    stored, lies = arrays[name], arrays["row"].astype(np.int64)
+    lies[1:][lies[1:] == 0] = -1  # what was taken out is zero; only the first can be of row 0
+    place = np.full(max(int(lies.max(initial=0)), int(rows.max(initial=0))) + 1, -1, np.int64)
+    place[lies[lies >= 0]] = np.flatnonzero(lies >= 0)
     found = np.full((len(rows), stored.shape[1]), np.nan, stored.dtype)
-    if there is not None:
-        found[there] = stored[place[there]]
+    there = place[rows] >= 0
+    found[there] = stored[place[rows[there]]]
     return found
 
 

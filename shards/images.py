@@ -99,6 +99,10 @@ class ImageShard:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def keep(self, passes: np.ndarray) -> None:
+        """Go on with some of the samples alone. passes: bool [len(self)]."""
+        self.rows, self._offsets, self._sizes = self.rows[passes], self._offsets[passes], self._sizes[passes]
+
     @property
     def keys(self) -> list[str]:
         """Keys of the samples, in order."""

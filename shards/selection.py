@@ -12,7 +12,7 @@ of a column passes no rule on it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,10 +89,12 @@ class Bound:
 class Selection:
     """The rules of one run, with thresholds; opens the scores that they name.
 
-    Raises ConfigError where a score or column is not there, or a rule is of the wrong kind for its column.
+    recorded: what `settings` were when they were first used: with the same rules these thresholds stay, so that a
+    score that grows moves no quantile under what is made already. Raises ConfigError where a score or column is not
+    there, or a rule is of the wrong kind for its column.
     """
 
-    def __init__(self, run: str, rules: Sequence[Rule]) -> None:
+    def __init__(self, run: str, rules: Sequence[Rule], recorded: Sequence[Mapping[str, Any]] | None = None) -> None:
         self._scores: dict[str, Dataset] = {}
         self.bounds = []
         for rule in rules:
@@ -115,6 +117,13 @@ class Selection:
                     f"select: {rule.column} holds {'text; give among or but_not' if text else 'numbers; give bounds'}"
                 )
             self.bounds.append(_bound(rule, columns[column].get("sketch", {})))
+        kept = [{k: v for k, v in r.items() if k not in ("low", "high")} for r in recorded or ()]
+        if kept == [r.model_dump(mode="json") for r in rules]:
+            ends = [(r["low"], r["high"]) for r in recorded or ()]
+            self.bounds = [
+                Bound(b.rule, -np.inf if low is None else low, np.inf if high is None else high)
+                for b, (low, high) in zip(self.bounds, ends, strict=True)
+            ]
 
     @property
     def settings(self) -> list[dict[str, Any]]:
