@@ -13,7 +13,7 @@ setup: .venv/.installed
 	@touch $@
 
 demo: setup
-	@$(PY) -m orchestration.demo --config configs/demo.yaml
+	@$(PY) -m orchestration.run_stage demo --config configs/demo.yaml
 
 test: setup
 	$(PY) -m pytest -q -n 2 --dist loadfile -m 'not slow'

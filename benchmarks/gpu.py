@@ -81,7 +81,9 @@ BAD = {3: math.nan, 6: 80.0}
 # ---- an objective without data ---------------------------------------------------------------------
 
 
-def objective_of(unet_config: dict[str, Any], side: int, tower: nn.Module | None = None, seed: int = 0) -> Any:
+def objective_of(
+    unet_config: dict[str, Any], side: int, tower: nn.Module | None = None, seed: int = 0, device: str | None = None
+) -> Any:
     """A denoising objective on random numbers, the same at every use. tower: encodes tokens within the step."""
     from diffusers import UNet2DConditionModel
 
@@ -92,7 +94,7 @@ def objective_of(unet_config: dict[str, Any], side: int, tower: nn.Module | None
 
         def __init__(self) -> None:
             torch.manual_seed(seed)
-            with torch.device(DEVICE):
+            with torch.device(device or DEVICE):
                 unet = UNet2DConditionModel(**unet_config)
             super().__init__(unet, unet_config, None)  # type: ignore[arg-type]
             self.tower = [tower]  # in a list, so that it is no part of what is trained
@@ -475,15 +477,9 @@ def matmul_peak() -> dict[str, float]:
 
 def planned(unet_config: dict[str, Any], side: int, checkpointing: bool) -> dict[str, float]:
     """In a process of its own: FLOPs of an image, bytes of activations a sample, trained values."""
-    global DEVICE
-    DEVICE = "cpu"  # of this process: fake tensors are reckoned with as a CPU would
     from train import plan
 
-    with torch.device("meta"):
-        from diffusers import UNet2DConditionModel
-
-        UNet2DConditionModel(**unet_config)  # a bad configuration is found at once
-    objective = objective_of(unet_config, side)
+    objective = objective_of(unet_config, side, device="meta")
     config = config_of(batch_size=4, activation_checkpointing=checkpointing)
     found = plan.plan(objective, objective.batch(np.arange(4)), config, "bf16", 4, 1)
     return {"flops": found.flops, "activations": found.activations / 4, "values": found.values}
@@ -494,10 +490,6 @@ def speed(
     variants: list[tuple[str, dict[str, Any]]], tokens: bool = False, checkpointing: bool = False, most: int = 256,
 ) -> dict[str, Any]:  # fmt: skip
     """Images/s, memory and utilisation of the loop's own hot path, for each variant; the largest batch that fits."""
-    from train.data import Ahead
-    from train.guard import Guard
-    from train.run import Late
-
     plan = counted.result(timeout=300)
     capacity = torch.cuda.mem_get_info()[1] if CUDA else 1 << 32
     room = capacity * 0.88 - plan["values"] * 4 * 6  # weights, gradients, fp32 values, moments, average
@@ -507,15 +499,15 @@ def speed(
     batch = 1 << int(math.log2(batch))
     result: dict[str, Any] = {"batch": batch, "gflop_an_image": plan["flops"] / 1e9}
     for variant, changes in variants:
+        size = batch
         try:
-            result[variant] = one_speed(
-                unet, side, batch, plan["flops"], peak, changes, tokens, checkpointing, Ahead, Guard, Late
-            )
-        except torch.OutOfMemoryError:
-            free()
-            result[variant] = one_speed(
-                unet, side, batch // 2, plan["flops"], peak, changes, tokens, checkpointing, Ahead, Guard, Late
-            ) | {"batch": batch // 2}
+            while True:
+                found = _or_too_large(unet, side, size, plan["flops"], peak, changes, tokens, checkpointing)
+                free()  # only now: an error holds the frames that it came through
+                if found or size == 1:
+                    break
+                size //= 2
+            result[variant] = {**(found or {"failed": "out of memory"}), "batch": size}
         except TimeoutError as e:
             e.partial = result  # type: ignore[attr-defined]
             raise
@@ -525,12 +517,21 @@ def speed(
     return result
 
 
+def _or_too_large(*arguments: Any) -> dict[str, Any] | None:
+    try:
+        return one_speed(*arguments)
+    except torch.OutOfMemoryError:
+        return None
+
+
 def one_speed(
     unet: dict[str, Any], side: int, batch: int, flops: float, peak: dict[str, float], changes: dict[str, Any],
-    tokens: bool, checkpointing: bool, Ahead: Any, Guard: Any, Late: Any,
+    tokens: bool, checkpointing: bool,
 ) -> dict[str, Any]:  # fmt: skip
+    from train.data import Ahead
+    from train.guard import Guard
     from train.plan import peak_flops
-    from train.run import Run
+    from train.run import Late, Run
 
     changes = dict(changes)
     channels_last = changes.pop("channels_last", False)

@@ -251,8 +251,8 @@ def takedown() -> None:
         say(
             "take-down: a million URLs, one pass",
             f"{seconds:.2f} s ({start:.2f} to begin), {1e3 * a_shard:.2f} CPU-ms a shard, {len(hits)} hits",
-            f"x 200,000 / {CORES} cores = {a_shard * SHARDS / CORES / 60:.1f} minutes a pass; `remove` makes two, three "
-            "with copies",
+            f"x 200,000 / {CORES} cores = {a_shard * SHARDS / CORES / 60:.1f} minutes a pass; `remove` makes two, "
+            "three with copies",
         )
 
 

@@ -42,7 +42,7 @@ from shards.listing import listed
 from shards.plan import Each, Line
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
-from shards.stage import Task, open_folder
+from shards.stage import Task, open_folder, persist
 from shards.takeover import take_over_as_it_is
 
 log = logging.getLogger("carrara.ingest")
@@ -625,25 +625,11 @@ class IngestWorker:
         found = self.folder.adopt(task.index)
         if found is not None:
             return found
-        self._packed = None
         if takedown.length(self.stage.run) != self.taken_down.parts:
             self.taken_down = self.crew.taken_down = TakenDown.read(self.stage.run)
         files, stats = self._again(task) if isinstance(task.payload, Retry) else self._first(task)
         stats |= {"digests": True, "list": self.taken_down.parts}
-        self._packed = task.index, files, stats
-        return self.commit_again(task)
-
-    def holds(self, task: Task) -> bool:
-        """Whether the packed shard is still here, though its commit failed."""
-        return self._packed is not None and self._packed[0] == task.index
-
-    def commit_again(self, task: Task) -> dict[str, Any]:
-        """Commit the packed shard, without fetching again."""
-        assert self._packed is not None
-        index, files, stats = self._packed
-        committed = self.folder.commit(index, files, stats, task.input)
-        self._packed = None
-        return committed
+        return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
 
     def close(self) -> None:
         """Close connections, threads and files."""

@@ -46,7 +46,7 @@ from shards.layout import RunPaths, shard_name
 from shards.listing import listed
 from shards.selection import Selection
 from shards.settings import ConfigError, StageError
-from shards.stage import Task, open_folder, refuse_other_settings
+from shards.stage import Task, open_folder, persist, refuse_other_settings
 from shards.takeover import is_old, old_digests, old_version
 
 if TYPE_CHECKING:
@@ -368,7 +368,8 @@ class _Worker:
             stats["not_selected"] = len(unselected)
         if len(known):
             stats["excluded"] = _rows_digest(known)
-        return self.folder.commit(task.index, files, stats, task.input or self._born(task.index))
+        made_from = task.input or self._born(task.index)
+        return persist(lambda: self.folder.commit(task.index, files, stats, made_from))
 
     def _born(self, index: int) -> str | None:
         """Which image shard it is, where the manifest is of format 1 and cannot say it."""

@@ -1,1 +1,5 @@
-"""Drives the stages: one run's configuration, the engine on Ray or in one process, jobs, and what a person sees."""
+"""Runs stages on Ray, and the command line."""
+
+from orchestration.packages import put_first
+
+put_first()

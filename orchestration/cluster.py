@@ -243,15 +243,20 @@ class Cluster:
 
 
 def job_command(
-    address: str, arguments: Sequence[str], working_dir: Path | None = ROOT, submission_id: str | None = None
+    address: str,
+    arguments: Sequence[str],
+    working_dir: Path | None = ROOT,
+    submission_id: str | None = None,
+    environment: dict[str, str] | None = None,
 ) -> list[str]:
-    """The command line of `ray job submit` for run_stage.py with these arguments."""
+    """The command line of `ray job submit` for run_stage.py with these arguments, and variables for the job."""
     command = [*_ray(), "job", "submit", f"--address={address}"]
     if submission_id:
         command.append(f"--submission-id={submission_id}")
     script = ["orchestration/run_stage.py"]
     if working_dir is not None and (working_dir / script[0]).is_file() and (working_dir / "pyproject.toml").is_file():
-        command += [f"--working-dir={working_dir}", f"--runtime-env-json={json.dumps({'excludes': EXCLUDED})}"]
+        runtime = {"excludes": EXCLUDED, **({"env_vars": environment} if environment else {})}
+        command += [f"--working-dir={working_dir}", f"--runtime-env-json={json.dumps(runtime)}"]
     else:  # installed on the cluster, or started in a checkout there
         script = ["-m", "orchestration.run_stage"]
     return [*command, "--", "python", *script, *arguments]

@@ -1,74 +1,447 @@
-"""The commands around the stages: plan and inspect for the latents; export, sample, watch, numbers, grid,
-explain-fid, judge, compare, images, scores and reference for a trained model.
+"""Every command of `carrara`, and its arguments; what they do is elsewhere.
 
-    carrara plan [RUN] --config C [--rows N]                           what pre-encoding stores, takes and costs
-    carrara inspect [RUN] --config C                                   latents decoded beside their originals
-    carrara sample runs/demo --prompt "a red circle" [--local]         pictures from a checkpoint
-    carrara watch [RUN] --config C [--once | --forever]                every checkpoint, as it appears
-    carrara numbers [RUN] --config C                                   what is measured so far, while it is drawn
-    carrara grid [RUN] --config C eval.grid='{steps: [10, 20]}'        samplers x steps x guidance x EMA
-    carrara export RUN [--checkpoint step-00001000] [--weights raw] [--dtype float16] [--out DIR]   a diffusers pipeline
-    carrara explain-fid A B --inception FILE                           why two FIDs of the same pictures differ
-    carrara judge pack RUN --results A B --out DIR; carrara judge score DIR VOTES.csv ...
-    carrara compare A B                                                two results in pairs, of one run or of two
-    carrara images RESULT --layout geneval --out DIR                   images out for a benchmark of its own
-    carrara scores RESULT FILE --name geneval                          its scores in, as a metric like any other
-    carrara reference coco --annotations FILE --images DIR --out DIR   COCO's images and captions as a reference
-
-What they do is in latents/, train/ and eval/; what is here is their arguments and Ray.
+One parser (typer) for all of them, so that an option is spelled the same everywhere: --config, --local, --redo,
+--seed, --guidance-scale, --steps, --precision, --out. Settings of the run's YAML are changed by `section.key=value`.
 """
 
 from __future__ import annotations
 
-import argparse
+import difflib
+import functools
+import importlib.metadata
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any
 
-from shards.settings import ConfigError
+import typer
+
+from shards.settings import ConfigError, StageError
 
 log = logging.getLogger("carrara")
 
+app = typer.Typer(
+    name="carrara",
+    help="From a table of image URLs and captions to a text-to-image latent diffusion model, on Ray and DeepSpeed.",
+    epilog="Killed at any moment, the same command goes on from where it was. Exit codes: 0 done, 1 failed, 2 the "
+    "configuration or an input cannot be used, 75 stopped and to be resumed by the same command, 130 Ctrl-C.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; `{self.prog} --help` shows how it is called")
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="settings to change, such as latents.batch_size=64"),
+]
+RunAndOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RUN] [section.key=value]...",
+        help="the run's folder, whose configuration is taken where none is given; settings to change",
+    ),
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="the run's folder or URL")]
+Config = Annotated[
+    str | None,
+    typer.Option("--config", metavar="FILE", help="the run's YAML (else CARRARA_CONFIG, else ./carrara.yaml)"),
+]
+Local = Annotated[bool, typer.Option("--local", help="in this process, without Ray")]
+Redo = Annotated[bool, typer.Option("--redo", help="make again what was made with other settings")]
+Adopt = Annotated[
+    bool,
+    typer.Option("--adopt", help="go on with what differs from the settings that a fit was begun with"),
+]
+Seed = Annotated[int, typer.Option("--seed")]
+Precision = Annotated[str, typer.Option("--precision", help="float32, bfloat16 or float16")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
+BatchSize = Annotated[int, typer.Option("--batch-size")]
+# typer brings a click of its own, in which the base of all these errors has no public name.
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+WEIGHTS = "ema, raw, one of train.ema_stds (ema_0.050), or posthoc:0.08"
 
 
-def run(name: str, arguments: Sequence[str]) -> None:
-    """Run the command `name` of COMMANDS; raises ConfigError, StageError or Stopped."""
-    COMMANDS[name](list(arguments))
+def run(arguments: Sequence[str]) -> None:
+    """Run what the arguments say. Raises ConfigError where they cannot be understood, else as the command does."""
+    _refuse_unknown(arguments)
+    try:
+        _command().main(list(arguments), prog_name="carrara", standalone_mode=False)
+    except USAGE_ERROR as e:
+        where = e.ctx.command_path if e.ctx else "carrara"  # type: ignore[attr-defined]
+        text = e.format_message().rstrip(".")  # type: ignore[attr-defined]
+        raise ConfigError(f"{text[:1].lower()}{text[1:]}; `{where} --help` shows how it is called") from None
+    except typer.Abort:
+        raise KeyboardInterrupt from None
 
 
-def _sample(arguments: list[str]) -> None:
-    parser = _Parser("carrara sample", description="Pictures from a checkpoint.")
-    parser.add_argument("run", help="the run's folder")
-    parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be given several times")
-    parser.add_argument("--prompts", help="a text file with one prompt a line, or .jsonl with prompt, negative, seed")
-    parser.add_argument("--negative", default="", help="what not to draw")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=1, help="pictures a prompt")
-    parser.add_argument("--checkpoint", default="latest")
-    parser.add_argument("--weights", default="ema", help="ema, raw, one of train.ema_stds (ema_0.050), or posthoc:0.08")
-    parser.add_argument("--sampler", default="ddim")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance-scale", "--guidance", type=float, default=3.0)
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--image", help="a picture to start from")
-    parser.add_argument("--mask", help="white where that picture is to be drawn anew")
-    parser.add_argument("--strength", type=float, default=0.6, help="how far the picture may change, up to 1")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--shard-size", type=int, default=64)
-    parser.add_argument("--precision", default="float32")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", help="folder for the pictures; by default RUN/samples/<digest of what is asked for>")
-    parser.add_argument("--ray", action="store_true", help="on Ray, as many workers as there is room for")
-    parser.add_argument("--redo", action="store_true", help="draw again what lies in --out from other settings")
-    given = parser.parse_args(arguments)
+def names() -> list[str]:
+    """The commands there are."""
+    return list(_command().commands)
 
+
+@functools.cache
+def _command() -> Any:
+    return typer.main.get_command(app)
+
+
+def _refuse_unknown(arguments: Sequence[str]) -> None:
+    name = next((a for a in arguments if not a.startswith("-")), None)
+    if name is None or name in names():
+        return
+    near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names())}"
+    raise ConfigError(f"there is no stage or command '{name}'; {hint}")
+
+
+@app.callback(invoke_without_command=True)
+def _carrara(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="say which version this is")] = False,
+) -> None:
+    if version:
+        print(f"carrara {importlib.metadata.version('carrara')}")
+    elif context.invoked_subcommand is None:
+        raise ConfigError("name a stage or a command; `carrara --help` shows them")
+
+
+# ---- the stages ----------------------------------------------------------------------------------------------
+
+
+def _configured(config: str | None, rest: Sequence[str] | None, tables: bool = True) -> Any:
+    """The run's configuration; `rest` is overrides, before them perhaps the run."""
+    from orchestration.config import base_folder, find_config, load, load_of_run
+
+    given = list(rest or ())
+    base, why = base_folder()
+    named = given.pop(0) if given and "=" not in given[0] else None
+    if named is not None and config is None and (found := load_of_run(named, given, base)) is not None:
+        log.info("the configuration that run %s was made with", found.run)
+        return found
+    path = find_config(config, base)
+    found = load(path, [*([f"run={json.dumps(named)}"] if named else []), *given], base, tables)
+    log.info("configuration %s; run %s (relative paths are from %s, %s)", path, found.run, base, why)
+    return found
+
+
+def _refuse_run(rest: Sequence[str] | None) -> list[str]:
+    """The overrides; a word without `=` is refused, with what it may have been meant as."""
+    for word in rest or ():
+        if "=" not in word:
+            hint = f"; `--rows {word}` gives a number of rows" if word.isdecimal() else ""
+            raise ConfigError(f"override '{word}': write it as section.key=value, such as latents.batch_size=64{hint}")
+    return list(rest or ())
+
+
+def _stage(
+    name: str, config: str | None, overrides: list[str] | None, local: bool, redo: bool, adopt: bool = False
+) -> None:
+    from orchestration import stages
+
+    stages.run(name, _configured(config, _refuse_run(overrides)), local, redo, adopt=adopt)
+
+
+@app.command(rich_help_panel="Stages")
+def ingest(
+    overrides: Overrides = None,
+    config: Config = None,
+    local: Local = False,
+    redo: Redo = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="what the filters keep and what it costs; no fetch")
+    ] = False,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="with --dry-run: look at about so many rows")
+    ] = None,
+    retry: Annotated[
+        str | None,
+        typer.Option("--retry", metavar="CODES", help="fetch failed rows again: transient, or error codes with commas"),
+    ] = None,
+    add_changed: Annotated[
+        bool,
+        typer.Option("--add-changed", help="where a file of the table changed, take its rows anew as further shards"),
+    ] = False,
+) -> None:
+    """Fetch the table's pictures into image shards.
+
+    \b
+    carrara ingest --config mine.yaml --dry-run --rows 1000000
+    carrara ingest --config mine.yaml --retry transient
+    """
+    from orchestration import stages
+
+    overrides = _refuse_run(overrides)
+    if dry_run and retry is not None:
+        raise ConfigError("--dry-run does not go with --retry")
+    if rows is not None and not dry_run:
+        raise ConfigError("--rows goes with --dry-run; the whole table is ingested otherwise")
+    found = _configured(config, overrides)
+    if dry_run:
+        print(stages.dry_run(found, rows))
+    elif retry is not None:
+        stages.retry_ingest(found, retry, local)
+    else:
+        stages.run("ingest", found, local, redo, add_changed)
+
+
+@app.command(rich_help_panel="Stages")
+def autoencoder(
+    overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
+) -> None:
+    """Fit a VAE on the run's pictures; skipped where the configuration names pretrained weights."""
+    _stage("autoencoder", config, overrides, local, redo, adopt)
+
+
+@app.command(rich_help_panel="Stages")
+def clip(
+    overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
+) -> None:
+    """Fit a CLIP on the run's pictures and captions; skipped where the configuration names pretrained weights."""
+    _stage("clip", config, overrides, local, redo, adopt)
+
+
+@app.command(rich_help_panel="Stages")
+def latents(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
+    """Encode the image shards into latent shards."""
+    _stage("latents", config, overrides, local, redo)
+
+
+@app.command(rich_help_panel="Stages")
+def train(
+    overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
+) -> None:
+    """Fit the UNet on the latent shards, and export it."""
+    _stage("train", config, overrides, local, redo, adopt)
+
+
+@app.command(name="eval", rich_help_panel="Stages")
+def eval_(
+    overrides: Overrides = None,
+    config: Config = None,
+    local: Local = False,
+    redo: Redo = False,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="FOLDER", help="any diffusers pipeline, a folder or a hub name")
+    ] = None,
+    run: Annotated[str | None, typer.Option("--run", metavar="DIR", help="with --model: where its results go")] = None,
+) -> None:
+    """Generate images from a checkpoint or any pipeline, measure them, and write the report.
+
+    \b
+    carrara eval --config mine.yaml
+    carrara eval --model FOLDER --run runs/theirs eval.prompts_file=prompts.jsonl
+    """
+    if model is not None:
+        from orchestration.evaluation import evaluate_model
+
+        print(evaluate_model(model, run, _refuse_run(overrides), config, local, redo))
+        return
+    if run is not None:
+        raise ConfigError("--run goes with --model; the configuration names the run otherwise")
+    _stage("eval", config, overrides, local, redo)
+
+
+@app.command(name="all", rich_help_panel="Stages")
+def all_(
+    overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
+) -> None:
+    """All stages in order. What can be known to be wrong with any of them is said before the first begins."""
+    from orchestration import stages
+
+    found = _configured(config, _refuse_run(overrides))
+    stages.check_all(found)
+    for name in stages.STAGES:
+        stages.run(name, found, local, redo, adopt=adopt)
+
+
+# ---- a run ---------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel="A run")
+def status(
+    run: Run,
+    watch: Annotated[bool, typer.Option("--watch", help="show it again every two seconds, until Ctrl-C")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="the records as JSON, for programs")] = False,
+) -> None:
+    """How far each stage is: done, failed, rate, time left. Reads the run's folder alone; the cluster may be down."""
+    from orchestration import status as module
+
+    module.show(run, watch, as_json)
+
+
+@app.command(rich_help_panel="A run")
+def verify(
+    run: Run,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="read every file and compare its sha256; else sizes alone")
+    ] = False,
+    discard: Annotated[
+        bool,
+        typer.Option("--discard", help="delete damaged shards, for their stage to make again; nothing else may run"),
+    ] = False,
+) -> None:
+    """Check every shard and checkpoint against what was committed, and say what to run where one is damaged."""
+    from orchestration.care import verify as work
+
+    work(run, deep, discard)
+
+
+@app.command(rich_help_panel="A run")
+def clean(
+    run: Run,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, and remove nothing")] = False,
+) -> None:
+    """Remove what processes left when they died: temporary files and folders of Carrara's own, nothing else."""
+    from orchestration.care import clean as work
+
+    work(run, dry_run)
+
+
+@app.command(rich_help_panel="A run")
+def remove(
+    overrides: Overrides = None,
+    config: Config = None,
+    urls: Annotated[str | None, typer.Option("--urls", metavar="FILE", help="a file of URLs, one a line")] = None,
+    sha256: Annotated[
+        str | None, typer.Option("--sha256", metavar="FILE", help="a file of sha256 of pictures as fetched")
+    ] = None,
+    host: Annotated[str | None, typer.Option("--host", metavar="NAME", help="a host and those below it")] = None,
+) -> None:
+    """Take pictures out of images and latents, keep them out, and name the checkpoints that saw them."""
+    from orchestration import remove as module
+
+    print(module.run(_configured(config, _refuse_run(overrides)), urls, sha256, host))
+
+
+@app.command(rich_help_panel="A run")
+def plan(
+    rest: RunAndOverrides = None,
+    config: Config = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="rows of the whole table; by default what was ingested")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="how many workers; by default ray.latents.workers, or 1")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="pictures to measure on")] = 64,
+    again: Annotated[bool, typer.Option("--again", help="measure again, rather than take what is known")] = False,
+    worker_hour: Annotated[float, typer.Option("--worker-hour", help="money for an hour of one worker")] = 1.0,
+    trainer_hour: Annotated[float, typer.Option("--trainer-hour", help="money for an hour of one training rank")] = 2.0,
+    terabyte_month: Annotated[float, typer.Option("--terabyte-month", help="money to store a terabyte a month")] = 23.0,
+    months: Annotated[float, typer.Option("--months", help="how long the latents are kept")] = 1.0,
+    epochs: Annotated[float, typer.Option("--epochs", help="how often each picture is trained on")] = 1.0,
+    worker_speed: Annotated[float, typer.Option("--worker-speed", help="a worker's speed, times this machine's")] = 1.0,
+    trainer_speed: Annotated[
+        float, typer.Option("--trainer-speed", help="a training rank's speed, times this machine's")
+    ] = 1.0,
+) -> None:
+    """What pre-encoding stores, takes and costs; encodes a few pictures to measure that."""
+    for option, value in (("worker-speed", worker_speed), ("trainer-speed", trainer_speed)):
+        if value <= 0:
+            raise ConfigError(f"plan: --{option} is {value:g}; it must be more than 0")
+    from latents import planning
+    from orchestration import stages
+    from orchestration.ledger import Ledger
+    from shards.layout import RunPaths
+
+    found = _configured(config, rest, tables=False)
+    (stage, pool), *_ = stages.shard_stages("latents", found)
+    prices = planning.Prices(
+        worker_hour=worker_hour,
+        trainer_hour=trainer_hour,
+        terabyte_month=terabyte_month,
+        months=months,
+        epochs=epochs,
+        worker_speed=worker_speed,
+        trainer_speed=trainer_speed,
+    )
+    counted = planning.pictures_of(stage, rows)  # type: ignore[arg-type]
+    rates = planning.rates_of(stage, samples, again)  # type: ignore[arg-type]
+    facts = planning.facts_of(stage)  # type: ignore[arg-type]
+    print(planning.report(found.latents, counted, workers or pool.most_workers or 1, rates, prices, facts))
+    ledger = Ledger(stage, RunPaths(found.run).status)
+    print(f"of this run, {ledger.skipped:,} of {ledger.total:,} shards are made and {ledger.remaining:,} are left")
+
+
+@app.command(rich_help_panel="A run")
+def inspect(
+    rest: RunAndOverrides = None,
+    config: Config = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="samples to look at")] = 32,
+    seed: Seed = 0,
+) -> None:
+    """Latents decoded beside their originals, and encoded again; another seed draws other samples."""
+    from latents import inspection
+    from orchestration import stages
+    from shards.layout import RunPaths
+
+    found = _configured(config, rest, tables=False)
+    stages.check_inputs("latents", found)
+    (stage, _), *_ = stages.shard_stages("latents", found)
+    seen = inspection.inspect(stage, count, seed)  # type: ignore[arg-type]
+    print(inspection.summary(seen))
+    page = inspection.write(seen, RunPaths(found.run).reports, f"Latents of {found.run}")
+    log.info("inspect: the page is %s", page)
+    if seen.complaint:
+        raise StageError(f"inspect: {seen.complaint}")
+
+
+# ---- a model -------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel="A model")
+def export(
+    run: Run,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="a folder's name under RUN/checkpoints")] = "latest",
+    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
+    precision: Annotated[str, typer.Option("--precision", help="float32 or float16")] = "float32",
+    out: Annotated[str | None, typer.Option("--out", help="folder of the pipeline; by default RUN/model")] = None,
+    licence: Annotated[str | None, typer.Option("--licence", help="of the weights, for the model card")] = None,
+) -> None:
+    """A checkpoint as a diffusers pipeline."""
+    from train.export import export as work
+
+    log.info("the pipeline is %s", work(run, checkpoint, weights, precision, out, licence))
+
+
+@app.command(rich_help_panel="A model")
+def sample(
+    run: Run,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="what to draw; may be given several times")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with prompt, negative, seed"),
+    ] = None,
+    negative: Annotated[str, typer.Option("--negative", help="what not to draw")] = "",
+    seed: Seed = 0,
+    count: Annotated[int, typer.Option("--count", help="pictures a prompt")] = 1,
+    checkpoint: Annotated[str, typer.Option("--checkpoint")] = "latest",
+    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
+    sampler: Annotated[str, typer.Option("--sampler")] = "ddim",
+    steps: Annotated[int, typer.Option("--steps")] = 25,
+    guidance_scale: Annotated[float, typer.Option("--guidance-scale")] = 3.0,
+    width: Annotated[int | None, typer.Option("--width")] = None,
+    height: Annotated[int | None, typer.Option("--height")] = None,
+    image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="a picture to start from")] = None,
+    mask: Annotated[
+        str | None, typer.Option("--mask", metavar="FILE", help="white where that picture is to be drawn anew")
+    ] = None,
+    strength: Annotated[float, typer.Option("--strength", help="how far the picture may change, up to 1")] = 0.6,
+    batch_size: BatchSize = 8,
+    shard_size: Annotated[int, typer.Option("--shard-size")] = 64,
+    precision: Precision = "float32",
+    device: Device = "auto",
+    out: Annotated[
+        str | None,
+        typer.Option("--out", help="folder for the pictures; by default RUN/samples/<digest of the request>"),
+    ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="on Ray, as many workers as there is room for")] = False,
+    redo: Redo = False,
+) -> None:
+    """Pictures from a checkpoint."""
+    given = dict(locals())
     from eval.sample import SampleConfig, SampleStage, requests_of
     from orchestration import engine
     from orchestration.config import Pool, RayConfig
@@ -77,271 +450,241 @@ def _sample(arguments: list[str]) -> None:
     from shards.layout import RunPaths
     from shards.settings import validate
 
-    requests = requests_of(given.prompt, given.prompts, given.negative, given.seed)
+    requests = requests_of(prompt or (), prompts, negative, seed)
     if not requests:
         raise ConfigError('sample: nothing to draw; give --prompt "..." or --prompts FILE')
-    values = {k: v for k, v in vars(given).items() if k in SampleConfig.model_fields}
-    config = validate(
-        SampleConfig,
-        {
-            **values,
-            "requests": requests,
-        },
-        "carrara sample",
-    )
+    values = {k: v for k, v in given.items() if k in SampleConfig.model_fields}
+    config = validate(SampleConfig, {**values, "requests": requests}, "carrara sample")
     asked = digest_json(config.model_dump(mode="json"))[:10]
-    run = RunPaths(given.run)
-    out = given.out or storage.join(given.run, "samples", asked)
-    stage = SampleStage(config, run, out)
+    paths = RunPaths(run)
+    folder = out or storage.join(run, "samples", asked)
+    stage = SampleStage(config, paths, folder)
 
     def drive() -> None:
-        engine.run(stage, run.status, RayConfig(), Pool(), local=not given.ray, redo=given.redo)
+        engine.run(stage, paths.status, RayConfig(), Pool(), local=not ray, redo=redo)
 
-    _maybe_on_ray(given.ray, drive)
-    log.info("%d pictures of %s are in %s", stage.total, stage.model.name, out)
+    if ray:
+        from orchestration.connection import connected
 
-
-def _maybe_on_ray(on_ray: bool, work: Callable[[], None]) -> None:
-    if not on_ray:
-        return work()
-    from orchestration.config import RayConfig
-    from orchestration.connection import connected
-
-    with connected(RayConfig()):
-        work()
+        with connected(RayConfig()):
+            drive()
+    else:
+        drive()
+    log.info("%d pictures of %s are in %s", stage.total, stage.model.name, folder)
 
 
-def _configured(arguments: list[str], parser: _Parser) -> tuple[argparse.Namespace, Any]:
-    """The parsed arguments and the run's configuration: [RUN] and overrides, --config, --local."""
-    from orchestration.config import base_folder, find_config, load
+@app.command(rich_help_panel="A model")
+def watch(
+    rest: RunAndOverrides = None,
+    config: Config = None,
+    local: Local = False,
+    once: Annotated[bool, typer.Option("--once", help="what is due now, then end")] = False,
+    forever: Annotated[bool, typer.Option("--forever", help="go on after training is done")] = False,
+) -> None:
+    """Evaluate checkpoints as they appear, as a job beside training."""
+    from orchestration.watch import watch as work
 
-    parser.add_argument(
-        "rest", nargs="*", metavar="[RUN] section.key=value", help="the run's folder, settings to change"
-    )
-    parser.add_argument("--config", help="the run's YAML (else CARRARA_CONFIG, else ./carrara.yaml)")
-    parser.add_argument("--local", action="store_true", help="in this process, without Ray")
-    given = parser.parse_intermixed_args(arguments)
-    overrides = [f"run={json.dumps(r)}" if i == 0 and "=" not in r else r for i, r in enumerate(given.rest)]
-    base, _ = base_folder()
-    path = find_config(given.config, base)
-    config = load(path, overrides, base, tables=False)
-    log.info("configuration %s; run %s", path, config.run)
-    return given, config
+    work(_configured(config, rest, tables=False), local, once, forever)
 
 
-def _watch(arguments: list[str]) -> None:
-    parser = _Parser("carrara watch", description="Evaluates checkpoints as they appear.")
-    parser.add_argument("--once", action="store_true", help="what is due now, then end")
-    parser.add_argument("--forever", action="store_true", help="go on after training is done")
-    given, config = _configured(arguments, parser)
-    from orchestration.watch import watch
+@app.command(rich_help_panel="A model")
+def numbers(rest: RunAndOverrides = None, config: Config = None) -> None:
+    """Metrics of whatever images are committed now; changes nothing."""
+    from orchestration.evaluation import numbers as work
 
-    watch(config, given.local, given.once, given.forever)
+    print(work(_configured(config, rest, tables=False)))
 
 
-def _numbers(arguments: list[str]) -> None:
-    parser = _Parser("carrara numbers", description="Metrics of whatever images are committed now; changes nothing.")
-    _, config = _configured(arguments, parser)
-    from orchestration.evaluation import numbers
-
-    print(numbers(config))
+Result = Annotated[str, typer.Argument(metavar="RESULT", help="its folder, or RUN:MODEL where it has one result alone")]
 
 
-def _compare(arguments: list[str]) -> None:
-    parser = _Parser("carrara compare", description="Two results in pairs: RUN/eval/MODEL/PROTOCOL, or RUN:MODEL.")
-    parser.add_argument("a", help="a result's folder, or RUN:MODEL where it has one result alone")
-    parser.add_argument("b", help="the other, of this run or of another one")
-    parser.add_argument("--json", help="write the differences to this file, too")
-    given = parser.parse_args(arguments)
-    from orchestration.evaluation import compare
+@app.command(rich_help_panel="A model")
+def compare(
+    a: Annotated[str, typer.Argument(help="a result's folder, or RUN:MODEL where it has one result alone")],
+    b: Annotated[str, typer.Argument(help="the other, of this run or of another one")],
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="write the differences to this file, too")
+    ] = None,
+) -> None:
+    """Two results in pairs, with a verdict."""
+    from orchestration.evaluation import compare as work
 
-    print(compare(given.a, given.b, given.json))
+    print(work(a, b, json_file))
 
 
-def _images(arguments: list[str]) -> None:
-    parser = _Parser("carrara images", description="A result's images as files, as a benchmark wants to have them.")
-    parser.add_argument("result", help="a result's folder, or RUN:MODEL where it has one result alone")
-    parser.add_argument("--layout", default="files", help="files, geneval, dpg or compbench")
-    parser.add_argument("--out", required=True, help="a new folder")
-    given = parser.parse_args(arguments)
+@app.command(rich_help_panel="A model")
+def images(
+    result: Result,
+    out: Annotated[str, typer.Option("--out", help="a new folder")],
+    layout: Annotated[str, typer.Option("--layout", help="files, geneval, dpg or compbench")] = "files",
+) -> None:
+    """A result's images as files, as a benchmark wants to have them."""
     from orchestration.evaluation import export_images
 
-    print(export_images(given.result, given.layout, given.out))
+    print(export_images(result, layout, out))
 
 
-def _scores(arguments: list[str]) -> None:
-    parser = _Parser("carrara scores", description="Scores made elsewhere as a metric like any other.")
-    parser.add_argument("result", help="a result's folder, or RUN:MODEL where it has one result alone")
-    parser.add_argument("file", help="JSON lines: id (or file) and score (or correct)")
-    parser.add_argument("--name", required=True, help="of the metric: small letters, digits, _")
-    parser.add_argument("--index", help="the export's index.jsonl, where the file names images by their files")
-    given = parser.parse_args(arguments)
+@app.command(rich_help_panel="A model")
+def scores(
+    result: Result,
+    file: Annotated[str, typer.Argument(help="JSON lines: id (or file) and score (or correct)")],
+    name: Annotated[str, typer.Option("--name", help="of the metric: small letters, digits, _")],
+    index: Annotated[
+        str | None,
+        typer.Option("--index", metavar="FILE", help="the export's index.jsonl, where files name the images"),
+    ] = None,
+) -> None:
+    """Scores made elsewhere as a metric like any other."""
     from orchestration.evaluation import import_scores
 
-    print(import_scores(given.result, given.name, given.file, given.index))
+    print(import_scores(result, name, file, index))
 
 
-def _reference(arguments: list[str]) -> None:
-    parser = _Parser("carrara reference", description="Real images and captions of a public set as shards.")
-    parser.add_argument("kind", choices=["coco"], help="coco: COCO's captions file and a folder of its images")
-    parser.add_argument("--annotations", required=True, help="captions_val2014.json")
-    parser.add_argument("--images", required=True, help="the folder val2014")
-    parser.add_argument("--out", required=True, help="folder for images/ (shards) and prompts.jsonl")
-    parser.add_argument("--count", type=int, default=30_000, help="captions that are drawn")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--all", action="store_true", help="the reference is all images, not those of the captions")
-    given = parser.parse_args(arguments)
-    from eval import coco
-
-    print(coco.reference(given.annotations, given.images, given.out, given.count, given.seed, given.all))
+reference = typer.Typer(help="Real images and captions of a public set as shards.", rich_markup_mode=None)
+app.add_typer(reference, name="reference", rich_help_panel="A model")
 
 
-def _grid(arguments: list[str]) -> None:
-    parser = _Parser("carrara grid", description="Every cell of eval.grid on one checkpoint.")
-    parser.add_argument("--redo", action="store_true", help="make again what was made with other settings")
-    given, config = _configured(arguments, parser)
-    from orchestration import grid
+@reference.command()
+def coco(
+    annotations: Annotated[str, typer.Option("--annotations", metavar="FILE", help="captions_val2014.json")],
+    images: Annotated[str, typer.Option("--images", metavar="DIR", help="the folder val2014")],
+    out: Annotated[str, typer.Option("--out", help="folder for images/ (shards) and prompts.jsonl")],
+    count: Annotated[int, typer.Option("--count", min=1, help="captions that are drawn")] = 30_000,
+    seed: Seed = 0,
+    all_: Annotated[bool, typer.Option("--all", help="the reference is all images, not those of the captions")] = False,
+) -> None:
+    """COCO's captions file and a folder of its images."""
+    from eval import coco as module
 
-    log.info("grid: the report is %s", grid.run(config, given.local, given.redo))
-
-
-def _export(arguments: list[str]) -> None:
-    parser = _Parser("carrara export", description="A checkpoint as a diffusers pipeline.")
-    parser.add_argument("run", help="the run's folder")
-    parser.add_argument("--checkpoint", default="latest", help="a folder's name under RUN/checkpoints")
-    parser.add_argument("--weights", default="ema", help="ema, raw, one of ema_stds (ema_0.050), or posthoc:0.08")
-    parser.add_argument("--dtype", default="float32", help="float32 or float16")
-    parser.add_argument("--out", help="folder of the pipeline; by default RUN/model")
-    parser.add_argument("--licence", help="of the weights, for the model card")
-    given = parser.parse_args(arguments)
-    from train.export import export
-
-    folder = export(given.run, given.checkpoint, given.weights, given.dtype, given.out, given.licence)
-    log.info("the pipeline is %s", folder)
+    print(module.reference(annotations, images, out, count, seed, all_))
 
 
-def _explain(arguments: list[str]) -> None:
-    parser = _Parser("carrara explain-fid", description="The FID of two sets of pictures as five libraries measure it.")
-    parser.add_argument("generated", help="a folder of pictures, or of finished shards")
-    parser.add_argument("real", help="the same of real pictures")
-    parser.add_argument("--inception", required=True, help="torch-fidelity's Inception weights, or download")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", help="write the rows to this file, too")
-    given = parser.parse_args(arguments)
+@reference.callback()
+def _reference() -> None:
+    pass
+
+
+@app.command(rich_help_panel="A model")
+def grid(rest: RunAndOverrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
+    """Samplers x steps x guidance scales x weights on one checkpoint: every cell of eval.grid."""
+    from orchestration import grid as module
+
+    log.info("grid: the report is %s", module.run(_configured(config, rest, tables=False), local, redo))
+
+
+@app.command(name="explain-fid", rich_help_panel="A model")
+def explain_fid(
+    generated: Annotated[str, typer.Argument(help="a folder of pictures, or of finished shards")],
+    real: Annotated[str, typer.Argument(help="the same of real pictures")],
+    inception: Annotated[
+        str, typer.Option("--inception", metavar="FILE", help="torch-fidelity's Inception weights, or download")
+    ],
+    batch_size: BatchSize = 16,
+    device: Device = "auto",
+    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="write the rows to this JSON, too")] = None,
+) -> None:
+    """The FID of two sets of pictures as five libraries measure it, and why they differ."""
     from eval import explain
     from shards import storage
 
-    rows = explain.explain(given.generated, given.real, given.inception, given.batch_size, given.device)
+    rows = explain.explain(generated, real, inception, batch_size, device)
     print(explain.table(rows))
-    if given.json:
-        storage.write_json(given.json, [vars(r) for r in rows])
+    if out:
+        storage.write_json(out, [vars(r) for r in rows])
 
 
-def _judge(arguments: list[str]) -> None:
-    parser = _Parser("carrara judge", description="Blinded pairs for people, and the scores of their votes.")
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
-    pack = actions.add_parser("pack", help="write a page of pairs")
-    pack.add_argument("run", help="the run's folder")
-    pack.add_argument("--results", nargs="+", required=True, metavar="[RUN:]MODEL/PROTOCOL")
-    pack.add_argument("--pairs", type=int, default=60)
-    pack.add_argument("--seed", type=int, default=0)
-    pack.add_argument("--out", required=True, help="folder for index.html (to give away) and key.json (to keep)")
-    score = actions.add_parser("score", help="Bradley-Terry scores of the votes")
-    score.add_argument("pack", help="the folder with key.json")
-    score.add_argument("votes", nargs="+", help="CSV files that the page saved")
-    given = parser.parse_args(arguments)
+judge = typer.Typer(help="Blinded pairs for people, and the scores of their votes.", rich_markup_mode=None)
+app.add_typer(judge, name="judge", rich_help_panel="A model")
+
+
+@judge.command()
+def pack(
+    run: Run,
+    results: Annotated[list[str], typer.Argument(metavar="[RUN:]MODEL/PROTOCOL...", help="what is to be compared")],
+    out: Annotated[str, typer.Option("--out", help="folder for index.html (to give away) and key.json (to keep)")],
+    pairs: Annotated[int, typer.Option("--pairs")] = 60,
+    seed: Seed = 0,
+) -> None:
+    """Write a page of pairs."""
+    from eval import human
+    from shards.layout import RunPaths
+
+    paths = RunPaths(run)
+    found = human.pairs(paths, results, pairs, seed)
+    log.info("%d pairs: %s", len(found), human.write_pack(out, results, found, paths))
+    log.info("give away index.html alone; key.json says what was what")
+
+
+@judge.command()
+def score(
+    pack: Annotated[str, typer.Argument(help="the folder with key.json")],
+    votes: Annotated[list[str], typer.Argument(help="CSV files that the page saved")],
+) -> None:
+    """Bradley-Terry scores of the votes."""
     from eval import human
     from shards import storage
-    from shards.layout import RunPaths
 
-    if given.action == "pack":
-        run = RunPaths(given.run)
-        found = human.pairs(run, given.results, given.pairs, given.seed)
-        log.info("%d pairs: %s", len(found), human.write_pack(given.out, given.results, found, run))
-        log.info("give away index.html alone; key.json says what was what")
-        return
-    names, votes = human.read_votes(given.pack, given.votes)
-    scores = human.bradley_terry(names, votes)
+    names_, read = human.read_votes(pack, votes)
+    scores = human.bradley_terry(names_, read)
     print(human.table(scores))
-    storage.write_json(str(Path(given.pack) / "scores.json"), human.to_json(scores))
+    storage.write_json(str(Path(pack) / "scores.json"), human.to_json(scores))
 
 
-def _plan(arguments: list[str]) -> None:
-    parser = _Parser(
-        "carrara plan", description="What pre-encoding would store, take and cost; encodes a few pictures."
-    )
-    parser.add_argument("--rows", type=int, help="rows of the whole table; by default what this run has ingested")
-    parser.add_argument("--workers", type=int, help="how many workers; by default ray.latents.workers, or 1")
-    parser.add_argument("--samples", type=int, default=64, help="pictures to measure on")
-    parser.add_argument("--again", action="store_true", help="measure again, rather than take what is known")
-    parser.add_argument("--worker-hour", type=float, default=1.0, help="money for an hour of one worker")
-    parser.add_argument("--trainer-hour", type=float, default=2.0, help="money for an hour of one training rank")
-    parser.add_argument(
-        "--terabyte-month", type=float, default=23.0, help="money for a terabyte of storage and a month"
-    )
-    parser.add_argument("--months", type=float, default=1.0, help="how long the latents are kept")
-    parser.add_argument("--epochs", type=float, default=1.0, help="how often each picture is trained on")
-    parser.add_argument("--worker-speed", type=float, default=1.0, help="a worker's speed, times this machine's")
-    parser.add_argument(
-        "--trainer-speed", type=float, default=1.0, help="a training rank's speed, times this machine's"
-    )
-    given, config = _configured(arguments, parser)
-    for name in ("rows", "workers", "samples", "worker_speed", "trainer_speed"):
-        value = getattr(given, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"plan: --{name.replace('_', '-')} is {value:g}; it must be more than 0")
-    from latents import planning
-    from orchestration import stages
-    from orchestration.ledger import Ledger
-    from shards.layout import RunPaths
-
-    paths = RunPaths(config.run)
-    (stage, pool), *_ = stages.shard_stages("latents", config)
-    prices = planning.Prices(**{k: v for k, v in vars(given).items() if k in planning.Prices.__dataclass_fields__})
-    samples = planning.pictures_of(stage, given.rows)  # type: ignore[arg-type]
-    rates = planning.rates_of(stage, given.samples, given.again)  # type: ignore[arg-type]
-    facts = planning.facts_of(stage)  # type: ignore[arg-type]
-    print(planning.report(config.latents, samples, given.workers or pool.workers or 1, rates, prices, facts))
-    ledger = Ledger(stage, paths.status)
-    print(f"of this run, {ledger.skipped:,} of {ledger.total:,} shards are made and {ledger.remaining:,} are left")
+# ---- machines ------------------------------------------------------------------------------------------------
 
 
-def _inspect(arguments: list[str]) -> None:
-    parser = _Parser("carrara inspect", description="Latents decoded beside their originals, and encoded again.")
-    parser.add_argument("--count", type=int, default=32, help="samples to look at")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other samples")
-    given, config = _configured(arguments, parser)
-    if given.count < 1:
-        raise ConfigError(f"inspect: --count is {given.count}; it must be at least 1")
-    from latents import inspection
-    from orchestration import stages
-    from shards.layout import RunPaths
-    from shards.settings import StageError
+@app.command(rich_help_panel="Machines")
+def doctor(
+    overrides: Overrides = None,
+    config: Config = None,
+    run: Annotated[
+        str | None, typer.Option("--run", metavar="URL", help="prove a store by writing to it, without a configuration")
+    ] = None,
+) -> None:
+    """What is installed, what the machine has, whether the run's store can be worked on, and known traps."""
+    from orchestration.doctor import examine
 
-    stages.check_inputs("latents", config)
-    (stage, _), *_ = stages.shard_stages("latents", config)
-    found = inspection.inspect(stage, given.count, given.seed)  # type: ignore[arg-type]
-    print(inspection.summary(found))
-    log.info(
-        "inspect: the page is %s", inspection.write(found, RunPaths(config.run).reports, f"Latents of {config.run}")
-    )
-    if found.complaint:
-        raise StageError(f"inspect: {found.complaint}")
+    examine(config, _refuse_run(overrides), run)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "plan": _plan,
-    "inspect": _inspect,
-    "sample": _sample,
-    "watch": _watch,
-    "numbers": _numbers,
-    "grid": _grid,
-    "compare": _compare,
-    "images": _images,
-    "scores": _scores,
-    "reference": _reference,
-    "export": _export,
-    "explain-fid": _explain,
-    "judge": _judge,
-}
+@app.command(
+    rich_help_panel="Machines",
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+        "help_option_names": ["--help"],
+    },
+)
+def submit(
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="any command, with its arguments")],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", metavar="URL", help="the cluster's dashboard (else RAY_API_SERVER_ADDRESS, else here)"
+        ),
+    ] = None,
+) -> None:
+    """Run any command as a Ray job, follow its log, and end as it ends.
+
+    \b
+    carrara submit --address http://127.0.0.1:8265 ingest --config mine.yaml --retry transient
+
+    The configuration and other files that the arguments name are sent with it, and so is this Carrara.
+    """
+    from orchestration.submit import submit as work
+
+    _refuse_unknown(command)
+    work(command, address)
+
+
+@app.command(rich_help_panel="Machines")
+def demo(
+    overrides: Overrides = None,
+    config: Config = "configs/demo.yaml",
+    pictures: Annotated[int, typer.Option("--pictures", help="size of the corpus, dirt apart")] = 6000,
+    heldout: Annotated[int, typer.Option("--heldout", help="size of the held-out split")] = 600,
+) -> None:
+    """The whole pipeline on a corpus that is drawn here; what `make demo` runs."""
+    from orchestration.demo import run as work
+
+    work(str(config), _refuse_run(overrides), pictures, heldout)

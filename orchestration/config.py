@@ -21,16 +21,19 @@ import glob
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import psutil
+import pydantic
 from pydantic import Field
 
 from eval.config import EvalConfig
 from ingest.config import IngestConfig
 from latents.config import LatentsConfig
 from orchestration.ledger import Retries
-from shards.settings import ConfigError, Strict, load_yaml, validate
+from shards import storage
+from shards.layout import RunPaths
+from shards.settings import ConfigError, Strict, apply_overrides, load_yaml, validate
 from train.config import AutoencoderConfig, ClipConfig, TrainConfig
 
 log = logging.getLogger("carrara")
@@ -38,13 +41,52 @@ log = logging.getLogger("carrara")
 JOB_PACKAGE = "_ray_pkg_"  # what Ray calls the temporary copy of a job's --working-dir
 
 
+class Span(Strict):
+    """From how many workers to how many."""
+
+    min: int = Field(default=0, ge=0, description="so many are asked for, also where there is no room yet")
+    max: int = Field(ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _in_order(self) -> Span:
+        if self.min > self.max:
+            raise ValueError(f"min is {self.min} and max is {self.max}; min must not be more than max")
+        return self
+
+
 class Pool(Strict):
     """The workers of one stage, and what each claims of the cluster."""
 
-    workers: int | None = Field(default=None, ge=1, description="null: as many as the cluster has room for")
+    workers: Annotated[int, Field(ge=1)] | Span | None = Field(
+        default=None,
+        description="a number; null: as many as the cluster has room for, or its autoscaler may make room for; "
+        "{min, max}: the same between these",
+    )
+    placement: Literal["PACK", "SPREAD"] = Field(
+        default="PACK", description="SPREAD: over as many nodes as possible, for what the network limits"
+    )
+    memory_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="memory a worker claims; null: a quarter more than the most that one was seen to use",
+    )
+    deadline_s: float | None = Field(
+        default=21_600.0, gt=0, description="a worker that is at one shard for longer is ended; null: no such limit"
+    )
+    deadline_factor: float | None = Field(
+        default=20.0,
+        gt=1,
+        description="the same after so many times what 95 of 100 shards took, once 20 are done; null: no limit",
+    )
+    start_deadline_s: float = Field(default=1_800.0, gt=0, description="how long a worker may take to start")
     num_cpus: float = Field(default=1.0, gt=0)
     num_gpus: float | None = Field(default=None, ge=0, description="null: one where the cluster has any, else none")
     resources: dict[str, float] = Field(default={}, description="Ray's custom resources, e.g. {fast_disk: 1}")
+
+    @property
+    def most_workers(self) -> int | None:
+        """The number of workers, or the most there may be; None where the cluster decides."""
+        return self.workers.max if isinstance(self.workers, Span) else self.workers
 
     @property
     def threads(self) -> int:
@@ -56,6 +98,9 @@ class CpuPool(Pool):
     """Workers that have no use for a GPU."""
 
     num_gpus: float | None = Field(default=0.0, ge=0)
+    placement: Literal["PACK", "SPREAD"] = Field(
+        default="SPREAD", description="over as many nodes as possible: downloads share their networks"
+    )
 
 
 class Ranks(Strict):
@@ -85,6 +130,11 @@ class RayConfig(Strict):
     attempts: int = Field(default=3, ge=1, description="tries a shard gets before it is set aside")
     back_off_s: float = Field(default=1.0, ge=0, description="wait before a shard's second try; doubles with each")
     grace_s: float = Field(default=20.0, ge=0, description="on SIGTERM, how long shards in hand are waited for")
+    node_strikes: int = Field(
+        default=3,
+        ge=1,
+        description="workers that fail to start on a node, or name trouble of its own, until it is left out",
+    )
     wait_for_nodes_s: float = Field(
         default=600.0, ge=0, description="how long to wait for a node with room for a worker"
     )
@@ -133,12 +183,27 @@ def load(path: str, overrides: Sequence[str], base: str, tables: bool = True) ->
     return config
 
 
+def load_of_run(run: str, overrides: Sequence[str], base: str) -> RunConfig | None:
+    """The configuration that a run was last worked on with, as it is noted there, with overrides; None where there is
+    none. Raises ConfigError where it does not fit this version."""
+    url = storage.join(RunPaths(_absolute(run, base)).status, "config.json")
+    try:
+        data = storage.read_json(url)
+    except (ValueError, OSError):
+        return None
+    if not isinstance(data, dict):
+        return None
+    apply_overrides(data, overrides)
+    return validate(RunConfig, _resolved({**data, "run": data.get("run", run)}, base), url)
+
+
 def base_folder() -> tuple[str, str]:
     """(folder, why): what relative paths in the configuration are relative to.
 
     `ray job submit --working-dir .` runs the job in a temporary copy of the folder, and whatever were
-    written there would be lost with it. So: CARRARA_ROOT if set; in such a copy, the folder in which the
-    Ray daemon was started that this process descends from; otherwise the current folder.
+    written there would be lost with it. So: CARRARA_ROOT if set; in such a copy, the folder in which
+    `carrara submit` was called, where there is one of that name, else that in which the Ray daemon was started
+    that this process descends from; otherwise the current folder.
     """
     root = os.environ.get("CARRARA_ROOT")
     if root:
@@ -148,6 +213,9 @@ def base_folder() -> tuple[str, str]:
     here = os.getcwd()
     if JOB_PACKAGE not in here:
         return here, "the current folder"
+    sent_from = os.environ.get("CARRARA_SENT_FROM")
+    if sent_from and os.path.isdir(sent_from):
+        return sent_from, "the folder where the job was submitted"
     try:
         for parent in psutil.Process().parents():
             if parent.name() == "raylet":

@@ -6,17 +6,25 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from orchestration.config import JOB_PACKAGE, RayConfig
-from orchestration.ray_head import be_patient
+from orchestration.ray_head import be_patient, keep_apart
+from orchestration.stopping import Stopped
 from shards.settings import ConfigError, StageError
 
 log = logging.getLogger("carrara")
 
 ROOT = Path(__file__).resolve().parent.parent
+TCP_S = 5.0
+SILENCE_S, PROBE_S = 13.0, 12.0  # how long ray.init may take before it is asked whether a Ray is there, and the answer
 OBJECT_STORE_BYTES = 100_000_000  # of a Ray of our own; shards never go through it
 
 
@@ -34,21 +42,27 @@ def connected(config: RayConfig) -> Iterator[None]:
         # Workers find this very code; a job's package and the current folder they know already.
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         options["runtime_env"] = {"env_vars": {"PYTHONPATH": path}}
-    if not address:
+    if address:
+        _refuse_if_silent(address)
+    else:
         # Ray would otherwise write a token file into the home folder, which changes how later heads start.
         if "RAY_AUTH_MODE" not in os.environ and not (Path.home() / ".ray" / "auth_token").exists():
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        os.environ.setdefault("RAY_agent_register_timeout_ms", "180000")  # parts start slowly on a busy machine
         be_patient()
+        keep_apart()
         log.info("no Ray address given: starting a Ray on this machine for this command")
-    else:
-        options["address"] = address
     import ray  # only now: its library reads the mode of authentication once, as it is loaded
 
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**options)
-    except (ConnectionError, ray.exceptions.RayError, RuntimeError) as e:
+        with _watched(address):
+            ray.init(**{"address": address, **options})
+    except SystemExit:  # what Ray makes of a SIGTERM, from the moment at which it installs a handler of its own
+        raise Stopped("stopped on request while Ray was started; the same command goes on from here") from None
+    except Exception as e:  # Ray raises bare ones, too
         text = " ".join(str(e).split())[:300]
         if address is None:
             raise StageError(f"Ray does not start on this machine: {text}") from e
@@ -56,7 +70,61 @@ def connected(config: RayConfig) -> Iterator[None]:
             f"no connection to the Ray at {address}: {text}; is it running, and are RAY_AUTH_MODE and the token the "
             "same here as there (`carrara doctor` looks at both)?"
         ) from e
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_if_silent(address: str) -> None:
+    """Raise ConfigError where nothing listens at a Ray address (host:port or ray://host:port)."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), TCP_S).close()
+    except OSError as e:
+        raise ConfigError(
+            f"no connection to the Ray at {address}: {e.strerror or e}; correct ray.address or RAY_ADDRESS, or start a "
+            "Ray there"
+        ) from None
+
+
+@contextlib.contextmanager
+def _watched(address: str | None) -> Iterator[None]:
+    """Within, a Ray address that something else answers at ends this process with a sentence: ray.init would wait for
+    minutes, and cannot be interrupted."""
+    over = threading.Event()
+
+    def watch() -> None:
+        if over.wait(SILENCE_S) or address is None or _is_ray(address) or over.is_set():
+            return
+        print(
+            f"carrara: what listens at {address} does not answer as a Ray does within {SILENCE_S + PROBE_S:.0f} s; "
+            "correct ray.address or RAY_ADDRESS (the port is that of `ray start`, 6379 by default, and not the "
+            "dashboard's), and see that RAY_AUTH_MODE and the token are the same here as there",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    threading.Thread(target=watch, name="ray-address", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _is_ray(address: str) -> bool:
+    """Whether a Ray answers there, asked by another process: Ray's client ends the one that asks in vain."""
+    if address.startswith("ray://"):
+        return True
+    code = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).internal_kv_get(b'-', None)"
+    try:
+        asked = subprocess.run([sys.executable, "-c", code, address], capture_output=True, timeout=PROBE_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return asked.returncode == 0

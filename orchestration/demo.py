@@ -1,6 +1,6 @@
 """`make demo`: the whole pipeline on a corpus that is drawn here, each stage a Ray job, as a user would submit it.
 
-    python -m orchestration.demo --config configs/demo.yaml
+    carrara demo --config configs/demo.yaml
 
 Draws the corpus, serves it over HTTP on loopback, starts a Ray head of its own and submits one stage after
 another. Killed anywhere, the same command finishes the work; where everything is done, it says so without Ray.
@@ -8,15 +8,15 @@ another. Killed anywhere, the same command finishes the work; where everything i
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import dataclasses
 import os
 import re
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +30,6 @@ from ingest.errors import RETRYABLE
 from orchestration import stages, status
 from orchestration.cluster import Cluster
 from orchestration.config import RunConfig, load
-from orchestration.run_stage import guarded
 from orchestration.stopping import Stopped
 from shards import storage
 from shards.layout import RunPaths
@@ -42,18 +41,19 @@ LINE_EVERY_S = 10.0
 ATTEMPTS = 3  # how often pictures that were missed are fetched again
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="carrara demo", description=__doc__)
-    parser.add_argument("--config", default="configs/demo.yaml")
-    parser.add_argument("--pictures", type=int, default=6000, help="size of the corpus, dirt apart")
-    parser.add_argument("--heldout", type=int, default=600, help="size of the held-out split")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(arguments)
-    return guarded(lambda: _demo(args))
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What the demo was called with."""
+
+    config: str
+    overrides: list[str]
+    pictures: int
+    heldout: int
 
 
-def _demo(args: argparse.Namespace) -> None:
+def run(config_file: str, overrides: list[str], pictures: int, heldout: int) -> None:
+    """The demo from the first incomplete stage on. pictures, heldout: size of the corpus, dirt apart."""
+    args = Wanted(config_file, overrides, pictures, heldout)
     began = time.monotonic()
     config = load(args.config, args.overrides, os.getcwd(), tables=False)
     run = storage.local_path(config.run)
@@ -116,9 +116,7 @@ def _base_url(corpus: Path) -> str:
         return f"http://127.0.0.1:{s.getsockname()[1]}"
 
 
-def _stage(
-    cluster: Cluster, config: RunConfig, name: str, args: argparse.Namespace, server: Server | None = None
-) -> None:
+def _stage(cluster: Cluster, config: RunConfig, name: str, args: Wanted, server: Server | None = None) -> None:
     """One stage as a job. A server of pictures that died meanwhile is started again, and what was missed is fetched."""
     if not stages.is_complete(name, config):
         _job(cluster, config, name, args, server)
@@ -130,9 +128,7 @@ def _stage(
         _job(cluster, config, name, args, server, "--retry", "transient")
 
 
-def _job(
-    cluster: Cluster, config: RunConfig, name: str, args: argparse.Namespace, server: Server | None, *options: str
-) -> None:
+def _job(cluster: Cluster, config: RunConfig, name: str, args: Wanted, server: Server | None, *options: str) -> None:
     step = f"[{stages.STAGES.index(name) + 1}/{len(stages.STAGES)}] {name}"
     began = time.monotonic()
     logs = storage.local_path(RunPaths(config.run).status) / "logs"
@@ -270,7 +266,3 @@ def _sigterm_stops() -> Iterator[None]:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

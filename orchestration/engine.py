@@ -6,6 +6,7 @@ remembered. The loop on Ray is in actors.py, the book-keeping in ledger.py.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -22,10 +23,12 @@ from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
 from shards import storage
 from shards.dataset import MANIFEST
 from shards.progress import Progress
-from shards.settings import ConfigError, StageError
+from shards.settings import ConfigError, NodeTrouble, StageError
 from shards.stage import Stage, Task, Worker, begin, is_begun
 
 log = logging.getLogger("carrara.engine")
+
+NODE_TROUBLES = 5  # of this machine in a row, with growing pauses, until a run in one process ends
 
 
 def build_worker(stage: Stage, threads: int) -> Worker:
@@ -53,21 +56,32 @@ def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = 
     On Ray, `ray.init` was called before. Returns False where everything was there already. Raises
     StageError where shards were set aside or the stage cannot go on, and Stopped after SIGTERM.
     """
-    with Lease(status, stage.name, stage.root, on_ray=not local) as lease:
-        folder = begin(stage, redo, map if local else planning.on_ray)
-        freed = sum(storage.sweep_temporaries(f) for f in (folder.root, folder.beside))
-        if freed:
-            log.info("%s: removed %.1f MB that processes left when they died", stage.name, freed / 1e6)
-        ledger = Ledger(stage, status, config.retries)
-        if ledger.complete:
-            log.info("%s: complete, %d shards; nothing to do", stage.name, ledger.total)
-            return False
-        status_url = storage.join(status, f"{stage.name}.json")
-        progress = Progress(stage.name, ledger.total, "shards", status_url, ledger.skipped)
-        state = "failed"
+    status_url = storage.join(status, f"{stage.name}.json")
+    with stop_on_sigterm(StopFlag(stage.name)) as stop, Lease(status, stage.name, stage.root) as lease:
+        before = _record(status_url)
+        progress = Progress(stage.name, 0, "shards", status_url, state="planning")
+        state, begun = "failed", False
         try:
-            with stop_on_sigterm(StopFlag()) as stop:
-                job = Job(stage, ledger, progress, stop, lease)
+            folder = begin(stage, redo, map if local else planning.on_ray)
+            freed = sum(storage.sweep_temporaries(f) for f in (folder.root, folder.beside))
+            if freed:
+                log.info("%s: removed %.1f MB that processes left when they died", stage.name, freed / 1e6)
+
+            def look() -> None:
+                lease.check()
+                stop.check()
+                progress.update()
+
+            ledger = Ledger(stage, status, config.retries, look)
+            if ledger.complete:
+                progress.begin("planning", ledger.total, done=ledger.total)
+                log.info("%s: complete, %d shards; nothing to do", stage.name, ledger.total)
+                state = "done"
+                return False
+            begun = True
+            progress.begin("running", ledger.total, done=ledger.skipped)
+            job = Job(stage, ledger, progress, stop, lease, peak_bytes=_known_peak(before))
+            with stop.waits():
                 if local:
                     in_this_process(job, pool)
                 else:
@@ -75,6 +89,7 @@ def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = 
 
                     on_ray(job, pool, config)
             ledger.refuse_failures()
+            progress.begin("finishing", ledger.total)
             stage.finish(ledger.stats())
             state = "done"
         except (Stopped, KeyboardInterrupt):
@@ -82,7 +97,25 @@ def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = 
             raise
         finally:
             progress.close(state)
+            if before.get("state") == "done" and not begun:  # a try that did nothing leaves a finished stage finished
+                with contextlib.suppress(Exception):
+                    storage.write_json(status_url, before)
     return True
+
+
+def _record(status_url: str) -> dict[str, Any]:
+    """The stage's status as the last run of it left it."""
+    with contextlib.suppress(Exception):  # nothing hangs on it
+        found = storage.read_json(status_url)
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _known_peak(record: dict[str, Any]) -> int:
+    """The most memory that a worker of an earlier run was seen to use, in bytes; 0 where that is not known."""
+    found = (record.get("figures") or {}).get("worker_gb", 0)
+    return int(found * 1e9) if isinstance(found, (int, float)) else 0
 
 
 @dataclasses.dataclass
@@ -94,6 +127,7 @@ class Job:
     progress: Progress
     stop: StopFlag
     lease: Lease
+    peak_bytes: int = 0  # of a worker's memory, where an earlier run has measured it
     workers: int = 1
     samples: int = 0
     rows: int = 0
@@ -104,8 +138,7 @@ class Job:
     def check(self) -> None:
         """Raise where the run is to end now."""
         self.lease.check()
-        if self.stop.is_set():
-            raise Stopped(f"{self.stage.name}: stopped on request; the same command goes on from here")
+        self.stop.check()
 
     def done(self, task: Task, stats: dict[str, Any] | None, **figures: Any) -> None:
         """Count a committed shard."""
@@ -140,6 +173,7 @@ def sentence(error: BaseException) -> str:
 def in_this_process(job: Job, pool: Pool) -> None:
     """One shard after another, here; the same bytes as on Ray."""
     worker: Worker | None = None
+    troubles = 0
     while not job.ledger.empty:
         job.check()
         task = job.ledger.take()
@@ -149,7 +183,14 @@ def in_this_process(job: Job, pool: Pool) -> None:
         worker = worker or build_worker(job.stage, pool.threads)
         try:
             stats = worker(task)
+        except NodeTrouble as e:  # there is no other machine: it may pass, or the run ends
+            troubles += 1
+            if troubles >= NODE_TROUBLES:
+                raise
+            log.warning("%s: %s", job.stage.name, e)
+            job.ledger.give_back(task, job.ledger.retries.wait(troubles))
         except Exception as e:
             job.blame(task, e, traceback.format_exc())
         else:
+            troubles = 0
             job.done(task, stats)

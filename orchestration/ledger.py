@@ -6,6 +6,7 @@ process but the tracebacks of shards that kept failing, in `<run>/status/<stage>
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import itertools
@@ -13,7 +14,7 @@ import logging
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from shards import storage
 from shards.dataset import FORMAT_VERSION, MANIFEST, read_stats, read_stats_of
 from shards.layout import shard_name
 from shards.listing import STATS, listed
-from shards.settings import StageError
+from shards.settings import NodeTrouble, StageError
 from shards.stage import Stage, Task
 
 log = logging.getLogger("carrara.engine")
@@ -48,11 +49,15 @@ class Ledger:
 
     Made by one pass over `stage.tasks()` that keeps one byte a shard, and by the names that lie in the stage's folder,
     so that a resume over 200,000 shards opens no file of them. The folder is begun (shards/stage.py: begin), so what
-    lies there was made with the stage's settings.
+    lies there was made with the stage's settings. look: called for every task that is looked at, and for every shard
+    whose stats are read at the end; what it raises ends that.
     """
 
-    def __init__(self, stage: Stage, status: str, retries: Retries | None = None) -> None:
+    def __init__(
+        self, stage: Stage, status: str, retries: Retries | None = None, look: Callable[[], None] = lambda: None
+    ) -> None:
         self.stage, self.status, self.retries = stage, status, retries or Retries()
+        self.look = look
         self.failed: dict[int, str] = {}
         self.skipped = self.made = 0
         self._open = bytearray()  # by position in stage.tasks(): is it to be made?
@@ -61,6 +66,7 @@ class Ledger:
         done[committed] = True
         there = done.tobytes()
         for task in stage.tasks():
+            look()
             is_open = task.index >= len(there) or not there[task.index]
             if not is_open and not self.skipped:
                 # One for all: where the input was made anew, every shard of it is another one.
@@ -72,6 +78,7 @@ class Ledger:
         self._suspects: deque[Task] = deque()
         self._alone: set[int] = set()  # shards that were suspects once
         self._blame: Counter[int] = Counter()
+        self._troubles: Counter[int] = Counter()
         self._old_failures = set(storage.list_names(self.failures))  # of an earlier run
         self._in_a_row = 0
         self._ahead: Task | None = None
@@ -129,9 +136,18 @@ class Ledger:
         """Seconds until a failed shard may be tried again; None where none waits."""
         return max(0.0, self._waiting[0][0] - time.monotonic()) if self._waiting else None
 
-    def give_back(self, task: Task) -> None:
-        """The task was not done, and not by its own fault: it is next."""
-        heapq.heappush(self._waiting, (time.monotonic(), task.index, task))
+    def give_back(self, task: Task, wait_s: float = 0.0) -> None:
+        """The task was not done, and not by its own fault: it is next, or once so many seconds have passed."""
+        heapq.heappush(self._waiting, (time.monotonic() + wait_s, task.index, task))
+
+    def trouble(self, task: Task, error: NodeTrouble, traceback: str) -> None:
+        """A machine could not make it, whosever fault that is: the task is given back, uncounted. Where several
+        machines in turn come into trouble over it, it is blamed: it may want more memory than any has."""
+        self._troubles[task.index] += 1
+        if self._troubles[task.index] > self.retries.attempts:
+            self.blame(task, str(error), traceback)
+        else:
+            self.give_back(task, self.retries.wait(self._troubles[task.index]) if self._troubles[task.index] > 1 else 0)
 
     def suspect(self, task: Task) -> None:
         """A worker died with this shard and others in hand, so that nobody can say whose fault it was: it is tried
@@ -144,11 +160,12 @@ class Ledger:
         return storage.exists(storage.join(self.stage.root, shard_name(task.index) + STATS))
 
     def done(self, task: Task) -> None:
-        """The shard is committed."""
+        """The shard is committed. No request to the store: at hundreds of shards a second each would be felt."""
         self._in_a_row = 0
         self.made += 1
         if shard_name(task.index) + ".json" in self._old_failures:
-            storage.remove(self._failure_url(task))
+            with contextlib.suppress(Exception):  # a record of an earlier failure too many ends no run
+                storage.remove(self._failure_url(task))
 
     def blame(self, task: Task, error: str, traceback: str) -> None:
         """The shard failed by its own doing: try again later, or set it aside after the last attempt."""
@@ -161,18 +178,19 @@ class Ledger:
             heapq.heappush(self._waiting, (time.monotonic() + wait, task.index, task))
             return
         log.error("%s is set aside after %d attempts: %s", name, attempt, error)
-        storage.write_json(
-            self._failure_url(task),
-            {
-                "stage": self.stage.name,
-                "shard": task.index,
-                "attempts": attempt,
-                "error": error,
-                "traceback": traceback,
-                "host": socket.gethostname(),
-                "at": time.time(),
-            },
-        )
+        record = {
+            "stage": self.stage.name,
+            "shard": task.index,
+            "attempts": attempt,
+            "error": error,
+            "traceback": traceback,
+            "host": socket.gethostname(),
+            "at": time.time(),
+        }
+        try:
+            storage.write_json(self._failure_url(task), record)
+        except Exception as e:  # the run goes on without it
+            log.warning("%s: its traceback cannot be written to %s: %s\n%s", name, self.failures, e, traceback)
         self.failed[task.index] = error
         self._in_a_row += 1
         if self._in_a_row >= FAILED_IN_A_ROW:
@@ -209,6 +227,7 @@ class Ledger:
         tasks, again = itertools.tee(self.stage.tasks())
         root = self.stage.root
         for task, (index, stats) in zip(tasks, read_stats_of(root, (t.index for t in again)), strict=True):
+            self.look()
             if stats is None:
                 raise StageError(f"{root}: the stats of shard {shard_name(index)} are missing or damaged; see `verify`")
             _refuse_other_input(self.stage, task, stats)

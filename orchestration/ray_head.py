@@ -34,6 +34,21 @@ def be_patient() -> None:
     services.get_node = get_node
 
 
+def keep_apart() -> None:
+    """From now on in this process, start a Ray's parts in sessions of their own: a signal to our process group, as
+    `timeout`, Slurm and systemd send it, is for us alone to act on. The kernel still ends them when we die."""
+    from ray._private import services
+
+    plain = services.ConsolePopen
+
+    class Apart(plain):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "start_new_session": True})
+
+    if plain.__name__ != Apart.__name__:
+        services.ConsolePopen = Apart
+
+
 def _raylet_lives() -> bool:
     """Whether a node's own process, a child of this one, is there."""
     children = psutil.Process().children()

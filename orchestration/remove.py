@@ -22,9 +22,9 @@ from ingest import removal, takedown
 from ingest.stage import IngestStage, with_flags
 from ingest.takedown import TakenDown, requested
 from latents import takedown as latents_takedown
-from orchestration import stages
 from orchestration.config import RunConfig
 from orchestration.lease import Busy, Lease
+from orchestration.parts import FITS, pretrained, shard_stages
 from shards import storage
 from shards.columns import column_rows
 from shards.dataset import MANIFEST, Dataset, read_stats_of
@@ -45,7 +45,7 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
     """Do all of it; returns what there is to tell, as text. Raises ConfigError or StageError."""
     asked = requested(urls, sha256, host)
     paths = RunPaths(config.run)
-    ingests = [s for s, _ in stages.shard_stages("ingest", config) if isinstance(s, IngestStage)]
+    ingests = [s for s, _ in shard_stages("ingest", config) if isinstance(s, IngestStage)]
     known = TakenDown.read(paths.run)
     new = TakenDown.of(
         (d for d in asked.listed.urls if d not in known.urls),
@@ -111,7 +111,7 @@ def _apply(stage: IngestStage, paths: RunPaths, count: int) -> str:
     shards: set[int] = set()
     while True:
         try:
-            with Lease(paths.status, stage.name, stage.root, on_ray=False):
+            with Lease(paths.status, stage.name, stage.root):
                 stage.open_for_removal()
                 if storage.exists(storage.join(stage.root, MANIFEST)):
                     found = stage.finish_removal()
@@ -140,9 +140,9 @@ def settle_latents(config: RunConfig, again: bool = True) -> str:
         return "none"
     if not again and storage.read_json(mark) == {"list": parts}:
         return "were looked through"
-    (stage, _), *_ = stages.shard_stages("latents", config)
+    (stage, _), *_ = shard_stages("latents", config)
     try:
-        with Lease(paths.status, stage.name, paths.latents, on_ray=False):
+        with Lease(paths.status, stage.name, paths.latents):
             take_over_as_it_is(paths.latents, ".safetensors")
             bar = Progress("latents: take-down", len(shards), "shards")
             changed = latents_takedown.take_out(paths.latents, paths.images, bar.update)
@@ -175,8 +175,8 @@ def checkpoints(config: RunConfig, paths: RunPaths, hits: Iterable[removal.Hit])
         by_shard.setdefault(h.shard, []).append(h.row)
     if not by_shard:
         return seen
-    for name in stages.FITS:
-        if stages.pretrained(name, config):
+    for name in FITS:
+        if pretrained(name, config):
             continue
         root = paths.latents if name == "train" else paths.images
         base = paths.run if name == "train" else storage.join(paths.run, name)

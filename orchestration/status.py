@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from typing import Any
 
@@ -10,24 +12,55 @@ from shards import storage
 from shards.layout import RunPaths
 from shards.settings import ConfigError
 
+WATCH_EVERY_S = 2.0
+BELONGS = {"heldout": "ingest", "reference": "eval"}  # lines of their own that belong to a stage
+UNDER_WAY = ("planning", "running", "finishing")
 QUIET_S = 60.0  # a running stage that has not written for so long is said to be silent
 
 
 def read(run: str) -> list[dict[str, Any]]:
-    """The status record of every stage, in order; {} where it has not begun. Raises ConfigError without a run."""
+    """The status record of every stage in order, {} where it has not begun, and of whatever else has one: the held-out
+    split, the reference, retries. Raises ConfigError without a run."""
     paths = RunPaths(run)
     if not storage.list_names(run):
         raise ConfigError(f"{run}: there is no run here; give the folder that 'run' names in its configuration")
+    names = storage.list_names(paths.status)
+    there = [n.removesuffix(".json") for n in names if n.endswith(".json")]
+    failures = [n.removesuffix("-failed") for n in names if n.endswith("-failed")]
     records = []
-    for stage in STAGES:
-        try:
-            found = storage.read_json(storage.join(paths.status, f"{stage}.json"))
-        except ValueError:
-            found = None
-        record = found if isinstance(found, dict) else {}
-        failed = storage.list_names(storage.join(paths.status, f"{stage}-failed"))
-        records.append({**record, "stage": stage, "failed": sum(n.endswith(".json") for n in failed)})
-    return records
+    for stage in [*STAGES, *sorted({*there, *failures} - set(STAGES))]:
+        record = _record(storage.join(paths.status, f"{stage}.json"))
+        if stage in STAGES or stage in failures or "state" in record:
+            failed = storage.list_names(storage.join(paths.status, f"{stage}-failed")) if stage in failures else []
+            records.append({**record, "stage": stage, "failed": sum(n.endswith(".json") for n in failed)})
+    return sorted(records, key=lambda r: _place(r["stage"]))
+
+
+def _record(url: str) -> dict[str, Any]:
+    try:
+        found = storage.read_json(url)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _place(stage: str) -> tuple[int, str]:
+    """Where a line stands: what belongs to a stage behind it, and what belongs to none at the end."""
+    first = BELONGS.get(stage.removesuffix("-retry"), stage.removesuffix("-retry"))
+    return (STAGES.index(first) if first in STAGES else len(STAGES), "" if stage == first else stage)
+
+
+def show(run: str, watch: bool = False, as_json: bool = False) -> None:
+    """Print it; with watch again and again, until Ctrl-C."""
+    while True:
+        records = read(run)
+        text = json.dumps(records, indent=1) if as_json else table(records)
+        if watch and not as_json and sys.stdout.isatty():
+            text = f"\033[H\033[2J{text}"
+        print(text, flush=True)
+        if not watch:
+            return
+        time.sleep(WATCH_EVERY_S)
 
 
 def table(records: list[dict[str, Any]], now: float | None = None) -> str:
@@ -39,11 +72,11 @@ def table(records: list[dict[str, Any]], now: float | None = None) -> str:
             rows.append((r["stage"], "not begun", "", str(r["failed"] or ""), "", "", "", ""))
             continue
         age = now - r["updated"]
-        state = "silent" if r["state"] == "running" and age > QUIET_S else r["state"]
+        state = f"silent ({r['state']})" if r["state"] in UNDER_WAY and age > QUIET_S else r["state"]
         total = r["total"] or "?"
         share = f" ({100 * r['done'] / r['total']:.0f} %)" if r["total"] else ""
         rate = f"{r['rate']:.3g} {r['unit']}/s" if r["rate"] else ""
-        left = duration(r["seconds_left"]) if r["seconds_left"] is not None and state == "running" else ""
+        left = duration(r["seconds_left"]) if r["seconds_left"] is not None and state in UNDER_WAY else ""
         figures = "  ".join(
             f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.get("figures", {}).items()
         )

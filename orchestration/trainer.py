@@ -38,7 +38,7 @@ GROW_AFTER_S = 300.0  # how long fewer ranks than configured train before there 
 
 
 def run(stage: str, config: RunConfig, local: bool = False, redo: bool = False, adopt: bool = False) -> None:
-    """Fit `stage` to its end; adopt: with settings that changed, or data that has grown.
+    """Fit `stage` to its end. adopt: go on with what differs from the settings it was begun with.
 
     Raises ConfigError, StageError, or Stopped after SIGTERM.
     """
@@ -46,7 +46,7 @@ def run(stage: str, config: RunConfig, local: bool = False, redo: bool = False, 
     sections = TrainingSections(
         run=config.run, seed=config.seed, autoencoder=config.autoencoder, clip=config.clip, train=config.train
     )
-    with Lease(paths.status, stage, _root(stage, paths), on_ray=not local) as lease, _status_ends(paths, stage):
+    with Lease(paths.status, stage, _root(stage, paths)) as lease, _status_ends(paths, stage):
         if local:
             _without_ray(stage, sections, redo, adopt)
         else:
@@ -61,8 +61,7 @@ def _without_ray(stage: str, sections: TrainingSections, redo: bool, adopt: bool
     """One rank in a fresh process of its own: DeepSpeed cannot fit a second model after the first in one."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
-        told = {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt}
-        fit = pool.submit(_rank, told)
+        fit = pool.submit(_rank, {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt})
 
         def pass_on(signum: int, _frame: FrameType | None) -> None:
             for process in multiprocessing.active_children():
@@ -104,7 +103,7 @@ def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: boo
     ranks: Ranks = getattr(config.ray, stage)
     paths = RunPaths(config.run)
     failures, reached = 0, _images(stage, paths)
-    with stop_on_sigterm(StopFlag()) as asked:
+    with stop_on_sigterm(StopFlag(stage)) as asked, asked.waits():
         while True:
             told = {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt}
             try:
@@ -123,7 +122,7 @@ def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: boo
                         f"at {reached} images; the last time: {e}"
                     ) from e
                 log.warning("%s: a rank died (%s); going on from the checkpoint at %d images", stage, e, now)
-                redo = False
+                redo = redo and _is_stale(stage, sections)  # the old fit may still lie there; the new one is kept
 
 
 def _fit_once(
@@ -189,6 +188,12 @@ def _counts(stage: str, fit: FitConfig, ranks: Ranks) -> list[int]:
     return counts
 
 
+def _is_stale(stage: str, sections: TrainingSections) -> bool:
+    from train.state import stage_state
+
+    return stage_state(stage, sections.run, sections).state == "stale"
+
+
 def _stopped(stage: str) -> Stopped:
     return Stopped(f"{stage}: stopped on request; the same command goes on from the last checkpoint")
 
@@ -204,14 +209,24 @@ def _images(stage: str, paths: RunPaths) -> int:
 
 @contextlib.contextmanager
 def _status_ends(paths: RunPaths, stage: str) -> Iterator[None]:
-    """On an exception, have the stage's status file say so: the ranks that write it may be dead."""
+    """On an exception, have the stage's status file say so: the ranks that write it may be dead. A finished fit stays
+    finished where this try wrote nothing."""
+    url = storage.join(paths.status, f"{stage}.json")
+    before = _status(url)
     try:
         yield
     except BaseException as e:
-        url = storage.join(paths.status, f"{stage}.json")
-        with contextlib.suppress(OSError, ValueError):
-            record = storage.read_json(url)
-            if isinstance(record, dict):
+        with contextlib.suppress(Exception):
+            record = _status(url)
+            if record and not (record == before and record.get("state") == "done"):
                 state = "stopped" if isinstance(e, Stopped | KeyboardInterrupt) else "failed"
                 storage.write_json(url, {**record, "state": state, "seconds_left": None})
         raise
+
+
+def _status(url: str) -> dict[str, Any]:
+    with contextlib.suppress(Exception):
+        found = storage.read_json(url)
+        if isinstance(found, dict):
+            return found
+    return {}

@@ -103,7 +103,7 @@ def settle(config: RunConfig, paths: RunPaths) -> None:
     if not _unsettled(paths):
         return
     try:
-        with Lease(paths.status, "alarms", paths.eval, on_ray=False):
+        with Lease(paths.status, "alarms", paths.eval):
             every = history.read_all(paths)
             raised = {alarm for result in every for alarm in _note(paths, result)["alarms"]}
             for result in _unsettled(paths):
@@ -206,9 +206,11 @@ def clock(expression: str | None, now: Callable[[], datetime.datetime] | None = 
     following = [next(moments)]
 
     def due() -> bool:
-        if now() < following[0]:
+        # By the time itself: moments of one zone are else compared by what the clock on the wall shows.
+        moment = now().timestamp()
+        if moment < following[0].timestamp():
             return False
-        while following[0] <= now():  # moments that passed during an evaluation are late, and skipped
+        while following[0].timestamp() <= moment:  # moments that passed during an evaluation are late, and skipped
             following[0] = next(moments)
         return True
 

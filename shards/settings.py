@@ -35,7 +35,9 @@ class NodeTrouble(StageError):
 class Strict(pydantic.BaseModel):
     """Base of every configuration model: unknown keys are errors, values do not change once read."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
 
 
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -55,8 +57,7 @@ def load_yaml(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(e).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: the top level must be a mapping of sections such as run, ingest and train")
-    for override in overrides:
-        _apply_override(data, override)
+    apply_overrides(data, overrides)
     return data
 
 
@@ -100,24 +101,47 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Change `data` in place by `section.key=value`: values are YAML, a number between dots is a place in a list.
+    Raises ConfigError where one cannot be applied."""
+    for override in overrides:
+        _apply_override(data, override)
+
+
 def _apply_override(data: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     keys = name.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"override '{override}': write it as section.key=value, for example latents.batch_size=64")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.constructor.ConstructorError as e:
+        raise ConfigError(f"override '{override}': {e.problem}") from None
     except yaml.YAMLError:
         value = text
-    here = data
-    for key in keys[:-1]:
-        inner = here.get(key)
-        if inner is None:
-            inner = here[key] = {}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"override '{override}': '{key}' is a single value in the configuration, not a section")
-        here = inner
-    here[keys[-1]] = value
+    if name == "run" and not isinstance(value, str):  # a name, also where YAML takes it for a number or a date
+        value = text.strip()
+    here: Any = data
+    for i, key in enumerate(keys):
+        where, last = ".".join(keys[:i]), i == len(keys) - 1
+        if isinstance(here, list):
+            if not key.isdecimal() or int(key) >= len(here):
+                raise ConfigError(
+                    f"override '{override}': '{where}' is a list of {len(here)}; name one by its place, from "
+                    f"{where}.0 to {where}.{max(len(here) - 1, 0)}, or give the whole list"
+                )
+            place: Any = int(key)
+        elif isinstance(here, dict):
+            place = key
+        else:
+            raise ConfigError(f"override '{override}': '{where}' is a single value in the configuration, not a section")
+        if last:
+            here[place] = value
+        elif isinstance(here, dict) and here.get(place) is None:
+            here[place] = {}
+            here = here[place]
+        else:
+            here = here[place]
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

@@ -7,13 +7,17 @@ one process. Stage objects are small (configuration and paths) and can be pickle
 from __future__ import annotations
 
 import dataclasses
+import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from shards.commit import Folder, made_with_of, read_made_with
 from shards.fingerprint import Fingerprint
 from shards.listing import listed
-from shards.settings import StageError
+from shards.settings import ConfigError, StageError
+
+log = logging.getLogger("carrara.engine")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,6 +30,23 @@ class Task:
 
 
 Worker = Callable[[Task], dict[str, Any]]
+T = TypeVar("T")
+
+PERSIST_PAUSES_S = (1.0, 4.0, 10.0)
+
+
+def persist(commit: Callable[[], T]) -> T:
+    """Call `commit`, and again after a while where it fails: what a store refuses for a moment was costly to make, and
+    is in hand. Raises what the last try raised."""
+    for pause in PERSIST_PAUSES_S:
+        try:
+            return commit()
+        except ConfigError:
+            raise
+        except Exception as e:
+            log.warning("a commit failed and is tried again in %.0f s: %s: %s", pause, type(e).__name__, e)
+            time.sleep(pause)
+    return commit()
 
 
 class Stage(Protocol):

@@ -519,16 +519,20 @@ def sweep_temporaries(folder: str, older_than_s: float = 3600.0) -> int:
     for entry in _scan(root):
         if TMP_MARK not in entry.name:
             continue
-        parts = entry.name.rsplit(TMP_MARK, 1)[1].split("-")
-        dead = len(parts) == 3 and parts[0] == _host() and parts[1].isdigit() and not _alive(int(parts[1]))
         try:
             info = entry.stat(follow_symlinks=False)
-            if dead or time.time() - info.st_mtime > older_than_s:
+            if of_dead_process(entry.name) or time.time() - info.st_mtime > older_than_s:
                 freed += info.st_size
                 shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
         except FileNotFoundError:
             continue
     return freed
+
+
+def of_dead_process(name: str) -> bool:
+    """Whether a temporary file is of a process of this host that is gone; its name says whose it is."""
+    parts = name.rsplit(TMP_MARK, 1)[1].split("-")
+    return len(parts) == 3 and parts[0] == _host() and parts[1].isdigit() and not _alive(int(parts[1]))
 
 
 def _scan(root: Path) -> Iterator[os.DirEntry[str]]:

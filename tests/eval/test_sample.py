@@ -110,7 +110,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(
         (["--prompt", "x", "--image", str(tmp_path / "bad.png")], "cannot be decoded"),
         (["--prompt", "x", "--mask", "m.png"], "a mask needs the image"),
         (["--prompts", str(tmp_path / "bad.png")], "not UTF-8"),
-        (["--prompt", "x", "--stpes", "3"], "unrecognized arguments: --stpes 3"),
+        (["--prompt", "x", "--stpes", "3"], "no such option: --stpes"),
     ):
         assert main(["sample", run.run, "--out", str(tmp_path / "out"), *arguments]) == 2
         err = [x for x in capsys.readouterr().err.splitlines() if x.startswith("carrara: ")]

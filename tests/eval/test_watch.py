@@ -91,7 +91,7 @@ def test_two_watchers_do_no_work_twice(trained: RunPaths) -> None:  # noqa: F811
 
 def test_a_busy_run_is_waited_for(trained: RunPaths) -> None:  # noqa: F811
     config = configured(trained)
-    with Lease(trained.status, "features-real-clip", trained.eval, on_ray=False):
+    with Lease(trained.status, "features-real-clip", trained.eval):
         assert watch._evaluate(config, "step-00000002", local=True) == "busy"
     assert watch.next_checkpoint(config, []) == "step-00000002"
 

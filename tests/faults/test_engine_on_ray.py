@@ -109,14 +109,16 @@ def test_a_killed_driver_blocks_nobody_and_the_same_command_finishes(tmp_path: P
     wait_for(lambda: not any(psutil.pid_exists(pid) for pid in workers), 20)
     done = {i: (tmp_path / f"toy/{i:05d}_stats.json").stat().st_mtime_ns for i in committed(tmp_path)}
     assert set(done) == {0, 1, 2, 3}
-    assert (tmp_path / "status/toy.lock").exists()
+    [left] = (tmp_path / "status/toy.lock").iterdir()
+    assert "released" not in json.loads(left.read_text())
     gate.touch()
     code, err = drive(tmp_path, options)
     assert code == 0, err
     assert folder_bytes(tmp_path / "toy") == clean
     assert calls(tmp_path) == sorted([*range(12), 4, 5])  # the two in hand once more, nothing else twice
     assert all((tmp_path / f"toy/{i:05d}_stats.json").stat().st_mtime_ns == t for i, t in done.items())
-    assert not (tmp_path / "status/toy.lock").exists()
+    [left] = (tmp_path / "status/toy.lock").iterdir()
+    assert json.loads(left.read_text())["released"]
 
 
 def test_a_second_job_is_refused_and_sigterm_leaves_a_run_that_goes_on(tmp_path: Path, clean: dict[str, bytes]) -> None:
@@ -161,3 +163,53 @@ def test_workers_that_cannot_start_or_find_no_room_end_the_run(tmp_path: Path) -
     assert code == 1, err
     assert "no node has room for a worker (it needs {'CPU': 64.0}, the cluster has {'CPU': 2.0})" in err
     assert calls(tmp_path) == []
+
+
+def test_a_shard_that_hangs_is_ended_and_made_by_another_worker(tmp_path: Path, clean: dict[str, bytes]) -> None:
+    options = {"workers": 2, "deadline_s": 3.0, "misbehave": [[5, "hang-once"]]}
+    began = time.monotonic()
+    code, err = drive(tmp_path, json.dumps(options))
+    assert code == 0, err
+    assert time.monotonic() - began < 110, "the start of the Ray included"
+    assert "shard 00005 failed (1 of 3)" in err
+    assert "so its worker was ended" in err
+    assert calls(tmp_path) == sorted([*range(12), 5])
+    assert folder_bytes(tmp_path / "toy") == clean
+    first, second = (int(p.name.split("-")[1]) for p in (tmp_path / "calls").glob("5-*"))
+    assert first != second, "by another process"
+
+
+def test_trouble_of_the_machine_gives_the_shard_back_uncounted(tmp_path: Path, clean: dict[str, bytes]) -> None:
+    options = {"workers": 2, "attempts": 1, "misbehave": [[5, "trouble-once"]]}
+    code, err = drive(tmp_path, json.dumps(options))
+    assert code == 0, err
+    assert "no name can be looked up here (1 of 3)" in err
+    assert calls(tmp_path) == sorted([*range(12), 5])
+    assert folder_bytes(tmp_path / "toy") == clean
+    assert not list((tmp_path / "status").glob("toy-failed/*"))
+
+
+def test_trouble_that_stays_leaves_the_node_out_and_names_it(tmp_path: Path) -> None:
+    options = {"workers": 2, "misbehave": [[i, "trouble"] for i in range(12)]}
+    code, err = drive(tmp_path, json.dumps(options))
+    assert code == 1, err
+    assert "is left out from now on: no name can be looked up here" in err
+    assert "no node is left to work on, all were left out (node " in err
+    assert not list((tmp_path / "status").glob("toy-failed/*")), "no shard is blamed"
+
+
+def test_the_memory_of_a_worker_is_measured_and_claimed_by_the_next_run(tmp_path: Path) -> None:
+    code, err = drive(tmp_path, json.dumps({"workers": 2}))
+    assert code == 0, err
+    measured = json.loads((tmp_path / "status/toy.json").read_text())["figures"]["worker_gb"]
+    assert 0.05 < measured < 3
+    (tmp_path / "toy/00003_stats.json").unlink()
+    # The most that a node has is claimed at most: a claim from a machine that was larger must not block this one.
+    record = json.loads((tmp_path / "status/toy.json").read_text())
+    record["figures"]["worker_gb"] = 100_000.0
+    (tmp_path / "status/toy.json").write_text(json.dumps(record))
+    code, err = drive(tmp_path, json.dumps({"workers": 2}))
+    assert code == 0, err
+    code, err = drive(tmp_path / "large", json.dumps({"memory_gb": 100_000.0, "wait_for_nodes_s": 0}))
+    assert code == 1, err
+    assert "no node has room for a worker (it needs {'CPU': 1.0, 'memory': '100000.0 GB'}" in err

@@ -176,7 +176,7 @@ def lose_one(tmp_path: Path, both: Nodes) -> None:
         config = {
             "run": str(run),
             "ray": {"latents": {"workers": workers}, "back_off_s": 0.05},
-            "ingest": {"table": str(tmp_path)},
+            "ingest": {"table": str(tmp_path), "resize_mode": "keep_ratio"},
             "autoencoder": {"pretrained": str(tmp_path / "vae")},
             "clip": {"pretrained": str(tmp_path / "clip")},
             "latents": {

@@ -23,9 +23,9 @@ def toy(folder: str | Path, **options: object) -> ToyStage:
 def main() -> int:
     folder, options, *words = sys.argv[1:]
     settings = json.loads(options)
-    pool = Pool(workers=settings.pop("workers", None), num_cpus=settings.pop("num_cpus", 1.0))
+    pool = Pool(**{k: settings.pop(k) for k in list(settings) if k in Pool.model_fields})
     config = RayConfig(
-        back_off_s=0.05, grace_s=settings.pop("grace_s", 20.0), wait_for_nodes_s=settings.pop("wait_for_nodes_s", 600.0)
+        **{"back_off_s": 0.05, **{k: settings.pop(k) for k in list(settings) if k in RayConfig.model_fields}}
     )
     stage = toy(folder, **settings)
     local, redo = "local" in words, "redo" in words

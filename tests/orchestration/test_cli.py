@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
+import re
 import subprocess
 import sys
 import time
+import zoneinfo
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
+from orchestration import commands, status, watch
 from orchestration import config as config_module
-from orchestration import status
-from orchestration.config import RunConfig, base_folder, find_config, load
+from orchestration.config import RunConfig, base_folder, find_config, load, load_of_run
 from orchestration.demo import _headline
 from orchestration.run_stage import main
+from shards import storage
 from shards.settings import ConfigError
 from tests.orchestration.head import ROOT
 
@@ -49,8 +55,8 @@ def test_mistakes_are_one_sentence_and_exit_2(here: Path, capsys: pytest.Capture
     assert "no.yaml: there is no such configuration file" in sentence(capsys, "latents", "--config", "no.yaml")
     assert "no stage or command 'latent'; did you mean 'latents'?" in sentence(capsys, "latent")
     assert "there are ingest, autoencoder" in sentence(capsys, "zzzzzz")
-    assert "required: command" in sentence(capsys)
-    assert "unrecognized arguments: --lokal" in sentence(capsys, "latents", "--lokal")
+    assert "name a stage or a command" in sentence(capsys)
+    assert "no such option: --lokal" in sentence(capsys, "latents", "--lokal")
     write(here / "carrara.yaml")
     line = sentence(capsys, "latents", "latents.batchsize=64")
     assert "unknown key 'latents.batchsize'; did you mean 'batch_size'?" in line
@@ -64,8 +70,10 @@ def test_mistakes_are_one_sentence_and_exit_2(here: Path, capsys: pytest.Capture
     assert "run the stage 'ingest' first" in sentence(capsys, "latents")
     assert "run the stage 'latents' first" in sentence(capsys, "train")
     assert "run the stage" in sentence(capsys, "eval")
-    assert "submit needs a stage" in sentence(capsys, "submit")
-    assert "status needs the run's folder" in sentence(capsys, "status")
+    assert "missing argument 'COMMAND...'" in sentence(capsys, "submit")
+    assert "missing argument 'RUN'; `carrara status --help`" in sentence(capsys, "status")
+    assert "did you mean 'latents'?" in sentence(capsys, "submit", "latentes")
+    assert "--rows 2000` gives a number of rows" in sentence(capsys, "ingest", "--dry-run", "2000")
     assert "nowhere: there is no run here" in sentence(capsys, "status", "nowhere")
     (here / "carrara.yaml").write_text("run: [")
     assert "cannot be read as YAML" in sentence(capsys, "latents")
@@ -164,15 +172,30 @@ def test_status_reads_the_run_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
     for name, record in records.items():
         (tmp_path / f"status/{name}.json").write_text(json.dumps({**base, **record, "stage": name}))
     (tmp_path / "status/latents-failed/00004.json").write_text("{}")
+    heldout = {**base, **records["train"], "state": "finishing", "stage": "heldout", "updated": now - 1}
+    (tmp_path / "status/heldout.json").write_text(json.dumps(heldout))
+    (tmp_path / "status/ingest-retry.json").write_text(json.dumps({**base, **records["ingest"], "done": 3, "total": 3}))
+    (tmp_path / "status/reference-failed").mkdir()
+    (tmp_path / "status/reference-failed/00000.json").write_text("{}")
+    (tmp_path / "status/config.json").write_text("{}")
     (tmp_path / "status/clip.json").write_text("half a fi")
     assert main(["status", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     cells = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
-    assert list(cells) == ["stage", "ingest", "autoencoder", "clip", "latents", "train", "eval"]
+    assert list(cells) == [
+        "stage", "ingest", "heldout", "ingest-retry", "autoencoder", "clip", "latents", "train", "eval", "reference"
+    ]  # fmt: skip
+    assert cells["heldout"].startswith("finishing 10/100")
+    assert cells["ingest-retry"].startswith("done 3/3")
+    assert cells["reference"] == "not begun 1"
     assert cells["ingest"] == "done 8/8 shards (100 %) 2 shards/s 1 h 01 min ago images/s 12.35"
     assert cells["latents"] == "running 3/12 shards (25 %) 1 0.5 shards/s 1 min 35 s 1 s ago images/s 12.35"
-    assert cells["train"].startswith("silent 10/100 shards (10 %)")
+    assert cells["train"].startswith("silent (running) 10/100 shards (10 %)")
     assert cells["clip"] == cells["eval"] == "not begun"
+    assert main(["status", str(tmp_path), "--json"]) == 0
+    told = {r["stage"]: r for r in json.loads(capsys.readouterr().out)}
+    assert told["latents"]["failed"] == 1
+    assert told["heldout"]["state"] == "finishing"
 
 
 def test_the_demo_ends_with_labelled_numbers() -> None:
@@ -209,3 +232,209 @@ def test_doctor_knows_the_token_trap(
     write(here / "carrara.yaml")
     assert main(["doctor"]) == 0
     assert f"run          {here}/runs/x" in capsys.readouterr().out
+
+
+def test_every_command_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = set()
+    for name in [*commands.names(), "judge pack"]:
+        assert main([*name.split(), "--help"]) == 0
+        text = capsys.readouterr().out
+        assert f"Usage: carrara {name} " in text
+        assert len(text.split("\n\n")[1].strip()) > 20, f"{name} says nothing of what it does"
+        seen.add(text)
+    assert len(seen) == len(commands.names()) + 1
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("carrara 0.")
+
+
+def test_one_option_has_one_spelling_everywhere() -> None:
+    groups = typer.main.get_command(commands.app)
+    options = {o for c in groups.commands.values() for p in c.params for o in p.opts if o.startswith("--")}  # type: ignore[attr-defined]
+    assert "--guidance-scale" in options
+    assert not options & {"--guidance", "--dtype", "--output", "--n", "--num-inference-steps"}
+    for option in options:
+        assert option == option.lower()
+        assert "_" not in option
+
+
+def test_overrides_reach_into_lists_and_numbers_are_names_where_names_are_meant(here: Path) -> None:
+    filters = [{"column": "similarity", "min": 0.2}, {"column": "width", "min": 64}]
+    path = str(write(here / "c.yaml", {**MINIMAL, "ingest": {**MINIMAL["ingest"], "filters": filters}}))  # type: ignore[dict-item]
+    found = load(path, ["ingest.filters.1.min=2", "run=20240101"], str(here))
+    assert [f.min for f in found.ingest.filters] == [0.2, 2]
+    assert found.run == f"{here}/20240101"
+    assert load(path, ["run=2024-01-01"], str(here)).run == f"{here}/2024-01-01"
+    with pytest.raises(ConfigError, match=r"'ingest.filters' is a list of 2; name one .* ingest.filters.0 to"):
+        load(path, ["ingest.filters.2.min=2"], str(here))
+    with pytest.raises(ConfigError, match="is a list of 2"):
+        load(path, ["ingest.filters.min=2"], str(here))
+    with pytest.raises(ConfigError, match="the key 'workers' is given twice"):
+        load(path, ["ray.latents={workers: 1, workers: 2}"], str(here))
+
+
+def test_all_says_what_is_wrong_with_any_stage_before_the_first_begins(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = {"embed_dim": 8, "vision_cfg": {"image_size": 32}, "text_cfg": {}}
+    ingest = {**MINIMAL["ingest"], "image_size": 64}  # type: ignore[dict-item]
+    good = {"run": "runs/x", "ingest": ingest, "clip": {"model": clip}, "latents": {"resolution": 64}}
+    for wrong, says in (
+        ({"clip": {}}, "clip.model.embed_dim is missing"),
+        ({"clip": {"pretrained": "nowhere"}}, "the CLIP 'nowhere' is not a folder"),
+        ({"autoencoder": {"pretrained": "no where"}}, "the VAE 'no where' is neither a folder nor a file here"),
+        ({"autoencoder": {"model": {"block_out_chanels": [32]}}}, "autoencoder.model: AutoencoderKL cannot be built"),
+        ({"latents": {"resolution": 128}}, "latents.resolution is 128 and ingest.image_size 64"),
+        (
+            {"latents": {"resolution": 64, "more_resolutions": [96]}},
+            "latents.resolution is 96 and ingest.image_size 64",
+        ),
+        ({"latents": {"resolution": 64, "buckets": {"step": 32}}}, "set ingest.resize_mode to keep_ratio"),
+        ({"train": {"batch_size": 15, "ranks": 2}}, "train.batch_size is 15, which 2 ranks cannot share"),
+        ({"train": {"unet": {"atention_head_dim": 8}}}, "train.unet: .* did you mean 'attention_head_dim'"),
+        ({"train": {"start_from": str(here)}}, "train.start_from: .* holds no UNet"),
+        ({"eval": {"prompt_file": "none.txt"}}, "eval.prompt_file: there is no "),
+    ):
+        write(here / "carrara.yaml", {**good, **wrong})
+        line = sentence(capsys, "all", "--local")
+        assert re.search(says, line), line
+        assert not (here / "runs").exists(), "nothing was begun"
+
+
+def test_a_run_that_cannot_be_written_is_one_sentence(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(here / "carrara.yaml")
+    (here / "file").write_text("mine")
+    assert f"run: {here}/file: it, or a folder on its way, is a file" in sentence(
+        capsys, "ingest", "run=file", "--local"
+    )
+    assert (here / "file").read_text() == "mine"
+
+    def refuse(url: str, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", url)
+
+    monkeypatch.setattr(storage, "write_json", refuse)
+    assert "may not be written to; set 'run' to a folder" in sentence(capsys, "ingest", "--local")
+
+
+def test_a_run_knows_its_configuration(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(here / "mine.yaml", {**MINIMAL, "latents": {"batch_size": 7}, "ingest": {"table": "table.csv"}})
+    assert main(["ingest", "--config", "mine.yaml", "--local"]) == 1  # its one address is not a public one
+    capsys.readouterr()
+    found = load_of_run("runs/x", ["latents.batch_size=9"], str(here))
+    assert found is not None
+    assert (found.run, found.latents.batch_size) == (f"{here}/runs/x", 9)
+    assert load_of_run("runs/y", [], str(here)) is None
+    assert "watch" not in sentence(capsys, "watch", "runs/y")  # no such run: a configuration is asked for
+    (here / "mine.yaml").unlink()
+    capsys.readouterr()
+    assert main(["watch", "runs/x", "--once", "--local"]) == 0  # which finds no checkpoint
+
+
+def test_a_finished_stage_stays_finished_when_a_later_try_fails(tmp_path: Path) -> None:
+    from orchestration.config import Pool, RayConfig
+    from orchestration.engine import run
+    from tests.orchestration.drive import toy
+
+    run(toy(tmp_path), f"{tmp_path}/status", RayConfig(), Pool(), local=True)
+    before = json.loads((tmp_path / "status/toy.json").read_text())
+    assert (before["state"], before["done"]) == ("done", 12)
+    with pytest.raises(ConfigError, match="salt"):
+        run(toy(tmp_path, salt="pepper"), f"{tmp_path}/status", RayConfig(), Pool(), local=True)
+    assert json.loads((tmp_path / "status/toy.json").read_text()) == before
+
+
+def test_doctor_takes_overrides_and_proves_a_store(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(here / "no-token"))
+    write(here / "carrara.yaml")
+    assert main(["doctor", "run=elsewhere"]) == 0
+    assert f"run          {here}/elsewhere" in capsys.readouterr().out
+    assert list((here / "elsewhere").iterdir()) == []
+    assert main(["doctor", "--run", f"{here}/bucket"]) == 0
+    assert "MB/s up" in capsys.readouterr().out
+    (here / "file").write_text("mine")
+    assert f"{here}/file: cannot be written to" in sentence(capsys, "doctor", "run=file", code=1)
+    monkeypatch.setattr(storage, "_create", lambda url, data, _: storage.write_atomic(url, data) or True)
+    assert "use one that has conditional puts" in sentence(capsys, "doctor", "--run", f"{here}/bucket", code=1)
+
+
+def test_verify_names_what_is_damaged_and_clean_removes_what_the_dead_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from orchestration.config import Pool, RayConfig
+    from orchestration.engine import run
+    from tests.orchestration.toy import ToyStage
+
+    stage = ToyStage(f"{tmp_path}/images", f"{tmp_path}/calls")
+    run(stage, f"{tmp_path}/status", RayConfig(), Pool(), local=True)
+    assert main(["verify", str(tmp_path)]) == 0
+    assert "12 of 12 shards are as they were committed" in capsys.readouterr().out
+    data = (tmp_path / "images/00004.txt").read_bytes()
+    (tmp_path / "images/00004.txt").write_bytes(data[::-1])
+    assert main(["verify", str(tmp_path)]) == 0, "sizes alone"
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path), "--deep"]) == 1
+    told = capsys.readouterr()
+    assert "00004.txt does not have the sha256" in told.out
+    assert "1 damaged; put the files back from a copy, or delete" in told.err
+    assert main(["verify", str(tmp_path), "--deep", "--discard"]) == 1
+    assert "of which 1 shards were deleted; run `carrara ingest`" in capsys.readouterr().err
+    run(stage, f"{tmp_path}/status", RayConfig(), Pool(), local=True)
+    assert main(["verify", str(tmp_path), "--deep"]) == 0
+    assert (tmp_path / "images/00004.txt").read_bytes() == data
+    left = tmp_path / f"images/.00001.txt{storage.TMP_MARK}{storage._host()}-{2**22 + 1}-abcd1234"
+    mine, user = (
+        tmp_path / f"images/.x{storage.TMP_MARK}{storage._host()}-{os.getpid()}-abcd1234",
+        tmp_path / "notes.tmp",
+    )
+    for path in (left, mine, user):
+        path.write_bytes(b"x" * 1000)
+    assert main(["clean", str(tmp_path), "--dry-run"]) == 0
+    assert "would remove" in capsys.readouterr().out
+    assert left.exists()
+    assert main(["clean", str(tmp_path)]) == 0
+    assert not left.exists()
+    assert mine.exists()
+    assert user.exists()
+
+
+def test_cron_moments_follow_the_clocks_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 25 October 2026 Berlin's clocks go back an hour: six in the morning stays six in the morning."""
+    berlin = zoneinfo.ZoneInfo("Europe/Berlin")
+    at = [datetime.datetime(2026, 10, 24, 20, 0, tzinfo=berlin)]
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    summer, winter = datetime.datetime(2026, 7, 1), datetime.datetime(2026, 12, 1)
+    offsets = {str(m): m.replace(tzinfo=watch.local_time().tzinfo).utcoffset() for m in (summer, winter)}
+    assert offsets == {str(m): m.replace(tzinfo=berlin).utcoffset() for m in (summer, winter)}
+    due = watch.clock("0 6 * * *", lambda: at[0])
+    at[0] = datetime.datetime(2026, 10, 25, 5, 30, tzinfo=berlin)
+    assert not due()
+    at[0] = datetime.datetime(2026, 10, 25, 6, 0, 1, tzinfo=berlin)
+    assert due()
+
+
+@pytest.mark.parametrize("name", ["train.py", "eval", "demo.py"])
+def test_a_users_own_module_of_our_names_does_not_take_its_place(tmp_path: Path, name: str) -> None:
+    if name.endswith(".py"):
+        (tmp_path / name).write_text("raise SystemExit('the user\\'s own ran')\n")
+    else:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the user\\'s own ran')\n")
+    code = "from orchestration.run_stage import main; import sys; sys.exit(main(['ingest', '--config', 'none.yaml']))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "none.yaml: there is no such configuration file" in done.stderr
+    # Where it was imported already there is nothing to put in front: it is said.
+    first = f"import sys, types; m = types.ModuleType('{name.removesuffix('.py')}'); " + (
+        f"import importlib.machinery as i; m.__spec__ = i.ModuleSpec(m.__name__, None, origin='{tmp_path}/{name}'); "
+        "sys.modules[m.__name__] = m\n"
+    )
+    done = subprocess.run([sys.executable, "-c", first + code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"is {tmp_path}/{name}, and not Carrara's own package" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
+from orchestration import engine as engine_module
 from orchestration.config import Pool, RayConfig
 from orchestration.engine import is_complete, run
-from orchestration.lease import Lease
 from orchestration.ledger import FAILED_IN_A_ROW, Ledger, Retries
 from orchestration.stopping import Stopped
+from shards import progress as progress_module
+from shards import stage as stage_module
 from shards import storage
 from shards.dataset import Dataset
 from shards.listing import listed
@@ -201,34 +203,6 @@ def test_sigterm_finishes_the_shard_in_hand_and_resumes(tmp_path: Path) -> None:
     assert calls(tmp_path) == list(range(12))
 
 
-def test_a_living_holder_refuses_a_second_job(tmp_path: Path) -> None:
-    with Lease(f"{tmp_path}", "toy", "out", on_ray=False):
-        with pytest.raises(StageError, match=f"process {os.getpid()} on .* is already working on out"):
-            with Lease(f"{tmp_path}", "toy", "out", on_ray=False):
-                pass
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("foreign", [True, False])
-def test_the_lock_of_a_dead_holder_is_taken_over(tmp_path: Path, foreign: bool) -> None:
-    dead = {"token": "x", "hostname": "h", "pid": 2**22 + 1, "process_began": 0.0, "cluster": None}
-    mine = Lease(str(tmp_path), "toy", "out", on_ray=False).record["host"]
-    # On another host only the age of the heartbeat tells.
-    dead |= {"host": "elsewhere", "beat": time.time() - 3600} if foreign else {"host": mine, "beat": time.time()}
-    (tmp_path / "toy.lock").write_text(json.dumps(dead))
-    began = time.monotonic()
-    with Lease(str(tmp_path), "toy", "out", on_ray=False) as lease:
-        assert json.loads((tmp_path / "toy.lock").read_text())["token"] == lease.record["token"]
-    assert time.monotonic() - began < 3
-
-
-def test_a_fresh_lock_of_another_host_is_respected(tmp_path: Path) -> None:
-    held = {"token": "x", "host": "elsewhere", "hostname": "h", "pid": 7, "beat": time.time(), "cluster": "c"}
-    (tmp_path / "toy.lock").write_text(json.dumps(held))
-    with pytest.raises(StageError, match="process 7 on h"), Lease(str(tmp_path), "toy", "out", on_ray=False):
-        pass
-
-
 def test_the_same_bytes_on_ray_as_in_one_process(tmp_path: Path) -> None:
     local(toy(tmp_path / "here"))
     code, err = drive(tmp_path / "there", json.dumps({"workers": 2}))
@@ -242,3 +216,100 @@ def test_the_same_bytes_on_ray_as_in_one_process(tmp_path: Path) -> None:
     assert code == 0, err
     assert "nothing to do" in err
     assert calls(tmp_path / "there") == list(range(12))
+
+
+def test_trouble_of_this_machine_is_not_the_shards_and_ends_the_run_where_it_stays(tmp_path: Path) -> None:
+    assert local(toy(tmp_path / "once", misbehave=[[4, "trouble-once"]]))
+    assert calls(tmp_path / "once") == sorted([*range(12), 4])
+    with pytest.raises(StageError, match="no name can be looked up here"):
+        local(toy(tmp_path / "stays", misbehave=[[i, "trouble"] for i in range(12)]))
+    assert not (tmp_path / "stays/status/toy-failed").exists(), "no shard is blamed"
+    assert local(toy(tmp_path / "stays"))
+
+
+def test_a_status_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, refused = storage.write_atomic, []
+
+    def stale(url: str, data: bytes) -> None:
+        if url.endswith("toy.json"):
+            refused.append(url)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        real(url, data)
+
+    monkeypatch.setattr(storage, "write_atomic", stale)
+    assert local(toy(tmp_path, seconds=0.1))
+    assert refused
+    assert len(Dataset.open(f"{tmp_path}/toy")) == 600
+
+
+def test_a_traceback_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = storage.write_atomic
+
+    def refuse(url: str, data: bytes) -> None:
+        if "toy-failed" in url:
+            raise OSError(errno.EIO, "Input/output error")
+        real(url, data)
+
+    monkeypatch.setattr(storage, "write_atomic", refuse)
+    with pytest.raises(StageError, match="1 of 12 shards failed"):
+        local(toy(tmp_path, misbehave=[[4, "raise"]]))
+    assert len(list((tmp_path / "toy").glob("*_stats.json"))) == 11
+
+
+def test_the_driver_asks_the_store_nothing_for_a_committed_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 500 shards a second one request each, 30 ms long, would take fifteen times as long as there is."""
+    ledger = Ledger(toy(tmp_path, shards=50), f"{tmp_path}/status")
+    asked: list[str] = []
+    for name in (
+        "exists",
+        "size",
+        "stamp",
+        "read_bytes",
+        "read_json",
+        "create",
+        "write_atomic",
+        "remove",
+        "list_names",
+    ):
+        monkeypatch.setattr(storage, name, lambda *a, name=name: asked.append(name))
+    for _ in range(50):
+        task = ledger.take()
+        assert task is not None
+        ledger.done(task)
+    assert asked == []
+    assert ledger.remaining == 0
+
+
+def test_a_commit_that_fails_is_tried_again_without_making_the_shard_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_module, "PERSIST_PAUSES_S", (0.0, 0.0))
+    tries: list[int] = []
+
+    def commit() -> str:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError(errno.EIO, "a hiccup")
+        return "committed"
+
+    assert stage_module.persist(commit) == "committed"
+    assert len(tries) == 3
+    tries.clear()
+    monkeypatch.setattr(stage_module, "PERSIST_PAUSES_S", ())
+    with pytest.raises(OSError, match="a hiccup"):
+        stage_module.persist(commit)
+
+
+def test_planning_and_finishing_have_a_state_and_a_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Told(progress_module.Progress):
+        def begin(self, state: str, total: int = 0, unit: str | None = None, done: int = 0) -> None:
+            super().begin(state, total, unit, done)
+            seen.append((state, total))
+
+    monkeypatch.setattr(engine_module, "Progress", Told)
+    local(toy(tmp_path))
+    assert seen == [("planning", 0), ("running", 12), ("finishing", 12)]

@@ -16,6 +16,7 @@ from typing import Any
 
 from shards.dataset import write_manifest
 from shards.fingerprint import Fingerprint
+from shards.settings import NodeTrouble
 from shards.stage import Task, open_folder
 
 
@@ -29,8 +30,10 @@ class ToyStage:
     gate: str = ""  # shards from `gated` on wait until there is such a file
     gated: int = 0
     salt: str = "salt"
-    misbehave: tuple[tuple[int, str], ...] = ()  # (index, "raise" | "die" | "raise-once")
-    start: str = "ok"  # or "raise"
+    misbehave: tuple[
+        tuple[int, str], ...
+    ] = ()  # (index, "raise" | "die" | "raise-once" | "hang-once" | "trouble" | "trouble-once")
+    start: str = "ok"  # or "raise"; "raise NAME", "die NAME": only on the node whose environment has TOY_NODE=NAME
     in_hand: int = 1
     name: str = "toy"
     unit: str = "lines"
@@ -44,8 +47,12 @@ class ToyStage:
             yield Task(i, f"input-{i}")
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
-        if self.start == "raise":
-            raise OSError("no such weights")
+        how, _, where = self.start.partition(" ")
+        if not where or os.environ.get("TOY_NODE") == where:
+            if how == "raise":
+                raise OSError("no such weights")
+            if how == "die":
+                os._exit(17)
         return self._make
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -64,6 +71,10 @@ class ToyStage:
         how = dict(self.misbehave).get(task.index)
         if how == "die":
             os._exit(13)
+        if how == "hang-once" and before == 0:
+            time.sleep(3600)
+        if how == "trouble" or (how == "trouble-once" and before == 0):
+            raise NodeTrouble("no name can be looked up here")
         if how == "raise" or (how == "raise-once" and before == 0):
             raise ValueError(f"shard {task.index} does not like this")
         lines = [hashlib.sha256(f"{self.salt}-{task.index}-{r}".encode()).hexdigest() for r in range(self.rows)]

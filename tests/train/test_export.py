@@ -302,7 +302,7 @@ def test_options_of_the_command(copy, source, tmp_path, capsys):
     from orchestration.run_stage import main
 
     out = tmp_path / "half"
-    options = ["--dtype", "float16", "--out", str(out), "--licence", "CC-BY-4.0", "--weights", "raw"]
+    options = ["--precision", "float16", "--out", str(out), "--licence", "CC-BY-4.0", "--weights", "raw"]
     assert main(["export", copy.run, "--checkpoint", "step-00000005", *options]) == 0
     assert not Path(copy.model).exists(), "--out is in place of RUN/model"
     raw = load_file(Path(copy.checkpoints) / "step-00000005" / "weights.safetensors")
@@ -334,7 +334,7 @@ def test_options_of_the_command(copy, source, tmp_path, capsys):
     assert main(["export", copy.run, "--out", str(mine)]) == 2
     assert "is there and is no exported model" in capsys.readouterr().err
     assert [p.name for p in mine.iterdir()] == ["thesis.txt"]
-    assert main(["export", copy.run, "--dtype", "float8"]) == 2
+    assert main(["export", copy.run, "--precision", "float8"]) == 2
     assert "float32 or float16, not 'float8'" in capsys.readouterr().err
 
 

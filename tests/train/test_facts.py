@@ -28,7 +28,6 @@ from tests.objects import bucket
 from tests.train import forked, tiny
 from tests.train.test_export import pictures
 from train.config import TrainConfig
-from train.data import Latents
 from train.export import build_pipeline, export, fold_shift
 from train.folders import STATES
 from train.objectives import build
@@ -148,8 +147,9 @@ def test_text_of_two_layers_is_not_mixed(elsewhere: Any, tmp_path: Path) -> None
     other = RunPaths(str(tmp_path / "r"))
     world.image_dataset(other, shards=1, rows=6)
     last = encode(other, root / "vae", root / "clip", text_layer="last", more_resolutions=[16])
+    config = TrainConfig(images=16, batch_size=8, unet=tiny.UNET, sources=({}, {"latents": other.latents}))
     with pytest.raises(ConfigError, match=r"train\.sources: .* another text_layer"):
-        Latents([Dataset.open(data.latents), last], 0, 2, 4, (1.0, 1.0))
+        build("train", config, [Dataset.open(data.latents), last], 0)
 
 
 @pytest.mark.parametrize("parts", [{"use_quant_conv": True, "use_post_quant_conv": True}, {}])

@@ -91,7 +91,8 @@ def break_steps(config: str, broken: tuple[int, ...], factor: float = math.nan) 
 
     def forward_broken(self: Any, batch: Any) -> Any:
         loss, details = forward(self, batch)
-        calls.append(1)
+        if type(loss) is torch.Tensor:  # the plan runs on tensors without values
+            calls.append(1)
         bad = len(calls) in broken and os.environ["RANK"] == "1"
         return (loss * factor if bad else loss), details
 

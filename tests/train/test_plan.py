@@ -71,7 +71,7 @@ def plan_of(activations: int, values: int, c: FitConfig, world: int) -> plan.Pla
     ("values", "activations", "world", "changes", "helps"),
     [
         (10**9, 60 * GIB, 1, {}, "train.activation_checkpointing: true, or train.micro_batch_size: 64"),
-        (2_600_000_000, 10 * GIB, 8, {"zero_stage": 0, "activation_checkpointing": True}, "train.zero_stage: 1"),
+        (4_000_000_000, 10 * GIB, 8, {"zero_stage": 0, "activation_checkpointing": True}, "train.zero_stage: 1"),
         (3_500_000_000, 10 * GIB, 1, {"micro_batch_size": 1, "activation_checkpointing": True}, "train.offload: cpu"),
         (60_000_000_000, GIB, 1, {}, "train on more ranks, or a smaller model"),
     ],

@@ -192,7 +192,7 @@ def test_a_picture_window_is_one_read_of_the_tar(run: Path, monkeypatch: pytest.
 
 
 class Slow:
-    """An objective whose windows take 30 ms each to read."""
+    """An objective whose windows take `pause` seconds each to read."""
 
     def __init__(self, pause: float) -> None:
         source = Source("s", np.full((20, 1), 100))
@@ -220,7 +220,7 @@ class Slow:
 
 
 def test_windows_are_read_before_they_are_needed_and_let_go_afterwards() -> None:
-    objective: Any = Slow(0.03)
+    objective: Any = Slow(0.06)
     config = TrainConfig(images=16 * 120, batch_size=16)
     ranks = Ranks(0, 1, torch.device("cpu"), False)
     seen: list[int] = []
@@ -233,7 +233,7 @@ def test_windows_are_read_before_they_are_needed_and_let_go_afterwards() -> None
             time.sleep(0.02)
             held = max(held, sum(len(h) for h in objective.reader._held.values()))
     assert len(set(seen)) == 1920, "of 2,000"
-    assert ahead.waited < 0.2 * 0.02 * 114, f"waited {ahead.waited:.2f} s in {0.02 * 114:.2f} s of steps"
+    assert ahead.waited < 0.5 * 0.02 * 114, f"waited {ahead.waited:.2f} s in {0.02 * 114:.2f} s of steps"
     assert held <= 2 * 32, "of each stream one window, and the next once its turn is near"
     objective.reader.close()
 

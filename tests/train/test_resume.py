@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shards.settings import load_sections
 from tests.train import forked, tiny
@@ -146,17 +147,11 @@ def test_finished_stages_do_nothing_and_changed_settings_are_refused(run: Path) 
     assert state_of(config, "clip").state == "done"
     forked.fit(config, 2, "clip.log_every_images=1000", stage="clip")  # ranks and intervals change no weights
     assert marker.stat().st_mtime_ns == before
-    with pytest.raises(forked.RankError, match=r"StageError.*clip\.learning_rate: 0\.001 -> 0\.002.*--redo"):
+    # A rate may be changed from here on, by consent; where the weights began may not.
+    with pytest.raises(forked.RankError, match=r"ConfigError.*learning_rate.*--adopt"):
         forked.fit(config, 1, "clip.learning_rate=0.002", stage="clip")
-    # The pictures changed: another dataset, so another model.
-    shutil.rmtree(run / "images")
-    tiny.make_images(run / "images", counts=(10, 7, 12))
-    state = state_of(config, "clip")
-    assert state.state == "stale"
-    assert "input" in state.reason
-    forked.fit(config, 1, stage="clip", redo=True)
-    assert state_of(config, "clip").state == "done"
-    assert marker.stat().st_mtime_ns != before
+    with pytest.raises(forked.RankError, match=r"(Config|Stage)Error.*initialisation.*--redo"):
+        forked.fit(config, 1, "clip.initialisation=spread", stage="clip")
 
 
 def test_pretrained_and_unmade_inputs(run: Path) -> None:
@@ -178,7 +173,8 @@ def hang(config: str) -> None:
     forward, calls = denoising.Diffusion.forward, []
 
     def stuck(self: Any, batch: Any) -> Any:
-        calls.append(1)
+        if type(batch["t"]) is torch.Tensor:  # the plan runs on tensors without values
+            calls.append(1)
         if len(calls) == 3 and os.environ["RANK"] == "1":
             time.sleep(3600)
         return forward(self, batch)

@@ -1,0 +1,121 @@
+"""The stages by name, in order: what each needs beforehand, what it consists of, and whether it is complete."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from orchestration import engine
+from orchestration.config import Pool, RunConfig
+from shards import storage
+from shards.dataset import MANIFEST
+from shards.layout import RunPaths
+from shards.settings import ConfigError, StageError
+from shards.stage import Stage
+
+if TYPE_CHECKING:
+    from eval.evaluation import Evaluation
+
+STAGES = ("ingest", "autoencoder", "clip", "latents", "train", "eval")
+FITS = ("autoencoder", "clip", "train")
+
+
+def vae_ref(config: RunConfig) -> str:
+    """The VAE of this run: the pretrained one that the configuration names, else the run's own."""
+    return config.autoencoder.pretrained or storage.join(RunPaths(config.run).autoencoder, "model")
+
+
+def text_ref(config: RunConfig) -> str:
+    """The CLIP of this run: the pretrained one that the configuration names, else the run's own."""
+    return config.clip.pretrained or storage.join(RunPaths(config.run).clip, "model")
+
+
+def text_pad(config: RunConfig) -> str | None:
+    """What follows a caption's end token: as configured, else as the tokenizer of train.start_from has it."""
+    if config.latents.text_pad is None and config.train.start_from:
+        from latents.weights import find_pad
+
+        return find_pad(config.train.start_from)
+    return config.latents.text_pad
+
+
+def pretrained(name: str, config: RunConfig) -> str | None:
+    """The weights that the configuration names in place of fitting `name`; None where it is fitted or is no fit."""
+    return getattr(getattr(config, name), "pretrained", None)
+
+
+def check_inputs(name: str, config: RunConfig) -> None:
+    """Raise ConfigError where what the stage reads is not there, saying which command makes it."""
+    paths = RunPaths(config.run)
+    images, latents = storage.join(paths.images, MANIFEST), storage.join(paths.latents, MANIFEST)
+    heldout = storage.join(paths.heldout, MANIFEST)
+    needs: list[tuple[str, str, str]] = []  # (file, what it is, the stage that makes it)
+    if name in ("autoencoder", "clip", "latents"):
+        needs.append((images, "finished image shards", "ingest"))
+    if name in ("latents", "eval"):
+        fitted = [n for n in ("autoencoder", "clip") if not pretrained(n, config)]
+        models = {"autoencoder": vae_ref(config), "clip": text_ref(config)}
+        needs += [(models[n], f"a finished {n}", n) for n in fitted]
+    if name == "train":
+        needs.append((latents, "finished latent shards", "latents"))
+    if name == "eval":
+        if not storage.exists(storage.join(paths.model, "model_index.json")):
+            needs.append((paths.checkpoints, "a checkpoint", "train"))
+        if config.eval.prompts_file is None:
+            needs.append((heldout, "held-out image shards, whose captions are the prompts", "ingest"))
+    for file, what, maker in needs:
+        if not storage.exists(file):
+            raise ConfigError(f"{name}: there is no {file}, so it lacks {what}; run the stage '{maker}' first")
+
+
+def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
+    """The stages over shards that `name` consists of, in order, and whose workers make them."""
+    paths = RunPaths(config.run)
+    if name == "ingest":
+        from ingest.stage import IngestStage
+
+        stages: list[Stage] = [IngestStage(config.ingest, paths.images, "train", config.seed)]
+        if config.ingest.has_heldout:
+            stages.append(IngestStage(config.ingest, paths.heldout, "heldout", config.seed))
+        return [(s, config.ray.ingest) for s in stages]
+    if name == "latents":
+        from latents.stage import LatentsStage
+
+        latents = config.latents.model_copy(update={"text_pad": text_pad(config)})
+        return [(LatentsStage(latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)]
+    if name == "eval":
+        return [(s, config.ray.eval) for s in evaluation(config).stages()]
+    raise ValueError(f"{name} is not a stage over shards")
+
+
+def is_complete(name: str, config: RunConfig) -> bool:
+    """Whether the stage has nothing left to do for just this configuration, judged from the run's folder."""
+    if name in FITS:
+        from train.state import stage_state
+
+        return stage_state(name, config.run, config).state == "done"
+    try:
+        check_inputs(name, config)
+        status = RunPaths(config.run).status
+        if name == "eval":
+            return _evaluation_is_complete(evaluation(config), status, config)
+        return all(engine.is_complete(stage, status) for stage, _ in shard_stages(name, config))
+    except (ConfigError, StageError):
+        return False
+
+
+def _evaluation_is_complete(found: Evaluation, status: str, config: RunConfig) -> bool:
+    if not found.is_current() or not storage.exists(report_path(config, found.model.name)):
+        return False
+    return all(engine.is_complete(stage, status) for stage in found.stages())
+
+
+def evaluation(config: RunConfig) -> Evaluation:
+    """The evaluation of this configuration, with its checkpoint, prompts and weights resolved now."""
+    from eval.evaluation import Evaluation
+
+    return Evaluation(config.eval, RunPaths(config.run), vae_ref(config), text_ref(config), config.seed)
+
+
+def report_path(config: RunConfig, checkpoint: str) -> str:
+    """Where the report of a checkpoint lies."""
+    return storage.join(RunPaths(config.run).reports, f"{checkpoint}.html")

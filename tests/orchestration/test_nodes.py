@@ -1,0 +1,294 @@
+"""Whose fault it is that a worker does not start or a shard does not come: nodes, without a cluster."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorDiedError
+
+from orchestration import actors, nodes
+from orchestration.actors import Fleet, _Call, _Hand
+from orchestration.config import CpuPool, Pool, RayConfig, Span
+from orchestration.nodes import Nodes
+from shards.fingerprint import Fingerprint
+from shards.settings import ConfigError, NodeTrouble, StageError
+from shards.stage import Task
+
+NEEDS = {"CPU": 1.0}
+
+
+class World:
+    """Nodes as Ray would tell of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, cpus: float = 48.0) -> None:
+        self.alive = {f"n{i}": True for i in range(count)}
+        self.draining: dict[str, int] = {}
+        self.now, self.cpus, self.most = 0.0, cpus, None
+        monkeypatch.setattr(ray, "nodes", self.nodes)
+        monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: self.draining)
+        monkeypatch.setattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: self.most)
+        monkeypatch.setattr(nodes.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus * count})
+        monkeypatch.setattr(ray, "kill", lambda actor: None)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "NodeID": name,
+                "Alive": alive,
+                "NodeManagerHostname": f"host-{name}",
+                "NodeManagerAddress": "10.0.0.1",
+                "Resources": {"CPU": self.cpus, "memory": 8e9},
+            }
+            for name, alive in self.alive.items()
+        ]
+
+
+def looked(world: World, **config: Any) -> Nodes:
+    found = Nodes("toy", RayConfig(**config))
+    found.look(now=True)
+    return found
+
+
+def test_a_bad_node_is_left_out_and_the_others_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 100)
+    found = looked(world)
+    found.started = True
+    for _ in range(50):  # each worker that is tried there fails
+        world.now += 60
+        found.strike("n7", "a worker did not start: no driver", OSError("no driver"), NEEDS)
+    assert found.left_out() == ["n7"]
+    assert found.room(NEEDS) == 99 * 48
+    assert found.name("n7") == "node host-n7 (10.0.0.1)"
+
+
+def test_what_comes_at_one_moment_counts_once_and_a_commit_forgives(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 2)
+    found = looked(world)
+    for _ in range(48):  # all workers of the node at once: DNS was away for a moment
+        found.strike("n0", "no DNS", NodeTrouble("no DNS"), NEEDS)
+    assert found.records["n0"].strikes == 1
+    assert found.left_out() == ["n0"], "it rests"
+    world.now += 6
+    assert found.left_out() == []
+    for _ in range(10):
+        found.commit("n0")
+        found.strike("n0", "no DNS", NodeTrouble("no DNS"), NEEDS)
+        world.now += 6
+    assert not found.records["n0"].out
+
+
+def test_starts_that_fail_everywhere_end_the_run_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 100)
+    found = looked(world)
+    with pytest.raises(StageError, match="toy: workers do not start: OSError: no such weights"):  # noqa: PT012
+        for turn in range(9):
+            world.now += 100
+            found.strike(f"n{turn % 3}", "a worker did not start: OSError: no such weights", OSError("x"), NEEDS)
+    found = looked(world)
+    with pytest.raises(ConfigError, match="no such CLIP"):  # noqa: PT012
+        for turn in range(9):
+            found.strike(f"n{turn % 3}", "a worker did not start", ConfigError("no such CLIP"), NEEDS)
+    assert world.now < 1000, "a wrong configuration is not waited for"
+
+
+def test_a_node_that_cannot_hold_a_worker_is_no_hope(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 2)
+    found = looked(world)
+    found.started = True
+    found.alive["n1"]["Resources"]["CPU"] = 0.0  # a head without CPUs
+    with pytest.raises(StageError, match=r"no node is left to work on.*host-n0 .*disk is full"):  # noqa: PT012
+        for _ in range(3):
+            world.now += 100
+            found.strike("n0", "the disk is full", NodeTrouble("the disk is full"), NEEDS)
+
+
+class Actors:
+    """In the place of an actor class: notes what its actors are asked."""
+
+    def __init__(self) -> None:
+        self.made: list[dict[str, Any]] = []
+
+    def options(self, **options: Any) -> Any:
+        def remote(*_: Any) -> Any:
+            self.made.append(options)
+            call = types.SimpleNamespace(remote=lambda *a: object())
+            return types.SimpleNamespace(where=call, hello=call, process=call)
+
+        return types.SimpleNamespace(remote=remote)
+
+
+def fleet(world: World, pool: Pool | None = None) -> tuple[Fleet, Actors]:
+    stage: Any = types.SimpleNamespace(name="toy", root="/x", unit="images", in_hand=1)
+    found = Fleet(stage, pool or CpuPool(), RayConfig())
+    found.actor = made = Actors()  # type: ignore[assignment]
+    return found, made
+
+
+def dies(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def get(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(actors.ray, "get", get)
+
+
+def test_starts_that_end_with_their_node_are_counted_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 100)
+    found, _ = fleet(world)
+    found.grow(10_000)
+    assert len(found.hands) == 4800
+    hands = list(found.hands)[:48]
+    for hand in hands:
+        hand.node = "n3"
+    world.alive["n3"] = False  # a spot node goes while its 48 workers start
+    dies(monkeypatch, ActorDiedError())
+    for hand in hands:
+        found._answer(None, None, _Call(hand, None, 0.0))  # type: ignore[arg-type]
+    for hand in list(found.hands)[:5]:  # and some that had not even said where they were
+        found._answer(None, None, _Call(hand, None, 0.0))  # type: ignore[arg-type]
+    assert found.nodes.records == {}
+    # On a node that lives, three count.
+    for _ in range(3):
+        world.now += 100
+        hand = next(iter(found.hands))
+        hand.node = "n5"
+        found._answer(None, None, _Call(hand, None, 0.0))  # type: ignore[arg-type]
+    assert found.nodes.left_out() == ["n5"]
+
+
+def test_new_workers_are_kept_off_a_node_that_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 3, cpus=1.0)
+    found, made = fleet(world)
+    found.grow(100)
+    assert [o.get("label_selector") for o in made.made] == [None] * 3
+    found.nodes.started = True
+    for _ in range(3):
+        world.now += 100
+        found.nodes.strike("n1", "no driver", OSError("x"), NEEDS)
+    world.now += 10
+    for hand in list(found.hands):
+        found._retire(hand)
+    found.grow(100)
+    assert [o["label_selector"] for o in made.made[3:]] == [{"ray.io/node-id": "!in(n1)"}] * 2
+
+
+def test_downloads_are_spread_and_memory_is_claimed_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 2, cpus=8.0)
+    found, made = fleet(world)
+    found.peak_bytes = 1_500_000_000
+    found.grow(100)
+    assert len(made.made) == 2 * 4, "of 8 GB a node, 1.9 GB each"
+    assert all(o["scheduling_strategy"] == "SPREAD" for o in made.made)
+    assert made.made[0]["memory"] == 1_900_000_000
+    other, made = fleet(world, Pool())
+    other.grow(1)
+    assert made.made[0]["scheduling_strategy"] == "DEFAULT"
+
+
+@pytest.mark.parametrize(
+    ("workers", "most", "expected"),
+    [
+        (None, None, [16, 32]),  # as many as there is room for, by now
+        (None, {"CPU": 1000}, [32, 64]),  # an autoscaler adds nodes for those that wait
+        (None, {"CPU": 20}, [20, 32]),
+        (Span(min=0, max=24), {"CPU": 1000}, [24, 24]),
+        (Span(min=20, max=24), None, [20, 24]),
+        (7, {"CPU": 1000}, [7, 7]),
+    ],
+)
+def test_how_many_workers_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, workers: Any, most: Any, expected: list[int]
+) -> None:
+    world = World(monkeypatch, 2, cpus=8.0)
+    world.most = most
+    found, _ = fleet(world, CpuPool(workers=workers))
+    found.grow(10_000)
+    assert len(found.hands) == expected[0]
+    world.alive |= {"n2": True, "n3": True}  # and it did
+    world.now += 10
+    found.grow(10_000)
+    assert len(found.hands) == expected[1]
+
+
+def test_from_zero_nodes_an_autoscaler_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 0)
+    world.most = {"CPU": 64}
+    found, _ = fleet(world)
+    found.grow(10_000)
+    assert len(found.hands) == 8
+
+
+def test_a_drained_node_gets_no_more_and_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 2, cpus=1.0)
+    found, _ = fleet(world)
+    found.grow(100)
+    staying, leaving = found.hands
+    for hand, node in ((staying, "n0"), (leaving, "n1")):
+        hand.node, hand.ready = node, True
+        found.free[hand] = None
+    given: list[Any] = []
+    ledger = types.SimpleNamespace(
+        take_suspect=lambda: None, take=lambda: Task(len(given), Fingerprint("x", 1, {})), remaining=50,
+        give_back=given.append, committed=lambda task: False, next_retry_s=None,
+    )  # fmt: skip
+    job: Any = types.SimpleNamespace(ledger=ledger, progress=types.SimpleNamespace(update=lambda *a, **k: None))
+    found.feed(job)
+    assert [h.held for h in (staying, leaving)] == [1, 1]
+    world.draining = {"n1": 0}
+    world.now += 10
+    found.grow(2)
+    assert leaving.leaving
+    assert leaving in found.hands, "it may finish what it has"
+    # Its node goes before it is done: nobody is blamed.
+    dies(monkeypatch, ActorDiedError())
+    task = Task(1, Fingerprint("x", 1, {}))
+    found._answer(job, None, _Call(leaving, task, 0.0))
+    assert given == [task]
+    assert leaving not in found.hands
+    assert found.nodes.records == {}
+
+
+def test_what_takes_far_longer_than_others_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 1, cpus=1.0)
+    found, _ = fleet(world, CpuPool(deadline_s=None))
+    found.grow(1)
+    [hand] = found.hands
+    hand.node, hand.ready, hand.held, found.busy = "n0", True, 1, 1
+    blamed: list[str] = []
+    ledger = types.SimpleNamespace(committed=lambda task: False)
+    job: Any = types.SimpleNamespace(ledger=ledger, blame=lambda task, error, trace: blamed.append(str(error)))
+    found.calls = {"ref": _Call(hand, Task(3, Fingerprint("x", 1, {})), 0.0)}
+    found._judge_ages(job, 1e6)
+    assert not blamed, "nothing is known of how long one takes"
+    found.seconds.extend([10.0] * 19 + [12.0])
+    found._judge_ages(job, 239.0)
+    assert not blamed
+    found._judge_ages(job, 241.0)
+    assert blamed == [
+        "it was not done after 241 s, on node host-n0 (10.0.0.1), so its worker was ended "
+        "(ray.toy.deadline_s and deadline_factor)"
+    ]
+    assert hand not in found.hands
+    assert not found.calls
+    assert found.busy == 0
+
+
+def test_a_worker_that_hangs_as_it_starts_is_its_nodes_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 2, cpus=1.0)
+    found, _ = fleet(world, CpuPool(start_deadline_s=100.0))
+    found.grow(1)
+    [hand] = found.hands
+    found.calls = {"ref": _Call(hand, None, 0.0)}
+    found._judge_ages(None, 5000.0)  # type: ignore[arg-type]
+    assert hand in found.hands, "it waits for room"
+    hand.node = "n0"
+    found._judge_ages(None, 101.0)  # type: ignore[arg-type]
+    assert hand not in found.hands
+    assert found.nodes.records["n0"].strikes == 1
+
+
+def test_hands_are_equal_only_to_themselves() -> None:
+    assert _Hand("a") != _Hand("a")

@@ -1,0 +1,186 @@
+"""SIGTERM at every moment of a command is exit code 75 and one sentence, to the driver alone and to its group."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from orchestration.config import Pool, RayConfig
+from orchestration.engine import run
+from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
+from tests.orchestration.drive import toy
+from tests.orchestration.head import ROOT
+from tests.orchestration.toy import ToyStage
+
+
+def own_ray(folder: Path, options: dict[str, Any]) -> subprocess.Popen[str]:
+    """The toy stage with a Ray of its own, as the leader of a process group."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.orchestration.drive", str(folder), json.dumps(options)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def stopped(process: subprocess.Popen[str]) -> str:
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 75, err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("carrara: ")
+    assert "the same command goes on from here" in last
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("after", [0.0, 1.5, 3.0, 4.5])
+def test_sigterm_while_ray_starts(tmp_path: Path, after: float) -> None:
+    process = own_ray(tmp_path, {"workers": 1, "seconds": 30.0, "grace_s": 0.5})
+    assert process.stderr is not None
+    assert "starting a Ray on this machine for this command" in process.stderr.readline()
+    time.sleep(after)
+    assert process.poll() is None
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    stopped(process)
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive, "its Ray has gone with it"
+
+
+def test_sigterm_to_the_process_group_finishes_what_is_in_hand(tmp_path: Path) -> None:
+    process = own_ray(tmp_path, {"workers": 2, "seconds": 1.5})
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "calls").glob("*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    began = time.monotonic()
+    stopped(process)
+    assert time.monotonic() - began < 25
+    made = list((tmp_path / "calls").glob("*"))
+    assert 0 < len(made) < 12
+    assert len(list((tmp_path / "toy").glob("*_stats.json"))) == len(made), "what was in hand is committed"
+    assert json.loads((tmp_path / "status/toy.json").read_text())["state"] == "stopped"
+
+
+class Slow(ToyStage):
+    """Takes its time for planning, or for the end."""
+
+    where = "planning"
+
+    def tasks(self):  # type: ignore[no-untyped-def]
+        for task in ToyStage.tasks(self):
+            if self.where == "planning":
+                time.sleep(0.1)
+            yield task
+
+    def finish(self, stats):  # type: ignore[no-untyped-def]
+        stats = list(stats)
+        if self.where == "finishing":
+            time.sleep(30)
+        return ToyStage.finish(self, stats)
+
+
+@pytest.mark.parametrize("where", ["planning", "finishing"])
+def test_sigterm_while_planning_and_while_finishing(tmp_path: Path, where: str) -> None:
+    stage = Slow(f"{tmp_path}/toy", f"{tmp_path}/calls")
+    object.__setattr__(stage, "where", where)
+    told: list[str] = []
+
+    def stop() -> None:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                state = json.loads((tmp_path / "status/toy.json").read_text())["state"]
+            except (OSError, ValueError):
+                state = ""
+            if state == where:
+                told.append(state)
+                break
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    began = time.monotonic()
+    with pytest.raises(Stopped, match="toy: stopped on request; the same command goes on from here"):
+        run(stage, f"{tmp_path}/status", RayConfig(), Pool(), local=True)
+    assert time.monotonic() - began < 10
+    assert told == [where], "the status says what is being done"
+    assert json.loads((tmp_path / "status/toy.json").read_text())["state"] == "stopped"
+    assert run(toy(tmp_path), f"{tmp_path}/status", RayConfig(), Pool(), local=True)
+
+
+def test_the_request_is_seen_through_handlers_of_errors() -> None:
+    with pytest.raises(Stopped), stop_on_sigterm(StopFlag("x")):  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except Exception:
+            pytest.fail("a request is no error")
+
+
+def wrong_address(answer: Callable[[socket.socket], None]) -> tuple[int, str, float]:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        answer(server)
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+        code = (
+            "from orchestration.config import RayConfig\n"
+            "from orchestration.connection import connected\n"
+            "from orchestration.run_stage import guarded\n"
+            "def work():\n    with connected(RayConfig()): pass\n"
+            "raise SystemExit(guarded(work))"
+        )
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=90
+        )
+        return done.returncode, done.stderr, time.monotonic() - began
+
+
+def test_a_wrong_ray_address_is_a_sentence_at_once() -> None:
+    code, err, seconds = wrong_address(lambda server: None)
+    assert code == 2, err
+    assert "no connection to the Ray at 127.0.0.1:" in err
+    assert "correct ray.address" in err
+    assert seconds < 15
+
+
+@pytest.mark.slow
+def test_an_address_where_something_else_listens_is_a_sentence_within_half_a_minute() -> None:
+    code, err, seconds = wrong_address(lambda server: server.listen(50))
+    assert code == 2, err
+    assert "does not answer as a Ray does" in err
+    assert seconds < 40, "on a busy machine; 25 s by the clock of the watch"
+
+
+@pytest.mark.parametrize("after", [0.3, 0.8])
+def test_sigterm_while_carrara_itself_is_loaded(tmp_path: Path, after: float) -> None:
+    """The handler comes before whatever takes time to load."""
+    code = (
+        "import sys, time; from orchestration import run_stage\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('shards.settings', 'typer'): time.sleep(5)\n"
+        "sys.meta_path.insert(0, Slow()); print('loaded', flush=True); sys.exit(run_stage.main(['status', 'nowhere']))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, text=True, **pipes)  # type: ignore[call-overload]
+    assert process.stdout.readline() == "loaded\n"
+    time.sleep(after)
+    process.send_signal(signal.SIGTERM)
+    stopped(process)
