@@ -12,7 +12,7 @@ of a column passes no rule on it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -141,6 +141,14 @@ class Selection:
         Raises StageError where a score lacks the shard.
         """
         kept = np.ones(len(rows), bool)
+        for found, _ in self.by_rule(index, rows, first):
+            kept &= found
+        return kept
+
+    def by_rule(
+        self, index: int, rows: np.ndarray, first: int | None = None
+    ) -> Iterator[tuple[np.ndarray, pa.ChunkedArray]]:
+        """Of each rule which of these rows pass it, whatever the others say, and the shard's values of its column."""
         for bound in self.bounds[:first]:
             score, _, column = bound.rule.column.partition(".")
             url = storage.join(self._scores[score].root, shard_name(index) + ".parquet")
@@ -150,8 +158,7 @@ class Selection:
                 raise StageError(
                     f"{url} is not there: the score '{score}' was made before this shard; run 'carrara score' again"
                 ) from None
-            kept &= bound.passes(values)[rows]
-        return kept
+            yield bound.passes(values)[rows], values
 
 
 def _bound(rule: Rule, histogram: dict[str, int]) -> Bound:
