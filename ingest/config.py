@@ -227,6 +227,11 @@ class SourceConfig(Strict):
         description="of a folder: a caption file is one caption, or each of its lines is one; folder: as file, and "
         "the folder's name where there is none",
     )
+    adopt: bool = Field(
+        default=False,
+        description="of webdataset: leave the images where they lie and write an index of them alone; the tars are "
+        "never written to, and must stay",
+    )
     image_column: str | None = Field(default=None, description="of parquet: the column with the images' bytes")
     files_below: tuple[str, ...] = Field(
         default=(), description="of a table: folders (or fsspec URLs) whose files rows may name by path or file:// URL"
@@ -296,6 +301,12 @@ class IngestConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> IngestConfig:
+        if self.source.adopt:
+            if self.source.kind not in ("auto", "webdataset") or self.engine != "carrara":
+                raise ValueError("source.adopt is for WebDataset tars, and needs engine: carrara")
+            if self.resize_mode != "no" and "resize_mode" in self.model_fields_set:
+                raise ValueError("source.adopt leaves images as they are; leave resize_mode away, or set it to no")
+            self.__dict__["resize_mode"] = "no"
         if self.heldout_table and self.heldout_fraction:
             raise ValueError("give heldout_table or heldout_fraction, not both")
         low, high = (0, 9) if self.encode_format == "png" else (1, 100)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,15 +24,16 @@ from ingest import captions, filters, removal, sources, statistics, tables, take
 from ingest.config import ColumnsConfig, FilterConfig, IngestConfig
 from ingest.digests import has_digests
 from ingest.duplicates import Sidecars, find_duplicates
-from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE
+from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE, Rejected
 from ingest.hosts import Exchange
 from ingest.img2dataset_engine import Img2datasetCrew
 from ingest.img2dataset_engine import require as require_img2dataset
 from ingest.packing import kept_columns, new_sidecar, rows_again
+from ingest.places import Below, Place
 from ingest.statistics import Lines, RunCounts
 from ingest.tables import HeldoutRule, Layout, TableSource
 from ingest.takedown import TakenDown
-from ingest.work import Crew, Outcome
+from ingest.work import Crew, Lies, Outcome
 from shards import plan, storage
 from shards.commit import Folder, read_made_with
 from shards.dataset import MANIFEST, Dataset, ShardInfo, amend_manifest, read_stats, read_stats_of, write_manifest
@@ -50,6 +52,9 @@ log = logging.getLogger("carrara.ingest")
 VERSION = 4
 # What may lie in a dataset's folder before it is begun: the other split's walk has planned this one too.
 BEFORE_ANY_SHARD = (plan.FOLDER,)
+
+# What the JSON beside an image that is adopted may say of it.
+ADOPTED = ("width", "height", "original_width", "original_height", "sha256")
 
 Split = Literal["train", "heldout"]
 
@@ -96,6 +101,11 @@ class IngestStage:
         """Open the table and find the columns; raises ConfigError before any work has begun."""
         if self.config.engine == "img2dataset":
             require_img2dataset()
+        if self.config.source.adopt and self._kind() != "webdataset":
+            raise ConfigError(
+                f"ingest.source.adopt: {self._table()} is no WebDataset tar, nor a folder of them; only images in tars "
+                "can be left where they lie"
+            )
         if self._kind() == "table" or storage.list_names(self._listing()):
             self.layout()
 
@@ -455,6 +465,8 @@ class IngestStage:
 
     def _wanted(self) -> sources.Wanted:
         named = (*self.config.keep_columns, *filters.needed_columns(self.config.filters))
+        if self.config.source.adopt:
+            named = (*named, *ADOPTED)
         columns = tuple(dict.fromkeys(n for n in named if n.lower() not in ("url", "caption")))
         return sources.Wanted(columns, self.config.columns, self.config.source)
 
@@ -474,6 +486,7 @@ class IngestStage:
         given = self.config.columns
         if self._kind() != "table":
             wanted, given = [*wanted, sources.FAULT], ColumnsConfig()
+            wanted += ADOPTED if self.config.source.adopt else ()
         captionless = self.config.empty_captions == "keep"
         layout = tables.read_layout(self._rows(), given, wanted, statistics.LOOKED_AT, captionless)
         types = {}
@@ -515,6 +528,8 @@ class IngestStage:
                 "caption_repeats",
             },
         )
+        if c.source.adopt:
+            settings["adopt"] = True
         settings |= {"quality": c.quality, "max_bytes": c.fetch.max_bytes, "caption_steps_version": captions.VERSION}
         if c.heldout_fraction:
             settings["split"] = {"part": self.split, "heldout_fraction": c.heldout_fraction, "seed": self.seed}
@@ -618,6 +633,7 @@ class IngestWorker:
         self.cursor = tables.Cursor()
         self.taken_down = TakenDown.read(stage.run)
         self.crew = make_crew(stage.config, self.taken_down, stage.hosts, stage.below())
+        self.below = Below(stage.below())
         self._packed: tuple[int, dict[str, bytes], dict[str, Any]] | None = None
 
     def __call__(self, task: Task) -> dict[str, Any]:
@@ -648,13 +664,47 @@ class IngestWorker:
         outcomes = self._judge(rows, cleaned)
         urls = rows["url"].to_pylist()
         places = rows[sources.PLACE].to_pylist() if sources.PLACE in rows.column_names else urls
-        done = self._fetch(task, places, outcomes)
+        if config.source.adopt:
+            done = [o or a for o, a in zip(outcomes, self._adopt(rows, places, outcomes), strict=True)]
+        else:
+            done = self._fetch(task, places, outcomes)
         sidecar = new_sidecar(task.index, rows, self.layout, config, raw, cleaned, self.stage.kept())
-        files = sidecar.pack(done)
+        files = sidecar.pack(done, config.source.adopt)
         stats = statistics.of_shard(done, urls, began)
         stats["cpu_seconds"] = round(_cpu_seconds() - cpu, 3)
         stats["checks"] = statistics.checks(rows, self.layout, done, config.swapped_sizes)
         return files, stats
+
+    def _adopt(self, rows: pa.Table, places: Sequence[str], known: Sequence[Outcome | None]) -> Iterator[Outcome]:
+        """What becomes of images that stay where they are; nothing of them is read."""
+        facts = {name: rows[name].to_pylist() for name in ADOPTED if name in rows.column_names}
+        for i, text in enumerate(places):
+            if known[i] is not None:
+                yield known[i]  # type: ignore[misc]
+                continue
+            try:
+                place = Place.parse(text)
+                self.below.require(place.file)
+            except Rejected as e:
+                yield Outcome.of(e.code)
+                continue
+            said = {name: values[i] for name, values in facts.items()}
+            sha256 = said.pop("sha256", None)
+            sha256 = sha256 if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) else None
+            extension = text.partition("&offset=")[0].rpartition(".")[2].lower()
+            size = place.size or 0
+            if sha256 and self.taken_down.has_bytes(sha256):
+                yield Outcome.of("taken_down", sha256=sha256)
+            elif place.offset is None or size == 0:
+                yield Outcome.of("body_empty")
+            elif size > self.stage.config.fetch.max_bytes:
+                yield Outcome.of("body_too_large")
+            elif extension not in ("jpg", "jpeg", "png", "webp"):
+                yield Outcome.of("image_unsupported", f"a .{extension} cannot be adopted; ingest it without adopt")
+            else:
+                sides = {n: int(v) if isinstance(v, int) and 0 < v < 1 << 20 else None for n, v in said.items()}
+                lies = Lies(place.file, place.offset, size, extension, **sides)
+                yield Outcome("success", sha256=sha256, lies=lies)
 
     def _again(self, task: Task) -> tuple[dict[str, bytes], dict[str, Any]]:
         """A shard of rows that older shards could not get, under their own keys."""

@@ -34,6 +34,23 @@ DNS_THREADS = 32
 
 
 @dataclasses.dataclass(frozen=True)
+class Lies:
+    """An image that stays where it is: the data of a member of a tar. Sizes in pixels are None where nothing says."""
+
+    image_file: str
+    offset: int
+    size: int
+    extension: str
+    width: int | None = None
+    height: int | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+    exif: str | None = None
+    pixel_hash: str | None = None
+    phash: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of a row. picture: for a success alone. bytes_fetched and attempts go to statistics only.
 
@@ -48,6 +65,7 @@ class Outcome:
     bytes_fetched: int = 0
     attempts: int = 0
     final_url: str | None = None
+    lies: Lies | None = None  # of a success that is adopted in place, which has no picture
 
     @classmethod
     def of(cls, code: str, message: str = "", **more: object) -> Outcome:

@@ -62,7 +62,8 @@ STATUSES = (*images.STATUSES, "failed_to_encode")
 ERRORS = ("decode_error", "not_finite_latent", "not_finite_text")
 
 FIT_COLUMNS = ("bucket_width", "bucket_height", "scaled_width", "scaled_height", "crop_left", "crop_top")
-_IMAGE_PLACE = ("image_offset", "image_size", "image_ext")  # of the tar; they mean nothing beside a latent
+# Where an image lies, in its tar or in another; it means nothing beside a latent.
+_IMAGE_PLACE = ("image_offset", "image_size", "image_ext", "image_file", "place")
 
 
 @dataclasses.dataclass
@@ -752,7 +753,7 @@ def _by_first_use(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]
 # What an image shard's sidecar says in words besides captions.
 _NO_CAPTIONS = frozenset(
     ("url", "final_url", "key", "status", "error", "error_message", "exif", "sha256", "caption_raw", "pixel_hash",
-     "phash", "image_ext", "md5")
+     "phash", "image_ext", "image_file", "place", "md5")
 )  # fmt: skip
 
 

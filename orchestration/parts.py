@@ -41,7 +41,7 @@ def text_pad(config: RunConfig) -> str | None:
 
 def pretrained(name: str, config: RunConfig) -> str | None:
     """The weights that the configuration names in place of fitting `name`; None where it is fitted or is no fit."""
-    return getattr(getattr(config, name), "pretrained", None)
+    return getattr(getattr(config, name, None), "pretrained", None)
 
 
 def check_inputs(name: str, config: RunConfig) -> None:

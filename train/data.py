@@ -23,7 +23,7 @@ from latents.stage import texts_in
 from shards import storage
 from shards.columns import COLUMN_ROW, ColumnFile, column, column_rows, members
 from shards.dataset import Dataset
-from shards.images import ImageShard, decode_rgb
+from shards.images import PLACE, ImageShard, decode_rgb
 from shards.selection import Selection
 from shards.settings import ConfigError, StageError
 from train import segments
@@ -160,7 +160,7 @@ class Pictures:
         return picture
 
     def _open(self, position: int) -> ImageShard:
-        return ImageShard(self.dataset, position, ("key", "status", "caption", "image_offset", "image_size"))
+        return ImageShard(self.dataset, position, ("key", "status", "caption", *PLACE))
 
     def _load(self, source: int, bucket: int, runs: list[tuple[int, int, int]]) -> Window:
         columns: dict[str, list[Any]] = {"image": [], "caption": [], "key": []}

@@ -235,6 +235,14 @@ def test_a_take_down_by_the_url_of_then(tmp_path: Path) -> None:
     assert ends(manifest) == {"rows": 11, "success": 9, "opted_out": 2}
 
 
+def test_images_of_one_caption_in_one_file_are_no_duplicates(tmp_path: Path) -> None:
+    members = [m for n in range(6) for m in ((f"{n}.png", picture(n)), (f"{n}.cls", b"dog"))]
+    (tmp_path / "own").mkdir()
+    make_tar(tmp_path / "own" / "0.tar", members)
+    stage = stage_of(webdataset, tmp_path / "own", tmp_path / "own", tmp_path / "run")
+    assert ends(run(stage)) == {"rows": 6, "success": 6}
+
+
 def test_files_that_are_gone_change_nothing_and_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     own = folder(tmp_path / "own", 0, 10)
     stage = stage_of(folder, own, own, tmp_path / "run")
