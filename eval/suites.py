@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from eval.inputs import read_lines
+from eval.metrics.definitions import DEFINITIONS
 from eval.shardwork import png
 from shards import storage
 from shards.dataset import Dataset
@@ -149,8 +150,6 @@ def bring_in(images: str, name: str, file: str, index: str | None = None) -> int
     index: the export's index.jsonl, where the file names images by their files. ConfigError, with the line, where one
     cannot be used, and where there are scores of that name already.
     """
-    from eval.measure import DEFINITIONS
-
     if not NAME.fullmatch(name) or name in DEFINITIONS:
         raise ConfigError(f"scores: '{name}' is no free name; give one of small letters, digits and _, such as geneval")
     dataset = Dataset.open(images)
