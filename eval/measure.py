@@ -187,7 +187,7 @@ def measure(evaluation: Evaluation, generated: Dataset) -> dict[str, Any]:
                     f"of {e.n:,} images: fewer than {FEW:,}, so that bias is most of it; good for comparing results of "
                     "as many images alone"
                 )
-            if name in SHARES or (name in definitions and _is_share(images, name)):
+            if name in SHARES or _is_share(images, imported, name):
                 result[name]["unit"] = "share"
         return result
 
@@ -219,11 +219,14 @@ def _label(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
-def _is_share(images: Images, name: str) -> bool:
+def _is_share(images: Images, imported: dict[str, suites.Imported], name: str) -> bool:
     """Whether a scorer's or an imported score is yes or no for every image."""
-    if "scorer" not in images.features or name not in _columns_of(images.features["scorer"]):
+    if name in imported:
+        values = imported[name].of(images.rows["prompt_id"], images.rows["replicate"])
+    elif "scorer" in images.features and name in _columns_of(images.features["scorer"]):
+        values = images.column("scorer", name)
+    else:
         return False
-    values = images.column("scorer", name)
     return bool(np.isin(values[np.isfinite(values)], (0.0, 1.0)).all())
 
 

@@ -154,6 +154,12 @@ def test_coco_becomes_a_reference_and_its_prompts(tmp_path: Path) -> None:
     coco.reference(annotations, images, str(tmp_path / "out"), 8, seed=3)
     assert (tmp_path / "out/images/00000.tar").stat().st_mtime_ns == before
     assert "all images, 12" in coco.reference(annotations, images, str(tmp_path / "all"), 8, everything=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/prompts.jsonl").write_text('{"prompt": "of my own"}\n')
+    with pytest.raises(ConfigError, match="is there with other prompts"):
+        coco.reference(annotations, images, str(tmp_path / "mine"), 8, seed=3)
+    assert "of my own" in (tmp_path / "mine/prompts.jsonl").read_text()
+    assert not (tmp_path / "mine/images").exists()
     for bad, says in (("{}", "is no captions file of COCO's"), ("x", "is no captions file")):
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(ConfigError, match=says):
