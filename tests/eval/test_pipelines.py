@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -191,7 +193,7 @@ def test_every_step_of_the_coco_recipe_runs(stranger: Path, run: RunPaths, tmp_p
     assert Path(page).is_file()
 
 
-def test_shipped_configurations_end_with_a_report() -> None:
+def test_shipped_configurations_end_with_a_report(tmp_path: Path) -> None:
     """What would be missing after days of training is said before it begins; the shipped ones lack nothing."""
     import yaml
 
@@ -199,9 +201,14 @@ def test_shipped_configurations_end_with_a_report() -> None:
     from orchestration.config import RunConfig
     from shards.settings import validate
 
-    folder = Path(__file__).parents[2] / "configs"
+    folder, table = Path(__file__).parents[2] / "configs", str(tmp_path / "table.parquet")
+    pq.write_table(pa.table({"url": ["http://example.org/1.png"], "caption": ["one"]}), table)
     for name in ("sd2-256.yaml", "lora.yaml", "demo.yaml"):
-        config = validate(RunConfig, yaml.safe_load((folder / name).read_text()), name)
+        settings = yaml.safe_load((folder / name).read_text())
+        settings["ingest"]["table"] = table  # the user's own
+        if settings["ingest"].get("heldout_table"):
+            settings["ingest"]["heldout_table"] = table
+        config = validate(RunConfig, settings, name)
         stages.check_all(config)
         bare = config.model_copy(
             update={"ingest": config.ingest.model_copy(update={"heldout_fraction": 0.0, "heldout_table": None})}
