@@ -46,6 +46,10 @@ def reference(annotations: str, folder: str, out: str, count: int, seed: int = 0
     if absent:
         raise ConfigError(f"reference: {folder} lacks {len(absent)} of {len(chosen)} images, the first is {absent[0]}")
     root = storage.join(out, "images")
+    lines = [json.dumps({"prompt": captions[i], "id": str(i)}, ensure_ascii=False) for i in drawn]
+    prompts, url = ("\n".join(lines) + "\n").encode(), storage.join(out, "prompts.jsonl")
+    if storage.exists(url) and storage.read_bytes(url) != prompts:
+        raise ConfigError(f"reference: {url} is there with other prompts; name a new --out")
     drawn_from = digest_json([[i, names[i], captions[i], (place / names[i]).stat().st_size] for i in chosen])
     begun = Folder.begin(root, Fingerprint("reference", VERSION, {}, drawn_from), take_over=True)
     stats = []
@@ -63,8 +67,7 @@ def reference(annotations: str, folder: str, out: str, count: int, seed: int = 0
         "reference": "all images" if everything else "the drawn ones",
     }
     write_manifest(root, "images", stats, {**facts, "status": {k: v for k, v in status.items() if v}})
-    lines = [json.dumps({"prompt": captions[i], "id": str(i)}, ensure_ascii=False) for i in drawn]
-    storage.write_atomic(storage.join(out, "prompts.jsonl"), ("\n".join(lines) + "\n").encode())
+    storage.write_atomic(url, prompts)
     failed = f" ({status['failed']} could not be read)" if status["failed"] else ""
     return (
         f"{count:,} captions (seed {seed}) are in {out}/prompts.jsonl; the reference is {facts['reference']}, "

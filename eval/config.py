@@ -168,7 +168,6 @@ class EvalConfig(Strict):
         pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
         description="Python module with SCORES and score(images, prompts): a judge of your own (docs/eval.md)",
     )
-    scores: list[str] = Field(default=[], description="files of scores made elsewhere (JSON lines: id, score)")
     retrieval_candidates: int = Field(default=100, ge=2, le=10_000)
     jackknife_groups: int = Field(default=20, ge=4, le=1000)
     watch: WatchConfig = WatchConfig()

@@ -19,7 +19,7 @@ from eval import compare, measure
 from eval.config import EvalConfig
 from eval.evaluation import METRICS, Evaluation
 from eval.generate import evaluations
-from eval.measure import DISTANCES
+from eval.metrics.definitions import DISTANCES
 from eval.rows import dataset_of
 from eval.shardwork import committed_stats
 from eval.stage import GenerateStage

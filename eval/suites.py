@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from eval.inputs import read_lines
+from eval.metrics.definitions import DEFINITIONS
 from eval.shardwork import png
 from shards import storage
 from shards.dataset import Dataset
@@ -53,6 +54,8 @@ def export(images: str, layout: str, out: str) -> int:
     index = folder / "index.jsonl"
     if folder.is_dir() and any(folder.iterdir()) and not index.exists():
         raise ConfigError(f"images: {out} is not empty; name a new folder")
+    if index.exists() and not _is_ours(index):
+        raise ConfigError(f"images: {index} is no index of an export; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     index.touch()
     progress = Progress("images", len(dataset), "images")
@@ -86,8 +89,21 @@ def export(images: str, layout: str, out: str) -> int:
             f"images: the layout dpg wants {SQUARE} images a prompt, and {len(square)} prompts have others; set "
             f"eval.replicates to {SQUARE}"
         )
-    storage.write_atomic(str(index), "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines).encode())
+    written = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines).encode()
+    if not written.startswith(index.read_bytes()):  # that of a result with fewer images may grow
+        raise ConfigError(f"images: {out} holds the images of another result; name a new folder")
+    storage.write_atomic(str(index), written)
     return count
+
+
+def _is_ours(index: Path) -> bool:
+    """Whether a file is an index as `export` writes it, or the empty one of an export that was killed."""
+    with index.open("rb") as f:
+        line = f.readline(1_000_000)
+    try:
+        return not line or json.loads(line).keys() == {"id", "file", "prompt"}
+    except (ValueError, AttributeError):
+        return False
 
 
 def _rows(dataset: Dataset) -> Iterator[tuple[dict[str, Any], bytes]]:
@@ -149,8 +165,6 @@ def bring_in(images: str, name: str, file: str, index: str | None = None) -> int
     index: the export's index.jsonl, where the file names images by their files. ConfigError, with the line, where one
     cannot be used, and where there are scores of that name already.
     """
-    from eval.measure import DEFINITIONS
-
     if not NAME.fullmatch(name) or name in DEFINITIONS:
         raise ConfigError(f"scores: '{name}' is no free name; give one of small letters, digits and _, such as geneval")
     dataset = Dataset.open(images)

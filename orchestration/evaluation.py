@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from eval import compare as comparing
@@ -89,7 +88,8 @@ def result_of(name: str) -> tuple[str, dict[str, Any]]:
         found = measure.read(storage.join(name, METRICS))
         if found is None:
             raise ConfigError(f"{name}/{METRICS} is torn, edited or of an older layout; run the eval stage")
-        return str(Path(name).parent), {**found, "folder": Path(name).name}
+        model, _, folder = name.rstrip("/").rpartition("/")  # a path or a URL
+        return model or ".", {**found, "folder": folder}
     run, colon, model = name.rpartition(":")
     if not colon:
         raise ConfigError(f"{name}: there is no {METRICS} here; name RUN/eval/MODEL/PROTOCOL, or RUN:MODEL")

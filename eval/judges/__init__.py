@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.networks import Found, Network, Rows
+from eval.networks.weights import Found, Network, Rows
 from shards.fingerprint import digest_file, digest_json
 from shards.settings import ConfigError
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from eval.config import PreferenceConfig
-from eval.networks import Rows, _check_file, _digest, _tensors
+from eval.networks.clip import Clip
+from eval.networks.weights import Found, Rows, check_file, digest_of, tensors
 from latents.weights import find_clip
 from shards.settings import ConfigError
 
@@ -109,14 +110,12 @@ class Aesthetic:
     """The predictor's layers, applied one after another (its dropout is of training alone)."""
 
     def __init__(self, path: str, clip: str, device: str) -> None:
-        from eval.networks import Clip, find
-
         state = _state(Path(path), "eval.preference.aesthetic")
         numbers = sorted({int(m[1]) for name in state if (m := re.match(r"layers\.(\d+)\.weight$", name))})
         if not numbers:
             raise ConfigError(f"eval.preference.aesthetic: {path} has no layers.N.weight; give the linear predictor")
         self.layers = [(state[f"layers.{n}.weight"].to(device), state[f"layers.{n}.bias"].to(device)) for n in numbers]
-        self.clip = Clip(find("clip", clip), device)
+        self.clip = Clip(Found("clip", clip, None, find_clip(clip).digest), device)
 
     def prepare(self, pixels: np.ndarray, captions: list[str]) -> Any:
         return self.clip.prepare(pixels)
@@ -131,8 +130,8 @@ class Aesthetic:
 
 
 def _state(path: Path, option: str) -> dict[str, Any]:
-    _check_file(path, option, "the file of its weights")
-    return _tensors(path, option, inner="state_dict")
+    check_file(path, option, "the file of its weights")
+    return tensors(path, option, inner="state_dict")
 
 
 def digests(config: PreferenceConfig) -> dict[str, str]:
@@ -144,8 +143,8 @@ def digests(config: PreferenceConfig) -> dict[str, str]:
         found["pickscore"] = digest(config.pickscore)
     for name in ("hps", "aesthetic"):
         if file := getattr(config, name):
-            _check_file(Path(file), f"eval.preference.{name}", "the file of its weights")
-            found[name] = _digest(file, os.stat(file).st_mtime_ns)
+            check_file(Path(file), f"eval.preference.{name}", "the file of its weights")
+            found[name] = digest_of(file, os.stat(file).st_mtime_ns)
     if config.aesthetic:
         found["clip"] = find_clip(config.aesthetic_clip).digest
     if not found:

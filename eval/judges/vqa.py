@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from eval.config import JudgeConfig
-from eval.networks import Rows
+from eval.networks.weights import Rows
 from shards.fingerprint import digest_file, digest_json
 from shards.settings import ConfigError
 

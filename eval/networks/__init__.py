@@ -16,26 +16,26 @@ published ones only with the published weights, so their digest is known here an
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import io
 import logging
 import os
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eval.networks import dinov2, resize
+from eval.networks.clip import Clip, truncated
+from eval.networks.weights import Found, Network, Rows, check_file, digest_of, exact, tensors
 from latents.weights import find_clip, find_vae
-from shards.fingerprint import digest_file, digest_json
+from shards.fingerprint import digest_json
 from shards.settings import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = ["Clip", "Dinov2", "Found", "Inception", "Network", "Reconstruction", "Rows", "find", "load", "truncated"]
 
 log = logging.getLogger("carrara.eval")
 
@@ -43,7 +43,6 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
-MAX_WEIGHTS = 8_000_000_000
 
 # network -> columns of its features in a shard
 COLUMNS = {
@@ -53,30 +52,6 @@ COLUMNS = {
     "vae": ("psnr",),
 }
 PSNR_CAP = 100.0  # dB, for a reconstruction without any error, whose PSNR would be infinite
-
-Rows = Sequence[Mapping[str, Any]]  # of each image what its shard's sidecar says: caption, prompt_id, questions
-
-
-class Network(Protocol):
-    """Two steps, since the first is of the CPU and can be done in a thread ahead of the second."""
-
-    def prepare(self, pixels: np.ndarray, rows: Rows) -> Any:
-        """uint8 [B, H, W, 3] and their rows as the network wants to have them, still on the CPU."""
-        ...
-
-    def __call__(self, prepared: Any) -> dict[str, np.ndarray]:
-        """Features float32 [B, d] by column; a score that does not apply is NaN."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """Weights that are there: network's name, the reference as given, the file or folder, sha256 of what matters."""
-
-    name: str
-    ref: Any
-    path: Path | None
-    digest: str
 
 
 def find(name: str, ref: Any) -> Found:
@@ -93,8 +68,8 @@ def find(name: str, ref: Any) -> Found:
     if name == "dinov2":
         return _find_dinov2(ref)
     path = _downloaded() if ref == "download" else Path(ref)
-    _check_file(path, "eval.inception", "torch-fidelity's weights-inception-2015-12-05-6726825d.pth, or say download")
-    digest = _digest(str(path), os.stat(path).st_mtime_ns)
+    check_file(path, "eval.inception", "torch-fidelity's weights-inception-2015-12-05-6726825d.pth, or say download")
+    digest = digest_of(str(path), os.stat(path).st_mtime_ns)
     if digest != INCEPTION_SHA256:
         _warn(str(path), digest)
     return Found(name, ref, path, digest)
@@ -121,7 +96,7 @@ class Inception:
         import torch
 
         assert found.path is not None
-        state = _tensors(found.path, "eval.inception")
+        state = tensors(found.path, "eval.inception")
         safe = io.BytesIO()  # the library unpickles what it is given, so it is given what we wrote
         torch.save(state, safe)
         safe.seek(0)
@@ -140,7 +115,7 @@ class Inception:
         """Pictures float32 [B, 3, 299, 299] in 0..255 -> float32 [B, 2048]."""
         import torch
 
-        with torch.inference_mode(), _exact():
+        with torch.inference_mode(), exact():
             x = (pixels.to(self.device) - 128) / 128
             return torch.flatten(functools.reduce(lambda x, layer: layer(x), self._layers, x), 1)
 
@@ -148,7 +123,7 @@ class Inception:
         """Features [B, 2048] -> [B, 1008], without the bias, as the Inception score has them."""
         import torch
 
-        with torch.inference_mode(), _exact():
+        with torch.inference_mode(), exact():
             return features @ self._fc.weight.T
 
     def prepare(self, pixels: np.ndarray, rows: Rows = ()) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,47 +137,6 @@ class Inception:
             "inception_tf_logits": self.logits(as_tf).cpu().numpy(),
             "inception_clean": as_clean.cpu().numpy(),
         }
-
-
-class Clip:
-    """An open_clip CLIP's embeddings, of unit length, of images and of their captions; whether a caption was cut."""
-
-    def __init__(self, found: Found, device: str) -> None:
-        from latents.encoders import load_text
-
-        self.clip = load_text(found.ref, "last", device)
-        self.device = device
-        self._transform: Any = None
-
-    def prepare(self, pixels: np.ndarray, rows: Rows = ()) -> tuple[torch.Tensor, list[str]]:
-        """The images as the CLIP's own configuration says, and their captions."""
-        import torch
-        from open_clip.transform import PreprocessCfg, image_transform_v2
-        from PIL import Image
-
-        if self._transform is None:
-            self._transform = image_transform_v2(PreprocessCfg(**self.clip.model.visual.preprocess_cfg), is_train=False)
-        stacked = torch.stack([self._transform(Image.fromarray(p)) for p in pixels])
-        return stacked, [str(r["caption"] or "") for r in rows]
-
-    def __call__(self, prepared: tuple[torch.Tensor, list[str]]) -> dict[str, np.ndarray]:
-        import torch
-
-        images, captions = prepared
-        with torch.inference_mode(), _exact():
-            x = self.clip.model.encode_image(images.to(self.device)).float()
-            found = {"images": torch.nn.functional.normalize(x, dim=-1).cpu().numpy()}
-        if captions:
-            found["captions"] = self.clip.encode_captions(captions, len(captions)).numpy()
-            found["truncated"] = np.array(truncated(self.clip, captions), np.float32)[:, None]
-        return found
-
-
-def truncated(clip: Any, captions: Sequence[str]) -> list[bool]:
-    """Which captions have more tokens than the CLIP reads: those that fill a context one token longer to its end."""
-    longer = clip.tokenizer([*captions, ""], context_length=clip.context_length + 1)
-    padding = int(longer[-1, -1])
-    return [bool(row[-1] != padding) for row in longer[:-1]]
 
 
 class Reconstruction:
@@ -237,7 +171,7 @@ class Dinov2:
 
     def __init__(self, found: Found, device: str) -> None:
         assert found.path is not None
-        state = None if found.path.is_dir() else _tensors(found.path, "eval.dinov2")
+        state = None if found.path.is_dir() else tensors(found.path, "eval.dinov2")
         self.network = dinov2.Dinov2(found.path, state, device)
 
     def prepare(self, pixels: np.ndarray, rows: Rows = ()) -> torch.Tensor:
@@ -247,38 +181,18 @@ class Dinov2:
     def __call__(self, prepared: torch.Tensor) -> dict[str, np.ndarray]:
         import torch
 
-        with torch.inference_mode(), _exact():
+        with torch.inference_mode(), exact():
             return {"dinov2": self.network.features(prepared).cpu().numpy()}
-
-
-@contextlib.contextmanager
-def _exact() -> Iterator[None]:
-    import torch
-
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _find_dinov2(ref: str) -> Found:
     files = dinov2.weight_files(ref)
     for file in files:
-        _check_file(
+        check_file(
             file, "eval.dinov2", "a folder with a DINOv2's config.json and model.safetensors, or a file of torch.hub's"
         )
-    digests = [_digest(str(f), os.stat(f).st_mtime_ns) for f in files]
+    digests = [digest_of(str(f), os.stat(f).st_mtime_ns) for f in files]
     return Found("dinov2", ref, Path(ref), digest_json(digests))
-
-
-def _check_file(path: Path, field: str, wanted: str) -> None:
-    if not path.is_file():
-        raise ConfigError(f"{field}: there is no file {path}; name {wanted}")
-    if path.stat().st_size > MAX_WEIGHTS:
-        raise ConfigError(f"{field}: {path} is larger than {MAX_WEIGHTS // 10**9} GB, which no such network is")
 
 
 @functools.lru_cache(maxsize=16)
@@ -287,44 +201,6 @@ def _warn(path: str, digest: str) -> None:
         "eval.inception: %s is not the published file (its sha256 is %s... where %s... is expected): no published "
         "number compares with what it measures", path, digest[:12], INCEPTION_SHA256[:12],
     )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=16)
-def _digest(path: str, _changed: int) -> str:
-    return digest_file(path)
-
-
-def _tensors(path: Path, field: str, inner: str = "") -> dict[str, torch.Tensor]:
-    """The named tensors of a file, or of its entry `inner` where it has one."""
-    import torch
-
-    if _is_program(path):
-        raise ConfigError(
-            f"{field}: {path} is a TorchScript program, as clean-fid has it, and is not run; give the weights that "
-            "torch-fidelity or pytorch-fid publish, which are the same network's: fid_clean is measured with them too"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # whatever a hostile or torn file makes a reader raise
-        why = " ".join(str(e).split()).split(". ")[0][:160]
-        raise ConfigError(f"{field}: {path} cannot be read as weights: {why}") from None
-    if inner and isinstance(state, dict) and isinstance(state.get(inner), dict):
-        state = state[inner]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ConfigError(f"{field}: {path} holds something other than named tensors; give the network's weights")
-    return state
-
-
-def _is_program(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any("/code/" in name for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
 
 
 def _downloaded() -> Path:

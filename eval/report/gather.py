@@ -120,6 +120,8 @@ class Images:
             features = Dataset.open(root)
             if features.manifest["weights"].get(network) != result["protocol"][network]:
                 continue
+            if features.manifest["resolution"] != result["protocol"]["resolution"]:
+                continue  # of the same images as another protocol resizes them
             for position in range(len(features.shards)):
                 shard = ColumnShard(features, position)
                 if network == "clip":

@@ -42,8 +42,8 @@ def read_all(run: RunPaths, model: str | None = None) -> list[dict[str, Any]]:
     """The content of every metrics.json of the run (or of one model), by model and folder, which is added as
     `folder`."""
     found = []
-    asides = ("real-", "train-")
-    names = [n for n in storage.list_names(run.eval) if not n.startswith((".", *asides)) and n != "reference"]
+    # Features of real images lie beside the models, in folders without a metrics.json: a model may be called anything.
+    names = [n for n in storage.list_names(run.eval) if not n.startswith(".")]
     for name in names if model is None else [model]:
         for folder in storage.list_names(storage.join(run.eval, name)):
             if folder.startswith("images-"):

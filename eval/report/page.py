@@ -22,7 +22,7 @@ import jinja2
 
 from eval import compare
 from eval.config import WatchConfig
-from eval.measure import DEFINITIONS, DISTANCES
+from eval.metrics.definitions import DEFINITIONS, DISTANCES
 from eval.report import charts, gather, history, verdict
 from shards import storage
 from shards.layout import RunPaths

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from eval import compare
+from eval import compare, measure
 from eval.metrics import frechet, moments
 from eval.metrics.estimate import Estimate, jackknife, mean_by_cluster, with_groups
+from eval.report import history
+from orchestration import evaluation as commands
+from shards.layout import RunPaths
 from shards.settings import StageError
 from tests.eval.test_protocol import made
 
@@ -196,3 +200,15 @@ def test_groups_of_a_mean_are_means_without_them() -> None:
     assert e.left_out == pytest.approx([x[owner != g].mean() for g in (0, 3, 5)])
     assert (e.groups, e.sizes) == ((0, 3, 5), (4, 8, 5))
     assert jackknife(e.value, e.left_out or (), e.sizes or ()).bias_corrected == pytest.approx(e.value)
+
+
+def test_results_are_found_whatever_a_model_is_called_and_by_url(tmp_path: Path) -> None:
+    run, values = RunPaths(str(tmp_path)), np.random.default_rng(0).standard_normal(24)
+    names = ("real-vision-xl-1a2b3c4d", "train-tickets-1a2b3c4d", "step-00000004")
+    for name in names:
+        content = {"format": measure.FORMAT, **result(name, 1, {"clip_score": score(values)})}
+        measure.write(f"{run.eval}/{name}/0123456789/metrics.json", content)
+    assert sorted(r["checkpoint"] for r in history.read_all(run)) == sorted(names)
+    folder, found = commands.result_of(f"file://{run.eval}/step-00000004/0123456789")
+    assert folder == f"file://{run.eval}/step-00000004"
+    assert (found["checkpoint"], found["folder"]) == ("step-00000004", "0123456789")

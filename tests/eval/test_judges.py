@@ -212,6 +212,16 @@ def test_images_go_out_in_the_layouts_of_benchmarks(judged: Any, tmp_path: Path)
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(ConfigError, match="is not empty"):
         suites.export(images, "files", str(tmp_path / "mine"))
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "index.jsonl").write_text('{"chapter": 1}\n')
+    with pytest.raises(ConfigError, match="is no index of an export"):
+        suites.export(images, "files", str(tmp_path / "book"))
+    assert [p.name for p in (tmp_path / "book").iterdir()] == ["index.jsonl"]
+    other = tmp_path / "c" / "index.jsonl"
+    other.write_text(other.read_text().replace('"a blue star"', '"of another result"'))
+    with pytest.raises(ConfigError, match="holds the images of another result"):
+        suites.export(images, "compbench", str(tmp_path / "c"))
+    assert "of another result" in other.read_text()
     with pytest.raises(ConfigError, match="one of files, geneval"):
         suites.export(images, "x", str(tmp_path / "x"))
 
@@ -238,6 +248,8 @@ def test_scores_made_elsewhere_are_a_metric_like_any_other(judged: Any, tmp_path
     assert metrics["metrics"]["taste"]["value"] == pytest.approx(np.mean(np.arange(12) / 10))
     assert metrics["metrics"]["geneval"]["value"] == 0.5
     assert {"low", "high", "se"} <= set(metrics["metrics"]["geneval"])
+    assert metrics["metrics"]["geneval"]["unit"] == "share"  # yes or no for every image
+    assert "unit" not in metrics["metrics"]["taste"]
     assert "geneval" in metrics["by_tag"]["odd"]
     assert {"taste", "geneval"} <= set(metrics["jackknife"])
     assert "Geneval" in (Path(found.run.reports) / f"{found.model.name}.html").read_text()

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -154,6 +156,12 @@ def test_coco_becomes_a_reference_and_its_prompts(tmp_path: Path) -> None:
     coco.reference(annotations, images, str(tmp_path / "out"), 8, seed=3)
     assert (tmp_path / "out/images/00000.tar").stat().st_mtime_ns == before
     assert "all images, 12" in coco.reference(annotations, images, str(tmp_path / "all"), 8, everything=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/prompts.jsonl").write_text('{"prompt": "of my own"}\n')
+    with pytest.raises(ConfigError, match="is there with other prompts"):
+        coco.reference(annotations, images, str(tmp_path / "mine"), 8, seed=3)
+    assert "of my own" in (tmp_path / "mine/prompts.jsonl").read_text()
+    assert not (tmp_path / "mine/images").exists()
     for bad, says in (("{}", "is no captions file of COCO's"), ("x", "is no captions file")):
         (tmp_path / "bad.json").write_text(bad)
         with pytest.raises(ConfigError, match=says):
@@ -185,7 +193,7 @@ def test_every_step_of_the_coco_recipe_runs(stranger: Path, run: RunPaths, tmp_p
     assert Path(page).is_file()
 
 
-def test_shipped_configurations_end_with_a_report() -> None:
+def test_shipped_configurations_end_with_a_report(tmp_path: Path) -> None:
     """What would be missing after days of training is said before it begins; the shipped ones lack nothing."""
     import yaml
 
@@ -193,9 +201,14 @@ def test_shipped_configurations_end_with_a_report() -> None:
     from orchestration.config import RunConfig
     from shards.settings import validate
 
-    folder = Path(__file__).parents[2] / "configs"
+    folder, table = Path(__file__).parents[2] / "configs", str(tmp_path / "table.parquet")
+    pq.write_table(pa.table({"url": ["http://example.org/1.png"], "caption": ["one"]}), table)
     for name in ("sd2-256.yaml", "lora.yaml", "demo.yaml"):
-        config = validate(RunConfig, yaml.safe_load((folder / name).read_text()), name)
+        settings = yaml.safe_load((folder / name).read_text())
+        settings["ingest"]["table"] = table  # the user's own
+        if settings["ingest"].get("heldout_table"):
+            settings["ingest"]["heldout_table"] = table
+        config = validate(RunConfig, settings, name)
         stages.check_all(config)
         bare = config.model_copy(
             update={"ingest": config.ingest.model_copy(update={"heldout_fraction": 0.0, "heldout_table": None})}
