@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.cluster import ENDED, job_command
-from orchestration.commands import looks_for_configuration
 from orchestration.packages import NAMES, ROOT
 from orchestration.stopping import EXIT_STOPPED, Stopped
 from shards.settings import ConfigError, StageError

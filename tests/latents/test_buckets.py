@@ -155,7 +155,7 @@ def test_every_sample_is_in_its_bucket_at_each_resolution(made):
                 taken[b] += 1
                 assert json.loads(line) == ([row["caption"]] if row["caption"] else [])
                 assert (value_of(arrays, "tokens", n, r) == tokens[own[key]]).all()
-                assert row["sample"] == n
+                assert row["column_row"] == n
                 assert value_of(arrays, "micro", n, r).tolist() == [
                     row["original_height"], row["original_width"], fit.crop_top, fit.crop_left,
                     shape["height"], shape["width"],
