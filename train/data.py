@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 Batch = dict[str, torch.Tensor]
 
 DECODERS = 4  # threads that decode pictures for one rank
-AHEAD = 4  # steps whose windows are asked for before their batches are made, at the least
+# Steps whose windows are asked for before their batches are made: at least, and at most where a quarter of what the
+# streams hold lasts that long. A step of 50 ms then leaves a store more than a second to answer.
+AHEAD, FAR_AHEAD = 4, 32
 
 
 def batch_slots(samples: int, rank: int, world: int, micro_step: int, accumulation: int) -> np.ndarray:
@@ -60,7 +62,9 @@ def micro_batches(objective: Objective, config: FitConfig, ranks: Ranks, images:
     share = config.batch_size // ranks.world
     micro = min(config.micro_batch_size or share, share)
     accumulation = share // micro
-    steps = max(AHEAD, -(-objective.placement.streams // config.batch_size))
+    held = objective.placement.streams * objective.placement.window
+    least = max(AHEAD, -(-objective.placement.streams // config.batch_size))
+    steps = max(least, min(FAR_AHEAD, held // (4 * config.batch_size)))
 
     def made(positions: np.ndarray) -> Batch:
         batch = objective.batch(positions)
