@@ -350,7 +350,8 @@ def _tar_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
 
     # A store's file object would read 50 MB ahead, and an image between two headers is of no use here.
     how = {} if storage.is_local(file) else {"cache_type": "readahead", "block_size": _AHEAD}
-    with fsspec.open(file, "rb", **how) as stream:
+    fs, path = fsspec.core.url_to_fs(file)
+    with fs.open(path, "rb", **how) as stream:
         for name, offset, size, read in _members(stream, file, said):
             folder, _, base = name.rpartition("/")
             stem, _, extension = base.partition(".")
