@@ -354,9 +354,50 @@ def memory(folder: Path) -> None:
         print(f"  {count:>12,} rows  peak {peak:6.0f} MB  {count / seconds:>12,.0f} rows/s", flush=True)
 
 
+def adopt(images: int, rounds: int, folder: Path) -> None:
+    """WebDataset tars adopted in place beside the same tars encoded again, in turn; a process of one worker."""
+    import tarfile
+
+    from ingest.config import IngestConfig
+    from ingest.stage import IngestStage
+    from shards.dataset import read_stats
+
+    theirs = folder / "theirs"
+    theirs.mkdir()
+    bodies = [draw(seed, 640, 480) for seed in range(DISTINCT)]
+    with tarfile.open(theirs / "0.tar", "w") as tar:
+        for n in range(images):
+            for suffix, data in (("jpg", bodies[n % DISTINCT]), ("txt", f"photo {n}".encode())):
+                info = tarfile.TarInfo(f"{n:09d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+    def once(name: str, how: dict[str, Any]) -> float:
+        config = IngestConfig.model_validate({"table": str(theirs), "samples_per_shard": 1000, **how})
+        stage = IngestStage(config, str(folder / name / "images"))
+        begin = time.perf_counter()
+        stage.begin()
+        tasks = list(stage.tasks())
+        worker = stage.worker()
+        for task in tasks:
+            worker(task)
+        worker.close()
+        stage.finish([read_stats(stage.root, t.index) or {} for t in tasks])
+        return time.perf_counter() - begin
+
+    took: dict[str, list[float]] = {"adopted": [], "encoded again": []}
+    for n in range(rounds):
+        took["adopted"].append(once(f"adopted-{n}", {"source": {"adopt": True}}))
+        took["encoded again"].append(once(f"encoded-{n}", {"image_size": 256}))
+    best = {name: min(times) for name, times in took.items()}
+    for name, seconds in best.items():
+        print(f"{name:14} {images / seconds:10,.0f} images/s")
+    print(f"adopting is {best['encoded again'] / best['adopted']:.1f} times as quick")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[*SIZES, "memory"])
+    parser.add_argument("--only", choices=[*SIZES, "memory", "adopt"])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--filter", default="bicubic", help="ingest.downscale_filter of ours")
@@ -367,6 +408,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="carrara-benchmark-") as folder:
         for name in [args.only] if args.only else ["http", "https", "large", "memory"]:
+            if name == "adopt":
+                adopt(args.images, args.rounds, Path(folder))
+                continue
             if name == "memory":
                 memory(Path(folder))
                 continue

@@ -47,6 +47,7 @@ CAPTION_FILES = (".txt", ".caption", ".json")
 METADATA = re.compile(r"(?:\A|/)metadata\.(jsonl|csv|parquet)\Z", re.IGNORECASE)
 _TEXTS = ("txt", "caption", "json", "cls")  # a sample's members that say something of its image
 _LONGEST_TEXT = 1 << 20  # bytes of a caption file or member
+_AHEAD = 32 << 10  # bytes of a tar in a store that are read at a time: headers, and the texts of a sample
 _PART_ROWS = 200_000
 _LOOKED_AT = 1000  # files of a folder that are looked at to tell what it is
 
@@ -347,7 +348,10 @@ def _tar_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
         yield row
         sample.clear()
 
-    with fsspec.open(file, "rb") as stream:
+    # A store's file object would read 50 MB ahead, and an image between two headers is of no use here.
+    how = {} if storage.is_local(file) else {"cache_type": "readahead", "block_size": _AHEAD}
+    fs, path = fsspec.core.url_to_fs(file)
+    with fs.open(path, "rb", **how) as stream:
         for name, offset, size, read in _members(stream, file, said):
             folder, _, base = name.rpartition("/")
             stem, _, extension = base.partition(".")

@@ -235,6 +235,27 @@ def caption(overrides: Overrides = None, config: Config = None, local: Local = F
 
 
 @app.command(rich_help_panel="A run")
+def init(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="images, tars, parquet files or a table of URLs")],
+    out: Annotated[str, typer.Option("--out", help="the YAML that is written; never over one that is there")] = (
+        "carrara.yaml"
+    ),
+) -> None:
+    """A commented configuration for what lies at a path."""
+    from orchestration import init as module
+
+    print(module.run(path, out))
+
+
+@app.command(rich_help_panel="A run")
+def schema() -> None:
+    """The JSON schema of the configuration, from which editors complete and check it."""
+    from orchestration.config import RunConfig
+
+    print(json.dumps(RunConfig.model_json_schema(), indent=1))
+
+
+@app.command(rich_help_panel="A run")
 def select(
     rest: RunAndOverrides = None,
     config: Config = None,

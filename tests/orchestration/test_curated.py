@@ -86,24 +86,24 @@ def test_a_folder_to_selected_latents_with_new_captions(config: Path, tmp_path: 
         assert line in told
     assert carrara("select", "--config", config, "--dry-run", "--count", "5") == 0
     funnel = capsys.readouterr().out
-    assert "takes 12" in funnel
+    assert "takes 11" in funnel  # a threshold is the lower edge of its bin
     page = (run / "reports" / "select-latents.html").read_text()
     assert page.count("<figure>") == 5
     assert "<script>" not in page
     assert html.escape("<script>alert(") in page
     assert carrara("latents", "--config", config, "--local") == 0
     manifest = Dataset.open(str(run / "latents")).manifest
-    assert manifest["status"] == {"success": 12, "filtered": 12}
+    assert manifest["status"] == {"success": 13, "filtered": 11}
     # The pictures of more contrast are those of more entropy.
     latents = Dataset.open(str(run / "latents"))
     rows = [r for s in latents.shards for r in latents.sidecar(s.index).to_pylist()]
     chosen = {int(r["caption_raw"].rpartition(" ")[2]) for r in rows if r["status"] == "success"}
-    assert chosen == set(range(12, 24))
+    assert chosen == set(range(11, 24))
     assert {r["error"] for r in rows if r["status"] == "filtered"} == {"not_selected"}
     reader = Latents(TrainConfig(images=100, batch_size=4, captions={"caption": 1, "seen": 1}), [latents], 0)
-    said = reader.captions(np.arange(12), ["caption", "seen"])
+    said = reader.captions(np.arange(13), ["caption", "seen"])
     assert all(len(new) == 1 and new[0].startswith("seen as ") for _, new in said)
-    assert {c[0].rpartition(" ")[2] for c, _ in said} == {str(n) for n in range(12, 24)}
+    assert {c[0].rpartition(" ")[2] for c, _ in said} == {str(n) for n in range(11, 24)}
     # A take-down reaches all of it: of one that is encoded and of one that was not selected.
     url = {int(r["caption_raw"].rpartition(" ")[2]): r["sha256"] for r in rows}
     (tmp_path / "list").write_text(f"{url[20]}\n{url[2]}\n")
@@ -122,10 +122,10 @@ def test_a_folder_to_selected_latents_with_new_captions(config: Path, tmp_path: 
     scores = Dataset.open(str(run / "scores" / "pixels")).manifest["columns"]["entropy"]["sketch"]
     assert sum(scores.values()) == COUNT - 2
     assert Dataset.open(str(run / "captions" / "seen")).manifest["fates"] == {"captioned": COUNT - 2}
-    assert Dataset.open(str(run / "latents")).manifest["count"] == 11
+    assert Dataset.open(str(run / "latents")).manifest["count"] == 12
     for stage in ("ingest", "score", "caption", "latents"):
         assert carrara(stage, "--config", config, "--local") == 0, stage
-    assert Dataset.open(str(run / "latents")).manifest["count"] == 11
+    assert Dataset.open(str(run / "latents")).manifest["count"] == 12
 
 
 def test_thresholds_stay_when_the_folder_grows(config: Path, tmp_path: Path) -> None:
@@ -140,6 +140,6 @@ def test_thresholds_stay_when_the_folder_grows(config: Path, tmp_path: Path) -> 
     for stage in ("ingest", "score", "caption", "latents"):
         assert carrara(stage, "--config", config, "--local") == 0, stage
     assert json.loads((run / "latents" / "made_with.json").read_text())["settings"]["select"] == made
-    assert Dataset.open(str(run / "latents")).manifest["status"]["success"] == 12 + 8
+    assert Dataset.open(str(run / "latents")).manifest["status"]["success"] == 13 + 8
     after = {p.name: p.read_bytes() for p in (run / "latents").glob("0*.safetensors")}
     assert {n: after[n] for n in before} == before
