@@ -222,6 +222,45 @@ def clip(
     _stage("clip", config, overrides, local, redo, adopt)
 
 
+@app.command(name="score", rich_help_panel="Stages")
+def score_(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
+    """Score the image shards: columns by key beside them, for latents.select and train.select."""
+    _stage("score", config, overrides, local, redo)
+
+
+@app.command(rich_help_panel="Stages")
+def caption(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
+    """Write new captions of the image shards, by a local model or an OpenAI-compatible server."""
+    _stage("caption", config, overrides, local, redo)
+
+
+@app.command(rich_help_panel="A run")
+def select(
+    rest: RunAndOverrides = None,
+    config: Config = None,
+    of: Annotated[str, typer.Option("--of", help="whose rules: latents or train; by default whichever has some")] = "",
+    count: Annotated[int, typer.Option("--count", min=1, max=400, help="pictures shown of what a rule takes")] = 24,
+    seed: Seed = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="what it always is: nothing changes")] = True,
+) -> None:
+    """The funnel of the rules in latents.select or train.select, and a contact sheet of what each takes."""
+    from curate import funnel
+    from shards.layout import RunPaths
+
+    found = _configured(config, rest, tables=False)
+    if of not in ("", "latents", "train"):
+        raise ConfigError(f"select: --of is '{of}'; it is latents or train")
+    of = of or ("latents" if found.latents.select else "train")
+    rules = list(getattr(found, of).select)
+    if not rules:
+        raise ConfigError(f"select: {of}.select has no rules")
+    paths = RunPaths(found.run)
+    steps = funnel.funnel(paths.images, found.run, rules, count, seed)
+    print(funnel.text(steps))
+    page = funnel.write(steps, paths.reports, f"{of}.select of {found.run}", f"select-{of}")
+    log.info("select: the contact sheet is %s", page)
+
+
 @app.command(rich_help_panel="Stages")
 def latents(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
     """Encode the image shards into latent shards."""
@@ -272,7 +311,7 @@ def all_(
 
     found = _configured(config, _refuse_run(overrides))
     stages.check_all(found)
-    for name in stages.STAGES:
+    for name in stages.order(found):
         stages.run(name, found, local, redo, adopt=adopt)
 
 

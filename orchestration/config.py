@@ -7,6 +7,7 @@
     ingest: {table: ...}         # each section is the model in that stage's own config.py
     autoencoder: {...}
     clip: {...}
+    curate: {...}                # scores and captions, where there are any
     latents: {...}
     train: {...}
     eval: {...}
@@ -27,6 +28,7 @@ import psutil
 import pydantic
 from pydantic import Field
 
+from curate.config import CurateConfig
 from eval.config import EvalConfig
 from ingest.config import IngestConfig
 from latents.config import LatentsConfig
@@ -123,6 +125,8 @@ class RayConfig(Strict):
     )
     ingest: CpuPool = CpuPool()
     latents: Pool = Pool()
+    score: Pool = Pool()
+    caption: Pool = Pool()
     eval: Pool = Pool()
     autoencoder: Ranks = Ranks()
     clip: Ranks = Ranks()
@@ -154,6 +158,7 @@ class RunConfig(Strict):
     ingest: IngestConfig
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     clip: ClipConfig = ClipConfig()
+    curate: CurateConfig = CurateConfig()
     latents: LatentsConfig = LatentsConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
