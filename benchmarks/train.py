@@ -11,7 +11,7 @@ save         for how long the loop stands still when a checkpoint is saved, on 1
              and what the fullest rank keeps for it in memory
 waits        how often a step makes the host wait for the device, under ZeRO 0 to 3 (counted)
 resume       the first batch at the start of an epoch and at its end: its place in 2e9 samples, its latents from shards
-gpu          what benchmarks/gpu.py does: correctness and speed on the GPU here, in eight minutes
+gpu          what benchmarks/gpu.py does: correctness and speed on the GPU here, in five minutes
 
 Peer and ours, each in a process of its own, take turns step by step until the interval is narrow; the median of the
 pairs' ratios is printed with it, and what is asked of it. On two cores all but `gpu` take about ten minutes.
