@@ -3,20 +3,21 @@
     python -m benchmarks.reading [--samples 20000] [--batch 256] [--step 0.25] [--delay 0.03]
 
 A data set as of 256 px (moments 4x32x32, tokens) is walked as one rank of a training does that takes `--step` seconds
-a step, and as fast as it can be read. The server is moto in a process of its own; it shares the machine's cores with
-the reader, so what it can give is told too. Nothing is learned: the loop only takes batches.
+a step, and as fast as it can be read. The server answers what a reader asks, out of memory, in a process of its own;
+it shares the machine's cores with the reader. Nothing is learned: the loop only takes batches.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from shards import storage
 from shards.columns import pack_columns
 from shards.dataset import Dataset, commit_shard, write_manifest
 from shards.fingerprint import Fingerprint
@@ -60,30 +60,54 @@ def make(root: Path, samples: int) -> None:
     write_manifest(str(root / "latents"), "latents", stats, {"resolution": 256, "laid": [[n] for n in counts], **facts})
 
 
-def serve(delay: float, out: Connection) -> None:
-    """A process with an S3 server and an empty bucket; ends with its parent."""
-    from tests.objects import bucket
+def serve(root: str, delay: float, out: Connection) -> None:
+    """A process with as much of S3 as a reader needs (GET, whole or a range, and HEAD), of the files of a folder.
 
-    with bucket(delay_s=delay) as url:
-        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
-        out.send((url, {name: os.environ[name] for name in names}))
+    moto takes tens of milliseconds of a core for a range of a large object, which would be measured here.
+    """
+    files = {f"/bucket/{f.parent.name}/{f.name}": f.read_bytes() for f in Path(root).rglob("*") if f.is_file()}
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                line, *rest = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+                method, path, _ = line.split(" ")
+                asked = dict(x.lower().split(": ", 1) for x in rest if x).get("range")
+                await asyncio.sleep(delay)
+                data, status = files.get(path.partition("?")[0]), "200 OK"
+                head = 'ETag: "x"\r\nLast-Modified: Thu, 01 Jan 2026 00:00:00 GMT\r\n'
+                if data is None:
+                    data, status = b"", "404 Not Found"
+                elif asked:
+                    first, last = (int(x) for x in asked.removeprefix("bytes=").split("-"))
+                    head += f"Content-Range: bytes {first}-{min(last, len(data) - 1)}/{len(data)}\r\n"
+                    data, status = data[first : last + 1], "206 Partial Content"
+                writer.write(f"HTTP/1.1 {status}\r\n{head}Content-Length: {len(data)}\r\n\r\n".encode())
+                if method == "GET":
+                    writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def listen() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        out.send(server.sockets[0].getsockname()[1])
         while os.getppid() != 1:
-            time.sleep(0.5)
+            await asyncio.sleep(0.5)
+
+    asyncio.run(listen())
 
 
 @contextmanager
 def on_s3(root: Path, delay: float) -> Iterator[str]:
     """The data set in a bucket."""
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(delay, theirs), daemon=True)
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=serve, args=(str(root), delay, theirs), daemon=True)
     process.start()
-    url, environment = ours.recv()
-    os.environ.update(environment)
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+    os.environ.update(dict.fromkeys(names, "none"), AWS_ENDPOINT_URL=f"http://127.0.0.1:{ours.recv()}")
     try:
-        for file in (root / "latents").iterdir():
-            if file.is_file():
-                storage.write_atomic(f"{url}/latents/{file.name}", file.read_bytes())
-        yield f"{url}/latents"
+        yield "s3://bucket/latents"
     finally:
         process.terminate()
 

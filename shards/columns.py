@@ -108,7 +108,7 @@ class ColumnFile:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        size = storage.size(url)
+        size = storage.patiently(url, lambda: storage.size(url))
         if size is None:
             raise FileNotFoundError(url)
         (head,) = storage.read_ranges(url, [(0, min(_HEAD, size))])

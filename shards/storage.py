@@ -18,10 +18,10 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -31,6 +31,7 @@ from shards.settings import ConfigError, StageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+T = TypeVar("T")
 TMP_MARK = ".tmp-"
 _PAUSES_S = (0.05, 0.2, 1.0)  # before a file that is said to be there, and is not, is tried again
 # What os.link says where there are no links: FUSE over object stores, SMB, exFAT.
@@ -117,11 +118,22 @@ def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     A store that throttles, or a read that breaks off, is tried again with growing pauses, for about a minute in all.
     Raises FileNotFoundError at once, ValueError where the file ends before.
     """
+    found = patiently(url, lambda: _read_ranges(url, ranges))
+    for data, (begin, end) in zip(found, ranges, strict=True):
+        if len(data) != end - begin:
+            raise ValueError(f"{url}: ends before byte {end}")
+    return found
+
+
+def patiently(url: str, read: Callable[[], T]) -> T:
+    """What `read` returns of `url`; one that fails is tried again with growing pauses, for about a minute in all.
+
+    Raises FileNotFoundError and PermissionError at once, OSError in the end.
+    """
     pause = 0.2
     while True:
         try:
-            found = _read_ranges(url, ranges)
-            break
+            return read()
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
             raise
         except Exception as e:  # each store has errors of its own
@@ -129,10 +141,6 @@ def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
                 raise OSError(f"{url}: cannot be read: {type(e).__name__}: {e}") from e
             time.sleep(pause * (1 + random.random()))
             pause *= 2
-    for data, (begin, end) in zip(found, ranges, strict=True):
-        if len(data) != end - begin:
-            raise ValueError(f"{url}: ends before byte {end}")
-    return found
 
 
 def _read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:

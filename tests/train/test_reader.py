@@ -161,6 +161,24 @@ def test_reads_that_fail_are_tried_again_and_at_last_are_a_sentence(
     assert not slept, "what is not there is not asked for again"
 
 
+def test_a_shards_layout_is_asked_for_as_patiently_as_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(columns.pack_columns({"a": np.arange(3)}, {}))
+    real, slept, failures = storage.size, [], [OSError(16, "Service Unavailable") for _ in range(6)]
+
+    def flaky(url: str) -> int | None:
+        if failures:
+            raise failures.pop()
+        return real(url)
+
+    monkeypatch.setattr(storage, "size", flaky)
+    monkeypatch.setattr(storage.time, "sleep", slept.append)
+    assert columns.ColumnFile(str(tmp_path / "file")).whole("a").tolist() == [0, 1, 2]
+    assert len(slept) == 6
+    with pytest.raises(FileNotFoundError):
+        columns.ColumnFile(str(tmp_path / "absent"))
+    assert len(slept) == 6, "what is not there is not asked for again"
+
+
 def test_a_picture_window_is_one_read_of_the_tar(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = Dataset.open(str(run / "images"))
     config = AutoencoderConfig(images=1000, batch_size=7, streams=2, window=5)
