@@ -1,4 +1,5 @@
-"""The house: who may import whom, no circles, Ray in one folder, and documents whose links lead somewhere.
+"""The house: who may import whom, no circles, Ray in one folder, documents whose links lead somewhere, and a mutation
+table that fits the code.
 
 The imports are read from the syntax trees, those inside functions included.
 """
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.mutants.__main__ import Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,3 +113,17 @@ def test_links_of_the_documents_lead_somewhere(document: Path) -> None:
         u for u in links if "://" not in u and not u.startswith("mailto:") and not (document.parent / u).exists()
     ]
     assert not missing
+
+
+@pytest.mark.parametrize("table", sorted((ROOT / "tests" / "mutants").glob("*.toml")), ids=lambda p: p.stem)
+def test_each_entry_of_the_mutation_table_fits_the_code(table: Path) -> None:
+    """Its text occurs once, its tests are there: said here, in no time, to who moves the code."""
+    wrong = []
+    for mutant in Mutant.read(table):
+        if (n := (ROOT / mutant.file).read_text().count(mutant.text)) != 1:
+            wrong.append(f"{mutant.promise}: its text occurs {n} times in {mutant.file}")
+        for test in mutant.tests:
+            file, _, name = test.partition("[")[0].partition("::")
+            if not re.search(rf"^def {re.escape(name)}\(", (ROOT / file).read_text(), flags=re.M):
+                wrong.append(f"{mutant.promise}: there is no {test}")
+    assert not wrong, "\n".join(wrong)
