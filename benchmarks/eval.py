@@ -187,8 +187,8 @@ def bench_features(count: int = 24, side: int = 256, batch: int = 8) -> None:
     from eval import networks
     from eval.features import FeaturesStage, FeaturesWorker
     from shards.dataset import Dataset
-    from shards.stage import begin, open_folder
     from shards.images import ImageShard, decode_rgb
+    from shards.stage import begin, open_folder
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with tempfile.TemporaryDirectory() as folder:
