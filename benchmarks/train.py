@@ -520,6 +520,7 @@ def bench_waits() -> None:
 
 def bench_resume() -> None:
     from shards.dataset import Dataset
+    from train.config import TrainConfig
     from train.data import Latents
     from train.order import Order
 
@@ -528,7 +529,7 @@ def bench_resume() -> None:
     for name, place in (("start", 0), ("end", int(counts.sum()) - 4096)):
         best = np.inf
         for _ in range(3):
-            order = Order(counts, "x", 0, 16)  # nothing held over from the turn before
+            order = Order(counts, "x", 1024, 256)  # nothing held over from the turn before
             began = time.perf_counter()
             order.locate(np.arange(place, place + 256))
             best = min(best, time.perf_counter() - began)
@@ -540,17 +541,19 @@ def bench_resume() -> None:
     )
     # From real shards: everything that is opened anew after a kill, up to the first batch.
     size, batch = 8192, 64
+    config = TrainConfig(images=size, batch_size=batch)
     with tempfile.TemporaryDirectory() as folder:
         latent_shards(Path(folder) / "latents", size, 32, 96)
         first: dict[str, list[float]] = {"start": [], "end": []}
         for _ in range(7):
             for name, place in (("start", 0), ("end", size - batch)):
                 began = time.perf_counter()
-                latents = Latents([Dataset.open(folder + "/latents")], 0, 16, batch)
+                latents = Latents(config, [Dataset.open(folder + "/latents")], 0)
                 positions = np.arange(place, place + batch)
                 latents.moments(positions)
                 latents.embeddings(positions)
                 first[name].append(time.perf_counter() - began)
+                latents.close()
     a, b = (statistics.median(first[name]) for name in ("start", "end"))
     print(
         f"            its latents and text, of {size} in shards: start {1e3 * a:.0f} ms, end {1e3 * b:.0f} ms, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
+import shutil
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from tests.train import forked, tiny
 from tests.train.test_zero import objective_of, settings
+from train import engine as engines
 from train import guard as guards
 from train import muon
 from train.config import FitConfig
@@ -280,6 +282,21 @@ def test_gradients_of_bf16_are_summed_up_in_float32(run: Path, stage: int) -> No
     for error, ran in forked.on_ranks(2, gradients_in_bf16, config, stage):
         assert ran, "precision bf16 computed in another precision"
         assert error < 1e-6
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("how", [True, "blocks"])
+def test_compile_is_of_the_networks_or_of_their_blocks(config: str, how: bool | str) -> None:
+    """What is compiled, before anything is: torch compiles at the first call."""
+    objective, _ = config_of(config)
+    engines._compile(objective, how)
+    compiled = [m for m in objective.modules() if m._compiled_call_impl is not None]
+    networks = objective.networks()
+    if how == "blocks":
+        assert {type(m).__name__ for m in compiled} >= {"ResnetBlock2D"}
+        assert not any(m is n for m in compiled for n in networks)
+    else:
+        assert compiled == networks
 
 
 def remembered(config: str, checkpointing: bool) -> int:
