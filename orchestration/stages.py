@@ -16,6 +16,7 @@ from orchestration.parts import (
     check_inputs,
     evaluation,
     is_complete,
+    order,
     pretrained,
     report_path,
     shard_stages,
@@ -36,6 +37,7 @@ __all__ = [
     "dry_run",
     "evaluation",
     "is_complete",
+    "order",
     "pretrained",
     "report_path",
     "retry_ingest",
@@ -94,7 +96,7 @@ def run(
 
 def check_all(config: RunConfig) -> None:
     """What can be known to be wrong with any stage before the first begins; raises ConfigError with the first found."""
-    for name in STAGES:
+    for name in order(config):
         checks.check_static(name, config)
     checks.claim(config)
 
@@ -142,10 +144,12 @@ def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, 
             engine.run(stage, paths.status, config.ray, pool, local)
     from ingest import takedown
 
-    if name in ("ingest", "latents") and takedown.length(paths.run):
-        from orchestration.remove import settle_latents
+    if name in ("ingest", "latents", "score", "caption") and takedown.length(paths.run):
+        from orchestration.remove import settle_curated, settle_latents
 
-        settle_latents(config, again=name == "latents")
+        if name in ("ingest", "latents"):
+            settle_latents(config, again=name == "latents")
+        settle_curated(paths)
 
 
 def run_evaluation(found: Evaluation, config: RunConfig, local: bool, redo: bool = False) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -160,10 +161,12 @@ def is_grown(root: str, files: Sequence[str]) -> bool:
     """Whether a plan is up to these files: each is planned as it is now."""
     known = read(root)
     pairs = known.table.select(["file", "stamp"]).group_by(["file", "stamp"]).aggregate([])
-    planned: dict[str, set[str]] = {file: {stamp} for file, stamp in known.without_rows.items()}
+    planned: dict[str, set[str]] = {}
     for file, stamp in zip(pairs["file"].to_pylist(), pairs["stamp"].to_pylist(), strict=True):
         planned.setdefault(file, set()).add(stamp)
-    return all(planned.get(file) == {stamp} for file, stamp in stamps(files).items())
+    # A file that once had no rows may have some by now.
+    without_rows = {file: {stamp} for file, stamp in known.without_rows.items()}
+    return all({**without_rows, **planned}.get(file) == {stamp} for file, stamp in stamps(files).items())
 
 
 def part_url(root: str, number: int) -> str:
@@ -245,14 +248,18 @@ def grow(
     changed = [f for f in names if any(g.wants(f, marks[f]) for g in growing)]
     # Files that are there already come first: what is refused is refused before anything new is planned.
     changed.sort(key=lambda f: not any(f in g.known for g in growing))
-    units = [(f, {g.split: [line.rows for line in g.known.get(f, ())] for g in growing}) for f in changed]
+    units = [(f, {g.split: g.cuts(f) for g in growing}) for f in changed]
     with tqdm(total=len(units), desc=progress, unit=" files", disable=None if progress else True) as bar:
         rows = since = 0
         for file, found in zip(changed, each(_Walk(source), units), strict=True):
             for g in growing:
+                cuts: list[int] | None
                 if g.is_changed(file, marks[file], found[g.split]):
-                    g.forget(file, found[g.split], add_changed, stored)
-                    (found_anew,) = each(_Walk(source), [(file, {g.split: ()})])  # without the cuts of before
+                    cuts = g.forget(file, found[g.split], add_changed, stored)
+                else:
+                    cuts = g.cuts_of_gone(file, found[g.split])
+                if cuts is not None:  # other ranges than were walked through
+                    (found_anew,) = each(_Walk(source), [(file, {g.split: cuts})])
                     found[g.split] = found_anew[g.split]
                 g.take(file, marks[file], found[g.split])
             rows += sum(r.rows for ranges in found.values() for r in ranges)
@@ -288,7 +295,7 @@ class _Growing:
         plan = read(root)
         self.parts, self.number = plan.parts, plan.next_number
         self.first = self.number
-        self.known: dict[str, list[Line]] = {}
+        self.known: dict[str, list[Line | None]] = {}  # None: a range that is to be another shard
         # A range that the plan knows from a file that is gone is that shard: files may be renamed.
         self.orphans: dict[bytes, list[Line]] = {}
         self.empty = plan.without_rows
@@ -300,25 +307,50 @@ class _Growing:
             elif line.file != NOWHERE:
                 self.orphans.setdefault(line.digest, []).append(line)
         for lines in self.known.values():
-            lines.sort(key=lambda line: line.start)
+            lines.sort(key=lambda line: line.start if line else 0)
+        # Gone files may be there under another name, also such that had grown: by file, its shards in its order.
+        self.gone_files: dict[str, list[Line]] = {}
+        for line in sorted((one for some in self.orphans.values() for one in some), key=lambda line: line.start):
+            if line.file != BEFORE:
+                self.gone_files.setdefault(line.file, []).append(line)
         self.lines: list[Line] = []
         self.blank: dict[str, str] = {}
         self.said: list[str] = []
 
+    def cuts(self, file: str) -> list[int]:
+        """How many rows the shards of a file have, in its order."""
+        return [line.rows for line in self.known.get(file, ()) if line is not None]
+
     def wants(self, file: str, mark: str) -> bool:
         """Whether a file must be walked through: it is new, or another one than was planned."""
         if file in self.known:
-            return any(line.stamp != mark for line in self.known[file])
+            return any(line is not None and line.stamp != mark for line in self.known[file])
         return self.empty.get(file) != mark
 
     def is_changed(self, file: str, mark: str, found: list[Range]) -> bool:
         """Whether the file no longer holds the rows that its shards stand for."""
-        old = self.known.get(file, [])
+        old = [line for line in self.known.get(file, ()) if line is not None]
         return self.wants(file, mark) and not (len(found) >= len(old) and all(_same(old, found)))
 
-    def forget(self, file: str, found: list[Range], add_changed: bool, stored: Stored) -> None:
-        """A file whose rows have changed: its shards stay as they are; raises ConfigError unless that is agreed."""
-        old = self.known.pop(file)
+    def cuts_of_gone(self, file: str, found: list[Range]) -> list[int] | None:
+        """How a new file is to be cut where it seems to be one that is gone and that was cut otherwise, since it had
+        grown before; else None."""
+        if file in self.known or not found:
+            return None
+        total = sum(f.rows for f in found)
+        for lines in self.gone_files.values():
+            cuts = [line.rows for line in lines]
+            if cuts != [f.rows for f in found[: len(cuts)]] and (
+                sum(cuts) == total or found[0].digest == lines[0].digest
+            ):
+                return cuts
+        return None
+
+    def forget(self, file: str, found: list[Range], add_changed: bool, stored: Stored) -> list[int]:
+        """A file whose rows have changed: its shards stay as they are, and ranges that have not changed are theirs.
+        Returns how the file is to be cut then. Raises ConfigError where shards that are stored were made of other rows,
+        unless that is agreed."""
+        old = [line for line in self.known.pop(file) if line is not None]
         same = _same(old, found)
         same += [False] * (len(old) - len(same))
         bad = [line for line, ok in zip(old, same, strict=True) if not ok]
@@ -336,20 +368,23 @@ class _Growing:
         self.said.append(
             f"{what}; what is stored stays, and its rows are planned anew as {shard_name(self.number)} and on"
         )
-        self.lines += [Line(line.shard, NOWHERE, 0, 0, line.rows, line.digest) for line in old]
+        self.lines += [Line(line.shard, NOWHERE, 0, 0, line.rows, line.digest) for line in bad]
+        while same and not same[-1]:
+            same.pop()
+        if same:
+            self.known[file] = [line if ok else None for line, ok in zip(old, same, strict=False)]
+        return [line.rows for line, _ in zip(old, same, strict=False)]
 
     def take(self, file: str, mark: str, found: list[Range]) -> None:
         """Plan a file's ranges, which begin with those that are known of it."""
         if not self.wants(file, mark):
             return  # walked through for another split
         name, old = _name(file), self.known.get(file, [])
-        # Ranges that are known have only moved; the file's new stamp is noted with them.
-        self.lines += [
-            dataclasses.replace(line, start=f.start, stop=f.stop, digest=f.digest, stamp=mark)
-            for line, f in zip(old, found, strict=False)
-        ]
         moved, first = 0, self.number
-        for f in found[len(old) :]:
+        for line, f in itertools.zip_longest(old, found):
+            if line is not None:  # it has only moved; the file's new stamp is noted with it
+                self.lines.append(dataclasses.replace(line, start=f.start, stop=f.stop, digest=f.digest, stamp=mark))
+                continue
             orphans = self.orphans.get(f.digest) or self.orphans.get(f.former or b"")
             if orphans:
                 line, moved = orphans.pop(0), moved + 1

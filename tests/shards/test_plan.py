@@ -152,6 +152,52 @@ def test_what_is_not_committed_yet_is_planned_anew_without_asking(planned) -> No
     assert {s for s in numbers(root) if s not in before} == {6, 7, 8, 9}
 
 
+def test_ranges_that_did_not_change_keep_their_shards(planned) -> None:
+    """A row corrected in what is not fetched yet: what is stored of the same file is not fetched again."""
+    table, root, _ = planned
+    lines = [*A[:1500], *rows(1500, 1, "Caption"), *A[1501:], *rows(40_000, 10)]
+    write(table, "part-1.csv", lines)
+    said = plan.grow({"train": root}, source(table), stored=lambda split, shards: (0, 0))
+    assert said[1] == "part-1.csv: 2 new shards, 00006 to 00007"
+    known, layout = plan.read(root), source(table).layout
+    places = [(i, known.line(i).start, known.line(i).rows) for i in (0, 6, 2, 3, 7)]  # type: ignore[union-attr]
+    assert [n for _, _, n in places] == [1000, 1000, 1000, 400, 10]
+    assert [start for _, start, _ in places] == sorted(start for _, start, _ in places)
+    assert all(tables.read_range(layout, known.line(i)).num_rows for i, _, _ in places)  # type: ignore[arg-type]
+    assert known.line(1).file == plan.NOWHERE  # type: ignore[union-attr]
+    assert plan.grow({"train": root}, source(table), stored=stored) == ["the table is as it was"]
+
+
+@pytest.mark.parametrize("more", [0, 50])
+def test_a_file_that_had_grown_is_known_by_another_name(planned, more: int) -> None:
+    table, root, _ = planned
+    write(table, "part-1.csv", A + rows(40_000, 1000))
+    plan.grow({"train": root}, source(table), stored=stored)
+    before = numbers(root)
+    (table / "part-1.csv").unlink()
+    write(table, "part-9.csv", A + rows(40_000, 1000 + more))
+    said = plan.grow({"train": root}, source(table), stored=stored)
+    assert said[0] == "part-9.csv holds the rows of 5 shards whose file is gone: they are those"
+    assert len(said) == 1 + bool(more)
+    assert sum(n for s, (n, _) in numbers(root).items() if s not in before) == more
+    layout = source(table).layout
+    assert all(tables.read_range(layout, line).num_rows == line.rows for line in plan.read(root).lines())
+
+
+def test_a_file_without_rows_that_is_filled_later_is_planned_for_good(planned) -> None:
+    table, root, _ = planned
+    write(table, "part-3.csv", [])
+    plan.grow({"train": root}, source(table))
+    files = source(table).files()
+    assert plan.is_grown(root, files)
+    write(table, "part-3.csv", rows(60_000, 5))
+    assert not plan.is_grown(root, files)
+    assert plan.grow({"train": root}, source(table)) == ["part-3.csv: 1 new shards, 00006 to 00006"]
+    assert plan.is_grown(root, files)
+    os.utime(table / "part-3.csv", ns=(1, 1))
+    assert not plan.is_grown(root, files)
+
+
 def test_sizes_that_are_merely_looked_at_are_no_part_of_the_digest(tmp_path: Path) -> None:
     table, root = tmp_path / "table", str(tmp_path / "images")
     table.mkdir()
