@@ -404,8 +404,9 @@ def bench_tail(n: int = 4000, real: int = 8000, d: int = 1024) -> None:
             neighbours.prdc(side.features, x, range(n), real_side[2])
             seconds.append((apart, time.perf_counter() - began))
     (first, whole), (second, again) = seconds
-    print(f"tail, {n:,} generated and {real:,} real vectors, d = {d}:")
-    print(f"  the real side {first:.2f} s for a first checkpoint, then {second:.3f} s;")
+    print(
+        f"tail, {n:,} generated and {real:,} real vectors, d = {d}: the real side {first:.2f} s, then {second:.3f} s;"
+    )
     print(f"  all of it {whole:.1f} s, then {again:.1f} s")
 
 
