@@ -776,7 +776,7 @@ def submit(
     from orchestration.submit import submit as work
 
     _refuse_unknown(command)
-    work(command, address)
+    work(command, address, looks_for_configuration)
 
 
 @app.command(rich_help_panel="Machines")

@@ -23,6 +23,8 @@ from orchestration.parts import (
     text_ref,
     vae_ref,
 )
+from shards import storage
+from shards.commit import MADE_WITH
 from shards.layout import RunPaths
 from shards.stage import Stage
 
@@ -70,6 +72,7 @@ def run(
     check_inputs(name, config)
     if is_complete(name, config):
         log.info("%s: complete; nothing to do", name)
+        _settle(name, config)
         return
     checks.check_static(name, config)
     checks.claim(config)
@@ -136,19 +139,27 @@ def dry_run(config: RunConfig, rows: int | None = None) -> str:
 
 def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, local: bool, redo: bool) -> None:
     paths = RunPaths(config.run)
+    if name == "latents" and storage.exists(storage.join(paths.latents, MADE_WITH)):
+        _settle(name, config)  # a shard whose take-down was killed half-way is no whole one until that is done
     for stage, pool in stages:
         engine.run(stage, paths.status, config.ray, pool, local, redo)
     for stage, pool in stages:
         # Looked at once more now that the lease is let go: what was asked to be taken down meanwhile.
         while not getattr(stage, "is_current", lambda: True)():
             engine.run(stage, paths.status, config.ray, pool, local)
+    _settle(name, config, again=name == "latents")
+
+
+def _settle(name: str, config: RunConfig, again: bool = False) -> None:
+    """Take out of the latents what was taken down, also where an earlier command was killed before it came to that."""
     from ingest import takedown
 
+    paths = RunPaths(config.run)
     if name in ("ingest", "latents", "score", "caption") and takedown.length(paths.run):
         from orchestration.remove import settle_curated, settle_latents
 
         if name in ("ingest", "latents"):
-            settle_latents(config, again=name == "latents")
+            settle_latents(config, again)
         settle_curated(paths)
 
 

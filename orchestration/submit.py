@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,14 @@ LARGEST = 50_000_000  # bytes of such a file; Ray keeps what is sent in the head
 HERE = "http://127.0.0.1:8265"
 
 
-def submit(command: Sequence[str], address: str | None = None) -> None:
-    """Run `carrara COMMAND` as a job and follow it. Raises as the job ended: ConfigError, StageError or Stopped."""
+Looks = Callable[[Sequence[str]], bool]
+
+
+def submit(command: Sequence[str], address: str | None = None, looks: Looks = lambda _: False) -> None:
+    """Run `carrara COMMAND` as a job and follow it. Raises as the job ended: ConfigError, StageError or Stopped.
+
+    looks: whether a command would look for a configuration by itself, which is then sent with it.
+    """
     arguments = list(command)
     if "--address" in arguments:  # it may stand behind the command, too
         at = arguments.index("--address")
@@ -46,7 +52,7 @@ def submit(command: Sequence[str], address: str | None = None) -> None:
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or HERE
     job = f"carrara-{secrets.token_hex(6)}"
     with tempfile.TemporaryDirectory(prefix="carrara-job-") as folder:
-        sent = pack(Path(folder), arguments)
+        sent = pack(Path(folder), arguments, looks)
         line = job_command(address, sent, Path(folder), job, {"CARRARA_SENT_FROM": os.getcwd()})
         try:
             process = subprocess.run(line)
@@ -56,7 +62,7 @@ def submit(command: Sequence[str], address: str | None = None) -> None:
     end(address, job, process.returncode)
 
 
-def pack(folder: Path, arguments: Sequence[str]) -> list[str]:
+def pack(folder: Path, arguments: Sequence[str], looks: Looks = lambda _: False) -> list[str]:
     """Lay Carrara's packages and the files that the arguments name into an empty folder; returns the arguments as they
     are there."""
     folder.mkdir(exist_ok=True)
@@ -65,7 +71,7 @@ def pack(folder: Path, arguments: Sequence[str]) -> list[str]:
         shutil.copytree(Path(ROOT) / name, folder / name, ignore=ignored)
     (folder / "pyproject.toml").write_text("# so that this is known as a checkout\n")
     given = list(arguments)
-    if looks_for_configuration(given):
+    if looks(given):
         found = os.environ.get("CARRARA_CONFIG") or ("carrara.yaml" if os.path.isfile("carrara.yaml") else None)
         if found:
             given += ["--config", found]

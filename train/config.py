@@ -8,6 +8,7 @@ name here and so cannot be set.
 from __future__ import annotations
 
 import enum
+import logging
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -22,6 +23,8 @@ from pydantic import (
 
 from shards.selection import Rule
 from shards.settings import ConfigError, Strict
+
+log = logging.getLogger("carrara")
 
 
 class Kind(enum.Enum):
@@ -156,6 +159,17 @@ class FitConfig(Strict):
         if not all(0 <= b < 1 for b in value):
             raise ValueError("both betas must be at least 0 and below 1")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_gone(cls, given: Any) -> Any:
+        """The settings of commit c20ac09 had `shuffle_window`, which the order of today has no use for."""
+        if isinstance(given, dict) and "shuffle_window" in given:
+            log.warning(
+                "shuffle_window has no effect any more: see streams and window; take it out of the configuration"
+            )
+            return {k: v for k, v in given.items() if k != "shuffle_window"}
+        return given
 
     @model_validator(mode="after")
     def _clock(self) -> Self:

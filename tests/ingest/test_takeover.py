@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tarfile
@@ -14,11 +15,12 @@ import yaml
 from ingest.stage import IngestStage
 from ingest.takedown import TakenDown, url_digest
 from orchestration.run_stage import main
-from shards import plan
+from shards import commit, plan
 from shards.dataset import Dataset, read_stats
 from shards.images import ImageShard
 from shards.layout import RunPaths
 from shards.settings import ConfigError
+from shards.verify import verify
 from tests.ingest.site import Site, picture
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_c20ac09.tar.xz"
@@ -132,3 +134,30 @@ def test_other_settings_are_refused(old: Path) -> None:
     assert main(["ingest", "--config", "run.yaml", "--local", "ingest.image_size=32"]) == 2
     assert stored("run/images") == files
     assert not os.path.exists("run/images/made_with.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["ingest", "latents"])
+def test_a_take_down_that_was_killed_in_the_latents_is_ended(
+    old: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Killed before the sidecar of a latent shard was replaced: either stage ends it."""
+    assert main(["latents", "--config", "run.yaml", "--local"]) == 0
+    row = next(r for r in pq.read_table("run/images/00000.parquet").to_pylist() if r["status"] == "success")
+    TakenDown.of(urls=[url_digest(row["url"])]).create("run")
+    replace = commit.Files.replace
+
+    def dying(files: commit.Files, name: str, data: bytes) -> None:
+        if "latents" in files.root and name.endswith(".parquet"):
+            raise KeyboardInterrupt
+        replace(files, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commit.Files, "replace", dying)
+        with contextlib.suppress(KeyboardInterrupt):
+            main(["ingest", "--config", "run.yaml", "--local"])
+    assert list(verify("run/latents"))
+    assert main([command, "--config", "run.yaml", "--local"]) == 0
+    table = pq.read_table("run/latents/00000.parquet")
+    assert table["error"][table["key"].to_pylist().index(row["key"])].as_py() == "taken_down"
+    assert not list(verify("run/latents", deep=True))
