@@ -187,8 +187,8 @@ def bench_features(count: int = 24, side: int = 256, batch: int = 8) -> None:
     from eval import networks
     from eval.features import FeaturesStage, FeaturesWorker
     from shards.dataset import Dataset
-    from shards.stage import begin, open_folder
     from shards.images import ImageShard, decode_rgb
+    from shards.stage import begin, open_folder
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with tempfile.TemporaryDirectory() as folder:
@@ -404,7 +404,9 @@ def bench_tail(n: int = 4000, real: int = 8000, d: int = 1024) -> None:
             neighbours.prdc(side.features, x, range(n), real_side[2])
             seconds.append((apart, time.perf_counter() - began))
     (first, whole), (second, again) = seconds
-    print(f"tail, {n:,} generated and {real:,} real vectors, d = {d}: the real side {first:.2f} s, then {second:.3f} s;")
+    print(
+        f"tail, {n:,} generated and {real:,} real vectors, d = {d}: the real side {first:.2f} s, then {second:.3f} s;"
+    )
     print(f"  all of it {whole:.1f} s, then {again:.1f} s")
 
 

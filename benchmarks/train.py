@@ -11,7 +11,7 @@ save         for how long the loop stands still when a checkpoint is saved, on 1
              and what the fullest rank keeps for it in memory
 waits        how often a step makes the host wait for the device, under ZeRO 0 to 3 (counted)
 resume       the first batch at the start of an epoch and at its end: its place in 2e9 samples, its latents from shards
-gpu          what benchmarks/gpu.py does: correctness and speed on the GPU here, in eight minutes
+gpu          what benchmarks/gpu.py does: correctness and speed on the GPU here, in five minutes
 
 Peer and ours, each in a process of its own, take turns step by step until the interval is narrow; the median of the
 pairs' ratios is printed with it, and what is asked of it. On two cores all but `gpu` take about ten minutes.
@@ -520,6 +520,7 @@ def bench_waits() -> None:
 
 def bench_resume() -> None:
     from shards.dataset import Dataset
+    from train.config import TrainConfig
     from train.data import Latents
     from train.order import Order
 
@@ -528,7 +529,7 @@ def bench_resume() -> None:
     for name, place in (("start", 0), ("end", int(counts.sum()) - 4096)):
         best = np.inf
         for _ in range(3):
-            order = Order(counts, "x", 0, 16)  # nothing held over from the turn before
+            order = Order(counts, "x", 1024, 256)  # nothing held over from the turn before
             began = time.perf_counter()
             order.locate(np.arange(place, place + 256))
             best = min(best, time.perf_counter() - began)
@@ -540,17 +541,19 @@ def bench_resume() -> None:
     )
     # From real shards: everything that is opened anew after a kill, up to the first batch.
     size, batch = 8192, 64
+    config = TrainConfig(images=size, batch_size=batch)
     with tempfile.TemporaryDirectory() as folder:
         latent_shards(Path(folder) / "latents", size, 32, 96)
         first: dict[str, list[float]] = {"start": [], "end": []}
         for _ in range(7):
             for name, place in (("start", 0), ("end", size - batch)):
                 began = time.perf_counter()
-                latents = Latents([Dataset.open(folder + "/latents")], 0, 16, batch)
+                latents = Latents(config, [Dataset.open(folder + "/latents")], 0)
                 positions = np.arange(place, place + batch)
                 latents.moments(positions)
                 latents.embeddings(positions)
                 first[name].append(time.perf_counter() - began)
+                latents.close()
     a, b = (statistics.median(first[name]) for name in ("start", "end"))
     print(
         f"            its latents and text, of {size} in shards: start {1e3 * a:.0f} ms, end {1e3 * b:.0f} ms, "

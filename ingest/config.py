@@ -214,6 +214,30 @@ class OptOutConfig(Strict):
     robots_txt: bool = Field(default=False, description="ask each host's robots.txt too (RFC 9309), once a run")
 
 
+class SourceConfig(Strict):
+    """What lies at `table`, where that is no table of URLs; see ingest/sources.py."""
+
+    kind: Literal["auto", "table", "folder", "parquet", "webdataset"] = Field(
+        default="auto",
+        description="folder: images with captions beside them; parquet: (or Arrow) with the bytes inside; webdataset: "
+        "tars; auto: told from what is there",
+    )
+    captions: Literal["file", "lines", "folder"] = Field(
+        default="file",
+        description="of a folder: a caption file is one caption, or each of its lines is one; folder: as file, and "
+        "the folder's name where there is none",
+    )
+    adopt: bool = Field(
+        default=False,
+        description="of webdataset: leave the images where they lie and write an index of them alone; the tars are "
+        "never written to, and must stay",
+    )
+    image_column: str | None = Field(default=None, description="of parquet: the column with the images' bytes")
+    files_below: tuple[str, ...] = Field(
+        default=(), description="of a table: folders (or fsspec URLs) whose files rows may name by path or file:// URL"
+    )
+
+
 class DuplicatesConfig(Strict):
     """Which samples count as one another's duplicates, over the whole run; the earliest stays."""
 
@@ -234,6 +258,7 @@ class IngestConfig(Strict):
     table: str
     heldout_table: str | None = None
     heldout_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="of distinct captions, by their hash")
+    source: SourceConfig = SourceConfig()
     columns: ColumnsConfig = ColumnsConfig()
     keep_columns: tuple[str, ...] = ()
     samples_per_shard: int = Field(default=10_000, ge=1, le=1_000_000)
@@ -276,6 +301,12 @@ class IngestConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> IngestConfig:
+        if self.source.adopt:
+            if self.source.kind not in ("auto", "webdataset") or self.engine != "carrara":
+                raise ValueError("source.adopt is for WebDataset tars, and needs engine: carrara")
+            if self.resize_mode != "no" and "resize_mode" in self.model_fields_set:
+                raise ValueError("source.adopt leaves images as they are; leave resize_mode away, or set it to no")
+            self.__dict__["resize_mode"] = "no"
         if self.heldout_table and self.heldout_fraction:
             raise ValueError("give heldout_table or heldout_fraction, not both")
         low, high = (0, 9) if self.encode_format == "png" else (1, 100)

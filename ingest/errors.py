@@ -53,6 +53,11 @@ ERRORS: dict[str, ErrorCode] = {
         ErrorCode("body_too_large", _DOWNLOAD, False, "more than max_bytes, announced, sent or once decompressed"),
         ErrorCode("body_truncated", _DOWNLOAD, True, "fewer bytes than announced"),
         ErrorCode("encoding_unsupported", _DOWNLOAD, False, "a content encoding that was not asked for"),
+        ErrorCode("place_refused", _DOWNLOAD, False, "a file outside the folders that ingest.source.files_below names"),
+        ErrorCode("source_missing", _DOWNLOAD, False, "the file, member or value that should hold it is not there"),
+        ErrorCode("source_unreadable", _DOWNLOAD, True, "the file may not be read by this user"),
+        ErrorCode("source_damaged", _DOWNLOAD, False, "the file that should hold it is damaged"),
+        ErrorCode("key_twice", _DOWNLOAD, False, "a sample of the same key came before it in its tar"),
         ErrorCode("unforeseen", _DOWNLOAD, False, "an error that nobody foresaw; the message has its name"),
         ErrorCode("not_an_image", _RESIZE, False, "no picture in a known format (a web page, most often)"),
         ErrorCode(

@@ -47,7 +47,8 @@ _OURS = [
     ("image_ext", pa.string()),
     *DIGESTS,
 ]
-RESERVED = {name for name, _ in _IMG2DATASET + _OURS}
+_ADOPTED = [("image_file", pa.string())]  # which tar an image lies in, where that is not the shard's own
+RESERVED = {name for name, _ in _IMG2DATASET + _OURS + _ADOPTED}
 CAPTIONS = "captions"  # the column with all captions of a row, where the table has lists of them
 _ROW = ("caption", "url", "key", "caption_raw")  # known before anything is fetched, as are the kept columns
 _PICTURE = ("width", "height", "original_width", "original_height", "exif")
@@ -60,14 +61,14 @@ class Sidecar:
     columns: dict[str, list[Any]]
     kept: tuple[tuple[str, pa.DataType], ...]
 
-    def pack(self, outcomes: Sequence[Outcome]) -> dict[str, bytes]:
-        """The files of the shard, by suffix."""
+    def pack(self, outcomes: Sequence[Outcome], adopted: bool = False) -> dict[str, bytes]:
+        """The files of the shard, by suffix. adopted: images stay in the tars that they lie in."""
         columns = {name: self.columns[name] for name, _ in self.kept}
         columns |= {name: self.columns[name] for name in ("caption", "url", "key")}
         columns["status"] = [o.status for o in outcomes]
         columns["error_message"] = [o.message for o in outcomes]
         for name in _PICTURE:
-            columns[name] = [getattr(o.picture, name) if o.picture else None for o in outcomes]
+            columns[name] = [getattr(o.picture or o.lies, name, None) for o in outcomes]
         columns["sha256"] = [o.sha256 for o in outcomes]
         live = [(i, o.picture) for i, o in enumerate(outcomes) if o.picture is not None]
         samples = []
@@ -88,9 +89,14 @@ class Sidecar:
         for (i, picture), place in zip(live, places, strict=True):
             offsets[i], sizes[i] = place[picture.extension]  # type: ignore[call-overload]
             extensions[i] = picture.extension  # type: ignore[call-overload]
+        for i, o in enumerate(outcomes):
+            if o.lies is not None:
+                offsets[i], sizes[i], extensions[i] = o.lies.offset, o.lies.size, o.lies.extension  # type: ignore[call-overload]
+        if adopted:
+            columns["image_file"] = [o.lies.image_file if o.lies else None for o in outcomes]
         columns |= {"image_offset": offsets, "image_size": sizes, "image_ext": extensions}
         columns |= of_texts(columns["url"], columns["caption"], columns["sha256"], [o.final_url for o in outcomes])
-        schema = pa.schema([*self.kept, *_IMG2DATASET, *_OURS])
+        schema = pa.schema([*self.kept, *_IMG2DATASET, *_OURS, *(_ADOPTED if adopted else ())])
         sink = io.BytesIO()
         pq.write_table(pa.table(columns, schema), sink, compression="zstd")
         return {".tar": tar, ".parquet": sink.getvalue()}
@@ -110,9 +116,10 @@ def new_sidecar(
     config: IngestConfig,
     raw: list[str | None],
     cleaned: list[str],
+    keep: Iterable[str],
 ) -> Sidecar:
-    """The rows of a shard from the table's; raw and cleaned: their captions."""
-    kept = kept_columns(layout, config.keep_columns)
+    """The rows of a shard from the table's; raw and cleaned: their captions. keep: columns that are carried through."""
+    kept = kept_columns(layout, keep)
     columns: dict[str, list[Any]] = {kept_as: rows[name].to_pylist() for name, kept_as in kept.items()}
     types = [(kept_as, rows.schema.field(name).type) for name, kept_as in kept.items()]
     if layout.caption_lists and CAPTIONS not in columns:  # all of them; `caption` is the first

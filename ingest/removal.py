@@ -41,7 +41,7 @@ _COLUMNS = [
     "bytes_digest",
 ]
 _PICTURE = ("width", "height", "original_width", "original_height", "exif", "pixel_hash")
-_PLACE_IN_TAR = ("image_offset", "image_size", "image_ext")
+_PLACE_IN_TAR = ("image_offset", "image_size", "image_ext", "image_file")
 
 
 @dataclasses.dataclass(frozen=True)

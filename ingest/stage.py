@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,19 +20,20 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from ingest import captions, filters, removal, statistics, tables, takedown
-from ingest.config import FilterConfig, IngestConfig
+from ingest import captions, filters, removal, sources, statistics, tables, takedown
+from ingest.config import ColumnsConfig, FilterConfig, IngestConfig
 from ingest.digests import has_digests
 from ingest.duplicates import Sidecars, find_duplicates
-from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE
+from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE, Rejected
 from ingest.hosts import Exchange
 from ingest.img2dataset_engine import Img2datasetCrew
 from ingest.img2dataset_engine import require as require_img2dataset
 from ingest.packing import kept_columns, new_sidecar, rows_again
+from ingest.places import Below, Place
 from ingest.statistics import Lines, RunCounts
 from ingest.tables import HeldoutRule, Layout, TableSource
 from ingest.takedown import TakenDown
-from ingest.work import Crew, Outcome
+from ingest.work import Crew, Lies, Outcome
 from shards import plan, storage
 from shards.commit import Folder, read_made_with
 from shards.dataset import MANIFEST, Dataset, ShardInfo, amend_manifest, read_stats, read_stats_of, write_manifest
@@ -50,6 +52,9 @@ log = logging.getLogger("carrara.ingest")
 VERSION = 4
 # What may lie in a dataset's folder before it is begun: the other split's walk has planned this one too.
 BEFORE_ANY_SHARD = (plan.FOLDER,)
+
+# What the JSON beside an image that is adopted may say of it.
+ADOPTED = ("width", "height", "original_width", "original_height", "sha256")
 
 Split = Literal["train", "heldout"]
 
@@ -96,7 +101,13 @@ class IngestStage:
         """Open the table and find the columns; raises ConfigError before any work has begun."""
         if self.config.engine == "img2dataset":
             require_img2dataset()
-        self.layout()
+        if self.config.source.adopt and self._kind() != "webdataset":
+            raise ConfigError(
+                f"ingest.source.adopt: {self._table()} is no WebDataset tar, nor a folder of them; only images in tars "
+                "can be left where they lie"
+            )
+        if self._kind() == "table" or storage.list_names(self._listing()):
+            self.layout()
 
     def made_with(self) -> Fingerprint:
         """The settings that a shard's bytes depend on."""
@@ -106,6 +117,11 @@ class IngestStage:
 
     def begin(self, redo: bool = False, each: Each = map) -> None:
         """Make the folder ready and bring its plan up to the table; under the lease. each: see shards.plan.grow."""
+        if self._kind() != "table":
+            for sentence in sources.refresh(
+                self._listing(), self._table(), self._kind(), self._wanted(), f"{self.name}: listing"
+            ):
+                log.warning("%s: %s", self.name, sentence)
         layout = self.layout()
         stages = [self]
         if self.config.heldout_fraction and self.split == "train":  # one walk plans both
@@ -185,7 +201,7 @@ class IngestStage:
             elif line.shard in begun:
                 yield Task(line.shard, None, line)
             else:
-                files = set(tables.list_files(self._table())) if files is None else files
+                files = set(tables.list_files(self._rows())) if files is None else files
                 if line.file in files:
                     yield Task(line.shard, None, line)
 
@@ -202,7 +218,9 @@ class IngestStage:
             manifest = storage.read_json(storage.join(self.root, MANIFEST))
         except ValueError:
             return False
-        if not plan.is_grown(self.root, tables.list_files(self._table())):
+        if self._kind() != "table" and not sources.is_listed(self._listing(), self._table(), self._kind()):
+            return False
+        if not plan.is_grown(self.root, tables.list_files(self._rows())):
             return False
         return manifest is None or (manifest.get("passes") == self._passes() and not self.list_grew(manifest))
 
@@ -432,11 +450,45 @@ class IngestStage:
             raise ConfigError("ingest: there is no held-out split; set heldout_table or heldout_fraction")
         return self.config.heldout_table or self.config.table
 
+    def _kind(self) -> sources.Kind:
+        """What the configuration's table is: one of URLs, or images of one's own."""
+        return sources.detect(self._table(), self.config.source.kind)
+
+    def _listing(self) -> str:
+        """Where images of one's own are listed."""
+        other = self.split == "heldout" and self.config.heldout_table is not None
+        return storage.join(self.run, "listing-heldout" if other else "listing")
+
+    def _rows(self) -> str:
+        """Where the rows are: the configuration's table, or the listing of images of one's own."""
+        return self._table() if self._kind() == "table" else self._listing()
+
+    def _wanted(self) -> sources.Wanted:
+        named = (*self.config.keep_columns, *filters.needed_columns(self.config.filters))
+        if self.config.source.adopt:
+            named = (*named, *ADOPTED)
+        columns = tuple(dict.fromkeys(n for n in named if n.lower() not in ("url", "caption")))
+        return sources.Wanted(columns, self.config.columns, self.config.source)
+
+    def below(self) -> tuple[str, ...]:
+        """The folders below which rows may name files."""
+        if self._kind() == "table":
+            return self.config.source.files_below
+        return (sources.folder_of(self._table()),)
+
+    def kept(self) -> tuple[str, ...]:
+        """The columns that are carried into the sidecar; of a listing the places too, which a retry asks for."""
+        return self.config.keep_columns if self._kind() == "table" else (*self.config.keep_columns, sources.PLACE)
+
     def layout(self) -> Layout:
         """The table's files and the columns that are read; raises ConfigError where they do not fit the settings."""
-        wanted = [*self.config.keep_columns, *filters.needed_columns(self.config.filters)]
+        wanted = [*self.kept(), *filters.needed_columns(self.config.filters)]
+        given = self.config.columns
+        if self._kind() != "table":
+            wanted, given = [*wanted, sources.FAULT], ColumnsConfig()
+            wanted += ADOPTED if self.config.source.adopt else ()
         captionless = self.config.empty_captions == "keep"
-        layout = tables.read_layout(self._table(), self.config.columns, wanted, statistics.LOOKED_AT, captionless)
+        layout = tables.read_layout(self._rows(), given, wanted, statistics.LOOKED_AT, captionless)
         types = {}
         for f in self.config.filters:
             if f.column not in filters.DERIVED:
@@ -447,7 +499,7 @@ class IngestStage:
         if texts:
             names = {f.column: str(tables.resolve(layout, f.column)) for f in texts}
             filters.check_numbers(texts, types, tables.first_values(layout, names))
-        kept_columns(layout, self.config.keep_columns)
+        kept_columns(layout, self.kept())
         return layout
 
     def heldout_rule(self, layout: Layout) -> HeldoutRule | None:
@@ -465,6 +517,7 @@ class IngestStage:
             by_alias=True,
             exclude={
                 "table",
+                "source",
                 "heldout_table",
                 "heldout_fraction",
                 "columns",
@@ -475,6 +528,8 @@ class IngestStage:
                 "caption_repeats",
             },
         )
+        if c.source.adopt:
+            settings["adopt"] = True
         settings |= {"quality": c.quality, "max_bytes": c.fetch.max_bytes, "caption_steps_version": captions.VERSION}
         if c.heldout_fraction:
             settings["split"] = {"part": self.split, "heldout_fraction": c.heldout_fraction, "seed": self.seed}
@@ -577,7 +632,8 @@ class IngestWorker:
         self.rule = stage.heldout_rule(self.layout)
         self.cursor = tables.Cursor()
         self.taken_down = TakenDown.read(stage.run)
-        self.crew = make_crew(stage.config, self.taken_down, stage.hosts)
+        self.crew = make_crew(stage.config, self.taken_down, stage.hosts, stage.below())
+        self.below = Below(stage.below())
         self._packed: tuple[int, dict[str, bytes], dict[str, Any]] | None = None
 
     def __call__(self, task: Task) -> dict[str, Any]:
@@ -607,13 +663,48 @@ class IngestWorker:
         cleaned = [captions.clean(text or "", config.captions) for text in firsts]
         outcomes = self._judge(rows, cleaned)
         urls = rows["url"].to_pylist()
-        done = self._fetch(task, urls, outcomes)
-        sidecar = new_sidecar(task.index, rows, self.layout, config, raw, cleaned)
-        files = sidecar.pack(done)
+        places = rows[sources.PLACE].to_pylist() if sources.PLACE in rows.column_names else urls
+        if config.source.adopt:
+            done = [o or a for o, a in zip(outcomes, self._adopt(rows, places, outcomes), strict=True)]
+        else:
+            done = self._fetch(task, places, outcomes)
+        sidecar = new_sidecar(task.index, rows, self.layout, config, raw, cleaned, self.stage.kept())
+        files = sidecar.pack(done, config.source.adopt)
         stats = statistics.of_shard(done, urls, began)
         stats["cpu_seconds"] = round(_cpu_seconds() - cpu, 3)
         stats["checks"] = statistics.checks(rows, self.layout, done, config.swapped_sizes)
         return files, stats
+
+    def _adopt(self, rows: pa.Table, places: Sequence[str], known: Sequence[Outcome | None]) -> Iterator[Outcome]:
+        """What becomes of images that stay where they are; nothing of them is read."""
+        facts = {name: rows[name].to_pylist() for name in ADOPTED if name in rows.column_names}
+        for i, text in enumerate(places):
+            if known[i] is not None:
+                yield known[i]  # type: ignore[misc]
+                continue
+            try:
+                place = Place.parse(text)
+                self.below.require(place.file)
+            except Rejected as e:
+                yield Outcome.of(e.code)
+                continue
+            said = {name: values[i] for name, values in facts.items()}
+            sha256 = said.pop("sha256", None)
+            sha256 = sha256 if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) else None
+            extension = text.partition("&offset=")[0].rpartition(".")[2].lower()
+            size = place.size or 0
+            if sha256 and self.taken_down.has_bytes(sha256):
+                yield Outcome.of("taken_down", sha256=sha256)
+            elif place.offset is None or size == 0:
+                yield Outcome.of("body_empty")
+            elif size > self.stage.config.fetch.max_bytes:
+                yield Outcome.of("body_too_large")
+            elif extension not in ("jpg", "jpeg", "png", "webp"):
+                yield Outcome.of("image_unsupported", f"a .{extension} cannot be adopted; ingest it without adopt")
+            else:
+                sides = {n: int(v) if isinstance(v, int) and 0 < v < 1 << 20 else None for n, v in said.items()}
+                lies = Lies(place.file, place.offset, size, extension, **sides)
+                yield Outcome("success", sha256=sha256, lies=lies)
 
     def _again(self, task: Task) -> tuple[dict[str, bytes], dict[str, Any]]:
         """A shard of rows that older shards could not get, under their own keys."""
@@ -634,7 +725,7 @@ class IngestWorker:
         outcomes: list[Outcome | None] = [
             Outcome.of("taken_down") if self.taken_down.has_url(url or "") else None for url in urls
         ]
-        done = self._fetch(task, urls, outcomes)
+        done = self._fetch(task, sidecar.columns.get(sources.PLACE, urls), outcomes)
         files = sidecar.pack(done)
         stats = statistics.of_shard(done, urls, began)
         return files, stats | {
@@ -658,9 +749,13 @@ class IngestWorker:
         config = self.stage.config
         verdicts = judge_rows(config, self.layout, rows, cleaned)
         outcomes: list[Outcome | None] = []
-        for caption, url, verdict in zip(cleaned, rows["url"].to_pylist(), verdicts, strict=True):
+        none = [None] * rows.num_rows
+        faults = rows[sources.FAULT].to_pylist() if sources.FAULT in rows.column_names else none
+        for caption, url, verdict, fault in zip(cleaned, rows["url"].to_pylist(), verdicts, faults, strict=True):
             if self.taken_down.has_url(url or ""):
                 outcomes.append(Outcome.of("taken_down"))
+            elif fault is not None:
+                outcomes.append(Outcome.of(fault))
             elif not caption and config.empty_captions == "drop":
                 outcomes.append(Outcome.of("caption_empty"))
             elif verdict is not None:
@@ -688,6 +783,10 @@ def judge_rows(
     return filters.judge(config.filters, columns, cleaned)
 
 
-def make_crew(config: IngestConfig, taken_down: TakenDown, hosts: Exchange | None = None) -> Crew | Img2datasetCrew:
+def make_crew(
+    config: IngestConfig, taken_down: TakenDown, hosts: Exchange | None = None, below: Sequence[str] = ()
+) -> Crew | Img2datasetCrew:
     """What fetches: our own client, or img2dataset in a process of its own."""
-    return Img2datasetCrew(config, taken_down) if config.engine == "img2dataset" else Crew(config, taken_down, hosts)
+    if config.engine == "img2dataset":
+        return Img2datasetCrew(config, taken_down)
+    return Crew(config, taken_down, hosts, below)

@@ -141,8 +141,8 @@ def _require_urls(file: str) -> None:
     if line and "://" not in line:
         raise ConfigError(
             f"{file}: a .txt is read as a list of URLs, one a line, and this one begins with '{line[:60]}'; give "
-            "ingest.table a table of URLs and captions (.parquet, .csv, .tsv, .jsonl): a folder of pictures with their "
-            "captions beside is none"
+            "ingest.table a table of URLs and captions (.parquet, .csv, .tsv, .jsonl), or the folder of pictures with "
+            "their captions beside"
         )
 
 
@@ -161,7 +161,7 @@ def _check_texts(schema: pa.Schema, url: str, caption: str | None, file: str) ->
             what = "URLs" if name == url else "captions"
             raise ConfigError(
                 f"{file}: the column '{name}' holds {kind}, not {what}"
-                + ("; a table for ingest names pictures by URL, it does not hold their bytes" if name == url else "")
+                + ("; set ingest.source.kind: parquet to read pictures from it" if name == url else "")
             )
 
 
@@ -318,8 +318,8 @@ def _find(schema: pa.Schema, given: str | None, names: Sequence[str], what: str,
     holds = [f"'{f.name}' holds {f.type}" for f in schema if _holds_bytes(f.type)] if what == "url" else []
     if holds:
         raise ConfigError(
-            f"{file}: no column is known to hold the url, and {holds[0]}: ingest fetches pictures by URL, it does not "
-            "read their bytes from a table; give a table with a column of URLs"
+            f"{file}: no column is known to hold the url, and {holds[0]}: if these are pictures, set "
+            "ingest.source.kind: parquet and ingest.source.image_column"
         )
     or_not = " (or ingest.empty_captions to keep, to do without)" if what == "caption" else ""
     raise ConfigError(

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from yarl import URL
 
+from ingest.places import is_web
 from shards import storage
 from shards.settings import ConfigError
 
@@ -36,6 +37,8 @@ def normal_url(text: str) -> str:
     """One spelling for all that mean the same URL: blanks around it, quoting, the host's case, a default port, a dot
     behind the host, a fragment; an international name in the form of IDNA 2008. What is no URL stays as it is."""
     text = text.strip()
+    if not is_web(text):
+        return text  # a place of one's own, in which what follows a # tells members of one tar apart
     try:
         url = URL(text).with_fragment(None)
         if url.raw_host and url.raw_host.endswith("."):

@@ -15,19 +15,39 @@ import gc
 import os
 import socket
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ingest.config import IngestConfig
 from ingest.decoders import Decoders
 from ingest.errors import ERRORS, Rejected
 from ingest.fetch import Fetched, Fetcher
+from ingest.files import Files
 from ingest.hosts import Exchange
 from ingest.pixels import Picture, PixelSettings, is_quick, process
+from ingest.places import is_web
 from ingest.takedown import TakenDown
 from ingest.trouble import own_fault, raise_limits
 from shards.settings import NodeTrouble
 
 DNS_THREADS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Lies:
+    """An image that stays where it is: the data of a member of a tar. Sizes in pixels are None where nothing says."""
+
+    image_file: str
+    offset: int
+    size: int
+    extension: str
+    width: int | None = None
+    height: int | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+    exif: str | None = None
+    pixel_hash: str | None = None
+    phash: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +65,7 @@ class Outcome:
     bytes_fetched: int = 0
     attempts: int = 0
     final_url: str | None = None
+    lies: Lies | None = None  # of a success that is adopted in place, which has no picture
 
     @classmethod
     def of(cls, code: str, message: str = "", **more: object) -> Outcome:
@@ -71,13 +92,19 @@ def pixel_settings(config: IngestConfig) -> PixelSettings:
 class Crew:
     """A process's event loop, client and decoders.
 
-    hosts: how the run's ledger of hosts is reached (ingest/hosts.py); without it this process keeps its own.
+    hosts: how the run's ledger of hosts is reached (ingest/hosts.py); without it this process keeps its own. below: the
+    folders below which rows may name files of one's own.
     """
 
     def __init__(
-        self, config: IngestConfig, taken_down: TakenDown | None = None, hosts: Exchange | None = None
+        self,
+        config: IngestConfig,
+        taken_down: TakenDown | None = None,
+        hosts: Exchange | None = None,
+        below: Sequence[str] = (),
     ) -> None:
         self.config, self.hosts = config, hosts
+        self._files = Files(below, config.fetch.max_bytes) if below else None
         self.taken_down = taken_down or TakenDown()
         self.pixels = pixel_settings(config)
         raise_limits()
@@ -129,13 +156,17 @@ class Crew:
         async with asyncio.TaskGroup() as group:
             tasks = {i: group.create_task(self._one(self._fetcher, url)) for i, url in urls.items()}
         outcomes = {i: task.result() for i, task in tasks.items()}
-        await self._fetcher.health.shard([o.error for o in outcomes.values()])
+        await self._fetcher.health.shard([o.error for i, o in outcomes.items() if not self._is_own(urls[i])])
         return outcomes
+
+    def _is_own(self, url: str) -> bool:
+        return self._files is not None and not is_web(url)
 
     async def _one(self, fetcher: Fetcher, url: str) -> Outcome:
         """What becomes of a row. Raises NodeTrouble alone."""
+        own = self._is_own(url)
         try:
-            async with fetcher.fetch(url) as fetched:
+            async with self._files.fetch(url) if own and self._files else fetcher.fetch(url) as fetched:
                 outcome = await self._judge(fetched)
         except Rejected as e:
             outcome = Outcome.of(e.code, e.message, attempts=e.attempts)
@@ -143,8 +174,9 @@ class Crew:
             raise
         except Exception as e:
             outcome = _unforeseen(e)
-        fetcher.desk.row(outcome.status == "success")
-        await fetcher.health.row(outcome.status == "success")
+        if not own:
+            fetcher.desk.row(outcome.status == "success")
+            await fetcher.health.row(outcome.status == "success")
         return outcome
 
     async def _judge(self, fetched: Fetched) -> Outcome:

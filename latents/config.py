@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from latents.buckets import Bucket, make_buckets
+from shards.selection import Rule
 from shards.settings import Strict
 
 # Where the work happens, and consent; everything else in LatentsConfig changes the bytes of a shard.
@@ -53,6 +54,12 @@ class LatentsConfig(Strict):
     channels_last: bool = Field(default=False, description="memory layout of the VAE; often faster in half precision")
     compile: bool = Field(default=False, description="torch.compile the VAE's encoder; pays on a GPU, after a minute")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    select: list[Rule] = Field(
+        default=[], description="rules on scores that an image must pass to be encoded; `carrara select` shows them"
+    )
+    captions: list[str] = Field(
+        default=[], description="sets of new captions, of curate.captions, that are laid beside for train.captions"
+    )
 
     @model_validator(mode="after")
     def _shapes_exist(self) -> LatentsConfig:
@@ -88,4 +95,6 @@ class LatentsConfig(Strict):
         found = self.model_dump(exclude=set(PLACEMENT))
         if self.pad == "zero":  # as all latents had it before there was a choice
             del found["text_pad"]
+        for name in ("select", "captions"):  # thresholds and what made the captions are added by the stage
+            del found[name]
         return found

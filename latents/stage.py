@@ -34,15 +34,17 @@ from latents.buckets import nearest
 from latents.config import LatentsConfig
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
 from latents.pictures import Fit, ahead, crop_before, resize_crop_to
+from latents.takedown import NOT_SELECTED
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
 from shards import images, storage
 from shards.columns import COLUMN_ROW, ColumnFile, column, members, pack_columns
 from shards.commit import Folder, read_made_with
 from shards.dataset import MANIFEST, Dataset, born, read_stats, read_stats_of, write_manifest
 from shards.exclusions import write_exclusions
-from shards.fingerprint import Fingerprint, digest_bytes
+from shards.fingerprint import Fingerprint, digest_bytes, digest_json
 from shards.layout import RunPaths, shard_name
 from shards.listing import listed
+from shards.selection import Selection
 from shards.settings import ConfigError, StageError
 from shards.stage import Task, open_folder, persist, refuse_other_settings
 from shards.takeover import is_old, old_digests, old_version
@@ -60,7 +62,8 @@ STATUSES = (*images.STATUSES, "failed_to_encode")
 ERRORS = ("decode_error", "not_finite_latent", "not_finite_text")
 
 FIT_COLUMNS = ("bucket_width", "bucket_height", "scaled_width", "scaled_height", "crop_left", "crop_top")
-_IMAGE_PLACE = ("image_offset", "image_size", "image_ext")  # of the tar; they mean nothing beside a latent
+# Where an image lies, in its tar or in another; it means nothing beside a latent.
+_IMAGE_PLACE = ("image_offset", "image_size", "image_ext", "image_file", "place")
 
 
 @dataclasses.dataclass
@@ -89,6 +92,7 @@ class _LeftOut:
 
     latents: np.ndarray
     failed: np.ndarray
+    unselected: int = 0
 
 
 def _rows_digest(rows: np.ndarray) -> str:
@@ -112,8 +116,11 @@ class LatentsStage:
         self.root = run.latents
         self._opened: tuple[tuple[int, int] | None, Dataset] | None = None
 
-    def made_with(self) -> Fingerprint:
-        """Settings and weights; raises ConfigError where weights are missing or do not fit the resolution."""
+    def made_with(self, redo: bool = False) -> Fingerprint:
+        """Settings and weights; raises ConfigError where weights are missing or do not fit the resolution.
+
+        redo: with thresholds of now for latents.select, whatever is recorded.
+        """
         vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
         for bucket in self.config.bucket_list():
             if bucket.width % vae.downscale or bucket.height % vae.downscale:
@@ -130,14 +137,34 @@ class LatentsStage:
             )
         weights = {"vae": vae.digest, "text": text.digest}
         stored = read_made_with(self.root)
+        settings = {**self.config.settings(), **self._curated(None if redo else stored)}
         kept = stored is not None and stored.get("taken_over_from") and stored["version"] in READABLE
         version = stored["version"] if stored is not None and kept else VERSION
-        return Fingerprint(self.name, version, self.config.settings(), None, weights)
+        return Fingerprint(self.name, version, settings, None, weights)
+
+    def _curated(self, stored: dict[str, Any] | None) -> dict[str, Any]:
+        """Settings of what comes from scores and captions: rules with their thresholds, which stay once they are
+        recorded, and what made the captions. Raises ConfigError where a score or the captions are not finished."""
+        found: dict[str, Any] = {}
+        if self.config.select:
+            known = (stored or {}).get("settings", {}).get("select")
+            found["select"] = Selection(self.run.run, self.config.select, known).settings
+        for name in self.config.captions:
+            root = storage.join(self.run.run, "captions", name)
+            made = read_made_with(root)
+            if made is None or not storage.exists(storage.join(root, MANIFEST)):
+                raise ConfigError(
+                    f"latents.captions: there are no finished captions '{name}' in {root}; name them under "
+                    "curate.captions and run 'carrara caption'"
+                )
+            parts = {k: made.get(k) for k in ("stage", "version", "settings", "weights")}
+            found.setdefault("captions", {})[name] = digest_json(parts)[:32]
+        return found
 
     def begin(self, redo: bool = False, each: Any = map) -> None:
         """Make the folder ready, or take one of an older version over; raises ConfigError where those latents are of
         other images than the run's."""
-        made_with = self.made_with()
+        made_with = self.made_with(redo)
         if is_old(self.root) and not redo:
             self._refuse_other_images()
             # What readers still understand goes on as it is; each shard says how its columns lie.
@@ -260,9 +287,10 @@ class LatentsStage:
 
     def _left_out(self, index: int, out: np.ndarray) -> _LeftOut:
         """Of the rows that are excluded now: those that have a latent, and those that were to have one."""
-        table = storage.read_parquet(storage.join(self.root, shard_name(index) + ".parquet"), ["status"])
-        status = np.array(table["status"].to_pylist())[out]
-        return _LeftOut(out[status == "success"], out[status == "failed_to_encode"])
+        table = storage.read_parquet(storage.join(self.root, shard_name(index) + ".parquet"), ["status", "error"])
+        status, error = (np.array(table[n].to_pylist(), object)[out] for n in ("status", "error"))
+        unselected = int((error == NOT_SELECTED).sum())
+        return _LeftOut(out[status == "success"], out[status == "failed_to_encode"], unselected)
 
     def _excluded(self, images: Dataset, index: int) -> pa.Table:
         table = images.exclusions.of(index)
@@ -294,6 +322,9 @@ class _Worker:
         self.cropped = picture_settings(self.dataset).get("resize_mode") == "center_crop"
         self.made_with = stage.made_with()
         self.folder = open_folder(stage)
+        self.captions = {n: storage.join(stage.run.run, "captions", n) for n in self.config.captions}
+        recorded = self.made_with.settings.get("select")
+        self.selection = Selection(stage.run.run, self.config.select, recorded) if self.config.select else None
         self._encoders, self._reading = threading.Lock(), threading.Lock()
         how = {"channels_last": self.config.channels_last, "compile": self.config.compile}
         with fixed_arithmetic(self.config.threads):
@@ -315,7 +346,13 @@ class _Worker:
         try:
             shard, excluded = self._open(task)
             known = np.array(sorted(excluded), np.int64)
+            unselected: list[int] = []
             try:
+                if self.selection is not None:
+                    passes = self.selection.passes(task.index, shard.rows)
+                    unselected = shard.rows[~passes].tolist()
+                    excluded = excluded | dict.fromkeys(unselected, NOT_SELECTED)
+                    shard.keep(passes)
                 shard.fetch()
                 files, stats = self._make(shard, excluded)
             finally:
@@ -328,6 +365,8 @@ class _Worker:
         seconds = time.perf_counter() - started
         stats["seconds"] = round(seconds, 3)
         stats["images_per_second"] = round(stats["count"] / seconds, 3)
+        if self.selection is not None:
+            stats["not_selected"] = len(unselected)
         if len(known):
             stats["excluded"] = _rows_digest(known)
         made_from = task.input or self._born(task.index)
@@ -374,7 +413,8 @@ class _Worker:
         each: dict[str, np.ndarray] = {"tokens": tokens[kept], "alive": np.ones(len(kept), np.uint8)}
         if text is not None:
             each["embedding_index"] = text_index[kept]
-        texts = {name: [values[i] for i in kept] for name, values in _caption_columns(shard).items()}
+        columns = _caption_columns(shard) | self._new_captions(shard)
+        texts = {name: [values[i] for i in kept] for name, values in columns.items()}
         arrays = self._lay_out(each, self._micro(shard, plan, samples)[kept], texts, plan.bucket[kept])
         arrays["empty_tokens"] = tokens[-1]
         metadata = {"vae": self.vae.digest, "text": self.text.digest, "text_layer": self.text.layer}
@@ -404,6 +444,21 @@ class _Worker:
         stats = describe(arrays, table, len(self.buckets))
         stats["encode_seconds"], stats["wait_seconds"] = round(busy, 3), round(clock.waited, 3)
         return {".safetensors": pack_columns(arrays, metadata), ".parquet": sink.getvalue()}, stats
+
+    def _new_captions(self, shard: images.ImageShard) -> dict[str, list[list[str]]]:
+        """Of each usable picture the texts of each set of new captions, by key. Raises StageError."""
+        found = {}
+        for name, root in self.captions.items():
+            if name in shard.table.column_names:
+                raise StageError(f"latents.captions: the images have a column '{name}' already; name the new ones anew")
+            url = storage.join(root, shard.info.name + ".parquet")
+            try:
+                table = storage.read_parquet(url, ["key", "captions"])
+            except FileNotFoundError:
+                raise StageError(f"{url} is not there; run 'carrara caption' again") from None
+            said = dict(zip(table["key"].to_pylist(), table["captions"].to_pylist(), strict=True))
+            found[name] = [[t for t in said.get(key) or () if t] for key in shard.keys]
+        return found
 
     def _lay_out(
         self, each: dict[str, np.ndarray], micro: np.ndarray, texts: dict[str, list[list[str]]], bucket: np.ndarray
@@ -698,7 +753,7 @@ def _by_first_use(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]
 # What an image shard's sidecar says in words besides captions.
 _NO_CAPTIONS = frozenset(
     ("url", "final_url", "key", "status", "error", "error_message", "exif", "sha256", "caption_raw", "pixel_hash",
-     "phash", "image_ext", "md5")
+     "phash", "image_ext", "image_file", "place", "md5")
 )  # fmt: skip
 
 
@@ -753,9 +808,9 @@ def _check_accounting(root: str, stats: dict[str, Any], source: Any, left_out: _
     if sum(stats["status"].values()) != stats["rows"] or stats["rows"] != source.rows:
         raise StageError(f"{shard} has {stats['rows']} rows where its image shard has {source.rows}; rows were lost")
     success, failed = stats["status"].get("success", 0), stats["status"].get("failed_to_encode", 0)
-    done = success + failed
+    done = success + failed + stats.get("not_selected", 0)
     if left_out is not None:
-        done -= len(left_out.latents) + len(left_out.failed)
+        done -= len(left_out.latents) + len(left_out.failed) + left_out.unselected
     changed = left_out is not None or "excluded" in stats  # what was left out once may be in use again
     if success != stats["count"] or done > source.count or (done < source.count and not changed):
         raise StageError(

@@ -15,6 +15,7 @@ from shards.layout import shard_name
 from shards.listing import listed
 
 TAKEN_DOWN = "taken_down"
+NOT_SELECTED = "not_selected"  # the error of an image that latents.select left out
 
 
 def take_out(root: str, images: str, each: Callable[[int], Any] = lambda n: None) -> dict[int, list[int]]:
@@ -26,11 +27,11 @@ def take_out(root: str, images: str, each: Callable[[int], Any] = lambda n: None
     changed: dict[int, list[int]] = {}
     for index in listed(root, ".safetensors").committed.tolist():
         name = shard_name(index) + ".parquet"
-        gone = _taken_down(storage.join(images, name))
+        gone = taken_down_rows(storage.join(images, name))
         if gone:
             table = storage.read_parquet(storage.join(root, name))
             places, status = column_rows(table), table["error"].to_pylist()
-            rows = [i for i in gone if places[i] >= 0 and status[i] != TAKEN_DOWN]
+            rows = [i for i in gone if (places[i] >= 0 or status[i] == NOT_SELECTED) and status[i] != TAKEN_DOWN]
             if rows:
                 blank(root, index, rows, _edit(rows))
                 changed[index] = rows
@@ -38,7 +39,8 @@ def take_out(root: str, images: str, each: Callable[[int], Any] = lambda n: None
     return changed
 
 
-def _taken_down(url: str) -> list[int]:
+def taken_down_rows(url: str) -> list[int]:
+    """The rows of an image shard's sidecar that were taken down; none where there is no such file."""
     try:
         errors = storage.read_parquet(url, ["error"])["error"].to_pylist()
     except FileNotFoundError:
@@ -57,6 +59,8 @@ def _edit(rows: Iterable[int]) -> Any:
                 at = table.schema.get_field_index(column)
                 table = table.set_column(at, table.schema.field(at), pa.array(values, table.schema.field(at).type))
         status = Counter(table["status"].to_pylist())
+        if "not_selected" in stats:
+            stats = {**stats, "not_selected": table["error"].to_pylist().count(NOT_SELECTED)}
         return table, {**stats, "status": dict(sorted(status.items())), "count": status["success"]}
 
     return edit

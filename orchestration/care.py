@@ -79,9 +79,7 @@ def _shards(root: str, deep: bool) -> Iterator[tuple[int | None, str]]:
 def _checkpoints(root: str, deep: bool) -> Iterator[str]:
     from train import folders
 
-    if not storage.is_local(root) or not Path(root).is_dir():
-        return
-    found = folders.folders(Path(root))
+    found = folders.folders(root)
     faults = [f"{folder}: {fault}" for folder in found if (fault := folders.damage(folder, deep))]
     if found:
         print(f"{root}: {len(found) - len(faults)} of {len(found)} checkpoints are whole")

@@ -147,10 +147,16 @@ def _eval(config: RunConfig) -> None:
         find_clip(settings.clip)
 
 
+def _curated(config: RunConfig) -> None:
+    """What curate names is checked as a whole when it is read; weights when they are needed."""
+
+
 CHECKS: dict[str, Callable[[RunConfig], None]] = {
     "ingest": _ingest,
     "autoencoder": _autoencoder,
     "clip": _clip,
+    "score": _curated,
+    "caption": _curated,
     "latents": _latents,
     "train": _train,
     "eval": _eval,

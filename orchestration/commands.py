@@ -31,6 +31,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
+
+def _from_base(path: str | None) -> str | None:
+    """A path as meant from where the command was given, which in a Ray job is not the current folder."""
+    from orchestration.config import base_folder
+    from shards.settings import absolute
+
+    base, why = base_folder()
+    return path if path is None or why == "the current folder" else absolute(path, base)
+
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[section.key=value]...", help="settings to change, such as latents.batch_size=64"),
@@ -42,7 +52,7 @@ RunAndOverrides = Annotated[
         help="the run's folder, whose configuration is taken where none is given; settings to change",
     ),
 ]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="the run's folder or URL")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="the run's folder or URL", callback=_from_base)]
 Config = Annotated[
     str | None,
     typer.Option("--config", metavar="FILE", help="the run's YAML (else CARRARA_CONFIG, else ./carrara.yaml)"),
@@ -83,6 +93,18 @@ def names() -> list[str]:
 @functools.cache
 def _command() -> Any:
     return typer.main.get_command(app)
+
+
+def looks_for_configuration(arguments: Sequence[str]) -> bool:
+    """Whether the command would look for a configuration by itself: it takes one, and names neither one nor what stands
+    for it (a run, a model)."""
+    name, *rest = arguments
+    command = _command().commands.get(name)
+    if command is None or all(p.name != "config" for p in command.params):
+        return False
+    given = command.make_context(name, rest, resilient_parsing=True).params
+    stands_for_it = given.get("model") or any("=" not in word for word in given.get("rest") or ())
+    return not given["config"] and not stands_for_it
 
 
 def _refuse_unknown(arguments: Sequence[str]) -> None:
@@ -200,6 +222,45 @@ def clip(
     _stage("clip", config, overrides, local, redo, adopt)
 
 
+@app.command(name="score", rich_help_panel="Stages")
+def score_(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
+    """Score the image shards: columns by key beside them, for latents.select and train.select."""
+    _stage("score", config, overrides, local, redo)
+
+
+@app.command(rich_help_panel="Stages")
+def caption(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
+    """Write new captions of the image shards, by a local model or an OpenAI-compatible server."""
+    _stage("caption", config, overrides, local, redo)
+
+
+@app.command(rich_help_panel="A run")
+def select(
+    rest: RunAndOverrides = None,
+    config: Config = None,
+    of: Annotated[str, typer.Option("--of", help="whose rules: latents or train; by default whichever has some")] = "",
+    count: Annotated[int, typer.Option("--count", min=1, max=400, help="pictures shown of what a rule takes")] = 24,
+    seed: Seed = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="what it always is: nothing changes")] = True,
+) -> None:
+    """The funnel of the rules in latents.select or train.select, and a contact sheet of what each takes."""
+    from curate import funnel
+    from shards.layout import RunPaths
+
+    found = _configured(config, rest, tables=False)
+    if of not in ("", "latents", "train"):
+        raise ConfigError(f"select: --of is '{of}'; it is latents or train")
+    of = of or ("latents" if found.latents.select else "train")
+    rules = list(getattr(found, of).select)
+    if not rules:
+        raise ConfigError(f"select: {of}.select has no rules")
+    paths = RunPaths(found.run)
+    steps = funnel.funnel(paths.images, found.run, rules, count, seed)
+    print(funnel.text(steps))
+    page = funnel.write(steps, paths.reports, f"{of}.select of {found.run}", f"select-{of}")
+    log.info("select: the contact sheet is %s", page)
+
+
 @app.command(rich_help_panel="Stages")
 def latents(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
     """Encode the image shards into latent shards."""
@@ -250,7 +311,7 @@ def all_(
 
     found = _configured(config, _refuse_run(overrides))
     stages.check_all(found)
-    for name in stages.STAGES:
+    for name in stages.order(found):
         stages.run(name, found, local, redo, adopt=adopt)
 
 
@@ -395,7 +456,9 @@ def export(
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="a folder's name under RUN/checkpoints")] = "latest",
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
     precision: Annotated[str, typer.Option("--precision", help="float32 or float16")] = "float32",
-    out: Annotated[str | None, typer.Option("--out", help="folder of the pipeline; by default RUN/model")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="folder of the pipeline; by default RUN/model", callback=_from_base)
+    ] = None,
     licence: Annotated[str | None, typer.Option("--licence", help="of the weights, for the model card")] = None,
 ) -> None:
     """A checkpoint as a diffusers pipeline."""
@@ -435,7 +498,11 @@ def sample(
     device: Device = "auto",
     out: Annotated[
         str | None,
-        typer.Option("--out", help="folder for the pictures; by default RUN/samples/<digest of the request>"),
+        typer.Option(
+            "--out",
+            help="folder for the pictures; by default RUN/samples/<digest of the request>",
+            callback=_from_base,
+        ),
     ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="on Ray, as many workers as there is room for")] = False,
     redo: Redo = False,
@@ -495,15 +562,21 @@ def numbers(rest: RunAndOverrides = None, config: Config = None) -> None:
     print(work(_configured(config, rest, tables=False)))
 
 
-Result = Annotated[str, typer.Argument(metavar="RESULT", help="its folder, or RUN:MODEL where it has one result alone")]
+Result = Annotated[
+    str,
+    typer.Argument(
+        metavar="RESULT", help="its folder, or RUN:MODEL where that has one result alone", callback=_from_base
+    ),
+]
 
 
 @app.command(rich_help_panel="A model")
 def compare(
-    a: Annotated[str, typer.Argument(help="a result's folder, or RUN:MODEL where it has one result alone")],
-    b: Annotated[str, typer.Argument(help="the other, of this run or of another one")],
+    a: Result,
+    b: Result,
     json_file: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="write the differences to this file, too")
+        str | None,
+        typer.Option("--json", metavar="FILE", help="write the differences to this file, too", callback=_from_base),
     ] = None,
 ) -> None:
     """Two results in pairs, with a verdict."""
@@ -515,7 +588,7 @@ def compare(
 @app.command(rich_help_panel="A model")
 def images(
     result: Result,
-    out: Annotated[str, typer.Option("--out", help="a new folder")],
+    out: Annotated[str, typer.Option("--out", help="a new folder", callback=_from_base)],
     layout: Annotated[str, typer.Option("--layout", help="files, geneval, dpg or compbench")] = "files",
 ) -> None:
     """A result's images as files, as a benchmark wants to have them."""
@@ -547,8 +620,10 @@ app.add_typer(reference, name="reference", rich_help_panel="A model")
 @reference.command()
 def coco(
     annotations: Annotated[str, typer.Option("--annotations", metavar="FILE", help="captions_val2014.json")],
-    images: Annotated[str, typer.Option("--images", metavar="DIR", help="the folder val2014")],
-    out: Annotated[str, typer.Option("--out", help="folder for images/ (shards) and prompts.jsonl")],
+    images: Annotated[str, typer.Option("--images", metavar="DIR", help="the folder val2014", callback=_from_base)],
+    out: Annotated[
+        str, typer.Option("--out", help="folder for images/ (shards) and prompts.jsonl", callback=_from_base)
+    ],
     count: Annotated[int, typer.Option("--count", min=1, help="captions that are drawn")] = 30_000,
     seed: Seed = 0,
     all_: Annotated[bool, typer.Option("--all", help="the reference is all images, not those of the captions")] = False,
@@ -574,14 +649,17 @@ def grid(rest: RunAndOverrides = None, config: Config = None, local: Local = Fal
 
 @app.command(name="explain-fid", rich_help_panel="A model")
 def explain_fid(
-    generated: Annotated[str, typer.Argument(help="a folder of pictures, or of finished shards")],
-    real: Annotated[str, typer.Argument(help="the same of real pictures")],
+    generated: Annotated[str, typer.Argument(help="a folder of pictures, or of finished shards", callback=_from_base)],
+    real: Annotated[str, typer.Argument(help="the same of real pictures", callback=_from_base)],
     inception: Annotated[
         str, typer.Option("--inception", metavar="FILE", help="torch-fidelity's Inception weights, or download")
     ],
     batch_size: BatchSize = 16,
     device: Device = "auto",
-    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="write the rows to this JSON, too")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FILE", help="write the rows to this JSON, too", callback=_from_base),
+    ] = None,
 ) -> None:
     """The FID of two sets of pictures as five libraries measure it, and why they differ."""
     from eval import explain
@@ -601,7 +679,10 @@ app.add_typer(judge, name="judge", rich_help_panel="A model")
 def pack(
     run: Run,
     results: Annotated[list[str], typer.Argument(metavar="[RUN:]MODEL/PROTOCOL...", help="what is to be compared")],
-    out: Annotated[str, typer.Option("--out", help="folder for index.html (to give away) and key.json (to keep)")],
+    out: Annotated[
+        str,
+        typer.Option("--out", help="folder for index.html (to give away) and key.json (to keep)", callback=_from_base),
+    ],
     pairs: Annotated[int, typer.Option("--pairs")] = 60,
     seed: Seed = 0,
 ) -> None:
@@ -617,7 +698,7 @@ def pack(
 
 @judge.command()
 def score(
-    pack: Annotated[str, typer.Argument(help="the folder with key.json")],
+    pack: Annotated[str, typer.Argument(help="the folder with key.json", callback=_from_base)],
     votes: Annotated[list[str], typer.Argument(help="CSV files that the page saved")],
 ) -> None:
     """Bradley-Terry scores of the votes."""

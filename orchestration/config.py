@@ -7,6 +7,7 @@
     ingest: {table: ...}         # each section is the model in that stage's own config.py
     autoencoder: {...}
     clip: {...}
+    curate: {...}                # scores and captions, where there are any
     latents: {...}
     train: {...}
     eval: {...}
@@ -20,20 +21,21 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import psutil
 import pydantic
 from pydantic import Field
 
+from curate.config import CurateConfig
 from eval.config import EvalConfig
 from ingest.config import IngestConfig
 from latents.config import LatentsConfig
 from orchestration.ledger import Retries
 from shards import storage
 from shards.layout import RunPaths
-from shards.settings import ConfigError, Strict, apply_overrides, load_yaml, validate
+from shards.settings import ConfigError, Strict, absolute, apply_overrides, load_yaml, resolved, validate
 from train.config import AutoencoderConfig, ClipConfig, TrainConfig
 
 log = logging.getLogger("carrara")
@@ -123,6 +125,8 @@ class RayConfig(Strict):
     )
     ingest: CpuPool = CpuPool()
     latents: Pool = Pool()
+    score: Pool = Pool()
+    caption: Pool = Pool()
     eval: Pool = Pool()
     autoencoder: Ranks = Ranks()
     clip: Ranks = Ranks()
@@ -154,6 +158,7 @@ class RunConfig(Strict):
     ingest: IngestConfig
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     clip: ClipConfig = ClipConfig()
+    curate: CurateConfig = CurateConfig()
     latents: LatentsConfig = LatentsConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -177,7 +182,7 @@ def load(path: str, overrides: Sequence[str], base: str, tables: bool = True) ->
     """Read and check a run's YAML; paths in the result are absolute. tables: they must be there. Raises ConfigError."""
     data = load_yaml(path, overrides)
     validate(RunConfig, data, path)
-    config = validate(RunConfig, _resolved(data, base), path)
+    config = validate(RunConfig, resolved(data, base), path)
     if tables:
         _check_tables(config, path)
     return config
@@ -186,15 +191,16 @@ def load(path: str, overrides: Sequence[str], base: str, tables: bool = True) ->
 def load_of_run(run: str, overrides: Sequence[str], base: str) -> RunConfig | None:
     """The configuration that a run was last worked on with, as it is noted there, with overrides; None where there is
     none. Raises ConfigError where it does not fit this version."""
-    url = storage.join(RunPaths(_absolute(run, base)).status, "config.json")
+    url = storage.join(RunPaths(absolute(run, base)).status, "config.json")
     try:
         data = storage.read_json(url)
     except (ValueError, OSError):
         return None
     if not isinstance(data, dict):
         return None
+    data["run"] = run  # and not where it lay then: it may be a copy, or have been moved
     apply_overrides(data, overrides)
-    return validate(RunConfig, _resolved({**data, "run": data.get("run", run)}, base), url)
+    return validate(RunConfig, resolved(data, base), url)
 
 
 def base_folder() -> tuple[str, str]:
@@ -226,47 +232,6 @@ def base_folder() -> tuple[str, str]:
         f"this job runs in Ray's temporary copy {here}, and the folder where Ray was started cannot be found; "
         "set CARRARA_ROOT, or make 'run' and the tables absolute paths"
     )
-
-
-# The fields that name files: kind "path" is always a path, "reference" may also be a name on a hub.
-_PATHS = {
-    ("run",): "path",
-    ("ingest", "table"): "path",
-    ("ingest", "heldout_table"): "path",
-    ("eval", "prompts_file"): "path",
-    ("eval", "reference"): "path",
-    ("eval", "inception"): "reference",
-    ("eval", "dinov2"): "path",
-    ("autoencoder", "pretrained"): "reference",
-    ("clip", "pretrained"): "reference",
-    ("eval", "clip"): "reference",
-    ("eval", "model"): "reference",
-}
-
-
-def _resolved(data: Mapping[str, Any], base: str) -> dict[str, Any]:
-    result = {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
-    for where, kind in _PATHS.items():
-        here: Any = result
-        for key in where[:-1]:
-            here = here.get(key) or {}
-        value = here.get(where[-1])
-        if isinstance(value, str):
-            here[where[-1]] = _absolute(value, base) if kind == "path" else _reference(value, base)
-    return result
-
-
-def _absolute(path: str, base: str) -> str:
-    if "://" in path:
-        return path
-    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
-
-
-def _reference(ref: str, base: str) -> str:
-    """`folder`, `file.safetensors` or `MODEL:file` made absolute where that is there; otherwise the name it is."""
-    model, colon, path = ref.rpartition(":")
-    absolute = _absolute(path, base)
-    return f"{model}{colon}{absolute}" if path and os.path.exists(absolute) else ref
 
 
 def _check_tables(config: RunConfig, source: str) -> None:

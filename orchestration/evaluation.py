@@ -6,6 +6,7 @@ evaluate_model("org/name or folder", "runs/sd15", ["eval.prompts_file=coco.jsonl
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from eval.evaluation import METRICS, Evaluation
 from eval.report import history
 from eval.report.page import rounded, spread
 from orchestration import stages
-from orchestration.config import RayConfig, RunConfig
+from orchestration.config import RayConfig, RunConfig, base_folder, find_config
 from shards import storage
 from shards.layout import RunPaths
-from shards.settings import ConfigError, Strict, load_yaml, validate
+from shards.settings import ConfigError, Strict, apply_overrides, load_yaml, resolved, validate
 
 log = logging.getLogger("carrara.eval")
 
@@ -43,18 +44,18 @@ def evaluate_model(
     run: a folder, made where it is missing; else the configuration's. No table, no training and no other section of a
     configuration is needed; sections beside run, seed, ray and eval are not looked at.
     """
-    import os
-
-    from orchestration.config import _resolved, base_folder
-
     base, _ = base_folder()
-    data = load_yaml(config, overrides) if config else _from_overrides(overrides)
+    if config:
+        data = load_yaml(find_config(config, base), overrides)
+    else:
+        data = {}
+        apply_overrides(data, overrides)
     data = {k: v for k, v in data.items() if k in PipelineRun.model_fields}
     data["run"] = run or data.get("run")
     if not data["run"]:
         raise ConfigError("eval --model needs a folder for its results; give --run DIR, or a configuration with run")
     data["eval"] = {"sampler": "model", **(data.get("eval") or {}), "model": model}
-    chosen = validate(PipelineRun, _resolved(data, base), config or "carrara eval --model")
+    chosen = validate(PipelineRun, resolved(data, base), config or "carrara eval --model")
     paths = RunPaths(chosen.run)
     clip = os.path.join(paths.clip, "model")
     own = clip if storage.exists(os.path.join(clip, "open_clip_config.json")) else None
@@ -66,27 +67,6 @@ def evaluate_model(
 
     with connected(chosen.ray):
         return stages.run_evaluation(found, chosen, local, redo)  # type: ignore[arg-type]
-
-
-def _from_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`eval.steps=30` without a file."""
-    import yaml
-
-    data: dict[str, Any] = {}
-    for item in overrides:
-        name, equals, text = item.partition("=")
-        if not equals:
-            raise ConfigError(f"'{item}' is no setting; write section.key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as e:
-            raise ConfigError(f"'{item}' cannot be read: {' '.join(str(e).split())[:120]}") from None
-        here = data
-        *sections, key = name.split(".")
-        for section in sections:
-            here = here.setdefault(section, {})
-        here[key] = value
-    return data
 
 
 def numbers(config: RunConfig) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 STAGES = ("ingest", "autoencoder", "clip", "latents", "train", "eval")
 FITS = ("autoencoder", "clip", "train")
+CURATED = ("score", "caption")  # stages that a run has where its configuration names some
 
 
 def vae_ref(config: RunConfig) -> str:
@@ -40,7 +41,7 @@ def text_pad(config: RunConfig) -> str | None:
 
 def pretrained(name: str, config: RunConfig) -> str | None:
     """The weights that the configuration names in place of fitting `name`; None where it is fitted or is no fit."""
-    return getattr(getattr(config, name), "pretrained", None)
+    return getattr(getattr(config, name, None), "pretrained", None)
 
 
 def check_inputs(name: str, config: RunConfig) -> None:
@@ -49,8 +50,12 @@ def check_inputs(name: str, config: RunConfig) -> None:
     images, latents = storage.join(paths.images, MANIFEST), storage.join(paths.latents, MANIFEST)
     heldout = storage.join(paths.heldout, MANIFEST)
     needs: list[tuple[str, str, str]] = []  # (file, what it is, the stage that makes it)
-    if name in ("autoencoder", "clip", "latents"):
+    if name in ("autoencoder", "clip", "latents", *CURATED):
         needs.append((images, "finished image shards", "ingest"))
+    if name in CURATED and not getattr(config.curate, name + "s"):
+        raise ConfigError(f"{name}: curate.{name}s names none; see docs/own-data.md")
+    if name == "score" and _needs_clip(config) and not pretrained("clip", config):
+        needs.append((text_ref(config), "a finished clip", "clip"))
     if name in ("latents", "eval"):
         fitted = [n for n in ("autoencoder", "clip") if not pretrained(n, config)]
         models = {"autoencoder": vae_ref(config), "clip": text_ref(config)}
@@ -65,6 +70,17 @@ def check_inputs(name: str, config: RunConfig) -> None:
     for file, what, maker in needs:
         if not storage.exists(file):
             raise ConfigError(f"{name}: there is no {file}, so it lacks {what}; run the stage '{maker}' first")
+
+
+def _needs_clip(config: RunConfig) -> bool:
+    return any(getattr(s, "kind", "") == "clip" and s.model is None for s in config.curate.scores.values())  # type: ignore[union-attr]
+
+
+def order(config: RunConfig) -> tuple[str, ...]:
+    """The stages that this configuration has, in order."""
+    curated = tuple(n for n in CURATED if getattr(config.curate, n + "s"))
+    at = STAGES.index("latents")
+    return (*STAGES[:at], *curated, *STAGES[at:])
 
 
 def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
@@ -82,6 +98,14 @@ def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
 
         latents = config.latents.model_copy(update={"text_pad": text_pad(config)})
         return [(LatentsStage(latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)]
+    if name == "score":
+        from curate.stage import score_stages
+
+        return [(s, config.ray.score) for s in score_stages(config.curate, paths, text_ref(config))]
+    if name == "caption":
+        from curate.captioning import caption_stages
+
+        return [(s, config.ray.caption) for s in caption_stages(config.curate, paths, config.seed)]
     if name == "eval":
         return [(s, config.ray.eval) for s in evaluation(config).stages()]
     raise ValueError(f"{name} is not a stage over shards")

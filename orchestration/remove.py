@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from curate import takedown as curate_takedown
 from ingest import removal, takedown
 from ingest.stage import IngestStage, with_flags
 from ingest.takedown import TakenDown, requested
@@ -83,6 +84,7 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
             f"  {'images' if stage.split == 'train' else 'heldout':9} {_apply(stage, paths, len(keys[stage.split]))}"
         )
     told.append(f"  latents   {settle_latents(config)}")
+    told += [f"  {name} {done}" for name, done in settle_curated(paths).items()]
     told.append("checkpoints that saw them:" if saw else "no checkpoint saw them")
     told += [f"  {c['folder']}: {_how_many(c)}" for c in saw]
     told += [f"the model {m} was exported from one that saw them; export another" for m in models]
@@ -162,6 +164,28 @@ def settle_latents(config: RunConfig, again: bool = True) -> str:
             return done
     except Busy:
         return "another job is at work on them; give this command again when it has ended"
+
+
+def settle_curated(paths: RunPaths) -> dict[str, str]:
+    """Blank in scores and captions what the images have no more; by `scores/<name>`, what was done."""
+    told = {}
+    for kind, prefix in (("scores", "score"), ("captions", "caption")):
+        for name in storage.list_names(storage.join(paths.run, kind)):
+            root = storage.join(paths.run, kind, name)
+            shards = listed(root, ".safetensors").committed
+            if not len(shards):
+                continue
+            try:
+                with Lease(paths.status, f"{prefix}-{name}", root):
+                    bar = Progress(f"{prefix}-{name}: take-down", len(shards), "shards")
+                    changed = curate_takedown.take_out(root, paths.images, bar.update)
+                    bar.close()
+                    if storage.exists(storage.join(root, MANIFEST)):
+                        curate_takedown.amend(root)
+                told[f"{kind}/{name}"] = f"{len(changed):,} shards blanked" if changed else "hold none of them"
+            except Busy:
+                told[f"{kind}/{name}"] = "another job is at work on them; give this command again when it has ended"
+    return told
 
 
 # ---- who saw them ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from orchestration.parts import (
     check_inputs,
     evaluation,
     is_complete,
+    order,
     pretrained,
     report_path,
     shard_stages,
@@ -38,6 +39,7 @@ __all__ = [
     "dry_run",
     "evaluation",
     "is_complete",
+    "order",
     "pretrained",
     "report_path",
     "retry_ingest",
@@ -97,7 +99,7 @@ def run(
 
 def check_all(config: RunConfig) -> None:
     """What can be known to be wrong with any stage before the first begins; raises ConfigError with the first found."""
-    for name in STAGES:
+    for name in order(config):
         checks.check_static(name, config)
     checks.claim(config)
 
@@ -149,13 +151,16 @@ def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, 
 
 
 def _settle(name: str, config: RunConfig, again: bool = False) -> None:
-    """Take out of the latents what was taken down, also where an earlier command was killed before it came to that."""
+    """Take out of latents, scores and captions what was taken down, also what a killed command did not come to."""
     from ingest import takedown
 
-    if name in ("ingest", "latents") and takedown.length(RunPaths(config.run).run):
-        from orchestration.remove import settle_latents
+    paths = RunPaths(config.run)
+    if name in ("ingest", "latents", "score", "caption") and takedown.length(paths.run):
+        from orchestration.remove import settle_curated, settle_latents
 
-        settle_latents(config, again)
+        if name in ("ingest", "latents"):
+            settle_latents(config, again)
+        settle_curated(paths)
 
 
 def run_evaluation(found: Evaluation, config: RunConfig, local: bool, redo: bool = False) -> str:

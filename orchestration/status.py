@@ -47,6 +47,8 @@ def _record(url: str) -> dict[str, Any]:
 def _place(stage: str) -> tuple[int, str]:
     """Where a line stands: what belongs to a stage behind it, and what belongs to none at the end."""
     first = BELONGS.get(stage.removesuffix("-retry"), stage.removesuffix("-retry"))
+    if first.startswith(("score-", "caption-")):
+        return (STAGES.index("clip"), stage)
     return (STAGES.index(first) if first in STAGES else len(STAGES), "" if stage == first else stage)
 
 

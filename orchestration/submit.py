@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.cluster import ENDED, job_command
+from orchestration.commands import looks_for_configuration
 from orchestration.packages import NAMES, ROOT
 from orchestration.stopping import EXIT_STOPPED, Stopped
 from shards.settings import ConfigError, StageError
@@ -65,9 +66,9 @@ def pack(folder: Path, arguments: Sequence[str]) -> list[str]:
         shutil.copytree(Path(ROOT) / name, folder / name, ignore=ignored)
     (folder / "pyproject.toml").write_text("# so that this is known as a checkout\n")
     given = list(arguments)
-    if "--config" not in given and not any(a.startswith("--config=") for a in given):
+    if looks_for_configuration(given):
         found = os.environ.get("CARRARA_CONFIG") or ("carrara.yaml" if os.path.isfile("carrara.yaml") else None)
-        if found and given[:1] not in (["export"], ["sample"], ["judge"], ["explain-fid"], ["verify"], ["clean"]):
+        if found:
             given += ["--config", found]
     return [given[0], *(_sent(folder, word, i) for i, word in enumerate(given[1:], 1))]
 

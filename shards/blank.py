@@ -83,7 +83,9 @@ def _blanked(data: bytes, sidecar: pa.Table, rows: list[int], suffix: str) -> tu
             column = pa.array(places, pa.int32(), mask=places < 0)
             sidecar = sidecar.append_column(COLUMN_ROW, column)
         gone = places[rows]
-        status = np.array([s == "success" for s in sidecar["status"].to_pylist()], bool)
+        status = np.ones(sidecar.num_rows, bool)  # columns without a status hold nothing that several samples share
+        if "status" in sidecar.column_names:
+            status = np.array([s == "success" for s in sidecar["status"].to_pylist()], bool)
         status[rows] = False
         living = places[status & (places >= 0)]
         return sidecar, blank_columns(data, gone[gone >= 0], living)

@@ -268,7 +268,7 @@ def samples_columns(arrays: dict[str, np.ndarray], gone: np.ndarray, living: np.
         if base == "embedding_index":
             lost.update(array[taken[rows]].tolist())
             kept.update(array[stays[rows]].tolist())
-        elif base == "text":
+        elif base == "text" and rest:
             ends = arrays["text_end." + rest]
             found[name] = np.flatnonzero(np.repeat(taken[rows], np.diff(ends, prepend=0)))
         elif base not in ("bucket", "text_end", *BY_CAPTION) and not name.startswith("empty_"):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 STATUSES = ("success", "failed_to_download", "failed_to_resize", "filtered", "duplicate", "opted_out")
 
 MAX_PIXELS = 64_000_000
+PLACE = ("image_offset", "image_size", "image_file")  # of the sidecar: where a picture lies
 _GAP = 16 << 10  # what may lie between two pictures that are read at once: headers, a caption, its JSON
 
 
@@ -93,11 +94,20 @@ class ImageShard:
         self.rows: np.ndarray = np.flatnonzero(live)
         self._offsets = self.table["image_offset"].fill_null(-1).to_numpy()[self.rows]
         self._sizes = self.table["image_size"].fill_null(-1).to_numpy()[self.rows]
+        # Pictures that were adopted lie in tars of others, which are only read.
+        files = self.table["image_file"].to_pylist() if "image_file" in self.table.column_names else None
+        self._elsewhere = None if files is None else np.array(files, object)[self.rows]
+        self._held: dict[int, bytes] = {}
         self._file: IO[bytes] | None = None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def keep(self, passes: np.ndarray) -> None:
+        """Go on with some of the samples alone. passes: bool [len(self)]."""
+        self.rows, self._offsets, self._sizes = self.rows[passes], self._offsets[passes], self._sizes[passes]
+        self._elsewhere = None if self._elsewhere is None else self._elsewhere[passes]
 
     @property
     def keys(self) -> list[str]:
@@ -117,17 +127,30 @@ class ImageShard:
 
     def pictures(self, samples: np.ndarray) -> list[bytes]:
         """The encoded pictures of these samples; where they lie together, by one read."""
-        offsets, sizes = self._offsets[samples], self._sizes[samples]
         if len(samples) == 0:
             return []
-        first, end = int(offsets.min()), int((offsets + sizes).max())
-        if end - first > 2 * int(sizes.sum()) + _GAP * len(samples):
-            return storage.read_ranges(self.url, [(int(o), int(o + n)) for o, n in zip(offsets, sizes, strict=True)])
-        (data,) = storage.read_ranges(self.url, [(first, end)])
-        return [data[o - first : o - first + n] for o, n in zip(offsets.tolist(), sizes.tolist(), strict=True)]
+        if self._elsewhere is not None:
+            return self._from_elsewhere(samples)
+        return _read(self.url, self._offsets[samples], self._sizes[samples])
+
+    def _from_elsewhere(self, samples: np.ndarray) -> list[bytes]:
+        """Pictures that lie in others' tars; one read a tar where they lie together."""
+        assert self._elsewhere is not None
+        found: list[bytes] = [b""] * len(samples)
+        files = self._elsewhere[samples]
+        for file in dict.fromkeys(files.tolist()):
+            mine = np.flatnonzero(files == file)
+            data = _read(file, self._offsets[samples[mine]], self._sizes[samples[mine]])
+            for i, one in zip(mine.tolist(), data, strict=True):
+                found[i] = one
+        return found
 
     def image_bytes(self, i: int) -> bytes:
         """The encoded picture of sample `i`."""
+        if self._elsewhere is not None:
+            with self._lock:
+                held = self._held.pop(i, None)
+            return held if held is not None else self._from_elsewhere(np.array([i]))[0]
         offset, size = int(self._offsets[i]), int(self._sizes[i])
         if self._file is None and not storage.is_local(self.url):
             # A file object of an object store reads ahead by many times a picture.
@@ -146,6 +169,12 @@ class ImageShard:
 
     def fetch(self) -> None:
         """From an object store, read the tar as a whole: for whoever wants every picture, in any order."""
+        if self._elsewhere is not None:
+            if any(not storage.is_local(f) for f in set(self._elsewhere.tolist())):
+                data = self._from_elsewhere(np.arange(len(self)))
+                with self._lock:
+                    self._held = dict(enumerate(data))
+            return
         if not storage.is_local(self.url):
             data = storage.read_bytes(self.url)
             with self._lock:
@@ -154,9 +183,19 @@ class ImageShard:
     def close(self) -> None:
         """Close the tar; it is opened again when needed."""
         with self._lock:
+            self._held = {}
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+
+def _read(url: str, offsets: np.ndarray, sizes: np.ndarray) -> list[bytes]:
+    """Pieces of one file; where they lie together, by one read."""
+    first, end = int(offsets.min()), int((offsets + sizes).max())
+    if end - first > 2 * int(sizes.sum()) + _GAP * len(sizes):
+        return storage.read_ranges(url, [(int(o), int(o + n)) for o, n in zip(offsets, sizes, strict=True)])
+    (data,) = storage.read_ranges(url, [(first, end)])
+    return [data[o - first : o - first + n] for o, n in zip(offsets.tolist(), sizes.tolist(), strict=True)]
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:

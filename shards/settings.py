@@ -6,9 +6,10 @@ Also the two errors that are meant for a person. Both carry one sentence that sa
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pydantic
@@ -73,13 +74,77 @@ def load_sections(path: str, overrides: Sequence[str], model: type[M]) -> M:
     """Validate only the sections of a run's YAML that `model` has fields for.
 
     For processes such as the trainer that lie below orchestration/ and do not know every section: the
-    other names of SECTIONS are skipped, any other top-level key is refused.
+    other names of SECTIONS are skipped, any other top-level key is refused. Relative paths are from the current folder.
     """
     data = load_yaml(path, overrides)
     for key in data:
         if key not in SECTIONS:
             raise ConfigError(f"{path}: unknown section '{key}'{_nearest(str(key), SECTIONS)}")
-    return validate(model, {k: v for k, v in data.items() if k in model.model_fields}, path)
+    return validate(model, resolved({k: v for k, v in data.items() if k in model.model_fields}, os.getcwd()), path)
+
+
+# The fields that name files: of kind "path" always, of kind "reference" perhaps a name on a hub. `*`: each of them.
+_PATHS = {
+    "run": "path",
+    "ingest.table": "path",
+    "ingest.heldout_table": "path",
+    "autoencoder.pretrained": "reference",
+    "autoencoder.start_from": "reference",
+    "clip.pretrained": "reference",
+    "train.start_from": "reference",
+    "train.adapter.start_from": "path",
+    "train.sources.*.latents": "path",
+    "train.validation.latents": "path",
+    "eval.model": "reference",
+    "eval.prompts_file": "path",
+    "eval.clip": "reference",
+    "eval.inception": "reference",
+    "eval.dinov2": "path",
+    "eval.reference": "path",
+    "eval.fid_statistics.*": "path",
+    "eval.scores.*": "path",
+    "eval.judge.model": "reference",
+    "eval.preference.pickscore": "reference",
+    "eval.preference.hps": "path",
+    "eval.preference.aesthetic": "path",
+    "eval.preference.aesthetic_clip": "reference",
+}
+
+
+def resolved(data: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """A copy of a run's settings in which relative paths are absolute, as meant from the folder `base`."""
+    result = copy.deepcopy(dict(data))
+    for where, kind in _PATHS.items():
+        _resolve(result, where.split("."), absolute if kind == "path" else _reference, base)
+    return result
+
+
+def _resolve(here: Any, keys: Sequence[str], change: Callable[[str, str], str], base: str) -> None:
+    key, *rest = keys
+    places: Sequence[Any] = ()
+    if isinstance(here, dict):
+        places = list(here) if key == "*" else [key] if key in here else []
+    elif isinstance(here, list) and key == "*":
+        places = range(len(here))
+    for place in places:
+        if rest:
+            _resolve(here[place], rest, change, base)
+        elif isinstance(here[place], str):
+            here[place] = change(here[place], base)
+
+
+def absolute(path: str, base: str) -> str:
+    """A path as meant from the folder `base`; URLs are absolute already."""
+    if "://" in path:
+        return path
+    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
+
+
+def _reference(ref: str, base: str) -> str:
+    """`folder`, `file.safetensors` or `MODEL:file` made absolute where that is there; otherwise the name it is."""
+    model, colon, path = ref.rpartition(":")
+    found = absolute(path, base)
+    return f"{model}{colon}{found}" if path and os.path.exists(found) else ref
 
 
 class _UniqueKeys(yaml.SafeLoader):

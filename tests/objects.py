@@ -33,8 +33,8 @@ def server(
     ignores: bool = False, lose: Asked = never, busy: Asked = never, throttled: Asked = never, delay_s: float = 0.0
 ) -> Iterator[str]:
     """A URL. ignores: If-None-Match and If-Match are dropped. lose: the request is carried out, and a 500 answered.
-    busy: a conditional request is answered by 409 ConditionalRequestConflict, and not carried out. throttled: a request is
-    answered by 503 SlowDown. delay_s: how long each answer takes."""
+    busy: a conditional request is answered by 409 ConditionalRequestConflict, and not carried out. throttled: a request
+    is answered by 503 SlowDown. delay_s: how long each answer takes."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     app, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
 

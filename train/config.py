@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from shards.selection import Rule
 from shards.settings import ConfigError, Strict
 
 log = logging.getLogger("carrara")
@@ -416,6 +417,11 @@ class TrainConfig(FitConfig):
         default=None,
         min_length=1,
         description="columns of the latents' sidecar from which each sample's caption is drawn anew, and their weights",
+    )
+    select: FromHereOn[tuple[Rule, ...]] = Field(
+        default=(),
+        description="rules on scores that a sample must pass; the place of one that does not goes to a sample of its "
+        "window that does",
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = Field(
         default="epsilon", description="flow_prediction: rectified flow, whose straight path has no betas"

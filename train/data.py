@@ -23,7 +23,8 @@ from latents.stage import texts_in
 from shards import storage
 from shards.columns import COLUMN_ROW, ColumnFile, column, column_rows, members
 from shards.dataset import Dataset
-from shards.images import ImageShard, decode_rgb
+from shards.images import PLACE, ImageShard, decode_rgb
+from shards.selection import Selection
 from shards.settings import ConfigError, StageError
 from train import segments
 from train.config import FitConfig, TrainConfig
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 Batch = dict[str, torch.Tensor]
 
 DECODERS = 4  # threads that decode pictures for one rank
-AHEAD = 4  # steps whose windows are asked for before their batches are made, at the least
+# Steps whose windows are asked for before their batches are made: at least, and at most where a quarter of what the
+# streams hold lasts that long. A step of 50 ms then leaves a store more than a second to answer.
+AHEAD, FAR_AHEAD = 4, 32
 
 
 def batch_slots(samples: int, rank: int, world: int, micro_step: int, accumulation: int) -> np.ndarray:
@@ -59,7 +62,9 @@ def micro_batches(objective: Objective, config: FitConfig, ranks: Ranks, images:
     share = config.batch_size // ranks.world
     micro = min(config.micro_batch_size or share, share)
     accumulation = share // micro
-    steps = max(AHEAD, -(-objective.placement.streams // config.batch_size))
+    held = objective.placement.streams * objective.placement.window
+    least = max(AHEAD, -(-objective.placement.streams // config.batch_size))
+    steps = max(least, min(FAR_AHEAD, held // (4 * config.batch_size)))
 
     def made(positions: np.ndarray) -> Batch:
         batch = objective.batch(positions)
@@ -159,7 +164,7 @@ class Pictures:
         return picture
 
     def _open(self, position: int) -> ImageShard:
-        return ImageShard(self.dataset, position, ("key", "status", "caption", "image_offset", "image_size"))
+        return ImageShard(self.dataset, position, ("key", "status", "caption", *PLACE))
 
     def _load(self, source: int, bucket: int, runs: list[tuple[int, int, int]]) -> Window:
         columns: dict[str, list[Any]] = {"image": [], "caption": [], "key": []}
@@ -195,7 +200,15 @@ class Latents:
         self.datasets, self.dataset = list(datasets), datasets[0]
         self.placement = history.placement(segments.tables(history, config, datasets), seed)
         self.resolution = (config.resolutions or (int(self.dataset.manifest["resolution"]),))[0]
-        self._file = Kept(_LatentFile, 2 * history.streams * len(datasets))
+        select = history.segments[-1].select
+        self._select = {
+            d.root: Selection(segments.run_of(d), config.select, recorded)
+            for d, recorded in zip(datasets, select, strict=False)
+        }
+        self._file = Kept(
+            lambda dataset, position: _LatentFile(dataset, position, self._select.get(dataset.root)),
+            2 * history.streams * len(datasets),
+        )
         first = [_LatentFile(d, int(np.flatnonzero(d.counts)[0])) for d in datasets]
         for dataset, file in zip(datasets[1:], first[1:], strict=True):
             _refuse_other_kind(self.dataset, first[0], dataset, file)
@@ -373,8 +386,9 @@ def _joined(parts: list[Any]) -> Any:
 class _LatentFile:
     """One shard of latents, of which rows are read as ranges; its layout is read once."""
 
-    def __init__(self, dataset: Dataset, position: int) -> None:
+    def __init__(self, dataset: Dataset, position: int, select: Selection | None = None) -> None:
         self.dataset, self.position, self.info = dataset, position, dataset.shards[position]
+        self._select = select
         with _named(dataset, position):
             self._file = ColumnFile(storage.join(dataset.root, self.info.name + ".safetensors"))
         names = self._file.columns
@@ -431,9 +445,9 @@ class _LatentFile:
             if "key" in wants:
                 found["key"] = [self._keys[n] for n in samples]
         alive = got["alive"] != 0 if "alive" in got else np.ones(end - first, bool)
-        dead = self._dead
-        if dead is not None:
-            alive = alive & ~dead[self._samples(bucket)[first:end]]
+        for out in (self._dead, self._unselected):
+            if out is not None:
+                alive = alive & ~out[self._samples(bucket)[first:end]]
         return {**found, "alive": alive}
 
     def _rows(self, bucket: int, first: int, end: int, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -497,6 +511,17 @@ class _LatentFile:
         dead = np.ones(laid, bool)
         dead[rows[usable & (rows >= 0)]] = False
         return dead
+
+    @functools.cached_property
+    def _unselected(self) -> np.ndarray | None:
+        """bool [samples]: what train.select leaves out; None where there are no rules."""
+        if self._select is None:
+            return None
+        rows = column_rows(self._sidecar(["status"]))
+        there = np.flatnonzero(rows >= 0)
+        out = np.ones(int(rows.max(initial=-1)) + 1, bool)
+        out[rows[there]] = ~self._select.passes(self.info.index, there)
+        return out
 
     @functools.cached_property
     def _keys(self) -> list[str]:

@@ -88,6 +88,12 @@ class Engine:
         if self.stage == 3:
             # It has no setting for that, and would ask the device whether the norm is finite.
             self.engine.optimizer._get_norm_groups = lambda: [torch.zeros(())]
+        elif self.stage:
+            # The parameters are views of the flat weights since the set-up. DeepSpeed makes each anew after every step,
+            # three operators a parameter on the host.
+            self.engine.optimizer._update_model_bit16_weights = lambda group: None
+        elif ranks.world == 1:
+            self.engine.enable_backward_allreduce = False  # it would copy all gradients to and fro for a sum of one
         self.flats = self._flats()
         self.pieces = self._pieces()
         self.optimizer.begin(self.flats, self.pieces, replicated=self.stage == 0)
@@ -126,7 +132,11 @@ class Engine:
         """
         assert self._totals is not None, "a step needs gradients"
         device, world = self.ranks.device, self.ranks.world
-        parts = [part for g in self._gradients() for part in g.reshape(-1).split(NORM_PART) if part.numel()]
+        parts = [
+            part
+            for g in self._gradients()
+            for part in (g.reshape(-1).split(NORM_PART) if g.numel() > NORM_PART else (g,) if g.numel() else ())
+        ]
         square = torch.stack(torch._foreach_norm(parts)).double().square().sum().to(device)
         # Filled, not copied: a copy from the host would be waited for.
         told = [torch.full((1,), float(f), dtype=torch.float64, device=device) for f in flags]

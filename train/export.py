@@ -3,7 +3,7 @@
     from diffusers import StableDiffusionPipeline
     StableDiffusionPipeline.from_pretrained("<run>/model")("a red circle on a blue ground").images[0]
 
-    carrara export runs/demo [--checkpoint step-00001000] [--weights raw] [--dtype float16] [--out FOLDER]
+    carrara export runs/demo [--checkpoint step-00001000] [--weights raw] [--precision float16] [--out FOLDER]
 
 The UNet's weights come from the checkpoint, the VAE and the CLIP from where the latents were made that it was trained
 on, as its manifest says, and are refused where they are not the same ones. A UNet that is told sizes becomes a

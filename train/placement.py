@@ -108,7 +108,7 @@ class Placement:
     """Positions <-> samples. Raises ValueError where a segment has no samples, or begins between two steps."""
 
     def __init__(self, segments: Sequence[Segment], seed: int, streams: int, window: int) -> None:
-        self.segments, self.streams = list(segments), streams
+        self.segments, self.streams, self.window = list(segments), streams, window
         self.sources: list[Source] = []
         self.orders: dict[tuple[str, int], Order] = {}
         self._number: dict[str, int] = {}

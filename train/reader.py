@@ -124,4 +124,6 @@ class Reader:
             window = self._load(source, bucket, order.runs(epoch, v, w))
             if window.stands[o] >= 0:
                 return window, int(window.stands[o])
-        raise StageError("all samples of a bucket were taken down; there is nothing left of it to train on")
+        raise StageError(
+            "all samples of a bucket were taken down or are left out by train.select; nothing of it is left"
+        )

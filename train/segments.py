@@ -16,6 +16,7 @@ import numpy as np
 from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import digest_json
+from shards.selection import Selection
 from shards.settings import ConfigError
 from train.config import FitConfig, SourceConfig, TrainConfig
 from train.placement import Placement, Segment, Source
@@ -58,6 +59,7 @@ class Record:
     sizes: tuple[int, ...]
     ranges: tuple[Range, ...]
     changes: tuple[str, ...] = ()
+    select: tuple[tuple[dict[str, Any], ...], ...] = ()  # by source, train.select with its thresholds; none: all pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,15 @@ class History:
         for s in value["segments"]:
             ranges = tuple(Range(**{**r, "rows": tuple(r["rows"])}) for r in s["ranges"])
             segments.append(
-                Record(**{**s, "sizes": tuple(s["sizes"]), "ranges": ranges, "changes": tuple(s["changes"])})
+                Record(
+                    **{
+                        **s,
+                        "sizes": tuple(s["sizes"]),
+                        "ranges": ranges,
+                        "changes": tuple(s["changes"]),
+                        "select": tuple(map(tuple, s.get("select", ()))),
+                    }
+                )
             )
         return cls(value["streams"], value["window"], tuple(segments))
 
@@ -134,7 +144,8 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     fitting = 1 << max(0, total // window - 1).bit_length()
     most = MOST_STREAMS if datasets[0].kind == "latents" else MOST_STREAMS // 4  # a tar's sidecar is kept for each
     streams = config.streams or int(np.clip(fitting, FEWEST_STREAMS, most))
-    record = Record(0, 0, config.batch_size, batch_sizes(config, datasets), tuple(ranges))
+    select = selected(config, datasets)
+    record = Record(0, 0, config.batch_size, batch_sizes(config, datasets), tuple(ranges), select=select)
     return History(streams, window, (record,))
 
 
@@ -212,7 +223,9 @@ def resume(
         ranges += [
             dataclasses.replace(r, weight=weight * sum(r.rows) / total, root=dataset.root) for r in kept if total
         ]
-    record = Record(images, step, config.batch_size, batch_sizes(config, datasets), tuple(ranges), (*changes, *told))
+    select = selected(config, datasets, last.select)
+    sizes = batch_sizes(config, datasets)
+    record = Record(images, step, config.batch_size, sizes, tuple(ranges), (*changes, *told), select)
     if _same(record, last) and not changes:
         return Taken(history, tuple(notes), "" if adopt else refusal)
     before = history.segments if last.images < images else history.segments[:-1]
@@ -223,7 +236,26 @@ def _same(a: Record, b: Record) -> bool:
     def without_root(record: Record) -> list[Range]:  # a run may be moved
         return [dataclasses.replace(r, root="", weight=round(r.weight, 12)) for r in record.ranges]
 
-    return (a.batch_size, a.sizes, without_root(a)) == (b.batch_size, b.sizes, without_root(b))
+    return (a.batch_size, a.sizes, a.select, without_root(a)) == (b.batch_size, b.sizes, b.select, without_root(b))
+
+
+def selected(
+    config: FitConfig, datasets: Sequence[Dataset], before: Sequence[Sequence[dict[str, Any]]] = ()
+) -> tuple[tuple[dict[str, Any], ...], ...]:
+    """By source, the rules of train.select with their thresholds, those of `before` where the rules are the same.
+
+    A source's scores lie beside its latents. Raises ConfigError where they are not there.
+    """
+    rules = config.select if isinstance(config, TrainConfig) else ()
+    if not rules:
+        return ()
+    known = before if len(before) == len(datasets) else [()] * len(datasets)
+    return tuple(tuple(Selection(run_of(d), rules, k).settings) for d, k in zip(datasets, known, strict=True))
+
+
+def run_of(dataset: Dataset) -> str:
+    """The run that a data set's folder lies in."""
+    return dataset.root.rstrip("/").rpartition("/")[0]
 
 
 def _range(

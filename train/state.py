@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import Fingerprint, digest_file, digest_json
 from shards.layout import RunPaths
-from shards.settings import ConfigError, StageError
+from shards.settings import ConfigError, StageError, resolved
 from train import folders, segments
 from train.config import AutoencoderConfig, ClipConfig, FitConfig, Kind, TrainConfig, TrainingSections, kind_of
 
@@ -181,7 +182,11 @@ def differences(
     """What a run was begun with and is asked for differently: what cannot be changed, and what can by consent,
     a sentence each. stored: the fingerprint in a manifest. A setting that it does not name had its default."""
     kind = type(config)
-    then, now = stored.get("settings", {}), json.loads(json.dumps(wanted.settings))
+    # A path is the same one however it was written.
+    then, now = (
+        resolved({stage: json.loads(json.dumps(s))}, os.getcwd())[stage]
+        for s in (stored.get("settings", {}), wanted.settings)
+    )
     what: list[str] = []
     later: list[str] = []
     for name in sorted(now):

@@ -20,7 +20,7 @@ from latents.config import LatentsConfig
 from latents.encoders import other_encoder
 from latents.stage import LatentsStage
 from shards.dataset import Dataset
-from shards.images import ImageShard
+from shards.images import PLACE, ImageShard
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from shards.stage import begin
@@ -195,7 +195,7 @@ def _first(dataset: Dataset, count: int) -> Dataset:
     for position, info in enumerate(dataset.shards):
         if count <= 0:
             break
-        rows = ImageShard(dataset, position, ("status", "image_offset", "image_size")).rows
+        rows = ImageShard(dataset, position, ("status", *PLACE)).rows
         shards.append({**dataclasses.asdict(info), "count": min(count, len(rows))})
         beyond[info.index] = rows[count:]
         count -= len(rows)

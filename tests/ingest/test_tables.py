@@ -336,9 +336,12 @@ def test_of_a_list_of_captions_the_first_is_the_caption(site: Site, tmp_path: Pa
     [
         (
             {"image": pa.array([{"bytes": b"x", "path": "a"}]), "text": ["a"]},
-            "'image' holds struct<bytes: binary.*by URL",
+            "'image' holds struct<bytes: binary.*ingest.source.kind: parquet",
         ),
-        ({"jpg": pa.array([b"x"]), "txt": ["a"]}, "'jpg' holds binary: ingest fetches pictures by URL"),
+        (
+            {"jpg": pa.array([b"x"]), "txt": ["a"]},
+            "'jpg' holds binary: if these are pictures, set ingest.source.kind: parquet",
+        ),
         ({"url": pa.array([b"x"], pa.binary()), "caption": ["a"]}, "the column 'url' holds binary, not URLs"),
         (
             {"url": ["http://a/b"], "caption": pa.array([{"en": "a"}])},

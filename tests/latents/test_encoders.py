@@ -345,6 +345,14 @@ def test_memory_layout_changes_rounding_alone(vae_folder, pixels):
     torch.testing.assert_close(vae.encode(pixels)[0], mean, rtol=1e-4, atol=1e-4)
 
 
+def test_compilation_is_of_the_encoder(vae_folder):
+    """What is compiled, before anything is: torch compiles at the first call."""
+    from torch._dynamo import OptimizedModule
+
+    assert isinstance(load_vae(str(vae_folder), compile=True).model.encoder, OptimizedModule)
+    assert not isinstance(load_vae(str(vae_folder)).model.encoder, OptimizedModule)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compilation_changes_rounding_alone(vae_folder, pixels):

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
+import json
 import os
 import queue
 import shutil
@@ -22,10 +24,12 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240  # for the tests of one mutant; a mutation that makes a test hang is seen as well
+UNCHANGED_S = 1800  # for all tests of the table in the unchanged tree
 SKIPPED = shutil.ignore_patterns(
     ".git", ".venv", "runs", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "build"
 )
@@ -67,34 +71,62 @@ class Mutant:
         return before
 
 
-def run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
-    """Pytest's exit code and output for these tests in a copy of the tree; exit code 1 where they ran out of time."""
-    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--durations=0", "-p", "no:cacheprovider"]
-    try:
-        done = subprocess.run(
-            [*command, "--timeout=120", *tests], cwd=tree, env=env, capture_output=True, text=True, timeout=TIMEOUT_S
+class Pytester:
+    """A copy of the tree and the process that runs pytest in it (pytester.py)."""
+
+    def __init__(self, tree: Path) -> None:
+        self.tree = Path(shutil.copytree(ROOT, tree, ignore=SKIPPED, symlinks=True))
+        self.output = tree.with_suffix(".txt")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.mutants.pytester"],
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-    except subprocess.TimeoutExpired:
-        return 1, "out of time"
-    return done.returncode, done.stdout + done.stderr
+
+    def run(self, tests: Sequence[str], timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
+        """Pytest's exit code and output for these tests, to the first that fails; 1 where they ran out of time."""
+        options = ["-q", "-x", "--no-header", "--durations=0", "-p", "no:cacheprovider", "--timeout=120"]
+        job = {"arguments": [*options, *tests], "output": str(self.output), "timeout": timeout_s}
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline().strip()
+        if not answer:
+            raise RuntimeError("the process that runs pytest has ended")
+        return (1, "out of time") if answer == "timeout" else (int(answer), self.output.read_text(errors="replace"))
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate()
 
 
-def seen(mutant: Mutant, tree: Path) -> str:
+def seen(mutant: Mutant, pytester: Pytester) -> str:
     """Empty where a test of the mutant fails in this copy of the tree; else what is wrong with the entry."""
     try:
-        before = mutant.apply(tree)
+        before = mutant.apply(pytester.tree)
     except (OSError, ValueError) as e:
         return str(e)
     try:
-        code, output = run_tests(tree, list(mutant.tests))
+        code, output = pytester.run(mutant.tests)
     finally:
-        (tree / mutant.file).write_text(before)
+        (pytester.tree / mutant.file).write_text(before)
     if code == 1:
         return ""
     if code == 0:
         return "no test fails without this line"
     return f"pytest ended with {code}: {output[-500:]}"
+
+
+def unchanged(pytesters: Sequence[Pytester], tests: Sequence[str]) -> str:
+    """Empty where these tests pass in the unchanged tree, those of a file in one process; else what pytest says."""
+    files: dict[str, list[str]] = {}
+    for test in tests:
+        files.setdefault(test.partition("::")[0], []).append(test)
+    with concurrent.futures.ThreadPoolExecutor(len(pytesters)) as pool:
+        parts = [[t for f in list(files)[n :: len(pytesters)] for t in files[f]] for n in range(len(pytesters))]
+        found = [pool.submit(p.run, part, UNCHANGED_S) for p, part in zip(pytesters, parts, strict=True) if part]
+    return "\n".join(output[-4000:] for code, output in (f.result() for f in found) if code)
 
 
 def main() -> int:
@@ -110,43 +142,34 @@ def main() -> int:
         return 1
     began = time.monotonic()
     wrong: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
-        trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for job in range(args.jobs):
-            trees.put(Path(shutil.copytree(ROOT, Path(scratch) / str(job), ignore=SKIPPED, symlinks=True)))
-        whole = Path(shutil.copytree(ROOT, Path(scratch) / "whole", ignore=SKIPPED, symlinks=True))
-        code, output = run_tests_unchanged(whole, sorted({t for m in mutants for t in m.tests}), args.jobs)
-        if code:
-            print(f"the tests of the table do not pass as they are:\n{output[-4000:]}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as scratch, contextlib.ExitStack() as stack:
+        pytesters = [Pytester(Path(scratch) / str(job)) for job in range(args.jobs)]
+        free: queue.SimpleQueue[Pytester] = queue.SimpleQueue()
+        for pytester in pytesters:
+            stack.callback(pytester.close)
+            free.put(pytester)
+        if problem := unchanged(pytesters, sorted({t for m in mutants for t in m.tests})):
+            print(f"the tests of the table do not pass as they are:\n{problem}", file=sys.stderr)
             return 1
+        print(f"the tests pass as they are, {time.monotonic() - began:.0f} s", flush=True)
 
-        def one(mutant: Mutant) -> str:
-            tree = trees.get()
+        def one(mutant: Mutant) -> tuple[str, float]:
+            pytester, began = free.get(), time.monotonic()
             try:
-                return seen(mutant, tree)
+                return seen(mutant, pytester), time.monotonic() - began
             finally:
-                trees.put(tree)
+                free.put(pytester)
 
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            for number, (mutant, problem) in enumerate(zip(mutants, pool.map(one, mutants), strict=True), 1):
+            for number, (mutant, (problem, took)) in enumerate(zip(mutants, pool.map(one, mutants), strict=True), 1):
                 mark = "UNSEEN" if problem else "seen"
-                print(f"{number:4}/{len(mutants)} {mark:6} {mutant.file}: {mutant.promise}", flush=True)
+                print(f"{number:4}/{len(mutants)} {mark:6} {took:4.0f} s {mutant.file}: {mutant.promise}", flush=True)
                 if problem:
                     wrong.append(f"{mutant.file}: {mutant.promise}: {problem}")
     print(f"{len(mutants) - len(wrong)} of {len(mutants)} mutations are seen, {time.monotonic() - began:.0f} s")
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong else 0
-
-
-def run_tests_unchanged(tree: Path, tests: list[str], jobs: int) -> tuple[int, str]:
-    """All tests of the table together, in the unchanged tree; pytest's exit code and output."""
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-n", str(jobs), "--dist", "loadfile"]
-    env = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", *tests], cwd=tree, env=env, capture_output=True, text=True
-    )
-    return done.returncode, done.stdout + done.stderr
 
 
 if __name__ == "__main__":

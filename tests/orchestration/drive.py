@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from orchestration.config import Pool, RayConfig
 from orchestration.engine import run
@@ -15,9 +16,9 @@ from orchestration.run_stage import guarded
 from tests.orchestration.toy import ToyStage
 
 
-def toy(folder: str | Path, **options: object) -> ToyStage:
-    options["misbehave"] = tuple((int(i), str(how)) for i, how in options.get("misbehave", ()))  # type: ignore[union-attr]
-    return ToyStage(f"{folder}/toy", f"{folder}/calls", **options)  # type: ignore[arg-type]
+def toy(folder: str | Path, **options: Any) -> ToyStage:
+    options["misbehave"] = tuple((int(i), str(how)) for i, how in options.get("misbehave", ()))
+    return ToyStage(f"{folder}/toy", f"{folder}/calls", **options)
 
 
 def main() -> int:

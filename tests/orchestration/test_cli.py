@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,8 +24,11 @@ from orchestration.config import RunConfig, base_folder, find_config, load, load
 from orchestration.demo import _headline
 from orchestration.run_stage import main
 from shards import storage
-from shards.settings import ConfigError
+from shards.fingerprint import Fingerprint
+from shards.settings import ConfigError, load_sections
 from tests.orchestration.head import ROOT
+from train.config import TrainConfig, TrainingSections
+from train.state import differences
 
 MINIMAL = {"run": "runs/x", "ingest": {"table": "table.csv"}}
 
@@ -138,6 +143,76 @@ def test_relative_paths_become_absolute_and_names_on_a_hub_stay(here: Path) -> N
     assert found.clip.pretrained == f"ViT-B-32:{here}/w.safetensors"
     assert found.eval.clip == "ViT-B-32:openai"
     assert load(str(here / "c.yaml"), [], str(here)).run == f"{here}/runs/x"
+
+
+def test_every_field_that_names_a_file_is_meant_from_where_the_user_stands(here: Path) -> None:
+    """In a Ray job, and in its workers, the current folder is another one."""
+    for name in ("base", "vae", "judge", "pick"):
+        (here / name).mkdir()
+    data = {
+        **MINIMAL,
+        "autoencoder": {"start_from": "vae"},
+        "train": {
+            "start_from": "base",
+            "adapter": {"start_from": "style.safetensors"},
+            "sources": [{"latents": None}, {"latents": "more/latents"}, {"latents": "s3://b/latents"}],
+            "validation": {"latents": "held"},
+        },
+        "eval": {
+            "judge": {"model": "judge"},
+            "preference": {"pickscore": "pick", "hps": "hps.pt", "aesthetic": "a.pth"},
+            "fid_statistics": {"fid_tf": "coco.npz"},
+            "inception": "download",
+            "scores": ["scores.jsonl"],
+        },
+    }
+    found = load(str(write(here / "c.yaml", data)), [], str(here))
+    train, judged = found.train, found.eval
+    assert train.adapter
+    assert train.validation
+    assert judged.judge
+    assert judged.preference
+    assert (found.autoencoder.start_from, train.start_from) == (f"{here}/vae", f"{here}/base")
+    assert train.adapter.start_from == f"{here}/style.safetensors"
+    assert [s.latents for s in train.sources] == [None, f"{here}/more/latents", "s3://b/latents"]
+    assert (train.validation.latents, judged.judge.model) == (f"{here}/held", f"{here}/judge")
+    preference = judged.preference
+    assert preference.pickscore == f"{here}/pick"
+    assert (preference.hps, preference.aesthetic) == (f"{here}/hps.pt", f"{here}/a.pth")
+    assert preference.aesthetic_clip == "ViT-L-14:openai"
+    assert judged.fid_statistics == {"fid_tf": f"{here}/coco.npz"}
+    assert judged.scores == [f"{here}/scores.jsonl"]
+    # `deepspeed train/main.py`, which knows the training sections alone, means the same.
+    alone = load_sections(str(here / "c.yaml"), [], TrainingSections)
+    assert (alone.run, alone.train) == (found.run, found.train)
+
+
+def test_how_a_path_is_written_is_no_change_of_a_setting(here: Path) -> None:
+    """Of fits whose manifests hold relative paths, as those of earlier versions do."""
+    (here / "base").mkdir()
+    config = TrainConfig(start_from=f"{here}/base", sources=[{"latents": f"{here}/a"}])  # type: ignore[arg-type]
+    wanted = Fingerprint("train", 1, config.settings(), "data")
+    [source] = config.settings()["sources"]
+    stored = {"settings": {**config.settings(), "start_from": "base", "sources": [{**source, "latents": "a"}]}}
+    assert differences("train", config, wanted, stored) == ([], [])
+    stored["settings"]["start_from"] = "other"
+    assert len(differences("train", config, wanted, stored)[0]) == 1
+
+
+def test_in_a_job_folders_are_meant_from_where_it_was_submitted(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "runs/x/status").mkdir(parents=True)
+    package = here / f"{config_module.JOB_PACKAGE}0123"
+    package.mkdir()
+    monkeypatch.chdir(package)
+    monkeypatch.setenv("CARRARA_SENT_FROM", str(here))
+    for command in ("verify", "clean", "status"):
+        assert main([command, "runs/x"]) == 0, capsys.readouterr().err
+    assert f"{here}/runs/none: there is no run here" in sentence(capsys, "verify", "runs/none")
+    assert f"{here}/runs/x has 0 results of m" in sentence(capsys, "compare", "runs/x:m", "runs/x:m")
+    line = sentence(capsys, "export", "runs/x", code=1)
+    assert f"{here}/runs/x/checkpoints" in line
 
 
 def test_what_relative_paths_are_relative_to(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +367,7 @@ def test_all_says_what_is_wrong_with_any_stage_before_the_first_begins(
         ({"train": {"batch_size": 15, "ranks": 2}}, "train.batch_size is 15, which 2 ranks cannot share"),
         ({"train": {"unet": {"atention_head_dim": 8}}}, "train.unet: .* did you mean 'attention_head_dim'"),
         ({"train": {"start_from": str(here)}}, "train.start_from: .* holds no UNet"),
-        ({"eval": {"prompt_file": "none.txt"}}, "eval.prompt_file: there is no "),
+        ({"eval": {"prompts_file": "none.txt"}}, "eval.prompts_file: there is no "),
     ):
         write(here / "carrara.yaml", {**good, **wrong})
         line = sentence(capsys, "all", "--local")
@@ -329,6 +404,11 @@ def test_a_run_knows_its_configuration(here: Path, capsys: pytest.CaptureFixture
     (here / "mine.yaml").unlink()
     capsys.readouterr()
     assert main(["watch", "runs/x", "--once", "--local"]) == 0  # which finds no checkpoint
+    # A copy of the run, or a run that was moved, is worked on where it lies.
+    shutil.copytree(here / "runs/x", here / "copy")
+    found = load_of_run("copy", [], str(here))
+    assert found is not None
+    assert found.run == f"{here}/copy"
 
 
 def test_a_finished_stage_stays_finished_when_a_later_try_fails(tmp_path: Path) -> None:
@@ -400,6 +480,27 @@ def test_verify_names_what_is_damaged_and_clean_removes_what_the_dead_left(
     assert not left.exists()
     assert mine.exists()
     assert user.exists()
+
+
+def test_verify_looks_at_checkpoints_on_an_object_store(capsys: pytest.CaptureFixture[str]) -> None:
+    run = "memory://verified-run"
+    folder = storage.join(run, "checkpoints", "step-00000010")
+    files = {"weights.safetensors": {"size": 4, "sha256": hashlib.sha256(b"good").hexdigest()}}
+    storage.write_atomic(storage.join(folder, "weights.safetensors"), b"good")
+    storage.write_json(storage.join(folder, "manifest.json"), {"format_version": 1, "files": files})
+    assert main(["verify", run, "--deep"]) == 0
+    assert "1 of 1 checkpoints are whole" in capsys.readouterr().out
+    storage.write_atomic(storage.join(folder, "weights.safetensors"), b"gone")
+    assert main(["verify", run, "--deep"]) == 1
+    assert "weights.safetensors does not have the sha256" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("overrides", [["eval=3", "eval.steps=2"], ["eval.grid.samplers.0=ddim"]])
+def test_any_pipelines_settings_are_read_as_a_runs_are(
+    here: Path, capsys: pytest.CaptureFixture[str], overrides: list[str]
+) -> None:
+    sentence(capsys, "eval", "--model", "nowhere", "--run", "out", *overrides)
+    assert not (here / "out").exists()
 
 
 def test_cron_moments_follow_the_clocks_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:

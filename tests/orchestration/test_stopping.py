@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from orchestration import connection
 from orchestration.config import Pool, RayConfig
 from orchestration.engine import run
 from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
@@ -56,6 +57,18 @@ def test_sigterm_while_ray_starts(tmp_path: Path, after: float) -> None:
     stopped(process)
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive, "its Ray has gone with it"
+
+
+def test_what_ray_makes_of_a_sigterm_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one moment of its start on it is Ray's own handler that takes the signal, and raises SystemExit."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_agent_register_timeout_ms"):
+        monkeypatch.setenv(name, os.environ.get(name, "180000" if name.endswith("ms") else "token"))
+    for name in ("keep_apart", "be_patient"):  # which change how this very process starts a Ray
+        monkeypatch.setattr(connection, name, lambda: None)
+    monkeypatch.setattr("ray.init", lambda **_: sys.exit(15))
+    with pytest.raises(Stopped, match="the same command goes on from here"), connection.connected(RayConfig()):
+        pytest.fail("no Ray was started")
 
 
 def test_sigterm_to_the_process_group_finishes_what_is_in_hand(tmp_path: Path) -> None:

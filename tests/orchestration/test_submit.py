@@ -57,6 +57,33 @@ def test_what_is_sent_is_carrara_and_the_files_that_are_named(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
+    ("command", "goes_along"),
+    [
+        ("latents latents.batch_size=4", True),
+        ("watch --once", True),
+        ("latents --config=mine.yaml", False),
+        ("watch --once runs/x", False),
+        ("plan --rows 5 runs/x", False),
+        ("eval --model pipeline --run out", False),
+        ("compare runs/x:a runs/x:b", False),
+        ("images runs/x:a --out files", False),
+        ("scores runs/x:a scores.jsonl --name mine", False),
+        ("reference coco --annotations a.json --images val2014 --out coco", False),
+        ("judge pack runs/x a/1 b/1 --out pack", False),
+        ("export runs/x", False),
+    ],
+)
+def test_a_configuration_goes_along_only_where_the_command_would_look_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, goes_along: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CARRARA_CONFIG", raising=False)
+    (tmp_path / "carrara.yaml").write_text("run: y")
+    sent = submit.pack(tmp_path / "sent", command.split())
+    assert ("carrara.yaml" in sent[-1]) == goes_along
+
+
+@pytest.mark.parametrize(
     ("status", "code", "raised"),
     [
         ("STOPPED", None, Stopped),

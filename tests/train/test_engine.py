@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
+import shutil
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from tests.train import forked, tiny
 from tests.train.test_zero import objective_of, settings
+from train import engine as engines
 from train import guard as guards
 from train import muon
 from train.config import FitConfig
@@ -282,6 +284,21 @@ def test_gradients_of_bf16_are_summed_up_in_float32(run: Path, stage: int) -> No
         assert error < 1e-6
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("how", [True, "blocks"])
+def test_compile_is_of_the_networks_or_of_their_blocks(config: str, how: bool | str) -> None:
+    """What is compiled, before anything is: torch compiles at the first call."""
+    objective, _ = config_of(config)
+    engines._compile(objective, how)
+    compiled = [m for m in objective.modules() if m._compiled_call_impl is not None]
+    networks = objective.networks()
+    if how == "blocks":
+        assert {type(m).__name__ for m in compiled} >= {"ResnetBlock2D"}
+        assert not any(m is n for m in compiled for n in networks)
+    else:
+        assert compiled == networks
+
+
 def remembered(config: str, checkpointing: bool) -> int:
     """Bytes that the backward pass of one batch needs from the forward pass."""
     from train import ranks
@@ -298,6 +315,37 @@ def remembered(config: str, checkpointing: bool) -> int:
 def test_activation_checkpointing_remembers_less(config: str) -> None:
     (with_,), (without,) = (forked.on_ranks(1, remembered, config, c) for c in (True, False))
     assert with_ < 0.6 * without
+
+
+def handled(config: str, stage: int) -> tuple[int, int, bool]:
+    """Of one step of one rank: parameters whose values were laid elsewhere, gradients that were copied for a sum of
+    one, and whether the model has what the optimizer made."""
+    from train import ranks
+
+    me = ranks.join(1)
+    objective, c = config_of(config, zero_stage=stage)
+    engine = Engine(c, objective, me, BATCH, 1)
+    judge, batch = Guard(None), objective.batch(np.arange(BATCH))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as backward:
+        engine.backward(batch)
+    engine.rates(RATE, {"ema": DECAY})
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as step:
+        engine.step(judge, False)
+    count = {name: sum(e.name == name for e in found.events()) for found, name in (
+        (step, "aten::_has_compatible_shallow_copy_type"), (backward, "aten::unflatten_dense_tensors"),
+    )}  # fmt: skip
+    made, model = whole(engine, "weights"), dict(engine.model.named_parameters())
+    return *count.values(), all(torch.equal(made[n], model[n]) for n in made)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_step_of_one_rank_does_nothing_once_a_parameter_that_it_need_not(config: str, stage: int) -> None:
+    ((laid, copied, same),) = forked.on_ranks(1, handled, config, stage)
+    assert same
+    if stage:
+        assert laid == 0
+    else:
+        assert copied == 0
 
 
 def formats(config: str, channels_last: bool) -> bool:

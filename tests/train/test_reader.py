@@ -194,9 +194,9 @@ def test_a_picture_window_is_one_read_of_the_tar(run: Path, monkeypatch: pytest.
 class Slow:
     """An objective whose windows take `pause` seconds each to read."""
 
-    def __init__(self, pause: float) -> None:
+    def __init__(self, pause: float, window: int = 8) -> None:
         source = Source("s", np.full((20, 1), 100))
-        self.placement = Placement([Segment(0, 16, (16,), (source,))], 0, 32, 8)
+        self.placement = Placement([Segment(0, 16, (16,), (source,))], 0, 32, window)
         self.loads: list[float] = []
 
         def load(source: int, bucket: int, runs: list[tuple[int, int, int]]) -> Window:
@@ -235,6 +235,23 @@ def test_windows_are_read_before_they_are_needed_and_let_go_afterwards() -> None
     assert len(set(seen)) == 1920, "of 2,000"
     assert ahead.waited < 0.5 * 0.02 * 114, f"waited {ahead.waited:.2f} s in {0.02 * 114:.2f} s of steps"
     assert held <= 2 * 32, "of each stream one window, and the next once its turn is near"
+    objective.reader.close()
+
+
+def test_quick_steps_leave_a_store_far_away_the_time_to_answer() -> None:
+    """A window that takes 25 steps to come is there when its turn is."""
+    objective: Any = Slow(0.5, window=32)
+    config = TrainConfig(images=16 * 120, batch_size=16)
+    ranks = Ranks(0, 1, torch.device("cpu"), False)
+    held = 0
+    with Ahead(micro_batches(objective, config, ranks, 0), 3) as ahead:
+        for step, _ in enumerate(ahead):
+            if step == 5:
+                ahead.waited = 0.0  # the first windows of all streams come at once
+            time.sleep(0.04)
+            held = max(held, sum(len(h) for h in objective.reader._held.values()))
+    assert ahead.waited < 0.1 * 0.04 * 114, f"waited {ahead.waited:.2f} s in {0.04 * 114:.2f} s of steps"
+    assert held <= 1.5 * 32
     objective.reader.close()
 
 

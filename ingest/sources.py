@@ -1,0 +1,618 @@
+"""Images of one's own as a table: folders, WebDataset tars, parquet and Arrow files with the bytes inside.
+
+What `ingest.table` points at is looked through and written down as parquet files of rows,
+`<run>/listing/00000.parquet`, which are then an ordinary table whose rows name places (ingest/places.py). So these
+images have the fates, filters, duplicates, hashes and accounts of those from the web.
+
+A listing is only ever added to: a part holds what was not there when the parts before it were written. So new files
+make new shards and touch no old one, and a file that is gone is told of and nothing more.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import logging
+import re
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any, Literal
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from ingest import places
+from ingest.config import ColumnsConfig, SourceConfig
+from ingest.tables import CAPTION_NAMES, URL_NAMES
+from shards import storage
+from shards.plan import stamps
+from shards.settings import ConfigError, StageError
+
+log = logging.getLogger("carrara.ingest")
+
+Kind = Literal["table", "folder", "parquet", "webdataset"]
+
+IMAGES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|mpo)\Z", re.IGNORECASE)
+TABLES = re.compile(r"\.(parquet|csv|tsv|jsonl|ndjson)(\.gz)?\Z", re.IGNORECASE)
+BINARY = re.compile(r"\.(parquet|arrow)\Z", re.IGNORECASE)
+TARS = r"\.tar\Z"
+CAPTION_FILES = (".txt", ".caption", ".json")
+METADATA = re.compile(r"(?:\A|/)metadata\.(jsonl|csv|parquet)\Z", re.IGNORECASE)
+_TEXTS = ("txt", "caption", "json", "cls")  # a sample's members that say something of its image
+_LONGEST_TEXT = 1 << 20  # bytes of a caption file or member
+_PART_ROWS = 200_000
+_LOOKED_AT = 1000  # files of a folder that are looked at to tell what it is
+
+PLACE, FAULT = "place", "fault"  # columns of a listing: where the image lies, and the code of a row that has none
+
+# What a listing's rows hold beside the columns that the configuration asks for.
+FIXED = (("url", pa.string()), (PLACE, pa.string()), (FAULT, pa.string()), ("caption", pa.list_(pa.string())))
+Row = dict[str, Any]
+
+
+@functools.lru_cache(maxsize=16)  # asked again and again within a command, also of stores that are far away
+def detect(table: str, kind: str = "auto") -> Kind:
+    """What a path, folder or glob holds. Raises ConfigError where it holds nothing that is known, or several kinds."""
+    if kind != "auto":
+        return kind  # type: ignore[return-value]
+    fs, path = _open_fs(table)
+    if not _is_glob(fs, table, path) and not fs.isdir(path):
+        return _kind_of_file(table)
+    names = _some_files(fs, path, _is_glob(fs, table, path))
+    if any(n.lower().endswith(".tar") for n in names):
+        return "webdataset"
+    if any(IMAGES.search(n) for n in names):
+        return "folder"
+    binary = [n for n in names if BINARY.search(n)]
+    if binary:
+        return _kind_of_file(str(fs.unstrip_protocol(binary[0])) if "://" in table else binary[0])
+    return "table"
+
+
+def _is_glob(fs: Any, table: str, path: str) -> bool:
+    return any(c in table for c in "*?[") and not fs.exists(path)
+
+
+def _kind_of_file(file: str) -> Kind:
+    if file.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".zip")):
+        raise ConfigError(
+            f"ingest.table: '{file}' is a packed archive, in which no image can be read by its place; unpack it"
+        )
+    if file.lower().endswith(".tar"):
+        return "webdataset"
+    if file.lower().endswith(".arrow"):
+        return "parquet"
+    if file.lower().endswith(".parquet"):
+        try:
+            with fsspec.open(file, "rb") as stream:
+                schema = pq.read_schema(stream)
+        except (pa.ArrowException, OSError):
+            return "table"  # which says what is wrong with it
+        return "parquet" if image_column(schema, None) and not _has_urls(schema) else "table"
+    return "table"
+
+
+def _has_urls(schema: pa.Schema) -> bool:
+    return any(f.name.lower() in URL_NAMES and pa.types.is_string(f.type) for f in schema)
+
+
+def _some_files(fs: Any, path: str, glob: bool) -> list[str]:
+    """Some of the files below a folder, the upper ones first."""
+    if glob:
+        return sorted(fs.glob(path))[:_LOOKED_AT]
+    found: list[str] = []
+    folders = [path]
+    while folders and len(found) < _LOOKED_AT:
+        for info in sorted(fs.ls(folders.pop(0), detail=True), key=lambda i: i["name"])[: 4 * _LOOKED_AT]:
+            name = info["name"].rstrip("/")
+            if not _hidden(name):
+                (folders if info["type"] == "directory" else found).append(name)
+    return found
+
+
+def _hidden(path: str) -> bool:
+    return path.rstrip("/").rpartition("/")[2].startswith((".", "_"))
+
+
+def _open_fs(table: str) -> tuple[Any, str]:
+    try:
+        fs, path = fsspec.core.url_to_fs(table)
+        there = fs.exists(path) or any(c in table for c in "*?[")
+    except Exception as e:  # each kind of store has its own
+        raise ConfigError(f"ingest.table: '{table}' cannot be opened: {' '.join(str(e).split())[:300]}") from None
+    if not there:
+        raise ConfigError(f"ingest.table: there is no file or folder '{table}'")
+    return fs, path
+
+
+def folder_of(table: str) -> str:
+    """The folder below which everything lies that `table` names: itself, a file's own, or what stands before a glob."""
+    fs, path = _open_fs(table)
+    if _is_glob(fs, table, path):
+        path = path[: re.search(r"[*?\[]", path).start()].rpartition("/")[0] or "/"  # type: ignore[union-attr]
+    elif not fs.isdir(path):
+        path = path.rpartition("/")[0]
+    return str(fs.unstrip_protocol(path)) if "://" in table else path
+
+
+# ---- the listing -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Columns that the configuration names, and where captions are."""
+
+    columns: tuple[str, ...]
+    given: ColumnsConfig
+    source: SourceConfig
+
+
+class Listing:
+    """The parts of one listing, and what they hold already."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.parts = 0
+        self.files: dict[str, str] = {}  # tars and tables that are listed, with their stamps
+        self.hashes: list[np.ndarray] = []  # of the places of single files, uint64
+        self.schema: pa.Schema | None = None
+        names = {n for n in storage.list_names(root) if n.endswith(".parquet")}
+        while f"{self.parts:05d}.parquet" in names:
+            url = storage.join(root, f"{self.parts:05d}.parquet")
+            table = storage.read_parquet(url, ["place", "single"])
+            said = json.loads((table.schema.metadata or {}).get(b"carrara", b"{}"))
+            self.files |= said.get("files", {})
+            single = table.filter(table["single"])["place"].to_pylist()
+            self.hashes.append(_hashes(single))
+            if self.schema is None:
+                with fsspec.open(url, "rb") as stream:
+                    self.schema = pq.read_schema(stream).remove_metadata()
+            self.parts += 1
+
+    def known(self) -> np.ndarray:
+        """Hashes of all single files that are listed, sorted."""
+        return np.unique(np.concatenate(self.hashes)) if self.hashes else np.zeros(0, np.uint64)
+
+    def add(self, rows: Sequence[Row], files: Mapping[str, str], single: bool, wanted: Wanted) -> None:
+        """Create the next part; raises StageError where another process was faster."""
+        if not rows and not files:
+            return
+        schema = self.schema or _schema(rows, wanted)
+        columns: dict[str, Any] = {}
+        for field in schema:
+            values = [single] * len(rows) if field.name == "single" else [row.get(field.name) for row in rows]
+            columns[field.name] = _as(values, field.type)
+        table = pa.table(columns, schema)
+        sink = io.BytesIO()
+        said = {b"carrara": json.dumps({"files": dict(files)}).encode()}
+        pq.write_table(table.replace_schema_metadata(said), sink, compression="zstd")
+        if not storage.create(storage.join(self.root, f"{self.parts:05d}.parquet"), sink.getvalue()):
+            raise StageError(f"{self.root}: another job has listed at this moment; run the same command again")
+        self.schema, self.parts = schema, self.parts + 1
+
+
+def _hashes(texts: Sequence[str]) -> np.ndarray:
+    found = [
+        int.from_bytes(hashlib.blake2b(t.encode("utf-8", "replace"), digest_size=8).digest(), "little") for t in texts
+    ]
+    return np.array(found, np.uint64)
+
+
+def _schema(rows: Sequence[Row], wanted: Wanted) -> pa.Schema:
+    """The types of the columns that are asked for, by the first rows that have them; text where none has."""
+    fields = [pa.field(n, t) for n, t in FIXED] + [pa.field("single", pa.bool_())]
+    types = {"string": pa.string(), "int": pa.int64(), "float": pa.float64()}
+    for name in wanted.columns:
+        kinds = {type(row[name]) for row in rows if row.get(name) is not None}
+        told = types.get(wanted.given.types.get(name, ""))
+        kind = pa.string()
+        if kinds and kinds <= {bool}:
+            kind = pa.bool_()
+        elif kinds and kinds <= {int}:
+            kind = pa.int64()
+        elif kinds and kinds <= {int, float}:
+            kind = pa.float64()
+        fields.append(pa.field(name, told or kind))
+    return pa.schema(fields)
+
+
+def _as(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Values as one type; those that are of another one are null, or their text where the column is of text."""
+    fitting: list[Any] = []
+    for v in values:
+        if v is None:
+            fitting.append(None)
+        elif pa.types.is_string(kind):
+            fitting.append(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False))
+        elif pa.types.is_list(kind) or pa.types.is_boolean(kind):
+            fitting.append(v)
+        elif isinstance(v, (int, float)) and not isinstance(v, bool):
+            fitting.append(float(v) if pa.types.is_floating(kind) else int(v) if float(v).is_integer() else None)
+        else:
+            fitting.append(None)
+    return pa.array(fitting, kind)
+
+
+def refresh(root: str, table: str, kind: Kind, wanted: Wanted, progress: str = "") -> list[str]:
+    """Bring a listing up to what lies at `table` now; returns what is to be told, a sentence each. Under the lease.
+
+    progress: what the bar says before its figures; no bar without.
+    """
+    listing = Listing(root)
+    list_new = {"folder": _list_folder, "webdataset": _list_files(_tar_rows), "parquet": _list_files(_table_rows)}[kind]
+    with tqdm(desc=progress, unit=" images", disable=None if progress else True) as bar:
+        said = list_new(listing, table, wanted, bar.update)
+    if not listing.parts:
+        raise ConfigError(f"ingest.table: there are no images in '{table}'")
+    return said
+
+
+def is_listed(root: str, table: str, kind: Kind) -> bool:
+    """Whether everything that lies at `table` is in the listing."""
+    listing = Listing(root)
+    if kind == "folder":
+        return bool(np.isin(_hashes([url for url, _ in _images(table)[0]]), listing.known()).all()) and bool(
+            listing.parts
+        )
+    return set(_files(table, TARS if kind == "webdataset" else BINARY.pattern)) <= listing.files.keys()
+
+
+Told = Callable[[int], Any]
+
+
+# ---- files that hold many ----------------------------------------------------------------------------------
+
+
+def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> Callable[..., list[str]]:
+    """Lists tars or tables: each is looked through once, whole; one that was written again keeps its old rows."""
+
+    def list_new(listing: Listing, table: str, wanted: Wanted, told: Told) -> list[str]:
+        files = _files(table, TARS if rows_of is _tar_rows else BINARY.pattern)
+        marks = stamps(files)
+        said = []
+        changed = [f for f in files if listing.files.get(f, marks[f]) != marks[f]]
+        if changed:
+            said.append(
+                f"{_names(changed)}: written again since listed; the images that are stored stay, and nothing is "
+                "read again: give new data under a new name"
+            )
+        gone = [f for f in listing.files if f not in marks]
+        if gone:
+            said.append(f"{_names(gone)}: gone; the images that are stored stay")
+        rows: list[Row] = []
+        done: dict[str, str] = {}
+        for file in files:
+            if file in listing.files:
+                continue
+            count = 0
+            for row in rows_of(file, wanted, said):
+                rows.append(row)
+                count += 1
+                told(1)
+            done[file] = marks[file]
+            if not count:
+                said.append(f"{file}: no images in it")
+            if len(rows) >= _PART_ROWS:
+                listing.add(rows, done, False, wanted)
+                rows, done = [], {}
+        listing.add(rows, done, False, wanted)
+        return said
+
+    return list_new
+
+
+def _files(table: str, pattern: str) -> list[str]:
+    fs, path = _open_fs(table)
+    if _is_glob(fs, table, path):
+        found = fs.glob(path)
+    elif fs.isdir(path):
+        found = fs.find(path)
+    else:
+        found = [path]
+    chosen = sorted(p for p in found if re.search(pattern, p, re.IGNORECASE) and not _hidden(p))
+    return [str(fs.unstrip_protocol(p)) if "://" in table else str(p) for p in chosen]
+
+
+def _names(files: Sequence[str]) -> str:
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return ", ".join(f.rpartition("/")[2] for f in files[:3]) + more
+
+
+def _tar_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
+    """The samples of a WebDataset tar: members that follow each other with one name up to the first dot.
+
+    Damage is told, and the samples before it stay; a sample without an image, or with a key that came before, is a row
+    with a fault.
+    """
+    keys: set[str] = set()
+    odd = {"source_missing": 0, "key_twice": 0}
+    sample: dict[str, Any] = {}
+
+    def end() -> Iterator[Row]:
+        if not sample:
+            return
+        row = _tar_row(file, sample, wanted)
+        if sample["key"] in keys:
+            row["fault"] = "key_twice"
+        keys.add(sample["key"])
+        if row["fault"]:
+            odd[row["fault"]] += 1
+        yield row
+        sample.clear()
+
+    with fsspec.open(file, "rb") as stream:
+        for name, offset, size, read in _members(stream, file, said):
+            folder, _, base = name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            if sample and sample["key"] != key:
+                yield from end()
+            sample.setdefault("key", key)
+            extension = extension.lower()
+            if IMAGES.search("." + extension) and "image" not in sample:
+                sample["image"] = places.member(file, base, offset, size)
+            elif extension in _TEXTS and size <= _LONGEST_TEXT:
+                sample[extension] = read()
+        yield from end()
+    if odd["source_missing"]:
+        said.append(f"{file}: {odd['source_missing']} samples without an image")
+    if odd["key_twice"]:
+        said.append(f"{file}: {odd['key_twice']} samples whose key came before")
+
+
+def _members(stream: IO[bytes], file: str, said: list[str]) -> Iterator[tuple[str, int, int, Callable[[], bytes]]]:
+    """(name, offset and size of the data, a function that reads it) of each regular file in a tar, up to any damage."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    count = 0
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            while (info := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # or every member of a large tar is kept
+                if info.offset_data + info.size > size:
+                    raise tarfile.ReadError("unexpected end of data")
+                if info.isreg():
+                    count += 1
+
+                    def read(begin: int = info.offset_data, length: int = info.size) -> bytes:
+                        stream.seek(begin)
+                        return stream.read(length)
+
+                    yield info.name, info.offset_data, info.size, read
+            # At what is no header tarfile stops as at the end, which is zeros or the end of the file.
+            stream.seek(tar.offset)
+            if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError("what follows is no member")
+    except (tarfile.TarError, EOFError, ValueError) as e:
+        why = " ".join(str(e).split())[:120]
+        said.append(f"{file}: damaged behind member {count} ({why}); those before it are taken")
+
+
+def _tar_row(file: str, sample: Mapping[str, Any], wanted: Wanted) -> Row:
+    facts = _json(sample.get("json"))
+    texts = [_text(sample[k]) for k in ("txt", "caption") if k in sample]
+    told = _captions_in(facts, wanted.given.caption)
+    captions = told or texts or ([_text(sample["cls"])] if "cls" in sample else [])
+    url = facts.get(wanted.given.url or "url")
+    image = sample.get("image")
+    own = image or places.member(file, sample["key"], 0, 0)
+    row: Row = {
+        "url": url if isinstance(url, str) and url else own,
+        "place": image or "",
+        "fault": None if image else "source_missing",
+        "caption": [c for c in captions if c],
+    }
+    return row | {name: facts.get(name) for name in wanted.columns}
+
+
+def _table_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
+    """The rows of a parquet or Arrow file that holds the images' bytes; these are not read here."""
+    arrow = file.lower().endswith(".arrow")
+    try:
+        if arrow:
+            table = places.read_arrow(file)
+            schema = table.schema
+        else:
+            stream = fsspec.open(file, "rb").open()
+            reader = pq.ParquetFile(stream, pre_buffer=False)
+            schema = reader.schema_arrow
+    except (pa.ArrowException, OSError) as e:
+        said.append(f"{file}: cannot be read ({' '.join(str(e).split())[:120]}); it is left out")
+        return
+    image = image_column(schema, wanted.source.image_column)
+    if image is None:
+        holds = ", ".join(f"'{f.name}' ({f.type})" for f in schema)
+        raise ConfigError(f"{file}: no column holds images; set ingest.source.image_column; its columns are {holds}")
+    names = {n.lower(): n for n in schema.names}
+    caption = wanted.given.caption or next((names[n] for n in CAPTION_NAMES if n in names), None)
+    if caption is not None and caption not in schema.names:
+        raise ConfigError(f"{file}: ingest.columns.caption is '{caption}', which is no column of it")
+    url = wanted.given.url or next((names[n] for n in URL_NAMES if n in names and names[n] != image), None)
+    others = [n for n in (caption, url, *wanted.columns) if n is not None and n in schema.names and n != image]
+    columns = list(dict.fromkeys(others))
+    if arrow:
+        batches: Iterator[Any] = iter(table.select(columns).to_batches(4096)) if columns else iter(())
+        empty = table.num_rows
+    else:
+        batches = reader.iter_batches(4096, columns=columns, use_threads=False) if columns else iter(())
+        empty = reader.metadata.num_rows
+    if not columns:
+        batches = iter([pa.RecordBatch.from_pydict({"": pa.nulls(empty)})])
+    number = 0
+    for batch in batches:
+        for facts in batch.to_pylist():
+            place = places.value(file, image, number)
+            told = facts.get(url) if url else None
+            row: Row = {
+                "url": told if isinstance(told, str) and told else place,
+                "place": place,
+                "fault": None,
+                "caption": _texts(facts.get(caption)) if caption else [],
+            }
+            yield row | {name: facts.get(name) for name in wanted.columns}
+            number += 1
+
+
+def image_column(schema: pa.Schema, given: str | None) -> str | None:
+    """The column that holds images: the one that is named, else one of {bytes, path}, else a binary one by its name."""
+    if given is not None:
+        return given if given in schema.names else None
+    for field in schema:
+        if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
+            return str(field.name)
+    for field in schema:
+        binary = pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)
+        if binary and re.fullmatch(
+            r"image|img|images|picture|photo|jpe?g|png|webp|(image_?)?bytes|content|data", field.name.lower()
+        ):
+            return str(field.name)
+    return None
+
+
+# ---- folders -----------------------------------------------------------------------------------------------
+
+
+def _list_folder(listing: Listing, table: str, wanted: Wanted, told: Told) -> list[str]:
+    """Lists the images below a folder that are not listed yet, with their captions."""
+    images, found = _images(table)
+    fs, _ = _open_fs(table)
+    hashes = _hashes([url for url, _ in images])
+    known = listing.known()
+    new = [one for one, there in zip(images, np.isin(hashes, known), strict=True) if not there]
+    said = []
+    gone = int((~np.isin(known, hashes)).sum())
+    if gone:
+        said.append(f"{table}: {gone:,} images that were listed are gone; those that are stored stay")
+    there = set(found) if new else set()
+    told_by_table = _metadata(fs, [p for p in found if METADATA.search(p)], wanted) if new else {}
+    rows: list[Row] = []
+    bare = 0
+    for url, image in new:
+        facts = told_by_table.get(image, {})
+        captions = _captions_in(facts, wanted.given.caption)
+        if not captions:
+            captions, beside = _beside(fs, image, there, wanted)
+            facts = beside | facts
+        if not captions and wanted.source.captions == "folder":
+            captions = [image.rpartition("/")[0].rpartition("/")[2].replace("_", " ")]
+        bare += not captions
+        rows.append(
+            {"url": url, "place": url, "fault": None, "caption": captions}
+            | {name: facts.get(name) for name in wanted.columns}
+        )
+        told(1)
+        if len(rows) >= _PART_ROWS:
+            listing.add(rows, {}, True, wanted)
+            rows = []
+    listing.add(rows, {}, True, wanted)
+    if bare:
+        said.append(
+            f"{table}: {bare:,} of {len(new):,} images have no caption beside them (.txt, .caption, .json) nor in a "
+            "metadata file; set ingest.source.captions: folder to take the folder's name, or ingest.empty_captions to "
+            "keep"
+        )
+    return said
+
+
+def _images(table: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """(URL, path) of every image below a folder or behind a glob, in order; and the paths of all files."""
+    fs, path = _open_fs(table)
+    found = sorted(fs.glob(path) if _is_glob(fs, table, path) else fs.find(path))
+    found = [p for p in found if not any(part.startswith(".") for part in p[len(path.rstrip("/")) :].split("/"))]
+    images = [p for p in found if IMAGES.search(p)]
+    return [(str(fs.unstrip_protocol(p)) if "://" in table else p, p) for p in images], found
+
+
+def _beside(fs: Any, image: str, there: set[str], wanted: Wanted) -> tuple[list[str], Row]:
+    """The captions in the files beside an image, and what else a .json there says."""
+    stem = image.rpartition(".")[0]
+    for suffix in CAPTION_FILES:
+        name = next((n for n in (stem + suffix, image + suffix) if n in there), None)
+        if name is None:
+            continue
+        if fs.size(name) > _LONGEST_TEXT:
+            log.warning("%s: larger than %d bytes, which no caption is; it is left out", name, _LONGEST_TEXT)
+            continue
+        data = fs.cat_file(name)
+        if suffix == ".json":
+            facts = _json(data)
+            if captions := _captions_in(facts, wanted.given.caption):
+                return captions, facts
+            continue
+        lines = [line for line in (" ".join(raw.split()) for raw in _text(data).splitlines()) if line]
+        if lines:
+            return (lines if wanted.source.captions == "lines" else [" ".join(lines)]), {}
+    return [], {}
+
+
+def _metadata(fs: Any, files: Sequence[str], wanted: Wanted) -> dict[str, Row]:
+    """By image, the rows of Hugging Face's metadata files, whose `file_name` is meant from the file's own folder."""
+    found: dict[str, Row] = {}
+    for file in files:
+        folder = file.rpartition("/")[0]
+        try:
+            with fs.open(file, "rb") as stream:
+                for row in _records(stream, file):
+                    name = row.get("file_name")
+                    if isinstance(name, str) and name and ".." not in name.split("/"):
+                        found[f"{folder}/{name}"] = row
+        except (ValueError, pa.ArrowException, OSError, csv.Error) as e:
+            why = " ".join(str(e).split())[:200]
+            raise ConfigError(f"{file}: cannot be read as a table of captions: {why}") from None
+    return found
+
+
+def _records(stream: IO[bytes], file: str) -> Iterator[Row]:
+    if file.lower().endswith(".parquet"):
+        for batch in pq.ParquetFile(stream).iter_batches():
+            yield from batch.to_pylist()
+    elif file.lower().endswith(".csv"):
+        yield from csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
+    else:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as e:
+                    raise ValueError(f"line {number}: {e}") from None
+                if isinstance(row, dict):
+                    yield row
+
+
+# ---- captions ----------------------------------------------------------------------------------------------
+
+
+def _captions_in(facts: Mapping[str, Any], given: str | None) -> list[str]:
+    """The captions that a JSON object or a row holds, under the name that is given or one that is known."""
+    if given is not None:
+        return _texts(facts.get(given))
+    lower = {k.lower(): v for k, v in facts.items() if isinstance(k, str)}
+    for name in ("captions", *CAPTION_NAMES):
+        if texts := _texts(lower.get(name)):
+            return texts
+    return []
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, str) and v.strip()]
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8-sig", "replace").strip()
+
+
+def _json(data: bytes | None) -> Row:
+    """The object in a JSON file; empty where there is none, or something else."""
+    try:
+        found = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

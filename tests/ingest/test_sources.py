@@ -1,0 +1,401 @@
+"""Images of one's own as listings: what is found, with which captions, what damage is told, and what is read."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from ingest import places, sources
+from ingest.config import ColumnsConfig, SourceConfig
+from ingest.errors import Rejected
+from ingest.places import Below, Place, Reader
+from ingest.sources import Wanted, detect, refresh
+from shards import storage
+from shards.settings import ConfigError
+from tests.objects import bucket
+
+
+def picture(number: int, kind: str = "JPEG") -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(np.full((20, 20, 3), number * 7 % 256, np.uint8)).save(sink, kind)
+    return sink.getvalue()
+
+
+def wanted(*columns: str, caption: str | None = None, **source: Any) -> Wanted:
+    return Wanted(columns, ColumnsConfig(caption=caption), SourceConfig(**source))
+
+
+def rows(root: str) -> list[dict[str, Any]]:
+    names = sorted(n for n in storage.list_names(root) if n.endswith(".parquet"))
+    return [row for n in names for row in storage.read_parquet(storage.join(root, n)).to_pylist()]
+
+
+def make_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+# ---- folders -----------------------------------------------------------------------------------------------
+
+
+def test_images_at_any_depth_with_captions_beside_them(tmp_path) -> None:
+    root = tmp_path / "photos"
+    (root / "holiday" / "beach").mkdir(parents=True)
+    (root / ".thumbnails").mkdir()
+    (root / "a.jpg").write_bytes(picture(1))
+    (root / "a.txt").write_text("\ufeffa red cat\non a mat\n")
+    (root / "holiday" / "b.PNG").write_bytes(picture(2, "PNG"))
+    (root / "holiday" / "b.caption").write_text("a boat")
+    (root / "holiday" / "beach" / "c.webp").write_bytes(picture(3, "WEBP"))
+    (root / "holiday" / "beach" / "c.json").write_text(json.dumps({"captions": ["sand", "sea"], "rating": 4}))
+    (root / "holiday" / "d e#f.jpg").write_bytes(picture(4))
+    (root / ".thumbnails" / "a.jpg").write_bytes(picture(5))
+    (root / "notes.md").write_text("no picture")
+    assert detect(str(root)) == "folder"
+    listing = str(tmp_path / "listing")
+    (said,) = refresh(listing, str(root), "folder", wanted("rating"))
+    assert "1 of 4 images have no caption" in said
+    found = {Path(r["place"]).name: r for r in rows(listing)}
+    assert {n: r["caption"] for n, r in found.items()} == {
+        "a.jpg": ["a red cat on a mat"], "b.PNG": ["a boat"], "c.webp": ["sand", "sea"], "d e#f.jpg": []
+    }  # fmt: skip
+    assert found["c.webp"]["rating"] == 4
+    assert found["a.jpg"]["rating"] is None
+    reader = Reader(Below([str(root)]), 1 << 20)
+    assert reader.read(found["d e#f.jpg"]["place"]) == picture(4)
+
+
+def test_lines_or_the_folders_name_as_captions_by_choice(tmp_path) -> None:
+    folder = tmp_path / "golden_retriever"
+    folder.mkdir()
+    (folder / "1.jpg").write_bytes(picture(1))
+    (folder / "2.jpg").write_bytes(picture(2))
+    (folder / "2.txt").write_text("one\n\n two  words \n")
+    for how, expected in (("lines", [[], ["one", "two words"]]), ("folder", [["golden retriever"], ["one two words"]])):
+        listing = str(tmp_path / how)
+        refresh(listing, str(folder), "folder", wanted(captions=how))
+        assert [r["caption"] for r in rows(listing)] == expected
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_metadata_files_of_hugging_face(tmp_path, form) -> None:
+    folder = tmp_path / "data" / "train"
+    folder.mkdir(parents=True)
+    table = [
+        {"file_name": "1.jpg", "text": "one", "score": 0.5},
+        {"file_name": "sub/2.jpg", "text": "two", "score": 1.5},
+    ]
+    (folder / "sub").mkdir()
+    for number, row in enumerate(table, 1):
+        (folder / row["file_name"]).write_bytes(picture(number))
+    (folder / "1.txt").write_text("not this one")
+    if form == "jsonl":
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in table))
+    elif form == "csv":
+        (folder / "metadata.csv").write_text("file_name,text,score\n1.jpg,one,0.5\nsub/2.jpg,two,1.5\n")
+    else:
+        pq.write_table(pa.Table.from_pylist(table), folder / "metadata.parquet")
+    assert detect(str(tmp_path / "data")) == "folder"
+    listing = str(tmp_path / "listing")
+    assert refresh(listing, str(tmp_path / "data"), "folder", wanted("score")) == []
+    assert [(r["caption"], r["score"]) for r in rows(listing)] == [
+        (["one"], "0.5" if form == "csv" else 0.5), (["two"], "1.5" if form == "csv" else 1.5)
+    ]  # fmt: skip
+
+
+def test_metadata_that_is_no_table_is_one_sentence(tmp_path) -> None:
+    (tmp_path / "1.jpg").write_bytes(picture(1))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.jpg"}\n{broken\n')
+    with pytest.raises(ConfigError, match=r"metadata\.jsonl: cannot be read as a table of captions: line 2"):
+        refresh(str(tmp_path / "listing"), str(tmp_path), "folder", wanted())
+
+
+def test_a_folder_grows_and_loses_files_without_a_change_to_what_is_listed(tmp_path) -> None:
+    folder, listing = tmp_path / "p", str(tmp_path / "listing")
+    folder.mkdir()
+    for n in (2, 4):
+        (folder / f"{n}.jpg").write_bytes(picture(n))
+        (folder / f"{n}.txt").write_text(str(n))
+    refresh(listing, str(folder), "folder", wanted())
+    first = Path(listing, "00000.parquet").read_bytes()
+    assert refresh(listing, str(folder), "folder", wanted()) == []
+    assert os.listdir(listing) == ["00000.parquet"]
+    for n in (1, 3):
+        (folder / f"{n}.jpg").write_bytes(picture(n))
+        (folder / f"{n}.txt").write_text(str(n))
+    (folder / "2.jpg").unlink()
+    (said,) = refresh(listing, str(folder), "folder", wanted())
+    assert "1 images that were listed are gone; those that are stored stay" in said
+    assert Path(listing, "00000.parquet").read_bytes() == first
+    assert [r["caption"] for r in rows(listing)] == [["2"], ["4"], ["1"], ["3"]]
+
+
+# ---- tars --------------------------------------------------------------------------------------------------
+
+
+def test_members_of_a_tar_are_read_by_their_places(tmp_path) -> None:
+    members = [
+        ("000.jpg", picture(1)), ("000.txt", b"a dog"), ("000.json", b'{"url": "http://x/1", "w": 5}'),
+        ("d/001.png", picture(2, "PNG")), ("d/001.json", b'{"caption": "a cat", "w": 6}'),
+        ("002.webp", picture(3, "WEBP")), ("002.cls", b"7"),
+        ("003.jpeg", picture(4)),
+    ]  # fmt: skip
+    tar = make_tar(tmp_path / "00000.tar", members)
+    assert detect(str(tmp_path)) == "webdataset"
+    listing = str(tmp_path / "listing")
+    assert refresh(listing, str(tar), "webdataset", wanted("w")) == []
+    found = rows(listing)
+    assert [r["caption"] for r in found] == [["a dog"], ["a cat"], ["7"], []]
+    assert [r["w"] for r in found] == [5, 6, None, None]
+    assert found[0]["url"] == "http://x/1"
+    assert found[1]["url"] == found[1]["place"]
+    reader = Reader(Below([str(tmp_path)]), 1 << 20)
+    images = [data for name, data in members if sources.IMAGES.search(name)]
+    assert [reader.read(r["place"]) for r in found] == images
+
+
+def test_damaged_tars_are_told_and_the_rest_goes_on(tmp_path) -> None:
+    whole = make_tar(
+        tmp_path / "0.tar", [(f"{n}.{e}", picture(n) if e == "jpg" else b"x") for n in range(5) for e in ("jpg", "txt")]
+    )
+    data = whole.read_bytes()
+    (tmp_path / "1-cut.tar").write_bytes(data[: 512 * 9 + 100])
+    (tmp_path / "2-garbage.tar").write_bytes(data[: 512 * 5] + b"\xff" * 2048)
+    make_tar(tmp_path / "3-missing.tar", [("a.txt", b"no image"), ("b.jpg", picture(1)), ("b.txt", b"b")])
+    make_tar(tmp_path / "4-twice.tar", [("a.jpg", picture(1)), ("b.jpg", picture(2)), ("a.jpg", picture(3))])
+    make_tar(tmp_path / "5-empty.tar", [])
+    (tmp_path / "6-nothing.tar").write_bytes(b"")
+    listing = str(tmp_path / "listing")
+    said = "\n".join(refresh(listing, str(tmp_path), "webdataset", wanted()))
+    assert "1-cut.tar: damaged behind member" in said
+    assert "2-garbage.tar: damaged behind member" in said
+    assert "3-missing.tar: 1 samples without an image" in said
+    assert "4-twice.tar: 1 samples whose key came before" in said
+    assert "5-empty.tar: no images" in said
+    assert "6-nothing.tar: no images" in said
+    by_tar: dict[str, list[dict]] = {}
+    for row in rows(listing):
+        by_tar.setdefault(row["url"].partition("#")[0].rpartition("/")[2], []).append(row)
+    assert len(by_tar["0.tar"]) == 5
+    assert 0 < len(by_tar["1-cut.tar"]) < 5
+    assert [r["fault"] for r in by_tar["3-missing.tar"]] == ["source_missing", None]
+    assert [r["fault"] for r in by_tar["4-twice.tar"]] == [None, None, "key_twice"]
+    reader = Reader(Below([str(tmp_path)]), 1 << 20)
+    for row in by_tar["1-cut.tar"] + by_tar["2-garbage.tar"]:
+        if row["fault"] is None:
+            assert Image.open(io.BytesIO(reader.read(row["place"]))).size == (20, 20)
+
+
+def test_links_and_folders_in_a_tar_are_no_samples(tmp_path) -> None:
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, kind, target in (
+            ("a.jpg", tarfile.SYMTYPE, "/etc/passwd"),
+            ("b.jpg", tarfile.LNKTYPE, "x"),
+            ("d", tarfile.DIRTYPE, ""),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    said = refresh(str(tmp_path / "listing"), str(path), "webdataset", wanted())
+    assert said == [f"{path}: no images in it"]
+
+
+def test_new_tars_are_added_and_one_that_was_written_again_keeps_its_rows(tmp_path) -> None:
+    listing = str(tmp_path / "listing")
+    make_tar(tmp_path / "b.tar", [("1.jpg", picture(1))])
+    refresh(listing, str(tmp_path), "webdataset", wanted())
+    make_tar(tmp_path / "a.tar", [("2.jpg", picture(2))])
+    make_tar(tmp_path / "b.tar", [("3.jpg", picture(3)), ("4.jpg", picture(4))])
+    (said,) = refresh(listing, str(tmp_path), "webdataset", wanted())
+    assert "b.tar: written again since listed" in said
+    assert [Path(r["place"].partition("#")[0]).name for r in rows(listing)] == ["b.tar", "a.tar"]
+    (tmp_path / "a.tar").unlink()
+    told = refresh(listing, str(tmp_path), "webdataset", wanted())
+    assert any("a.tar: gone; the images that are stored stay" in t for t in told)
+
+
+def test_what_img2dataset_made_is_listed_with_the_urls_of_then(tmp_path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "00000.tar"), encoder=False) as tar:
+        for n in range(3):
+            meta = {"url": f"http://example.com/{n}.jpg", "caption": f"caption {n}", "width": 20, "similarity": 0.3 + n}
+            tar.write(
+                {
+                    "__key__": f"{n:09d}",
+                    "jpg": picture(n),
+                    "txt": f"caption {n}".encode(),
+                    "json": json.dumps(meta).encode(),
+                }
+            )
+    listing = str(tmp_path / "listing")
+    refresh(listing, str(tmp_path), "webdataset", wanted("similarity"))
+    found = rows(listing)
+    assert [r["url"] for r in found] == [f"http://example.com/{n}.jpg" for n in range(3)]
+    assert [r["similarity"] for r in found] == [0.3, 1.3, 2.3]
+
+
+# ---- bytes in tables ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["struct", "binary", "arrow"])
+def test_bytes_in_a_column_are_read_row_by_row_in_any_order(tmp_path, form) -> None:
+    images = [picture(n) for n in range(200)]
+    images[17] = None
+    texts = [f"caption {n}" for n in range(200)]
+    if form == "binary":
+        table = pa.table({"text": texts, "jpg": pa.array(images, pa.large_binary()), "n": list(range(200))})
+    else:
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        table = pa.table(
+            {
+                "image": pa.array([{"bytes": i, "path": "x.jpg"} for i in images], kind),
+                "text": texts,
+                "n": list(range(200)),
+            }
+        )
+    path = tmp_path / ("train.arrow" if form == "arrow" else "train.parquet")
+    if form == "arrow":
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            for batch in table.to_batches(70):
+                writer.write_batch(batch)
+    else:
+        pq.write_table(table, path, row_group_size=64)
+    assert detect(str(tmp_path)) == "parquet"
+    listing = str(tmp_path / "listing")
+    assert refresh(listing, str(path), "parquet", wanted("n")) == []
+    found = rows(listing)
+    assert [r["caption"] for r in found] == [[t] for t in texts]
+    assert [r["n"] for r in found] == list(range(200))
+    reader = Reader(Below([str(tmp_path)]), 1 << 20)
+    for n in (*range(16), 199, 3, 64, 63, 128, 0):
+        assert reader.read(found[n]["place"]) == images[n]
+    with pytest.raises(Rejected) as e:
+        reader.read(found[17]["place"])
+    assert e.value.code == "source_missing"
+    with pytest.raises(Rejected) as e:
+        reader.read(places.value(str(path), "jpg" if form == "binary" else "image", 200))
+    assert e.value.code == "source_missing"
+
+
+def test_a_table_of_urls_is_a_table_and_a_column_can_be_named(tmp_path) -> None:
+    pq.write_table(pa.table({"url": ["http://a/1.jpg"], "caption": ["a"]}), tmp_path / "urls.parquet")
+    assert detect(str(tmp_path)) == "table"
+    (tmp_path / "x").mkdir()
+    odd = tmp_path / "x" / "odd.parquet"
+    pq.write_table(pa.table({"blob": pa.array([picture(1)], pa.binary()), "text": ["a"]}), odd)
+    assert detect(str(odd)) == "table"
+    with pytest.raises(ConfigError, match=r"set ingest.source.image_column; its columns are 'blob' \(binary\)"):
+        refresh(str(tmp_path / "l1"), str(odd), "parquet", wanted())
+    refresh(str(tmp_path / "l2"), str(odd), "parquet", wanted(image_column="blob"))
+    assert Reader(Below([str(tmp_path)]), 1 << 20).read(rows(str(tmp_path / "l2"))[0]["place"]) == picture(1)
+
+
+@pytest.mark.parametrize(("name", "sentence"), [("a.zip", "packed archive"), ("a.tar.gz", "packed archive")])
+def test_archives_that_cannot_be_read_by_place_are_refused(tmp_path, name, sentence) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ConfigError, match=sentence):
+        detect(str(tmp_path / name))
+
+
+def test_an_empty_folder_is_one_sentence(tmp_path) -> None:
+    (tmp_path / "e").mkdir()
+    with pytest.raises(ConfigError, match="there are no images in"):
+        refresh(str(tmp_path / "l"), str(tmp_path / "e"), "folder", wanted())
+    with pytest.raises(ConfigError, match="there is no file or folder"):
+        detect(str(tmp_path / "nowhere"))
+
+
+# ---- places ------------------------------------------------------------------------------------------------
+
+
+def test_only_files_below_the_named_folders_are_read(tmp_path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    (inside / "a.jpg").write_bytes(picture(1))
+    (outside / "b.jpg").write_bytes(picture(2))
+    (inside / "link.jpg").symlink_to(outside / "b.jpg")
+    (inside / "folder").symlink_to(outside)
+    (tmp_path / "in2").mkdir()
+    (tmp_path / "in2" / "c.jpg").write_bytes(picture(3))
+    reader = Reader(Below([str(inside)]), 1 << 20)
+    assert reader.read(f"{inside}/a.jpg") == reader.read(f"file://{inside}/a.jpg") == picture(1)
+    for hostile in (
+        f"{outside}/b.jpg", f"file://{outside}/b.jpg", f"{inside}/../out/b.jpg", f"{inside}/link.jpg",
+        f"{inside}/folder/b.jpg",
+        f"{tmp_path}/in2/c.jpg", "/etc/passwd", "file:///etc/passwd", f"local://{outside}/b.jpg", "s3://bucket/x.jpg",
+        "gs://b/x",
+        places.member("/etc/passwd", "x", 0, 10), places.value(f"{outside}/b.jpg", "image", 0), "memory://x", "ftp://h/x",
+        f"simplecache::file://{outside}/b.jpg", "relative.jpg", "~/.ssh/id_rsa",
+    ):  # fmt: skip
+        with pytest.raises(Rejected) as e:
+            reader.read(hostile)
+        assert e.value.code == "place_refused", hostile
+
+
+def test_sizes_are_bounded_before_anything_is_read(tmp_path, monkeypatch) -> None:
+    (tmp_path / "big.jpg").write_bytes(b"x" * 5000)
+    reader = Reader(Below([str(tmp_path)]), 4096)
+    for place in (f"{tmp_path}/big.jpg", places.member(f"{tmp_path}/big.jpg", "m", 0, 5000)):
+        with pytest.raises(Rejected) as e:
+            reader.read(place)
+        assert e.value.code == "body_too_large"
+    for place, code in (
+        (places.member(f"{tmp_path}/big.jpg", "m", 4000, 2000), "source_damaged"),
+        (f"{tmp_path}/none.jpg", "source_missing"),
+        (f"{tmp_path}", "source_missing"),
+        ("", "source_missing"),
+    ):
+        with pytest.raises(Rejected) as e:
+            reader.read(place)
+        assert e.value.code == code
+
+
+def test_places_come_back_from_text_whatever_the_names_hold() -> None:
+    for tar, name in (("/a/b#c.tar", "x#&=%.jpg"), ("s3://b/k&offset=1&size=2.tar", "m"), ("/a b/ü.tar", "ü é.png")):
+        found = Place.parse(places.member(tar, name, 512, 99))
+        assert (found.file, found.offset, found.size) == (tar, 512, 99)
+        found = Place.parse(places.value(tar, "im#age&row=3", 7))
+        assert (found.file, found.column, found.row) == (tar, "im#age&row=3", 7)
+    assert Place.parse("/x/y#z.jpg").file == "/x/y#z.jpg"
+
+
+def test_everything_on_an_object_store(tmp_path) -> None:
+    with bucket() as url:
+        storage.write_atomic(f"{url}/photos/a.jpg", picture(1))
+        storage.write_atomic(f"{url}/photos/a.txt", b"a boat")
+        tar = make_tar(tmp_path / "0.tar", [("1.jpg", picture(2)), ("1.txt", b"one")])
+        storage.write_atomic(f"{url}/tars/0.tar", tar.read_bytes())
+        pq.write_table(
+            pa.table({"image": pa.array([picture(3)], pa.binary()), "text": ["three"]}), tmp_path / "t.parquet"
+        )
+        storage.write_atomic(f"{url}/tables/t.parquet", (tmp_path / "t.parquet").read_bytes())
+        for folder, kind, caption, data in (
+            ("photos", "folder", "a boat", picture(1)),
+            ("tars", "webdataset", "one", picture(2)),
+            ("tables", "parquet", "three", picture(3)),
+        ):  # fmt: skip
+            assert detect(f"{url}/{folder}") == kind
+            listing = f"{url}/run/listing-{folder}"
+            refresh(listing, f"{url}/{folder}", kind, wanted())
+            (row,) = rows(listing)
+            assert row["caption"] == [caption]
+            assert Reader(Below([f"{url}/{folder}"]), 1 << 20).read(row["place"]) == data
+            with pytest.raises(Rejected):
+                Reader(Below([f"{url}/other"]), 1 << 20).read(row["place"])
+            assert refresh(listing, f"{url}/{folder}", kind, wanted()) == []

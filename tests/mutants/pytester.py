@@ -1,0 +1,65 @@
+"""Pytest over and over in one tree, each time in a fork of a process that has imported the large libraries already.
+
+Their import takes longer than most tests do. Of the project itself nothing is imported before the fork. A line of
+standard input is a job in JSON, {arguments, output, timeout}; the answer is pytest's exit code, or "timeout".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+
+# Ray is not among them: it reads the mode of authentication once, as it is loaded.
+LARGE = (
+    "tests.conftest",  # its environment must stand before the others are imported
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "deepspeed.runtime.zero.stage3",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "peft",
+    "open_clip",
+    "pyarrow.parquet",
+    "s3fs",
+    "scipy.stats",
+    "aiohttp",
+    "pydantic",
+    "typer",
+    "pytest",
+)
+
+
+def main() -> None:
+    """Serve the jobs of standard input."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library says as it is imported is no answer
+    for name in LARGE:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        job = json.loads(line)
+        if (child := os.fork()) == 0:
+            os.setsid()
+            output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for number, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+                os.dup2(source, number)
+            answers.close()
+            import pytest
+
+            sys.argv = ["pytest"]
+            sys.exit(pytest.main(job["arguments"]))
+        until = time.monotonic() + job["timeout"]
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
+            time.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError):  # what a test that broke off left running
+            os.killpg(child, signal.SIGKILL)
+        if ended[0] == 0:
+            os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(ended[1]) if ended[0] else "timeout", file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
