@@ -7,9 +7,11 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
+
 from shards.sketch import edges, merge, quantile, sketch
 
-VALUES = hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False))
+FLOATS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
+VALUES = hnp.arrays(np.float32, st.integers(1, 300), elements=FLOATS)
 
 
 @given(VALUES, st.integers(0, 300))
