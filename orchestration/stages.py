@@ -151,7 +151,7 @@ def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, 
 
 
 def _settle(name: str, config: RunConfig, again: bool = False) -> None:
-    """Take out of the latents what was taken down, also where an earlier command was killed before it came to that."""
+    """Take out of latents, scores and captions what was taken down, also what a killed command did not come to."""
     from ingest import takedown
 
     paths = RunPaths(config.run)
