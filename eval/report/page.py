@@ -202,7 +202,7 @@ def _headline(result: dict[str, Any]) -> list[str]:
     """Names of the numbers that stand first: the known ones in their order, then what judges of one's own say."""
     metrics = result["metrics"]
     known = [n for n in HEADLINE if n in metrics]
-    own = [n for n, e in metrics.items() if e.get("definition") and n not in DEFINITIONS]
+    own = [n for n, e in metrics.items() if e["definition"] and n not in DEFINITIONS]
     # A Frechet distance of few images is mostly bias, and is no headline beside one that is not.
     cautious = [n for n in known if "caution" in metrics[n]]
     return [*(n for n in known if n not in cautious), *own, *cautious]
