@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "shards": set(),
     "ingest": {"shards"},
-    "curate": {"shards"},
+    "curate": {"latents", "shards"},
     "latents": {"shards"},
     "train": {"latents", "shards"},
     "eval": {"train", "latents", "shards"},
