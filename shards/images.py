@@ -171,9 +171,9 @@ class ImageShard:
         """From an object store, read the tar as a whole: for whoever wants every picture, in any order."""
         if self._elsewhere is not None:
             if any(not storage.is_local(f) for f in set(self._elsewhere.tolist())):
-                data = self._from_elsewhere(np.arange(len(self)))
+                found = self._from_elsewhere(np.arange(len(self)))
                 with self._lock:
-                    self._held = dict(enumerate(data))
+                    self._held = dict(enumerate(found))
             return
         if not storage.is_local(self.url):
             data = storage.read_bytes(self.url)
