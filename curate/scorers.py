@@ -17,6 +17,7 @@ import numpy as np
 
 from curate import pixels
 from curate.config import CaptionScore, ClassifierScore, ClipScore, HeadScore, PixelScore, Score
+from curate.embeddings import read_embeddings
 from latents.pictures import ahead
 from shards import images
 from shards.dataset import Dataset
@@ -229,8 +230,6 @@ class _Head:
         self.dataset = embeddings()
 
     def __call__(self, shard: images.ImageShard) -> tuple[Columns, Embeddings]:
-        from curate.stage import read_embeddings
-
         features = read_embeddings(self.dataset, shard.info.index, shard.rows, "image").astype(np.float32)
         wanted = self.layers[0][0].shape[1]
         if features.shape[1] != wanted:

@@ -24,11 +24,11 @@ from curate.config import CurateConfig, HeadScore, Score
 from curate.scorers import Columns, build, find_weights
 from latents.stage import fixed_arithmetic
 from shards import images, storage
-from shards.columns import pack_columns, unpack_columns
+from shards.columns import pack_columns
 from shards.commit import Folder
-from shards.dataset import Dataset, read_stats, write_manifest
+from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint
-from shards.layout import RunPaths, shard_name
+from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from shards.sketch import Sketch, edges, merge, quantile, sketch
 from shards.stage import Task
@@ -219,24 +219,6 @@ def pack(
     pq.write_table(pa.table(table), sink, compression="zstd")
     arrays = {"row": shard.rows.astype(np.int32), **embeddings}
     return {".safetensors": pack_columns(arrays, {}), ".parquet": sink.getvalue()}, stats
-
-
-def read_embeddings(dataset: Dataset, index: int, rows: np.ndarray, name: str) -> np.ndarray:
-    """Embeddings [len(rows),D] of these sidecar rows of shard number `index`; rows of NaN where one has none.
-
-    Raises StageError where the shard is not there.
-    """
-    if read_stats(dataset.root, index) is None:
-        raise StageError(f"{dataset.root}: shard {shard_name(index)} is not there; run the score again")
-    arrays, _ = unpack_columns(storage.read_bytes(storage.join(dataset.root, shard_name(index) + ".safetensors")))
-    stored, lies = arrays[name], arrays["row"].astype(np.int64)
-    lies[1:][lies[1:] == 0] = -1  # what was taken out is zero; only the first can be of row 0
-    place = np.full(max(int(lies.max(initial=0)), int(rows.max(initial=0))) + 1, -1, np.int64)
-    place[lies[lies >= 0]] = np.flatnonzero(lies >= 0)
-    found = np.full((len(rows), stored.shape[1]), np.nan, stored.dtype)
-    there = place[rows] >= 0
-    found[there] = stored[place[rows[there]]]
-    return found
 
 
 def histogram(manifest: dict[str, Any], column: str, bins: int = 40) -> tuple[np.ndarray, np.ndarray]:

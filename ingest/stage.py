@@ -702,7 +702,9 @@ class IngestWorker:
             elif extension not in ("jpg", "jpeg", "png", "webp"):
                 yield Outcome.of("image_unsupported", f"a .{extension} cannot be adopted; ingest it without adopt")
             else:
-                sides = {n: int(v) if isinstance(v, int) and 0 < v < 1 << 20 else None for n, v in said.items()}
+                sides: dict[str, Any] = {
+                    n: int(v) if isinstance(v, int) and 0 < v < 1 << 20 else None for n, v in said.items()
+                }
                 lies = Lies(place.file, place.offset, size, extension, **sides)
                 yield Outcome("success", sha256=sha256, lies=lies)
 

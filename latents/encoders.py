@@ -265,8 +265,8 @@ class TextEncoder:
             ]
             return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
-    def encode_images(self, pixels: np.ndarray, batch_size: int = 64) -> torch.Tensor:
-        """uint8 [B,H,W,3] -> the CLIP's joint embedding, float32 [B,D] on the CPU, of unit length.
+    def encode_images(self, pixels: Sequence[np.ndarray] | np.ndarray, batch_size: int = 64) -> torch.Tensor:
+        """uint8 [B,H,W,3], or images of several sizes -> the CLIP's joint embedding, float32 [B,D] of unit length.
 
         Resized, cropped and normalised as the CLIP's own configuration says.
         """

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from curate.config import CurateConfig
-from curate.stage import ScoreStage, histogram, read_embeddings, score_root, score_stages
+from curate.embeddings import read_embeddings
+from curate.stage import ScoreStage, histogram, score_root, score_stages
 from shards import storage
 from shards.commit import Folder
 from shards.dataset import Dataset, write_manifest
