@@ -159,6 +159,8 @@ def blank_columns(data: bytes, gone: np.ndarray, living: np.ndarray) -> bytes:
     begin = HEADER + int.from_bytes(data[:HEADER], "little")
     for name, rows in samples_columns(arrays, gone, living).items():
         array = arrays[name]
+        if not array.size or not len(rows):
+            continue
         start = array.__array_interface__["data"][0] - _address(data)
         if not begin <= start <= len(data):
             raise AssertionError("a column that does not lie in the file")

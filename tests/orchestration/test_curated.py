@@ -97,7 +97,7 @@ def test_a_folder_to_selected_latents_with_new_captions(config: Path, tmp_path: 
     # The pictures of more contrast are those of more entropy.
     latents = Dataset.open(str(run / "latents"))
     rows = [r for s in latents.shards for r in latents.sidecar(s.index).to_pylist()]
-    chosen = {int(r["caption_raw"].rpartition(" ")[2]) for r in rows if r["status"] == "success"}
+    chosen = {int(r["caption"].rpartition(" ")[2]) for r in rows if r["status"] == "success"}
     assert chosen == set(range(11, 24))
     assert {r["error"] for r in rows if r["status"] == "filtered"} == {"not_selected"}
     reader = Latents(TrainConfig(images=100, batch_size=4, captions={"caption": 1, "seen": 1}), [latents], 0)
@@ -105,7 +105,7 @@ def test_a_folder_to_selected_latents_with_new_captions(config: Path, tmp_path: 
     assert all(len(new) == 1 and new[0].startswith("seen as ") for _, new in said)
     assert {c[0].rpartition(" ")[2] for c, _ in said} == {str(n) for n in range(11, 24)}
     # A take-down reaches all of it: of one that is encoded and of one that was not selected.
-    url = {int(r["caption_raw"].rpartition(" ")[2]): r["sha256"] for r in rows}
+    url = {int(r["caption"].rpartition(" ")[2]): r["sha256"] for r in rows}
     (tmp_path / "list").write_text(f"{url[20]}\n{url[2]}\n")
     assert carrara("remove", "--config", config, "--sha256", tmp_path / "list") == 0
     gone = {r["key"] for r in rows if r["sha256"] in (url[20], url[2])}
