@@ -219,6 +219,8 @@ def test_an_error_that_nobody_foresaw_ends_its_row(crew: Any, site: Site, monkey
     assert found[0].message == "ZeroDivisionError"
     monkeypatch.setattr(c._fetcher, "_check_opt_out", odd)
     assert codes(c.fetch_all({0: site.url("/odd")})) == ["unforeseen"]
+    monkeypatch.setattr(c._fetcher, "fetch", lambda url: odd(b"", None))  # outside of any request, too
+    assert codes(c.fetch_all({0: site.url("/odd")})) == ["unforeseen"]
 
 
 # ---- names
