@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-SECTIONS = ("run", "seed", "ray", "ingest", "autoencoder", "clip", "latents", "train", "eval")
+SECTIONS = ("run", "seed", "ray", "ingest", "curate", "autoencoder", "clip", "latents", "train", "eval")
 
 
 class ConfigError(Exception):
@@ -88,6 +88,10 @@ _PATHS = {
     "run": "path",
     "ingest.table": "path",
     "ingest.heldout_table": "path",
+    "ingest.source.files_below.*": "path",
+    "curate.scores.*.model": "reference",
+    "curate.scores.*.weights": "path",
+    "curate.captions.*.model": "reference",
     "autoencoder.pretrained": "reference",
     "autoencoder.start_from": "reference",
     "clip.pretrained": "reference",
@@ -102,7 +106,6 @@ _PATHS = {
     "eval.dinov2": "path",
     "eval.reference": "path",
     "eval.fid_statistics.*": "path",
-    "eval.scores.*": "path",
     "eval.judge.model": "reference",
     "eval.preference.pickscore": "reference",
     "eval.preference.hps": "path",

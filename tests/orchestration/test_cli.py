@@ -149,8 +149,14 @@ def test_every_field_that_names_a_file_is_meant_from_where_the_user_stands(here:
     """In a Ray job, and in its workers, the current folder is another one."""
     for name in ("base", "vae", "judge", "pick"):
         (here / name).mkdir()
+    head = {"kind": "head", "weights": "head.safetensors"}
     data = {
         **MINIMAL,
+        "ingest": {**MINIMAL["ingest"], "source": {"files_below": ["photos", "s3://b/photos"]}},
+        "curate": {
+            "scores": {"clip": {"kind": "clip", "model": "ViT-B-32:openai"}, "nice": head},
+            "captions": {"long": {"model": "judge"}},
+        },
         "autoencoder": {"start_from": "vae"},
         "train": {
             "start_from": "base",
@@ -163,7 +169,6 @@ def test_every_field_that_names_a_file_is_meant_from_where_the_user_stands(here:
             "preference": {"pickscore": "pick", "hps": "hps.pt", "aesthetic": "a.pth"},
             "fid_statistics": {"fid_tf": "coco.npz"},
             "inception": "download",
-            "scores": ["scores.jsonl"],
         },
     }
     found = load(str(write(here / "c.yaml", data)), [], str(here))
@@ -181,7 +186,10 @@ def test_every_field_that_names_a_file_is_meant_from_where_the_user_stands(here:
     assert (preference.hps, preference.aesthetic) == (f"{here}/hps.pt", f"{here}/a.pth")
     assert preference.aesthetic_clip == "ViT-L-14:openai"
     assert judged.fid_statistics == {"fid_tf": f"{here}/coco.npz"}
-    assert judged.scores == [f"{here}/scores.jsonl"]
+    assert found.ingest.source.files_below == (f"{here}/photos", "s3://b/photos")
+    scores, captions = found.curate.scores, found.curate.captions
+    assert (scores["clip"].model, scores["nice"].weights) == ("ViT-B-32:openai", f"{here}/head.safetensors")
+    assert captions["long"].model == f"{here}/judge"
     # `deepspeed train/main.py`, which knows the training sections alone, means the same.
     alone = load_sections(str(here / "c.yaml"), [], TrainingSections)
     assert (alone.run, alone.train) == (found.run, found.train)
