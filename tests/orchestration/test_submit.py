@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from orchestration import submit
+from orchestration.commands import looks_for_configuration
 from orchestration.stopping import Stopped
 from shards.dataset import Dataset
 from shards.settings import ConfigError, StageError
@@ -46,7 +47,7 @@ def test_what_is_sent_is_carrara_and_the_files_that_are_named(tmp_path: Path, mo
     assert "nowhere: there is no run here" in done.stderr
     # The configuration that the command would find here by itself goes along too.
     (home / "carrara.yaml").write_text("run: y")
-    assert submit.pack(tmp_path / "again", ["latents", "latents.batch_size=4"])[-2:] == [
+    assert submit.pack(tmp_path / "again", ["latents", "latents.batch_size=4"], looks_for_configuration)[-2:] == [
         "--config",
         "sent/3-carrara.yaml",
     ]
@@ -79,7 +80,7 @@ def test_a_configuration_goes_along_only_where_the_command_would_look_for_it(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CARRARA_CONFIG", raising=False)
     (tmp_path / "carrara.yaml").write_text("run: y")
-    sent = submit.pack(tmp_path / "sent", command.split())
+    sent = submit.pack(tmp_path / "sent", command.split(), looks_for_configuration)
     assert ("carrara.yaml" in sent[-1]) == goes_along
 
 
