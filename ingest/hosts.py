@@ -10,6 +10,7 @@ an actor; in one process it is called directly).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import heapq
 import logging
@@ -534,6 +535,12 @@ class Desk:
                 self._soon()
             return found
         return await self.robots(origin, read)
+
+    async def rest(self) -> None:
+        """Give back at once what is idle: at the end of a shard this process may be ended before it would be told."""
+        if self._ticking is not None and self._give:
+            with contextlib.suppress(Exception):  # then it is told with the next message
+                await asyncio.wait_for(self._talk(), 5)
 
     async def close(self) -> None:
         """Give everything back."""

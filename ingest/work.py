@@ -156,6 +156,7 @@ class Crew:
         async with asyncio.TaskGroup() as group:
             tasks = {i: group.create_task(self._one(self._fetcher, url)) for i, url in urls.items()}
         outcomes = {i: task.result() for i, task in tasks.items()}
+        await self._fetcher.desk.rest()
         await self._fetcher.health.shard([o.error for i, o in outcomes.items() if not self._is_own(urls[i])])
         return outcomes
 

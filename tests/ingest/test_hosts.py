@@ -313,3 +313,20 @@ def test_a_cancelled_request_gives_its_place_back() -> None:
         await desk.close()
 
     asyncio.run(run())
+
+
+def test_a_worker_that_is_ended_after_its_shard_leaves_no_place_taken() -> None:
+    """The engine ends workers that have nothing left to do, and the last ones would wait for what they held."""
+
+    async def run() -> None:
+        ledger = Ledger(2, 0, 60.0)
+        desk = Desk(FetchConfig(host_concurrency=2), "a", ledger.exchange)
+        for _ in range(2):
+            await asyncio.wait_for(desk.enter("h"), 5)
+        desk.leave("h")
+        desk.leave("h")
+        await desk.rest()  # and here the process is killed
+        assert ledger.exchange("b", Message(ask={"h": 2})).granted == {"h": 2}
+        await desk.close()
+
+    asyncio.run(run())
