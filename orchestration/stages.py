@@ -143,9 +143,10 @@ def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, 
         _settle(name, config)  # a shard whose take-down was killed half-way is no whole one until that is done
     for stage, pool in stages:
         engine.run(stage, paths.status, config.ray, pool, local, redo)
-    for stage, pool in stages:
-        # Looked at once more now that the lease is let go: what was asked to be taken down meanwhile.
-        while not getattr(stage, "is_current", lambda: True)():
+    # Looked at once more now that the leases are let go: what was asked to be taken down meanwhile, also by the finish
+    # of another split, which lists the bytes of what it took out.
+    while behind := [(s, pool) for s, pool in stages if not getattr(s, "is_current", lambda: True)()]:
+        for stage, pool in behind:
             engine.run(stage, paths.status, config.ray, pool, local)
     _settle(name, config, again=name == "latents")
 
