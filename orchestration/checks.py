@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestration.config import RunConfig
 from shards import storage
+from shards.dataset import MANIFEST
 from shards.layout import RunPaths
 from shards.settings import ConfigError
 
@@ -130,7 +131,8 @@ def _train(config: RunConfig) -> None:
 
 def _eval(config: RunConfig) -> None:
     settings = config.eval
-    if settings.prompts_file is None and not config.ingest.has_heldout:
+    there = storage.exists(storage.join(RunPaths(config.run).heldout, MANIFEST))
+    if settings.prompts_file is None and not config.ingest.has_heldout and not there:
         raise ConfigError(
             "eval: it would have no prompts; set ingest.heldout_fraction (0.01, say), ingest.heldout_table or "
             "eval.prompts_file"
