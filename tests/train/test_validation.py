@@ -208,16 +208,6 @@ def full_disk(config: str) -> None:
     forked.run_stage(config)
 
 
-def test_a_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(run: Path) -> None:
-    config = tiny.write_config(run, tiny.configuration(run))
-    for rank in forked.start(2, full_disk, str(config)):
-        with pytest.raises(forked.RankError, match=r"StageError.*step-00000004: the checkpoint cannot .*No space"):
-            rank.result()
-    assert folders.latest_complete(run / "checkpoints") == step_folder(run, 2)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
-    assert json.loads((run / "status" / "train.json").read_text())["state"] == "failed"
-
-
 def test_checkpoints_are_kept_by_number_by_age_and_by_images(tmp_path: Path) -> None:
     import os
     import time
