@@ -196,16 +196,25 @@ def full_disk(config: str) -> None:
     """The second checkpoint finds the disk full."""
     from train import checkpoint
 
-    save_file, calls = checkpoint.save_file, []
+    put_file = checkpoint.put_file
 
-    def full(tensors: Any, file: Any) -> None:
-        calls.append(1)
-        if len(calls) > 5:
+    def full(url: str, parts: Any) -> Any:
+        if "step-00000004" in url:
             raise OSError(28, "No space left on device")
-        save_file(tensors, file)
+        return put_file(url, parts)
 
-    checkpoint.save_file = full
+    checkpoint.put_file = full
     forked.run_stage(config)
+
+
+def test_a_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(run: Path) -> None:
+    config = tiny.write_config(run, tiny.configuration(run))
+    for rank in forked.start(2, full_disk, str(config)):
+        with pytest.raises(forked.RankError, match=r"StageError.*step-00000004.*No space"):
+            rank.result()
+    assert folders.latest_complete(run / "checkpoints") == str(step_folder(run, 2))
+    assert not (run / "checkpoints" / "step-00000004" / "manifest.json").exists()
+    assert json.loads((run / "status" / "train.json").read_text())["state"] == "failed"
 
 
 def test_checkpoints_are_kept_by_number_by_age_and_by_images(tmp_path: Path) -> None:
