@@ -102,6 +102,9 @@ def write_manifest(
             )
         for suffix, file in s["files"].items():
             found = sizes.get(suffix, {}).get(index)
+            if found != file["size"]:  # perhaps it was committed since, where shards are made while they are counted
+                sizes = listed(root, sizes=True).sizes
+                found = sizes.get(suffix, {}).get(index)
             if found != file["size"]:
                 lies = "no file" if found is None else f"{found} bytes"
                 raise StageError(

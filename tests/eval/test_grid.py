@@ -23,6 +23,7 @@ from orchestration import grid as driver
 from orchestration.config import RunConfig
 from shards.layout import RunPaths
 from shards.settings import ConfigError, validate
+from shards.stage import open_folder
 from tests.eval.conftest import drive, refs
 from tests.eval.test_compare import result, score
 
@@ -125,7 +126,11 @@ def test_killed_in_the_middle_it_ends_with_the_same_bytes(
     def worker(stage: GenerateStage) -> Any:
         if stage.config.cell not in kept:
             kept[stage.config.cell] = build(stage)
-        return kept[stage.config.cell]
+        found = kept[stage.config.cell]
+        found.folder = open_folder(stage)  # of the cell as it is now, which was made anew
+        for features in found.features:
+            features.folder = open_folder(features.stage)
+        return found
 
     build = GenerateStage.worker
     monkeypatch.setattr(GenerateStage, "worker", worker)
