@@ -71,6 +71,7 @@ def connected(config: RayConfig) -> Iterator[None]:
             "same here as there (`carrara doctor` looks at both)?"
         ) from e
     finally:
+        signal.alarm(0)  # which Ray's handler leaves behind: three seconds after a SIGTERM it would abort this process
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
     try:

@@ -60,15 +60,22 @@ def test_sigterm_while_ray_starts(tmp_path: Path, after: float) -> None:
 
 
 def test_what_ray_makes_of_a_sigterm_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From one moment of its start on it is Ray's own handler that takes the signal, and raises SystemExit."""
+    """From one moment of its start on it is Ray's own handler that takes the signal: it sets an alarm that aborts a
+    process which is not gone within three seconds, and raises SystemExit."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_agent_register_timeout_ms"):
         monkeypatch.setenv(name, os.environ.get(name, "180000" if name.endswith("ms") else "token"))
     for name in ("keep_apart", "be_patient"):  # which change how this very process starts a Ray
         monkeypatch.setattr(connection, name, lambda: None)
-    monkeypatch.setattr("ray.init", lambda **_: sys.exit(15))
+
+    def init(**_: object) -> None:
+        signal.alarm(3)
+        sys.exit(15)
+
+    monkeypatch.setattr("ray.init", init)
     with pytest.raises(Stopped, match="the same command goes on from here"), connection.connected(RayConfig()):
         pytest.fail("no Ray was started")
+    assert signal.alarm(0) == 0, "nothing will abort a process that takes its time to end"
 
 
 def test_sigterm_to_the_process_group_finishes_what_is_in_hand(tmp_path: Path) -> None:
