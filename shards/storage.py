@@ -349,7 +349,8 @@ def _create(url: str, data: bytes, beside: str | None) -> bool:
 
 
 def _is_conflict(error: BaseException) -> bool:
-    """Whether an object store says that the put cannot be judged now: HTTP 409, or 412 where fsspec has no name for it.
+    """Whether an object store says that the put cannot be judged now: HTTP 409, or 412 where fsspec has no name for it;
+    or that its parts are gone, as after a put in parts that was done and whose answer was lost.
 
     By the answer's own fields, never by its text, in which a file's name may stand.
     """
@@ -360,7 +361,7 @@ def _is_conflict(error: BaseException) -> bool:
         response = getattr(cause, "response", None)
         if isinstance(response, dict) and (
             response.get("Error", {}).get("Code")
-            in ("PreconditionFailed", "ConditionalRequestConflict", "OperationAborted")
+            in ("PreconditionFailed", "ConditionalRequestConflict", "OperationAborted", "NoSuchUpload")
             or response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412)
         ):
             return True

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError
+from s3fs.errors import translate_boto_error
 
 from shards import storage
 from shards.commit import Folder
@@ -176,6 +178,27 @@ def test_every_answer_is_lost_once_and_a_shard_is_committed_all_the_same():
         assert stats["files"] == read_stats(folder.root, 1)["files"]
         assert verify_shard(folder.root, 1) == ""
         assert storage.list_names(folder.beside) == []
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["that was done", "that was aborted"])
+def test_parts_that_are_gone_are_looked_after(root, stored, monkeypatch):
+    """The second try of a put in parts finds no parts where the first one's answer was lost, or a rule removed them."""
+    folder, fs, asked = begin(f"{root}/gone-{stored}"), storage._fs(root)[0], []
+    put = fs.pipe_file
+
+    def once(path, value, mode="overwrite", **options):
+        if mode == "create" and path.endswith(".tar") and not asked:
+            asked.append(path)
+            if stored:
+                put(path, value, mode=mode, **options)
+            raise translate_boto_error(ClientError({"Error": {"Code": "NoSuchUpload"}}, "CompleteMultipartUpload"))
+        return put(path, value, mode=mode, **options)
+
+    monkeypatch.setattr(fs, "pipe_file", once)
+    stats = folder.commit(1, FILES, STATS)
+    assert asked
+    assert stats == read_stats(folder.root, 1)
+    assert verify_shard(folder.root, 1) == ""
 
 
 @pytest.mark.slow
