@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import fsspec
+import fsspec.config
 from fsspec.implementations.local import LocalFileSystem
 
 from shards.settings import ConfigError, StageError
@@ -39,6 +40,10 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EM
 _AT_ONCE = 16  # requests under way, over a network
 _SLOW_READ_S = 5e-5  # a small file that takes longer comes from a disk or over a network
 _LISTS_BY_PREFIX = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
+
+# botocore keeps 10 connections, and a training reads with 32 threads. Who configures fsspec otherwise is left alone.
+for _protocol in ("s3", "s3a"):
+    fsspec.config.conf.setdefault(_protocol, {}).setdefault("config_kwargs", {}).setdefault("max_pool_connections", 64)
 
 
 def join(base: str, *parts: str) -> str:

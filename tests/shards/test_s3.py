@@ -23,6 +23,7 @@ from shards.listing import listed
 from shards.settings import ConfigError, StageError
 from shards.verify import verify, verify_shard
 from tests.objects import Asked, bucket
+from train import reader
 
 FILES = {".tar": b"tar bytes" * 100, ".parquet": b"parquet bytes"}
 OTHER = {".tar": b"other tar" * 100, ".parquet": b"other parquet"}
@@ -39,6 +40,10 @@ def begin(root: str, **change) -> Folder:
     return Folder.begin(
         root, Fingerprint(**{"stage": "s", "version": 1, "settings": {"size": 64}, **change}), take_over=True
     )
+
+
+def test_connections_are_as_many_as_a_trainings_readers(root):
+    assert storage._fs(root)[0].config_kwargs["max_pool_connections"] >= reader.THREADS
 
 
 def test_create_writes_only_what_is_not_there(root):
