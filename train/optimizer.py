@@ -232,7 +232,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, optimizer: str
 
 
 def is_hidden(name: str, shape: Sequence[int]) -> bool:
-    """Whether Muon (muon.py) is for it: matrices and filters of the blocks; not the first and last layers, nor embeddings."""
+    """Whether muon.py is for it: matrices and filters of the blocks; not the first and last layers, nor embeddings."""
     return len(shape) >= 2 and not BLOCKS.isdisjoint(name.split("."))
 
 
