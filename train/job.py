@@ -108,10 +108,15 @@ def begin(job: Job, objective: Objective, ranks: Ranks, images: int, fresh: bool
     precision = resolve_precision(config.precision, ranks.device)
     field = "train.unet" if job.stage == "train" else f"{job.stage}.model"
     size = len(next(iter(mine.values())))
-    try:
-        found = plan.plan(objective, mine, config, precision, size, ranks.world)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
-        raise ConfigError(f"{field}: a batch does not go through this model: {' '.join(str(e).split())[:300]}") from e
+
+    def planned() -> plan.Plan:
+        try:
+            return plan.plan(objective, mine, config, precision, size, ranks.world)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
+            why = " ".join(str(e).split())[:300]
+            raise ConfigError(f"{field}: a batch does not go through this model: {why}") from e
+
+    found = ranks.found_by_first(planned)  # it takes seconds, and is the same for all
     # A batch by area holds fewer of large pictures; the clock counts places of the batch.
     found = dataclasses.replace(found, flops=found.flops * size / micro)
     if ranks.first:

@@ -25,9 +25,9 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
 if __name__ == "__main__":
     # Run as a script, Python looks for modules in this file's folder; it is the one above that holds them.
@@ -83,7 +83,7 @@ def run(
     objective: Objective | None = None
     try:
         # Rank 0 judges for all: the others may see an older state of a shared disk.
-        found = _from_first(ranks, lambda: judge(stage, settings, wanted, paths, adopt))
+        found = ranks.found_by_first(lambda: judge(stage, settings, wanted, paths, adopt))
         if found.state == "done" and not (redo and found.reason):
             log.info("%s: finished before%s, nothing to do", stage, f" {found.reason}" if found.reason else "")
             return
@@ -94,7 +94,7 @@ def run(
                 discard(paths)
             # One trainer writes here, so whatever is temporary is a dead one's.
             storage.sweep_temporaries(paths.checkpoints, older_than_s=0.0)
-        taken = _from_first(ranks, lambda: history(stage, settings, datasets, paths, found, adopt))
+        taken = ranks.found_by_first(lambda: history(stage, settings, datasets, paths, found, adopt))
         if ranks.first:
             for note in taken.notes:
                 log.warning("%s: %s", stage, note)
@@ -114,23 +114,6 @@ def run(
         if objective is not None:
             objective.close()
         ranks.leave()
-
-
-V = TypeVar("V")
-
-
-def _from_first(ranks: Ranks, find: Callable[[], V]) -> V:
-    """What rank 0 finds, on all ranks; an error that says what to change is raised on all of them alike."""
-    found: V | Exception | None = None
-    if ranks.first:
-        try:
-            found = find()
-        except (ConfigError, StageError) as e:
-            found = e
-    value: V | Exception = ranks.from_first(found)
-    if isinstance(value, Exception):
-        raise value
-    return value
 
 
 def _watched(job: Job, config: TrainConfig, objective: Objective, run: RunPaths, ranks: Ranks) -> Job:
