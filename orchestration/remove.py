@@ -25,7 +25,7 @@ from ingest.takedown import TakenDown, requested
 from latents import takedown as latents_takedown
 from orchestration.config import RunConfig
 from orchestration.lease import Busy, Lease
-from orchestration.parts import FITS, pretrained, shard_stages
+from orchestration.parts import FITS, pretrained, shard_stages, taken_down_mark
 from shards import storage
 from shards.columns import column_rows
 from shards.dataset import MANIFEST, Dataset, read_stats_of
@@ -130,17 +130,23 @@ def _apply(stage: IngestStage, paths: RunPaths, count: int) -> str:
             return f"{len(shards):,} shards blanked; {count:,} pictures are out"
 
 
+def _known(paths: RunPaths) -> dict[str, Any]:
+    """What a mark says: for how many parts of the list the finished images are blanked, which comes before all else."""
+    manifest = storage.read_json(storage.join(paths.images, MANIFEST)) or {}
+    return {"list": manifest.get("list", 0)}
+
+
 def settle_latents(config: RunConfig, again: bool = True) -> str:
     """Blank in the latents what the images have no more; returns what was done.
 
-    again: look through them also where that was done for the present list: they may have been made at the same moment.
+    again: look through them also where that was done for the present images.
     """
     paths = RunPaths(config.run)
     shards = listed(paths.latents, ".safetensors").committed
-    parts, mark = takedown.length(paths.run), storage.join(paths.status, "latents-taken-down.json")
+    known, mark = _known(paths), taken_down_mark(paths, "latents")
     if not len(shards):
         return "none"
-    if not again and storage.read_json(mark) == {"list": parts}:
+    if not again and storage.read_json(mark) == known:
         return "were looked through"
     (stage, _), *_ = shard_stages("latents", config)
     try:
@@ -149,7 +155,7 @@ def settle_latents(config: RunConfig, again: bool = True) -> str:
             bar = Progress("latents: take-down", len(shards), "shards")
             changed = latents_takedown.take_out(paths.latents, paths.images, bar.update)
             bar.close()
-            storage.write_json(mark, {"list": parts})
+            storage.write_json(mark, known)
             if not changed:
                 return "hold none of them"
             done = f"{len(changed):,} shards blanked"
@@ -166,22 +172,26 @@ def settle_latents(config: RunConfig, again: bool = True) -> str:
         return "another job is at work on them; give this command again when it has ended"
 
 
-def settle_curated(paths: RunPaths) -> dict[str, str]:
-    """Blank in scores and captions what the images have no more; by `scores/<name>`, what was done."""
-    told = {}
+def settle_curated(paths: RunPaths, again: bool = True) -> dict[str, str]:
+    """The same for scores and captions; by `scores/<name>`, what was done."""
+    told, known = {}, _known(paths)
     for kind, prefix in (("scores", "score"), ("captions", "caption")):
         for name in storage.list_names(storage.join(paths.run, kind)):
-            root = storage.join(paths.run, kind, name)
+            root, stage = storage.join(paths.run, kind, name), f"{prefix}-{name}"
+            mark = taken_down_mark(paths, stage)
+            if not again and storage.read_json(mark) == known:
+                continue
             shards = listed(root, ".safetensors").committed
             if not len(shards):
                 continue
             try:
-                with Lease(paths.status, f"{prefix}-{name}", root):
-                    bar = Progress(f"{prefix}-{name}: take-down", len(shards), "shards")
+                with Lease(paths.status, stage, root):
+                    bar = Progress(f"{stage}: take-down", len(shards), "shards")
                     changed = curate_takedown.take_out(root, paths.images, bar.update)
                     bar.close()
                     if storage.exists(storage.join(root, MANIFEST)):
                         curate_takedown.amend(root)
+                    storage.write_json(mark, known)
                 told[f"{kind}/{name}"] = f"{len(changed):,} shards blanked" if changed else "hold none of them"
             except Busy:
                 told[f"{kind}/{name}"] = "another job is at work on them; give this command again when it has ended"

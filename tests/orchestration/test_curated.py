@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from orchestration import remove
 from orchestration.run_stage import main
 from orchestration.status import read
 from orchestration.status import table as status_table
@@ -123,8 +124,10 @@ def test_a_folder_to_selected_latents_with_new_captions(config: Path, tmp_path: 
     assert sum(scores.values()) == COUNT - 2
     assert Dataset.open(str(run / "captions" / "seen")).manifest["fates"] == {"captioned": COUNT - 2}
     assert Dataset.open(str(run / "latents")).manifest["count"] == 12
-    for stage in ("ingest", "score", "caption", "latents"):
-        assert carrara(stage, "--config", config, "--local") == 0, stage
+    with pytest.MonkeyPatch.context() as patch:  # they were looked through: nothing of them is read again
+        patch.setattr(remove.curate_takedown, "take_out", None)
+        for stage in ("ingest", "score", "caption", "latents"):
+            assert carrara(stage, "--config", config, "--local") == 0, stage
     assert Dataset.open(str(run / "latents")).manifest["count"] == 12
 
 

@@ -16,6 +16,7 @@ from ingest import removal
 from ingest.stage import IngestStage
 from orchestration import remove
 from orchestration.config import RunConfig
+from orchestration.lease import Lease
 from orchestration.run_stage import main
 from shards.columns import ColumnShard, keep_rows, unpack_columns
 from shards.dataset import Dataset
@@ -211,6 +212,26 @@ def test_remove_beside_a_running_ingest_leaves_it_the_work(
     manifest = Dataset.open(paths.images).manifest
     assert manifest["counts"]["opted_out"] == 1
     assert manifest["list"] == 2  # the URL, and its bytes
+
+
+def test_latents_are_looked_through_again_where_the_images_were_blanked_later(
+    site: Site, config: Path, tmp_path: Path
+) -> None:
+    """`remove` beside an ingest finds nothing in the latents yet; what that ingest takes out goes there too."""
+    for stage in ("ingest", "latents"):
+        assert main([stage, "--config", str(config), "--local"]) == 0
+    paths = RunPaths(str(tmp_path / "run"))
+    (tmp_path / "list.txt").write_text(f"{site.url('/4.png')}\n")
+    command = ["remove", "--config", str(config), "--urls", str(tmp_path / "list.txt")]
+    with Lease(paths.status, "ingest", paths.images):
+        assert main(command) == 0
+    assert "000004" in keys_of(paths.latents)
+    assert main(["ingest", "--config", str(config), "--local"]) == 0
+    assert len(keys_of(paths.latents)) == ROWS - 1
+    with pytest.MonkeyPatch.context() as patch:  # and then nothing more is read
+        patch.setattr(remove.latents_takedown, "take_out", None)
+        for stage in ("ingest", "latents"):
+            assert main([stage, "--config", str(config), "--local"]) == 0
 
 
 def test_a_dry_run_then_an_ingest_then_a_retry(
