@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from curate import takedown as curate_takedown
-from ingest import removal, takedown
+from ingest import removal
 from ingest.stage import IngestStage, with_flags
 from ingest.takedown import TakenDown, requested
 from latents import takedown as latents_takedown
