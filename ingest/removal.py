@@ -97,7 +97,8 @@ def _condition(listed: TakenDown) -> str:
     if len(listed.bytes):
         tests.append("bytes_digest IN (SELECT n FROM listed_bytes)")
     if listed.hosts:
-        names = {entry.strip(".").partition(":")[0] if entry.count(":") == 1 else entry for entry in listed.hosts}
+        # IPv6 addresses have many spellings, so whatever has one is looked at.
+        names = {"[" if entry.count(":") > 1 else entry.strip(".").partition(":")[0] for entry in listed.hosts}
         texts = [n.replace("'", "''") for n in sorted(names | set(map(_unicode, names)))]
         for column in ("url", "final_origin"):
             # A host that is not written in plain letters is looked at closely, whatever it is.

@@ -318,7 +318,7 @@ class IngestStage:
         filtered = [("caption_empty", "no caption")] + [(f.label, f.label) for f in config.filters]
         filtered_by = {label: counts.filters.get(name, 0) for name, label in filtered}
         if config.caption_repeats is not None:
-            filtered_by[f"more than {config.caption_repeats} of one caption"] = found.reasons["caption_repeated"]
+            filtered_by[_repeats(config.caption_repeats)] = found.reasons["caption_repeated"]
         return written[0], {
             "split": self.split,
             "samples_per_shard": config.samples_per_shard,
@@ -390,7 +390,17 @@ class IngestStage:
         errors = Counter(manifest["errors"]) + Counter(taken_down=taken - counts["opted_out"])
         counts["opted_out"] = taken
         duplicates = {r: n for r, n in sorted(after.items()) if EXCLUSION_STATUS[r] == "duplicate"}
-        more = {"counts": counts, "errors": dict(sorted(errors.items())), "duplicates_by": duplicates, "list": parts}
+        filtered_by = dict(manifest["filtered_by"])
+        most = manifest["passes"]["caption_repeats"]
+        if most is not None:
+            filtered_by[_repeats(most)] = after["caption_repeated"]
+        more = {
+            "counts": counts,
+            "errors": dict(sorted(errors.items())),
+            "duplicates_by": duplicates,
+            "filtered_by": filtered_by,
+            "list": parts,
+        }
         amend_manifest(self.root, manifest, shards, name, more)
         return changed
 
@@ -534,6 +544,11 @@ class IngestStage:
         if c.heldout_fraction:
             settings["split"] = {"part": self.split, "heldout_fraction": c.heldout_fraction, "seed": self.seed}
         return settings
+
+
+def _repeats(most: int) -> str:
+    """The rule of `caption_repeats`, in `filtered_by`."""
+    return f"more than {most} of one caption"
 
 
 class _Taken:

@@ -171,10 +171,13 @@ def test_the_checkpoints_that_saw_a_picture_are_named(tmp_path: Path) -> None:
 def test_what_remove_counts_is_what_a_whole_finish_counts(
     site: Site, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also of duplicates that are taken down with their winner, and with `caption_repeats`."""
+    """Also of duplicates that are taken down with their winner, and of one caption too many."""
+    table = pq.read_table(tmp_path / "table.parquet")
+    texts = ["the same" if 8 <= i < 12 else t for i, t in enumerate(table["caption"].to_pylist())]
+    pq.write_table(table.set_column(1, "caption", pa.array(texts)), tmp_path / "table.parquet")
     more = ["ingest.caption_repeats=2", "ingest.duplicates.perceptual=any_caption"]
     assert main(["ingest", "--config", str(config), "--local", *more]) == 0
-    (tmp_path / "list.txt").write_text(f"{site.url('/17.png')}\n{site.url('/4.png')}\n")
+    (tmp_path / "list.txt").write_text(f"{site.url('/17.png')}\n{site.url('/4.png')}\n{site.url('/11.png')}\n")
     assert main(["remove", "--config", str(config), "--urls", str(tmp_path / "list.txt"), *more]) == 0
     images = tmp_path / "run" / "images"
     light = json.loads((images / "dataset.json").read_text())
