@@ -51,6 +51,21 @@ class Hit:
     by: frozenset[int | str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """What a look through some shards has found, of all that the parts of the list from `after` to before `parts` hold,
+    and perhaps of more."""
+
+    after: int
+    parts: int
+    shards: frozenset[int]
+    hits: Sequence[Hit]
+
+    def covers(self, shards: Iterable[int], after: int, parts: int) -> bool:
+        """Whether it tells what these parts hold of these shards."""
+        return self.after <= after and parts == self.parts and self.shards.issuperset(shards)
+
+
 def find(
     root: str, shards: Iterable[tuple[int, bool]], listed: TakenDown, total: int = 0, name: str = "", threads: int = 2
 ) -> Iterator[Hit]:

@@ -197,10 +197,11 @@ class TakenDown:
             if storage.create(storage.join(run, FOLDER, f"{number:05d}.parquet"), sink.getvalue()):
                 return length(run)
 
-    def create_if_any(self, run: str) -> None:
-        """`create`, unless this is empty."""
+    def create_if_any(self, run: str) -> bool:
+        """`create`, unless this is empty; whether it was not."""
         if self:
             self.create(run)
+        return bool(self)
 
     def __bool__(self) -> bool:
         return bool(len(self.urls) or len(self.bytes) or self.hosts)

@@ -53,14 +53,19 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
         (d for d in asked.listed.bytes if d not in known.bytes),
         asked.listed.hosts - known.hosts,
     )
-    if new:
-        new.create(paths.run)
-    hits = {s.split: _find(s, asked.listed) for s in ingests}
+    created = int(new.create_if_any(paths.run))
+    shards = {s.split: listed(s.root).committed.tolist() for s in ingests}
+    hits = {s.split: _find(s, shards[s.split], asked.listed) for s in ingests}
     copies = {h.sha256 for some in hits.values() for h in some if h.sha256}
     if copies:
-        TakenDown.of(bytes=(c for c in copies if not known.has_bytes(c))).create_if_any(paths.run)
+        created += TakenDown.of(bytes=(c for c in copies if not known.has_bytes(c))).create_if_any(paths.run)
         for s in ingests:
-            hits[s.split] += _find(s, TakenDown.of(bytes=copies))
+            hits[s.split] += _find(s, shards[s.split], TakenDown.of(bytes=copies))
+    # What is blanked under the lease need not be looked for again, unless somebody else has listed or stored more.
+    looked = {
+        split: removal.Looked(known.parts, known.parts + created, frozenset(shards[split]), some)
+        for split, some in hits.items()
+    }
     # What an earlier, killed attempt at the same removal took out is out already: its account says it.
     name = digest_json([sorted(map(str, forms)) for _, forms in asked.entries])[:16]
     account_url = storage.join(paths.run, "removed", f"{name}.json")
@@ -80,9 +85,8 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
     )
     told = [f"taken down: {sum(map(len, keys.values())):,} pictures"]
     for stage in ingests:
-        told.append(
-            f"  {'images' if stage.split == 'train' else 'heldout':9} {_apply(stage, paths, len(keys[stage.split]))}"
-        )
+        done = _apply(stage, paths, looked[stage.split], len(keys[stage.split]))
+        told.append(f"  {'images' if stage.split == 'train' else 'heldout':9} {done}")
     told.append(f"  latents   {settle_latents(config)}")
     told += [f"  {name} {done}" for name, done in settle_curated(paths).items()]
     told.append("checkpoints that saw them:" if saw else "no checkpoint saw them")
@@ -99,15 +103,16 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
     return "\n".join(told)
 
 
-def _find(stage: IngestStage, wanted: TakenDown) -> list[removal.Hit]:
-    shards = listed(stage.root).committed.tolist()
+def _find(stage: IngestStage, shards: list[int], wanted: TakenDown) -> list[removal.Hit]:
     if not shards:
         return []
     return list(removal.find(stage.root, with_flags(stage.root, shards), wanted, len(shards), stage.name))
 
 
-def _apply(stage: IngestStage, paths: RunPaths, count: int) -> str:
-    """Blank what is listed in a split's committed shards, unless an ingest is at work; returns what was done."""
+def _apply(stage: IngestStage, paths: RunPaths, looked: removal.Looked, count: int) -> str:
+    """Blank what is listed in a split's committed shards, unless an ingest is at work; returns what was done.
+
+    looked: what was found there. count: the pictures that are told."""
     if not len(listed(stage.root).committed):
         return "nothing is stored"
     shards: set[int] = set()
@@ -116,10 +121,10 @@ def _apply(stage: IngestStage, paths: RunPaths, count: int) -> str:
             with Lease(paths.status, stage.name, stage.root):
                 stage.open_for_removal()
                 if storage.exists(storage.join(stage.root, MANIFEST)):
-                    found = stage.finish_removal()
+                    found = stage.finish_removal(looked)
                     shards |= found
                 else:
-                    shards |= stage.apply_list()[1]
+                    shards |= stage.apply_list(looked)[1]
         except Busy:
             return (
                 f"{count:,} pictures: the running ingest takes them out when it finishes; stop it first where it must "

@@ -14,6 +14,7 @@ import yaml
 
 from ingest import removal
 from ingest.stage import IngestStage
+from ingest.takedown import TakenDown
 from orchestration import remove
 from orchestration.config import RunConfig
 from orchestration.lease import Lease
@@ -87,7 +88,12 @@ def test_a_picture_is_taken_out_of_the_whole_run(
     (tmp_path / "list.txt").write_text(f"{site.url('/3.png')}\n\nhttp://127.0.0.1:1/never-there.png\n")
     command = ["remove", "--config", str(config), "--urls", str(tmp_path / "list.txt")]
     capsys.readouterr()
-    assert main(command) == 0
+    looks: list[TakenDown] = []
+    real = removal.find
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(removal, "find", lambda *a, **k: looks.append(a[2]) or real(*a, **k))
+        assert main(command) == 0
+    assert [(len(w.urls) > 0, len(w.bytes) > 0) for w in looks] == [(True, False), (False, True)]  # then for copies
     told = capsys.readouterr().out
     assert "taken down: 2 pictures" in told  # and the copy, row 17
     assert "images    2 shards blanked; 2 pictures are out" in told
