@@ -26,8 +26,8 @@ from orchestration.parts import (
     vae_ref,
 )
 from shards import storage
-from shards.commit import MADE_WITH
 from shards.layout import RunPaths
+from shards.made_with import MADE_WITH
 from shards.stage import Stage
 
 if TYPE_CHECKING:
