@@ -31,8 +31,8 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from orchestration.config import Pool, RayConfig, Span
-from orchestration.engine import Job, build_worker, sentence
 from orchestration.hosts import shared
+from orchestration.job import Job, build_worker, sentence
 from orchestration.nodes import Nodes, autoscaled_room
 from shards.layout import shard_name
 from shards.settings import NodeTrouble, StageError

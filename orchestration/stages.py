@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orchestration import checks, engine
 from orchestration.config import Pool, RunConfig
 from orchestration.parts import (
+    CURATED,
     FITS,
     STAGES,
     check_inputs,
@@ -20,12 +21,13 @@ from orchestration.parts import (
     pretrained,
     report_path,
     shard_stages,
+    taken_down_mark,
     text_ref,
     vae_ref,
 )
 from shards import storage
-from shards.commit import MADE_WITH
 from shards.layout import RunPaths
+from shards.made_with import MADE_WITH
 from shards.stage import Stage
 
 if TYPE_CHECKING:
@@ -141,6 +143,9 @@ def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, 
     paths = RunPaths(config.run)
     if name == "latents" and storage.exists(storage.join(paths.latents, MADE_WITH)):
         _settle(name, config)  # a shard whose take-down was killed half-way is no whole one until that is done
+    if name in ("latents", *CURATED):
+        for stage, _ in stages:  # they may be made of images as these were before
+            storage.remove(taken_down_mark(paths, stage.name))
     for stage, pool in stages:
         engine.run(stage, paths.status, config.ray, pool, local, redo)
     # Looked at once more now that the leases are let go: what was asked to be taken down meanwhile, also by the finish
@@ -148,20 +153,20 @@ def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, 
     while behind := [(s, pool) for s, pool in stages if not getattr(s, "is_current", lambda: True)()]:
         for stage, pool in behind:
             engine.run(stage, paths.status, config.ray, pool, local)
-    _settle(name, config, again=name == "latents")
+    _settle(name, config)
 
 
-def _settle(name: str, config: RunConfig, again: bool = False) -> None:
+def _settle(name: str, config: RunConfig) -> None:
     """Take out of latents, scores and captions what was taken down, also what a killed command did not come to."""
     from ingest import takedown
 
     paths = RunPaths(config.run)
-    if name in ("ingest", "latents", "score", "caption") and takedown.length(paths.run):
-        from orchestration.remove import settle_curated, settle_latents
+    if name in ("ingest", "latents", *CURATED) and takedown.length(paths.run):
+        from orchestration import remove
 
         if name in ("ingest", "latents"):
-            settle_latents(config, again)
-        settle_curated(paths)
+            remove.settle_latents(config, again=False)
+        remove.settle_curated(paths, again=False)
 
 
 def run_evaluation(found: Evaluation, config: RunConfig, local: bool, redo: bool = False) -> str:
