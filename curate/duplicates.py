@@ -249,4 +249,3 @@ class Told:
                 for name, column in zip(COLUMNS, values, strict=True):
                     found[name][at[there]] = column[there]
         return {name: column[rows] for name, column in found.items()}
-

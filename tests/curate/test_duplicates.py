@@ -1,4 +1,4 @@
-"""Semantic duplicates: against a brute-force definition, in any memory, killed and resumed, with images that come later."""
+"""Semantic duplicates: by brute force, in any memory, killed and resumed, with images that come later."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROWS = 60  # of a shard, every fifth of which has no image
 
 
 def vectors(count: int, seed: int) -> np.ndarray:
-    """Unit vectors around a few directions, of which every third is close to another one: from its copy to its cousin."""
+    """Unit vectors around a few directions, of which every third is close to another one, from its copy on."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).standard_normal((6, WIDTH))
     found = centres[rng.integers(0, 6, count)] + 0.6 * rng.standard_normal((count, WIDTH))
@@ -121,7 +121,9 @@ def test_what_is_told_is_the_definition(run: RunPaths, keep: str, clusters: int)
     assert max(abs(found[one][0] - told) for one, told in expected.items()) < 2e-3  # embeddings are kept in float16
     # Clusters are by the nearest centre, whose cosine is told.
     unit = embeddings(run)
-    centres, _ = duplicates.unpack_columns((Path(score_root(run, "alike")) / "index/centroids.safetensors").read_bytes())
+    centres, _ = duplicates.unpack_columns(
+        (Path(score_root(run, "alike")) / "index/centroids.safetensors").read_bytes()
+    )
     for one, (_, cosine, cluster) in found.items():
         cosines = centres["centroids"].astype(np.float64) @ unit[one]
         assert cosine == pytest.approx(cosines[cluster], abs=2e-3)
