@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import os
 import shlex
 import tempfile
@@ -78,7 +79,8 @@ def _table(path: str) -> Found:
     own = [u.removeprefix("file://") for u in urls if not places.is_web(u)]
     below = None
     if urls and len(own) == len(urls):
-        below = own[0].rpartition("/")[0] if len(own) == 1 else os.path.commonprefix(own).rpartition("/")[0]
+        levels = zip(*(o.split("/")[:-1] for o in own), strict=False)
+        below = "/".join(some[0] for some in itertools.takewhile(lambda some: len(set(some)) == 1, levels))
         said.append(f"its rows name files below {below or '/'}")
     said.append("`carrara ingest --dry-run` counts what the filters keep")
     heldout = 0.05 if rows is None or rows >= FEW else _heldout_fraction(captions)

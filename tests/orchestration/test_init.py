@@ -1,10 +1,9 @@
-"""`carrara init` and `carrara schema`: what is told of every kind of path, and that what is written is taken as it is."""
+"""`carrara init` and `carrara schema`: what is told of every kind of path; what is written is taken as it is."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,8 +279,8 @@ def test_the_schema_is_one_and_takes_what_carrara_takes(capsys: Any, tmp_path: P
         {**good, "curate": {"scores": {"clip": {"kind": "clop"}}}},
     ):
         assert not checker.is_valid(wrong), wrong
+        (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(wrong))
         with pytest.raises(ConfigError):
-            (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(wrong))
             load("wrong.yaml", (), str(tmp_path), tables=False)
 
 
