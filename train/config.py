@@ -291,8 +291,8 @@ class SourceConfig(Strict):
     )
     select: tuple[Rule, ...] = Field(
         default=(),
-        description="rules on scores beside those of train.select; the same latents named several times, with rules and "
-        "weights of their own, are sampled by weights that depend on a score",
+        description="rules on scores beside those of train.select; the same latents named several times, with rules "
+        "and weights of their own, are sampled by weights that depend on a score",
     )
 
     @model_serializer(mode="wrap")
