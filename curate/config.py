@@ -93,7 +93,10 @@ class DuplicateScore(_Score):
     kind: Literal["duplicates"]
     embeddings: str = Field(default="clip", description="the score of kind clip whose image embeddings it compares")
     clusters: int | None = Field(
-        default=None, ge=1, le=1 << 24, description="of k-means; null: one for each 1,000 images there are at first"
+        default=None,
+        ge=1,
+        le=1 << 24,
+        description="of k-means; null: one for each 1,000 images there are at first, at most 16,384",
     )
     keep: str = Field(
         default="farthest",
@@ -101,7 +104,9 @@ class DuplicateScore(_Score):
         "nearest, or the highest by a score, such as aesthetic.score",
         pattern=r"^(farthest|nearest|[a-z][a-z0-9_]*\.\w+)$",
     )
-    memory_gb: float = Field(default=2.0, gt=0, description="what the search may hold of embeddings at a time")
+    memory_gb: float = Field(
+        default=2.0, gt=0, description="what the search may hold of embeddings as it compares them"
+    )
 
 
 Score = Annotated[

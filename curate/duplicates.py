@@ -9,8 +9,9 @@ then keeps what the paper keeps at epsilon 0.05, and another epsilon needs no fu
                   0000/generation.json           the shards that it covers; written last
 
 A generation is a pass over everything: embeddings are read once, laid out by groups of clusters in a scratch folder on
-this machine's disk, and compared group by group. Memory is bounded by the size of a group. Images that come later are a
-generation of their own and stand behind all that came before, so that nothing that was told of those changes.
+this machine's disk, and compared group by group. Memory is bounded by the size of a group, and of the sample that
+k-means is fitted on: 524,288 embeddings at the most, 1 GB at 512 values. Images that come later are a generation of
+their own and stand behind all that came before, so that nothing that was told of those changes.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from shards.progress import Progress
 from shards.settings import StageError
 
 A_CLUSTER = 1000  # images in a cluster, about, where the configuration does not say how many there are
-SAMPLED = 256  # embeddings a centroid that k-means is fitted on, as faiss has it
+MOST_CLUSTERS = 1 << 14
+SAMPLED, MOST_SAMPLED = 256, 1 << 19  # embeddings that k-means is fitted on: a centroid, as faiss has it, and in all
 ITERATIONS = 20
 BLOCK = 1024  # rows that are compared at a time
-SHARE = 1 / 3  # of the memory that is granted, for what is held of a group or of k-means' sample
+SHARE = 1 / 3  # of the memory that is granted, for what is held of a group
 COLUMNS = ("nearest", "centroid", "cluster")
 
 # A sample of a group in the scratch folder, beside its embedding. late: of the generation that is being made.
@@ -159,14 +161,12 @@ class Index:
         url = storage.join(self.root, "centroids.safetensors")
         if not storage.exists(url):
             total = sum(source.counts)
-            count = self.clusters or max(1, round(total / A_CLUSTER))
+            count = self.clusters or min(max(1, round(total / A_CLUSTER)), MOST_CLUSTERS)
+            share = min(SAMPLED * count, MOST_SAMPLED) / max(1, total)
             bar = Progress("duplicates: sample", len(source.shards), "shards")
             chosen: list[np.ndarray] = []
-            wanted, width = min(total, SAMPLED * count), 0
             for index in source.shards:
                 rows, vectors = source.read(index)
-                width = width or vectors.shape[1]
-                share = min(wanted, SHARE * self.memory / (4 * width)) / max(1, total)
                 chosen.append(vectors[np.random.default_rng((0, index)).random(len(rows)) < share])
                 bar.update(1)
             bar.close()
