@@ -252,7 +252,9 @@ def schema() -> None:
     """The JSON schema of the configuration, from which editors complete and check it."""
     from orchestration.config import RunConfig
 
-    print(json.dumps(RunConfig.model_json_schema(), indent=1))
+    found = RunConfig.model_json_schema()
+    del found["required"]  # which may be given on the command line
+    print(json.dumps(found, indent=1))
 
 
 @app.command(rich_help_panel="A run")

@@ -289,6 +289,16 @@ class SourceConfig(Strict):
     loss_weight: float = Field(
         default=1.0, ge=0, description="of its samples' loss; DreamBooth's lambda for the prior's pictures"
     )
+    select: tuple[Rule, ...] = Field(
+        default=(),
+        description="rules on scores beside those of train.select; the same latents named several times, with rules "
+        "and weights of their own, are sampled by weights that depend on a score",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = handler(self)
+        return found if self.select else {k: v for k, v in found.items() if k != "select"}
 
 
 class AdapterConfig(Strict):

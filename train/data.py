@@ -201,12 +201,12 @@ class Latents:
         self.placement = history.placement(segments.tables(history, config, datasets), seed)
         self.resolution = (config.resolutions or (int(self.dataset.manifest["resolution"]),))[0]
         select = history.segments[-1].select
-        self._select = {
-            d.root: Selection(segments.run_of(d), config.select, recorded)
-            for d, recorded in zip(datasets, select, strict=False)
-        }
+        self._select = [
+            Selection(segments.run_of(d), rules, recorded) if (rules := segments.rules_of(config, n)) else None
+            for n, (d, recorded) in enumerate(zip(datasets, select or [()] * len(datasets), strict=True))
+        ]
         self._file = Kept(
-            lambda dataset, position: _LatentFile(dataset, position, self._select.get(dataset.root)),
+            lambda which, position: _LatentFile(self.datasets[which], position, self._select[which]),
             2 * history.streams * len(datasets),
         )
         first = [_LatentFile(d, int(np.flatnonzero(d.counts)[0])) for d in datasets]
@@ -348,7 +348,7 @@ class Latents:
         for shard, first, end in runs:
             position = offset + shard
             with _named(dataset, position):
-                file = self._file(dataset, position)
+                file = self._file(which, position)
                 parts.append(file.read(bucket, first, end, wants))
             alive.append(parts[-1].pop("alive"))
             shards.append(np.full(end - first, position))
@@ -514,7 +514,7 @@ class _LatentFile:
 
     @functools.cached_property
     def _unselected(self) -> np.ndarray | None:
-        """bool [samples]: what train.select leaves out; None where there are no rules."""
+        """bool [samples]: what the rules leave out; None where there are none."""
         if self._select is None:
             return None
         rows = column_rows(self._sidecar(["status"]))

@@ -16,7 +16,7 @@ import numpy as np
 from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import digest_json
-from shards.selection import Selection
+from shards.selection import Rule, Selection
 from shards.settings import ConfigError
 from train.config import FitConfig, SourceConfig, TrainConfig
 from train.placement import Placement, Segment, Source
@@ -59,7 +59,7 @@ class Record:
     sizes: tuple[int, ...]
     ranges: tuple[Range, ...]
     changes: tuple[str, ...] = ()
-    select: tuple[tuple[dict[str, Any], ...], ...] = ()  # by source, train.select with its thresholds; none: all pass
+    select: tuple[tuple[dict[str, Any], ...], ...] = ()  # by source, the rules with their thresholds; none: all pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,15 +240,19 @@ def _same(a: Record, b: Record) -> bool:
 def selected(
     config: FitConfig, datasets: Sequence[Dataset], before: Sequence[Sequence[dict[str, Any]]] = ()
 ) -> tuple[tuple[dict[str, Any], ...], ...]:
-    """By source, the rules of train.select with their thresholds, those of `before` where the rules are the same.
+    """By source, its rules with their thresholds, those of `before` where the rules are the same.
 
     A source's scores lie beside its latents. Raises ConfigError where they are not there.
     """
-    rules = config.select if isinstance(config, TrainConfig) else ()
-    if not rules:
+    if not any(rules := [rules_of(config, n) for n in range(len(datasets))]):
         return ()
     known = before if len(before) == len(datasets) else [()] * len(datasets)
-    return tuple(tuple(Selection(run_of(d), rules, k).settings) for d, k in zip(datasets, known, strict=True))
+    return tuple(tuple(Selection(run_of(d), r, k).settings) for d, r, k in zip(datasets, rules, known, strict=True))
+
+
+def rules_of(config: FitConfig, source: int) -> tuple[Rule, ...]:
+    """What a sample must pass to be taken from one of the configuration's sources."""
+    return (*config.select, *config.sources[source].select) if isinstance(config, TrainConfig) else ()
 
 
 def run_of(dataset: Dataset) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from eval.report import charts
+from eval.report import charts, scores
 from latents.pictures import resize_crop
 from shards import storage
 from shards.columns import ColumnShard
@@ -383,6 +383,16 @@ def funnel(root: str) -> list[Step]:
                 steps.append(Step(plain(str(code).replace("_", " "), 80), number, number / rows, "detail"))
     steps.append(Step("images", int(manifest["count"]), manifest["count"] / rows, "end"))
     return steps
+
+
+def score_charts(run: RunPaths, checkpoint: str) -> list[charts.Chart]:
+    """How the scores of what a checkpoint was trained on are spread, beside those of all images."""
+    return [
+        charts.distribution(
+            h.column, h.edges.tolist(), h.scored.tolist(), None if h.given is None else h.given.tolist(), h.ends
+        )
+        for h in scores.histograms(run, checkpoint)
+    ]
 
 
 def _belongs(code: str, status: str) -> bool:

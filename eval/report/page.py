@@ -153,6 +153,7 @@ def _context(
             for title, root in (("Training images", run.images), ("Held-out images", run.heldout))
             if (steps := gather.funnel(root))
         ],
+        "scores": gather.score_charts(run, result["checkpoint"]),
         "protocol": gather.flat(result["protocol"]),
         "provenance": gather.provenance(run, result),
     }  # fmt: skip
