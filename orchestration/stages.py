@@ -181,6 +181,10 @@ def run_evaluation(found: Evaluation, config: RunConfig, local: bool, redo: bool
         engine.run(stage, RunPaths(config.run).status, config.ray, config.ray.eval, local, redo)
     report = found.conclude()
     log.info("eval: the report is %s", report)
+    if (training := getattr(config, "train", None)) is not None:  # a pipeline of somebody else's has none
+        from eval import trackers
+
+        trackers.tell(training.trackers, found.run, found.result())
     sentence = f"eval: the report of {found.model.name} is there"
     notify.send(config.notify, "report", config.run, "eval", sentence, report=report)
     return report

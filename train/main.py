@@ -36,6 +36,7 @@ if __name__ == "__main__":
 from shards import storage
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError, load_sections
+from train import trackers
 from train.config import STAGES, TrainConfig, TrainingSections, layout
 from train.ranks import Ranks, Stopped, join
 from train.state import describe, discard, fingerprint, history, judge, open_input, stage_config, stage_paths
@@ -68,6 +69,8 @@ def run(
         log.info("%s: pretrained weights are named, so there is nothing to fit", stage)
         return
     layout(stage, settings, int(os.environ.get("WORLD_SIZE", "1")))
+    if os.environ.get("RANK", "0") == "0":
+        trackers.check(settings.trackers, f"{stage}.trackers")
     paths = stage_paths(stage, RunPaths(sections.run))
     run_paths = RunPaths(sections.run)
     datasets = open_input(stage, run_paths, settings)
