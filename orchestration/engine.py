@@ -19,6 +19,7 @@ from orchestration import planning
 from orchestration.config import Pool, RayConfig
 from orchestration.lease import Lease
 from orchestration.ledger import Ledger
+from orchestration.metrics import Exporter
 from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
 from shards import storage
 from shards.dataset import MANIFEST
@@ -80,7 +81,8 @@ def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = 
                 return False
             begun = True
             progress.begin("running", ledger.total, done=ledger.skipped)
-            job = Job(stage, ledger, progress, stop, lease, peak_bytes=_known_peak(before))
+            exporter = None if local else Exporter(status.rsplit("/", 1)[0], stage.name)
+            job = Job(stage, ledger, progress, stop, lease, _known_peak(before), exporter=exporter)
             with stop.waits():
                 if local:
                     in_this_process(job, pool)
@@ -134,6 +136,7 @@ class Job:
     busy_s: float = 0.0
     wait_s: float = 0.0
     began: float = dataclasses.field(default_factory=time.monotonic)
+    exporter: Exporter | None = None  # on Ray
 
     def check(self) -> None:
         """Raise where the run is to end now."""
@@ -148,6 +151,8 @@ class Job:
             self.rows += int(stats.get("rows", 0))
             self.busy_s += float(stats.get("encode_seconds", 0.0))
             self.wait_s += float(stats.get("wait_seconds", 0.0))
+        if self.exporter is not None:
+            self.exporter.shard(stats or {}, self.ledger.remaining, self.workers)
         if self.rows:
             figures["success"] = f"{self.samples / self.rows:.0%}"
         elapsed = max(time.monotonic() - self.began, 1e-9)
@@ -160,7 +165,10 @@ class Job:
 
     def blame(self, task: Task, error: BaseException, trace: str) -> None:
         """Count a failure that was the shard's own."""
+        before = len(self.ledger.failed)
         self.ledger.blame(task, sentence(error), trace)
+        if self.exporter is not None and len(self.ledger.failed) > before:
+            self.exporter.set_aside()
         self.progress.update(0, failed=len(self.ledger.failed))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestration import checks, engine, notify
 from orchestration.config import Pool, RunConfig
+from orchestration.metrics import Exporter
 from orchestration.parts import (
     FITS,
     STAGES,
@@ -185,6 +186,8 @@ def run_evaluation(found: Evaluation, config: RunConfig, local: bool, redo: bool
         from eval import trackers
 
         trackers.tell(training.trackers, found.run, found.result())
+    if not local:
+        Exporter(config.run, "eval").evaluated(found.result())
     sentence = f"eval: the report of {found.model.name} is there"
     notify.send(config.notify, "report", config.run, "eval", sentence, report=report)
     return report

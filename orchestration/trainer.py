@@ -91,7 +91,12 @@ def _rank(told: dict[str, Any]) -> str | None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("carrara").setLevel(logging.INFO)
     try:
-        fit(told["stage"], TrainingSections(**told["sections"]), redo=told["redo"], adopt=told["adopt"])
+        tell = None
+        if told.get("on_ray"):
+            from orchestration.metrics import Exporter
+
+            tell = Exporter(told["sections"]["run"], told["stage"]).line
+        fit(told["stage"], TrainingSections(**told["sections"]), redo=told["redo"], adopt=told["adopt"], tell=tell)
     except FitStopped as e:
         return str(e)
     return None
@@ -105,7 +110,7 @@ def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: boo
     failures, reached = 0, _images(stage, paths)
     with stop_on_sigterm(StopFlag(stage)) as asked, asked.waits():
         while True:
-            told = {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt}
+            told = {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt, "on_ray": True}
             try:
                 if _fit_once(stage, told, getattr(sections, stage), ranks, config.ray, asked, lease):
                     return

@@ -149,6 +149,15 @@ class Journal:
         finally:
             self._paused += time.perf_counter() - began
 
+    @contextlib.contextmanager
+    def saving(self, images: int) -> Iterator[None]:
+        """The same around a checkpoint; how long the loop stood still for it is told."""
+        began = time.perf_counter()
+        with self.pause():
+            yield
+        if self._writer is not None:
+            self._writer.figures(images, {"checkpoint/seconds": time.perf_counter() - began})
+
     def close(self, state: str) -> None:
         """End the bar with a state: done, failed or stopped."""
         if self._writer is not None:
@@ -171,6 +180,7 @@ class _Writer:
             folders.truncate_log(self.folder / name, images)
         settings = {**job.config.model_dump(mode="json"), "seed": job.seed}
         run, state = job.status_url.rsplit("/", 2)[0], storage.join(job.logs, STATE)
+        self._tell = job.tell or (lambda _: None)
         self._trackers = Trackers(job.config.trackers, self.folder, state, images, run, job.stage, settings)
         self._progress = Progress(job.stage, job.config.images, "images", job.status_url, done=images)
         self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -201,7 +211,17 @@ class _Writer:
             images = line["images"]
             by_timestep = {f"loss_by_timestep/{i}": v for i, v in enumerate(line.get("loss_by_timestep", []))}
             self._trackers.scalars("line", images, {k: v for k, v in line.items() if k != "images"} | by_timestep)
+            self._tell(line)
             self._progress.update(0, lr=line["lr"], samples_per_s=line["samples_per_s"])
+
+        self._todo.put(write)
+
+    def figures(self, images: int, values: dict[str, float]) -> None:
+        """What is no line of the log, for the trackers and whoever listens."""
+
+        def write() -> None:
+            self._trackers.scalars(min(values), images, values)
+            self._tell(values)
 
         self._todo.put(write)
 

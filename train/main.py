@@ -27,7 +27,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if __name__ == "__main__":
     # Run as a script, Python looks for modules in this file's folder; it is the one above that holds them.
@@ -52,14 +52,19 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def run(
-    stage: str, config: str | TrainingSections, overrides: Sequence[str] = (), redo: bool = False, adopt: bool = False
+    stage: str,
+    config: str | TrainingSections,
+    overrides: Sequence[str] = (),
+    redo: bool = False,
+    adopt: bool = False,
+    tell: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Fit one stage on the ranks that the environment describes; call it in every rank.
 
     config: a run's YAML file (with dotted overrides), or its sections as read already. Does nothing where
     the stage is done or its weights are pretrained ones. redo: throw away what was begun as another run. adopt: go on
-    with what differs, where that can be: a longer run, another rate, more data. Raises ConfigError, StageError, or
-    ranks.Stopped after a SIGTERM.
+    with what differs, where that can be: a longer run, another rate, more data. tell: called on rank 0 with every line
+    of the log, in a thread of its own. Raises ConfigError, StageError, or ranks.Stopped after a SIGTERM.
     """
     sections = load_sections(config, overrides, TrainingSections) if isinstance(config, str) else config
     if stage not in STAGES:
@@ -107,8 +112,9 @@ def run(
         facts |= objective.facts
         status = storage.join(run_paths.status, f"{stage}.json")
         job = Job(
-            stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts, notes=taken.notes
-        )
+            stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts, notes=taken.notes,
+            tell=tell,
+        )  # fmt: skip
         if isinstance(settings, TrainConfig):
             job = _watched(job, settings, objective, run_paths, ranks)
         last = fit(job, objective, ranks)

@@ -95,7 +95,7 @@ class Trackers:
             self._threads.append(_Thread(name, make, about, told))
 
     def scalars(self, series: str, images: int, values: Mapping[str, Any]) -> None:
-        """The finite numbers among `values`. series: of one kind of lines, of which each has its own number of images."""
+        """The finite numbers among `values`. series: a kind of lines; each line of it has another number of images."""
         finite = {k: float(v) for k, v in values.items() if _is_number(v)}
         if finite:
             for thread in self._threads:
@@ -270,7 +270,7 @@ class _Wandb:
         self._run.log({"images": images, name: self._wandb.Image(pixels)})
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class _Mlflow:

@@ -100,7 +100,8 @@ def test_the_end_of_a_stage_is_told_as_documented(hook: Hook, monkeypatch: pytes
         outcome.report = "runs/mine/reports/step-1.html"
     [asked] = hook.asked
     at = asked.pop("time")
-    assert at.endswith("+00:00") and len(at) == 25
+    assert at.endswith("+00:00")
+    assert len(at) == 25
     assert 0 <= asked.pop("seconds") < 10
     assert asked == {
         "version": 1, "event": "end", "run": "runs/mine", "stage": "eval", "sentence": "eval: done",

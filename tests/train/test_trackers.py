@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +46,30 @@ def in_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
+def records(log: bytes) -> Iterator[bytes]:
+    """What a log in LevelDB's format holds: blocks of 32 KiB, in which a piece has a sum, a length and a kind (whole,
+    first, middle, last), behind the seven bytes that wandb begins its files with."""
+    assert log.startswith(b":W&B")
+    at, whole = 7, b""
+    while at + 7 <= len(log):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", log, at + 4)
+        whole += log[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+
+
 def in_wandb(folder: Path) -> tuple[set[str], list[dict[str, Any]]]:
     """(ids of runs, lines) of all offline runs under a folder, as `wandb sync` would send them."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     ids, lines = set(), []
     for file in sorted(folder.rglob("run-*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
+        for data in records(file.read_bytes()):
             record = Record()
             record.ParseFromString(data)
             if record.run.run_id:
@@ -94,7 +110,7 @@ def test_a_training_that_goes_on_does_so_in_the_same_runs(services: Path) -> Non
     assert ids == {state["wandb"]["id"]}
     assert sorted((x["images"], x["loss"]) for x in lines if "loss" in x) == expected
     assert sorted(x["images"] for x in lines if "validation/loss" in x) == [32, 40]
-    assert sorted(x["images"] for x in lines if "samples" in x) == [32, 40]
+    assert sorted(x["images"] for x in lines if any(k.startswith("samples") for k in x)) == [32, 40]
     [run], points = in_mlflow("loss")
     assert points == expected
     assert run.data.params == {"learning_rate": "0.0001", "unet.layers_per_block": "1"}
@@ -159,9 +175,9 @@ def test_what_a_tracker_lacks_is_said_before_any_work(monkeypatch: pytest.Monkey
     for name in ("WANDB_MODE", "WANDB_API_KEY", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     trackers.check(("tensorboard",), "train.trackers")
-    with pytest.raises(ConfigError, match="train.trackers names mlflow; set MLFLOW_TRACKING_URI"):
+    with pytest.raises(ConfigError, match=r"train\.trackers names mlflow; set MLFLOW_TRACKING_URI"):
         trackers.check(("mlflow",), "train.trackers")
-    with pytest.raises(ConfigError, match="clip.trackers names wandb; set WANDB_API_KEY"):
+    with pytest.raises(ConfigError, match=r"clip\.trackers names wandb; set WANDB_API_KEY"):
         trackers.check(("wandb",), "clip.trackers")
     monkeypatch.setenv("WANDB_MODE", "offline")
     trackers.check(("wandb",), "clip.trackers")
@@ -170,8 +186,9 @@ def test_what_a_tracker_lacks_is_said_before_any_work(monkeypatch: pytest.Monkey
         trackers.check(("wandb",), "clip.trackers")
 
 
+@pytest.mark.slow
 def test_a_fit_tells_them_what_its_log_says(run: Path, services: Path) -> None:
-    """Stopped at a checkpoint and gone on with, on two ranks: rank 0 alone tells."""
+    """On two ranks, of which the first alone tells."""
     config = tiny.write_config(run, tiny.configuration(run, trackers=list(ALL), checkpoint_every_images=16))
     forked.fit(config, 2)
     lines = [json.loads(x) for x in (run / "train" / "log.jsonl").read_text().splitlines()]
