@@ -352,6 +352,32 @@ def status(
 
 
 @app.command(rich_help_panel="A run")
+def why(
+    run: Run,
+    shard: Annotated[str, typer.Argument(metavar="SHARD", help="a shard's number, or train, autoencoder or clip")],
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON, for programs")] = False,
+) -> None:
+    """What became of a shard: who made it when, its rows, its failed attempts, its files; or of a fit's ranks."""
+    from orchestration.why import show
+
+    print(show(run, shard, as_json))
+
+
+@app.command(rich_help_panel="A run")
+def serve(
+    run: Run,
+    host: Annotated[str, typer.Option("--host", help="address to listen at; others than this machine's see it")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for a free one")] = 8270,
+) -> None:
+    """A live page of a run, for whoever has the link that is printed. Reads the run's folder or bucket alone."""
+    from orchestration.serve import serve as work
+
+    work(run, host, port)
+
+
+@app.command(rich_help_panel="A run")
 def verify(
     run: Run,
     deep: Annotated[

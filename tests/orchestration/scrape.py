@@ -1,6 +1,6 @@
 """A Ray of its own with a metrics port, a toy stage and a training's line on it; prints what Prometheus would read.
 
-    python -m tests.orchestration.scrape FOLDER
+python -m tests.orchestration.scrape FOLDER
 """
 
 from __future__ import annotations

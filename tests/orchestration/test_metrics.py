@@ -32,9 +32,9 @@ def test_every_query_of_the_dashboard_names_a_metric_that_is_exported() -> None:
         names = set(re.findall(r"\bray_\w+", query))
         assert names, query
         assert names <= exported.keys(), query
-        labels = {w for part in re.findall(r"by \(([^)]*)\)|\{([^}]*)\}|, (\w+)\)$", query) for w in re.findall(
-            r"(\w+)(?==|!|\)|,|$)", ",".join(part))}  # fmt: skip
-        assert labels - {"label_values"} <= set.union(*(exported[n] for n in names)), query
+        grouped = {w for part in re.findall(r"by \(([^)]*)\)", query) for w in part.split(", ")}
+        chosen = set(re.findall(r"[{ ](\w+)=", query))
+        assert all(grouped | chosen <= exported[name] for name in names), query
         asked |= names
     assert asked == exported.keys()  # and draws all of them
 
