@@ -1,4 +1,4 @@
-"""What went wrong on the way, kept in one place: `<run>/status/<stage>-attempts/<shard>.json`, and `ranks.json` of a fit.
+"""What went wrong on the way, in one place: `<run>/status/<stage>-attempts/<shard>.json`, and `ranks.json` of a fit.
 
 The failures of one shard stand in one file, also once a later attempt has made it; a shard that nothing happened to has
 none. Likewise where the ranks of a fit ran, and what they died of. `carrara why` reads it. No run hangs on it.

@@ -82,7 +82,7 @@ def test_prometheus_reads_what_a_run_does(tmp_path: Path) -> None:
         assert tags["run"] == ("runs/x" if tags["stage"] != "toy" else str(tmp_path))
     for (name, what), value in {
         ("rows_total", "toy success"): 5 * 50, ("shards_total", "toy done"): 5, ("shards_total", "toy set_aside"): 1,
-        ("shards_left", "toy"): 0, ("workers", "toy"): 1, ("rows_total", "ingest http_404"): 2,
+        ("shards_left", "toy"): 0, ("workers", "ingest"): 1, ("rows_total", "ingest http_404"): 2,
         ("rows_total", "ingest success"): 3, ("bytes_total", "ingest fetched"): 70, ("shards_left", "ingest"): 4,
         ("busy_seconds_total", "ingest"): 2, ("wait_seconds_total", "ingest"): 1, ("images", "train"): 800,
         ("loss", "train"): 0.25, ("images_per_second", "train"): 12.5, ("data_wait", "train"): 0.01,
