@@ -97,8 +97,8 @@ def allowed(port: int, path: str) -> tuple[int, dict[str, str], bytes]:
 
 def test_nobody_sees_anything_without_the_token(run: Path) -> None:
     with served(run) as port:
-        wrong = [{}, {"Cookie": f"carrara-{port}=wrong"}, {"Cookie": f"carrara-{port}="}, {"Cookie": f"other={TOKEN}"},
-                 {"Authorization": "Bearer wrong"}, {"Cookie": f"carrara-{port}={TOKEN}x"}, {"Cookie": "\xff=;"}]  # fmt: skip
+        cookies = (f"carrara-{port}=wrong", f"carrara-{port}=", f"other={TOKEN}", f"carrara-{port}={TOKEN}x", "\xff=;")
+        wrong: list[dict[str, str]] = [{}, {"Authorization": "Bearer wrong"}, *({"Cookie": c} for c in cookies)]
         paths = ("/", "/state.json", "/files/reports/step-00000005.html", "/nothing", "/?token=wrong", "/?token=")
         for path in paths:
             for headers in wrong:
@@ -123,7 +123,8 @@ def test_only_files_that_are_meant_to_be_seen_are_served(run: Path, tmp_path: Pa
     with served(run) as port:
         for path in (
             "/files/reports/../status/ingest.json", "/files/reports/..%2fstatus%2fingest.json", "/files/reports/..",
-            "/files/reports/%2e%2e/status/ingest.json", "/files/reports/", "/files/reports", "/files/status/ingest.json",
+            "/files/reports/%2e%2e/status/ingest.json", "/files/reports/", "/files/reports",
+            "/files/status/ingest.json",
             "/files/../reports/step-00000005.html", "//files/reports/step-00000005.html", "/files/reports/link.html",
             "/files/reports/.hidden.html", "/files/reports/trackers.txt", "/files/reports/inner.html",
             "/files/reports/step-00000005.html%00.png", "/files/reports/step-00000005.html\\..\\x.html", "/secret.html",

@@ -17,7 +17,7 @@ from orchestration.run_stage import main
 from shards import plan
 from shards.dataset import commit_shard
 from shards.fingerprint import Fingerprint
-from shards.settings import ConfigError, NodeTrouble, StageError
+from shards.settings import NodeTrouble, StageError
 from tests import objects
 from tests.orchestration.drive import toy
 from tests.train.tiny import parquet
