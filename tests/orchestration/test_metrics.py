@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orchestration import metrics
+from orchestration import metrics, trainer
 from orchestration.metrics import METRICS, Exporter
 from tests.orchestration.head import ROOT
 
@@ -63,6 +63,19 @@ def test_a_metric_that_cannot_be_told_is_one_warning(
     exporter.shard({"count": 3}, 1, 1)
     exporter.line({"loss": float("nan")})
     assert len(caplog.messages) == 1
+
+
+def test_the_first_rank_of_a_fit_on_ray_exports_the_lines_of_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    told: list[tuple[str, float]] = []
+    monkeypatch.setattr("train.main.run", lambda *_, tell, **__: given.append(tell))
+    monkeypatch.setattr(Exporter, "tell", lambda self, name, value, **tags: told.append((name, value)))
+    sections = {"run": "runs/x", "train": {"images": 8, "batch_size": 8}}
+    trainer._rank({"stage": "train", "sections": sections, "redo": False, "adopt": False, "on_ray": True})
+    trainer._rank({"stage": "train", "sections": sections, "redo": False, "adopt": False})
+    assert given[1] is None
+    given[0]({"images": 8, "loss": 0.5, "note": "x", "checkpoint/seconds": 2.0})
+    assert told == [("carrara_images", 8), ("carrara_loss", 0.5), ("carrara_checkpoint_seconds", 2.0)]
 
 
 @pytest.mark.slow

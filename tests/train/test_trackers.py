@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
+import types
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 
 from shards.settings import ConfigError
 from tests.train import forked, tiny
-from train import trackers
+from train import journal, trackers
+from train.config import TrainConfig
 from train.trackers import Trackers
 
 ALL = ("tensorboard", "wandb", "mlflow")
@@ -200,3 +202,27 @@ def test_a_fit_tells_them_what_its_log_says(run: Path, services: Path) -> None:
     [found], points = in_mlflow("loss")
     assert points == expected
     assert found.data.params["batch_size"] == "8"
+
+
+def test_whoever_listens_hears_every_line_and_how_long_checkpoints_take(tmp_path: Path) -> None:
+    """What the metrics of a run on Ray are made from; a listener that fails ends nothing."""
+    told: list[dict[str, Any]] = []
+
+    def tell(line: dict[str, Any]) -> None:
+        told.append(line)
+        raise OSError("no Ray any more")
+
+    config = TrainConfig(images=100, batch_size=10, trackers=())
+    job: Any = types.SimpleNamespace(
+        logs=str(tmp_path / "train"), status_url=str(tmp_path / "status" / "train.json"), stage="train", seed=0,
+        config=config, tell=tell,
+    )  # fmt: skip
+    writer = journal._Writer(job, 0)
+    for images in (10, 20):
+        writer.line({"images": images, "loss": 0.5, "lr": 1e-4, "samples_per_s": 3.0})
+    writer.figures(20, {"checkpoint/seconds": 1.5})
+    writer.close("done")
+    assert [x.get("images") for x in told] == [10, 20, None]
+    assert told[2] == {"checkpoint/seconds": 1.5}
+    assert len((tmp_path / "train" / "log.jsonl").read_text().splitlines()) == 2
+    assert json.loads((tmp_path / "status" / "train.json").read_text())["state"] == "done"
