@@ -252,10 +252,11 @@ class _Writer:
         assert self._remote is not None
         self._mirrored = time.monotonic()
         for file in (f for f in self.folder.rglob("*") if f.is_file()):
-            name, info = file.relative_to(self.folder).as_posix(), file.stat()
-            if self._copied.get(name) != (mark := (info.st_size, info.st_mtime_ns)):
-                storage.write_atomic(storage.join(self._remote, name), file.read_bytes())
-                self._copied[name] = mark
+            with contextlib.suppress(FileNotFoundError):  # a tracker's own temporary file
+                name, info = file.relative_to(self.folder).as_posix(), file.stat()
+                if self._copied.get(name) != (mark := (info.st_size, info.st_mtime_ns)):
+                    storage.write_atomic(storage.join(self._remote, name), file.read_bytes())
+                    self._copied[name] = mark
 
     def close(self, state: str) -> None:
         """Write what is left, and end."""
