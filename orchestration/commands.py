@@ -69,6 +69,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
 BatchSize = Annotated[int, typer.Option("--batch-size")]
 # typer brings a click of its own, in which the base of all these errors has no public name.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 WEIGHTS = "ema, raw, one of train.ema_stds (ema_0.050), or posthoc:0.08"
 
 
@@ -76,7 +77,8 @@ def run(arguments: Sequence[str]) -> None:
     """Run what the arguments say. Raises ConfigError where they cannot be understood, else as the command does."""
     _refuse_unknown(arguments)
     try:
-        _command().main(list(arguments), prog_name="carrara", standalone_mode=False)
+        if _command().main(list(arguments), prog_name="carrara", standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt
     except USAGE_ERROR as e:
         where = e.ctx.command_path if e.ctx else "carrara"  # type: ignore[attr-defined]
         text = e.format_message().rstrip(".")  # type: ignore[attr-defined]

@@ -121,7 +121,7 @@ def _page(run: str) -> tuple[bytes, str]:
     name = gather.plain(run.rstrip("/").rsplit("/", 1)[-1], 80)
     body = environment.get_template("live.html.j2").render(run=name, place=run, every_ms=int(EVERY_S * 1000), **script)
     policy = (
-        f"default-src 'none'; script-src '{script['script_hash']}'; style-src 'unsafe-inline'; img-src 'self'; "
+        f"default-src 'none'; script-src '{script['script_hash']}'; style-src 'unsafe-inline'; img-src 'self' data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return body.encode(), policy

@@ -33,7 +33,7 @@ function stage(s) {
   bar.style.width = 100 * Math.min(1, s.share || 0) + "%";
   return make("li", { class: "panel stage" },
     make("header", {}, make("h3", {}, s.name), make("span", { class: "badge " + kind }, s.state)),
-    make("div", { class: "track", "aria-hidden": "true" }, bar),
+    s.share ? make("div", { class: "track", "aria-hidden": "true" }, bar) : null,
     make("p", {}, facts.join(", ")),
     make("small", {}, [s.figures, s.updated].filter(Boolean).join(" · ")));
 }

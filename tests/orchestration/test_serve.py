@@ -125,7 +125,7 @@ def test_only_files_that_are_meant_to_be_seen_are_served(run: Path, tmp_path: Pa
             "/files/reports/../status/ingest.json", "/files/reports/..%2fstatus%2fingest.json", "/files/reports/..",
             "/files/reports/%2e%2e/status/ingest.json", "/files/reports/", "/files/reports",
             "/files/status/ingest.json",
-            "/files/../reports/step-00000005.html", "//files/reports/step-00000005.html", "/files/reports/link.html",
+            "/files/../reports/step-00000005.html", "/files//reports/step-00000005.html", "/files/reports/link.html",
             "/files/reports/.hidden.html", "/files/reports/trackers.txt", "/files/reports/inner.html",
             "/files/reports/step-00000005.html%00.png", "/files/reports/step-00000005.html\\..\\x.html", "/secret.html",
             f"/files/reports/{'a' * 300}.html", "/files/samples/step-00000005.html", "/../../etc/passwd",
