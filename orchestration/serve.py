@@ -310,7 +310,7 @@ def _stage(record: dict[str, Any], now: float) -> dict[str, Any]:
     share = record["done"] / record["total"] if record.get("total") else None
     return {
         "name": name, "state": state, "done": done, "failed": failed, "rate": rate, "left": left, "updated": updated,
-        "figures": figures, "share": share,
+        "figures": figures.replace("  ", ", "), "share": share,
     }  # fmt: skip
 
 

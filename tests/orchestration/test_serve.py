@@ -62,6 +62,7 @@ def fill(run: Path) -> Path:
         Image.fromarray(pixels).save(run / "train" / "samples" / f"{images:012d}.png")
     (run / "reports").mkdir()
     (run / "reports" / "step-00000005.html").write_text(f"<!doctype html><title>report</title><p>{HOSTILE}")
+    (run / "reports" / "index.html").write_text('<!doctype html><a href="step-00000005.html">the report</a>')
     return run
 
 
@@ -179,7 +180,7 @@ def test_the_state_is_what_the_run_holds(run: Path) -> None:
     assert max(p[1] for p in loss) == 40.0  # one spike of 1,500 points is not lost
     assert [p[0] for p in loss] == sorted(p[0] for p in loss)
     assert state["samples"] == ["000000005000.png", "000000001000.png"]
-    assert state["reports"] == ["step-00000005.html"]
+    assert state["reports"] == ["step-00000005.html", "index.html"]
     [failure] = state["failures"]
     assert (failure["stage"], failure["shard"], failure["attempts"], failure["host"]) == (
         "latents", "00002", "3", "node-7",
@@ -285,6 +286,14 @@ def test_the_page_in_chromium(run: Path, tmp_path: Path) -> None:
         assert await tab.value("document.querySelector('.failure').open")  # nor was what is open shut
         assert "hacked" not in await tab.value("document.title")
         assert tab.said == []
+        # From the index of the reports to a report, both in a sandbox: the link works, and what the report runs is alone.
+        await tab.value("location.href = '/files/reports/index.html'")
+        await until("document.querySelector('a[href=\"step-00000005.html\"]')?.textContent")
+        await tab.value("document.querySelector('a').click()")
+        await until("location.pathname.endsWith('step-00000005.html') && document.readyState === 'complete'")
+        assert await tab.value("self.origin") == "null"
+        await tab.value("fetch('/state.json', {credentials: 'include'}).then(() => r = 'read', () => r = 'blocked')")
+        assert await until("self.r") == "blocked"
 
     with served(run) as port:
         browser.visit(f"http://127.0.0.1:{port}/?token={TOKEN}", look)
