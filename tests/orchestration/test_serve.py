@@ -286,7 +286,7 @@ def test_the_page_in_chromium(run: Path, tmp_path: Path) -> None:
         assert await tab.value("document.querySelector('.failure').open")  # nor was what is open shut
         assert "hacked" not in await tab.value("document.title")
         assert tab.said == []
-        # From the index of the reports to a report, both in a sandbox: the link works, and what the report runs is alone.
+        # From the index of the reports to a report, both in a sandbox: the link works, and what a report runs is alone.
         await tab.value("location.href = '/files/reports/index.html'")
         await until("document.querySelector('a[href=\"step-00000005.html\"]')?.textContent")
         await tab.value("document.querySelector('a').click()")
