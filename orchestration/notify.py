@@ -101,25 +101,26 @@ def told(config: NotifyConfig, run: str, stage: str) -> Iterator[Outcome]:
         yield Outcome()
         return
     check(config)
-    began, outcome = time.time(), Outcome()
+    began, outcome = time.monotonic(), Outcome()
+
+    def say(event: Event, sentence: str, exit_code: int, attempts: int = ATTEMPTS) -> None:
+        seconds = time.monotonic() - began
+        send(config, event, run, stage, sentence, exit_code, outcome.report, seconds, attempts)
+
     try:
         yield outcome
     except (Busy, KeyboardInterrupt):
         raise
     except Stopped as e:
-        _send_timed(config, began, "stopped", run, stage, str(e), EXIT_STOPPED, attempts=1)  # it is to end soon
+        say("stopped", str(e), EXIT_STOPPED, attempts=1)  # it is to end soon
         raise
     except Exception as e:
         from orchestration.engine import sentence
 
-        _send_timed(config, began, "failure", run, stage, sentence(e), 2 if isinstance(e, ConfigError) else 1)
+        say("failure", sentence(e), 2 if isinstance(e, ConfigError) else 1)
         raise
     if outcome.worked:
-        _send_timed(config, began, "end", run, stage, f"{stage}: done", 0, report=outcome.report)
-
-
-def _send_timed(config: NotifyConfig, began: float, event: Event, run: str, stage: str, *rest: Any, **kw: Any) -> None:
-    send(config, event, run, stage, *rest, seconds=time.time() - began, **kw)
+        say("end", f"{stage}: done", 0)
 
 
 def payload(

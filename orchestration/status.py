@@ -68,8 +68,8 @@ def show(run: str, watch: bool = False, as_json: bool = False) -> None:
 def table(records: list[dict[str, Any]], now: float | None = None) -> str:
     """The records as aligned text."""
     now = time.time() if now is None else now
-    rows = [("stage", "state", "done", "failed", "rate", "left", "updated", "")]
-    rows += [cells(r, now) for r in records]
+    titles: tuple[str, ...] = ("stage", "state", "done", "failed", "rate", "left", "updated", "")
+    rows = [titles, *(cells(r, now) for r in records)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
