@@ -122,6 +122,9 @@ class FitConfig(Strict):
         default=None, ge=1, description="keep for ever the first at or after each multiple of this"
     )
     log_every_images: Operational[int] = Field(default=10_000, ge=1)
+    trackers: Operational[tuple[Literal["tensorboard", "wandb", "mlflow"], ...]] = Field(
+        default=("tensorboard",), description="where the log's lines and the grids of samples are copied to"
+    )
     channels_last: Operational[bool] = Field(
         default=False, description="activations in NHWC; the weights lie in DeepSpeed's flat buffers either way"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Job:
     """One fit. checkpoints, logs: URLs of folders. status_url: where progress is written. facts: stored in manifests.
 
     validator: None for no validation. samples: pictures at every checkpoint; None for none. notes: of what the run
-    takes its samples from, for the journal.
+    takes its samples from, for the journal. tell: called with every line of the journal, on rank 0.
     """
 
     stage: str
@@ -46,6 +47,7 @@ class Job:
     validator: Validator | None = None
     samples: Samples | None = None
     notes: tuple[str, ...] = ()
+    tell: Callable[[dict[str, Any]], None] | None = None
 
     @property
     def keep(self) -> Keep:

@@ -25,9 +25,9 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if __name__ == "__main__":
     # Run as a script, Python looks for modules in this file's folder; it is the one above that holds them.
@@ -36,6 +36,7 @@ if __name__ == "__main__":
 from shards import storage
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError, load_sections
+from train import trackers
 from train.config import STAGES, TrainConfig, TrainingSections, layout
 from train.ranks import Ranks, Stopped, join
 from train.state import describe, discard, fingerprint, history, judge, open_input, stage_config, stage_paths
@@ -51,14 +52,19 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def run(
-    stage: str, config: str | TrainingSections, overrides: Sequence[str] = (), redo: bool = False, adopt: bool = False
+    stage: str,
+    config: str | TrainingSections,
+    overrides: Sequence[str] = (),
+    redo: bool = False,
+    adopt: bool = False,
+    tell: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Fit one stage on the ranks that the environment describes; call it in every rank.
 
     config: a run's YAML file (with dotted overrides), or its sections as read already. Does nothing where
     the stage is done or its weights are pretrained ones. redo: throw away what was begun as another run. adopt: go on
-    with what differs, where that can be: a longer run, another rate, more data. Raises ConfigError, StageError, or
-    ranks.Stopped after a SIGTERM.
+    with what differs, where that can be: a longer run, another rate, more data. tell: called on rank 0 with every line
+    of the log, in a thread of its own. Raises ConfigError, StageError, or ranks.Stopped after a SIGTERM.
     """
     sections = load_sections(config, overrides, TrainingSections) if isinstance(config, str) else config
     if stage not in STAGES:
@@ -68,6 +74,8 @@ def run(
         log.info("%s: pretrained weights are named, so there is nothing to fit", stage)
         return
     layout(stage, settings, int(os.environ.get("WORLD_SIZE", "1")))
+    if os.environ.get("RANK", "0") == "0":
+        trackers.check(settings.trackers, f"{stage}.trackers")
     paths = stage_paths(stage, RunPaths(sections.run))
     run_paths = RunPaths(sections.run)
     datasets = open_input(stage, run_paths, settings)
@@ -104,8 +112,9 @@ def run(
         facts |= objective.facts
         status = storage.join(run_paths.status, f"{stage}.json")
         job = Job(
-            stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts, notes=taken.notes
-        )
+            stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts, notes=taken.notes,
+            tell=tell,
+        )  # fmt: skip
         if isinstance(settings, TrainConfig):
             job = _watched(job, settings, objective, run_paths, ranks)
         last = fit(job, objective, ranks)
