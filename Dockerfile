@@ -36,10 +36,10 @@ COPY orchestration orchestration
 RUN uv pip install --no-deps --compile-bytecode .
 
 FROM python:${PYTHON}-slim-bookworm
-# g++ for the setting `compile`, wget for KubeRay's probes, pdsh and ssh for a hostfile.
+# g++ for the setting `compile`, wget for KubeRay's probes, procps for its hook, pdsh and ssh for a hostfile.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ openssh-client pdsh wget \
+    && apt-get install --yes --no-install-recommends g++ openssh-client pdsh procps wget \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 1000 carrara \
     && useradd --uid 1000 --gid 1000 --create-home carrara
