@@ -11,10 +11,19 @@ from orchestration import commands
 from shards.settings import ConfigError
 
 
-def parse(arguments: Sequence[str]) -> None:
-    """Read what stands behind `carrara`; raises ConfigError where the command line would be refused as it stands."""
-    commands._refuse_unknown(arguments)
-    command, words = commands._command(), list(arguments)
+AT_ONCE = {"--help", "-h", "--version", "--install-completion", "--show-completion"}  # are done as they are read
+
+
+def parse(arguments: Sequence[str], mentioned: bool = False) -> None:
+    """Read what stands behind `carrara`; raises ConfigError where the command line would be refused as it stands.
+
+    mentioned: it is named in a sentence, and its arguments may be left out there.
+    """
+    words = [w for w in arguments if w not in AT_ONCE]
+    if not words or words == ["submit", "COMMAND"]:
+        return
+    commands._refuse_unknown(words)
+    command = commands._command()
     try:
         while True:
             context = command.make_context(command.name, words)
@@ -22,6 +31,8 @@ def parse(arguments: Sequence[str]) -> None:
                 break
             _, command, words = command.resolve_command(context, rest)
     except commands.USAGE_ERROR as e:
+        if mentioned and re.match(r"Missing argument|Option .* requires an argument", e.format_message()):  # type: ignore[attr-defined]
+            return
         raise ConfigError(f"carrara {shlex.join(arguments)}: {e.format_message()}") from None  # type: ignore[attr-defined]
     named = context.params
     settings = [*(named.get("overrides") or ()), *(w for w in named.get("rest") or () if "=" in w)]
@@ -33,8 +44,8 @@ def parse(arguments: Sequence[str]) -> None:
         raise ConfigError("watch: --once and --forever")
 
 
-def code(document: Path) -> Iterator[tuple[int, str]]:
-    """(line number, text) of what stands in code blocks, fenced or indented, and between single backquotes; lines that
+def code(document: Path) -> Iterator[tuple[int, str, bool]]:
+    """(line number, text, whether in a block) of what stands in code blocks, fenced or indented, and between single backquotes; lines that
     end in a backslash are joined with the next."""
     fenced, before, number = False, "", 0
     for number, line in enumerate(document.read_text().splitlines(), 1):
@@ -44,19 +55,20 @@ def code(document: Path) -> Iterator[tuple[int, str]]:
             text = before + line.strip()
             before = text[:-1] if text.endswith("\\") else ""
             if not before:
-                yield number, text
+                yield number, text, True
         else:
             for part in re.findall(r"(?<!`)`([^`]+)`(?!`)", line):
-                yield number, part
+                yield number, part, False
 
 
-def commands_of(document: Path, word: str = "carrara") -> Iterator[tuple[int, list[str]]]:
-    """(line number, words) of each command line of a document that calls `word`; comments and what a shell does to the
+def commands_of(document: Path, word: str = "carrara") -> Iterator[tuple[int, list[str], bool]]:
+    """(line number, words, whether in a block of code) of each command line of a document that calls `word`; comments and what a shell does to the
     output are left out, and what stands in [brackets] is taken as given."""
-    for number, text in code(document):
-        text = re.sub(r"^\$\s+", "", text)
-        if not re.match(rf"{re.escape(word)}(\s|$)", text):
-            continue
-        text = re.split(r"\s{3,}|\s[|>&]+\s|\s#\s", text)[0]  # a column of explanations begins after three blanks
-        text = re.sub(r"\[([^]|]+)(\|[^]]*)?\]", r"\1", text).replace("...", "")
-        yield number, shlex.split(text)
+    for number, text, block in code(document):
+        for line in text.split("; "):
+            line = re.sub(r"^\$\s+", "", line)
+            if not re.match(rf"{re.escape(word)}(\s|$)", line):
+                continue
+            line = re.split(r"\s{3,}|\s[|>&]+\s|\s#\s", line)[0]  # explanations begin after three blanks
+            line = re.sub(r"\[([^]|]+)(\|[^]]*)?\]", r"\1", line).replace(" ...", "")
+            yield number, shlex.split(line), block
