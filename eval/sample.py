@@ -3,11 +3,14 @@
     carrara sample runs/demo --prompt "a large red circle on the left of a white background" --count 4
     carrara sample runs/demo --prompts prompts.jsonl --out images
     carrara sample runs/demo --prompt "a blue star" --image photo.png --strength 0.6 [--mask mask.png]
+    carrara sample runs/inpaint --prompt "a blue star" --image photo.png --mask mask.png
+    carrara sample runs/edit --prompt "make it blue" --image photo.png --image-guidance-scale 1.5
+    carrara sample runs/control --prompt "a blue star" --control edges.png | --control-of photo.png
 
-A image is a function of the weights, its prompt, the settings, the seed and its number: the n-th image of a seed
+An image is a function of the weights, its prompt, the settings, the seed and its number: the n-th image of a seed
 has the same noise for every prompt, so that prompts compare. Image to image and inpainting are diffusers' own
-pipelines around the same networks. Shards lie in OUT/shards, as everywhere, so that a killed run goes on where it
-stood; the PNGs are unpacked from them.
+pipelines around the same networks; what lies outside of a mask is the given picture's, to the bit. Shards lie in
+OUT/shards, as everywhere, so that a killed run goes on where it stood; the PNGs are unpacked from them.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from shards.settings import ConfigError, Strict, validate
 from shards.stage import Task, open_folder
 
 VERSION = 1
+PICTURES = ("image", "mask", "control", "control_of")  # options that are files
 UNPACKED = 20_000  # images; beyond that the shards are the result
 ADVICE = "give a PNG, JPEG or WebP of a sensible size"
 
@@ -64,7 +68,17 @@ class SampleConfig(Strict):
     height: int | None = Field(default=None, ge=8, le=8192)
     image: str | None = None
     mask: str | None = None
-    strength: float = Field(default=0.6, gt=0, le=1, description="how far a given image may change")
+    control: str | None = Field(default=None, description="a control image, for a ControlNet")
+    control_of: str | None = Field(default=None, description="a picture whose control image is made as in training")
+    strength: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="how far a given image may change; null: 0.6, or 1 where a model inpaints",
+    )
+    image_guidance_scale: float = Field(
+        default=1.5, ge=1.0, le=100.0, description="of a model that edits: how near to stay to the picture"
+    )
     batch_size: int = Field(default=8, ge=1, le=4096)
     shard_size: int = Field(default=64, ge=1, le=100_000)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -75,6 +89,10 @@ class SampleConfig(Strict):
     def _together(self) -> SampleConfig:
         if self.mask and not self.image:
             raise ValueError("a mask needs the image that it is of; give --image too")
+        if self.control and self.control_of:
+            raise ValueError("--control and --control-of are two ways to say the same; give one of them")
+        if self.mask and (self.control or self.control_of):
+            raise ValueError("a mask cannot go with a control image; leave one of them out")
         return self
 
 
@@ -116,6 +134,8 @@ class SampleStage:
         self.model = models.find(run, config.checkpoint, config.weights)
         self.image = None if config.image is None else read_image(config.image, "--image", ADVICE)
         self.mask = None if config.mask is None else read_image(config.mask, "--mask", ADVICE)
+        self.control = None if config.control is None else read_image(config.control, "--control", ADVICE)
+        self.control_of = None if config.control_of is None else read_image(config.control_of, "--control-of", ADVICE)
 
     @property
     def total(self) -> int:
@@ -125,9 +145,10 @@ class SampleStage:
     def made_with(self) -> Fingerprint:
         """Settings, weights and what is to be generated."""
         c = self.config
-        settings = c.model_dump(exclude={"requests", "device", "image", "mask", "checkpoint"})
-        settings["image"] = None if self.image is None else digest_bytes(self.image.tobytes())
-        settings["mask"] = None if self.mask is None else digest_bytes(self.mask.tobytes())
+        settings = c.model_dump(exclude={"requests", "device", "checkpoint", *PICTURES})
+        for name in PICTURES:
+            pixels: np.ndarray | None = getattr(self, name)
+            settings[name] = None if pixels is None else digest_bytes(pixels.tobytes())
         wanted = digest_json([[r.prompt, r.negative, r.seed] for r in c.requests])
         return Fingerprint(self.name, VERSION, settings, wanted, {"model": self.model.digest})
 
@@ -183,7 +204,10 @@ class _Worker:
                     raise ConfigError(
                         f"--{name} is {side}, which the VAE does not divide; {near} is the nearest that fits"
                     )
-            pipeline = _kind(base, stage.image is not None, stage.mask is not None)
+            given = {name for name in ("image", "mask") if getattr(stage, name) is not None}
+            given |= {"control"} if c.control or c.control_of else set()
+            pipeline = _kind(base, given)
+            self.pictures = self._pictures(pipeline)
             device = pick_device(c.device)
             self.generator = ImageGenerator(
                 pipeline, c.sampler, c.steps, c.guidance_scale, precision=c.precision, device=device
@@ -226,14 +250,48 @@ class _Worker:
     def _generate(self, items: list[tuple[Request, int]]) -> tuple[np.ndarray, np.ndarray]:
         samples = [Sample(f"seed {r.seed}", n, r.prompt) for r, n in items]
         given: dict[str, Any] = {"negative_prompt": [r.negative for r, _ in items]}
-        if self.stage.image is None:
-            given |= {"width": self.width, "height": self.height}
-        else:
-            given |= {"image": [self._fitted(self.stage.image)] * len(items), "strength": self.config.strength}
-            if self.stage.mask is not None:
-                grey = self._fitted(self.stage.mask).convert("L").point(lambda v: 255 if v >= 128 else 0)
-                given |= {"mask_image": [grey] * len(items), "width": self.width, "height": self.height}
-        return self.generator(samples, **given)
+        for name, value in self.pictures.items():
+            given[name] = [value] * len(items) if isinstance(value, Image.Image) else value
+        images, finite = self.generator(samples, **given)
+        if "mask_image" in self.pictures:
+            # What lies outside of the mask has been through the VAE, and is to be what it was.
+            painted = np.asarray(self.pictures["mask_image"])[..., None] > 0
+            images = np.where(painted, images, np.asarray(self.pictures["image"]))
+        return images, finite
+
+    def _pictures(self, pipeline: Any) -> dict[str, Any]:
+        """The pipeline's arguments beside prompts and seeds."""
+        stage, name = self.stage, type(pipeline).__name__
+        size = {"width": self.width, "height": self.height}
+        control = self._control() if stage.control is not None or stage.control_of is not None else None
+        if stage.image is None:
+            return size if control is None else {**size, "image": control}
+        found: dict[str, Any] = {"image": self._fitted(stage.image)}
+        if control is not None:
+            found["control_image"] = control
+        if name == EDITS:
+            return {**found, "image_guidance_scale": self.config.image_guidance_scale}
+        found["strength"] = self.config.strength or (1.0 if models.told_picture(pipeline) else 0.6)
+        if stage.mask is not None:
+            grey = self._fitted(stage.mask).convert("L").point(lambda v: 255 if v >= 128 else 0)
+            found |= {"mask_image": grey, **size}
+        return found
+
+    def _control(self) -> Image.Image:
+        """The control image: the given one, or one that is made of the given picture."""
+        stage = self.stage
+        if stage.control is not None:
+            return self._fitted(stage.control)
+        from train.config import ControlConfig
+        from train.pictures import control_image
+
+        settings = ControlConfig(**(models.control_settings(stage.run, stage.model) or {}))
+        if settings.images:
+            raise ConfigError(
+                "--control-of: this ControlNet was trained on control images that were brought; give one as --control"
+            )
+        assert stage.control_of is not None
+        return Image.fromarray(control_image(np.asarray(self._fitted(stage.control_of)), settings))
 
     def _fitted(self, pixels: np.ndarray) -> Image.Image:
         """An image to start from at the size that is made: shorter side scaled, then the middle."""
@@ -244,11 +302,28 @@ class _Worker:
         return ImageOps.fit(Image.fromarray(pixels), (self.width, self.height), Image.Resampling.LANCZOS)
 
 
-def _kind(base: Any, image: bool, mask: bool) -> Any:
-    """The text-to-image pipeline, or diffusers' other ones around the same parts."""
-    if not image:
-        return base
+EDITS = "StableDiffusionInstructPix2PixPipeline"
+# What a model is told that cannot do without a picture, by its pipeline.
+NEEDS = {EDITS: {"image"}, "StableDiffusionInpaintPipeline": {"image", "mask"}}
+
+
+def _kind(base: Any, given: set[str]) -> Any:
+    """The model's own pipeline, or diffusers' other ones around the same parts, for what is given of image, mask and
+    control. Raises ConfigError where the model takes something else."""
     import diffusers
 
-    kind = diffusers.AutoPipelineForInpainting if mask else diffusers.AutoPipelineForImage2Image
+    if models.told_picture(base):
+        needs = NEEDS.get(type(base).__name__, set())
+        if given != needs:
+            wanted = " and ".join(f"--{n}" for n in sorted(needs))
+            raise ConfigError(f"sample: this model is told a picture beside each prompt; give {wanted} and no other")
+        return base
+    if "control" in given:
+        if getattr(base, "controlnet", None) is None:
+            raise ConfigError("sample: this model has no ControlNet; leave --control out, or train one (train.control)")
+        return diffusers.AutoPipelineForImage2Image.from_pipe(base) if "image" in given else base
+    base = models.from_prompts(base)
+    if "image" not in given:
+        return base
+    kind = diffusers.AutoPipelineForInpainting if "mask" in given else diffusers.AutoPipelineForImage2Image
     return kind.from_pipe(base)

@@ -512,7 +512,20 @@ def sample(
     mask: Annotated[
         str | None, typer.Option("--mask", metavar="FILE", help="white where that picture is to be drawn anew")
     ] = None,
-    strength: Annotated[float, typer.Option("--strength", help="how far the picture may change, up to 1")] = 0.6,
+    control: Annotated[
+        str | None, typer.Option("--control", metavar="FILE", help="a control image, for a ControlNet")
+    ] = None,
+    control_of: Annotated[
+        str | None,
+        typer.Option("--control-of", metavar="FILE", help="a picture whose control image is made as in training"),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option("--strength", help="how far the picture may change, up to 1; 0.6, or 1 for an inpainting model"),
+    ] = None,
+    image_guidance_scale: Annotated[
+        float, typer.Option("--image-guidance-scale", help="of a model that edits: how near to stay to the picture")
+    ] = 1.5,
     batch_size: BatchSize = 8,
     shard_size: Annotated[int, typer.Option("--shard-size")] = 64,
     precision: Precision = "float32",

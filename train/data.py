@@ -317,8 +317,8 @@ class Latents:
             if not beside.has_any(file.info.index, keys):
                 raise StageError(
                     f"{beside.dataset.root}: its shard {file.info.name} has no picture of the samples in shard "
-                    f"{file.info.name} of {file.dataset.root}, such as {keys[0] if keys else 'none'}; make both from the "
-                    "same table, with the same samples_per_shard"
+                    f"{file.info.name} of {file.dataset.root}, such as {keys[0] if keys else 'none'}; make both from "
+                    "the same table, with the same samples_per_shard"
                 )
 
     def captions(self, positions: np.ndarray, columns: Sequence[str]) -> list[list[list[str]]]:

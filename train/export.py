@@ -40,7 +40,8 @@ from train.config import TrainConfig, stored_config
 from train.folders import CHUNK, MANIFEST, POSTHOC, latest_complete, name_of, read_manifest
 from train.model_card import model_card
 from train.objective import public_config
-from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of
+from train.pictures import WAYS, control_net
+from train.pipelines import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, pipeline_of
 from train.schedulers import scheduler
 from train.state import describe
 from train.text_export import clip_text_model, save_text_encoder, tokenizer, write_tokenizer
@@ -155,7 +156,8 @@ class _Source:
         return Fingerprint("export", VERSION, settings, digest_json(self.manifest), digests)
 
     def pipeline(self) -> Any:
-        """The StableDiffusionPipeline, or the StableDiffusionXLPipeline of a UNet that is told sizes."""
+        """The StableDiffusionPipeline, the StableDiffusionXLPipeline of a UNet that is told sizes, or the class for the
+        way in which it is told a picture (pictures.py)."""
         vae = self._vae()
         text = self._text()
         unet, learned = self._unet(vae)
@@ -171,7 +173,10 @@ class _Source:
         if self.config.text_encoder:
             self._learned_text(encoder, learned)
         parts = {"vae": model, "unet": unet, "scheduler": scheduler(self.config)}
-        pipeline = (_sdxl if sized else _sd)(text, encoder, parts)
+        if self.config.control:
+            parts["controlnet"] = self._control(unet, vae, learned)
+        kind = WAYS[self.config.told].pipeline if self.config.told else STABLE_DIFFUSION.name
+        pipeline = _sdxl(text, encoder, parts) if sized else _sd(kind, text, encoder, parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -205,10 +210,14 @@ class _Source:
         }
 
     def _unet(self, vae: Vae) -> tuple[Any, dict[str, torch.Tensor]]:
-        """The UNet, and what else the checkpoint holds: the learned text encoder's values, or the learned word's."""
+        """The UNet, and what else the checkpoint holds: values of a learned text encoder, word, or ControlNet."""
         from diffusers import UNet2DConditionModel
 
         values = self._weights()
+        if self.config.control:
+            unet, values = self._base(), {k.removeprefix("control."): v for k, v in values.items()}
+            unet.register_to_config(sample_size=self.manifest["resolution"] // vae.downscale)
+            return unet.eval().requires_grad_(False), values
         learned = {k.removeprefix("text."): v for k, v in values.items() if k.startswith("text.")}
         if "rows" in values:  # a word, as it was called before the UNet and the text shared a model
             learned = {"rows": values.pop("rows")}
@@ -231,6 +240,12 @@ class _Source:
         # The pipeline draws pictures of this size unless told otherwise.
         unet.register_to_config(sample_size=self.manifest["resolution"] // vae.downscale)
         return unet.eval().requires_grad_(False), learned
+
+    def _control(self, unet: Any, vae: Vae, learned: dict[str, torch.Tensor]) -> Any:
+        """The ControlNet of a checkpoint's values."""
+        control = control_net(unet, vae.downscale)
+        control.load_state_dict(learned)
+        return control.eval().requires_grad_(False)
 
     def _learned_text(self, encoder: Any, learned: dict[str, torch.Tensor]) -> None:
         """Put what a text encoder learned into transformers' model of it, in place."""
@@ -390,10 +405,11 @@ def _same_weights(what: str, find: Callable[[str], Any], facts: dict[str, Any], 
 # ---- pipelines -------------------------------------------------------------------------------------
 
 
-def _sd(text: TextEncoder, encoder: Any, parts: dict[str, Any]) -> Any:
-    from diffusers import StableDiffusionPipeline
+def _sd(kind: str, text: TextEncoder, encoder: Any, parts: dict[str, Any]) -> Any:
+    """One of diffusers' StableDiffusion...Pipeline classes."""
+    import diffusers
 
-    return StableDiffusionPipeline(
+    return getattr(diffusers, kind)(
         **parts,
         text_encoder=encoder,
         tokenizer=tokenizer(text),

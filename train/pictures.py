@@ -187,7 +187,8 @@ def draw_mask(random: np.random.Generator, height: int, width: int, whole: float
 
 def _inpaint_batch(told: Told, pixels: np.ndarray, positions: np.ndarray, u: np.ndarray) -> Batch:
     """picture uint8 [B,H,W,3], mask uint8 [B,1,H,W], and the posterior's draw masked_noise float32 [B,C,h,w]."""
-    assert told.config.inpaint is not None and told.vae is not None
+    assert told.config.inpaint is not None
+    assert told.vae is not None
     height, width = pixels.shape[1:3]
     masks = [draw_mask(r, height, width, told.config.inpaint.whole) for r in told.random.each("mask", positions)]
     shape = (told.vae.channels, height // told.downscale, width // told.downscale)

@@ -26,7 +26,7 @@ from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from shards.stage import begin
 from train import segments
-from train.config import SourceConfig, TrainConfig, ValidationConfig
+from train.config import TOLD, SourceConfig, TrainConfig, ValidationConfig
 from train.data import Batch, Latents
 from train.denoising import Diffusion
 from train.order import permute
@@ -122,6 +122,7 @@ class Chosen(Latents):
 
     def __init__(self, config: TrainConfig, dataset: Dataset, count: int, beside: Sequence[ByKey] = ()) -> None:
         plain = {"sources": (SourceConfig(),), "resolution": config.resolutions[:1] or None, "batch_by_area": None}
+        plain |= dict.fromkeys(TOLD)  # the pictures are those of `beside`
         super().__init__(config.model_copy(update=plain), [dataset], 0, beside=beside)
         laid = segments.rows_laid(dataset).astype(np.int64)
         used = np.flatnonzero(self.placement.segments[0].sizes)
