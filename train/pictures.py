@@ -168,12 +168,12 @@ def draw_mask(random: np.random.Generator, height: int, width: int, whole: float
     pen = ImageDraw.Draw(canvas)
     for _ in range(int(random.integers(1, 5))):
         if random.random() < 0.5:
-            w, h = (max(1, round(float(random.uniform(0.1, 0.6)) * n)) for n in (width, height))
+            w, h = (max(1, round(float(random.uniform(0.1, 0.8)) * n)) for n in (width, height))
             x, y = int(random.integers(0, width - w + 1)), int(random.integers(0, height - h + 1))
             pen.rectangle((x, y, x + w - 1, y + h - 1), fill=1)
         else:
             points = [(float(random.uniform(0, width)), float(random.uniform(0, height)))]
-            angle, brush = float(random.uniform(0, 2 * np.pi)), max(1, round(float(random.uniform(0.06, 0.2)) * side))
+            angle, brush = float(random.uniform(0, 2 * np.pi)), max(1, round(float(random.uniform(0.08, 0.3)) * side))
             for _ in range(int(random.integers(2, 7))):
                 angle += float(random.uniform(-1.5, 1.5))
                 length = float(random.uniform(0.1, 0.35)) * side
