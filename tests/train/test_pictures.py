@@ -16,12 +16,15 @@ from PIL import Image
 
 from eval import model as models
 from eval.sample import Request, SampleConfig, SampleStage
+from ingest.stage import IngestStage
 from shards.dataset import Dataset, commit_shard, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.images import ImageShard, decode_rgb, pack_tar
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError, load_sections, validate
 from shards.stage import begin
+from tests.ingest.conftest import make_config
+from tests.ingest.conftest import run as ingest_run
 from tests.latents import world
 from tests.train import forked, tiny
 from tests.train.test_export import save_checkpoint
@@ -32,7 +35,7 @@ from train.config import ControlConfig, TrainConfig, TrainingSections
 from train.denoising import Diffusion
 from train.export import build_pipeline, export
 from train.objectives import build
-from train.pictures import WAYS, control_image, control_net, draw_mask, widen
+from train.pictures import WAYS, ByKey, control_image, control_net, draw_mask, widen
 from train.randomness import Randomness
 
 pytestmark = pytest.mark.timeout(900)
@@ -284,6 +287,36 @@ def test_pictures_with_other_keys_are_refused(base: Any, tmp_path: Path) -> None
     tiny.pq.write_table(table, root / "00000.parquet")
     with pytest.raises(StageError, match="has no picture of the samples in shard 00000"):
         objective_of(config)
+
+
+def test_two_runs_over_one_table_have_the_same_keys(tmp_path: Path) -> None:
+    """As the documentation says it: pictures after and before from two columns, one of the befores broken."""
+    pa, pq = tiny.pa, tiny.pq
+    after, before = (
+        [world.encoded(Image.new("RGB", (16, 16), (i, 9 * i, c)), "png") for i in range(9)] for c in (0, 90)
+    )
+    before[3] = before[4] = before[5]  # one picture, changed in three ways
+    before[7] = b"no picture"
+    captions = [f"make it {i}" for i in range(9)]
+    table = pa.table({"before": pa.array(before), "after": pa.array(after), "text": captions})
+    pq.write_table(table, tmp_path / "edits.parquet", row_group_size=4)
+    shared = {"encode_format": "png", "image_size": 16, "samples_per_shard": 5}
+    off = {"duplicates": {"url": False, "bytes": False}}
+    for column, root, more in (("after", "r", {}), ("before", "r/before", off)):
+        settings = {"source": {"kind": "parquet", "image_column": column}, **shared, **more}
+        ingest_run(IngestStage(make_config(tmp_path / "edits.parquet", **settings), str(tmp_path / root / "images")))
+    ours = Dataset.open(str(tmp_path / "r" / "images"))
+    beside = ByKey(Dataset.open(str(tmp_path / "r" / "before" / "images")))
+    found = {}
+    for position, info in enumerate(ours.shards):
+        shard = ImageShard(ours, position)
+        data, there = beside.read(info.index, shard.keys)
+        found |= {
+            c: decode_rgb(d)[0, 0].tolist() if t else None for c, d, t in zip(shard.captions, data, there, strict=True)
+        }
+    expected = {c: [i, 9 * i, 90] for i, c in enumerate(captions)}
+    expected |= {captions[3]: expected[captions[5]], captions[4]: expected[captions[5]], captions[7]: None}
+    assert found == expected
 
 
 # ---- the whole way ---------------------------------------------------------------------------------
