@@ -6,6 +6,7 @@
     carrara sample runs/inpaint --prompt "a blue star" --image photo.png --mask mask.png
     carrara sample runs/edit --prompt "make it blue" --image photo.png --image-guidance-scale 1.5
     carrara sample runs/control --prompt "a blue star" --control edges.png | --control-of photo.png
+    carrara sample runs/demo --prompt "a blue star" --upscale runs/upscaler
 
 An image is a function of the weights, its prompt, the settings, the seed and its number: the n-th image of a seed
 has the same noise for every prompt, so that prompts compare. Image to image and inpainting are diffusers' own
@@ -31,7 +32,7 @@ from eval.generate import ImageGenerator, Sample
 from eval.inputs import read_image, read_lines
 from eval.prompts import MAX_CHARS
 from eval.shardwork import Made, accounted, commit, counted, parquet, png, tar_of
-from latents.pictures import resize_crop
+from latents.pictures import resize_crop, resize_crop_to
 from shards import storage
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
@@ -79,6 +80,8 @@ class SampleConfig(Strict):
     image_guidance_scale: float = Field(
         default=1.5, ge=1.0, le=100.0, description="of a model that edits: how near to stay to the picture"
     )
+    noise_level: int = Field(default=20, ge=0, lt=1000, description="of an upscaler: noise on the small image")
+    upscale: str | None = Field(default=None, description="a run of train.upscale that draws the images larger")
     batch_size: int = Field(default=8, ge=1, le=4096)
     shard_size: int = Field(default=64, ge=1, le=100_000)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -132,6 +135,7 @@ class SampleStage:
         self.config, self.run, self.out = config, run, out
         self.root = storage.join(out, "shards")
         self.model = models.find(run, config.checkpoint, config.weights)
+        self.upscaler = None if config.upscale is None else models.find(RunPaths(config.upscale))
         self.image = None if config.image is None else read_image(config.image, "--image", ADVICE)
         self.mask = None if config.mask is None else read_image(config.mask, "--mask", ADVICE)
         self.control = None if config.control is None else read_image(config.control, "--control", ADVICE)
@@ -150,7 +154,8 @@ class SampleStage:
             pixels: np.ndarray | None = getattr(self, name)
             settings[name] = None if pixels is None else digest_bytes(pixels.tobytes())
         wanted = digest_json([[r.prompt, r.negative, r.seed] for r in c.requests])
-        return Fingerprint(self.name, VERSION, settings, wanted, {"model": self.model.digest})
+        weights = {"model": self.model.digest} | ({"upscaler": self.upscaler.digest} if self.upscaler else {})
+        return Fingerprint(self.name, VERSION, settings, wanted, weights)
 
     def tasks(self) -> Iterator[Task]:
         """One task a shard; the images of a prompt lie side by side."""
@@ -212,6 +217,17 @@ class _Worker:
             self.generator = ImageGenerator(
                 pipeline, c.sampler, c.steps, c.guidance_scale, precision=c.precision, device=device
             )
+            self.upscaler = self._upscaler(device)
+
+    def _upscaler(self, device: str) -> ImageGenerator | None:
+        """What draws the images larger; None where that is not asked for."""
+        c = self.config
+        if c.upscale is None or self.stage.upscaler is None:
+            return None
+        pipeline = models.build_pipeline(RunPaths(c.upscale), self.stage.upscaler)
+        if type(pipeline).__name__ != UPSCALES:
+            raise ConfigError(f"--upscale: the model of {c.upscale} is no upscaler; train one with train.upscale")
+        return ImageGenerator(pipeline, c.sampler, c.steps, c.guidance_scale, precision=c.precision, device=device)
 
     def __call__(self, task: Task) -> dict[str, Any]:
         def make() -> Made:
@@ -257,6 +273,11 @@ class _Worker:
             # What lies outside of the mask has been through the VAE, and is to be what it was.
             painted = np.asarray(self.pictures["mask_image"])[..., None] > 0
             images = np.where(painted, images, np.asarray(self.pictures["image"]))
+        if self.upscaler is not None:
+            small = [Image.fromarray(image) for image in images]
+            more = {"negative_prompt": given["negative_prompt"], "noise_level": self.config.noise_level}
+            images, fine = self.upscaler(samples, image=small, **more)
+            finite &= fine
         return images, finite
 
     def _pictures(self, pipeline: Any) -> dict[str, Any]:
@@ -269,6 +290,8 @@ class _Worker:
         found: dict[str, Any] = {"image": self._fitted(stage.image)}
         if control is not None:
             found["control_image"] = control
+        if name == UPSCALES:
+            return {"image": self._small(stage.image, pipeline), "noise_level": self.config.noise_level}
         if name == EDITS:
             return {**found, "image_guidance_scale": self.config.image_guidance_scale}
         found["strength"] = self.config.strength or (1.0 if models.told_picture(pipeline) else 0.6)
@@ -276,6 +299,16 @@ class _Worker:
             grey = self._fitted(stage.mask).convert("L").point(lambda v: 255 if v >= 128 else 0)
             found |= {"mask_image": grey, **size}
         return found
+
+    def _small(self, pixels: np.ndarray, pipeline: Any) -> Image.Image:
+        """A small image for an upscaler: as it is, cut to what its UNet can halve, or for the size asked for."""
+        factor = int(pipeline.vae_scale_factor)
+        height, width = pixels.shape[:2]
+        if self.config.width or self.config.height:
+            width, height = self.width // factor, self.height // factor
+        step = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+        width, height = (max(step, side // step * step) for side in (width, height))
+        return Image.fromarray(resize_crop_to(pixels, width, height)[0])
 
     def _control(self) -> Image.Image:
         """The control image: the given one, or one that is made of the given picture."""
@@ -303,8 +336,9 @@ class _Worker:
 
 
 EDITS = "StableDiffusionInstructPix2PixPipeline"
+UPSCALES = "StableDiffusionUpscalePipeline"
 # What a model is told that cannot do without a picture, by its pipeline.
-NEEDS = {EDITS: {"image"}, "StableDiffusionInpaintPipeline": {"image", "mask"}}
+NEEDS = {EDITS: {"image"}, UPSCALES: {"image"}, "StableDiffusionInpaintPipeline": {"image", "mask"}}
 
 
 def _kind(base: Any, given: set[str]) -> Any:

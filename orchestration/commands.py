@@ -526,6 +526,12 @@ def sample(
     image_guidance_scale: Annotated[
         float, typer.Option("--image-guidance-scale", help="of a model that edits: how near to stay to the picture")
     ] = 1.5,
+    upscale: Annotated[
+        str | None, typer.Option("--upscale", metavar="RUN", help="draw the pictures larger with this run's upscaler")
+    ] = None,
+    noise_level: Annotated[
+        int, typer.Option("--noise-level", help="of an upscaler: noise on the small picture, of 1000")
+    ] = 20,
     batch_size: BatchSize = 8,
     shard_size: Annotated[int, typer.Option("--shard-size")] = 64,
     precision: Precision = "float32",

@@ -381,6 +381,16 @@ class EditConfig(Strict):
     )
 
 
+class UpscaleConfig(Strict):
+    """A decoder for small pictures, as Stable Diffusion's x4 upscaler: the UNet is told the picture at the latents'
+    size, with noise of a level that it is told too (Ho 2021, arXiv:2106.15282), and draws it as large as the VAE does.
+    """
+
+    max_noise_level: int = Field(
+        default=350, ge=1, le=1000, description="of 1000; each sample's small picture has noise of a level below it"
+    )
+
+
 class ControlConfig(Strict):
     """ControlNet (Zhang 2023): a second network, told a control image, steers the frozen UNet of start_from."""
 
@@ -430,7 +440,7 @@ class SamplesConfig(Strict):
     seed: int = Field(default=0, ge=0)
 
 
-TOLD = ("inpaint", "edit", "control")  # fields of TrainConfig
+TOLD = ("inpaint", "edit", "upscale", "control")  # fields of TrainConfig
 
 
 class TrainConfig(FitConfig):
@@ -452,6 +462,7 @@ class TrainConfig(FitConfig):
     textual_inversion: InversionConfig | None = Field(default=None, description="learn a word for start_from alone")
     inpaint: InpaintConfig | None = Field(default=None, description="the UNet is told a mask and what lies around it")
     edit: EditConfig | None = Field(default=None, description="the UNet is told the picture that a caption changes")
+    upscale: UpscaleConfig | None = Field(default=None, description="the UNet is told the picture made small")
     control: ControlConfig | None = Field(default=None, description="train a ControlNet beside start_from")
     sources: FromHereOn[tuple[SourceConfig, ...]] = Field(
         default=(SourceConfig(),), min_length=1, description="data sets mixed by weight; by default the run's latents"

@@ -20,7 +20,7 @@ from train.data import Batch, Latents
 from train.inversion import Word
 from train.objective import Objective, construct, public_config
 from train.order import derive_key, permute
-from train.pictures import WAYS, ByKey, Controlled, Told, control_net, widen
+from train.pictures import LEVELS, WAYS, ByKey, Controlled, Told, add_levels, control_net, widen
 from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of, require_layer
 from train.randomness import Randomness
 from train.segments import History
@@ -330,6 +330,8 @@ def build_unet(config: TrainConfig, latents: Latents, width: int, seed: int) -> 
         unet = adapters.load_unet(config.start_from)
         if more and unet.config.in_channels == latents.channels and not config.adapter:
             unet = widen(unet, more)
+        if config.upscale and not unet.config.num_class_embeds and not config.adapter:
+            unet = add_levels(unet)
         for name, value in (("in_channels", channels), ("out_channels", out), ("cross_attention_dim", width)):
             if unet.config[name] != value:
                 why = "make the latents with that model's own VAE and CLIP"
@@ -346,7 +348,7 @@ def build_unet(config: TrainConfig, latents: Latents, width: int, seed: int) -> 
                 )
         adapters.check_process(config.start_from, config)
         return unet
-    given = dict(config.unet)
+    given = {**({"num_class_embeds": LEVELS} if config.upscale else {}), **config.unet}
     for name, value in (("in_channels", channels), ("out_channels", out), ("sample_size", latents.side)):
         if given.setdefault(name, value) != value:
             raise ConfigError(f"train.unet.{name} is {given[name]}, but the latents ask for {value}; leave it out")

@@ -68,6 +68,12 @@ _TOLD = {
         ", changing one as the prompt says",
         ', image=load_image("picture.png"), image_guidance_scale=1.5',
     ),
+    "upscale": (
+        "image-to-image",
+        "A decoder for small pictures",
+        ", from the same ones made small",
+        ', image=load_image("small.png"), noise_level=20',
+    ),
     "control": (
         "image-to-image",
         "A ControlNet and the text-to-image model that it steers",

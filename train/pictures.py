@@ -2,6 +2,8 @@
 
     inpaint   a mask, and the latents of what lies around it, as further input channels (Stable Diffusion's inpainting)
     edit      the latents of the picture before, as further input channels (Brooks et al. 2023, arXiv:2211.09800)
+    upscale   the picture made small, with noise, as further input channels; the noise's level as its class
+              (Stable Diffusion's x4 upscaler)
     control   a control image, told to a second network whose outputs are added to the frozen UNet's
               (ControlNet; Zhang et al. 2023, arXiv:2302.05543)
 
@@ -33,6 +35,7 @@ from shards.layout import shard_name
 from shards.settings import ConfigError, StageError
 from train.config import ControlConfig, TrainConfig
 from train.data import DECODERS, Batch, Kept
+from train.diffusion import alphas_cumprod
 from train.randomness import Randomness
 
 if TYPE_CHECKING:
@@ -230,6 +233,58 @@ def _edit_inputs(
     return torch.cat([xt, (mean * batch["kept"][:, None, None, None]).to(xt.dtype)], dim=1), {}
 
 
+# ---- upscaling -------------------------------------------------------------------------------------
+
+LEVELS = 1000
+
+
+def _upscale_batch(told: Told, pixels: np.ndarray, positions: np.ndarray, u: np.ndarray) -> Batch:
+    """small float32 [B,3,h,w] in -1..1 with noise of level int64 [B], each below max_noise_level."""
+    assert told.config.upscale is not None
+    h, w = (n // told.downscale for n in pixels.shape[1:3])
+    small = np.stack([np.asarray(shrink(Image.fromarray(p), w, h)) for p in pixels])
+    x = np.ascontiguousarray(small.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1
+    level = told.random.integers("level", positions, told.config.upscale.max_noise_level)
+    kept = alphas_cumprod(torch.linspace(*LOW_RES_BETAS, LEVELS, dtype=torch.float64)).numpy()[level]
+    noise = told.random.normal("low_res", positions, x.shape[1:])
+    signal, spread = (a.astype(np.float32)[:, None, None, None] for a in (np.sqrt(kept), np.sqrt(1 - kept)))
+    return {"small": torch.from_numpy(signal * x + spread * noise), "level": torch.from_numpy(level)}
+
+
+def shrink(image: Image.Image, width: int, height: int) -> Image.Image:
+    """A picture made small, as for training and for those who measure: bicubic, antialiased."""
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+LOW_RES_BETAS = (0.0001, 0.02)  # first and last, linear: DDPM's own, and those of Stable Diffusion's x4 upscaler
+
+
+def low_res_scheduler() -> Any:
+    """diffusers' scheduler of the noise that a small picture gets."""
+    from diffusers import DDPMScheduler
+
+    first, last = LOW_RES_BETAS
+    return DDPMScheduler(num_train_timesteps=LEVELS, beta_schedule="linear", beta_start=first, beta_end=last)
+
+
+@torch.no_grad()
+def add_levels(unet: Any) -> Any:
+    """A UNet that is told a level of noise as its class, and begins by passing it over, in place."""
+    width = unet.time_embedding.linear_2.out_features
+    unet.class_embedding = nn.Embedding(LEVELS, width)
+    unet.class_embedding.weight.zero_()
+    unet.register_to_config(num_class_embeds=LEVELS)
+    return unet
+
+
+def _upscale_inputs(
+    told: Told, objective: Diffusion, xt: torch.Tensor, batch: Batch, text: torch.Tensor,
+    added: dict[str, torch.Tensor] | None,
+) -> Inputs:  # fmt: skip
+    """x_t and the small picture; its level of noise as the class."""
+    return torch.cat([xt, batch["small"].to(xt.dtype)], dim=1), {"class_labels": batch["level"]}
+
+
 # ---- control ---------------------------------------------------------------------------------------
 
 
@@ -315,6 +370,7 @@ def _unit(pixels: torch.Tensor) -> torch.Tensor:
 WAYS = {
     "inpaint": Way(lambda c: c + 1, "StableDiffusionInpaintPipeline", True, _inpaint_batch, _inpaint_inputs),
     "edit": Way(lambda c: c, "StableDiffusionInstructPix2PixPipeline", True, _edit_batch, _edit_inputs),
+    "upscale": Way(lambda c: 3, "StableDiffusionUpscalePipeline", False, _upscale_batch, _upscale_inputs),
     "control": Way(lambda c: 0, "StableDiffusionControlNetPipeline", False, _control_batch, _control_inputs),
 }
 

@@ -11,12 +11,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import ControlNetModel, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from eval import model as models
 from eval.sample import Request, SampleConfig, SampleStage
 from ingest.stage import IngestStage
+from latents.encoders import load_vae
 from shards.dataset import Dataset, commit_shard, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.images import ImageShard, decode_rgb, pack_tar
@@ -33,7 +35,7 @@ from tests.train.test_zero import assert_same, step_folder, tensors
 from train import folders
 from train.config import ControlConfig, TrainConfig, TrainingSections
 from train.denoising import Diffusion
-from train.export import build_pipeline, export
+from train.export import build_pipeline, export, fold_shift
 from train.objectives import build
 from train.pictures import WAYS, ByKey, control_image, control_net, draw_mask, widen
 from train.randomness import Randomness
@@ -41,7 +43,12 @@ from train.randomness import Randomness
 pytestmark = pytest.mark.timeout(900)
 
 SIDE, F = 32, 2
-SETTINGS: dict[str, dict[str, Any]] = {"inpaint": {"whole": 0.2}, "edit": {"dropout": 0.3}, "control": {"dropout": 0.2}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "inpaint": {"whole": 0.2},
+    "edit": {"dropout": 0.3},
+    "upscale": {},
+    "control": {"dropout": 0.2},
+}
 
 
 def write_before(run: RunPaths, folder: str, left_out: int | None = None) -> None:
@@ -142,6 +149,41 @@ def test_editing_is_told_what_diffusers_pix2pix_pipeline_tells(base: Any, tmp_pa
         original = decode_rgb(images.image_bytes(images.keys.index(key)))
         if original.shape[:2] == (SIDE, SIDE):
             np.testing.assert_array_equal(pixels, original[::-1])
+
+
+def test_an_upscaler_is_told_what_diffusers_pipeline_tells(base: Any, tmp_path: Path) -> None:
+    objective = objective_of(configured(base, tmp_path / "r", "upscale"))
+    batch = objective.batch(np.arange(60))
+    x, more = called_with(objective, batch)
+    assert x.shape == (60, 7, 16, 16)
+    level = more["class_labels"]
+    assert 250 < int(level.max()) < 350
+    assert int(level.min()) < 60
+    assert objective.unet.config.num_class_embeds == 1000
+    images = ImageShard(Dataset.open(base[0].images), 0)
+    theirs = DDPMScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)  # of Stable Diffusion's upscaler
+    noise = torch.from_numpy(objective.random.normal("low_res", np.arange(60), (3, 16, 16)))
+    square = 0
+    for i, key in enumerate(objective.keys(np.arange(60))):
+        original = decode_rgb(images.image_bytes(images.keys.index(key)))
+        if original.shape[:2] == (SIDE, SIDE):
+            small = Image.fromarray(original).resize((16, 16), Image.Resampling.BICUBIC)
+            pixels = VaeImageProcessor().preprocess(small)
+            torch.testing.assert_close(x[i : i + 1, 4:], theirs.add_noise(pixels, noise[i : i + 1], level[i : i + 1]))
+            square += 1
+    assert square > 5
+
+
+def test_the_upscalers_vae_does_the_same_under_diffusers_own_factor(base: Any) -> None:
+    vae = load_vae(str(Path(base[0].autoencoder) / "model")).model
+    x, z = torch.rand(1, 3, 32, 32) * 2 - 1, torch.randn(1, 4, 16, 16)
+    with torch.no_grad():
+        before, drawn = vae.encode(x).latent_dist, vae.decode(z / 0.7).sample
+        folded = fold_shift(vae, 0.7 / 0.08333)
+        after = folded.encode(x).latent_dist
+        torch.testing.assert_close(after.mean * 0.08333, before.mean * 0.7, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(after.std * 0.08333, before.std * 0.7, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(folded.decode(z / 0.08333).sample, drawn, rtol=1e-4, atol=1e-5)
 
 
 def test_a_controlnet_is_called_as_diffusers_pipeline_calls_it(base: Any, tmp_path: Path) -> None:
@@ -324,7 +366,8 @@ def test_two_runs_over_one_table_have_the_same_keys(tmp_path: Path) -> None:
 
 def drawn(pipeline: Any, way: str, **more: Any) -> np.ndarray:
     rng = np.random.default_rng(3)
-    picture = Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
+    side = SIDE // F if way == "upscale" else SIDE
+    picture = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
     given: dict[str, Any] = {
         "image": picture,
         **({"mask_image": Image.new("L", (SIDE, SIDE), 255)} if way == "inpaint" else {}),
@@ -389,10 +432,14 @@ def test_killed_resumed_exported_and_drawn(base: Any, tmp_path: Path, way: str) 
     given = {
         "inpaint": {"image": photo, "mask": str(tmp_path / "mask.png")},
         "edit": {"image": photo},
+        "upscale": {"image": photo},
         "control": {"control_of": photo},
     }[way]
     [one] = sampled(tmp_path / "b", tmp_path / "out", **given)
-    assert one.shape == (SIDE, SIDE, 3)
+    assert one.shape == ((F * SIDE, F * SIDE, 3) if way == "upscale" else (SIDE, SIDE, 3))
+    if way == "upscale":
+        [chained] = sampled(Path(base[0].run), tmp_path / "chained", upscale=str(tmp_path / "b"))
+        assert chained.shape == (F * SIDE, F * SIDE, 3)
     if way == "inpaint":
         before = np.asarray(Image.open(photo))
         np.testing.assert_array_equal(one[:, :20], before[:, :20])
