@@ -1,6 +1,8 @@
 """A small world that a model learns in a minute: one large thing in a picture, its shape left out of the caption.
 
-    run = SmallWorld(folder); run.prepare(); run.fit("train", ...)
+    prepare(run); fit(run, "train", 9600, unet=UNET)               # a model of the captions
+    fit(other, "train", 6400, start_from=..., control={})          # and what is told a picture beside it
+    shapes_follow_edges(other / "model")                           # by the demo's detector, on pictures never seen
 
 Pictures are the demo's, 32 px; the VAE is fitted for a few thousand of them, the CLIP has random weights with words far
 apart, which is all that a UNet needs of it.
@@ -21,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from demo import scenes
+from demo import faithfulness, scenes
 from latents.config import LatentsConfig
 from latents.stage import LatentsStage
 from shards.dataset import commit_shard, write_manifest
@@ -30,7 +32,9 @@ from shards.images import pack_tar
 from shards.layout import RunPaths, sample_key
 from shards.stage import begin
 from tests.train import tiny
+from train.config import ControlConfig
 from train.initial import spread_words
+from train.pictures import control_image
 
 SIDE, PER_SHARD = 32, 500
 COLOURS = ("red", "yellow", "green", "blue")
@@ -126,6 +130,31 @@ def write_clip(folder: Path) -> None:
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
 
 
+def prepare(run: Path, count: int = 4000) -> None:
+    """Pictures with captions, a VAE that is fitted to them, a CLIP, and the latents."""
+    rng = random.Random(1)
+    scenes_ = [scene_of(rng) for _ in range(count)]
+    write_images(str(run / "images"), [(picture(s, i), words(s)) for i, s in enumerate(scenes_)])
+    write_clip(run / "clip" / "model")
+    fit(run, "autoencoder")
+    write_latents(run, run / "autoencoder" / "model", run / "clip" / "model")
+
+
+def prepare_edits(run: Path, base: Path, count: int = 4000) -> None:
+    """Pictures after as images with instructions as captions, and by key in `before` those before."""
+    found = list(pairs(count))
+    write_images(str(run / "images"), [(picture(after, seed), text) for _, after, seed, text in found])
+    write_images(str(run / "before" / "images"), [(picture(before, seed), text) for before, _, seed, text in found])
+    write_latents(run, base / "autoencoder" / "model", base / "clip" / "model")
+
+
+def share_latents(run: Path, base: Path) -> None:
+    """A run on the images and latents of another one."""
+    run.mkdir()
+    for name in ("images", "latents"):
+        (run / name).symlink_to(base / name)
+
+
 def write_latents(run: Path, vae: Path, clip: Path) -> None:
     config = LatentsConfig(resolution=SIDE, batch_size=64, device="cpu", text_layer="last")
     stage = LatentsStage(config, RunPaths(str(run)), str(vae), str(clip))
@@ -164,3 +193,70 @@ def draw_all(pipeline: Any, prompts: list[str], batch: int = 50, **given: Any) -
             pixels = pipeline(prompts[some], generator=generators, output_type="np", **more).images
         found.append((pixels * 255).round().astype(np.uint8))
     return np.concatenate(found)
+
+
+DRAWING = {"num_inference_steps": 12, "guidance_scale": 2.0}
+
+
+def unseen(count: int) -> tuple[list[scenes.Scene], np.ndarray]:
+    """Scenes in drawings that nobody was trained on, uint8 [N,H,W,3]."""
+    rng = random.Random(99)
+    found = [scene_of(rng) for _ in range(count)]
+    return found, np.stack([np.asarray(picture(s, 50_000_000 + i)) for i, s in enumerate(found)])
+
+
+def judged(pixels: np.ndarray, wanted: list[scenes.Scene]) -> dict[str, float]:
+    """Shares of the pictures that show each attribute, and all of them, by the demo's detector."""
+    verdicts = [faithfulness.judge(x, s) for x, s in zip(pixels, wanted, strict=True)]
+    found = {name: float(np.mean([v[name] for v in verdicts])) for name in faithfulness.ATTRIBUTES}
+    return {**found, "all": float(np.mean([all(v.values()) for v in verdicts]))}
+
+
+def shapes_follow_edges(model: Path, count: int = 100) -> tuple[dict[str, float], dict[str, float], np.ndarray]:
+    """What pictures that are drawn to edges of unseen ones show of them, the same with the control off, and the former."""
+    from diffusers import StableDiffusionControlNetPipeline
+
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(model, safety_checker=None)
+    wanted, real = unseen(count)
+    edges = [Image.fromarray(control_image(x, ControlConfig())) for x in real]
+    prompts = [words(s) for s in wanted]
+    on = draw_all(pipeline, prompts, image=edges, **DRAWING)
+    off = draw_all(pipeline, prompts, image=edges, controlnet_conditioning_scale=0.0, **DRAWING)
+    return judged(on, wanted), judged(off, wanted), on
+
+
+def edits_do_as_told(model: Path, count: int = 100) -> tuple[dict[str, float], np.ndarray]:
+    """What edited pictures show of what they should: the new colour, and all else as it was."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model, safety_checker=None)
+    found = list(pairs(count, seed=7))
+    given = [picture(before, seed) for before, _, seed, _ in found]
+    drawn = draw_all(pipeline, [t for *_, t in found], image=given, image_guidance_scale=1.2, **DRAWING)
+    return judged(drawn, [after for _, after, _, _ in found]), drawn
+
+
+def paints_what_is_missing(
+    model: Path, base: Path, count: int = 100
+) -> tuple[float, float, dict[str, float], np.ndarray]:
+    """PSNR under a mask over the lower half, dB, of an inpainting model and of its base through diffusers' blending;
+    what the former's pictures show."""
+    from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+
+    wanted, real = unseen(count)
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    mask[SIDE // 2 :] = 255
+    images, masks = [Image.fromarray(x) for x in real], [Image.fromarray(mask)] * count
+    parts = StableDiffusionPipeline.from_pretrained(base, safety_checker=None).components
+    blending = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    trained = StableDiffusionInpaintPipeline.from_pretrained(model, safety_checker=None)
+    given = {"image": images, "mask_image": masks, "height": SIDE, "width": SIDE, "strength": 1.0, **DRAWING}
+    prompts = [words(s) for s in wanted]
+    ours, theirs = (draw_all(p, prompts, **given) for p in (trained, blending))
+    under = slice(SIDE // 2, None)
+
+    def psnr(x: np.ndarray) -> float:
+        return float(10 * np.log10(255**2 / np.square(x[:, under].astype(float) - real[:, under]).mean()))
+
+    pasted = np.where(mask[..., None] > 0, ours, real)
+    return psnr(ours), psnr(theirs), judged(pasted, wanted), pasted
