@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from train.muon import direction, is_hidden
-from train.optimizer import AdamW, ema_decay, learning_rate, parameter_groups
+from train.muon import direction
+from train.optimizer import AdamW, ema_decay, is_hidden, learning_rate, parameter_groups
 
 
 def optimizer_of(parameters: list[torch.Tensor], **settings: Any) -> AdamW:
