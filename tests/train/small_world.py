@@ -213,7 +213,7 @@ def judged(pixels: np.ndarray, wanted: list[scenes.Scene]) -> dict[str, float]:
 
 
 def shapes_follow_edges(model: Path, count: int = 100) -> tuple[dict[str, float], dict[str, float], np.ndarray]:
-    """What pictures that are drawn to edges of unseen ones show of them, the same with the control off, and the former."""
+    """What pictures drawn to edges of unseen ones show of them, what the same do with the control off, and the former."""
     from diffusers import StableDiffusionControlNetPipeline
 
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(model, safety_checker=None)
