@@ -51,7 +51,7 @@ VAE = {
     "mid_block_add_attention": False,
 }
 UNET = {
-    "block_out_channels": [64, 128],
+    "block_out_channels": [48, 96],
     "layers_per_block": 1,
     "down_block_types": ["DownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "UpBlock2D"],
@@ -164,7 +164,7 @@ def write_latents(run: Path, vae: Path, clip: Path) -> None:
 
 
 def configuration(run: Path, images: int, **train: Any) -> dict[str, Any]:
-    shared = {"threads": 1, "log_every_images": 640, "checkpoint_every_images": 1_000_000}
+    shared = {"threads": 1, "log_every_images": 640, "checkpoint_every_images": 1600}
     fit = {"batch_size": 32, "images": images, "optimizer": "muon", "learning_rate": 2e-3, "warmup_images": 640}
     fit |= {"ema_halflife_images": 1000, "channels_last": True, "streams": 8}
     vae = {"resolution": SIDE, "images": 3000, "batch_size": 16, "learning_rate": 3e-3, "warmup_images": 300}
@@ -178,7 +178,8 @@ def configuration(run: Path, images: int, **train: Any) -> dict[str, Any]:
 def fit(run: Path, stage: str, images: int = 1000, **train: Any) -> str:
     """Fit a stage in a process of its own; what it said."""
     config = tiny.write_config(run, configuration(run, images, **train))
-    return tiny.train_main(config, 1, stage=stage)
+    ranks = tiny.start_ranks(["train/main.py", "--config", str(config), "--stage", stage], 1)
+    return tiny.finish_ranks(ranks, timeout=1500)
 
 
 def draw_all(pipeline: Any, prompts: list[str], batch: int = 50, **given: Any) -> np.ndarray:
@@ -213,7 +214,7 @@ def judged(pixels: np.ndarray, wanted: list[scenes.Scene]) -> dict[str, float]:
 
 
 def shapes_follow_edges(model: Path, count: int = 100) -> tuple[dict[str, float], dict[str, float], np.ndarray]:
-    """What pictures drawn to edges of unseen ones show of them, what the same do with the control off, and the former."""
+    """What pictures drawn to edges of unseen ones show, what the same do with the control off, and the former."""
     from diffusers import StableDiffusionControlNetPipeline
 
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(model, safety_checker=None)
