@@ -147,8 +147,7 @@ def from_prompts(pipeline: Any) -> Any:
         )
     if getattr(pipeline, "controlnet", None) is None:
         return pipeline
-    parts = {name: part for name, part in pipeline.components.items() if name != "controlnet"}
-    return diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=None)
 
 
 def told_picture(pipeline: Any) -> bool:

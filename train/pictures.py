@@ -103,6 +103,7 @@ class Told:
         assert self.vae is not None
         kind = pixels.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        dtype = torch.float32 if dtype == torch.float16 else dtype  # in which VAEs overflow
         mean, logstd = self.vae.posterior(pixels, dtype)
         return mean - self.shift, logstd
 

@@ -72,6 +72,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPaths, Path]:
     """A run with a picture before for each of its samples, and the pipeline that was exported from it."""
     run = make_run(tmp_path_factory.mktemp("base") / "r")
     write_before(run, "before")
+    for folder in (Path(run.run), Path(run.run) / "before"):  # as good as any to validate on
+        (folder / "heldout").symlink_to(folder / "images")
     save_checkpoint(run, 10, seed=2)
     return run, Path(export(run.run))
 
@@ -79,7 +81,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPaths, Path]:
 def configured(base: tuple[RunPaths, Path], folder: Path, way: str, **train: Any) -> Path:
     """The configuration of a run on the same shards that begins with the exported pipeline."""
     folder.mkdir(exist_ok=True)
-    for name in ("latents", "images", "before", "autoencoder", "clip"):
+    for name in ("latents", "images", "heldout", "before", "autoencoder", "clip"):
         (folder / name).symlink_to(Path(base[0].run) / name)
     values = {"images": 32, "learning_rate": 1e-2, "ema_halflife_images": 1, way: SETTINGS[way], **train}
     data = tiny.configuration(folder, **values)
@@ -384,7 +386,8 @@ def drawn(pipeline: Any, way: str, **more: Any) -> np.ndarray:
 def test_killed_resumed_exported_and_drawn(base: Any, tmp_path: Path, way: str) -> None:
     """On two ranks: kill -9 of one in the middle, the same line again, the same bytes as never killed; the export in
     plain diffusers is what is drawn here, and the EMA is what it holds."""
-    more = {"checkpoint_every_images": 8, "zero_stage": 2 if way == "control" else 1}
+    more: dict[str, Any] = {"checkpoint_every_images": 8, "zero_stage": 2 if way == "control" else 1}
+    more["validation"] = {"images": 4, "every_images": 16}
     forked.fit(configured(base, tmp_path / "a", way, **more), 2)
     config = configured(base, tmp_path / "b", way, **more)
     ranks = forked.start(2, forked.run_stage, str(config))
@@ -398,6 +401,10 @@ def test_killed_resumed_exported_and_drawn(base: Any, tmp_path: Path, way: str) 
     for name in ("weights", "ema"):
         assert_same(tensors(step_folder(tmp_path / "a", 4), name), tensors(step_folder(tmp_path / "b", 4), name))
 
+    events = [json.loads(line) for line in (tmp_path / "a" / "train" / "events.jsonl").read_text().splitlines()]
+    losses = [e["loss"] for e in events if e["event"] == "validation"]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
     model = tmp_path / "b" / "model"
     pipeline = DiffusionPipeline.from_pretrained(model)
     assert type(pipeline).__name__ == WAYS[way].pipeline
