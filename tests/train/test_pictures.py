@@ -402,7 +402,7 @@ def test_killed_resumed_exported_and_drawn(base: Any, tmp_path: Path, way: str) 
         assert_same(tensors(step_folder(tmp_path / "a", 4), name), tensors(step_folder(tmp_path / "b", 4), name))
 
     events = [json.loads(line) for line in (tmp_path / "a" / "train" / "events.jsonl").read_text().splitlines()]
-    losses = [e["loss"] for e in events if e["event"] == "validation"]
+    losses = [e["loss"] for e in events if e["kind"] == "validation"]
     assert len(losses) == 2
     assert np.isfinite(losses).all()
     model = tmp_path / "b" / "model"
