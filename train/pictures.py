@@ -37,6 +37,7 @@ from train.config import ControlConfig, TrainConfig
 from train.data import DECODERS, Batch, Kept
 from train.diffusion import alphas_cumprod
 from train.randomness import Randomness
+from train.segments import MOST_STREAMS
 
 if TYPE_CHECKING:
     from train.denoising import Diffusion
@@ -131,15 +132,18 @@ class ByKey:
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
         self._position = {shard.index: i for i, shard in enumerate(dataset.shards)}
-        self._shard = Kept(self._open, 64)
+        self._shard = Kept(self._open, MOST_STREAMS + 64)  # a stream is in one shard at a time
 
-    def _open(self, index: int) -> tuple[ImageShard, dict[str, int]]:
+    def _open(self, index: int) -> tuple[ImageShard, np.ndarray, np.ndarray]:
+        """The shard, its keys in their order as text, and of each of these which sample it is."""
         shard = ImageShard(self.dataset, self._position[index], ("key", "status", *PLACE))
-        return shard, {key: i for i, key in enumerate(shard.keys)}
+        keys = np.array(shard.keys, np.str_)
+        order = np.argsort(keys, kind="stable")
+        return shard, keys[order], order
 
     def has_any(self, index: int, keys: Sequence[str]) -> bool:
         """Whether shard `index` has a picture of one of these samples."""
-        return index in self._position and not self._shard(index)[1].keys().isdisjoint(keys)
+        return index in self._position and bool(np.isin(np.array(keys, np.str_), self._shard(index)[1]).any())
 
     def read(self, index: int, keys: Sequence[str]) -> tuple[list[bytes], np.ndarray]:
         """The encoded pictures of samples of shard `index`, and which of them are there, bool [n]; the others are
@@ -148,8 +152,10 @@ class ByKey:
         if index not in self._position:
             return found, np.zeros(len(keys), bool)
         try:
-            shard, known = self._shard(index)
-            at = np.array([known.get(key, -1) for key in keys], np.int64)
+            shard, known, order = self._shard(index)
+            wanted = np.array(keys, np.str_)
+            place = np.searchsorted(known, wanted).clip(max=max(len(known) - 1, 0))
+            at = np.where(known[place] == wanted, order[place], -1) if len(known) else np.full(len(keys), -1)
             for i, data in zip(np.flatnonzero(at >= 0).tolist(), shard.pictures(at[at >= 0]), strict=True):
                 found[i] = data
         except (OSError, ValueError, KeyError) as e:
