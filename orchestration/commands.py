@@ -527,7 +527,10 @@ def sample(
         float, typer.Option("--image-guidance-scale", help="of a model that edits: how near to stay to the picture")
     ] = 1.5,
     upscale: Annotated[
-        str | None, typer.Option("--upscale", metavar="RUN", help="draw the pictures larger with this run's upscaler")
+        str | None,
+        typer.Option(
+            "--upscale", metavar="RUN", help="draw the pictures larger with this run's upscaler", callback=_from_base
+        ),
     ] = None,
     noise_level: Annotated[
         int, typer.Option("--noise-level", help="of an upscaler: noise on the small picture, of 1000")
