@@ -1,4 +1,4 @@
-"""Models that are told pictures do with them what they are for: measured in a small world, on pictures never trained on.
+"""Models that are told pictures do with them what they are for, in a small world, on pictures never trained on.
 
 Each is fitted by the one loop, begins with the exported base model, and is drawn from by plain diffusers.
 """
