@@ -156,8 +156,14 @@ def write_latents(run: Path, encoders: Path) -> None:
 
 def fit(run: Path, images: int, **train: Any) -> None:
     """Fit and export the run's model."""
-    values = {"batch_size": 32, "images": images, "learning_rate": 2e-3, "warmup_images": 640, "threads": 1}
-    values |= {"ema_halflife_images": 800, "streams": 8, "log_every_images": 640, "checkpoint_every_images": 100_000}
+    values = {"batch_size": 32, "images": images, "learning_rate": 3e-3, "warmup_images": 480, "threads": 1}
+    values |= {
+        "optimizer": "muon",
+        "ema_halflife_images": 500,
+        "streams": 8,
+        "log_every_images": 640,
+        "checkpoint_every_images": 100_000,
+    }
     config = tiny.write_config(run, {"run": str(run), "seed": 3, "train": {**values, **PROCESS, **train}})
     forked.fit(config, 1)
 

@@ -34,7 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("systems") / "base"
     run.mkdir()
     small_world.prepare(run)
-    small_world.fit(run, 8000, unet=small_world.UNET)
+    small_world.fit(run, 5000, unet=small_world.UNET)
     return run
 
 
@@ -46,7 +46,7 @@ def unseen() -> Things:
 def test_things_stand_where_the_edges_are(base: Path, unseen: Things, tmp_path: Path) -> None:
     run = tmp_path / "control"
     small_world.share_latents(run, base)
-    small_world.fit(run, 8000, start_from=str(base / "model"), control={})
+    small_world.fit(run, 5000, start_from=str(base / "model"), control={})
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(run / "model", safety_checker=None)
     edges = [Image.fromarray(control_image(x, ControlConfig())) for x in unseen.pixels()]
     given = {"image": edges, **DRAWING}
@@ -64,7 +64,7 @@ def test_make_it_blue_makes_it_blue_and_leaves_the_rest(base: Path, unseen: Thin
     run = tmp_path / "edit"
     run.mkdir()
     small_world.prepare_edits(run, base)
-    small_world.fit(run, 8000, start_from=str(base / "model"), edit={})
+    small_world.fit(run, 5000, start_from=str(base / "model"), edit={})
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(run / "model", safety_checker=None)
     given = [Image.fromarray(x) for x in unseen.pixels()]
     drawn = draw_all(pipeline, unseen.instructions(), image=given, image_guidance_scale=1.2, **DRAWING)
@@ -78,7 +78,7 @@ def test_what_is_missing_is_painted_to_fit_what_is_there(base: Path, unseen: Thi
     """The left half is hidden, also a part of what stands there: beside diffusers' blending with the base model."""
     run = tmp_path / "inpaint"
     small_world.share_latents(run, base)
-    small_world.fit(run, 8000, start_from=str(base / "model"), inpaint={})
+    small_world.fit(run, 5000, start_from=str(base / "model"), inpaint={})
     real = unseen.pixels()
     hidden = np.zeros((SIDE, SIDE), np.uint8)
     hidden[:, : SIDE // 4] = 255  # half of a square on the left
@@ -99,7 +99,7 @@ def test_what_is_missing_is_painted_to_fit_what_is_there(base: Path, unseen: Thi
 def test_large_pictures_show_what_the_small_ones_do(base: Path, unseen: Things, tmp_path: Path) -> None:
     run = tmp_path / "upscale"
     small_world.share_latents(run, base)
-    small_world.fit(run, 8000, start_from=str(base / "model"), upscale={"max_noise_level": 100})
+    small_world.fit(run, 5000, start_from=str(base / "model"), upscale={"max_noise_level": 100})
     pipeline = StableDiffusionUpscalePipeline.from_pretrained(run / "model")
     real = unseen.pixels()
     small = [shrink(Image.fromarray(x), SIDE // 2, SIDE // 2) for x in real]
