@@ -116,6 +116,8 @@ def test_inpainting_is_told_what_diffusers_inpainting_pipeline_tells(base: Any, 
     assert more == {}
     assert x.shape == (3, 9, 16, 16)
     torch.testing.assert_close(x[:, :4], batch["x0"] * 0.5, rtol=0, atol=0)
+    again = objective.batch(np.arange(2, -1, -1))  # masks are functions of the place, so that a resume draws the same
+    assert torch.equal(again["mask"].flip(0), batch["mask"])
 
     parts = StableDiffusionPipeline.from_pretrained(base[1], safety_checker=None).components
     theirs = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
@@ -145,6 +147,9 @@ def test_editing_is_told_what_diffusers_pix2pix_pipeline_tells(base: Any, tmp_pa
         found = theirs.prepare_image_latents(image, 3, 1, torch.float32, "cpu", True)[:3]
     found[1] = 0
     torch.testing.assert_close(x[:, 4:], found, rtol=1e-4, atol=1e-5)
+    theirs.register_modules(unet=widen(parts["unet"], 4))
+    with pytest.raises(StageError, match="cannot be judged by prompts alone"):
+        models.from_prompts(theirs)
     # The pictures are those of the same keys, which lie upside down in another order.
     keys, images = objective.keys(np.arange(3)), ImageShard(Dataset.open(base[0].images), 0)
     for key, pixels in zip(keys, batch["before"].numpy(), strict=True):
@@ -191,6 +196,8 @@ def test_the_upscalers_vae_does_the_same_under_diffusers_own_factor(base: Any) -
 def test_a_controlnet_is_called_as_diffusers_pipeline_calls_it(base: Any, tmp_path: Path) -> None:
     objective = objective_of(configured(base, tmp_path / "r", "control", control={"kind": "sketch"}))
     control = objective.model.control
+    assert not any(p.requires_grad for p in objective.unet.parameters())
+    assert all(p.requires_grad for p in control.parameters())
     with torch.no_grad():
         for p in control.parameters():  # so that the zero convolutions let something through
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
