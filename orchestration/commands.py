@@ -542,7 +542,29 @@ def sample(
     mask: Annotated[
         str | None, typer.Option("--mask", metavar="FILE", help="white where that picture is to be drawn anew")
     ] = None,
-    strength: Annotated[float, typer.Option("--strength", help="how far the picture may change, up to 1")] = 0.6,
+    control: Annotated[
+        str | None, typer.Option("--control", metavar="FILE", help="a control image, for a ControlNet")
+    ] = None,
+    control_of: Annotated[
+        str | None,
+        typer.Option("--control-of", metavar="FILE", help="a picture whose control image is made as in training"),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option("--strength", help="how far the picture may change, up to 1; 0.6, or 1 for an inpainting model"),
+    ] = None,
+    image_guidance_scale: Annotated[
+        float, typer.Option("--image-guidance-scale", help="of a model that edits: how near to stay to the picture")
+    ] = 1.5,
+    upscale: Annotated[
+        str | None,
+        typer.Option(
+            "--upscale", metavar="RUN", help="draw the pictures larger with this run's upscaler", callback=_from_base
+        ),
+    ] = None,
+    noise_level: Annotated[
+        int, typer.Option("--noise-level", help="of an upscaler: noise on the small picture, of 1000")
+    ] = 20,
     batch_size: BatchSize = 8,
     shard_size: Annotated[int, typer.Option("--shard-size")] = 64,
     precision: Precision = "float32",
