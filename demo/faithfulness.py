@@ -40,7 +40,8 @@ SOFT_EDGES = (0.45, 0.9)  # pixels: Gaussians that stand for a resize's blur and
 TURNS = (-4.0, 0.0, 4.0)  # degrees
 
 # By shape the largest Found.fit that still is the shape. Of 1,500 real images in all of the corpus's formats, 32 px,
-# the largest were circle 0.0105, square 0.0186, triangle 0.0309, star 0.0315; nearly all random blobs lie above PRESENT.
+# the largest were circle 0.0105, square 0.0186, triangle 0.0309, star 0.0315; nearly all random blobs are above
+# PRESENT.
 PRESENT = dict.fromkeys(SHAPES, 0.060)
 TIGHT = {"circle": 0.015, "square": 0.022, "triangle": 0.035, "star": 0.040}
 
