@@ -24,6 +24,7 @@ import webdataset
 import yaml
 
 from demo import corpus as demo_corpus
+from demo import scenes as demo_scenes
 from demo import server as demo_server
 from ingest.config import IngestConfig
 from ingest.errors import RETRYABLE
@@ -206,6 +207,11 @@ def test_the_demos_corpus_gives_the_funnel_that_was_planted(tmp_path: Path) -> N
         config = IngestConfig.model_validate(settings)
         manifest = run(IngestStage(config, str(tmp_path / "images")))
         heldout = run(IngestStage(config, str(tmp_path / "heldout"), "heldout"))
+    (shard,) = [pq.read_table(f) for f in sorted((tmp_path / "images").glob("0*.parquet"))]
+    good = [row for row in shard.select(["caption", "WRONG", "status"]).to_pylist() if row["status"] == "success"]
+    # What is false of an image, in its caption's own words, comes along.
+    assert all(row["WRONG"] == demo_scenes.exchanged(row["caption"]) for row in good)
+    assert any(row["WRONG"] for row in good)
     expected = corpus.expected
     counts = {name: n for name, n in manifest["counts"].items() if n}
     assert counts == {"rows": expected["rows"], **expected["status"]}

@@ -1,4 +1,7 @@
-"""CLIP with wrong captions: the loss against its formula, for any number of ranks; what cannot be used is refused."""
+"""CLIP with wrong captions: the loss against its formula, for any number of ranks; what cannot be used is refused.
+
+VAE and CLIP under Muon: the blocks' matrices are its own, the rest is AdamW's.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from shards.dataset import Dataset
 from shards.settings import ConfigError
 from tests.train import forked, tiny
 from tests.train.test_zero import objective_of
+from train import checkpoint, folders
+from train.muon import is_hidden
 from train.objectives import build
 
 ROWS = 8
@@ -79,3 +84,18 @@ def test_a_column_that_cannot_be_used_is_refused(run: Path, column: str, says: s
     _, section = objective_of(config_of(run), "clip")
     with pytest.raises(ConfigError, match=says):
         build("clip", section.model_copy(update={"wrong_captions": column}), [Dataset.open(f"{run}/images")], 0)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "clip"])
+def test_vae_and_clip_are_fitted_by_muon_too(run: Path, stage: str) -> None:
+    config = config_of(run)
+    muon = ["optimizer=muon", "learning_rate=0.01", "adamw_learning_rate=0.001", "images=16"]
+    forked.fit(config, 2, *(f"{stage}.{setting}" for setting in muon), stage=stage)
+    found = folders.latest_complete(str(run / stage / "checkpoints"))
+    assert found is not None
+    squares, weights = checkpoint.whole(found, "exp_avg_sq"), checkpoint.whole(found, "weights")
+    hidden = {n for n, w in weights.items() if is_hidden(n, w.shape)}
+    assert hidden
+    assert squares.keys() == weights.keys() - hidden
+    before = {n: p.detach() for n, p in objective_of(config, stage)[0].model.named_parameters()}
+    assert all(not torch.equal(before[n], weights[n]) for n in hidden)

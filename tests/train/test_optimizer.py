@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from train.config import FitConfig
+from train.engine import Engine
 from train.muon import direction, is_hidden, orthogonalise
 from train.optimizer import AdamW, ema_decay, learning_rate, parameter_groups
 
@@ -151,3 +154,16 @@ def test_what_tf32_would_round_goes_the_long_way() -> None:
         torch.testing.assert_close(orthogonalise(x), exact, rtol=0, atol=2e-3)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_beside_muon_adamws_rate_keeps_its_ratio() -> None:
+    config = FitConfig(images=1, batch_size=1, optimizer="muon", learning_rate=4e-3, adamw_learning_rate=1e-3)
+    groups: list[dict[str, object]] = [{"muon": True}, {}]
+    engine = SimpleNamespace(config=config, optimizer=SimpleNamespace(param_groups=groups))
+    Engine.rates(engine, 2e-3, {"ema": 0.5})  # type: ignore[arg-type]
+    assert [g["lr"] for g in groups] == [2e-3, pytest.approx(0.5e-3)]
+    engine.config = FitConfig(images=1, batch_size=1, optimizer="muon", learning_rate=4e-3)
+    Engine.rates(engine, 2e-3, {"ema": 0.5})  # type: ignore[arg-type]
+    assert [g["lr"] for g in groups] == [2e-3, 2e-3]
+    with pytest.raises(ValueError, match="beside muon"):
+        FitConfig(images=1, batch_size=1, adamw_learning_rate=1e-3)
