@@ -375,7 +375,7 @@ def _train_rows(writer: _Writer, pictures: int, planted: dict[str, int], seed: i
         if text is not None:
             row |= {"TEXT": text, "WRONG": exchanged(text)}
         if kind == "hostile":
-            row["TEXT"] = rng.choice(HOSTILE).format(row["TEXT"])
+            row |= {"TEXT": rng.choice(HOSTILE).format(row["TEXT"]), "WRONG": []}
         if kind == "redirected":
             moved = f"/moved/{i:06d}{Path(path).suffix}"
             writer.behaviours[moved] = {"status": 302, "headers": {"Location": path}}
