@@ -73,6 +73,9 @@ class FitConfig(Strict):
         default="adamw",
         description="muon: for the blocks' matrices, AdamW for the rest; adamw8bit: moments in 8 bits (bitsandbytes)",
     )
+    adamw_learning_rate: FromHereOn[float | None] = Field(
+        default=None, gt=0, le=1, description="muon: of what it leaves to AdamW; null: learning_rate"
+    )
     betas: FromHereOn[tuple[float, float]] = (0.9, 0.99)
     eps: FromHereOn[float] = Field(default=1e-8, gt=0)
     weight_decay: FromHereOn[float] = Field(
@@ -200,6 +203,8 @@ class FitConfig(Strict):
             raise ValueError("compile cannot go with zero_stage 3, whose hooks break its graph; use 1 or 2")
         if self.optimizer != "adamw" and self.offload != "none":
             raise ValueError(f"optimizer {self.optimizer} cannot go with offload; set one of them")
+        if self.adamw_learning_rate is not None and self.optimizer != "muon":
+            raise ValueError(f"adamw_learning_rate is beside muon's; the optimizer is {self.optimizer}")
         if self.cooldown_images is not None and self.schedule != "wsd":
             raise ValueError(f"cooldown_images is wsd's; the schedule is {self.schedule}")
         if self.cooldown + self.warmup_images > self.images:
@@ -273,7 +278,13 @@ class ClipConfig(FitConfig):
         default_factory=dict, description="open_clip's model_cfg: embed_dim, vision_cfg, text_cfg"
     )
     initialisation: Literal["open_clip", "spread"] = Field(
-        default="open_clip", description="spread: words begin far apart, so that a short fit does not blur them"
+        default="open_clip",
+        description="spread: words, and places in a caption, begin far apart, so that a short fit does not blur them",
+    )
+    wrong_captions: str | None = Field(
+        default=None,
+        description="column of the image shards with texts that are no captions of the image, which must tell them "
+        "apart from its own: its words exchanged, say (NegCLIP, Yuksekgonul et al. 2023)",
     )
     cache_bytes: Operational[int] = Field(default=1 << 30, ge=0, description="decoded pictures kept in memory, a rank")
 

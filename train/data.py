@@ -110,12 +110,15 @@ class Pictures:
 
     fit: uint8 [H,W,3] -> uint8 [R,R,3]. cache_bytes: fitted pictures are kept in memory up to this size;
     there is no eviction, since an order in which each sample comes once an epoch gains nothing from it.
+    more: a column of the sidecar that is read too, for `texts`.
     """
 
     def __init__(
-        self, dataset: Dataset, placement: Placement, fit: Callable[[np.ndarray], np.ndarray], cache_bytes: int
-    ) -> None:
+        self, dataset: Dataset, placement: Placement, fit: Callable[[np.ndarray], np.ndarray], cache_bytes: int,
+        more: str | None = None,
+    ) -> None:  # fmt: skip
         self.dataset, self.placement, self._fit, self._room = dataset, placement, fit, cache_bytes
+        self._texts = ("caption", "key") if more is None else ("caption", "key", more)
         self._reader = Reader(placement, self._load)
         self._cache: dict[tuple[int, int], np.ndarray] = {}
         self._decoders: ThreadPoolExecutor | None = None
@@ -143,6 +146,10 @@ class Pictures:
         """The captions of the samples at these places."""
         return [window.columns["caption"][at] for window, at in self._reader.take(positions)]
 
+    def texts(self, column: str, positions: np.ndarray) -> list[list[str]]:
+        """Of each sample the texts in a column: one, several, or none. Raises TypeError where it holds no text."""
+        return [texts_in(window.columns[column][at]) for window, at in self._reader.take(positions)]
+
     def keys(self, positions: np.ndarray) -> list[str]:
         """The keys of the samples at these places."""
         return [window.columns["key"][at] for window, at in self._reader.take(positions)]
@@ -165,10 +172,10 @@ class Pictures:
         return picture
 
     def _open(self, position: int) -> ImageShard:
-        return ImageShard(self.dataset, position, ("key", "status", "caption", *PLACE))
+        return ImageShard(self.dataset, position, ("status", *self._texts, *PLACE))
 
     def _load(self, source: int, bucket: int, runs: list[tuple[int, int, int]]) -> Window:
-        columns: dict[str, list[Any]] = {"image": [], "caption": [], "key": []}
+        columns: dict[str, list[Any]] = {"image": [], **{name: [] for name in self._texts}}
         shards, rows, alive = [], [], []
         for position, first, end in runs:
             with _named(self.dataset, position):
@@ -177,7 +184,7 @@ class Pictures:
                 wanted = np.arange(first, end) % max(1, len(shard))
                 there = len(shard) > 0
                 columns["image"] += shard.pictures(wanted) if there else [b""] * len(wanted)
-                for name in ("caption", "key"):
+                for name in self._texts:
                     columns[name] += [v or "" for v in shard.values(name, wanted)] if there else [""] * len(wanted)
             shards += [position] * len(wanted)
             rows += wanted.tolist()

@@ -10,7 +10,6 @@ from pathlib import Path
 from orchestration import commands
 from shards.settings import ConfigError
 
-
 AT_ONCE = {"--help", "-h", "--version", "--install-completion", "--show-completion"}  # are done as they are read
 
 
