@@ -20,6 +20,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,8 +77,8 @@ def fit_centroids(sample: np.ndarray, count: int, threads: int) -> np.ndarray:
         max_points_per_centroid=SAMPLED,
     )  # fmt: skip
     kmeans.train(np.ascontiguousarray(sample, np.float32))
-    found: np.ndarray = kmeans.centroids
-    return found
+    found: Any = kmeans.centroids
+    return np.asarray(found, np.float32)
 
 
 def assign(vectors: np.ndarray, centroids: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,13 +117,14 @@ class Index:
 
     def generations(self) -> list[tuple[str, list[int]]]:
         """The folders of the finished generations, and the shards that each covers."""
-        found = []
+        found: list[tuple[str, list[int]]] = []
         while True:
             folder = storage.join(self.root, f"{len(found):04d}")
             url = storage.join(folder, "generation.json")
             if not storage.exists(url):
                 return found
-            found.append((folder, list(storage.read_json(url)["shards"])))
+            generation: Any = storage.read_json(url)
+            found.append((folder, list(generation["shards"])))
 
     def build(self, source: Source) -> None:
         """Tell all images that no generation covers; goes on where a pass before was killed."""
@@ -139,7 +141,8 @@ class Index:
         plan = {"groups": groups, "shards": late}
         # What was begun goes on with as many groups, whatever memory there is now, unless images came meanwhile.
         begun = storage.join(folder, "begun.json")
-        if storage.exists(begun) and (known := storage.read_json(begun))["shards"] == late:
+        known: Any = storage.read_json(begun) if storage.exists(begun) else None
+        if known is not None and known["shards"] == late:
             plan = known
         else:
             for name in storage.list_names(folder):
@@ -235,7 +238,7 @@ class Told:
             files = [ColumnFile(storage.join(folder, n)) for n in names]
             self._files.append([(f, f.whole("end")) for f in files])
 
-    def columns(self, shard: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def columns(self, shard: int, rows: np.ndarray) -> dict[str, np.ndarray | list[str]]:
         """By name float32 [len(rows)] for rows of a shard, NaN for one without an embedding. Raises StageError."""
         if shard not in self._place:
             raise StageError(f"shard {shard} came after the duplicates were looked for; run 'carrara score' again")

@@ -115,7 +115,7 @@ def told(config: NotifyConfig, run: str, stage: str) -> Iterator[Outcome]:
         say("stopped", str(e), EXIT_STOPPED, attempts=1)  # it is to end soon
         raise
     except Exception as e:
-        from orchestration.engine import sentence
+        from orchestration.job import sentence
 
         say("failure", sentence(e), 2 if isinstance(e, ConfigError) else 1)
         raise
