@@ -76,8 +76,7 @@ def fit_centroids(sample: np.ndarray, count: int, threads: int) -> np.ndarray:
         max_points_per_centroid=SAMPLED,
     )  # fmt: skip
     kmeans.train(np.ascontiguousarray(sample, np.float32))
-    found: np.ndarray = kmeans.centroids
-    return found
+    return np.asarray(kmeans.centroids, np.float32)
 
 
 def assign(vectors: np.ndarray, centroids: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,13 +115,13 @@ class Index:
 
     def generations(self) -> list[tuple[str, list[int]]]:
         """The folders of the finished generations, and the shards that each covers."""
-        found = []
+        found: list[tuple[str, list[int]]] = []
         while True:
             folder = storage.join(self.root, f"{len(found):04d}")
-            url = storage.join(folder, "generation.json")
-            if not storage.exists(url):
+            told = storage.read_json(storage.join(folder, "generation.json"))
+            if told is None:
                 return found
-            found.append((folder, list(storage.read_json(url)["shards"])))
+            found.append((folder, list(told["shards"])))
 
     def build(self, source: Source) -> None:
         """Tell all images that no generation covers; goes on where a pass before was killed."""
@@ -139,7 +138,8 @@ class Index:
         plan = {"groups": groups, "shards": late}
         # What was begun goes on with as many groups, whatever memory there is now, unless images came meanwhile.
         begun = storage.join(folder, "begun.json")
-        if storage.exists(begun) and (known := storage.read_json(begun))["shards"] == late:
+        known = storage.read_json(begun)
+        if known is not None and known["shards"] == late:
             plan = known
         else:
             for name in storage.list_names(folder):

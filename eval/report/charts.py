@@ -119,8 +119,8 @@ def distribution(
         words += f", most of those trained on at {_likeliest(edges, after):.3g}"
     note = "Filled: all images. Line: those that were trained on." if after is not None else "All images."
     note += " Dotted: where a rule cuts." if ends else ""
-    uris = [_distribution_uri(edges, before, after, ends, palette) for palette in ("light", "dark")]
-    return Chart(title, note, *uris, words)
+    light, dark = (_distribution_uri(edges, before, after, ends, palette) for palette in ("light", "dark"))
+    return Chart(title, note, light, dark, words)
 
 
 def _likeliest(edges: Sequence[float], shares: Sequence[float]) -> float:
