@@ -34,7 +34,7 @@ from shards.layout import RunPaths, shard_name
 from shards.listing import listed
 from shards.settings import ConfigError, StageError
 from shards.sketch import Sketch, edges, merge, quantile, sketch
-from shards.stage import Task
+from shards.stage import Task, persist
 
 VERSION = 1  # raise it when the bytes of a shard change for the same settings
 SHOWN = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)  # quantiles in the manifest
@@ -249,7 +249,7 @@ class _Worker:
         finally:
             shard.close()
         files, stats = pack(shard, columns, embeddings)
-        return self.folder.commit(task.index, files, stats, task.input)
+        return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
 
 
 def pack(

@@ -142,7 +142,10 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     ):
         ranges.append(_range(source, dataset, table, 0, key, weight))
     total = sum(int(t.sum()) for t in laid)
-    window = config.window or int(np.clip(WINDOW_BYTES // _row_bytes(datasets[0], laid[0]), FEWEST_ROWS, MOST_ROWS))
+    row = _row_bytes(datasets[0], laid[0]) + sum(
+        _row_bytes(d, rows_laid(d)) for d in picture_sets(config, datasets[:1])
+    )
+    window = config.window or int(np.clip(WINDOW_BYTES // row, FEWEST_ROWS, MOST_ROWS))
     fitting = 1 << max(0, total // window - 1).bit_length()
     most = MOST_STREAMS if datasets[0].kind == "latents" else MOST_STREAMS // 4  # a tar's sidecar is kept for each
     streams = config.streams or int(np.clip(fitting, FEWEST_STREAMS, most))
@@ -258,6 +261,24 @@ def rules_of(config: FitConfig, source: int) -> tuple[Rule, ...]:
 def run_of(dataset: Dataset) -> str:
     """The run that a data set's folder lies in."""
     return dataset.root.rstrip("/").rpartition("/")[0]
+
+
+def picture_sets(config: FitConfig, datasets: Sequence[Dataset], folder: str = "images") -> list[Dataset]:
+    """Of each data set of latents, the image shards whose pictures the UNet is told by key; none where it is told none.
+
+    folder: `images`, or `heldout`.
+    """
+    if not isinstance(config, TrainConfig) or not config.told:
+        return []
+    return [Dataset.open(storage.join(pictures_run(config, run_of(d)), folder)) for d in datasets]
+
+
+def pictures_run(config: TrainConfig, run: str) -> str:
+    """The run that has the pictures which latents of `run` are told."""
+    other = config.edit.before if config.edit else config.control.images if config.control else None
+    if other is None:
+        return run
+    return other if "://" in other or other.startswith("/") else storage.join(run, other)
 
 
 def _range(

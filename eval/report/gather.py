@@ -322,7 +322,7 @@ def curves(run: RunPaths) -> list[charts.Chart]:
     drawn = []
     for folder, key, title, log_scale in CURVES:
         points = [
-            (line["images"], line[key]) for line in log_lines(storage.join(run.run, folder)) if _number(line, key)
+            (line["images"], line[key]) for line in log_lines(storage.join(run.run, folder)) if is_number(line, key)
         ]
         if len(points) >= 2:
             x, y = zip(*points, strict=True)
@@ -341,12 +341,13 @@ def log_lines(folder: str) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue  # the torn last line of a killed run
-        if isinstance(line, dict) and _number(line, "images"):
+        if isinstance(line, dict) and is_number(line, "images"):
             lines.append(line)
     return lines
 
 
-def _number(line: dict[str, Any], key: str) -> bool:
+def is_number(line: dict[str, Any], key: str) -> bool:
+    """Whether a line of a log has a finite number of this name."""
     value = line.get(key)
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -86,7 +86,8 @@ def _rules(run: RunPaths, checkpoint: str) -> list[Mapping[str, Any]]:
     """The rules, with their thresholds, that a checkpoint of this run records of its own latents."""
     manifest = storage.read_json(storage.join(run.checkpoints, checkpoint, "manifest.json"))
     order = manifest.get("order") if isinstance(manifest, dict) else None
-    select = order["segments"][-1].get("select", ()) if isinstance(order, dict) and order.get("segments") else ()
+    segments = order.get("segments") if isinstance(order, dict) else None
+    select: list[Any] = list(segments[-1].get("select", [])) if segments else []
     return list(select[0]) if len(select) == 1 else []  # of several sources each has its own
 
 

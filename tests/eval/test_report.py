@@ -226,3 +226,15 @@ def test_provenance_is_folded_and_says_where_and_how(html: str) -> None:
         assert words in text, words
     assert "null" not in text
     assert html.count("<details>") >= 3
+
+
+def test_the_numbers_by_tag_begin_with_the_judge_of_ones_own() -> None:
+    def share(value: float) -> dict[str, object]:
+        return {"value": value, "low": value, "high": value, "n": 9, "unit": "share", "definition": "d", "better": ""}
+
+    own = {"shows_all": {**share(0.5), "label": "Shows all"}}
+    known = {n: {**share(0.5), "label": n} for n in ("clip_score", "cmmd", "retrieval")}
+    two = {"shows_all": {**share(0.1), "label": "Shows all"}, **known}
+    table = page.tag_table({"metrics": {**known, **own}, "by_tag": {"one thing": {**known, **own}, "two things": two}})
+    assert table["columns"][0] == "Shows all"
+    assert [(tag, texts[0][0]) for tag, texts, _ in table["rows"]] == [("two things", "10 %"), ("one thing", "50 %")]
