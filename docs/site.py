@@ -1,5 +1,5 @@
-"""What the site has beyond the documents as they lie here: README.md as its first page, the settings of every section as
-the models have them, and links to files of the checkout as their names (mkdocs.yml names this as a hook).
+"""What the site has beyond the documents as they lie here: README.md as its first page, the settings of every section
+as the models have them, and links to files of the checkout as their names (mkdocs.yml names this as a hook).
 
     make docs
     python docs/site.py > settings.md
@@ -31,8 +31,8 @@ def settings() -> str:
     parts = [
         "# Settings",
         "One YAML describes a run; this page is made from the models that check it. On the command line a setting is "
-        "`section.name=value`. `carrara schema` prints the same as JSON schema, from which editors complete. A name that "
-        "is not here is refused before any work, with the nearest one that is.",
+        "`section.name=value`. `carrara schema` prints the same as JSON schema, from which editors complete. A name "
+        "that is not here is refused before any work, with the nearest one that is.",
     ]
     seen: set[type] = set()
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from orchestration import commands
 from shards.settings import ConfigError
 
-
 AT_ONCE = {"--help", "-h", "--version", "--install-completion", "--show-completion"}  # are done as they are read
 
 
@@ -45,8 +44,8 @@ def parse(arguments: Sequence[str], mentioned: bool = False) -> None:
 
 
 def code(document: Path) -> Iterator[tuple[int, str, bool]]:
-    """(line number, text, whether in a block) of what stands in code blocks, fenced or indented, and between single backquotes; lines that
-    end in a backslash are joined with the next."""
+    """(line number, text, whether in a block) of what stands in code blocks, fenced or indented, and between single
+    backquotes; lines that end in a backslash are joined with the next."""
     fenced, before, number = False, "", 0
     for number, line in enumerate(document.read_text().splitlines(), 1):
         if line.lstrip().startswith("```"):
@@ -62,8 +61,8 @@ def code(document: Path) -> Iterator[tuple[int, str, bool]]:
 
 
 def commands_of(document: Path, word: str = "carrara") -> Iterator[tuple[int, list[str], bool]]:
-    """(line number, words, whether in a block of code) of each command line of a document that calls `word`; comments and what a shell does to the
-    output are left out, and what stands in [brackets] is taken as given."""
+    """(line number, words, whether in a block of code) of each command line of a document that calls `word`; comments
+    and what a shell does to the output are left out, and what stands in [brackets] is taken as given."""
     for number, text, block in code(document):
         for line in text.split("; "):
             line = re.sub(r"^\$\s+", "", line)
