@@ -16,7 +16,7 @@ import numpy as np
 from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import digest_json
-from shards.selection import Selection
+from shards.selection import Rule, Selection
 from shards.settings import ConfigError
 from train.config import FitConfig, SourceConfig, TrainConfig
 from train.placement import Placement, Segment, Source
@@ -59,7 +59,7 @@ class Record:
     sizes: tuple[int, ...]
     ranges: tuple[Range, ...]
     changes: tuple[str, ...] = ()
-    select: tuple[tuple[dict[str, Any], ...], ...] = ()  # by source, train.select with its thresholds; none: all pass
+    select: tuple[tuple[dict[str, Any], ...], ...] = ()  # by source, the rules with their thresholds; none: all pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +137,15 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     """The history of a run that begins now, with all that its data sets hold."""
     laid = [rows_laid(d) for d in datasets]
     ranges = []
-    for source, weight, dataset, table in zip(names(config), _weights(config), datasets, laid, strict=True):
-        ranges.append(_range(source, dataset, table, 0, dataset.fingerprint, weight))
+    for source, weight, dataset, key, table in zip(
+        names(config), _weights(config), datasets, _keys(datasets), laid, strict=True
+    ):
+        ranges.append(_range(source, dataset, table, 0, key, weight))
     total = sum(int(t.sum()) for t in laid)
-    window = config.window or int(np.clip(WINDOW_BYTES // _row_bytes(datasets[0], laid[0]), FEWEST_ROWS, MOST_ROWS))
+    row = _row_bytes(datasets[0], laid[0]) + sum(
+        _row_bytes(d, rows_laid(d)) for d in picture_sets(config, datasets[:1])
+    )
+    window = config.window or int(np.clip(WINDOW_BYTES // row, FEWEST_ROWS, MOST_ROWS))
     fitting = 1 << max(0, total // window - 1).bit_length()
     most = MOST_STREAMS if datasets[0].kind == "latents" else MOST_STREAMS // 4  # a tar's sidecar is kept for each
     streams = config.streams or int(np.clip(fitting, FEWEST_STREAMS, most))
@@ -189,7 +194,7 @@ def resume(
     notes: list[str] = []
     told: list[str] = []  # what is adopted
     refusal = ""
-    for source, weight, dataset in zip(names(config), _weights(config), datasets, strict=True):
+    for source, weight, dataset, key in zip(names(config), _weights(config), datasets, _keys(datasets), strict=True):
         laid = rows_laid(dataset)
         own = [r for r in last.ranges if r.source == source]
         kept = []
@@ -207,15 +212,11 @@ def resume(
                 f"{dataset.root}: {int(found.sum()):,} samples in place of {sum(r.rows):,}, in an order of their own"
             )
             notes.append(told[-1])
-            kept.append(
-                _range(source, dataset, laid[: r.end], r.first, f"{dataset.fingerprint}:{r.first}:{images}", 0.0)
-            )
+            kept.append(_range(source, dataset, laid[: r.end], r.first, f"{key}:{r.first}:{images}", 0.0))
         end = max((r.end for r in own), default=0)
         more = int(laid[end:].sum())
         if more and (adopt or not own):
-            kept.append(
-                _range(source, dataset, laid, end, f"{dataset.fingerprint}:{end}" if end else dataset.fingerprint, 0.0)
-            )
+            kept.append(_range(source, dataset, laid, end, f"{key}:{end}" if end else key, 0.0))
             told.append(f"{dataset.root}: {more:,} samples more")
         elif more:
             notes.append(f"{dataset.root} holds {more:,} samples more by now; --adopt takes them in")
@@ -242,15 +243,19 @@ def _same(a: Record, b: Record) -> bool:
 def selected(
     config: FitConfig, datasets: Sequence[Dataset], before: Sequence[Sequence[dict[str, Any]]] = ()
 ) -> tuple[tuple[dict[str, Any], ...], ...]:
-    """By source, the rules of train.select with their thresholds, those of `before` where the rules are the same.
+    """By source, its rules with their thresholds, those of `before` where the rules are the same.
 
     A source's scores lie beside its latents. Raises ConfigError where they are not there.
     """
-    rules = config.select if isinstance(config, TrainConfig) else ()
-    if not rules:
+    if not any(rules := [rules_of(config, n) for n in range(len(datasets))]):
         return ()
     known = before if len(before) == len(datasets) else [()] * len(datasets)
-    return tuple(tuple(Selection(run_of(d), rules, k).settings) for d, k in zip(datasets, known, strict=True))
+    return tuple(tuple(Selection(run_of(d), r, k).settings) for d, r, k in zip(datasets, rules, known, strict=True))
+
+
+def rules_of(config: FitConfig, source: int) -> tuple[Rule, ...]:
+    """What a sample must pass to be taken from one of the configuration's sources."""
+    return (*config.select, *config.sources[source].select) if isinstance(config, TrainConfig) else ()
 
 
 def run_of(dataset: Dataset) -> str:
@@ -258,12 +263,36 @@ def run_of(dataset: Dataset) -> str:
     return dataset.root.rstrip("/").rpartition("/")[0]
 
 
+def picture_sets(config: FitConfig, datasets: Sequence[Dataset], folder: str = "images") -> list[Dataset]:
+    """Of each data set of latents, the image shards whose pictures the UNet is told by key; none where it is told none.
+
+    folder: `images`, or `heldout`.
+    """
+    if not isinstance(config, TrainConfig) or not config.told:
+        return []
+    return [Dataset.open(storage.join(pictures_run(config, run_of(d)), folder)) for d in datasets]
+
+
+def pictures_run(config: TrainConfig, run: str) -> str:
+    """The run that has the pictures which latents of `run` are told."""
+    other = config.edit.before if config.edit else config.control.images if config.control else None
+    if other is None:
+        return run
+    return other if "://" in other or other.startswith("/") else storage.join(run, other)
+
+
 def _range(
     source: tuple[str | None, int], dataset: Dataset, laid: np.ndarray, first: int, key: str, weight: float
 ) -> Range:
     rows = tuple(laid[first:].sum(axis=0, dtype=np.int64).tolist())
-    key = key if source[1] == 0 else f"{key}#{source[1]}"
     return Range(*source, dataset.root, first, len(laid), rows, digest_json([key])[:32], weight)
+
+
+def _keys(datasets: Sequence[Dataset]) -> list[str]:
+    """What names the data of each source for life; copies of one data set are told apart: each has its own turns."""
+    prints = [d.fingerprint for d in datasets]
+    copies = [prints[:i].count(p) for i, p in enumerate(prints)]
+    return [f"{p}#{n}" if n else p for p, n in zip(prints, copies, strict=True)]
 
 
 def _sources(config: FitConfig) -> Sequence[SourceConfig]:

@@ -156,7 +156,8 @@ def judge(stage: str, config: StageConfig, wanted: Fingerprint, paths: StagePath
             tuple(later),
         )
     if finished and not later:
-        return StageState("done")
+        others = found["fingerprint"].get("input") != wanted.input
+        return StageState("done", "on other images than there are by now; --redo fits it anew" if others else "")
     longer = any(line.startswith(f"{stage}.images:") for line in later)
     fitted = manifest.get("images", 0) >= config.images or (manifest.get("finished", False) and not longer)
     wanted_name = to_export(config, newest, manifest) if newest else None
@@ -252,7 +253,7 @@ def discard(paths: StagePaths) -> None:
     for name in ("tensorboard", "samples"):
         _delete_tree(storage.join(paths.logs, name))
     _delete_tree(paths.model)
-    for name in ("log.jsonl", "events.jsonl"):
+    for name in ("log.jsonl", "events.jsonl", "trackers.json"):  # another fit is another run of a tracker
         storage.remove(storage.join(paths.logs, name))
     storage.remove(storage.join(paths.checkpoints, "latest"))
 
