@@ -33,9 +33,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from demo.scenes import Scene, caption, draw, sample
+from demo.scenes import Scene, caption, draw, exchanged, sample
 
-VERSION = 1  # raised whenever the bytes change
+VERSION = 2  # raised whenever the bytes change
 SCHEMA = pa.schema(
     [
         ("URL", pa.string()),
@@ -47,6 +47,7 @@ SCHEMA = pa.schema(
         ("pwatermark", pa.float32()),
         ("aesthetic", pa.float32()),
         ("LANGUAGE", pa.string()),
+        ("WRONG", pa.list_(pa.string())),  # captions in the same words that are not true (scenes.exchanged)
     ]
 )
 # Width and height of the sources: none below 64, so that a demo at 64 px enlarges nothing; all aspect ratios <= 1.5.
@@ -309,6 +310,7 @@ class _Writer:
             "pwatermark": rng.betavariate(1, 6),
             "aesthetic": rng.gauss(5.2, 0.6),
             "LANGUAGE": "en",
+            "WRONG": exchanged(text),
         }
 
 
@@ -371,9 +373,9 @@ def _train_rows(writer: _Writer, pictures: int, planted: dict[str, int], seed: i
             text = html.escape(text)
         path, scene, row, data = writer.picture(rng, scene=scene)
         if text is not None:
-            row["TEXT"] = text
+            row |= {"TEXT": text, "WRONG": exchanged(text)}
         if kind == "hostile":
-            row["TEXT"] = rng.choice(HOSTILE).format(row["TEXT"])
+            row |= {"TEXT": rng.choice(HOSTILE).format(row["TEXT"]), "WRONG": []}
         if kind == "redirected":
             moved = f"/moved/{i:06d}{Path(path).suffix}"
             writer.behaviours[moved] = {"status": 302, "headers": {"Location": path}}

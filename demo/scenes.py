@@ -9,6 +9,7 @@ wordings, `parse` is the exact inverse of `caption`, and `split` says whether th
     >>> parse(text) == scene
     True
 
+`exchanged` gives captions in the same words that are wrong, from which a text encoder learns whose each word is.
 All lengths are fractions of the side of the centred square, so that the truth survives a centre crop and any resize.
 """
 
@@ -53,7 +54,7 @@ PLACES: dict[str, tuple[float, float]] = {  # centre (x, y) of a thing that stan
     "bottom": (0.5, 0.655),
 }
 PAIRS: tuple[tuple[str, str], ...] = (("left", "right"), ("top", "bottom"))  # where two things stand
-PAIR_SHARE = 0.10  # of the pictures that `sample` draws
+PAIR_SHARE = 0.50  # of the pictures that `sample` draws; it takes many to learn which colour belongs to which thing
 HELDOUT_SHARE = 0.12  # of the combinations
 
 RADIUS_JITTER = 0.015
@@ -329,13 +330,37 @@ def _grammar() -> list[tuple[re.Pattern[str], bool]]:
     return [(pattern(t), False) for t in SINGLE] + [(pattern(t), True) for t in DOUBLE]
 
 
+def _plain(text: str) -> str:
+    return " ".join(html.unescape(html.unescape(text)).lower().split())
+
+
+def exchanged(text: str) -> list[str]:
+    """A caption of two things with their colours, their shapes or their sizes exchanged: wrong ones in the same words.
+
+    One for each of the three in which the things differ; none for a caption of one thing, or of no grammar of ours.
+    """
+    plain = _plain(text)
+    wrong = []
+    for found in (pattern.fullmatch(plain) for pattern, double in _grammar() if double):
+        if not found:
+            continue
+        for kind in ("colour", "shape", "size"):
+            (begin1, end1), (begin2, end2) = found.span(f"{kind}1"), found.span(f"{kind}2")
+            first, second = plain[begin1:end1], plain[begin2:end2]
+            known = _MEANING.get(kind, {})
+            if known.get(first, first) != known.get(second, second):
+                wrong.append(plain[:begin1] + second + plain[end1:begin2] + first + plain[end2:])
+        break
+    return wrong
+
+
 def parse(text: str) -> Scene:
     """The scene that a caption describes: the exact inverse of `caption`, which also undoes HTML entities, capital
     letters and extra white space, as CLIP's tokenizer does.
 
     Raises ValueError where the text is not of this grammar.
     """
-    plain = " ".join(html.unescape(html.unescape(text)).lower().split())
+    plain = _plain(text)
     for pattern, double in _grammar():
         found = pattern.fullmatch(plain)
         if not found:

@@ -82,8 +82,8 @@ def list_files(table: str) -> list[str]:
     files = [str(fs.unstrip_protocol(p)) if "://" in table else str(p) for p in found]
     if not files:
         raise ConfigError(
-            f"ingest.table: nothing in '{table}' ends in .parquet, .csv, .tsv or .jsonl (or those with .gz); "
-            "folders below are reached by a glob such as tables/**/*.parquet"
+            f"ingest.table: '{table}' holds neither images nor tars, and nothing in it ends in .parquet, .csv, .tsv or "
+            ".jsonl (or those with .gz); folders below are reached by a glob such as tables/**/*.parquet"
         )
     for file in files:
         if not FORMAT.search(file):

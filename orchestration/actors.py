@@ -266,6 +266,8 @@ class Fleet:
             self.judged_at = now
             job.workers = sum(h.ready for h in self.hands)
             job.progress.update(0, workers=job.workers)
+            if job.exporter is not None:
+                job.exporter.left(job.ledger.remaining, job.workers)
             self._judge_ages(job, now)
 
     def _answer(self, job: Job, ref: Any, call: _Call) -> None:

@@ -239,15 +239,23 @@ def _farewell(config: RunConfig, seconds: float) -> None:
 
 
 def _headline(metrics: dict[str, Any] | None) -> list[str]:
-    """What was measured, a line a metric, with its 95 % interval."""
-    from eval.report.page import headline
+    """What was measured, a line a metric, with its 95 % interval; then what each kind of caption comes to."""
+    from demo.scorer import KINDS
+    from eval.report.page import headline, spread
 
-    texts = headline(metrics) if metrics else {}
-    return [
-        f"{label}: {value}" + (f" ({interval})" if interval else "")
-        for label, (value, interval) in texts.items()
-        if value
-    ]
+    if not metrics:
+        return []
+    lines = [_measured(label, *figures) for label, figures in headline(metrics).items() if figures[0]]
+    for kind in KINDS.values():
+        found = metrics["by_tag"].get(kind, {})
+        told = [_measured(e["label"], *spread(e)) for name, e in found.items() if name.startswith("shows_all")]
+        if told:
+            lines.append(f"{kind}: " + ", ".join(told))
+    return lines
+
+
+def _measured(label: str, value: str, interval: str) -> str:
+    return f"{label}: {value}" + (f" ({interval})" if interval else "")
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from orchestration.config import Pool, RayConfig
 from orchestration.job import Job, build_worker
 from orchestration.lease import Lease
 from orchestration.ledger import Ledger
+from orchestration.metrics import Exporter
 from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
 from shards import storage
 from shards.dataset import MANIFEST
@@ -68,7 +69,8 @@ def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = 
                 return False
             begun = True
             progress.begin("running", ledger.total, done=ledger.skipped)
-            job = Job(stage, ledger, progress, stop, lease, peak_bytes=_known_peak(before))
+            exporter = None if local else Exporter(status.rsplit("/", 1)[0], stage.name)
+            job = Job(stage, ledger, progress, stop, lease, _known_peak(before), exporter=exporter)
             with stop.waits():
                 if local:
                     in_this_process(job, pool)

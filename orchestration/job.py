@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestration.lease import Lease
 from orchestration.ledger import Ledger
+from orchestration.metrics import Exporter
 from orchestration.stopping import StopFlag
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
@@ -41,6 +42,7 @@ class Job:
     busy_s: float = 0.0
     wait_s: float = 0.0
     began: float = dataclasses.field(default_factory=time.monotonic)
+    exporter: Exporter | None = None  # on Ray
 
     def check(self) -> None:
         """Raise where the run is to end now."""
@@ -55,6 +57,8 @@ class Job:
             self.rows += int(stats.get("rows", 0))
             self.busy_s += float(stats.get("encode_seconds", 0.0))
             self.wait_s += float(stats.get("wait_seconds", 0.0))
+        if self.exporter is not None:
+            self.exporter.shard(stats or {}, self.ledger.remaining, self.workers)
         if self.rows:
             figures["success"] = f"{self.samples / self.rows:.0%}"
         elapsed = max(time.monotonic() - self.began, 1e-9)
@@ -67,7 +71,10 @@ class Job:
 
     def blame(self, task: Task, error: BaseException, trace: str) -> None:
         """Count a failure that was the shard's own."""
+        before = len(self.ledger.failed)
         self.ledger.blame(task, sentence(error), trace)
+        if self.exporter is not None and len(self.ledger.failed) > before:
+            self.exporter.set_aside()
         self.progress.update(0, failed=len(self.ledger.failed))
 
 

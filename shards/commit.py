@@ -16,6 +16,8 @@ import json
 import logging
 import os
 import re
+import socket
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -117,6 +119,7 @@ class Folder:
             "born": born_of(described),
             "input": input,
             "made_with": self.id,
+            "made_by": {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time()},
         }
         small = [(name + s, d) for s, d in sorted(files.items()) if s != self.data]
         beside = pack(small, json_bytes(record))

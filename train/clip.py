@@ -13,6 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
+from latents.stage import texts_in
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, segments
@@ -26,7 +27,11 @@ MAX_LOGIT_SCALE = 100.0
 
 
 class Clip(Objective):
-    """CLIP's symmetric cross-entropy over all pairs of the global batch (Radford et al. 2021, figure 3)."""
+    """CLIP's symmetric cross-entropy over all pairs of the global batch (Radford et al. 2021, figure 3).
+
+    With `wrong_captions` an image must also prefer its caption to its own wrong ones (NegCLIP, Yuksekgonul et al. 2023,
+    arXiv:2210.01936, section 4; there to all of the batch's). The loss of each image is then of the global batch too.
+    """
 
     figures = ("accuracy", "logit_scale")
 
@@ -50,7 +55,9 @@ class Clip(Objective):
             context_length=clip.context_length, **(text.get("tokenizer_kwargs") or {})
         )
         self._tokens = functools.lru_cache(maxsize=100_000)(lambda caption: self._tokenizer(caption)[0])
-        self.pictures = Pictures(dataset, placement, self._fit(), config.cache_bytes)
+        if config.wrong_captions:
+            require_column(dataset, config.wrong_captions)
+        self.pictures = Pictures(dataset, placement, self._fit(), config.cache_bytes, config.wrong_captions)
         mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
         self._mean, self._std = mean, std
 
@@ -68,15 +75,32 @@ class Clip(Objective):
         return fit
 
     def batch(self, positions: np.ndarray) -> Batch:
-        """pixels uint8 [B,S,S,3] and tokens int64 [B,context]."""
-        tokens = torch.stack([self._tokens(c) for c in self.pictures.captions(positions)])
-        return {"pixels": torch.from_numpy(self.pictures.pixels(positions)), "tokens": tokens}
+        """pixels uint8 [B,S,S,3] and tokens int64 [B,context].
+
+        Where there are wrong captions, M in all and at most K of an image, tokens are [B+M,context], and `place`, int64
+        [M], says where each belongs in a table [B,K], which is of the shape of `wrong`, bool.
+        """
+        captions = self.pictures.captions(positions)
+        batch = {"pixels": torch.from_numpy(self.pictures.pixels(positions))}
+        if self.config.wrong_captions:
+            wrong = self.pictures.texts(self.config.wrong_captions, positions)
+            most = max(map(len, wrong))
+            places = [i * most + k for i, texts in enumerate(wrong) for k in range(len(texts))]
+            captions += [text for texts in wrong for text in texts]
+            batch["place"] = torch.tensor(places, dtype=torch.int64)
+            batch["wrong"] = torch.zeros(len(wrong), most, dtype=torch.bool)
+            batch["wrong"].view(-1)[batch["place"]] = True
+        return {**batch, "tokens": torch.stack([self._tokens(c) for c in captions])}
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of this rank's rows against all columns; its mean over ranks is that of the global batch."""
         image, text, scale = self._features(batch)
         with torch.autocast(image.device.type, enabled=False):
-            to_text, to_image = self._logits(image.float(), text.float(), scale.float().clamp(max=MAX_LOGIT_SCALE))
+            image, factor = image.float(), scale.float().clamp(max=MAX_LOGIT_SCALE)
+            right, wrong = text.float().split([len(image), len(text) - len(image)])
+            to_text, to_image = self._logits(image, right, factor)
+            if "wrong" in batch:
+                to_text = torch.cat([to_text, _to_wrong(image, wrong, factor, batch)], dim=1)
             rank = dist.get_rank() if dist.is_initialized() else 0
             labels = torch.arange(len(image), device=image.device) + rank * len(image)
             loss = (nn.functional.cross_entropy(to_text, labels) + nn.functional.cross_entropy(to_image, labels)) / 2
@@ -124,6 +148,31 @@ class Clip(Objective):
         pixels = batch["pixels"].permute(0, 3, 1, 2).float()
         image, text = self.model(pixels, batch["tokens"])[:2]
         return image.float().mean() + text.float().mean()
+
+
+def require_column(dataset: Dataset, name: str) -> None:
+    """Raises ConfigError where the first shard's sidecar has no such column of texts."""
+    shard = dataset.shards[0]
+    if name not in (table := dataset.sidecar(shard.index)).column_names:
+        raise ConfigError(
+            f"clip.wrong_captions: shard {shard.name} of {dataset.root} has no column '{name}' in its .parquet; carry "
+            "it there with ingest.keep_columns, or leave it out"
+        )
+    try:
+        for value in table[name].to_pylist():
+            texts_in(value)
+    except TypeError:
+        raise ConfigError(f"clip.wrong_captions: column '{name}' of {dataset.root} holds no texts") from None
+
+
+def _to_wrong(
+    image: torch.Tensor, wrong: torch.Tensor, scale: torch.Tensor, batch: Batch
+) -> torch.Tensor:  # fmt: skip
+    """Logits of images [B,D] with their own wrong captions [M,D]: float32 [B,K], minus infinity where there is none."""
+    table, place = batch["wrong"], batch["place"]
+    own = scale * (image[place // max(1, table.shape[1])] * wrong).sum(dim=1)
+    empty = torch.full((table.numel(),), -torch.inf, device=image.device)
+    return empty.scatter(0, place, own).view(table.shape)
 
 
 def check_clip_config(model: dict[str, Any]) -> None:

@@ -120,10 +120,14 @@ class Engine:
             self.engine.step()
 
     def rates(self, learning_rate: float, decays: dict[str, float]) -> None:
-        """Set the learning rate of the step to come, and by what factor each average keeps its past in it."""
-        self.rate = learning_rate
+        """Set the learning rate of the step to come, and by what factor each average keeps its past in it.
+
+        Beside Muon, AdamW's rate keeps its ratio to it.
+        """
+        self.rate, config = learning_rate, self.config
+        beside = learning_rate * (config.adamw_learning_rate or config.learning_rate) / config.learning_rate
         for group in self.optimizer.param_groups:
-            group["lr"], group["decays"] = learning_rate, decays
+            group["lr"], group["decays"] = learning_rate if group.get("muon") else beside, decays
 
     def step(self, judge: Judge, *flags: bool) -> Outcome:
         """Take the step, or not: judge(figures, norm) -> bool, on the device, called once, alike on all ranks.

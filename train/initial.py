@@ -87,16 +87,24 @@ def quiet_unet(unet: nn.Module) -> None:
 
 
 @torch.no_grad()
-def spread_words(clip: nn.Module, std: float = 1.0) -> None:
-    """Let the token embeddings of a fresh open_clip model begin with standard deviation `std` in place of 0.02.
+def spread_words(clip: nn.Module, std: float = 1.0, position_std: float = 0.5) -> None:
+    """Let a fresh open_clip model begin with words, and places in a caption, that are far apart.
 
-    Adam moves each value by about the learning rate a step, whatever its size, and words of one kind (circle
-    and square) move alike until the model tells them apart. From 0.02 their common way soon outweighs what
-    distinguishes them, and whoever reads the token embeddings, a UNet say, sees almost one word. From 0.5 they
-    stay apart; the blocks' LayerNorms make the scale itself of no consequence.
+    Token embeddings get standard deviation `std` in place of 0.02. Adam moves each value by about the learning rate a
+    step, whatever its size, and words of one kind (circle and square) move alike until the model tells them apart. From
+    0.02 their common way soon outweighs what distinguishes them, and whoever reads the token embeddings, a UNet say,
+    sees almost one word. From 0.5 they stay apart; the blocks' LayerNorms make the scale itself of no consequence.
+
+    Positional embeddings become sines and cosines (Vaswani et al. 2017, section 3.5, here with base 100, since captions
+    are short) of root mean square `position_std`: beside such words open_clip's 0.01 could not be seen, and the tower
+    would not know which of two colours stands before which of two shapes.
     """
-    embedding = clip.token_embedding.weight
+    embedding, places = clip.token_embedding.weight, clip.positional_embedding
     embedding.mul_(std / 0.02)  # open_clip draws with 0.02 (CLIP.init_parameters)
+    length, width = places.shape
+    angle = torch.arange(length)[:, None] * 100.0 ** (-torch.arange(0, width, 2) / width)
+    waves = torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]
+    places.copy_(waves * position_std * 2**0.5)  # a sine's own is sqrt(1/2)
 
 
 def _copy(conv: nn.Module) -> None:

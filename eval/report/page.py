@@ -35,6 +35,7 @@ PAIRS = 12
 RECONSTRUCTIONS = 12
 CELLS = 20  # of a grid; the rest folded away
 TAGS, PER_TAG = 8, 6
+TAG_COLUMNS = 8
 THUMBNAILS = 4  # of a row of the index
 HEADLINE = (  # the numbers that stand first, where measured
     *compare.WATCHED, "cmmd", "kid_tf", "kd_dinov2_pil", "soft_tifa_am", "pickscore", "hps", "aesthetic", "retrieval",
@@ -98,9 +99,9 @@ def environment() -> jinja2.Environment:
     return environment
 
 
-def script(name: str) -> dict[str, str]:
+def script(name: str, folder: Path = TEMPLATES) -> dict[str, str]:
     """`script`: a script of ours as text; `script_hash`: what the content security policy knows it by."""
-    text = (TEMPLATES / name).read_text(encoding="utf-8")
+    text = (folder / name).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return {"script": text, "script_hash": f"sha256-{digest}"}
 
@@ -153,6 +154,7 @@ def _context(
             for title, root in (("Training images", run.images), ("Held-out images", run.heldout))
             if (steps := gather.funnel(root))
         ],
+        "scores": gather.score_charts(run, result["checkpoint"]),
         "protocol": gather.flat(result["protocol"]),
         "provenance": gather.provenance(run, result),
     }  # fmt: skip
@@ -270,10 +272,14 @@ def _difference(d: compare.Difference) -> tuple[str, str]:
 
 
 def tag_table(result: dict[str, Any]) -> dict[str, Any]:
-    """Columns and rows of the numbers by tag, the worst first in the first column; empty without tags."""
+    """Columns and rows of the numbers by tag, the worst first in the first column; empty without tags.
+
+    What a judge of one's own says comes first: it is what its tags are for.
+    """
     tags = result["by_tag"]
     wanted = [n for n in [*_headline(result), "clip_score"] if n not in DISTANCES]
-    names = [n for n in dict.fromkeys(wanted) if any(n in m for m in tags.values())][:6]
+    wanted.sort(key=lambda n: n in DEFINITIONS)
+    names = [n for n in dict.fromkeys(wanted) if any(n in m for m in tags.values())][:TAG_COLUMNS]
     if not names:
         return {"columns": [], "rows": []}
     first = names[0]

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from demo.corpus import CorpusError, CorpusSummary, draw_corpus, load_summary, main
 from demo.scenes import parse, split
 
-COLUMNS = ["URL", "TEXT", "WIDTH", "HEIGHT", "similarity", "punsafe", "pwatermark", "aesthetic", "LANGUAGE"]
+COLUMNS = ["URL", "TEXT", "WIDTH", "HEIGHT", "similarity", "punsafe", "pwatermark", "aesthetic", "LANGUAGE", "WRONG"]
 
 
 def ending(row: dict, folder: Path, behaviours: dict, seen: set) -> tuple[str, str]:

@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
+from demo import scorer
 from demo.corpus import FORMATS, SOURCES, encode
-from demo.faithfulness import ATTRIBUTES, detect, judge
-from demo.scenes import COLOURS, GROUNDS, SHAPES, Scene, Thing, draw, sample
+from demo.faithfulness import ATTRIBUTES, PRESENT, TIGHT, detect, judge
+from demo.scenes import COLOURS, GROUNDS, SHAPES, Scene, Thing, caption, draw, outline, sample
 
 PICTURES = 120
 
@@ -45,7 +46,7 @@ def files() -> list[tuple[Scene, bytes]]:
     pairs = []
     for i in range(PICTURES):
         rng = random.Random(f"faithfulness/{i}")
-        kind, scene = kinds[i % len(kinds)], sample(rng)
+        kind, scene = kinds[i % len(kinds)], sample(rng, pair_share=0.5)
         if kind == "png_alpha":
             scene = replace(scene, ground="white")
         pairs.append((scene, encode(scene, rng, *rng.choice(SOURCES), kind)))
@@ -63,6 +64,76 @@ def test_right_on_real_pictures(files: list[tuple[Scene, bytes]], side: int, kin
         right.update(name for name, value in verdict.items() if value)
     for name in ATTRIBUTES:
         assert right[name] / PICTURES >= 0.98, (name, right[name] / PICTURES)
+
+
+@pytest.mark.parametrize(("side", "kind"), [(32, "png"), (64, "jpeg")])
+def test_real_pictures_are_right_by_the_tight_limits_too(
+    files: list[tuple[Scene, bytes]], side: int, kind: str
+) -> None:
+    right = [all(judge(as_stored(data, side, kind), scene, TIGHT).values()) for scene, data in files]
+    assert sum(right) / PICTURES >= 0.98
+
+
+def drawn(points: list[tuple[float, float]], side: int) -> np.ndarray:
+    """A red polygon, in sides of the picture, on gray; antialiased."""
+    picture = Image.new("RGB", (side * 8, side * 8), GROUNDS["gray"])
+    ImageDraw.Draw(picture).polygon([(x * side * 8, y * side * 8) for x, y in points], fill=COLOURS["red"])
+    return np.asarray(picture.reduce(8))
+
+
+def regular(corners: int) -> list[tuple[float, float]]:
+    angles = 2 * np.pi * np.arange(corners) / corners
+    return [(0.5 + 0.3 * float(np.cos(a)), 0.5 + 0.3 * float(np.sin(a))) for a in angles]
+
+
+GOBLET = [(x, y) for x, y in outline("circle", 0.5, 0.5, 0.3) if y < 0.5 or abs(x - 0.5) < 0.15]
+LEMON = [(0.5 + (x - 0.5) * 1.3, y) for x, y in outline("circle", 0.5, 0.5, 0.27)]
+PINCUSHION = [
+    (0.5 + 0.28 * x * (1 - 0.25 * (1 - y * y)), 0.5 + 0.28 * y * (1 - 0.25 * (1 - x * x)))
+    for t in np.linspace(-1, 1, 9)[:-1]
+    for x, y in [(t, -1.0)]
+] + [
+    (0.5 + 0.28 * x * (1 - 0.25 * (1 - y * y)), 0.5 + 0.28 * y * (1 - 0.25 * (1 - x * x)))
+    for line in ([(1.0, t) for t in np.linspace(-1, 1, 9)[:-1]], [(-t, 1.0) for t in np.linspace(-1, 1, 9)[:-1]],
+                 [(-1.0, -t) for t in np.linspace(-1, 1, 9)[:-1]])
+    for x, y in line
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize("points", [regular(5), regular(6), GOBLET, LEMON, PINCUSHION])
+def test_what_is_nearly_a_shape_is_none_by_the_tight_limits(points: list[tuple[float, float]], side: int) -> None:
+    (found,) = detect(drawn(points, side)).things
+    assert found.fit > TIGHT[found.shape]
+
+
+def test_no_random_blob_is_a_shape() -> None:
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(40):
+        noise = ImageFilter.GaussianBlur(3)
+        field = np.asarray(Image.fromarray(rng.integers(0, 256, (32, 32), dtype=np.uint8)).filter(noise), float)
+        field[[0, -1]], field[:, [0, -1]] = 0, 0
+        mask = field > np.quantile(field, 0.8)
+        picture = np.where(mask[..., None], np.array(COLOURS["red"]), np.array(GROUNDS["gray"])).astype(np.uint8)
+        found += detect(picture).things
+    assert len(found) > 20
+    assert sum(f.fit <= PRESENT[f.shape] for f in found) / len(found) < 0.1
+    assert not any(f.fit <= TIGHT[f.shape] for f in found)
+
+
+def test_the_scores_tell_both_limits_and_the_kinds_of_captions_apart() -> None:
+    rng = random.Random(0)
+    one = Scene((Thing("red", "circle", "large", "center"),), "gray")
+    rough = drawn([(0.5 + (x - 0.5) * 1.15, y) for x, y in outline("circle", 0.5, 0.5, 0.28)], 32)
+    scores = scorer.score(np.stack([np.asarray(draw(one, rng, 32, 32)), rough, rough]), [caption(one, rng)] * 2 + ["?"])
+    assert set(scores) == set(scorer.SCORES)
+    assert scores["shows_all"] == [1.0, 1.0, None]
+    assert scores["shows_all_tight"] == scores["shows_shape_tight"] == [1.0, 0.0, None]
+    two = sample(rng, pair_share=1.0)
+    assert scorer.tags(caption(one, rng)) == ["one thing", "circle"]
+    assert scorer.tags(caption(two, rng))[0] == "two things"
+    assert scorer.tags("?") == []
 
 
 @pytest.mark.parametrize("side", [32, 64])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import random
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -23,6 +25,7 @@ from demo.scenes import (
     Thing,
     caption,
     draw,
+    exchanged,
     parse,
     sample,
     split,
@@ -148,6 +151,29 @@ def test_sample_draws_the_stated_share_of_pairs() -> None:
     rng = random.Random(3)
     pairs = sum(len(sample(rng).things) == 2 for _ in range(2000))
     assert abs(pairs / 2000 - scenes.PAIR_SHARE) < 0.03
+
+
+@given(st.integers(0, 2**32), st.booleans())
+def test_exchanged_captions_differ_in_one_attribute_of_both_things(seed: int, escaped: bool) -> None:
+    rng = random.Random(seed)
+    scene = sample(rng, pair_share=1.0)
+    text = caption(scene, rng)
+    a, b = scene.things
+    expected = set()
+    for name in ("colour", "shape", "size"):
+        of_a, of_b = getattr(a, name), getattr(b, name)
+        if of_a != of_b:
+            expected.add(Scene((replace(a, **{name: of_b}), replace(b, **{name: of_a})), scene.ground))
+    wrong = exchanged(html.escape(text).upper() if escaped else text)
+    assert {parse(w) for w in wrong} == expected
+    assert len(wrong) == len(expected) >= 1
+    assert all(sorted(w.split()) == sorted(text.split()) for w in wrong if "," not in text)
+
+
+def test_what_is_no_caption_of_two_things_has_no_exchanged_ones() -> None:
+    rng = random.Random(0)
+    assert exchanged(caption(sample(rng, pair_share=0.0), rng)) == []
+    assert exchanged("<script>alert(1)</script> two things") == []
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (120, 64), (64, 110)])

@@ -24,10 +24,12 @@ import webdataset
 import yaml
 
 from demo import corpus as demo_corpus
+from demo import scenes as demo_scenes
 from demo import server as demo_server
 from ingest.config import IngestConfig
 from ingest.errors import RETRYABLE
 from ingest.stage import IngestStage
+from latents.stage import texts_in
 from shards import storage
 from shards.dataset import Dataset, read_stats
 from shards.exclusions import shard_row
@@ -206,6 +208,12 @@ def test_the_demos_corpus_gives_the_funnel_that_was_planted(tmp_path: Path) -> N
         config = IngestConfig.model_validate(settings)
         manifest = run(IngestStage(config, str(tmp_path / "images")))
         heldout = run(IngestStage(config, str(tmp_path / "heldout"), "heldout"))
+    (shard,) = [pq.read_table(f) for f in sorted((tmp_path / "images").glob("0*.parquet"))]
+    good = [row for row in shard.select(["caption", "WRONG", "status"]).to_pylist() if row["status"] == "success"]
+    # What is false of an image, in its caption's own words, comes along.
+    wrong = [texts_in(row["WRONG"]) for row in good]
+    assert wrong == [demo_scenes.exchanged(row["caption"]) for row in good]
+    assert any(wrong)
     expected = corpus.expected
     counts = {name: n for name, n in manifest["counts"].items() if n}
     assert counts == {"rows": expected["rows"], **expected["status"]}

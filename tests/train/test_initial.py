@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -79,7 +81,7 @@ def test_a_quiet_unet_predicts_zero_and_learns():
     assert unet.conv_out.weight.grad.abs().max() > 0
 
 
-def test_spread_words_moves_nothing_but_the_spread_of_the_words() -> None:
+def test_spread_words_moves_nothing_but_words_and_places() -> None:
     import open_clip
 
     from tests.train import tiny
@@ -95,4 +97,12 @@ def test_spread_words_moves_nothing_but_the_spread_of_the_words() -> None:
     assert float(spread.token_embedding.weight.std()) == pytest.approx(0.5, rel=0.01)
     assert torch.allclose(spread.token_embedding.weight, words * 25)
     others = {n for n, p in spread.named_parameters() if not torch.equal(p, dict(plain.named_parameters())[n])}
-    assert others == {"token_embedding.weight"}
+    assert others == {"token_embedding.weight", "positional_embedding"}
+    places = spread.positional_embedding.detach()
+    assert float(places.square().mean().sqrt()) == pytest.approx(0.5)
+    # By the formula, a place at a time.
+    width = places.shape[1]
+    for p in range(len(places)):
+        angles = [p / 100 ** (2 * i / width) for i in range(width // 2)]
+        wave = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        assert places[p].tolist() == pytest.approx([0.5 * math.sqrt(2) * w for w in wave], abs=1e-6)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from train.muon import direction
+from train.config import FitConfig
+from train.engine import Engine
+from train.muon import direction, orthogonalise
 from train.optimizer import AdamW, ema_decay, is_hidden, learning_rate, parameter_groups
 
 
@@ -114,7 +117,7 @@ def test_muon_is_for_the_blocks_matrices_and_its_direction_is_orthogonal() -> No
     }
     assert [n for n, s in hidden.items() if is_hidden(n, s)] == list(hidden)[:2]
     torch.manual_seed(0)
-    for rows, columns in ((48, 20), (20, 48), (32, 32)):
+    for rows, columns in ((48, 20), (20, 48), (20, 33), (32, 32)):
         momentum = torch.randn(3, rows, columns)
         found = direction(momentum) / (0.2 * max(rows, columns) ** 0.5)
         u, _, vh = torch.linalg.svd(momentum, full_matrices=False)
@@ -125,3 +128,42 @@ def test_muon_is_for_the_blocks_matrices_and_its_direction_is_orthogonal() -> No
         assert torch.allclose(along.sort(descending=True).values, singular, atol=2e-3)
         rms = direction(momentum).square().mean().sqrt()
         assert 0.1 < float(rms) < 0.3
+
+
+def test_long_matrices_are_made_orthogonal_by_their_gram_matrix_alone() -> None:
+    """The same as the iteration on the whole matrix, also where singular values lie far apart."""
+    torch.manual_seed(0)
+    for shape in ((2, 24, 200), (2, 200, 24)):
+        u, _, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        x = u @ torch.diag(torch.logspace(0, -4, 24)) @ vh
+        whole = x / torch.linalg.matrix_norm(x, keepdim=True)
+        for _ in range(5):
+            gram = whole @ whole.mT
+            whole = 3.4445 * whole + (-4.7750 * gram + 2.0315 * gram @ gram) @ whole
+        torch.testing.assert_close(orthogonalise(x), whole, rtol=0, atol=2e-3)
+
+
+def test_what_tf32_would_round_goes_the_long_way() -> None:
+    """Under TF32 the Gram matrix's small eigenvalues may come out negative, and grow without bound."""
+    before = torch.get_float32_matmul_precision()
+    x = torch.randn(2, 24, 200)
+    exact = orthogonalise(x)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert not torch.equal(orthogonalise(x), exact)  # a different sum, of the same thing
+        torch.testing.assert_close(orthogonalise(x), exact, rtol=0, atol=2e-3)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_beside_muon_adamws_rate_keeps_its_ratio() -> None:
+    config = FitConfig(images=1, batch_size=1, optimizer="muon", learning_rate=4e-3, adamw_learning_rate=1e-3)
+    groups: list[dict[str, object]] = [{"muon": True}, {}]
+    engine = SimpleNamespace(config=config, optimizer=SimpleNamespace(param_groups=groups))
+    Engine.rates(engine, 2e-3, {"ema": 0.5})  # type: ignore[arg-type]
+    assert [g["lr"] for g in groups] == [2e-3, pytest.approx(0.5e-3)]
+    engine.config = FitConfig(images=1, batch_size=1, optimizer="muon", learning_rate=4e-3)
+    Engine.rates(engine, 2e-3, {"ema": 0.5})  # type: ignore[arg-type]
+    assert [g["lr"] for g in groups] == [2e-3, 2e-3]
+    with pytest.raises(ValueError, match="beside muon"):
+        FitConfig(images=1, batch_size=1, adamw_learning_rate=1e-3)
