@@ -158,7 +158,7 @@ class ImageGenerator:
         self.pipeline, self.steps, self.guidance_scale = pipeline.to(device), steps, guidance_scale
         self.denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
         self.interval, self.dtype = guidance_interval, getattr(torch, precision)
-        self._batch = 0
+        self._batch, self._doubled = 0, False
         if channels_last and device != "cpu" and hasattr(pipeline, "unet"):
             self.denoiser.to(memory_format=torch.channels_last)
         if precision != "float32":
@@ -222,6 +222,11 @@ class ImageGenerator:
                 **{k: v for k, v in given.items() if k in known and k not in more},
                 **more,
             ).images.float()
+        if self.interval is not None and self.guidance_scale > 1 and not self._doubled:
+            raise ConfigError(
+                "eval.guidance_interval limits the guidance of a denoiser that is given two halves at once, and "
+                f"{type(self.pipeline).__name__}'s is not; leave it out"
+            )
         finite = torch.isfinite(pixels).flatten(1).all(dim=1)
         return to_uint8(torch.where(finite[:, None, None, None], pixels, 0.0)), finite.cpu().numpy()
 
@@ -231,7 +236,9 @@ class ImageGenerator:
 
         named = dict(zip(self._names, args, strict=False)) | kwargs
         x = next(v for n in ("sample", "hidden_states") if (v := named.get(n)) is not None)
-        halved = len(x) == 2 * self._batch and not self._guided(named.get("timestep"))
+        doubled = len(x) == 2 * self._batch
+        self._doubled |= doubled
+        halved = doubled and not self._guided(named.get("timestep"))
 
         def cast(value: Any) -> Any:
             if isinstance(value, dict):

@@ -340,7 +340,7 @@ def _of_networks(
         x, side = images.column(network, name)[chosen], sides.get(name)
         file = evaluation.config.fid_statistics.get(distance)  # type: ignore[call-overload]
         if many and file is not None:
-            found[distance] = _distance_to(from_npz(file, f"eval.fid_statistics.{distance}"), x, owner)
+            found[distance] = _distance_to(from_npz(file, f"eval.fid_statistics.{distance}", x.shape[1]), x, owner)
         elif many and side is not None:
             found[distance] = _distance(side, x, owner)
         if side is None or name == "inception_clean":

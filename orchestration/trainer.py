@@ -122,7 +122,7 @@ def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: boo
                         f"at {reached} images; the last time: {e}"
                     ) from e
                 log.warning("%s: a rank died (%s); going on from the checkpoint at %d images", stage, e, now)
-                redo = redo and _is_stale(stage, sections)  # the old fit may still lie there; the new one is kept
+                redo = redo and _to_redo(stage, sections)  # the old fit may still lie there; the new one is kept
 
 
 def _fit_once(
@@ -188,10 +188,11 @@ def _counts(stage: str, fit: FitConfig, ranks: Ranks) -> list[int]:
     return counts
 
 
-def _is_stale(stage: str, sections: TrainingSections) -> bool:
+def _to_redo(stage: str, sections: TrainingSections) -> bool:
     from train.state import stage_state
 
-    return stage_state(stage, sections.run, sections).state == "stale"
+    found = stage_state(stage, sections.run, sections)
+    return found.state == "stale" or (found.state == "done" and bool(found.reason))
 
 
 def _stopped(stage: str) -> Stopped:

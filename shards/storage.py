@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import fsspec
+import fsspec.config
 from fsspec.implementations.local import LocalFileSystem
 
 from shards.settings import ConfigError, StageError
@@ -39,6 +40,10 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EM
 _AT_ONCE = 16  # requests under way, over a network
 _SLOW_READ_S = 5e-5  # a small file that takes longer comes from a disk or over a network
 _LISTS_BY_PREFIX = {"s3", "s3a", "gs", "gcs", "abfs", "az"}
+
+# botocore keeps 10 connections, and a training reads with 32 threads. Who configures fsspec otherwise is left alone.
+for _protocol in ("s3", "s3a"):
+    fsspec.config.conf.setdefault(_protocol, {}).setdefault("config_kwargs", {}).setdefault("max_pool_connections", 64)
 
 
 def join(base: str, *parts: str) -> str:
@@ -349,7 +354,8 @@ def _create(url: str, data: bytes, beside: str | None) -> bool:
 
 
 def _is_conflict(error: BaseException) -> bool:
-    """Whether an object store says that the put cannot be judged now: HTTP 409, or 412 where fsspec has no name for it.
+    """Whether an object store says that the put cannot be judged now: HTTP 409, or 412 where fsspec has no name for it;
+    or that its parts are gone, as after a put in parts that was done and whose answer was lost.
 
     By the answer's own fields, never by its text, in which a file's name may stand.
     """
@@ -360,7 +366,7 @@ def _is_conflict(error: BaseException) -> bool:
         response = getattr(cause, "response", None)
         if isinstance(response, dict) and (
             response.get("Error", {}).get("Code")
-            in ("PreconditionFailed", "ConditionalRequestConflict", "OperationAborted")
+            in ("PreconditionFailed", "ConditionalRequestConflict", "OperationAborted", "NoSuchUpload")
             or response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412)
         ):
             return True

@@ -84,13 +84,13 @@ def run(
     try:
         # Rank 0 judges for all: the others may see an older state of a shared disk.
         found = _from_first(ranks, lambda: judge(stage, settings, wanted, paths, adopt))
-        if found.state == "done":
-            log.info("%s: finished before, nothing to do", stage)
+        if found.state == "done" and not (redo and found.reason):
+            log.info("%s: finished before%s, nothing to do", stage, f" {found.reason}" if found.reason else "")
             return
         if found.state == "changed" or (found.state == "stale" and not redo):
             raise ConfigError(found.reason)
         if ranks.first:
-            if found.state == "stale":
+            if found.state in ("stale", "done"):  # done: with --redo alone
                 discard(paths)
             # One trainer writes here, so whatever is temporary is a dead one's.
             storage.sweep_temporaries(paths.checkpoints, older_than_s=0.0)

@@ -17,18 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from train.optimizer import AdamW
+from train.optimizer import AdamW, is_hidden
 
 if TYPE_CHECKING:
     from train.engine import Piece
 
 BETA = 0.95
-BLOCKS = {"down_blocks", "mid_block", "up_blocks", "resblocks"}  # diffusers' networks, open_clip's towers
-
-
-def is_hidden(name: str, shape: Sequence[int]) -> bool:
-    """Whether Muon is for it: matrices and filters of the blocks; not the first and last layers, nor embeddings."""
-    return len(shape) >= 2 and not BLOCKS.isdisjoint(name.split("."))
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from train.engine import Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BLOCKS = {"down_blocks", "mid_block", "up_blocks", "resblocks"}  # diffusers' networks, open_clip's towers
 CHUNK = 1 << 24  # values updated at once where an update needs room of its own
 
 
@@ -220,8 +221,6 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, optimizer: str
 
     A parameter that is not to be trained must have requires_grad False: ZeRO decays whatever it is given.
     """
-    from train.muon import is_hidden
-
     live = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     muon = {n for n, p in live if optimizer == "muon" and is_hidden(n, shape_of(p))}
     groups = [
@@ -230,6 +229,11 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, optimizer: str
         {"params": [p for n, p in live if len(shape_of(p)) < 2], "weight_decay": 0.0},
     ]
     return [g for g in groups if g["params"]]
+
+
+def is_hidden(name: str, shape: Sequence[int]) -> bool:
+    """Whether muon.py is for it: matrices and filters of the blocks; not the first and last layers, nor embeddings."""
+    return len(shape) >= 2 and not BLOCKS.isdisjoint(name.split("."))
 
 
 def shape_of(p: torch.nn.Parameter) -> tuple[int, ...]:

@@ -130,6 +130,9 @@ def _run(
     watch: Any = lives if live else counter
     training = objective.training
     shadow.train()
+    for module in shadow.modules():
+        if hasattr(module, "module_dropout"):  # peft's LoHa and LoKr ask a random value, which no fake tensor has
+            module.training = False
     try:
         if checkpointing:
             objective.checkpoint_activations()

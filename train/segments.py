@@ -137,8 +137,10 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     """The history of a run that begins now, with all that its data sets hold."""
     laid = [rows_laid(d) for d in datasets]
     ranges = []
-    for source, weight, dataset, table in zip(names(config), _weights(config), datasets, laid, strict=True):
-        ranges.append(_range(source, dataset, table, 0, dataset.fingerprint, weight))
+    for source, weight, dataset, key, table in zip(
+        names(config), _weights(config), datasets, _keys(datasets), laid, strict=True
+    ):
+        ranges.append(_range(source, dataset, table, 0, key, weight))
     total = sum(int(t.sum()) for t in laid)
     window = config.window or int(np.clip(WINDOW_BYTES // _row_bytes(datasets[0], laid[0]), FEWEST_ROWS, MOST_ROWS))
     fitting = 1 << max(0, total // window - 1).bit_length()
@@ -189,7 +191,7 @@ def resume(
     notes: list[str] = []
     told: list[str] = []  # what is adopted
     refusal = ""
-    for source, weight, dataset in zip(names(config), _weights(config), datasets, strict=True):
+    for source, weight, dataset, key in zip(names(config), _weights(config), datasets, _keys(datasets), strict=True):
         laid = rows_laid(dataset)
         own = [r for r in last.ranges if r.source == source]
         kept = []
@@ -207,15 +209,11 @@ def resume(
                 f"{dataset.root}: {int(found.sum()):,} samples in place of {sum(r.rows):,}, in an order of their own"
             )
             notes.append(told[-1])
-            kept.append(
-                _range(source, dataset, laid[: r.end], r.first, f"{dataset.fingerprint}:{r.first}:{images}", 0.0)
-            )
+            kept.append(_range(source, dataset, laid[: r.end], r.first, f"{key}:{r.first}:{images}", 0.0))
         end = max((r.end for r in own), default=0)
         more = int(laid[end:].sum())
         if more and (adopt or not own):
-            kept.append(
-                _range(source, dataset, laid, end, f"{dataset.fingerprint}:{end}" if end else dataset.fingerprint, 0.0)
-            )
+            kept.append(_range(source, dataset, laid, end, f"{key}:{end}" if end else key, 0.0))
             told.append(f"{dataset.root}: {more:,} samples more")
         elif more:
             notes.append(f"{dataset.root} holds {more:,} samples more by now; --adopt takes them in")
@@ -262,8 +260,14 @@ def _range(
     source: tuple[str | None, int], dataset: Dataset, laid: np.ndarray, first: int, key: str, weight: float
 ) -> Range:
     rows = tuple(laid[first:].sum(axis=0, dtype=np.int64).tolist())
-    key = key if source[1] == 0 else f"{key}#{source[1]}"
     return Range(*source, dataset.root, first, len(laid), rows, digest_json([key])[:32], weight)
+
+
+def _keys(datasets: Sequence[Dataset]) -> list[str]:
+    """What names the data of each source for life; copies of one data set are told apart: each has its own turns."""
+    prints = [d.fingerprint for d in datasets]
+    copies = [prints[:i].count(p) for i, p in enumerate(prints)]
+    return [f"{p}#{n}" if n else p for p, n in zip(prints, copies, strict=True)]
 
 
 def _sources(config: FitConfig) -> Sequence[SourceConfig]:

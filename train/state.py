@@ -156,7 +156,8 @@ def judge(stage: str, config: StageConfig, wanted: Fingerprint, paths: StagePath
             tuple(later),
         )
     if finished and not later:
-        return StageState("done")
+        others = found["fingerprint"].get("input") != wanted.input
+        return StageState("done", "on other images than there are by now; --redo fits it anew" if others else "")
     longer = any(line.startswith(f"{stage}.images:") for line in later)
     fitted = manifest.get("images", 0) >= config.images or (manifest.get("finished", False) and not longer)
     wanted_name = to_export(config, newest, manifest) if newest else None

@@ -99,9 +99,10 @@ def npz_digest(path: str, option: str) -> str:
     return digest_file(local)
 
 
-def from_npz(path: str, option: str) -> frechet.Reference:
+def from_npz(path: str, option: str, width: int) -> frechet.Reference:
     """The fixed side from a file with `mu` [d] and `sigma` [d, d], as pytorch-fid, clean-fid and ADM give them.
-    ConfigError, naming the option, where it is none. The file does not say of how many images it is."""
+    ConfigError, naming the option, where it is none, or is not of features of this width. The file does not say of how
+    many images it is."""
     npz_digest(path, option)
     try:
         with np.load(storage.local_path(path), allow_pickle=False) as file:
@@ -114,4 +115,6 @@ def from_npz(path: str, option: str) -> frechet.Reference:
     finite = np.isfinite(mean).all() and np.isfinite(sigma).all()
     if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)) or not finite:
         raise ConfigError(f"{option}: mu {mean.shape} and sigma {sigma.shape} of {path} are no finite statistics")
+    if len(mean) != width:
+        raise ConfigError(f"{option}: {path} is of {len(mean)} features, and these have {width}; name the right file")
     return frechet.reference_of_covariance(mean, sigma)

@@ -153,10 +153,12 @@ def test_statistics_in_a_file_are_a_reference(own: RunPaths, judged: EvalConfig,
         bad = tmp_path / "bad.npz"
         bad.write_bytes(content) if content else bad.unlink()
         with pytest.raises(ConfigError, match=says):
-            from_npz(str(bad), "eval.fid_statistics.fid_tf")
+            from_npz(str(bad), "eval.fid_statistics.fid_tf", 12)
+    with pytest.raises(ConfigError, match="is of 12 features, and these have 2048"):
+        from_npz(str(file), "eval.fid_statistics.fid_clean", 2048)
     np.savez(tmp_path / "o.npz", mu=np.array([object()]), sigma=np.eye(1))
     with pytest.raises(ConfigError, match="cannot be read as statistics"):
-        from_npz(str(tmp_path / "o.npz"), "x")  # nothing is unpickled
+        from_npz(str(tmp_path / "o.npz"), "x", 1)  # nothing is unpickled
 
 
 def test_shards_are_the_same_from_any_worker_in_any_order(own: RunPaths, judged: EvalConfig, tmp_path: Path) -> None:

@@ -272,6 +272,14 @@ def test_guidance_outside_its_interval_is_none(run: RunPaths) -> None:
     assert min(np.abs(part - full).max(), np.abs(part - none).max()) > 1
 
 
+def test_an_interval_that_would_do_nothing_is_refused(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = models.build_pipeline(run, models.find(run))
+    monkeypatch.setattr(type(pipeline), "do_classifier_free_guidance", property(lambda self: False))
+    generator = ImageGenerator(pipeline, "ddim", 2, 6.0, guidance_interval=(0.2, 0.8))
+    with pytest.raises(ConfigError, match="StableDiffusionPipeline's is not; leave it out"):
+        generator([Sample("a", 0, "a red circle")])
+
+
 def test_a_batch_that_memory_does_not_hold_is_halved(run: RunPaths) -> None:
     pipeline = models.build_pipeline(run, models.find(run))
     generator = ImageGenerator(pipeline, "ddim", 1, 2.0)

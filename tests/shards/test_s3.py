@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError
+from s3fs.errors import translate_boto_error
 
 from shards import storage
 from shards.commit import Folder
@@ -21,6 +23,7 @@ from shards.listing import listed
 from shards.settings import ConfigError, StageError
 from shards.verify import verify, verify_shard
 from tests.objects import Asked, bucket
+from train import reader
 
 FILES = {".tar": b"tar bytes" * 100, ".parquet": b"parquet bytes"}
 OTHER = {".tar": b"other tar" * 100, ".parquet": b"other parquet"}
@@ -37,6 +40,10 @@ def begin(root: str, **change) -> Folder:
     return Folder.begin(
         root, Fingerprint(**{"stage": "s", "version": 1, "settings": {"size": 64}, **change}), take_over=True
     )
+
+
+def test_connections_are_as_many_as_a_trainings_readers(root):
+    assert storage._fs(root)[0].config_kwargs["max_pool_connections"] >= reader.THREADS
 
 
 def test_create_writes_only_what_is_not_there(root):
@@ -176,6 +183,27 @@ def test_every_answer_is_lost_once_and_a_shard_is_committed_all_the_same():
         assert stats["files"] == read_stats(folder.root, 1)["files"]
         assert verify_shard(folder.root, 1) == ""
         assert storage.list_names(folder.beside) == []
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["that was done", "that was aborted"])
+def test_parts_that_are_gone_are_looked_after(root, stored, monkeypatch):
+    """The second try of a put in parts finds no parts where the first one's answer was lost, or a rule removed them."""
+    folder, fs, asked = begin(f"{root}/gone-{stored}"), storage._fs(root)[0], []
+    put = fs.pipe_file
+
+    def once(path, value, mode="overwrite", **options):
+        if mode == "create" and path.endswith(".tar") and not asked:
+            asked.append(path)
+            if stored:
+                put(path, value, mode=mode, **options)
+            raise translate_boto_error(ClientError({"Error": {"Code": "NoSuchUpload"}}, "CompleteMultipartUpload"))
+        return put(path, value, mode=mode, **options)
+
+    monkeypatch.setattr(fs, "pipe_file", once)
+    stats = folder.commit(1, FILES, STATS)
+    assert asked
+    assert stats == read_stats(folder.root, 1)
+    assert verify_shard(folder.root, 1) == ""
 
 
 @pytest.mark.slow

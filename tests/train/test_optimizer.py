@@ -11,8 +11,8 @@ import torch
 
 from train.config import FitConfig
 from train.engine import Engine
-from train.muon import direction, is_hidden, orthogonalise
-from train.optimizer import AdamW, ema_decay, learning_rate, parameter_groups
+from train.muon import direction, orthogonalise
+from train.optimizer import AdamW, ema_decay, is_hidden, learning_rate, parameter_groups
 
 
 def optimizer_of(parameters: list[torch.Tensor], **settings: Any) -> AdamW:

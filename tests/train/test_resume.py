@@ -17,7 +17,7 @@ from tests.train import forked, tiny
 from tests.train.test_zero import assert_same, step_folder, tensors
 from train import folders
 from train.config import TrainingSections
-from train.state import stage_state
+from train.state import StageState, stage_state
 
 # Each starts ranks several times; a machine shared with others needs its time.
 pytestmark = pytest.mark.timeout(900)
@@ -194,3 +194,29 @@ def test_a_hang_is_ended_with_the_stacks_of_all_ranks(run: Path) -> None:
     assert "in stuck" not in stacks[0]
     assert "backward" in stacks[0] or "step" in stacks[0]
     assert folders.latest_complete(run / "checkpoints")
+
+
+def redo(config: str) -> None:
+    from train.main import run
+
+    run("autoencoder", config, redo=True)
+
+
+def test_a_vae_of_images_that_are_others_by_now_stays_unless_it_is_asked_for_anew(run: Path) -> None:
+    config = config_of(run)
+    forked.fit(config, 1, stage="autoencoder")
+    marker = run / "autoencoder" / "model" / "carrara.json"
+    first = marker.stat().st_mtime_ns
+    forked.on_ranks(1, redo, str(config))
+    assert marker.stat().st_mtime_ns == first, "the same settings and images: there is nothing to make anew"
+    facts = json.loads(marker.read_text())
+    facts["fingerprint"]["input"] = "of other images"
+    marker.write_text(json.dumps(facts))
+    found = state_of(config, "autoencoder")
+    assert (found.state, found.reason) == ("done", "on other images than there are by now; --redo fits it anew")
+    before = marker.stat().st_mtime_ns
+    forked.fit(config, 1, stage="autoencoder")
+    assert marker.stat().st_mtime_ns == before
+    forked.on_ranks(1, redo, str(config))
+    assert state_of(config, "autoencoder") == StageState("done")
+    assert marker.stat().st_mtime_ns != before
