@@ -26,7 +26,7 @@ from typing import Any
 
 from orchestration.config import CpuPool, RayConfig
 from orchestration.connection import connected
-from orchestration.engine import Job
+from orchestration.job import Job
 from orchestration.lease import Lease
 from orchestration.ledger import Ledger
 from orchestration.stopping import StopFlag

@@ -59,9 +59,10 @@ def stats_of(index: int, made_with: str) -> dict[str, Any]:
 
 def make_folder(root: str, shards: int) -> None:
     """Names as `shards` committed shards have them; the large files are empty, the stats of real size."""
-    from shards.commit import Folder, json_bytes
+    from shards.commit import Folder
     from shards.fingerprint import Fingerprint
     from shards.layout import shard_name
+    from shards.stats import json_bytes
 
     folder = Folder.begin(root, Fingerprint("scale", 1, {}), take_over=True)
     for index in range(shards):

@@ -2,6 +2,9 @@
 
 config.py    what a user sets
 scorers.py   one function or class a kind of score: pictures and captions in, columns out
+duplicates.py semantic duplicates over kept embeddings: the one score that looks at all images together
 stage.py     the stage: one image shard in, one shard of columns out
-selection.py which samples pass declared ranges and quantiles of any column
+captioning.py, captioners.py  the same for new captions
+funnel.py    what rules on the columns would take, and a contact sheet of it
+takedown.py  what the images have no more is blanked
 """

@@ -30,7 +30,7 @@ from shards.commit import Folder
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths
-from shards.stage import Task
+from shards.stage import Task, persist
 
 VERSION = 1
 FATES = ("captioned", "refused", "repeated", "empty", "failed", "over_budget", "not_decoded")
@@ -131,7 +131,7 @@ class _Worker:
         finally:
             shard.close()
         files, stats = self._pack(shard, answers)
-        return self.folder.commit(task.index, files, stats, task.input)
+        return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
 
     def _answers(self, shard: images.ImageShard, budget: int | None) -> list[list[Answer]]:
         """For each sample an Answer a prompt."""

@@ -7,6 +7,7 @@
         safety: {kind: classifier, model: /models/nsfw_image_detection}
         pixels: {kind: pixels}
         text: {kind: caption}
+        semantic: {kind: duplicates, embeddings: clip}
       captions:
         long: {model: /models/a-vision-language-model, prompts: ["Describe this image in detail."]}
         short: {endpoint: {url: "http://127.0.0.1:8000/v1", model: served-name}, prompts: ["A caption of ten words."]}
@@ -25,7 +26,7 @@ from pydantic import Field, model_validator
 from shards.settings import Strict
 
 # Where the work happens; everything else changes what is stored.
-PLACEMENT = {"device", "decode_threads"}
+PLACEMENT = {"device", "decode_threads", "memory_gb"}
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 
@@ -85,7 +86,32 @@ class CaptionScore(_Score):
     kind: Literal["caption"]
 
 
-Score = Annotated[ClipScore | HeadScore | ClassifierScore | PixelScore | CaptionScore, Field(discriminator="kind")]
+class DuplicateScore(_Score):
+    """Semantic duplicates (SemDeDup) by kept embeddings: column `nearest`, the highest cosine to an image of the same
+    cluster that is kept rather than this one; `centroid`, the cosine to the cluster's centre; `cluster`."""
+
+    kind: Literal["duplicates"]
+    embeddings: str = Field(default="clip", description="the score of kind clip whose image embeddings it compares")
+    clusters: int | None = Field(
+        default=None,
+        ge=1,
+        le=1 << 24,
+        description="of k-means; null: one for each 1,000 images there are at first, at most 16,384",
+    )
+    keep: str = Field(
+        default="farthest",
+        description="which of alike images is kept: the farthest from its cluster's centre, as in the paper, the "
+        "nearest, or the highest by a score, such as aesthetic.score",
+        pattern=r"^(farthest|nearest|[a-z][a-z0-9_]*\.\w+)$",
+    )
+    memory_gb: float = Field(
+        default=2.0, gt=0, description="what the search may hold of embeddings as it compares them"
+    )
+
+
+Score = Annotated[
+    ClipScore | HeadScore | ClassifierScore | PixelScore | CaptionScore | DuplicateScore, Field(discriminator="kind")
+]
 
 
 class Endpoint(Strict):
@@ -158,7 +184,7 @@ class CurateConfig(Strict):
             if not NAME.fullmatch(name):
                 raise ValueError(f"'{name}' is no name of lower-case letters, digits and _ that begins with a letter")
         for name, score in self.scores.items():
-            if isinstance(score, HeadScore):
+            if isinstance(score, HeadScore | DuplicateScore):
                 below = self.scores.get(score.embeddings)
                 if not isinstance(below, ClipScore):
                     kinds = [n for n, s in self.scores.items() if isinstance(s, ClipScore)]
@@ -166,8 +192,13 @@ class CurateConfig(Strict):
                         f"the score '{name}' reads the embeddings of '{score.embeddings}', which is no score of kind "
                         f"clip here (there are: {', '.join(kinds) or 'none'})"
                     )
+            if isinstance(score, DuplicateScore) and "." in score.keep:
+                other = self.scores.get(score.keep.partition(".")[0])
+                if other is None or isinstance(other, DuplicateScore):
+                    raise ValueError(f"the score '{name}' keeps by '{score.keep}', which is no other score here")
         return self
 
     def ordered(self) -> list[str]:
         """The scores' names, those that others read first."""
-        return sorted(self.scores, key=lambda n: isinstance(self.scores[n], HeadScore))
+        behind = {HeadScore: 1, DuplicateScore: 2}
+        return sorted(self.scores, key=lambda n: behind.get(type(self.scores[n]), 0))

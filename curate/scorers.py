@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from curate import pixels
-from curate.config import CaptionScore, ClassifierScore, ClipScore, HeadScore, PixelScore, Score
+from curate.config import CaptionScore, ClassifierScore, ClipScore, DuplicateScore, HeadScore, PixelScore, Score
+from curate.duplicates import Index, Told
 from curate.embeddings import read_embeddings
 from latents.pictures import ahead
 from shards import images
@@ -64,8 +65,8 @@ def find_weights(score: Score, own_clip: str) -> Weights | None:
     return None
 
 
-def build(score: Score, weights: Weights | None, embeddings: Callable[[], Dataset]) -> Scorer:
-    """The scorer of a configuration. embeddings: opens the dataset that a head reads."""
+def build(score: Score, weights: Weights | None, embeddings: Callable[[], Dataset], index: Index | None) -> Scorer:
+    """The scorer of a configuration. embeddings: opens the dataset that a head reads; index: of duplicates."""
     if isinstance(score, ClipScore):
         assert weights is not None
         return _Clip(score, weights)
@@ -75,6 +76,10 @@ def build(score: Score, weights: Weights | None, embeddings: Callable[[], Datase
         return _Classifier(score)
     if isinstance(score, PixelScore):
         return lambda shard: _pixels(score, shard)
+    if isinstance(score, DuplicateScore):
+        assert index is not None
+        told = Told(index)
+        return lambda shard: (dict(told.columns(shard.info.index, shard.rows)), {})
     assert isinstance(score, CaptionScore)
     return _captions
 

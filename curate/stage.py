@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curate.config import CurateConfig, HeadScore, Score
+from curate import duplicates
+from curate.config import CurateConfig, DuplicateScore, HeadScore, Score
 from curate.scorers import Columns, build, find_weights
 from latents.stage import fixed_arithmetic
 from shards import images, storage
@@ -28,10 +29,12 @@ from shards.columns import pack_columns
 from shards.commit import Folder
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint
-from shards.layout import RunPaths
+from shards.images import PLACE, ImageShard
+from shards.layout import RunPaths, shard_name
+from shards.listing import listed
 from shards.settings import ConfigError, StageError
 from shards.sketch import Sketch, edges, merge, quantile, sketch
-from shards.stage import Task
+from shards.stage import Task, persist
 
 VERSION = 1  # raise it when the bytes of a shard change for the same settings
 SHOWN = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)  # quantiles in the manifest
@@ -44,7 +47,12 @@ def score_root(run: RunPaths, name: str) -> str:
 
 def score_stages(config: CurateConfig, run: RunPaths, own_clip: str) -> list[ScoreStage]:
     """A stage for each score, those first that others read."""
-    return [ScoreStage(config.scores[name], name, run, own_clip) for name in config.ordered()]
+    stages = []
+    for name in config.ordered():
+        score = config.scores[name]
+        kind = DuplicatesStage if isinstance(score, DuplicateScore) else ScoreStage
+        stages.append(kind(score, name, run, own_clip))
+    return stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +81,10 @@ class ScoreStage:
         """Settings and weights; raises ConfigError where the weights are not there."""
         weights = find_weights(self.config, self.own_clip)
         found = {"score": weights.digest} if weights else {}
-        if isinstance(self.config, HeadScore):
+        if isinstance(self.config, HeadScore | DuplicateScore):
             found["embeddings"] = self._embeddings().manifest["scored_with"]
+        if isinstance(self.config, DuplicateScore) and "." in self.config.keep:
+            found["keep"] = self._other(self.config.keep.partition(".")[0]).manifest["scored_with"]
         return Fingerprint("score", VERSION, self.config.settings(), None, found)
 
     def tasks(self) -> Iterator[Task]:
@@ -108,15 +118,64 @@ class ScoreStage:
         return write_manifest(self.root, "scores", folded(), extra)
 
     def _embeddings(self) -> Dataset:
-        assert isinstance(self.config, HeadScore)
-        root = score_root(self.run, self.config.embeddings)
+        assert isinstance(self.config, HeadScore | DuplicateScore)
+        return self._other(self.config.embeddings)
+
+    def _other(self, score: str) -> Dataset:
+        root = score_root(self.run, score)
         try:
             return Dataset.open(root)
         except StageError:
             raise ConfigError(
-                f"the score '{self.score}' reads the embeddings of '{self.config.embeddings}', which are not finished "
-                f"in {root}; score that one first"
+                f"the score '{self.score}' reads the score '{score}', which is not finished in {root}; score that one "
+                "first"
             ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class DuplicatesStage(ScoreStage):
+    """The score that looks at all images together: a pass over their embeddings before the shards are written."""
+
+    def begin(self, redo: bool = False) -> None:
+        """Look for duplicates among the images that have not been looked at; under the lease."""
+        folder = Folder.begin(self.root, self.made_with(), self.data, redo=redo, take_over=True)
+        images = Dataset.open(self.run.images)
+        shards = [info.index for info in images.shards]
+        if listed(folder.root, self.data).is_committed(shards).all():
+            return
+        places = {index: n for n, index in enumerate(shards)}
+
+        def rows(index: int) -> np.ndarray:
+            return ImageShard(images, places[index], ("status", *PLACE)).rows
+
+        counts = [info.count for info in images.shards]
+        source = duplicates.Source(self._embeddings(), rows, shards, counts, self._rank)
+        with fixed_arithmetic(self.config.threads):
+            self.index.build(source)
+
+    @property
+    def index(self) -> duplicates.Index:
+        """What the pass found."""
+        assert isinstance(self.config, DuplicateScore)
+        c = self.config
+        return duplicates.Index(storage.join(self.root, "index"), c.clusters, c.memory_gb, c.threads)
+
+    def _rank(self, index: int, rows: np.ndarray, cosines: np.ndarray) -> np.ndarray:
+        assert isinstance(self.config, DuplicateScore)
+        if self.config.keep in ("farthest", "nearest"):
+            return -cosines if self.config.keep == "farthest" else cosines
+        score, _, column = self.config.keep.partition(".")
+        url = storage.join(score_root(self.run, score), shard_name(index) + ".parquet")
+        try:
+            values = storage.read_parquet(url, [column])[column]
+        except FileNotFoundError:
+            raise StageError(f"{url} is not there: score '{score}' first") from None
+        except (KeyError, pa.ArrowInvalid):
+            raise ConfigError(f"the score '{self.score}' keeps by {self.config.keep}, which is no column") from None
+        if not pa.types.is_floating(values.type):
+            raise ConfigError(f"the score '{self.score}' keeps by {self.config.keep}, which holds no numbers")
+        found: np.ndarray = values.fill_null(np.nan).to_numpy()[rows]
+        return found
 
 
 class _Columns:
@@ -175,7 +234,8 @@ class _Worker:
         self.folder = Folder.begin(stage.root, stage.made_with(), stage.data)
         self.images = Dataset.open(stage.run.images)
         with fixed_arithmetic(stage.config.threads):
-            self.scorer = build(stage.config, find_weights(stage.config, stage.own_clip), stage._embeddings)
+            index = stage.index if isinstance(stage, DuplicatesStage) else None
+            self.scorer = build(stage.config, find_weights(stage.config, stage.own_clip), stage._embeddings, index)
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """Score one shard and commit it; returns its committed stats."""
@@ -189,7 +249,7 @@ class _Worker:
         finally:
             shard.close()
         files, stats = pack(shard, columns, embeddings)
-        return self.folder.commit(task.index, files, stats, task.input)
+        return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
 
 
 def pack(

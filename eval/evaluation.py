@@ -277,6 +277,13 @@ class Evaluation:
         storage.write_json(storage.join(self.folder, "provenance.json"), measure.provenance(self))
         measure.write(storage.join(self.folder, METRICS), found)
 
+    def result(self) -> dict[str, Any]:
+        """What metrics.json says, with its folder's name. Raises StageError where it is not there."""
+        result = measure.read(storage.join(self.folder, METRICS))
+        if result is None:
+            raise StageError(f"{self.folder}: there are no numbers; run the eval stage")
+        return {**result, "folder": self.folder.rsplit("/", 1)[-1]}
+
     def conclude(self) -> str:
         """After the stages: metrics.json, and the report; returns the report's path."""
         from eval.report import page

@@ -133,6 +133,38 @@ def build_pipeline(run: RunPaths, model: Model) -> Any:
         raise StageError(f"{model.folder} cannot be opened as a diffusers pipeline: {why}") from None
 
 
+def from_prompts(pipeline: Any) -> Any:
+    """The pipeline that draws from prompts alone, around the same parts: of a ControlNet's, the model that it steers.
+
+    Raises StageError where the denoiser cannot do without a picture.
+    """
+    import diffusers
+
+    if told_picture(pipeline):
+        raise StageError(
+            f"a {type(pipeline).__name__} is told a picture beside each prompt, and cannot be judged by prompts alone; "
+            "draw with `carrara sample RUN --image ...`"
+        )
+    if getattr(pipeline, "controlnet", None) is None:
+        return pipeline
+    return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=None)
+
+
+def told_picture(pipeline: Any) -> bool:
+    """Whether the UNet has input channels for a picture beside those of the latents."""
+    unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
+    return unet is not None and vae is not None and unet.config.in_channels != vae.config.latent_channels
+
+
+def control_settings(run: RunPaths, model: Model) -> dict[str, Any] | None:
+    """How a ControlNet's control images were made (train.control); None for a model without one."""
+    manifest = storage.read_json(storage.join(run.checkpoints, model.name, "manifest.json"))
+    if manifest is None:
+        manifest = {"config": (storage.read_json(storage.join(run.model, "carrara.json")) or {}).get("training", {})}
+    found: dict[str, Any] | None = manifest["config"].get("control")
+    return found
+
+
 def complete(run: RunPaths) -> list[str]:
     """Names of the complete checkpoints, newest first, judged by their manifests and their files' sizes."""
     if not storage.list_names(run.checkpoints):

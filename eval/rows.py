@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from shards.columns import ColumnShard
-from shards.commit import read_made_with
 from shards.dataset import Dataset, born
 from shards.fingerprint import digest_bytes, digest_json
+from shards.made_with import read_made_with
 
 
 def feature_parts(dataset: Dataset, name: str) -> Iterator[np.ndarray]:

@@ -3,11 +3,15 @@
     carrara sample runs/demo --prompt "a large red circle on the left of a white background" --count 4
     carrara sample runs/demo --prompts prompts.jsonl --out images
     carrara sample runs/demo --prompt "a blue star" --image photo.png --strength 0.6 [--mask mask.png]
+    carrara sample runs/inpaint --prompt "a blue star" --image photo.png --mask mask.png
+    carrara sample runs/edit --prompt "make it blue" --image photo.png --image-guidance-scale 1.5
+    carrara sample runs/control --prompt "a blue star" --control edges.png | --control-of photo.png
+    carrara sample runs/demo --prompt "a blue star" --upscale runs/upscaler
 
-A image is a function of the weights, its prompt, the settings, the seed and its number: the n-th image of a seed
+An image is a function of the weights, its prompt, the settings, the seed and its number: the n-th image of a seed
 has the same noise for every prompt, so that prompts compare. Image to image and inpainting are diffusers' own
-pipelines around the same networks. Shards lie in OUT/shards, as everywhere, so that a killed run goes on where it
-stood; the PNGs are unpacked from them.
+pipelines around the same networks; what lies outside of a mask is the given picture's, to the bit. Shards lie in
+OUT/shards, as everywhere, so that a killed run goes on where it stood; the PNGs are unpacked from them.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from eval.generate import ImageGenerator, Sample
 from eval.inputs import read_image, read_lines
 from eval.prompts import MAX_CHARS
 from eval.shardwork import Made, accounted, commit, counted, parquet, png, tar_of
-from latents.pictures import resize_crop
+from latents.pictures import resize_crop, resize_crop_to
 from shards import storage
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
@@ -38,6 +42,7 @@ from shards.settings import ConfigError, Strict, validate
 from shards.stage import Task, open_folder
 
 VERSION = 1
+PICTURES = ("image", "mask", "control", "control_of")  # options that are files
 UNPACKED = 20_000  # images; beyond that the shards are the result
 ADVICE = "give a PNG, JPEG or WebP of a sensible size"
 
@@ -64,7 +69,19 @@ class SampleConfig(Strict):
     height: int | None = Field(default=None, ge=8, le=8192)
     image: str | None = None
     mask: str | None = None
-    strength: float = Field(default=0.6, gt=0, le=1, description="how far a given image may change")
+    control: str | None = Field(default=None, description="a control image, for a ControlNet")
+    control_of: str | None = Field(default=None, description="a picture whose control image is made as in training")
+    strength: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="how far a given image may change; null: 0.6, or 1 where a model inpaints",
+    )
+    image_guidance_scale: float = Field(
+        default=1.5, ge=1.0, le=100.0, description="of a model that edits: how near to stay to the picture"
+    )
+    noise_level: int = Field(default=20, ge=0, lt=1000, description="of an upscaler: noise on the small image")
+    upscale: str | None = Field(default=None, description="a run of train.upscale that draws the images larger")
     batch_size: int = Field(default=8, ge=1, le=4096)
     shard_size: int = Field(default=64, ge=1, le=100_000)
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -75,6 +92,10 @@ class SampleConfig(Strict):
     def _together(self) -> SampleConfig:
         if self.mask and not self.image:
             raise ValueError("a mask needs the image that it is of; give --image too")
+        if self.control and self.control_of:
+            raise ValueError("--control and --control-of are two ways to say the same; give one of them")
+        if self.mask and (self.control or self.control_of):
+            raise ValueError("a mask cannot go with a control image; leave one of them out")
         return self
 
 
@@ -114,8 +135,11 @@ class SampleStage:
         self.config, self.run, self.out = config, run, out
         self.root = storage.join(out, "shards")
         self.model = models.find(run, config.checkpoint, config.weights)
+        self.upscaler = None if config.upscale is None else models.find(RunPaths(config.upscale))
         self.image = None if config.image is None else read_image(config.image, "--image", ADVICE)
         self.mask = None if config.mask is None else read_image(config.mask, "--mask", ADVICE)
+        self.control = None if config.control is None else read_image(config.control, "--control", ADVICE)
+        self.control_of = None if config.control_of is None else read_image(config.control_of, "--control-of", ADVICE)
 
     @property
     def total(self) -> int:
@@ -125,11 +149,13 @@ class SampleStage:
     def made_with(self) -> Fingerprint:
         """Settings, weights and what is to be generated."""
         c = self.config
-        settings = c.model_dump(exclude={"requests", "device", "image", "mask", "checkpoint"})
-        settings["image"] = None if self.image is None else digest_bytes(self.image.tobytes())
-        settings["mask"] = None if self.mask is None else digest_bytes(self.mask.tobytes())
+        settings = c.model_dump(exclude={"requests", "device", "checkpoint", *PICTURES})
+        for name in PICTURES:
+            pixels: np.ndarray | None = getattr(self, name)
+            settings[name] = None if pixels is None else digest_bytes(pixels.tobytes())
         wanted = digest_json([[r.prompt, r.negative, r.seed] for r in c.requests])
-        return Fingerprint(self.name, VERSION, settings, wanted, {"model": self.model.digest})
+        weights = {"model": self.model.digest} | ({"upscaler": self.upscaler.digest} if self.upscaler else {})
+        return Fingerprint(self.name, VERSION, settings, wanted, weights)
 
     def tasks(self) -> Iterator[Task]:
         """One task a shard; the images of a prompt lie side by side."""
@@ -183,11 +209,25 @@ class _Worker:
                     raise ConfigError(
                         f"--{name} is {side}, which the VAE does not divide; {near} is the nearest that fits"
                     )
-            pipeline = _kind(base, stage.image is not None, stage.mask is not None)
+            given = {name for name in ("image", "mask") if getattr(stage, name) is not None}
+            given |= {"control"} if c.control or c.control_of else set()
+            pipeline = _kind(base, given)
+            self.pictures = self._pictures(pipeline)
             device = pick_device(c.device)
             self.generator = ImageGenerator(
                 pipeline, c.sampler, c.steps, c.guidance_scale, precision=c.precision, device=device
             )
+            self.upscaler = self._upscaler(device)
+
+    def _upscaler(self, device: str) -> ImageGenerator | None:
+        """What draws the images larger; None where that is not asked for."""
+        c = self.config
+        if c.upscale is None or self.stage.upscaler is None:
+            return None
+        pipeline = models.build_pipeline(RunPaths(c.upscale), self.stage.upscaler)
+        if type(pipeline).__name__ != UPSCALES:
+            raise ConfigError(f"--upscale: the model of {c.upscale} is no upscaler; train one with train.upscale")
+        return ImageGenerator(pipeline, c.sampler, c.steps, c.guidance_scale, precision=c.precision, device=device)
 
     def __call__(self, task: Task) -> dict[str, Any]:
         def make() -> Made:
@@ -226,14 +266,65 @@ class _Worker:
     def _generate(self, items: list[tuple[Request, int]]) -> tuple[np.ndarray, np.ndarray]:
         samples = [Sample(f"seed {r.seed}", n, r.prompt) for r, n in items]
         given: dict[str, Any] = {"negative_prompt": [r.negative for r, _ in items]}
-        if self.stage.image is None:
-            given |= {"width": self.width, "height": self.height}
-        else:
-            given |= {"image": [self._fitted(self.stage.image)] * len(items), "strength": self.config.strength}
-            if self.stage.mask is not None:
-                grey = self._fitted(self.stage.mask).convert("L").point(lambda v: 255 if v >= 128 else 0)
-                given |= {"mask_image": [grey] * len(items), "width": self.width, "height": self.height}
-        return self.generator(samples, **given)
+        for name, value in self.pictures.items():
+            given[name] = [value] * len(items) if isinstance(value, Image.Image) else value
+        images, finite = self.generator(samples, **given)
+        if "mask_image" in self.pictures:
+            # What lies outside of the mask has been through the VAE, and is to be what it was.
+            painted = np.asarray(self.pictures["mask_image"])[..., None] > 0
+            images = np.where(painted, images, np.asarray(self.pictures["image"]))
+        if self.upscaler is not None:
+            small = [Image.fromarray(image) for image in images]
+            more = {"negative_prompt": given["negative_prompt"], "noise_level": self.config.noise_level}
+            images, fine = self.upscaler(samples, image=small, **more)
+            finite &= fine
+        return images, finite
+
+    def _pictures(self, pipeline: Any) -> dict[str, Any]:
+        """The pipeline's arguments beside prompts and seeds."""
+        stage, name = self.stage, type(pipeline).__name__
+        size = {"width": self.width, "height": self.height}
+        control = self._control() if stage.control is not None or stage.control_of is not None else None
+        if stage.image is None:
+            return size if control is None else {**size, "image": control}
+        found: dict[str, Any] = {"image": self._fitted(stage.image)}
+        if control is not None:
+            found["control_image"] = control
+        if name == UPSCALES:
+            return {"image": self._small(stage.image, pipeline), "noise_level": self.config.noise_level}
+        if name == EDITS:
+            return {**found, "image_guidance_scale": self.config.image_guidance_scale}
+        found["strength"] = self.config.strength or (1.0 if models.told_picture(pipeline) else 0.6)
+        if stage.mask is not None:
+            grey = self._fitted(stage.mask).convert("L").point(lambda v: 255 if v >= 128 else 0)
+            found |= {"mask_image": grey, **size}
+        return found
+
+    def _small(self, pixels: np.ndarray, pipeline: Any) -> Image.Image:
+        """A small image for an upscaler: as it is, cut to what its UNet can halve, or for the size asked for."""
+        factor = int(pipeline.vae_scale_factor)
+        height, width = pixels.shape[:2]
+        if self.config.width or self.config.height:
+            width, height = self.width // factor, self.height // factor
+        step = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+        width, height = (max(step, side // step * step) for side in (width, height))
+        return Image.fromarray(resize_crop_to(pixels, width, height)[0])
+
+    def _control(self) -> Image.Image:
+        """The control image: the given one, or one that is made of the given picture."""
+        stage = self.stage
+        if stage.control is not None:
+            return self._fitted(stage.control)
+        from train.config import ControlConfig
+        from train.pictures import control_image
+
+        settings = ControlConfig(**(models.control_settings(stage.run, stage.model) or {}))
+        if settings.images:
+            raise ConfigError(
+                "--control-of: this ControlNet was trained on control images that were brought; give one as --control"
+            )
+        assert stage.control_of is not None
+        return Image.fromarray(control_image(np.asarray(self._fitted(stage.control_of)), settings))
 
     def _fitted(self, pixels: np.ndarray) -> Image.Image:
         """An image to start from at the size that is made: shorter side scaled, then the middle."""
@@ -244,11 +335,29 @@ class _Worker:
         return ImageOps.fit(Image.fromarray(pixels), (self.width, self.height), Image.Resampling.LANCZOS)
 
 
-def _kind(base: Any, image: bool, mask: bool) -> Any:
-    """The text-to-image pipeline, or diffusers' other ones around the same parts."""
-    if not image:
-        return base
+EDITS = "StableDiffusionInstructPix2PixPipeline"
+UPSCALES = "StableDiffusionUpscalePipeline"
+# What a model is told that cannot do without a picture, by its pipeline.
+NEEDS = {EDITS: {"image"}, UPSCALES: {"image"}, "StableDiffusionInpaintPipeline": {"image", "mask"}}
+
+
+def _kind(base: Any, given: set[str]) -> Any:
+    """The model's own pipeline, or diffusers' other ones around the same parts, for what is given of image, mask and
+    control. Raises ConfigError where the model takes something else."""
     import diffusers
 
-    kind = diffusers.AutoPipelineForInpainting if mask else diffusers.AutoPipelineForImage2Image
+    if models.told_picture(base):
+        needs = NEEDS.get(type(base).__name__, set())
+        if given != needs:
+            wanted = " and ".join(f"--{n}" for n in sorted(needs))
+            raise ConfigError(f"sample: this model is told a picture beside each prompt; give {wanted} and no other")
+        return base
+    if "control" in given:
+        if getattr(base, "controlnet", None) is None:
+            raise ConfigError("sample: this model has no ControlNet; leave --control out, or train one (train.control)")
+        return diffusers.AutoPipelineForImage2Image.from_pipe(base) if "image" in given else base
+    base = models.from_prompts(base)
+    if "image" not in given:
+        return base
+    kind = diffusers.AutoPipelineForInpainting if "mask" in given else diffusers.AutoPipelineForImage2Image
     return kind.from_pipe(base)

@@ -20,7 +20,7 @@ from shards.commit import Folder
 from shards.dataset import read_stats
 from shards.images import pack_tar
 from shards.settings import StageError
-from shards.stage import Stage, Task, committed, is_begun
+from shards.stage import Stage, Task, committed, is_begun, persist
 
 PNG_LEVEL = 1  # of zlib; higher ones cost time beside the accelerator
 
@@ -35,7 +35,7 @@ def commit(folder: Folder, task: Task, make: Callable[[], Made]) -> dict[str, An
     started = time.perf_counter()
     files, stats = make()
     stats["seconds"] = round(time.perf_counter() - started, 3)
-    return folder.commit(task.index, files, stats, task.input)
+    return persist(lambda: folder.commit(task.index, files, stats, task.input))
 
 
 def committed_stats(stage: Stage, tasks: Iterable[Task]) -> list[dict[str, Any] | None]:

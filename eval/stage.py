@@ -143,8 +143,9 @@ class _Worker:
         self.folder = open_folder(stage)
         self.device = pick_device(c.device)
         with fixed_arithmetic(c.threads):
+            pipeline = models.from_prompts(models.build_pipeline(stage.run, stage.model))
             self.generator = ImageGenerator(
-                models.build_pipeline(stage.run, stage.model), c.sampler, c.steps, c.guidance_scale,
+                pipeline, c.sampler, c.steps, c.guidance_scale,
                 c.timestep_spacing, c.precision, self.device, stage.size, c.guidance_interval, c.channels_last,
                 c.compile,
             )  # fmt: skip

@@ -14,11 +14,21 @@ from collections.abc import Callable, Sequence
 import ftfy
 import pyarrow as pa
 import pyarrow.compute as pc
+from ftfy.badness import is_bad
 
 VERSION = 2  # raised whenever a step's output changes; part of a shard's fingerprint
 
-# Printable ASCII without `&`: no step but `whitespace` changes such a text. It is most of the English web.
-_PLAIN = re.compile(r"[ -%'-~]*\Z")
+# Letters that no step but `whitespace` changes by themselves: of ASCII what is printed, without `&`; of others those
+# that are no ligature, width, quote, control or mark and are in form C. Blanks are the only whitespace among them.
+_KANA_HAN_HANGUL = r"\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uac00-\ud7a3"
+_SOUND = (
+    r"[ -%'-~\u00a1-\u0131\u0134-\u0148\u014a-\u01c3\u01cd-\u01f0\u01f4-\u02bb\u0388-\u0482\u048a-\u052f"
+    rf"\u2010-\u2015{_KANA_HAN_HANGUL}]*"
+)
+# ftfy needs 50 microseconds to find a text sound, as most are. What it takes for mojibake has two letters side by side
+# that are neither ASCII nor of these scripts, or one of \u0152, \u0153, \u00c2, \u00c3.
+_SUSPICIOUS = rf"[^ -~{_KANA_HAN_HANGUL}][^ -~{_KANA_HAN_HANGUL}]|[\u0152\u0153\u00c2\u00c3]"
+_is_sound, _is_suspicious = re.compile(_SOUND).fullmatch, re.compile(_SUSPICIOUS).search
 
 
 def html_entities(text: str) -> str:
@@ -28,6 +38,8 @@ def html_entities(text: str) -> str:
 
 def mojibake(text: str) -> str:
     """Repair text decoded in the wrong encoding, odd quotes, ligatures, widths and control characters (ftfy)."""
+    if _is_sound(text) and not is_bad(text):  # what ftfy would find out in four times the time
+        return text
     return ftfy.fix_text(text)
 
 
@@ -80,12 +92,12 @@ STEPS: dict[str, Callable[[str], str]] = {
     "telephones": telephones,
 }
 DEFAULT_STEPS = ("html_entities", "mojibake", "nfc", "whitespace")
-_CHANGE_PLAIN = ("emails", "telephones")  # steps that also change plain ASCII, beside whitespace
+_CHANGE_SOUND = ("emails", "telephones")  # steps that change sound texts, beside whitespace
 
 
 def clean(text: str, steps: Sequence[str]) -> str:
     """Apply the named steps in their order."""
-    if _PLAIN.match(text) and not any(step in steps for step in _CHANGE_PLAIN):
+    if _is_sound(text) and not _is_suspicious(text) and not any(step in steps for step in _CHANGE_SOUND):
         return whitespace(text) if "whitespace" in steps else text
     for step in steps:
         text = STEPS[step](text)
@@ -93,14 +105,21 @@ def clean(text: str, steps: Sequence[str]) -> str:
 
 
 def clean_all(texts: pa.Array, steps: Sequence[str]) -> list[str]:
-    """`clean` of every text (string array; null as an empty one). Plain ASCII goes through Arrow, ten times as fast."""
-    if any(step in steps for step in _CHANGE_PLAIN):
+    """`clean` of every text (string array; null as an empty one). Most go through Arrow, ten times as fast."""
+    if any(step in steps for step in _CHANGE_SOUND):
         return [clean(text or "", steps) for text in texts.to_pylist()]
     texts = texts.fill_null("")
-    if "whitespace" in steps:  # of plain texts blanks are the only whitespace
+    if "whitespace" in steps:
         joined = pc.utf8_trim(pc.replace_substring_regex(texts, " {2,}", " "), " ").to_pylist()
     else:
         joined = texts.to_pylist()
-    for i in pc.indices_nonzero(pc.invert(pc.match_substring_regex(texts, r"\A[ -%'-~]*\z"))).to_pylist():
+    sound = pc.match_substring_regex(texts, rf"\A{_re2(_SOUND)}\z")
+    sound = pc.and_not(sound, pc.match_substring_regex(texts, _re2(_SUSPICIOUS)))
+    for i in pc.indices_nonzero(pc.invert(sound)).to_pylist():
         joined[i] = clean(texts[i].as_py(), steps)
     return joined
+
+
+def _re2(pattern: str) -> str:
+    """A pattern in the spelling of Arrow's regular expressions."""
+    return re.sub(r"\\u([0-9a-f]{4})", r"\\x{\1}", pattern)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -22,6 +22,8 @@ from shards import storage
 from shards.layout import shard_name
 
 log = logging.getLogger("carrara.ingest")
+
+T = TypeVar("T")
 
 DIGESTS = [
     ("url_digest", pa.uint64()),
@@ -88,7 +90,26 @@ def connect(scratch: str, memory: str, threads: int) -> duckdb.DuckDBPyConnectio
 
 def run(db: duckdb.DuckDBPyConnection, sql: str) -> list[tuple[Any, ...]]:
     """Execute a statement and take all of its result."""
-    return db.execute(sql).fetchall()
+    return _interruptible(db, lambda: db.execute(sql).fetchall())
+
+
+def stream(db: duckdb.DuckDBPyConnection, sql: str, rows: int) -> Iterator[pa.RecordBatch]:
+    """The result of a query, so many rows at a time."""
+    reader = _interruptible(db, lambda: db.sql(sql).to_arrow_reader(rows))
+    while (batch := _interruptible(db, lambda: next(reader, None))) is not None:
+        yield batch
+
+
+def _interruptible(db: duckdb.DuckDBPyConnection, call: Callable[[], T]) -> T:
+    """Call the database in a thread, and wait. Within a query it holds signals back, and makes an error of its own of
+    what their handlers raise; here that ends the query and is raised as it is."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(call)
+        try:
+            return future.result()
+        except BaseException:
+            db.interrupt()  # without effect where nothing runs
+            raise
 
 
 def readable(

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from ingest.config import DuplicatesConfig
-from ingest.digests import PLACE, connect, quietly, readable, run, sql_files
+from ingest.digests import PLACE, connect, quietly, readable, run, sql_files, stream
 from shards import exclusions
 
 MEMORY = "1GB"
@@ -180,8 +180,7 @@ def _find_elsewhere(
 
 
 def _tables(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
-    reader = db.sql("SELECT place, winner, reason FROM out ORDER BY place").to_arrow_reader(1 << 16)
-    for batch in reader:
+    for batch in stream(db, "SELECT place, winner, reason FROM out ORDER BY place", 1 << 16):
         places = batch.column("place").to_numpy()
         columns = {
             "shard": pa.array(places >> 20, pa.int32()),
@@ -205,8 +204,7 @@ def _alike(db: duckdb.DuckDBPyConnection, caption: str, distance: int, scratch: 
     files = [Path(scratch, f"band-{p}") for p in range(partitions)]
     for file in files:
         file.touch()
-    reader = db.sql(f"SELECT place, p, {caption} AS c FROM firsts").to_arrow_reader(1 << 20)
-    for batch in reader:
+    for batch in stream(db, f"SELECT place, p, {caption} AS c FROM firsts", 1 << 20):
         hashes, captions, places = (batch.column(n).to_numpy() for n in ("p", "c", "place"))
         records = _band_records(hashes, captions, places, distance)
         home = records["high"] % np.uint64(partitions)

@@ -9,6 +9,7 @@ fetches them again.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
 import tempfile
@@ -22,24 +23,17 @@ from ingest import statistics
 from ingest.digests import PLACE, connect, readable, run, sql_files, with_digests
 from ingest.errors import ERRORS
 from ingest.takedown import TakenDown
+from shards import storage
 from shards.blank import blank
 from shards.exclusions import shard_row
+from shards.layout import shard_name
 from shards.progress import Progress
 
 log = logging.getLogger("carrara.ingest")
 
 MEMORY = "512MB"
-_COLUMNS = [
-    "url",
-    "sha256",
-    "key",
-    "status",
-    "error",
-    "url_digest",
-    "final_url_digest",
-    "final_origin",
-    "bytes_digest",
-]
+_DIGESTS = ("url_digest", "final_url_digest", "bytes_digest")
+_TEXTS = ("url", "final_origin")  # what hosts are found by
 _PICTURE = ("width", "height", "original_width", "original_height", "exif", "pixel_hash")
 _PLACE_IN_TAR = ("image_offset", "image_size", "image_ext", "image_file")
 
@@ -57,6 +51,21 @@ class Hit:
     by: frozenset[int | str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """What a look through some shards has found, of all that the parts of the list from `after` to before `parts` hold,
+    and perhaps of more."""
+
+    after: int
+    parts: int
+    shards: frozenset[int]
+    hits: Sequence[Hit]
+
+    def covers(self, shards: Iterable[int], after: int, parts: int) -> bool:
+        """Whether it tells what these parts hold of these shards."""
+        return self.after <= after and parts == self.parts and self.shards.issuperset(shards)
+
+
 def find(
     root: str, shards: Iterable[tuple[int, bool]], listed: TakenDown, total: int = 0, name: str = "", threads: int = 2
 ) -> Iterator[Hit]:
@@ -72,16 +81,14 @@ def find(
                 db.register("given", pa.table({"n": pa.array(digests.numbers, pa.uint64())}))
                 run(db, f"CREATE TABLE listed_{table} AS SELECT DISTINCT n FROM given")
                 db.unregister("given")
-            for files in readable(root, shards, _COLUMNS, scratch):
+            columns = [*_DIGESTS, *(_TEXTS if listed.hosts else ())]
+            for files in readable(root, shards, columns, scratch):
                 rows = run(
                     db,
-                    f"SELECT {PLACE}, {', '.join(_COLUMNS)} FROM read_parquet({sql_files(files)}, filename = true, "
+                    f"SELECT {PLACE}, {', '.join(columns)} FROM read_parquet({sql_files(files)}, filename = true, "
                     f"file_row_number = true) WHERE {_condition(listed)}",
                 )
-                for place, *values in sorted(rows):
-                    hit = _judge(place, dict(zip(_COLUMNS, values, strict=True)), listed)
-                    if hit is not None:
-                        yield hit
+                yield from _hits(root, columns, sorted(rows), listed)
                 if bar is not None:
                     bar.update(len(files))
         finally:
@@ -97,7 +104,8 @@ def _condition(listed: TakenDown) -> str:
     if len(listed.bytes):
         tests.append("bytes_digest IN (SELECT n FROM listed_bytes)")
     if listed.hosts:
-        names = {entry.strip(".").partition(":")[0] if entry.count(":") == 1 else entry for entry in listed.hosts}
+        # IPv6 addresses have many spellings, so whatever has one is looked at.
+        names = {"[" if entry.count(":") > 1 else entry.strip(".").partition(":")[0] for entry in listed.hosts}
         texts = [n.replace("'", "''") for n in sorted(names | set(map(_unicode, names)))]
         for column in ("url", "final_origin"):
             # A host that is not written in plain letters is looked at closely, whatever it is.
@@ -114,7 +122,24 @@ def _unicode(name: str) -> str:
         return name
 
 
-def _judge(place: int, row: dict[str, Any], listed: TakenDown) -> Hit | None:
+def _hits(root: str, columns: Sequence[str], rows: Iterable[tuple[Any, ...]], listed: TakenDown) -> Iterator[Hit]:
+    """The rows (place, then columns) that are listed indeed. The long columns are read of their shards alone."""
+    found = [
+        (*shard_row(place), judged)
+        for place, *values in rows
+        if (judged := _judge(dict(zip(columns, values, strict=True)), listed)) is not None
+    ]
+    for shard, some in itertools.groupby(found, key=lambda one: one[0]):
+        chosen = [(row, judged) for _, row, judged in some]
+        table = storage.read_parquet(storage.join(root, shard_name(shard) + ".parquet"), ["key", "status", "sha256"])
+        facts = table.take(pa.array([row for row, _ in chosen], pa.int64())).to_pylist()
+        for (row, (by, by_url)), fact in zip(chosen, facts, strict=True):
+            live = fact["status"] == "success"
+            yield Hit(shard, row, fact["key"], live, fact["sha256"] if by_url and live else None, by)
+
+
+def _judge(row: dict[str, Any], listed: TakenDown) -> tuple[frozenset[int | str], bool] | None:
+    """What of the list a row was found by, and whether by its URL or host; None where it is not listed."""
     by: set[int | str] = {
         n for n in (row["url_digest"], row["final_url_digest"]) if n is not None and listed.urls.has_number(n)
     }
@@ -124,11 +149,7 @@ def _judge(place: int, row: dict[str, Any], listed: TakenDown) -> Hit | None:
     by_url = bool(by)
     if row["bytes_digest"] is not None and listed.bytes.has_number(row["bytes_digest"]):
         by.add(row["bytes_digest"])
-    if not by:
-        return None
-    shard, index = shard_row(place)
-    live = row["status"] == "success"
-    return Hit(shard, index, row["key"], live, row["sha256"] if by_url and live else None, frozenset(by))
+    return (frozenset(by), by_url) if by else None
 
 
 def take_out(root: str, hits: Iterable[Hit], parts: int, name: str = "") -> set[int]:

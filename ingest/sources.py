@@ -40,7 +40,6 @@ log = logging.getLogger("carrara.ingest")
 Kind = Literal["table", "folder", "parquet", "webdataset"]
 
 IMAGES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|mpo)\Z", re.IGNORECASE)
-TABLES = re.compile(r"\.(parquet|csv|tsv|jsonl|ndjson)(\.gz)?\Z", re.IGNORECASE)
 BINARY = re.compile(r"\.(parquet|arrow)\Z", re.IGNORECASE)
 TARS = r"\.tar\Z"
 CAPTION_FILES = (".txt", ".caption", ".json")

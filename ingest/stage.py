@@ -35,12 +35,13 @@ from ingest.tables import HeldoutRule, Layout, TableSource
 from ingest.takedown import TakenDown
 from ingest.work import Crew, Lies, Outcome
 from shards import plan, storage
-from shards.commit import Folder, read_made_with
+from shards.commit import Folder
 from shards.dataset import MANIFEST, Dataset, ShardInfo, amend_manifest, read_stats, read_stats_of, write_manifest
 from shards.exclusions import Exclusions, write_exclusions
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths, shard_name
 from shards.listing import listed
+from shards.made_with import read_made_with
 from shards.plan import Each, Line
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
@@ -318,7 +319,7 @@ class IngestStage:
         filtered = [("caption_empty", "no caption")] + [(f.label, f.label) for f in config.filters]
         filtered_by = {label: counts.filters.get(name, 0) for name, label in filtered}
         if config.caption_repeats is not None:
-            filtered_by[f"more than {config.caption_repeats} of one caption"] = found.reasons["caption_repeated"]
+            filtered_by[_repeats(config.caption_repeats)] = found.reasons["caption_repeated"]
         return written[0], {
             "split": self.split,
             "samples_per_shard": config.samples_per_shard,
@@ -349,18 +350,20 @@ class IngestStage:
         take_over_as_it_is(self.root, self.data)
         self._plan_what_is_there()
 
-    def finish_removal(self) -> set[int]:
+    def finish_removal(self, looked: removal.Looked | None = None) -> set[int]:
         """`finish` where nothing but take-downs has happened since; under the lease. Returns the shards that changed.
+
+        looked: what was found before the lease was had.
 
         No duplicates are looked for: what was excluded stays excluded. Only shards with listed rows are read, and all
         that is counted is counted from them and from the manifest, so that it can be done again after a kill.
         """
         manifest = dict(Dataset.open(self.root).manifest)
         if manifest.get("format_version") == 1:
-            parts, changed, _ = self.apply_list()
+            parts, changed, _ = self.apply_list(looked)
             self.finish(s for _, s in read_stats_of(self.root, [t.index for t in self.tasks()]) if s is not None)
             return changed
-        parts, changed, touched = self.apply_list()
+        parts, changed, touched = self.apply_list(looked)
         shards = [ShardInfo(**s) for s in manifest["shards"]]
         gone = {i: self._taken_down(i) for i in touched & {s.index for s in shards}}
         before, after = Counter[str](), Counter[str]()
@@ -390,7 +393,17 @@ class IngestStage:
         errors = Counter(manifest["errors"]) + Counter(taken_down=taken - counts["opted_out"])
         counts["opted_out"] = taken
         duplicates = {r: n for r, n in sorted(after.items()) if EXCLUSION_STATUS[r] == "duplicate"}
-        more = {"counts": counts, "errors": dict(sorted(errors.items())), "duplicates_by": duplicates, "list": parts}
+        filtered_by = dict(manifest["filtered_by"])
+        most = manifest["passes"]["caption_repeats"]
+        if most is not None:
+            filtered_by[_repeats(most)] = after["caption_repeated"]
+        more = {
+            "counts": counts,
+            "errors": dict(sorted(errors.items())),
+            "duplicates_by": duplicates,
+            "filtered_by": filtered_by,
+            "list": parts,
+        }
         amend_manifest(self.root, manifest, shards, name, more)
         return changed
 
@@ -399,25 +412,25 @@ class IngestStage:
         table = storage.read_parquet(storage.join(self.root, shard_name(index) + ".parquet"), ["error"])
         return {i for i, error in enumerate(table["error"].to_pylist()) if error == "taken_down"}
 
-    def apply_list(self) -> tuple[int, set[int], set[int]]:
+    def apply_list(self, looked: removal.Looked | None = None) -> tuple[int, set[int], set[int]]:
         """Take what is listed out of the committed shards that were not looked through for it; under the lease.
 
         Returns how many parts of the list that was, the shards that changed, and those with listed rows, whenever these
         were taken out. Pictures with the bytes of one that is listed by its URL or host are listed by these bytes
-        first, in a part of their own.
+        first, in a part of their own. looked: what was found before.
         """
-        hits, parts = self.listed_rows()
+        hits, parts = self.listed_rows(looked)
         copies = {h.sha256 for h in hits if h.sha256 is not None}
         if copies:
             known = TakenDown.read(self.run)
             new = TakenDown.of(bytes=[s for s in copies if not known.has_bytes(s)])
             if new:
                 new.create(self.run)
-                hits, parts = self.listed_rows()
+                hits, parts = self.listed_rows(looked)
         changed = removal.take_out(self.root, (h for h in hits if h.live), parts, self.name)
         return parts, changed, {h.shard for h in hits}
 
-    def listed_rows(self) -> tuple[list[removal.Hit], int]:
+    def listed_rows(self, looked: removal.Looked | None = None) -> tuple[list[removal.Hit], int]:
         """The listed rows of shards that were not looked through for them; and how many parts the list has.
 
         Shards of the manifest were looked through for the parts that it knows, others for none.
@@ -436,7 +449,10 @@ class IngestStage:
             ([i for i in committed if i in known], through),
             ([i for i in committed if i not in known], 0),
         ):
-            if shards and after < parts:
+            if looked is not None and looked.covers(shards, after, parts):
+                these = set(shards)
+                hits += [h for h in looked.hits if h.shard in these]
+            elif shards and after < parts:
                 wanted = TakenDown.read(self.run, after)
                 hits += removal.find(self.root, with_flags(self.root, shards), wanted, len(shards), self.name)
         return hits, parts
@@ -534,6 +550,11 @@ class IngestStage:
         if c.heldout_fraction:
             settings["split"] = {"part": self.split, "heldout_fraction": c.heldout_fraction, "seed": self.seed}
         return settings
+
+
+def _repeats(most: int) -> str:
+    """The rule of `caption_repeats`, in `filtered_by`."""
+    return f"more than {most} of one caption"
 
 
 class _Taken:

@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -210,14 +210,6 @@ def summary(name: str, counts: dict[str, int], errors: Counter[str]) -> list[str
     if advice:
         lines.append(f"{name}: what can be done: {'; '.join(advice)}")
     return lines
-
-
-def sum_counts(counts: Iterable[dict[str, int]]) -> Counter[str]:
-    """The sum of counts by name."""
-    total: Counter[str] = Counter()
-    for c in counts:
-        total.update(c)
-    return total
 
 
 def _worst_hosts(outcomes: Sequence[Outcome], urls: Sequence[str | None]) -> dict[str, dict[str, int]]:

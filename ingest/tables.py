@@ -82,8 +82,8 @@ def list_files(table: str) -> list[str]:
     files = [str(fs.unstrip_protocol(p)) if "://" in table else str(p) for p in found]
     if not files:
         raise ConfigError(
-            f"ingest.table: nothing in '{table}' ends in .parquet, .csv, .tsv or .jsonl (or those with .gz); "
-            "folders below are reached by a glob such as tables/**/*.parquet"
+            f"ingest.table: '{table}' holds neither images nor tars, and nothing in it ends in .parquet, .csv, .tsv or "
+            ".jsonl (or those with .gz); folders below are reached by a glob such as tables/**/*.parquet"
         )
     for file in files:
         if not FORMAT.search(file):
@@ -212,9 +212,14 @@ class HeldoutRule:
         column = batch.column("caption")
         if self.lists:
             column = pa.array([first_caption(t) for t in column.to_pylist()], pa.string())
-        blake, cleaned = hashlib.blake2b, captions.clean_all(column, self.steps)
-        texts = [t.casefold().encode("utf-8", "surrogatepass") for t in cleaned]
-        hashes = b"".join([blake(t, digest_size=8, salt=salt).digest() for t in texts])
+        salted = hashlib.blake2b(digest_size=8, salt=salt)
+
+        def digest(text: str) -> bytes:
+            one = salted.copy()  # half the time of making one anew
+            one.update(text.casefold().encode("utf-8", "surrogatepass"))
+            return one.digest()
+
+        hashes = b"".join(map(digest, captions.clean_all(column, self.steps)))
         return np.frombuffer(hashes, "<u8") < int(self.fraction * 2**64)
 
 

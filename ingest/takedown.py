@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -100,14 +101,27 @@ def host_forms(text: str) -> set[str]:
     `:port`; several where an international name has several forms. Raises ConfigError where it is no host."""
     match = _HOST.fullmatch(text.strip().lower())
     names = _ascii_names(match["name"]) if match else set()
-    names = {n for n in names if re.fullmatch(r"[a-z0-9_.-]+|\[[0-9a-f:.]+\]", n) and n.strip(".")}
+    names = {n if n[:1] != "[" else _ipv6(n) for n in names}
+    names = {n for n in names if re.fullmatch(r"[a-z0-9_.-]+|[0-9a-f:.]*:[0-9a-f:.]*", n) and n.strip(".")}
     if not match or not names or (match["port"] and not 0 < int(match["port"]) < 65536):
         raise ConfigError(
             f"--host '{text}' is not the name of a host; write it as in a URL, without //: example.com, "
             "*.example.com or example.com:8080"
         )
     port = f":{match['port']}" if match["port"] else ""
-    return {("." if match["below"] else "") + name.strip(".").strip("[]") + port for name in names}
+    return {("." if match["below"] else "") + _with_port(name.strip("."), port) for name in names}
+
+
+def _ipv6(bracketed: str) -> str:
+    """An address as URLs are compared by it; empty where it is none."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.IPv6Address(bracketed.strip("[]")).compressed
+    return ""
+
+
+def _with_port(host: str, port: str) -> str:
+    """port: with its colon, or empty."""
+    return f"[{host}]{port}" if port and ":" in host else host + port
 
 
 class Digests:
@@ -183,10 +197,11 @@ class TakenDown:
             if storage.create(storage.join(run, FOLDER, f"{number:05d}.parquet"), sink.getvalue()):
                 return length(run)
 
-    def create_if_any(self, run: str) -> None:
-        """`create`, unless this is empty."""
+    def create_if_any(self, run: str) -> bool:
+        """`create`, unless this is empty; whether it was not."""
         if self:
             self.create(run)
+        return bool(self)
 
     def __bool__(self) -> bool:
         return bool(len(self.urls) or len(self.bytes) or self.hosts)
@@ -211,13 +226,12 @@ class TakenDown:
             host, port = (parsed.raw_host or "").lower().rstrip("."), parsed.port
         except (ValueError, UnicodeError, IndexError, TypeError):
             return set()
-        labels = host.split(".")
+        labels = [host] if ":" in host else host.split(".")
         forms: set[str] = set()
         for i in range(len(labels)):
             name = ".".join(labels[i:])
-            forms |= {name, f"{name}:{port}"}
-            if i:
-                forms |= {f".{name}", f".{name}:{port}"}
+            found = {name, _with_port(name, f":{port}")}
+            forms |= found | ({f".{form}" for form in found} if i else set())
         return forms & self.hosts
 
     def has_bytes(self, sha256: str | None) -> bool:

@@ -118,6 +118,22 @@ class Vae:
 
         return result
 
+    def posterior(self, pixels: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels float [B,3,H,W] in -1..1 -> mean and log-std of the posterior, float32 [B,C,H/f,W/f], unscaled, where
+        the pixels lie and in arithmetic of `dtype`, without a gradient.
+
+        The encoder moves there and to that type at the first call, and stays; the decoder is let go.
+        """
+        model = self.model
+        if hasattr(pixels, "fake_mode"):  # memory and FLOPs are counted, and the weights stay as they are
+            model = _as_fake(model, pixels, dtype)
+        elif (held := next(model.encoder.parameters())).device != pixels.device or held.dtype != dtype:
+            model.decoder = torch.nn.Identity()
+            torch.nn.Module.to(model, pixels.device, dtype)
+            self.device, self._exact = str(pixels.device), None
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            return self._split(model.encode(pixels.to(dtype)))
+
     def decode(self, latents: np.ndarray | torch.Tensor) -> np.ndarray:
         """Unscaled latents [B,C,h,w] -> uint8 [B,H,W,3]."""
         with torch.inference_mode():
@@ -129,11 +145,13 @@ class Vae:
         """Mean and log-std in float32, where the model lies."""
         with torch.inference_mode():
             x = torch.as_tensor(pixels).to(self.device).permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
-            found = model.encode(x.to(model.dtype))
-            if not self.has_posterior:
-                mean = found.latents.float()
-                return mean, torch.full_like(mean, -torch.inf)
-            return found.latent_dist.mean.float(), 0.5 * found.latent_dist.logvar.float()
+            return self._split(model.encode(x.to(model.dtype)))
+
+    def _split(self, found: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.has_posterior:
+            mean = found.latents.float()
+            return mean, torch.full_like(mean, -torch.inf)
+        return found.latent_dist.mean.float(), 0.5 * found.latent_dist.logvar.float()
 
 
 class TextEncoder:

@@ -38,12 +38,13 @@ from latents.takedown import NOT_SELECTED
 from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
 from shards import images, storage
 from shards.columns import COLUMN_ROW, ColumnFile, column, members, pack_columns
-from shards.commit import Folder, read_made_with
+from shards.commit import Folder
 from shards.dataset import MANIFEST, Dataset, born, read_stats, read_stats_of, write_manifest
 from shards.exclusions import write_exclusions
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
 from shards.layout import RunPaths, shard_name
 from shards.listing import listed
+from shards.made_with import read_made_with
 from shards.selection import Selection
 from shards.settings import ConfigError, StageError
 from shards.stage import Task, open_folder, persist, refuse_other_settings

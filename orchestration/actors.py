@@ -31,8 +31,8 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from orchestration.config import Pool, RayConfig, Span
-from orchestration.engine import Job, build_worker, sentence
 from orchestration.hosts import shared
+from orchestration.job import Job, build_worker, sentence
 from orchestration.nodes import Nodes, autoscaled_room
 from shards.layout import shard_name
 from shards.settings import NodeTrouble, StageError
@@ -266,6 +266,8 @@ class Fleet:
             self.judged_at = now
             job.workers = sum(h.ready for h in self.hands)
             job.progress.update(0, workers=job.workers)
+            if job.exporter is not None:
+                job.exporter.left(job.ledger.remaining, job.workers)
             self._judge_ages(job, now)
 
     def _answer(self, job: Job, ref: Any, call: _Call) -> None:

@@ -54,10 +54,12 @@ def _ingest(config: RunConfig) -> None:
 
 def _fit(name: str) -> Callable[[RunConfig], None]:
     def check(config: RunConfig) -> None:
+        from train import trackers
         from train.config import layout
 
         fit: Any = getattr(config, name)
         layout(name, fit, fit.ranks)
+        trackers.check(fit.trackers, f"{name}.trackers")
 
     return check
 

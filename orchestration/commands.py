@@ -69,6 +69,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
 BatchSize = Annotated[int, typer.Option("--batch-size")]
 # typer brings a click of its own, in which the base of all these errors has no public name.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 WEIGHTS = "ema, raw, one of train.ema_stds (ema_0.050), or posthoc:0.08"
 
 
@@ -76,7 +77,8 @@ def run(arguments: Sequence[str]) -> None:
     """Run what the arguments say. Raises ConfigError where they cannot be understood, else as the command does."""
     _refuse_unknown(arguments)
     try:
-        _command().main(list(arguments), prog_name="carrara", standalone_mode=False)
+        if _command().main(list(arguments), prog_name="carrara", standalone_mode=False) == INTERRUPTED:
+            raise KeyboardInterrupt
     except USAGE_ERROR as e:
         where = e.ctx.command_path if e.ctx else "carrara"  # type: ignore[attr-defined]
         text = e.format_message().rstrip(".")  # type: ignore[attr-defined]
@@ -252,7 +254,9 @@ def schema() -> None:
     """The JSON schema of the configuration, from which editors complete and check it."""
     from orchestration.config import RunConfig
 
-    print(json.dumps(RunConfig.model_json_schema(), indent=1))
+    found = RunConfig.model_json_schema()
+    del found["required"]  # which may be given on the command line
+    print(json.dumps(found, indent=1))
 
 
 @app.command(rich_help_panel="A run")
@@ -349,6 +353,32 @@ def status(
     from orchestration import status as module
 
     module.show(run, watch, as_json)
+
+
+@app.command(rich_help_panel="A run")
+def why(
+    run: Run,
+    shard: Annotated[str, typer.Argument(metavar="SHARD", help="a shard's number, or train, autoencoder or clip")],
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON, for programs")] = False,
+) -> None:
+    """What became of a shard: who made it when, its rows, its failed attempts, its files; or of a fit's ranks."""
+    from orchestration.why import show
+
+    print(show(run, shard, as_json))
+
+
+@app.command(rich_help_panel="A run")
+def serve(
+    run: Run,
+    host: Annotated[str, typer.Option("--host", help="address to listen at; others than this machine's see it")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 for a free one")] = 8270,
+) -> None:
+    """A live page of a run, for whoever has the link that is printed. Reads the run's folder or bucket alone."""
+    from orchestration.serve import serve as work
+
+    work(run, host, port)
 
 
 @app.command(rich_help_panel="A run")
@@ -512,7 +542,29 @@ def sample(
     mask: Annotated[
         str | None, typer.Option("--mask", metavar="FILE", help="white where that picture is to be drawn anew")
     ] = None,
-    strength: Annotated[float, typer.Option("--strength", help="how far the picture may change, up to 1")] = 0.6,
+    control: Annotated[
+        str | None, typer.Option("--control", metavar="FILE", help="a control image, for a ControlNet")
+    ] = None,
+    control_of: Annotated[
+        str | None,
+        typer.Option("--control-of", metavar="FILE", help="a picture whose control image is made as in training"),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option("--strength", help="how far the picture may change, up to 1; 0.6, or 1 for an inpainting model"),
+    ] = None,
+    image_guidance_scale: Annotated[
+        float, typer.Option("--image-guidance-scale", help="of a model that edits: how near to stay to the picture")
+    ] = 1.5,
+    upscale: Annotated[
+        str | None,
+        typer.Option(
+            "--upscale", metavar="RUN", help="draw the pictures larger with this run's upscaler", callback=_from_base
+        ),
+    ] = None,
+    noise_level: Annotated[
+        int, typer.Option("--noise-level", help="of an upscaler: noise on the small picture, of 1000")
+    ] = 20,
     batch_size: BatchSize = 8,
     shard_size: Annotated[int, typer.Option("--shard-size")] = 64,
     precision: Precision = "float32",

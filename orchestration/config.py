@@ -11,6 +11,7 @@
     latents: {...}
     train: {...}
     eval: {...}
+    notify: {command: [...]}     # whom to tell at the end, at a failure, of an alarm (orchestration/notify.py)
 
 The file is the one given with --config, else $CARRARA_CONFIG, else ./carrara.yaml. Relative paths in it
 are meant from where the user stands, which in a Ray job is not the current folder: see `base_folder`.
@@ -33,6 +34,7 @@ from eval.config import EvalConfig
 from ingest.config import IngestConfig
 from latents.config import LatentsConfig
 from orchestration.ledger import Retries
+from orchestration.notify import NotifyConfig
 from shards import storage
 from shards.layout import RunPaths
 from shards.settings import ConfigError, Strict, absolute, apply_overrides, load_yaml, resolved, validate
@@ -162,6 +164,7 @@ class RunConfig(Strict):
     latents: LatentsConfig = LatentsConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    notify: NotifyConfig = NotifyConfig()
 
 
 def find_config(given: str | None, base: str) -> str:

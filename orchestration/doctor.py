@@ -17,6 +17,7 @@ from shards import storage
 from shards.settings import ConfigError, StageError
 
 BLOCK = 8_000_000  # bytes written and read to see how fast a store is
+CLOCK_S = 300.0  # how far the clocks of a store and of this machine may be apart
 PACKAGES = ("ray", "torch", "deepspeed", "diffusers", "open_clip_torch", "transformers", "webdataset")
 
 
@@ -92,22 +93,36 @@ def _store(run: str) -> list[str]:
     name = f".carrara-doctor{storage.TMP_MARK}{secrets.token_hex(6)}"
     url, problems = storage.join(run, name), []
     block = secrets.token_bytes(BLOCK)
+    print(f"store        {run}")
+
+    def proved(what: str, holds: bool, otherwise: str) -> None:
+        print(f"             {what}: {'yes' if holds else 'NO'}")
+        if not holds:
+            problems.append(f"{run}: {otherwise}")
+
     try:
         storage.probe(run)
-        storage.create(url, b"first")
-        if name not in storage.list_names(run):
-            problems.append(f"{run}: a file that was just written is not in the listing")
+        proved("creates a file only if there is none of its name", storage.create(url, b"first"), "a name that was "
+               "never used is said to be there already")  # fmt: skip
+        proved("lists a file once it is written", name in storage.list_names(run), "a file that was just written is "
+               "not in the listing; shards would seem to be missing")  # fmt: skip
+        before = time.time()
         began = time.perf_counter()
         storage.write_atomic(url, block)
-        up, began = time.perf_counter() - began, time.perf_counter()
-        if storage.read_bytes(url) != block:
-            problems.append(f"{run}: a file that was just replaced reads as something else")
+        up, after = time.perf_counter() - began, time.time()
+        began = time.perf_counter()
+        whole = storage.read_bytes(url)
         down = time.perf_counter() - began
-        with storage.open_read(url) as f:
-            f.seek(BLOCK // 2)
-            if f.read(1000) != block[BLOCK // 2 :][:1000]:
-                problems.append(f"{run}: a part of a file reads as something else")
-        print(f"store        {run}: {BLOCK / up / 1e6:.0f} MB/s up, {BLOCK / down / 1e6:.0f} MB/s down, file by file")
+        proved("replaces a file as a whole", whole == block, "a file that was just replaced reads as something else")
+        ranges = [(0, 1), (BLOCK // 2, BLOCK // 2 + 1000), (BLOCK - 7, BLOCK)]
+        proved("reads parts of a file", storage.read_ranges(url, ranges) == [block[a:b] for a, b in ranges],
+               "a part of a file reads as something else; latents are read in parts")  # fmt: skip
+        written = storage.written_at(url)
+        storage.remove(url)
+        proved("forgets a file that was removed", storage.size(url) is None and name not in storage.list_names(run),
+               "a file that was removed is still there")  # fmt: skip
+        print(f"             one file at a time: {BLOCK / up / 1e6:.0f} MB/s up, {BLOCK / down / 1e6:.0f} MB/s down")
+        problems += [f"{run}: {told}" for told in _clock(written, before, after)]
     except ConfigError as e:
         problems.append(str(e))
     except Exception as e:
@@ -116,3 +131,18 @@ def _store(run: str) -> list[str]:
         with contextlib.suppress(Exception):
             storage.remove(url)
     return problems
+
+
+def _clock(written: float | None, before: float, after: float) -> list[str]:
+    """How far the store's clock is from this machine's: a file was written between two of this machine's moments."""
+    if written is None:
+        print("             clock: this store does not tell when a file was written")
+        return []
+    ahead = 0.0 if before - 1 <= written <= after + 1 else written - (before + after) / 2  # stores tell whole seconds
+    print(f"             clock: {abs(ahead):.0f} s {'behind' if ahead < 0 else 'ahead of'} this machine's")
+    if abs(ahead) <= CLOCK_S:
+        return []
+    return [
+        f"its clock is {abs(ahead):.0f} s {'behind' if ahead < 0 else 'ahead of'} this machine's; signed requests are "
+        "refused from a quarter of an hour on, and what dead processes left is told by its age: set the clock (NTP)"
+    ]

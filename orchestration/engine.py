@@ -1,43 +1,32 @@
 """Drives one stage over its shards, on Ray or in this process: what is missing is made, then the manifest.
 
 The same command after any kind of death goes on where the output folder says it stands; nothing else is
-remembered. The loop on Ray is in actors.py, the book-keeping in ledger.py.
+remembered. The loop on Ray is in actors.py, what both loops count in job.py, the book-keeping in ledger.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-import os
-import sys
-import time
 import traceback
 from typing import Any
 
 from orchestration import planning
 from orchestration.config import Pool, RayConfig
+from orchestration.job import Job, build_worker
 from orchestration.lease import Lease
 from orchestration.ledger import Ledger
+from orchestration.metrics import Exporter
 from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
 from shards import storage
 from shards.dataset import MANIFEST
 from shards.progress import Progress
-from shards.settings import ConfigError, NodeTrouble, StageError
-from shards.stage import Stage, Task, Worker, begin, is_begun
+from shards.settings import NodeTrouble, StageError
+from shards.stage import Stage, Worker, begin, is_begun
 
 log = logging.getLogger("carrara.engine")
 
 NODE_TROUBLES = 5  # of this machine in a row, with growing pauses, until a run in one process ends
-
-
-def build_worker(stage: Stage, threads: int) -> Worker:
-    """The stage's worker with so many threads for arithmetic, here as on Ray: rounding may depend on their number."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    worker = stage.worker()
-    if "torch" in sys.modules:  # where it was imported before the variable was set
-        sys.modules["torch"].set_num_threads(threads)
-    return worker
 
 
 def is_complete(stage: Stage, status: str) -> bool:
@@ -80,7 +69,8 @@ def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = 
                 return False
             begun = True
             progress.begin("running", ledger.total, done=ledger.skipped)
-            job = Job(stage, ledger, progress, stop, lease, peak_bytes=_known_peak(before))
+            exporter = None if local else Exporter(status.rsplit("/", 1)[0], stage.name)
+            job = Job(stage, ledger, progress, stop, lease, _known_peak(before), exporter=exporter)
             with stop.waits():
                 if local:
                     in_this_process(job, pool)
@@ -116,58 +106,6 @@ def _known_peak(record: dict[str, Any]) -> int:
     """The most memory that a worker of an earlier run was seen to use, in bytes; 0 where that is not known."""
     found = (record.get("figures") or {}).get("worker_gb", 0)
     return int(found * 1e9) if isinstance(found, (int, float)) else 0
-
-
-@dataclasses.dataclass
-class Job:
-    """One run of a stage: what the loops share."""
-
-    stage: Stage
-    ledger: Ledger
-    progress: Progress
-    stop: StopFlag
-    lease: Lease
-    peak_bytes: int = 0  # of a worker's memory, where an earlier run has measured it
-    workers: int = 1
-    samples: int = 0
-    rows: int = 0
-    busy_s: float = 0.0
-    wait_s: float = 0.0
-    began: float = dataclasses.field(default_factory=time.monotonic)
-
-    def check(self) -> None:
-        """Raise where the run is to end now."""
-        self.lease.check()
-        self.stop.check()
-
-    def done(self, task: Task, stats: dict[str, Any] | None, **figures: Any) -> None:
-        """Count a committed shard."""
-        self.ledger.done(task)
-        if stats:
-            self.samples += int(stats.get("count", 0))
-            self.rows += int(stats.get("rows", 0))
-            self.busy_s += float(stats.get("encode_seconds", 0.0))
-            self.wait_s += float(stats.get("wait_seconds", 0.0))
-        if self.rows:
-            figures["success"] = f"{self.samples / self.rows:.0%}"
-        elapsed = max(time.monotonic() - self.began, 1e-9)
-        if self.busy_s:
-            # Of the time that the encoders were there: at work, and at rest for want of decoded pictures.
-            figures["busy"] = f"{min(1.0, self.busy_s / (elapsed * max(self.workers, 1))):.0%}"
-            figures["wait"] = f"{self.wait_s / (self.busy_s + self.wait_s):.0%}"
-        rate = self.samples / elapsed
-        self.progress.update(1, **{f"{self.stage.unit}/s": rate}, **figures)
-
-    def blame(self, task: Task, error: BaseException, trace: str) -> None:
-        """Count a failure that was the shard's own."""
-        self.ledger.blame(task, sentence(error), trace)
-        self.progress.update(0, failed=len(self.ledger.failed))
-
-
-def sentence(error: BaseException) -> str:
-    """One line that says what was raised."""
-    text = str(error) if isinstance(error, StageError | ConfigError) else f"{type(error).__name__}: {error}"
-    return " ".join(text.split())[:500]
 
 
 def in_this_process(job: Job, pool: Pool) -> None:

@@ -16,8 +16,9 @@ from eval.config import EvalConfig
 from eval.evaluation import METRICS, Evaluation
 from eval.report import history
 from eval.report.page import rounded, spread
-from orchestration import stages
+from orchestration import notify, stages
 from orchestration.config import RayConfig, RunConfig, base_folder, find_config
+from orchestration.notify import NotifyConfig
 from shards import storage
 from shards.layout import RunPaths
 from shards.settings import ConfigError, Strict, apply_overrides, load_yaml, resolved, validate
@@ -32,6 +33,7 @@ class PipelineRun(Strict):
     seed: int = 0
     ray: RayConfig = RayConfig()
     eval: EvalConfig = EvalConfig()
+    notify: NotifyConfig = NotifyConfig()
 
 
 def evaluate_model(
@@ -60,12 +62,15 @@ def evaluate_model(
     own = clip if storage.exists(os.path.join(clip, "open_clip_config.json")) else None
     found = Evaluation(chosen.eval, paths, None, own, chosen.seed)
     log.info("eval: %s as %s: %s", model, found.model.name, found.label)
-    if local:
-        return stages.run_evaluation(found, chosen, local, redo)  # type: ignore[arg-type]
-    from orchestration.connection import connected
+    with notify.told(chosen.notify, chosen.run, "eval") as outcome:
+        if local:
+            outcome.report = stages.run_evaluation(found, chosen, local, redo)  # type: ignore[arg-type]
+            return outcome.report
+        from orchestration.connection import connected
 
-    with connected(chosen.ray):
-        return stages.run_evaluation(found, chosen, local, redo)  # type: ignore[arg-type]
+        with connected(chosen.ray):
+            outcome.report = stages.run_evaluation(found, chosen, local, redo)  # type: ignore[arg-type]
+            return outcome.report
 
 
 def numbers(config: RunConfig) -> str:

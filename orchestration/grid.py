@@ -9,7 +9,7 @@ from typing import Any
 from eval import grid
 from eval.evaluation import Evaluation
 from eval.report import page
-from orchestration import engine, stages
+from orchestration import engine, notify, stages
 from orchestration.config import RunConfig
 from shards.layout import RunPaths
 
@@ -50,7 +50,10 @@ def run(config: RunConfig, local: bool = False, redo: bool = False) -> str:
             "grid: %s: %s %.4g, clip_score %.4g, %.3g s an image%s",
             point["cell"], outcome["distance"], point["distance"][0], point["score"][0], point["seconds"], mark,
         )  # fmt: skip
-    return page.render(paths, cells[0].model.name, watch=config.eval.watch)
+    report = page.render(paths, cells[0].model.name, watch=config.eval.watch)
+    sentence = f"grid: the report of {cells[0].model.name} is there"
+    notify.send(config.notify, "report", config.run, "grid", sentence, report=report)
+    return report
 
 
 def _first_parts(config: RunConfig, cells: list[Evaluation], drive: Any) -> tuple[list[grid.GivenUp], dict[str, int]]:

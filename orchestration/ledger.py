@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestration import attempts
 from shards import storage
 from shards.dataset import FORMAT_VERSION, MANIFEST, read_stats, read_stats_of
 from shards.layout import shard_name
@@ -144,6 +145,7 @@ class Ledger:
         """A machine could not make it, whosever fault that is: the task is given back, uncounted. Where several
         machines in turn come into trouble over it, it is blamed: it may want more memory than any has."""
         self._troubles[task.index] += 1
+        attempts.note(self.status, self.stage.name, shard_name(task.index), "no fault", str(error), traceback)
         if self._troubles[task.index] > self.retries.attempts:
             self.blame(task, str(error), traceback)
         else:
@@ -172,6 +174,8 @@ class Ledger:
         self._blame[task.index] += 1
         attempt = self._blame[task.index]
         name = f"{self.stage.name}: shard {shard_name(task.index)}"
+        what = "failed" if attempt < self.retries.attempts else "set aside"
+        attempts.note(self.status, self.stage.name, shard_name(task.index), what, error, traceback)
         if attempt < self.retries.attempts:
             wait = self.retries.wait(attempt)
             log.warning("%s failed (%d of %d), again in %.3g s: %s", name, attempt, self.retries.attempts, wait, error)

@@ -13,7 +13,7 @@ import os
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-NAMES = ("shards", "ingest", "latents", "train", "eval", "demo")
+NAMES = ("shards", "ingest", "curate", "latents", "train", "eval", "demo")
 
 
 def put_first() -> None:

@@ -76,6 +76,11 @@ def _needs_clip(config: RunConfig) -> bool:
     return any(getattr(s, "kind", "") == "clip" and s.model is None for s in config.curate.scores.values())  # type: ignore[union-attr]
 
 
+def taken_down_mark(paths: RunPaths, stage: str) -> str:
+    """Where it stands for how many parts of the list of take-downs a stage's shards were looked through."""
+    return storage.join(paths.status, f"{stage}-taken-down.json")
+
+
 def order(config: RunConfig) -> tuple[str, ...]:
     """The stages that this configuration has, in order."""
     curated = tuple(n for n in CURATED if getattr(config.curate, n + "s"))

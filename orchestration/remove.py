@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from curate import takedown as curate_takedown
-from ingest import removal, takedown
+from ingest import removal
 from ingest.stage import IngestStage, with_flags
 from ingest.takedown import TakenDown, requested
 from latents import takedown as latents_takedown
 from orchestration.config import RunConfig
 from orchestration.lease import Busy, Lease
-from orchestration.parts import FITS, pretrained, shard_stages
+from orchestration.parts import FITS, pretrained, shard_stages, taken_down_mark
 from shards import storage
 from shards.columns import column_rows
 from shards.dataset import MANIFEST, Dataset, read_stats_of
@@ -53,14 +53,19 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
         (d for d in asked.listed.bytes if d not in known.bytes),
         asked.listed.hosts - known.hosts,
     )
-    if new:
-        new.create(paths.run)
-    hits = {s.split: _find(s, asked.listed) for s in ingests}
+    created = int(new.create_if_any(paths.run))
+    shards = {s.split: listed(s.root).committed.tolist() for s in ingests}
+    hits = {s.split: _find(s, shards[s.split], asked.listed) for s in ingests}
     copies = {h.sha256 for some in hits.values() for h in some if h.sha256}
     if copies:
-        TakenDown.of(bytes=(c for c in copies if not known.has_bytes(c))).create_if_any(paths.run)
+        created += TakenDown.of(bytes=(c for c in copies if not known.has_bytes(c))).create_if_any(paths.run)
         for s in ingests:
-            hits[s.split] += _find(s, TakenDown.of(bytes=copies))
+            hits[s.split] += _find(s, shards[s.split], TakenDown.of(bytes=copies))
+    # What is blanked under the lease need not be looked for again, unless somebody else has listed or stored more.
+    looked = {
+        split: removal.Looked(known.parts, known.parts + created, frozenset(shards[split]), some)
+        for split, some in hits.items()
+    }
     # What an earlier, killed attempt at the same removal took out is out already: its account says it.
     name = digest_json([sorted(map(str, forms)) for _, forms in asked.entries])[:16]
     account_url = storage.join(paths.run, "removed", f"{name}.json")
@@ -80,9 +85,8 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
     )
     told = [f"taken down: {sum(map(len, keys.values())):,} pictures"]
     for stage in ingests:
-        told.append(
-            f"  {'images' if stage.split == 'train' else 'heldout':9} {_apply(stage, paths, len(keys[stage.split]))}"
-        )
+        done = _apply(stage, paths, looked[stage.split], len(keys[stage.split]))
+        told.append(f"  {'images' if stage.split == 'train' else 'heldout':9} {done}")
     told.append(f"  latents   {settle_latents(config)}")
     told += [f"  {name} {done}" for name, done in settle_curated(paths).items()]
     told.append("checkpoints that saw them:" if saw else "no checkpoint saw them")
@@ -99,15 +103,16 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
     return "\n".join(told)
 
 
-def _find(stage: IngestStage, wanted: TakenDown) -> list[removal.Hit]:
-    shards = listed(stage.root).committed.tolist()
+def _find(stage: IngestStage, shards: list[int], wanted: TakenDown) -> list[removal.Hit]:
     if not shards:
         return []
     return list(removal.find(stage.root, with_flags(stage.root, shards), wanted, len(shards), stage.name))
 
 
-def _apply(stage: IngestStage, paths: RunPaths, count: int) -> str:
-    """Blank what is listed in a split's committed shards, unless an ingest is at work; returns what was done."""
+def _apply(stage: IngestStage, paths: RunPaths, looked: removal.Looked, count: int) -> str:
+    """Blank what is listed in a split's committed shards, unless an ingest is at work; returns what was done.
+
+    looked: what was found there. count: the pictures that are told."""
     if not len(listed(stage.root).committed):
         return "nothing is stored"
     shards: set[int] = set()
@@ -116,10 +121,10 @@ def _apply(stage: IngestStage, paths: RunPaths, count: int) -> str:
             with Lease(paths.status, stage.name, stage.root):
                 stage.open_for_removal()
                 if storage.exists(storage.join(stage.root, MANIFEST)):
-                    found = stage.finish_removal()
+                    found = stage.finish_removal(looked)
                     shards |= found
                 else:
-                    shards |= stage.apply_list()[1]
+                    shards |= stage.apply_list(looked)[1]
         except Busy:
             return (
                 f"{count:,} pictures: the running ingest takes them out when it finishes; stop it first where it must "
@@ -130,17 +135,23 @@ def _apply(stage: IngestStage, paths: RunPaths, count: int) -> str:
             return f"{len(shards):,} shards blanked; {count:,} pictures are out"
 
 
+def _known(paths: RunPaths) -> dict[str, Any]:
+    """What a mark says: for how many parts of the list the finished images are blanked, which comes before all else."""
+    manifest = storage.read_json(storage.join(paths.images, MANIFEST)) or {}
+    return {"list": manifest.get("list", 0)}
+
+
 def settle_latents(config: RunConfig, again: bool = True) -> str:
     """Blank in the latents what the images have no more; returns what was done.
 
-    again: look through them also where that was done for the present list: they may have been made at the same moment.
+    again: look through them also where that was done for the present images.
     """
     paths = RunPaths(config.run)
     shards = listed(paths.latents, ".safetensors").committed
-    parts, mark = takedown.length(paths.run), storage.join(paths.status, "latents-taken-down.json")
+    known, mark = _known(paths), taken_down_mark(paths, "latents")
     if not len(shards):
         return "none"
-    if not again and storage.read_json(mark) == {"list": parts}:
+    if not again and storage.read_json(mark) == known:
         return "were looked through"
     (stage, _), *_ = shard_stages("latents", config)
     try:
@@ -149,7 +160,7 @@ def settle_latents(config: RunConfig, again: bool = True) -> str:
             bar = Progress("latents: take-down", len(shards), "shards")
             changed = latents_takedown.take_out(paths.latents, paths.images, bar.update)
             bar.close()
-            storage.write_json(mark, {"list": parts})
+            storage.write_json(mark, known)
             if not changed:
                 return "hold none of them"
             done = f"{len(changed):,} shards blanked"
@@ -166,22 +177,26 @@ def settle_latents(config: RunConfig, again: bool = True) -> str:
         return "another job is at work on them; give this command again when it has ended"
 
 
-def settle_curated(paths: RunPaths) -> dict[str, str]:
-    """Blank in scores and captions what the images have no more; by `scores/<name>`, what was done."""
-    told = {}
+def settle_curated(paths: RunPaths, again: bool = True) -> dict[str, str]:
+    """The same for scores and captions; by `scores/<name>`, what was done."""
+    told, known = {}, _known(paths)
     for kind, prefix in (("scores", "score"), ("captions", "caption")):
         for name in storage.list_names(storage.join(paths.run, kind)):
-            root = storage.join(paths.run, kind, name)
+            root, stage = storage.join(paths.run, kind, name), f"{prefix}-{name}"
+            mark = taken_down_mark(paths, stage)
+            if not again and storage.read_json(mark) == known:
+                continue
             shards = listed(root, ".safetensors").committed
             if not len(shards):
                 continue
             try:
-                with Lease(paths.status, f"{prefix}-{name}", root):
-                    bar = Progress(f"{prefix}-{name}: take-down", len(shards), "shards")
+                with Lease(paths.status, stage, root):
+                    bar = Progress(f"{stage}: take-down", len(shards), "shards")
                     changed = curate_takedown.take_out(root, paths.images, bar.update)
                     bar.close()
                     if storage.exists(storage.join(root, MANIFEST)):
                         curate_takedown.amend(root)
+                    storage.write_json(mark, known)
                 told[f"{kind}/{name}"] = f"{len(changed):,} shards blanked" if changed else "hold none of them"
             except Busy:
                 told[f"{kind}/{name}"] = "another job is at work on them; give this command again when it has ended"

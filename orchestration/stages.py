@@ -8,9 +8,11 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from orchestration import checks, engine
+from orchestration import checks, engine, notify
 from orchestration.config import Pool, RunConfig
+from orchestration.metrics import Exporter
 from orchestration.parts import (
+    CURATED,
     FITS,
     STAGES,
     check_inputs,
@@ -20,12 +22,13 @@ from orchestration.parts import (
     pretrained,
     report_path,
     shard_stages,
+    taken_down_mark,
     text_ref,
     vae_ref,
 )
 from shards import storage
-from shards.commit import MADE_WITH
 from shards.layout import RunPaths
+from shards.made_with import MADE_WITH
 from shards.stage import Stage
 
 if TYPE_CHECKING:
@@ -64,16 +67,25 @@ def run(
 
     add_changed: of ingest, take the rows of a table's file that changed anew, as further shards. adopt: of a fit, go
     on with what differs from the settings that it was begun with.
-    Raises ConfigError where an input is missing, StageError, or Stopped.
+    Raises ConfigError where an input is missing, StageError, or Stopped; whoever is to be told of that is told.
     """
-    if pretrained(name, config):
-        log.info("%s: skipped, because the configuration names pretrained weights: %s", name, pretrained(name, config))
-        return
-    check_inputs(name, config)
-    if is_complete(name, config):
-        log.info("%s: complete; nothing to do", name)
-        _settle(name, config)
-        return
+    with notify.told(config.notify, config.run, name) as outcome:
+        outcome.worked = False
+        if pretrained(name, config):
+            why = "because the configuration names pretrained weights"
+            log.info("%s: skipped, %s: %s", name, why, pretrained(name, config))
+            return
+        check_inputs(name, config)
+        if is_complete(name, config):
+            log.info("%s: complete; nothing to do", name)
+            _settle(name, config)
+            return
+        outcome.worked = True
+        outcome.report = _work(name, config, local, redo, add_changed, adopt)
+
+
+def _work(name: str, config: RunConfig, local: bool, redo: bool, add_changed: bool, adopt: bool) -> str | None:
+    """What `run` does where there is something to do; the report's path, of an evaluation."""
     checks.check_static(name, config)
     checks.claim(config)
     if name in FITS:
@@ -89,12 +101,11 @@ def run(
             stages = [(dataclasses.replace(s, add_changed=add_changed), pool) for s, pool in stages]  # type: ignore[type-var]
         work = lambda: _run_shards(name, stages, config, local, redo)  # noqa: E731
     if local:
-        work()
-        return
+        return work()
     from orchestration.connection import connected
 
     with connected(config.ray):
-        work()
+        return work()
 
 
 def check_all(config: RunConfig) -> None:
@@ -102,6 +113,7 @@ def check_all(config: RunConfig) -> None:
     for name in order(config):
         checks.check_static(name, config)
     checks.claim(config)
+    notify.check(config.notify)
 
 
 def retry_ingest(config: RunConfig, codes: str, local: bool = False) -> None:
@@ -114,13 +126,14 @@ def retry_ingest(config: RunConfig, codes: str, local: bool = False) -> None:
         for s, pool in shard_stages("ingest", config)
     ]
     checks.claim(config)
-    if local:
-        _run_shards("ingest", stages, config, local, False)
-        return
-    from orchestration.connection import connected
+    with notify.told(config.notify, config.run, "ingest"):
+        if local:
+            _run_shards("ingest", stages, config, local, False)
+            return
+        from orchestration.connection import connected
 
-    with connected(config.ray):
-        _run_shards("ingest", stages, config, local, False)
+        with connected(config.ray):
+            _run_shards("ingest", stages, config, local, False)
 
 
 def dry_run(config: RunConfig, rows: int | None = None) -> str:
@@ -141,6 +154,9 @@ def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, 
     paths = RunPaths(config.run)
     if name == "latents" and storage.exists(storage.join(paths.latents, MADE_WITH)):
         _settle(name, config)  # a shard whose take-down was killed half-way is no whole one until that is done
+    if name in ("latents", *CURATED):
+        for stage, _ in stages:  # they may be made of images as these were before
+            storage.remove(taken_down_mark(paths, stage.name))
     for stage, pool in stages:
         engine.run(stage, paths.status, config.ray, pool, local, redo)
     # Looked at once more now that the leases are let go: what was asked to be taken down meanwhile, also by the finish
@@ -148,20 +164,20 @@ def _run_shards(name: str, stages: list[tuple[Stage, Pool]], config: RunConfig, 
     while behind := [(s, pool) for s, pool in stages if not getattr(s, "is_current", lambda: True)()]:
         for stage, pool in behind:
             engine.run(stage, paths.status, config.ray, pool, local)
-    _settle(name, config, again=name == "latents")
+    _settle(name, config)
 
 
-def _settle(name: str, config: RunConfig, again: bool = False) -> None:
+def _settle(name: str, config: RunConfig) -> None:
     """Take out of latents, scores and captions what was taken down, also what a killed command did not come to."""
     from ingest import takedown
 
     paths = RunPaths(config.run)
-    if name in ("ingest", "latents", "score", "caption") and takedown.length(paths.run):
-        from orchestration.remove import settle_curated, settle_latents
+    if name in ("ingest", "latents", *CURATED) and takedown.length(paths.run):
+        from orchestration import remove
 
         if name in ("ingest", "latents"):
-            settle_latents(config, again)
-        settle_curated(paths)
+            remove.settle_latents(config, again=False)
+        remove.settle_curated(paths, again=False)
 
 
 def run_evaluation(found: Evaluation, config: RunConfig, local: bool, redo: bool = False) -> str:
@@ -171,4 +187,12 @@ def run_evaluation(found: Evaluation, config: RunConfig, local: bool, redo: bool
         engine.run(stage, RunPaths(config.run).status, config.ray, config.ray.eval, local, redo)
     report = found.conclude()
     log.info("eval: the report is %s", report)
+    if (training := getattr(config, "train", None)) is not None:  # a pipeline of somebody else's has none
+        from eval import trackers
+
+        trackers.tell(training.trackers, found.run, found.result())
+    if not local:
+        Exporter(config.run, "eval").evaluated(found.result())
+    sentence = f"eval: the report of {found.model.name} is there"
+    notify.send(config.notify, "report", config.run, "eval", sentence, report=report)
     return report

@@ -68,24 +68,26 @@ def show(run: str, watch: bool = False, as_json: bool = False) -> None:
 def table(records: list[dict[str, Any]], now: float | None = None) -> str:
     """The records as aligned text."""
     now = time.time() if now is None else now
-    rows = [("stage", "state", "done", "failed", "rate", "left", "updated", "")]
-    for r in records:
-        if "state" not in r:
-            rows.append((r["stage"], "not begun", "", str(r["failed"] or ""), "", "", "", ""))
-            continue
-        age = now - r["updated"]
-        state = f"silent ({r['state']})" if r["state"] in UNDER_WAY and age > QUIET_S else r["state"]
-        total = r["total"] or "?"
-        share = f" ({100 * r['done'] / r['total']:.0f} %)" if r["total"] else ""
-        rate = f"{r['rate']:.3g} {r['unit']}/s" if r["rate"] else ""
-        left = duration(r["seconds_left"]) if r["seconds_left"] is not None and state in UNDER_WAY else ""
-        figures = "  ".join(
-            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.get("figures", {}).items()
-        )
-        done = f"{r['done']}/{total} {r['unit']}{share}"
-        rows.append((r["stage"], state, done, str(r["failed"] or ""), rate, left, f"{duration(age)} ago", figures))
+    titles: tuple[str, ...] = ("stage", "state", "done", "failed", "rate", "left", "updated", "")
+    rows = [titles, *(cells(r, now) for r in records)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def cells(record: dict[str, Any], now: float) -> tuple[str, ...]:
+    """A record as texts: stage, state, done, failed, rate, time left, when it was updated, figures."""
+    r = record
+    if "state" not in r:
+        return (r["stage"], "not begun", "", str(r["failed"] or ""), "", "", "", "")
+    age = now - r["updated"]
+    state = f"silent ({r['state']})" if r["state"] in UNDER_WAY and age > QUIET_S else r["state"]
+    total = r["total"] or "?"
+    share = f" ({100 * r['done'] / r['total']:.0f} %)" if r["total"] else ""
+    rate = f"{r['rate']:.3g} {r['unit']}/s" if r["rate"] else ""
+    left = duration(r["seconds_left"]) if r["seconds_left"] is not None and state in UNDER_WAY else ""
+    figures = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.get("figures", {}).items())
+    done = f"{r['done']}/{total} {r['unit']}{share}"
+    return (r["stage"], state, done, str(r["failed"] or ""), rate, left, f"{duration(age)} ago", figures)
 
 
 def duration(seconds: float) -> str:

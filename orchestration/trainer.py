@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from types import FrameType
 from typing import Any
 
+from orchestration import attempts
 from orchestration.config import Ranks, RayConfig, RunConfig
 from orchestration.lease import Lease
 from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
@@ -91,7 +92,12 @@ def _rank(told: dict[str, Any]) -> str | None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("carrara").setLevel(logging.INFO)
     try:
-        fit(told["stage"], TrainingSections(**told["sections"]), redo=told["redo"], adopt=told["adopt"])
+        tell = None
+        if told.get("on_ray"):
+            from orchestration.metrics import Exporter
+
+            tell = Exporter(told["sections"]["run"], told["stage"]).line
+        fit(told["stage"], TrainingSections(**told["sections"]), redo=told["redo"], adopt=told["adopt"], tell=tell)
     except FitStopped as e:
         return str(e)
     return None
@@ -105,13 +111,14 @@ def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: boo
     failures, reached = 0, _images(stage, paths)
     with stop_on_sigterm(StopFlag(stage)) as asked, asked.waits():
         while True:
-            told = {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt}
+            told = {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt, "on_ray": True}
             try:
                 if _fit_once(stage, told, getattr(sections, stage), ranks, config.ray, asked, lease):
                     return
                 redo = False  # saved, to go on with other ranks; the next round begins with all that there is room for
             except RankDied as e:
                 now = _images(stage, paths)
+                attempts.note(paths.status, stage, attempts.RANKS, "died", str(e), images=now)
                 failures = 1 if now > reached else failures + 1
                 reached = max(reached, now)
                 if asked.is_set():
@@ -156,6 +163,7 @@ def _fit_once(
                 gang.signal(signal.SIGTERM)
                 passed_on = time.monotonic()  # only now: on a busy node the signal itself may take its time
 
+    status = RunPaths(told["sections"]["run"]).status
     counts = _counts(stage, fit, ranks)
     for count in counts:
         last = count == counts[-1]
@@ -163,6 +171,8 @@ def _fit_once(
         gang = Gang(stage, count, ranks, patience, check)
         try:
             with gang:
+                where = [{"address": p.address, "pid": p.pid} for p in gang.places]
+                attempts.note(status, stage, attempts.RANKS, "started", f"{len(where)} ranks", ranks=where)
                 stopped = [s for s in gang.run(_rank, told) if s]
         except NoRoom as e:
             if last:

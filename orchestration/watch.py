@@ -30,7 +30,7 @@ from cronsim import CronSim
 
 from eval import compare, model
 from eval.report import history
-from orchestration import stages
+from orchestration import notify, stages
 from orchestration.config import RunConfig
 from orchestration.lease import Busy, Lease
 from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
@@ -52,6 +52,7 @@ def watch(config: RunConfig, local: bool = False, once: bool = False, forever: b
         raise ConfigError(f"watch: {paths.run} is no run's folder, or an empty one; name the run that is trained")
     if not model.complete(paths):
         log.info("watch: %s has no complete checkpoint yet", paths.checkpoints)
+    notify.check(config.notify)
     due, open_ = clock(config.eval.watch.cron), False  # open_: a moment has come, and not all that is due is done
     with stop_on_sigterm(StopFlag()) as stop:
         while True:
@@ -155,11 +156,13 @@ def raise_alarms(
     newer = sorted({r["checkpoint"] for r in like if (r["images_seen"] or 0) > (result["images_seen"] or 0)})
     found += [alarm for name in newer for alarm in compare.alarms(like, name, *limits) if alarm.best == checkpoint]
     found = [alarm for alarm in found if str(alarm) not in raised]
+    report = stages.report_path(config, checkpoint)
     for alarm in found:
         log.warning("ALARM %s", alarm)
         print(f"ALARM {alarm}", file=sys.stdout, flush=True)
         if watch.alarm_command:
             _call(watch.alarm_command, alarm)
+        notify.send(config.notify, "alarm", config.run, "eval", f"ALARM {alarm}", report=report)
     if not found:
         log.info("%s: no alarm", checkpoint)
     return found

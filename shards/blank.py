@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards import commit, protocol, storage
+from shards import commit, made_with, protocol, storage
+from shards import stats as stats_files
 from shards.columns import COLUMN_ROW, HEADER, column_rows, samples_columns, unpack_columns
 from shards.fingerprint import digest_bytes
 from shards.layout import shard_name
@@ -39,18 +40,18 @@ def blank(root: str, index: int, rows: Iterable[int], edit: Edit) -> dict[str, A
     """
     rows = sorted(set(rows))
     name = shard_name(index)
-    known = commit.read_made_with(root)
+    known = made_with.read_made_with(root)
     beside = None if known is None else storage.join(root, f".new-{known['id']}")
     if beside is not None:
         storage.make_folder(beside)
     there = storage.read_bytes(storage.join(root, name + STATS)) if known is not None else None
-    stats = None if there is None else commit.parse_stats(there)
+    stats = None if there is None else stats_files.parse_stats(there)
     if known is None or stats is None:
         raise StageError(f"{root}: shard {name} is not committed here")
 
     def edited(data: bytes, table: bytes, stats: bytes) -> tuple[bytes, bytes, bytes, str]:
         sidecar = pq.read_table(pa.BufferReader(table), pre_buffer=False)
-        record = commit.parse_stats(stats)
+        record = stats_files.parse_stats(stats)
         assert record is not None
         sidecar, new_data = _blanked(data, sidecar, rows, known["data"])
         new_sidecar, new_record = edit(sidecar, dict(record))
@@ -61,15 +62,15 @@ def blank(root: str, index: int, rows: Iterable[int], edit: Edit) -> dict[str, A
         files = dict(record["files"])
         files[known["data"]] = {"size": len(new_data), "sha256": digest}
         files[".parquet"] = {"size": len(new_table), "sha256": digest_bytes(new_table)}
-        new_record |= {"files": files, "born": commit.born(record), "shard": index}
-        return new_data, new_table, commit.json_bytes(new_record), digest
+        new_record |= {"files": files, "born": stats_files.born(record), "shard": index}
+        return new_data, new_table, stats_files.json_bytes(new_record), digest
 
     names = protocol.Names(name + known["data"], name + STATS, "")
     try:
         done = commit.run(protocol.blank(names, name + ".parquet", edited), commit.Files(root, beside, versions=True))
     except protocol.TryAgain as e:
         raise StageError(f"{root}: {e}; run the same command again") from None
-    result = None if done is None else commit.parse_stats(done)
+    result = None if done is None else stats_files.parse_stats(done)
     if result is None:
         raise StageError(f"{root}: shard {name} is not committed here")
     return result

@@ -16,20 +16,21 @@ import json
 import logging
 import os
 import re
-import secrets
+import socket
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from shards import protocol, storage
-from shards.fingerprint import Fingerprint, digest_bytes, digest_json
+from shards import protocol, storage, takeover
+from shards.fingerprint import Fingerprint, digest_bytes
 from shards.layout import shard_name
 from shards.listing import STATS
+from shards.made_with import MADE_WITH, made_with_of, read_made_with, write_made_with
 from shards.settings import ConfigError, StageError
+from shards.stats import born, born_of, json_bytes, parse_stats
 
 log = logging.getLogger("carrara.shards")
 
-MADE_WITH = "made_with.json"
-FORMAT_VERSION = 2
 # What may lie in a folder before it is begun: what another process of Carrara is just writing, and hidden files.
 _NOT_FOREIGN = re.compile(r"\..*")
 
@@ -67,11 +68,8 @@ class Folder:
             refuse_foreign(root, data, known)
             if take_over:
                 storage.probe(root)
-                from shards.takeover import is_old
-                from shards.takeover import take_over as take_over_old
-
-                if is_old(root):
-                    take_over_old(root, made_with, data, redo)
+                if takeover.is_old(root):
+                    takeover.take_over(root, made_with, data, redo)
             stored = read_made_with(root) or _create(root, made_with, data)
         elif take_over:
             storage.probe(root)
@@ -121,6 +119,7 @@ class Folder:
             "born": born_of(described),
             "input": input,
             "made_with": self.id,
+            "made_by": {"host": socket.gethostname(), "pid": os.getpid(), "at": time.time()},
         }
         small = [(name + s, d) for s, d in sorted(files.items()) if s != self.data]
         beside = pack(small, json_bytes(record))
@@ -171,9 +170,6 @@ def commit_shard(
     is the first of `files`. Stages begin their folder once instead."""
     folder = Folder.begin(root, dataclasses.replace(made_with, input=None), next(iter(files)))
     return folder.commit(index, files, stats, made_with.input)
-
-
-_PARTS = ("stage", "version", "settings", "input", "weights")
 
 
 class Files:
@@ -256,95 +252,17 @@ def _born_of_bytes(stats: bytes) -> str | None:
 CODEC = protocol.Codec(unpack, _born_of_bytes)
 
 
-def born_of(files: Mapping[str, Any]) -> str:
-    """32 hex digits over sizes and sha256 of a shard's files, as its stats have them when it is committed."""
-    return digest_json(dict(files))[:32]
-
-
-def born(stats: Mapping[str, Any]) -> str:
-    """Which commit a shard is of: it stays what it was when samples are taken out of the shard."""
-    return str(stats["born"]) if "born" in stats else born_of(stats["files"])
-
-
-def parse_stats(data: bytes) -> dict[str, Any] | None:
-    """A stats file of ours; None where it is another's, or not whole."""
-    try:
-        stats = json.loads(data)
-    except ValueError:
-        return None
-    if not isinstance(stats, dict) or not isinstance(stats.get("files"), dict):
-        return None
-    return stats if "made_with" in stats or "fingerprint" in stats else None
-
-
-def json_bytes(value: Any) -> bytes:
-    """A JSON file: indented, sorted keys, a line break at the end."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "surrogatepass") + b"\n"
-
-
-def read_made_with(root: str) -> dict[str, Any] | None:
-    """What a folder was made with; None where it is not begun. Raises ConfigError where the file cannot be used."""
-    url = storage.join(root, MADE_WITH)
-    try:
-        stored = storage.read_json(url)
-    except ValueError:
-        stored = {}
-    except (NotADirectoryError, PermissionError) as e:
-        raise ConfigError(f"{root}: cannot be used as a folder ({e.strerror}); set 'run' to another one") from None
-    if stored is None:
-        return None
-    if not isinstance(stored, dict) or not {"id", "stage", "settings"} <= stored.keys():
-        raise ConfigError(f"{url}: cannot be read; it is not a file of Carrara, or was damaged")
-    if stored.get("format_version") != FORMAT_VERSION:
-        raise ConfigError(
-            f"{url}: is of format {stored.get('format_version')}, and this Carrara knows {FORMAT_VERSION}"
-        )
-    return stored
-
-
-def made_with_of(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a fingerprint in what `read_made_with` returns."""
-    return {k: v for k, v in stored.items() if k in _PARTS}
-
-
-def write_made_with(root: str, made_with: Fingerprint, data: str, **more: Any) -> dict[str, Any]:
-    """Create `made_with.json`; returns what stands there, which may be another process's."""
-    record = {
-        "format_version": FORMAT_VERSION,
-        "id": secrets.token_hex(6),
-        "data": data,
-        **made_with_of(made_with.to_json()),
-        **more,
-    }
-    beside = storage.join(root, f".new-{record['id']}")
-    storage.make_folder(beside)
-    if not storage.create(storage.join(root, MADE_WITH), json_bytes(record)):
-        if storage.is_local(beside):
-            with contextlib.suppress(OSError):
-                os.rmdir(storage.local_path(beside))
-        there = read_made_with(root)
-        if there is None:
-            raise StageError(f"{root}: {MADE_WITH} was there and is not any more; run the same command again")
-        return there
-    return record
-
-
 def _create(root: str, made_with: Fingerprint, data: str) -> dict[str, Any]:
-    from shards.takeover import is_old
-
-    if is_old(root):
+    if takeover.is_old(root):
         raise StageError(f"{root}: was made by an older version; run the stage that makes it, which takes it over")
     return write_made_with(root, made_with, data)
 
 
 def refuse_foreign(root: str, data: str, known: Iterable[str] = ()) -> None:
     """Raise ConfigError, naming it, where a folder that is not begun holds what Carrara did not make."""
-    from shards.takeover import OLD_NAMES, is_old
-
     allowed = [re.compile(k) for k in known]
-    if is_old(root):
-        allowed += OLD_NAMES
+    if takeover.is_old(root):
+        allowed += takeover.OLD_NAMES
     names = [n for n in storage.list_names(root) if not _NOT_FOREIGN.fullmatch(n)]
     foreign = [n for n in names if n != MADE_WITH and not any(a.fullmatch(n) for a in allowed)]
     if foreign:

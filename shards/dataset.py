@@ -8,20 +8,21 @@ stays true while new shards are made, so readers go on. How shards come to be is
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from shards import storage
-from shards.commit import born, commit_shard, json_bytes, parse_stats, read_made_with
+from shards.commit import commit_shard
 from shards.exclusions import Exclusions, OldExclusions
 from shards.fingerprint import digest_bytes
-from shards.layout import shard_name
-from shards.listing import STATS, listed
+from shards.layout import MANIFEST, shard_name
+from shards.listing import listed
+from shards.made_with import read_made_with
 from shards.settings import StageError
+from shards.stats import born, json_bytes, read_stats, read_stats_of
 
 __all__ = [
     "MANIFEST",
@@ -36,26 +37,6 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 2
-MANIFEST = "dataset.json"
-_BLOCK = 2000  # stats files read at a time
-
-
-def read_stats(root: str, index: int) -> dict[str, Any] | None:
-    """The stats of a committed shard; None where there are none or they cannot be read."""
-    try:
-        return parse_stats(storage.read_bytes(storage.join(root, shard_name(index) + STATS)))
-    except FileNotFoundError:
-        return None
-
-
-def read_stats_of(root: str, indices: Iterable[int]) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """(index, stats) of committed shards, in this order, as `read_stats` gives them; many are read at once, and no more
-    than that are held."""
-    indices = iter(indices)
-    while block := list(itertools.islice(indices, _BLOCK)):
-        urls = [storage.join(root, shard_name(i) + STATS) for i in block]
-        for index, data in zip(block, storage.read_many(urls), strict=True):
-            yield index, None if data is None else parse_stats(data)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

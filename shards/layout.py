@@ -8,6 +8,7 @@ import math
 from shards.storage import join
 
 SHARD_DIGITS = 5
+MANIFEST = "dataset.json"  # of a finished dataset
 
 
 @dataclasses.dataclass(frozen=True)

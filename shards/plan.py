@@ -363,7 +363,7 @@ class _Growing:
             raise ConfigError(
                 f"{what}. Nothing was touched. Give new rows as a file of their own; or put this file back; or "
                 "take its rows anew, as further shards, with --add-changed: what is stored stays, and a row that "
-                "is there twice counts as a duplicate"
+                "is there twice counts as a duplicate" + self._moved_from(file, found)
             )
         self.said.append(
             f"{what}; what is stored stays, and its rows are planned anew as {shard_name(self.number)} and on"
@@ -374,6 +374,13 @@ class _Growing:
         if same:
             self.known[file] = [line if ok else None for line, ok in zip(old, same, strict=False)]
         return [line.rows for line, _ in zip(old, same, strict=False)]
+
+    def _moved_from(self, file: str, found: list[Range]) -> str:
+        """What is said where the rows are those that were planned of another file, which is there too."""
+        for other, lines in self.known.items():
+            if other != file and found and any(line is not None and _same([line], found)[0] for line in lines):
+                return f". It begins with the rows of {_name(other)}: if files exchanged their names, give these back"
+        return ""
 
     def take(self, file: str, mark: str, found: list[Range]) -> None:
         """Plan a file's ranges, which begin with those that are known of it."""

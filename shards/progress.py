@@ -53,6 +53,8 @@ class Progress:
         self.unit = unit
         self._changed, self._closed = threading.Event(), threading.Event()
         self._complained = False
+        self._work_rate: float | None = None  # of the running phase, once it is over
+        self.state = ""
         self._writer: threading.Thread | None = None
         self.begin(state, total, unit, done)
         if status_url:
@@ -62,6 +64,8 @@ class Progress:
     def begin(self, state: str, total: int = 0, unit: str | None = None, done: int = 0) -> None:
         """What is done from now on, with a bar of its own; an ended bar stays in sight."""
         self._end_bar()
+        if self.state == "running":
+            self._work_rate = self.rate
         self.state, self.total, self.unit = state, total, unit or self.unit
         self.done = self._start_done = done
         self._clock = time.monotonic()
@@ -75,7 +79,10 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units a second since this state began."""
+        """Units a second since this state began; at the end, of the running phase: looking through what is done for the
+        manifest, or for what is left to do, is many times quicker than the work was."""
+        if self._closed.is_set():
+            return self._work_rate or 0.0
         return (self.done - self._start_done) / max(time.monotonic() - self._clock, 1e-9)
 
     def update(self, n: int = 1, **figures: Any) -> None:
@@ -91,6 +98,8 @@ class Progress:
         """End the bar; state is done, failed or stopped. The last record is written before this returns, if it can."""
         self.figures.update(figures)
         self._end_bar()
+        if self.state == "running":
+            self._work_rate = self.rate
         self.state, self._line_at = state, -1e9
         self._closed.set()
         self._report()
@@ -124,6 +133,7 @@ class Progress:
                 prefix=self.stage if self.state == "running" else f"{self.stage}, {self.state}",
                 unit=f" {self.unit}",
                 initial=self._start_done,
+                rate=self.rate if self._closed.is_set() else None,
                 postfix=postfix or None,
             )
             print(line, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-SECTIONS = ("run", "seed", "ray", "ingest", "curate", "autoencoder", "clip", "latents", "train", "eval")
+SECTIONS = ("run", "seed", "ray", "ingest", "curate", "autoencoder", "clip", "latents", "train", "eval", "notify")
 
 
 class ConfigError(Exception):

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
-from shards.commit import Folder, made_with_of, read_made_with
+from shards.commit import Folder
 from shards.fingerprint import Fingerprint
 from shards.listing import listed
+from shards.made_with import made_with_of, read_made_with
 from shards.settings import ConfigError, StageError
 
 log = logging.getLogger("carrara.engine")

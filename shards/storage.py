@@ -9,6 +9,7 @@ conditional put (If-None-Match). `probe` refuses a store that does not keep this
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import hashlib
 import json
@@ -258,6 +259,26 @@ def stamp(url: str) -> tuple[int, int] | None:
         return int(info["size"]), _mark(info)
     except FileNotFoundError:
         return None
+
+
+def written_at(url: str) -> float | None:
+    """When a file was last written by the clock of the store or file server, in seconds since 1970; None where the
+    file is absent or its store does not tell."""
+    fs, path = _fs(url)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            return os.stat(path).st_mtime
+        fs.invalidate_cache()
+        told = fs.info(path)
+    except FileNotFoundError:
+        return None
+    for name in ("LastModified", "last_modified", "updated", "mtime"):
+        value = told.get(name)
+        if isinstance(value, str):
+            value = datetime.datetime.fromisoformat(value)
+        if isinstance(value, datetime.datetime):
+            return value.timestamp()
+    return None
 
 
 def _local_mark(info: os.stat_result) -> int:

@@ -13,9 +13,11 @@ from typing import Any
 
 from shards import storage
 from shards.fingerprint import Fingerprint
-from shards.layout import shard_name
+from shards.layout import MANIFEST, shard_name
 from shards.listing import STATS, listed, number_of
+from shards.made_with import MADE_WITH, read_made_with, write_made_with
 from shards.settings import ConfigError
+from shards.stats import read_stats_of
 
 log = logging.getLogger("carrara.shards")
 
@@ -39,7 +41,7 @@ def is_old(root: str) -> bool:
     """Whether a folder without `made_with.json` holds shards of format 1: the first stats file says it."""
     names = storage.list_names(root)
     name = next((n for n in names if (w := number_of(n)) is not None and w[1] == STATS), None)
-    if name is None or "made_with.json" in names:
+    if name is None or MADE_WITH in names:
         return False
     try:
         stats = storage.read_json(storage.join(root, name))
@@ -63,7 +65,7 @@ def old_digests(root: str) -> dict[int, str]:
 
     Of the manifest of before the folder was taken over, where it was. Empty where there is none.
     """
-    for name in (OLD_MANIFEST, "dataset.json"):
+    for name in (OLD_MANIFEST, MANIFEST):
         try:
             manifest = storage.read_json(storage.join(root, name))
         except ValueError:
@@ -75,9 +77,6 @@ def old_digests(root: str) -> dict[int, str]:
 
 def take_over(root: str, made_with: Fingerprint, data: str, redo: bool = False) -> None:
     """Take over a folder of format 1; under the lease. Raises ConfigError, and changes nothing, where it cannot be."""
-    from shards.commit import write_made_with
-    from shards.dataset import MANIFEST, read_stats_of
-
     # A pending.json alone was left behind by every take-down that found nothing.
     waiting = [n for n in storage.list_names(storage.join(root, ".staged")) if n.endswith(STATS)]
     if waiting:
@@ -122,8 +121,6 @@ def take_over(root: str, made_with: Fingerprint, data: str, redo: bool = False) 
 
 def take_over_as_it_is(root: str, data: str) -> None:
     """Take over a folder of format 1 with the settings it was made with, whatever those of today: for a take-down."""
-    from shards.commit import read_made_with
-
     if read_made_with(root) is None and is_old(root):
         take_over(root, Fingerprint("", 0, {}), data, redo=True)
 

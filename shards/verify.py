@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shards import storage
-from shards.commit import parse_stats
-from shards.dataset import read_stats, read_stats_of
 from shards.layout import shard_name
 from shards.listing import STATS, listed
+from shards.stats import parse_stats, read_stats, read_stats_of
 
 
 def verify(root: str, deep: bool = False) -> Iterator[tuple[int, str]]:

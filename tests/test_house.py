@@ -41,24 +41,20 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def _running(tree: ast.AST, at_once: bool) -> Iterator[ast.AST]:
-    """All nodes but those that only a type checker sees, and but the insides of functions where `at_once`."""
+def _running(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those that only a type checker sees."""
     yield tree
     for child in ast.iter_child_nodes(tree):
-        typed = isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"
-        later = at_once and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
-        if not typed and not later:
-            yield from _running(child, at_once)
+        if not (isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"):
+            yield from _running(child)
 
 
-def imports(name: str, path: Path, at_once: bool = False) -> set[str]:
-    """The dotted names that a module imports when it runs; `from a import b` gives a and a.b.
-
-    at_once: only what is imported with the module itself, not what a function of it imports when it is called.
-    """
+def imports(name: str, path: Path) -> set[str]:
+    """The dotted names that a module imports when it runs, also within a function of it; `from a import b` gives a and
+    a.b."""
     found = set()
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in _running(ast.parse(path.read_text()), at_once):
+    for node in _running(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -93,8 +89,8 @@ def test_ray_is_imported_in_orchestration_alone() -> None:
 
 
 def test_no_module_imports_itself_by_a_detour() -> None:
-    loaded = {name: imports(name, path, at_once=True) for name, path in modules().items()}
-    graph = {name: {o for o in others if o in IMPORTS and o != name} for name, others in loaded.items()}
+    """Nor by one that a function takes when it is called."""
+    graph = {name: {o for o in others if o in IMPORTS and o != name} for name, others in IMPORTS.items()}
     # A package's __init__ may name its own modules.
     graph = {n: {o for o in others if not o.startswith(n + ".")} for n, others in graph.items()}
     try:

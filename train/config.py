@@ -125,6 +125,9 @@ class FitConfig(Strict):
         default=None, ge=1, description="keep for ever the first at or after each multiple of this"
     )
     log_every_images: Operational[int] = Field(default=10_000, ge=1)
+    trackers: Operational[tuple[Literal["tensorboard", "wandb", "mlflow"], ...]] = Field(
+        default=("tensorboard",), description="where the log's lines and the grids of samples are copied to"
+    )
     channels_last: Operational[bool] = Field(
         default=False, description="activations in NHWC; the weights lie in DeepSpeed's flat buffers either way"
     )
@@ -300,6 +303,16 @@ class SourceConfig(Strict):
     loss_weight: float = Field(
         default=1.0, ge=0, description="of its samples' loss; DreamBooth's lambda for the prior's pictures"
     )
+    select: tuple[Rule, ...] = Field(
+        default=(),
+        description="rules on scores beside those of train.select; the same latents named several times, with rules "
+        "and weights of their own, are sampled by weights that depend on a score",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = handler(self)
+        return found if self.select else {k: v for k, v in found.items() if k != "select"}
 
 
 class AdapterConfig(Strict):
@@ -371,6 +384,61 @@ class InversionConfig(Strict):
         return value
 
 
+class InpaintConfig(Strict):
+    """Inpainting, as Stable Diffusion's: the UNet is told a mask, drawn anew for every sample, and the latents of the
+    picture without what lies under it."""
+
+    whole: float = Field(default=0.25, ge=0, le=1, description="share of masks that cover everything")
+
+
+class EditConfig(Strict):
+    """Editing by instruction (InstructPix2Pix, Brooks 2023): the UNet is told the latents of the picture before."""
+
+    before: str = Field(
+        default="before",
+        min_length=1,
+        description="a run beside or within that of the latents, whose images are, by key, the pictures before; a "
+        "relative path is relative to the run of the latents",
+    )
+    dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="share of pictures before that are left out, half of them with the caption"
+    )
+
+
+class UpscaleConfig(Strict):
+    """A decoder for small pictures, as Stable Diffusion's x4 upscaler: the UNet is told the picture at the latents'
+    size, with noise of a level that it is told too (Ho 2021, arXiv:2106.15282), and draws it as large as the VAE does.
+    """
+
+    max_noise_level: int = Field(
+        default=350, ge=1, le=1000, description="of 1000; each sample's small picture has noise of a level below it"
+    )
+
+
+class ControlConfig(Strict):
+    """ControlNet (Zhang 2023): a second network, told a control image, steers the frozen UNet of start_from."""
+
+    kind: Literal["canny", "sketch", "blur", "gray"] = Field(
+        default="canny", description="how control images are made of the pictures that are trained on"
+    )
+    images: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a run whose images are, by key, the control images, in place of `kind`; a relative path is "
+        "relative to the run of the latents",
+    )
+    low: float = Field(default=100.0, ge=0, description="of canny: edges weaker than this are none")
+    high: float = Field(default=200.0, gt=0, description="of canny: edges stronger than this are ones")
+    radius: float = Field(default=0.02, gt=0, le=1, description="of blur and sketch: in sides of the picture")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of control images that are left black")
+
+    @model_validator(mode="after")
+    def _thresholds(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) is above high ({self.high})")
+        return self
+
+
 class ValidationConfig(Strict):
     """The loss on pictures that are never trained on, always the same with the same noise and timesteps."""
 
@@ -396,6 +464,9 @@ class SamplesConfig(Strict):
     seed: int = Field(default=0, ge=0)
 
 
+TOLD = ("inpaint", "edit", "upscale", "control")  # fields of TrainConfig
+
+
 class TrainConfig(FitConfig):
     """A conditional UNet on latents: DDPM (Ho 2020) with classifier-free guidance dropout (Ho & Salimans 2022)."""
 
@@ -413,6 +484,10 @@ class TrainConfig(FitConfig):
         default=None, description="the text encoder of the latents learns too; null: it is frozen"
     )
     textual_inversion: InversionConfig | None = Field(default=None, description="learn a word for start_from alone")
+    inpaint: InpaintConfig | None = Field(default=None, description="the UNet is told a mask and what lies around it")
+    edit: EditConfig | None = Field(default=None, description="the UNet is told the picture that a caption changes")
+    upscale: UpscaleConfig | None = Field(default=None, description="the UNet is told the picture made small")
+    control: ControlConfig | None = Field(default=None, description="train a ControlNet beside start_from")
     sources: FromHereOn[tuple[SourceConfig, ...]] = Field(
         default=(SourceConfig(),), min_length=1, description="data sets mixed by weight; by default the run's latents"
     )
@@ -481,6 +556,29 @@ class TrainConfig(FitConfig):
         if self.resolution is None:
             return ()
         return (self.resolution,) if isinstance(self.resolution, int) else self.resolution
+
+    @property
+    def told(self) -> str | None:
+        """The field by which the UNet is told a picture (pictures.py); None where it is told none."""
+        return next((name for name in TOLD if getattr(self, name)), None)
+
+    @model_validator(mode="after")
+    def _pictures(self) -> Self:
+        names = [name for name in TOLD if getattr(self, name)]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} are two ways to be told a picture; set one of them")
+        if not names:
+            return self
+        for other in ("textual_inversion", *(("adapter", "text_encoder") if self.control else ())):
+            if getattr(self, other):
+                raise ValueError(f"{names[0]} and {other} are two ways to fine-tune; set one of them")
+        if self.control and not self.start_from:
+            raise ValueError("control steers a model that is there; name it with start_from")
+        if self.samples:
+            raise ValueError(
+                f"samples are drawn from prompts alone, and with {names[0]} a picture is told too; leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches(self) -> Self:

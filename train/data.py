@@ -34,6 +34,7 @@ from train.segments import History
 
 if TYPE_CHECKING:
     from train.objective import Objective
+    from train.pictures import ByKey
     from train.ranks import Ranks
 
 Batch = dict[str, torch.Tensor]
@@ -195,25 +196,31 @@ class Latents:
     """Posterior moments and text of the latent shards of one or several datasets, by position in the run.
 
     history: what the run takes its samples from (segments.py), the last of its segments from these datasets. A batch is
-    of one bucket, and so of one shape, on all ranks.
+    of one bucket, and so of one shape, on all ranks. beside: of each dataset the pictures that `pictures` gives; a
+    sample without one counts as taken down.
 
     Raises ConfigError where datasets were made with different encoders or shapes, which no model could tell apart.
     """
 
     def __init__(
-        self, config: TrainConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None
+        self,
+        config: TrainConfig,
+        datasets: Sequence[Dataset],
+        seed: int,
+        history: History | None = None,
+        beside: Sequence[ByKey] = (),
     ) -> None:
         history = history or segments.begin(config, datasets)
-        self.datasets, self.dataset = list(datasets), datasets[0]
+        self.datasets, self.dataset, self._beside = list(datasets), datasets[0], list(beside)
         self.placement = history.placement(segments.tables(history, config, datasets), seed)
         self.resolution = (config.resolutions or (int(self.dataset.manifest["resolution"]),))[0]
         select = history.segments[-1].select
-        self._select = {
-            d.root: Selection(segments.run_of(d), config.select, recorded)
-            for d, recorded in zip(datasets, select, strict=False)
-        }
+        self._select = [
+            Selection(segments.run_of(d), rules, recorded) if (rules := segments.rules_of(config, n)) else None
+            for n, (d, recorded) in enumerate(zip(datasets, select or [()] * len(datasets), strict=True))
+        ]
         self._file = Kept(
-            lambda dataset, position: _LatentFile(dataset, position, self._select.get(dataset.root)),
+            lambda which, position: _LatentFile(self.datasets[which], position, self._select[which]),
             2 * history.streams * len(datasets),
         )
         first = [_LatentFile(d, int(np.flatnonzero(d.counts)[0])) for d in datasets]
@@ -236,6 +243,7 @@ class Latents:
         self.empty_pooled = arrays.whole("empty_pooled").astype(np.float32) if self.has_pooled else None
         self.wants = {"mean", *(("logstd",) if self.has_spread else ())}
         self.wants.add("embeddings" if self.has_embeddings else "tokens")
+        self.wants |= {"picture"} if beside else set()
         self._reader = Reader(self.placement, self._load)
         self._taken: tuple[bytes, list[tuple[Window, int]]] = (b"", [])
         self.channels, height, _ = arrays.shape_of_mean()
@@ -309,6 +317,17 @@ class Latents:
                 if f"text.{name}" not in file.kinds:
                     file.sidecar_texts(name)
 
+    def require_pictures(self) -> None:
+        """Raises StageError where beside the first shard of a dataset there is not one picture of its samples."""
+        for file, beside in zip(self._first, self._beside, strict=False):
+            keys = file.keys
+            if not beside.has_any(file.info.index, keys):
+                raise StageError(
+                    f"{beside.dataset.root}: its shard {file.info.name} has no picture of the samples in shard "
+                    f"{file.info.name} of {file.dataset.root}, such as {keys[0] if keys else 'none'}; make both from "
+                    "the same table, with the same samples_per_shard"
+                )
+
     def captions(self, positions: np.ndarray, columns: Sequence[str]) -> list[list[list[str]]]:
         """Of each sample, the captions in each of these columns of the sidecar, whose entries are texts or lists of
         texts; empty ones are left out. Raises StageError where a column is not there."""
@@ -320,6 +339,11 @@ class Latents:
         """The samples' keys."""
         rows = self._rows(positions)
         return [str(self._column(window, "key")[at]) for window, at in rows]
+
+    def pictures(self, positions: np.ndarray) -> list[tuple[str, bytes]]:
+        """The samples' keys, and the encoded pictures that lie beside their latents."""
+        rows = self._rows(positions)
+        return [(str(self._column(window, "key")[at]), self._column(window, "picture")[at]) for window, at in rows]
 
     def _rows(self, positions: np.ndarray) -> list[tuple[Window, int]]:
         """Where these samples lie in memory; a batch asks for the same ones several times."""
@@ -351,13 +375,17 @@ class Latents:
     ) -> Window:
         which, offset = self._place[source]
         dataset, wants = self.datasets[which], set(wants or self.wants)
+        wants |= {"key"} if "picture" in wants else set()
         parts, shards, rows, alive = [], [], [], []
         for shard, first, end in runs:
             position = offset + shard
             with _named(dataset, position):
-                file = self._file(dataset, position)
+                file = self._file(which, position)
                 parts.append(file.read(bucket, first, end, wants))
             alive.append(parts[-1].pop("alive"))
+            if "picture" in wants:
+                parts[-1]["picture"], there = self._beside[which].read(file.info.index, parts[-1]["key"])
+                alive[-1] = alive[-1] & there
             shards.append(np.full(end - first, position))
             rows.append(np.arange(first, end))
         columns = {name: _joined([p[name] for p in parts]) for name in parts[0]}
@@ -450,7 +478,7 @@ class _LatentFile:
                 lines = self.sidecar_texts(name)
                 found[f"text.{name}"] = [lines[n] for n in samples]
             if "key" in wants:
-                found["key"] = [self._keys[n] for n in samples]
+                found["key"] = [self.keys[n] for n in samples]
         alive = got["alive"] != 0 if "alive" in got else np.ones(end - first, bool)
         for out in (self._dead, self._unselected):
             if out is not None:
@@ -521,7 +549,7 @@ class _LatentFile:
 
     @functools.cached_property
     def _unselected(self) -> np.ndarray | None:
-        """bool [samples]: what train.select leaves out; None where there are no rules."""
+        """bool [samples]: what the rules leave out; None where there are none."""
         if self._select is None:
             return None
         rows = column_rows(self._sidecar(["status"]))
@@ -531,7 +559,7 @@ class _LatentFile:
         return out
 
     @functools.cached_property
-    def _keys(self) -> list[str]:
+    def keys(self) -> list[str]:
         """Keys of the samples, in the order of the columns."""
         return [str(k) for k in self._by_sample("key")]
 

@@ -13,13 +13,14 @@ from latents.encoders import load_text_of
 from latents.weights import find_pad
 from shards.dataset import Dataset
 from shards.settings import ConfigError
-from train import adapters, diffusion, initial
+from train import adapters, diffusion, initial, segments
 from train.conditioning import Conditioning, Encoded, Joint, Learning, Stored, require_told
 from train.config import TrainConfig
 from train.data import Batch, Latents
 from train.inversion import Word
 from train.objective import Objective, construct, public_config
 from train.order import derive_key, permute
+from train.pictures import LEVELS, WAYS, ByKey, Controlled, Told, add_levels, control_net, widen
 from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of, require_layer
 from train.randomness import Randomness
 from train.segments import History
@@ -35,8 +36,11 @@ class Diffusion(Objective):
     def __init__(
         self, config: TrainConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None
     ) -> None:
-        latents = Latents(config, datasets, seed, history)
         vae, text = datasets[0].manifest["vae"], datasets[0].manifest["text"]
+        told = Told(config, vae, Randomness(seed)) if config.told else None
+        beside = [ByKey(d) for d in segments.picture_sets(config, datasets)]
+        latents = Latents(config, datasets, seed, history, beside)
+        latents.require_pictures()
         unet = build_unet(config, latents, text["width"], seed)
         model_config = public_config(unet)
         if config.start_from:
@@ -48,8 +52,12 @@ class Diffusion(Objective):
         learns = conditioning.module
         if config.adapter and config.adapter.start_from:
             adapters.load_lora(config.adapter.start_from, unet, learns)
-        super().__init__(unet if learns is None else Joint(unet, learns), model_config, latents.placement)
+        model = unet if learns is None else Joint(unet, learns)
+        if told and config.control:
+            model = Controlled(unet, control_net(unet, told.downscale))
+        super().__init__(model, model_config, latents.placement)
         self.config, self.latents, self.random, self.conditioning = config, latents, Randomness(seed), conditioning
+        self.told = told
         self.sized = conditioning.sized
         latents.wants = wanted_columns(config, latents, conditioning)
         if config.textual_inversion:
@@ -61,11 +69,14 @@ class Diffusion(Objective):
         for name, table in dataclasses.asdict(process_of(config)).items():
             self.register_buffer(name, table, persistent=False)
         self.facts = {"encoders": {"vae": vae, "text": text}, "resolution": latents.resolution}
+        if beside:
+            pictures = [{"root": b.dataset.root, "fingerprint": b.dataset.fingerprint} for b in beside]
+            self.facts = {**self.facts, "pictures": pictures}
 
     @property
     def unet(self) -> Any:
         """The UNet, whatever learns beside it."""
-        return self.model.unet if isinstance(self.model, Joint) else self.model
+        return self.model.unet if isinstance(self.model, Joint | Controlled) else self.model
 
     @property
     def process(self) -> diffusion.Process:
@@ -81,16 +92,22 @@ class Diffusion(Objective):
     def close(self) -> None:
         """Let go of what reads ahead."""
         self.latents.close()
+        if self.told:
+            self.told.close()
 
     def batch(self, positions: np.ndarray) -> Batch:
         """What the samples at `positions` (int64 [B]) need.
 
         x0 [B,C,h,w], noise [B,C,h,w], t int64 [B]; text float32 [B,context,width] or tokens int64 [B,context], a
         dropped caption being the stored empty one; with several sources, weight [B]; for a UNet that is told sizes,
-        sizes [B,6] and beside stored embeddings pooled [B,width].
+        sizes [B,6] and beside stored embeddings pooled [B,width]; what it is told of a picture (pictures.py).
         """
         batch = self.latent_batch(self.latents, positions, self._timesteps(positions))
-        dropped = self.random.uniform("caption", positions) < self.config.caption_dropout
+        u = self.random.uniform("caption", positions)
+        dropped = u < self.config.caption_dropout
+        if self.told:
+            # Of the captions that are dropped, the second half loses its picture too (InstructPix2Pix's scheme).
+            batch |= self.told.batch(self.latents, positions, (u - self.config.caption_dropout / 2) % 1)
         chosen = None
         if columns := self.config.captions:
             u = self.random.uniform("choice", positions)
@@ -193,22 +210,25 @@ class Diffusion(Objective):
     def predict(self, xt: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The UNet's output at x_t [B,C,h,w]."""
         text, added = self.conditioning.told(batch)
-        return self._output(xt, batch["t"], text, added)
-
-    def _output(
-        self, xt: torch.Tensor, t: torch.Tensor, text: torch.Tensor, added: dict[str, torch.Tensor] | None
-    ) -> torch.Tensor:
+        more: dict[str, Any] = {}
+        if self.told:
+            xt, more = self.told.inputs(self, xt, batch, text, added)
         if self.config.channels_last:
             xt = xt.contiguous(memory_format=torch.channels_last)
-        return self.unet(xt, self.process.time[t], text, added_cond_kwargs=added, return_dict=False)[0]
+        time = self.process.time[batch["t"]]
+        return self.unet(xt, time, text, added_cond_kwargs=added, return_dict=False, **more)[0]
 
     def networks(self) -> list[torch.nn.Module]:
-        """The UNet, and the text encoder where it learns."""
+        """The UNet, and what learns beside it: the text encoder, or the ControlNet."""
+        if isinstance(self.model, Controlled):
+            return [self.unet, self.model.control]
         return [self.unet, *([] if self.conditioning.module is None else [self.conditioning.module])]
 
     def checkpoint_activations(self) -> None:
         """Of the UNet and of what else learns; a frozen UNet's forward pass is kept for the word's gradient."""
         self.unet.enable_gradient_checkpointing()
+        if isinstance(self.model, Controlled):
+            self.model.control.enable_gradient_checkpointing()
         self.conditioning.checkpoint_activations()
 
 
@@ -223,6 +243,10 @@ def conditioning_of(
     require_layer(pipeline, text["layer"])
     sized = pipeline is STABLE_DIFFUSION_XL
     field = "train.start_from" if config.start_from else "train.unet"
+    if sized and config.told:
+        raise ConfigError(
+            f"train.{config.told}: a UNet that is told sizes (SDXL's) cannot be told a picture here; {field}"
+        )
     if config.textual_inversion:
         if sized:
             raise ConfigError(
@@ -250,6 +274,7 @@ def conditioning_of(
 def wanted_columns(config: TrainConfig, latents: Latents, conditioning: Conditioning) -> set[str]:
     """The columns of the latents that batches are made of."""
     found = {"mean", *(("logstd",) if latents.has_spread else ()), *(("micro",) if conditioning.sized else ())}
+    found |= {"picture"} if config.told else set()
     if isinstance(conditioning, Stored):
         return found | {"embeddings", *(("pooled",) if conditioning.sized else ())}
     if config.captions:
@@ -298,22 +323,32 @@ def build_unet(config: TrainConfig, latents: Latents, width: int, seed: int) -> 
     """A UNet2DConditionModel for these latents and text of `width`; raises ConfigError where it cannot be."""
     from diffusers import UNet2DConditionModel
 
-    channels = latents.channels
-    out = channels * (2 if config.learned_variance else 1)
+    out = latents.channels * (2 if config.learned_variance else 1)
+    more = WAYS[config.told].channels(latents.channels) if config.told else 0
+    channels = latents.channels + more
     if config.start_from:
         unet = adapters.load_unet(config.start_from)
+        if more and unet.config.in_channels == latents.channels and not config.adapter:
+            unet = widen(unet, more)
+        if config.upscale and not unet.config.num_class_embeds and not config.adapter:
+            unet = add_levels(unet)
         for name, value in (("in_channels", channels), ("out_channels", out), ("cross_attention_dim", width)):
             if unet.config[name] != value:
                 why = "make the latents with that model's own VAE and CLIP"
+                beside = ""
+                if more and name == "in_channels":
+                    beside = f" ({latents.channels} and {more} for train.{config.told})"
+                    if unet.config.in_channels == latents.channels:
+                        why = "an adapter cannot add them: leave train.adapter out, or start from a model that has them"
                 if name == "cross_attention_dim" and unet.config.addition_embed_type == "text_time":
                     why += " (SDXL's base model reads two CLIPs side by side, of which latents hold one)"
                 raise ConfigError(
                     f"train.start_from: the UNet of {config.start_from} has {name} {unet.config[name]}, but the "
-                    f"latents ask for {value}; {why}"
+                    f"latents ask for {value}{beside}; {why}"
                 )
         adapters.check_process(config.start_from, config)
         return unet
-    given = dict(config.unet)
+    given = {**({"num_class_embeds": LEVELS} if config.upscale else {}), **config.unet}
     for name, value in (("in_channels", channels), ("out_channels", out), ("sample_size", latents.side)):
         if given.setdefault(name, value) != value:
             raise ConfigError(f"train.unet.{name} is {given[name]}, but the latents ask for {value}; leave it out")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -40,13 +41,15 @@ from train.config import TrainConfig, stored_config
 from train.folders import CHUNK, MANIFEST, POSTHOC, latest_complete, name_of, read_manifest
 from train.model_card import model_card
 from train.objective import public_config
-from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of
+from train.pictures import WAYS, control_net, low_res_scheduler
+from train.pipelines import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, pipeline_of
 from train.schedulers import scheduler
 from train.state import describe
 from train.text_export import clip_text_model, save_text_encoder, tokenizer, write_tokenizer
 
 VERSION = 2  # raise it when the same checkpoint gives another folder
 PROVENANCE = "carrara.json"
+UPSCALER_SCALE = 0.08333  # what diffusers' StableDiffusionUpscalePipeline sets a VAE's scaling_factor to
 
 
 def export(
@@ -155,7 +158,8 @@ class _Source:
         return Fingerprint("export", VERSION, settings, digest_json(self.manifest), digests)
 
     def pipeline(self) -> Any:
-        """The StableDiffusionPipeline, or the StableDiffusionXLPipeline of a UNet that is told sizes."""
+        """The StableDiffusionPipeline, the StableDiffusionXLPipeline of a UNet that is told sizes, or the class for the
+        way in which it is told a picture (pictures.py)."""
         vae = self._vae()
         text = self._text()
         unet, learned = self._unet(vae)
@@ -164,14 +168,22 @@ class _Source:
                 f"{self.folder}: its UNet attends to {unet.config.cross_attention_dim} values a token, "
                 f"where the CLIP of the latents has {text.width}"
             )
-        model = fold_shift(vae.model)
-        model.register_to_config(scaling_factor=self.vae_facts["scaling_factor"])
+        scale = self.vae_facts["scaling_factor"]
+        # The upscaler's pipeline in diffusers sets this factor, whatever the VAE says.
+        wanted = UPSCALER_SCALE if self.config.upscale else scale
+        model = fold_shift(vae.model, scale / wanted)
+        model.register_to_config(scaling_factor=wanted)
         sized = pipeline_of(unet.config) is STABLE_DIFFUSION_XL
         encoder = clip_text_model(text, projected=sized)
         if self.config.text_encoder:
             self._learned_text(encoder, learned)
         parts = {"vae": model, "unet": unet, "scheduler": scheduler(self.config)}
-        pipeline = (_sdxl if sized else _sd)(text, encoder, parts)
+        if self.config.control:
+            parts["controlnet"] = self._control(unet, vae, learned)
+        if self.config.upscale:
+            parts |= {"low_res_scheduler": low_res_scheduler(), "max_noise_level": self.config.upscale.max_noise_level}
+        kind = WAYS[self.config.told].pipeline if self.config.told else STABLE_DIFFUSION.name
+        pipeline = _sdxl(text, encoder, parts) if sized else _sd(kind, text, encoder, parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -205,10 +217,14 @@ class _Source:
         }
 
     def _unet(self, vae: Vae) -> tuple[Any, dict[str, torch.Tensor]]:
-        """The UNet, and what else the checkpoint holds: the learned text encoder's values, or the learned word's."""
+        """The UNet, and what else the checkpoint holds: values of a learned text encoder, word, or ControlNet."""
         from diffusers import UNet2DConditionModel
 
         values = self._weights()
+        if self.config.control:
+            unet, values = self._base(), {k.removeprefix("control."): v for k, v in values.items()}
+            unet.register_to_config(sample_size=self.manifest["resolution"] // vae.downscale)
+            return unet.eval().requires_grad_(False), values
         learned = {k.removeprefix("text."): v for k, v in values.items() if k.startswith("text.")}
         if "rows" in values:  # a word, as it was called before the UNet and the text shared a model
             learned = {"rows": values.pop("rows")}
@@ -231,6 +247,12 @@ class _Source:
         # The pipeline draws pictures of this size unless told otherwise.
         unet.register_to_config(sample_size=self.manifest["resolution"] // vae.downscale)
         return unet.eval().requires_grad_(False), learned
+
+    def _control(self, unet: Any, vae: Vae, learned: dict[str, torch.Tensor]) -> Any:
+        """The ControlNet of a checkpoint's values."""
+        control = control_net(unet, vae.downscale)
+        control.load_state_dict(learned)
+        return control.eval().requires_grad_(False)
 
     def _learned_text(self, encoder: Any, learned: dict[str, torch.Tensor]) -> None:
         """Put what a text encoder learned into transformers' model of it, in place."""
@@ -326,14 +348,16 @@ def without_variance(unet: Any) -> Any:
 
 
 @torch.no_grad()
-def fold_shift(vae: Any) -> Any:
-    """A VAE whose latents are shifted before they are scaled (Stable Diffusion 3), as one that shifts by itself.
+def fold_shift(vae: Any, factor: float = 1.0) -> Any:
+    """A VAE whose latents are shifted before they are scaled (Stable Diffusion 3), as one that shifts by itself, and
+    whose latents are `factor` times as large.
 
-    StableDiffusionPipeline scales alone. The shift becomes the bias of the 1x1 convolutions behind the encoder and
-    before the decoder, which are added where there are none; nothing else is changed, and nothing without a shift.
+    StableDiffusionPipeline scales alone, and its upscaler by a number of its own. Shift and factor go into the 1x1
+    convolutions behind the encoder and before the decoder, which are added where there are none; nothing else is
+    changed, and nothing where there is neither.
     """
     shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
-    if not shift:
+    if not shift and factor == 1.0:
         return vae
     channels = int(vae.config.latent_channels)
     for name, width in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
@@ -344,7 +368,11 @@ def fold_shift(vae: Any) -> Any:
             setattr(vae, name, mixing.requires_grad_(False))
             vae.register_to_config(**{f"use_{name}": True})
     vae.quant_conv.bias[:channels] -= shift
+    vae.quant_conv.weight[:channels] *= factor
+    vae.quant_conv.bias[:channels] *= factor
+    vae.quant_conv.bias[channels:] += 2 * math.log(factor)  # the logarithm of the variance
     vae.post_quant_conv.bias += vae.post_quant_conv.weight.sum(dim=(1, 2, 3)) * shift
+    vae.post_quant_conv.weight /= factor
     vae.register_to_config(shift_factor=None)
     return vae
 
@@ -390,17 +418,14 @@ def _same_weights(what: str, find: Callable[[str], Any], facts: dict[str, Any], 
 # ---- pipelines -------------------------------------------------------------------------------------
 
 
-def _sd(text: TextEncoder, encoder: Any, parts: dict[str, Any]) -> Any:
-    from diffusers import StableDiffusionPipeline
+def _sd(kind: str, text: TextEncoder, encoder: Any, parts: dict[str, Any]) -> Any:
+    """One of diffusers' StableDiffusion...Pipeline classes."""
+    import diffusers
 
-    return StableDiffusionPipeline(
-        **parts,
-        text_encoder=encoder,
-        tokenizer=tokenizer(text),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    given = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    if kind == WAYS["upscale"].pipeline:
+        del given["requires_safety_checker"]  # it asks for none
+    return getattr(diffusers, kind)(**parts, **given, text_encoder=encoder, tokenizer=tokenizer(text))
 
 
 def _sdxl(text: TextEncoder, encoder: Any, parts: dict[str, Any]) -> Any:

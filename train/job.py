@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Job:
     """One fit. checkpoints, logs: URLs of folders. status_url: where progress is written. facts: stored in manifests.
 
     validator: None for no validation. samples: pictures at every checkpoint; None for none. notes: of what the run
-    takes its samples from, for the journal.
+    takes its samples from, for the journal. tell: called with every line of the journal, on rank 0.
     """
 
     stage: str
@@ -46,6 +47,7 @@ class Job:
     validator: Validator | None = None
     samples: Samples | None = None
     notes: tuple[str, ...] = ()
+    tell: Callable[[dict[str, Any]], None] | None = None
 
     @property
     def keep(self) -> Keep:
@@ -108,10 +110,15 @@ def begin(job: Job, objective: Objective, ranks: Ranks, images: int, fresh: bool
     precision = resolve_precision(config.precision, ranks.device)
     field = "train.unet" if job.stage == "train" else f"{job.stage}.model"
     size = len(next(iter(mine.values())))
-    try:
-        found = plan.plan(objective, mine, config, precision, size, ranks.world)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
-        raise ConfigError(f"{field}: a batch does not go through this model: {' '.join(str(e).split())[:300]}") from e
+
+    def planned() -> plan.Plan:
+        try:
+            return plan.plan(objective, mine, config, precision, size, ranks.world)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
+            why = " ".join(str(e).split())[:300]
+            raise ConfigError(f"{field}: a batch does not go through this model: {why}") from e
+
+    found = ranks.found_by_first(planned)  # it takes seconds, and is the same for all
     # A batch by area holds fewer of large pictures; the clock counts places of the batch.
     found = dataclasses.replace(found, flops=found.flops * size / micro)
     if ranks.first:

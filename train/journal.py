@@ -1,9 +1,9 @@
-"""What rank 0 tells while training: JSON lines, TensorBoard, the bar and the status file.
+"""What rank 0 tells while training: JSON lines, the trackers (trackers.py), the bar and the status file.
 
 log.jsonl      one line an interval: images, step, loss, loss_by_timestep, lr, grad_norm, samples_per_s, data_wait,
                tflops, mfu, memory_gib, skipped
 events.jsonl   what a person should look at: skipped steps with their samples' keys, rollbacks, validations
-tensorboard/   the same, and the grids of samples
+tensorboard/   the same, and the grids of samples, as for any other tracker
 samples/       the grids as files
 
 All of it is written by a thread: the loop never waits for a disk. A run on an object store is told of in a temporary
@@ -34,6 +34,7 @@ from train import folders
 from train.plan import peak_flops
 from train.ranks import Stopped
 from train.run import Run, Told, crossed
+from train.trackers import STATE, Trackers
 
 if TYPE_CHECKING:
     from train.guard import Guard
@@ -130,7 +131,7 @@ class Journal:
         )  # fmt: skip
 
     def event(self, images: int, kind: str, **facts: Any) -> None:
-        """One line of events.jsonl, and of TensorBoard what is a number."""
+        """One line of events.jsonl; the trackers get what is a number."""
         if self._writer is not None:
             self._writer.event(images, kind, facts)
 
@@ -148,6 +149,15 @@ class Journal:
         finally:
             self._paused += time.perf_counter() - began
 
+    @contextlib.contextmanager
+    def saving(self, images: int) -> Iterator[None]:
+        """The same around a checkpoint; how long the loop stood still for it is told."""
+        began = time.perf_counter()
+        with self.pause():
+            yield
+        if self._writer is not None:
+            self._writer.figures(images, {"checkpoint/seconds": time.perf_counter() - began})
+
     def close(self, state: str) -> None:
         """End the bar with a state: done, failed or stopped."""
         if self._writer is not None:
@@ -158,8 +168,6 @@ class _Writer:
     """The thread of rank 0 that writes; each method gives it something to do and returns at once."""
 
     def __init__(self, job: Job, images: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._remote = None if storage.is_local(job.logs) else job.logs
         self.folder = Path(tempfile.mkdtemp()) if self._remote else storage.local_path(job.logs)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +178,10 @@ class _Writer:
                 with contextlib.suppress(FileNotFoundError):
                     (self.folder / name).write_bytes(storage.read_bytes(storage.join(self._remote, name)))
             folders.truncate_log(self.folder / name, images)
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=images if images else None)
+        settings = {**job.config.model_dump(mode="json"), "seed": job.seed}
+        run, state = job.status_url.rsplit("/", 2)[0], storage.join(job.logs, STATE)
+        self._tell = job.tell or (lambda _: None)
+        self._trackers = Trackers(job.config.trackers, self.folder, state, images, run, job.stage, settings)
         self._progress = Progress(job.stage, job.config.images, "images", job.status_url, done=images)
         self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
@@ -198,14 +209,19 @@ class _Writer:
         def write() -> None:
             _append(self.folder / "log.jsonl", line)
             images = line["images"]
-            for name, value in line.items():
-                if isinstance(value, (int, float)) and name != "images" and math.isfinite(value):
-                    self._board.add_scalar(name, value, images)
-            for i, value in enumerate(line.get("loss_by_timestep", [])):
-                if value is not None:
-                    self._board.add_scalar(f"loss_by_timestep/{i}", value, images)
-            self._board.flush()
+            by_timestep = {f"loss_by_timestep/{i}": v for i, v in enumerate(line.get("loss_by_timestep", []))}
+            self._trackers.scalars("line", images, {k: v for k, v in line.items() if k != "images"} | by_timestep)
+            self._tell(line)
             self._progress.update(0, lr=line["lr"], samples_per_s=line["samples_per_s"])
+
+        self._todo.put(write)
+
+    def figures(self, images: int, values: dict[str, float]) -> None:
+        """What is no line of the log, for the trackers and whoever listens."""
+
+        def write() -> None:
+            self._trackers.scalars(min(values), images, values)
+            self._tell(values)
 
         self._todo.put(write)
 
@@ -214,9 +230,7 @@ class _Writer:
 
         def write() -> None:
             _append(self.folder / "events.jsonl", {"images": images, "kind": kind, **facts})
-            for name, value in facts.items():
-                if isinstance(value, float) and math.isfinite(value):
-                    self._board.add_scalar(f"{kind}/{name}", value, images)
+            self._trackers.scalars(kind, images, {f"{kind}/{k}": v for k, v in facts.items() if isinstance(v, float)})
 
         self._todo.put(write)
 
@@ -229,7 +243,7 @@ class _Writer:
             folder = self.folder / "samples"
             folder.mkdir(exist_ok=True)
             Image.fromarray(pictures).save(folder / f"{images:012d}.png")
-            self._board.add_image("samples", pictures, images, dataformats="HWC")
+            self._trackers.image("samples", images, pictures)
 
         self._todo.put(write)
 
@@ -238,14 +252,15 @@ class _Writer:
         assert self._remote is not None
         self._mirrored = time.monotonic()
         for file in (f for f in self.folder.rglob("*") if f.is_file()):
-            name, info = file.relative_to(self.folder).as_posix(), file.stat()
-            if self._copied.get(name) != (mark := (info.st_size, info.st_mtime_ns)):
-                storage.write_atomic(storage.join(self._remote, name), file.read_bytes())
-                self._copied[name] = mark
+            with contextlib.suppress(FileNotFoundError):  # a tracker's own temporary file
+                name, info = file.relative_to(self.folder).as_posix(), file.stat()
+                if self._copied.get(name) != (mark := (info.st_size, info.st_mtime_ns)):
+                    storage.write_atomic(storage.join(self._remote, name), file.read_bytes())
+                    self._copied[name] = mark
 
     def close(self, state: str) -> None:
         """Write what is left, and end."""
-        self._todo.put(self._board.close)
+        self._todo.put(self._trackers.close)
         self._todo.put(lambda: self._progress.close(state))
         self._todo.put(None)
         self._thread.join()

@@ -99,11 +99,11 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
                 run.finished = patience.over(loss, run.step)
                 saves = saves or patience.best_step == run.step
             if saves or late.stop or run.finished:
-                with journal.pause():
+                with journal.saving(run.images):
                     last = saver.save(run.step, job.manifest(objective, run, engine, guard, patience))
-                    if job.samples:
-                        with engine.using("ema"):
-                            journal.grid(run.images, job.samples.draw(engine.cast))
+                if job.samples:
+                    with journal.pause(), engine.using("ema"):
+                        journal.grid(run.images, job.samples.draw(engine.cast))
             if late.stop and not (run.finished or ends):
                 saver.finish()
                 raise Stopped(f"{job.stage}: stopped by SIGTERM at {run.images} images; the checkpoint is {last}")

@@ -27,7 +27,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if __name__ == "__main__":
     # Run as a script, Python looks for modules in this file's folder; it is the one above that holds them.
@@ -36,6 +36,7 @@ if __name__ == "__main__":
 from shards import storage
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError, load_sections
+from train import trackers
 from train.config import STAGES, TrainConfig, TrainingSections, layout
 from train.ranks import Ranks, Stopped, join
 from train.state import describe, discard, fingerprint, history, judge, open_input, stage_config, stage_paths
@@ -51,14 +52,19 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def run(
-    stage: str, config: str | TrainingSections, overrides: Sequence[str] = (), redo: bool = False, adopt: bool = False
+    stage: str,
+    config: str | TrainingSections,
+    overrides: Sequence[str] = (),
+    redo: bool = False,
+    adopt: bool = False,
+    tell: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Fit one stage on the ranks that the environment describes; call it in every rank.
 
     config: a run's YAML file (with dotted overrides), or its sections as read already. Does nothing where
     the stage is done or its weights are pretrained ones. redo: throw away what was begun as another run. adopt: go on
-    with what differs, where that can be: a longer run, another rate, more data. Raises ConfigError, StageError, or
-    ranks.Stopped after a SIGTERM.
+    with what differs, where that can be: a longer run, another rate, more data. tell: called on rank 0 with every line
+    of the log, in a thread of its own. Raises ConfigError, StageError, or ranks.Stopped after a SIGTERM.
     """
     sections = load_sections(config, overrides, TrainingSections) if isinstance(config, str) else config
     if stage not in STAGES:
@@ -68,6 +74,8 @@ def run(
         log.info("%s: pretrained weights are named, so there is nothing to fit", stage)
         return
     layout(stage, settings, int(os.environ.get("WORLD_SIZE", "1")))
+    if os.environ.get("RANK", "0") == "0":
+        trackers.check(settings.trackers, f"{stage}.trackers")
     paths = stage_paths(stage, RunPaths(sections.run))
     run_paths = RunPaths(sections.run)
     datasets = open_input(stage, run_paths, settings)
@@ -83,7 +91,7 @@ def run(
     objective: Objective | None = None
     try:
         # Rank 0 judges for all: the others may see an older state of a shared disk.
-        found = _from_first(ranks, lambda: judge(stage, settings, wanted, paths, adopt))
+        found = ranks.found_by_first(lambda: judge(stage, settings, wanted, paths, adopt))
         if found.state == "done" and not (redo and found.reason):
             log.info("%s: finished before%s, nothing to do", stage, f" {found.reason}" if found.reason else "")
             return
@@ -94,7 +102,7 @@ def run(
                 discard(paths)
             # One trainer writes here, so whatever is temporary is a dead one's.
             storage.sweep_temporaries(paths.checkpoints, older_than_s=0.0)
-        taken = _from_first(ranks, lambda: history(stage, settings, datasets, paths, found, adopt))
+        taken = ranks.found_by_first(lambda: history(stage, settings, datasets, paths, found, adopt))
         if ranks.first:
             for note in taken.notes:
                 log.warning("%s: %s", stage, note)
@@ -104,8 +112,9 @@ def run(
         facts |= objective.facts
         status = storage.join(run_paths.status, f"{stage}.json")
         job = Job(
-            stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts, notes=taken.notes
-        )
+            stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts, notes=taken.notes,
+            tell=tell,
+        )  # fmt: skip
         if isinstance(settings, TrainConfig):
             job = _watched(job, settings, objective, run_paths, ranks)
         last = fit(job, objective, ranks)
@@ -114,23 +123,6 @@ def run(
         if objective is not None:
             objective.close()
         ranks.leave()
-
-
-V = TypeVar("V")
-
-
-def _from_first(ranks: Ranks, find: Callable[[], V]) -> V:
-    """What rank 0 finds, on all ranks; an error that says what to change is raised on all of them alike."""
-    found: V | Exception | None = None
-    if ranks.first:
-        try:
-            found = find()
-        except (ConfigError, StageError) as e:
-            found = e
-    value: V | Exception = ranks.from_first(found)
-    if isinstance(value, Exception):
-        raise value
-    return value
 
 
 def _watched(job: Job, config: TrainConfig, objective: Objective, run: RunPaths, ranks: Ranks) -> Job:

@@ -7,18 +7,18 @@ from typing import Any
 
 _CARD = """---
 library_name: diffusers
-pipeline_tag: text-to-image
+pipeline_tag: {task}
 {licence_tag}---
 
-# A text-to-image model
+# {title}
 
-A latent diffusion model that was trained with Carrara. It draws pictures of {resolution} x {resolution} pixels.
+A latent diffusion model that was trained with Carrara. It draws pictures of {resolution} x {resolution} pixels{told}.
 
 ```python
 from diffusers import DiffusionPipeline
-
+{imports}
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
-pipeline("your prompt", num_inference_steps=30, guidance_scale=5.0).images[0].save("picture.png")
+pipeline("your prompt"{given}, num_inference_steps=30, guidance_scale=5.0).images[0].save("picture.png")
 ```
 
 Nothing but diffusers and transformers is needed. There is no safety checker in it: whoever shows its pictures to
@@ -53,6 +53,34 @@ _OBJECTIVES = {
     "v_prediction": "The UNet predicts the velocity",
     "flow_prediction": "The UNet predicts the direction from the latent to the noise (rectified flow)",
 }
+# By the field of train that tells the model a picture: task, title, how it draws, and its pipeline's arguments.
+_TOLD = {
+    None: ("text-to-image", "A text-to-image model", "", ""),
+    "inpaint": (
+        "image-to-image",
+        "An inpainting model",
+        ", painting anew what lies under a mask",
+        ', image=load_image("picture.png"), mask_image=load_image("mask.png")',
+    ),
+    "edit": (
+        "image-to-image",
+        "A model that edits pictures as it is told",
+        ", changing one as the prompt says",
+        ', image=load_image("picture.png"), image_guidance_scale=1.5',
+    ),
+    "upscale": (
+        "image-to-image",
+        "A decoder for small pictures",
+        ", from the same ones made small",
+        ', image=load_image("small.png"), noise_level=20',
+    ),
+    "control": (
+        "image-to-image",
+        "A ControlNet and the text-to-image model that it steers",
+        ", following a control image ({made})",
+        ', image=load_image("control.png")',
+    ),
+}
 _WEIGHTS = {"ema": "an exponential moving average over training", "raw": "as the optimizer left them"}
 _LAYERS = {
     "last": "its last block after the final norm",
@@ -66,8 +94,18 @@ def model_card(provenance: dict[str, Any]) -> str:
     """Markdown from the content of carrara.json."""
     p, data, training = provenance, provenance["latents"], provenance["training"]
     lost = {k: v for k, v in data["status"].items() if k != "success" and v}
+    way = next((n for n in _TOLD if n and training.get(n)), None)
+    task, title, told, given = _TOLD[way]
+    if way == "control":
+        control = training["control"]
+        told = told.format(made="brought with the pictures" if control["images"] else control["kind"])
     left_out = ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in sorted(lost.items()))
     return _CARD.format(
+        task=task,
+        title=title,
+        told=told,
+        imports="from diffusers.utils import load_image\n" if given else "",
+        given=given,
         resolution=data["resolution"],
         samples=f"{data['samples']:,}",
         shards="1 shard" if data["shards"] == 1 else f"{data['shards']:,} shards{_span(data)}",
@@ -122,6 +160,8 @@ def _tuning(training: dict[str, Any]) -> str:
     if not training.get("start_from"):
         return ""
     how, where = "All weights were fine-tuned", ""
+    if training.get("control"):
+        how = "Its UNet is unchanged; a ControlNet was trained beside it"
     if adapter := training.get("adapter"):
         how = f"Low-rank updates ({adapter['kind']}, rank {adapter['rank']}) were trained and merged"
         where = " They lie in `lora/` too." if adapter["kind"] in ("lora", "locon") else " They lie in `adapter/` too."

@@ -8,6 +8,8 @@ purpose, the position is the high half of its counter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from train.order import derive_key
@@ -34,6 +36,10 @@ class Randomness:
     def integers(self, purpose: str, positions: np.ndarray, high: int) -> np.ndarray:
         """Uniform over 0 .. high-1, int64 [B]."""
         return np.array([self._at(purpose, int(p)).integers(high) for p in positions], np.int64)
+
+    def each(self, purpose: str, positions: np.ndarray) -> Iterator[np.random.Generator]:
+        """Of each sample its generator, for draws of any kind; it serves until the next one is asked for."""
+        return (self._at(purpose, int(p)) for p in positions)
 
     def _at(self, purpose: str, position: int) -> np.random.Generator:
         """The generator of one sample and purpose, at its beginning."""

@@ -17,14 +17,17 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from shards import storage
+from shards.settings import ConfigError, StageError
 
+V = TypeVar("V")
 TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -64,6 +67,19 @@ class Ranks:
         values = [value]
         dist.broadcast_object_list(values, 0)
         return values[0]
+
+    def found_by_first(self, find: Callable[[], V]) -> V:
+        """What rank 0 finds, on all ranks; an error that says what to change is raised on all of them alike."""
+        found: V | Exception | None = None
+        if self.first:
+            try:
+                found = find()
+            except (ConfigError, StageError) as e:
+                found = e
+        value: V | Exception = self.from_first(found)
+        if isinstance(value, Exception):
+            raise value
+        return value
 
     def leave(self) -> None:
         """Take the process group down, if it is ours."""

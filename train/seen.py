@@ -39,10 +39,13 @@ class Account:
         self.dataset, history = dataset, History.from_json(stored)
         laid = rows_laid(dataset)
         self._ranges: dict[str, Range] = {}
+        self._by_rules: dict[str, int] = {}  # from where on samples of a range may have stood for others of it
         for record in history.segments:
             for r in record.ranges:
                 if r.given is None or dataset.root in (r.given, r.root):
                     self._ranges[r.key] = r
+                    if any(record.select):
+                        self._by_rules.setdefault(r.key, record.images)
         for r in self._ranges.values():
             if tuple(laid[r.first : r.end].sum(axis=0, dtype=np.int64).tolist()) != r.rows:
                 raise Unknown(f"it was trained on other samples than {dataset.root} holds now")
@@ -54,6 +57,9 @@ class Account:
 
     def first(self, shard_index: int, samples: Sequence[int]) -> list[int | None]:
         """Of samples of a shard the position, in images, at which each came first; None for never.
+
+        By rules on scores one stands for others, of any place: then the position before which it cannot have come,
+        whether or not it passes them.
 
         samples: their places in the columns' sample axis (shards.columns.column_rows), of images among the usable ones.
         Raises Unknown where they may have come in an order that was not recorded.
@@ -71,7 +77,7 @@ class Account:
         for r in self._ranges.values():
             if r.first <= place < r.end:
                 first = self._placement.first_seen(r.key, bucket, place - r.first, row)
-                found += [] if first is None else [first]
+                found += [p for p in (first, self._by_rules.get(r.key)) if p is not None]
         return found
 
     def _rows(self, place: int, samples: Sequence[int]) -> list[list[tuple[int, int]]]:

@@ -16,7 +16,7 @@ import numpy as np
 from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import digest_json
-from shards.selection import Selection
+from shards.selection import Rule, Selection
 from shards.settings import ConfigError
 from train.config import FitConfig, SourceConfig, TrainConfig
 from train.placement import Placement, Segment, Source
@@ -59,7 +59,7 @@ class Record:
     sizes: tuple[int, ...]
     ranges: tuple[Range, ...]
     changes: tuple[str, ...] = ()
-    select: tuple[tuple[dict[str, Any], ...], ...] = ()  # by source, train.select with its thresholds; none: all pass
+    select: tuple[tuple[dict[str, Any], ...], ...] = ()  # by source, the rules with their thresholds; none: all pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,10 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     ):
         ranges.append(_range(source, dataset, table, 0, key, weight))
     total = sum(int(t.sum()) for t in laid)
-    window = config.window or int(np.clip(WINDOW_BYTES // _row_bytes(datasets[0], laid[0]), FEWEST_ROWS, MOST_ROWS))
+    row = _row_bytes(datasets[0], laid[0]) + sum(
+        _row_bytes(d, rows_laid(d)) for d in picture_sets(config, datasets[:1])
+    )
+    window = config.window or int(np.clip(WINDOW_BYTES // row, FEWEST_ROWS, MOST_ROWS))
     fitting = 1 << max(0, total // window - 1).bit_length()
     most = MOST_STREAMS if datasets[0].kind == "latents" else MOST_STREAMS // 4  # a tar's sidecar is kept for each
     streams = config.streams or int(np.clip(fitting, FEWEST_STREAMS, most))
@@ -240,20 +243,42 @@ def _same(a: Record, b: Record) -> bool:
 def selected(
     config: FitConfig, datasets: Sequence[Dataset], before: Sequence[Sequence[dict[str, Any]]] = ()
 ) -> tuple[tuple[dict[str, Any], ...], ...]:
-    """By source, the rules of train.select with their thresholds, those of `before` where the rules are the same.
+    """By source, its rules with their thresholds, those of `before` where the rules are the same.
 
     A source's scores lie beside its latents. Raises ConfigError where they are not there.
     """
-    rules = config.select if isinstance(config, TrainConfig) else ()
-    if not rules:
+    if not any(rules := [rules_of(config, n) for n in range(len(datasets))]):
         return ()
     known = before if len(before) == len(datasets) else [()] * len(datasets)
-    return tuple(tuple(Selection(run_of(d), rules, k).settings) for d, k in zip(datasets, known, strict=True))
+    return tuple(tuple(Selection(run_of(d), r, k).settings) for d, r, k in zip(datasets, rules, known, strict=True))
+
+
+def rules_of(config: FitConfig, source: int) -> tuple[Rule, ...]:
+    """What a sample must pass to be taken from one of the configuration's sources."""
+    return (*config.select, *config.sources[source].select) if isinstance(config, TrainConfig) else ()
 
 
 def run_of(dataset: Dataset) -> str:
     """The run that a data set's folder lies in."""
     return dataset.root.rstrip("/").rpartition("/")[0]
+
+
+def picture_sets(config: FitConfig, datasets: Sequence[Dataset], folder: str = "images") -> list[Dataset]:
+    """Of each data set of latents, the image shards whose pictures the UNet is told by key; none where it is told none.
+
+    folder: `images`, or `heldout`.
+    """
+    if not isinstance(config, TrainConfig) or not config.told:
+        return []
+    return [Dataset.open(storage.join(pictures_run(config, run_of(d)), folder)) for d in datasets]
+
+
+def pictures_run(config: TrainConfig, run: str) -> str:
+    """The run that has the pictures which latents of `run` are told."""
+    other = config.edit.before if config.edit else config.control.images if config.control else None
+    if other is None:
+        return run
+    return other if "://" in other or other.startswith("/") else storage.join(run, other)
 
 
 def _range(

@@ -253,7 +253,7 @@ def discard(paths: StagePaths) -> None:
     for name in ("tensorboard", "samples"):
         _delete_tree(storage.join(paths.logs, name))
     _delete_tree(paths.model)
-    for name in ("log.jsonl", "events.jsonl"):
+    for name in ("log.jsonl", "events.jsonl", "trackers.json"):  # another fit is another run of a tracker
         storage.remove(storage.join(paths.logs, name))
     storage.remove(storage.join(paths.checkpoints, "latest"))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,11 @@ from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from shards.stage import begin
 from train import segments
-from train.config import SourceConfig, TrainConfig, ValidationConfig
+from train.config import TOLD, SourceConfig, TrainConfig, ValidationConfig
 from train.data import Batch, Latents
 from train.denoising import Diffusion
 from train.order import permute
+from train.pictures import ByKey
 from train.ranks import Ranks
 from train.reader import Window
 
@@ -43,7 +45,7 @@ class Validator:
         self.every_images, self.patience = config.every_images, config.patience
         with tempfile.TemporaryDirectory(prefix="carrara-validation-") as folder:
             root = config.latents or _held_out(config, objective, run, ranks.device.type, folder)
-            latents = Chosen(objective.config, _open(root, objective), config.images)
+            latents = Chosen(objective.config, _open(root, objective), config.images, _beside(config, objective, run))
             latents.wants = objective.latents.wants
             self._batches = [
                 (weight, self._batch(objective, latents, rows))
@@ -55,6 +57,8 @@ class Validator:
         count, steps = len(latents.buckets), objective.process.steps
         t = (permute(rows, count, 0) * 2 + 1) * steps // (2 * count)
         batch = objective.latent_batch(latents, rows, t, FIRST)
+        if objective.told:
+            batch |= objective.told.batch(latents, rows, np.ones(len(rows)), FIRST)
         return batch | objective.text_batch(latents, rows, np.zeros(len(rows), bool))
 
     @torch.no_grad()
@@ -116,9 +120,10 @@ class Chosen(Latents):
     buckets: int64 [N], of each sample.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, count: int) -> None:
+    def __init__(self, config: TrainConfig, dataset: Dataset, count: int, beside: Sequence[ByKey] = ()) -> None:
         plain = {"sources": (SourceConfig(),), "resolution": config.resolutions[:1] or None, "batch_by_area": None}
-        super().__init__(config.model_copy(update=plain), [dataset], 0)
+        plain |= dict.fromkeys(TOLD)  # the pictures are those of `beside`
+        super().__init__(config.model_copy(update=plain), [dataset], 0, beside=beside)
         laid = segments.rows_laid(dataset).astype(np.int64)
         used = np.flatnonzero(self.placement.segments[0].sizes)
         ends = np.cumsum(laid[:, used].T.reshape(-1))  # bucket by bucket, shard by shard
@@ -151,6 +156,16 @@ def _open(root: str, objective: Diffusion) -> Dataset:
             "make it with the same encoders"
         )
     return dataset
+
+
+def _beside(config: ValidationConfig, objective: Diffusion, run: RunPaths) -> list[ByKey]:
+    """The pictures that the UNet is told of the samples that it is validated on; none where it is told none."""
+    train = objective.config
+    if not train.told:
+        return []
+    if config.latents:
+        return [ByKey(d) for d in segments.picture_sets(train, [Dataset.open(config.latents)])]
+    return [ByKey(Dataset.open(RunPaths(segments.pictures_run(train, run.run)).heldout))]
 
 
 def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, device: str, folder: str) -> str:

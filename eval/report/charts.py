@@ -110,6 +110,47 @@ def _uri(line: Line, palette: str) -> str:
     return _figure(paint, palette, (4.3, 2.35))
 
 
+def distribution(
+    title: str, edges: Sequence[float], before: Sequence[float], after: Sequence[float] | None, ends: Sequence[float]
+) -> Chart:
+    """Shares of images by a score: of all (filled), of those that were trained on (a line), and the rules' ends."""
+    words = f"{title}: most images lie at {_likeliest(edges, before):.3g}"
+    if after is not None:
+        words += f", most of those trained on at {_likeliest(edges, after):.3g}"
+    note = "Filled: all images. Line: those that were trained on." if after is not None else "All images."
+    note += " Dotted: where a rule cuts." if ends else ""
+    light, dark = (_distribution_uri(edges, before, after, ends, palette) for palette in ("light", "dark"))
+    return Chart(title, note, light, dark, words)
+
+
+def _likeliest(edges: Sequence[float], shares: Sequence[float]) -> float:
+    top = int(np.argmax(shares))
+    return (edges[top] + edges[top + 1]) / 2
+
+
+def _distribution_uri(
+    edges: Sequence[float], before: Sequence[float], after: Sequence[float] | None, ends: Sequence[float], palette: str
+) -> str:
+    from matplotlib import ticker
+
+    colour = PALETTES[palette]
+
+    def paint(axes: Any) -> None:
+        axes.stairs(before, edges, fill=True, color=colour["faint"])
+        if after is not None:
+            axes.stairs(after, edges, color=colour["line"], linewidth=1.7)
+        for end in ends:
+            if edges[0] <= end <= edges[-1]:
+                axes.axvline(end, color=colour["ink"], linestyle=":", linewidth=1.2)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
+        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
+        axes.set_ylabel("share of images", color=colour["ink"])
+        axes.margins(x=0.01)
+
+    return _figure(paint, palette, (4.3, 2.35))
+
+
 def pareto(points: Sequence[dict[str, Any]], distance: str) -> Chart:
     """Cells of a grid: distance against CLIP score with 95 % intervals, area by seconds an image, the frontier of
     those two as a line, the knee ringed; cells on the frontier are named where there is room. points: as grid.record

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from eval.report import charts
+from eval.report import charts, scores
 from latents.pictures import resize_crop
 from shards import storage
 from shards.columns import ColumnShard
@@ -322,7 +322,7 @@ def curves(run: RunPaths) -> list[charts.Chart]:
     drawn = []
     for folder, key, title, log_scale in CURVES:
         points = [
-            (line["images"], line[key]) for line in log_lines(storage.join(run.run, folder)) if _number(line, key)
+            (line["images"], line[key]) for line in log_lines(storage.join(run.run, folder)) if is_number(line, key)
         ]
         if len(points) >= 2:
             x, y = zip(*points, strict=True)
@@ -341,12 +341,13 @@ def log_lines(folder: str) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue  # the torn last line of a killed run
-        if isinstance(line, dict) and _number(line, "images"):
+        if isinstance(line, dict) and is_number(line, "images"):
             lines.append(line)
     return lines
 
 
-def _number(line: dict[str, Any], key: str) -> bool:
+def is_number(line: dict[str, Any], key: str) -> bool:
+    """Whether a line of a log has a finite number of this name."""
     value = line.get(key)
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -383,6 +384,16 @@ def funnel(root: str) -> list[Step]:
                 steps.append(Step(plain(str(code).replace("_", " "), 80), number, number / rows, "detail"))
     steps.append(Step("images", int(manifest["count"]), manifest["count"] / rows, "end"))
     return steps
+
+
+def score_charts(run: RunPaths, checkpoint: str) -> list[charts.Chart]:
+    """How the scores of what a checkpoint was trained on are spread, beside those of all images."""
+    return [
+        charts.distribution(
+            h.column, h.edges.tolist(), h.scored.tolist(), None if h.given is None else h.given.tolist(), h.ends
+        )
+        for h in scores.histograms(run, checkpoint)
+    ]
 
 
 def _belongs(code: str, status: str) -> bool:

@@ -99,9 +99,9 @@ def environment() -> jinja2.Environment:
     return environment
 
 
-def script(name: str) -> dict[str, str]:
+def script(name: str, folder: Path = TEMPLATES) -> dict[str, str]:
     """`script`: a script of ours as text; `script_hash`: what the content security policy knows it by."""
-    text = (TEMPLATES / name).read_text(encoding="utf-8")
+    text = (folder / name).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return {"script": text, "script_hash": f"sha256-{digest}"}
 
@@ -154,6 +154,7 @@ def _context(
             for title, root in (("Training images", run.images), ("Held-out images", run.heldout))
             if (steps := gather.funnel(root))
         ],
+        "scores": gather.score_charts(run, result["checkpoint"]),
         "protocol": gather.flat(result["protocol"]),
         "provenance": gather.provenance(run, result),
     }  # fmt: skip

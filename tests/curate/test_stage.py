@@ -220,7 +220,7 @@ def test_a_head_before_its_embeddings_is_one_sentence(run, clip, tmp_path) -> No
     save_file({"weight": torch.zeros(1, 16)}, tmp_path / "head.safetensors")
     head = {"kind": "head", "embeddings": "clip", "weights": str(tmp_path / "head.safetensors")}
     stages = score_stages(configuration(tmp_path, clip={"kind": "clip"}, nice=head), run, clip)
-    with pytest.raises(ConfigError, match="reads the embeddings of 'clip', which are not finished"):
+    with pytest.raises(ConfigError, match="reads the score 'clip', which is not finished"):
         score(stages[1])
 
 

@@ -68,12 +68,12 @@ class Tab:
         return done["result"].get("value")
 
 
-def visit(page: Path, look: Callable[[Tab], Awaitable[None]]) -> None:
-    """Open a file in a fresh Chromium and hand the tab to `look` once it is loaded."""
-    asyncio.run(_visit(chromium(), page, look))
+def visit(page: Path | str, look: Callable[[Tab], Awaitable[None]]) -> None:
+    """Open a file or a URL in a fresh Chromium and hand the tab to `look` once it is loaded."""
+    asyncio.run(_visit(chromium(), page if isinstance(page, str) else page.resolve().as_uri(), look))
 
 
-async def _visit(program: str, page: Path, look: Callable[[Tab], Awaitable[None]]) -> None:
+async def _visit(program: str, page: str, look: Callable[[Tab], Awaitable[None]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [
@@ -100,7 +100,7 @@ async def _visit(program: str, page: Path, look: Callable[[Tab], Awaitable[None]
                     tab.session = attached["sessionId"]
                     for domain in ("Page", "Network", "Log", "Runtime"):
                         await tab.call(f"{domain}.enable")
-                    await tab.call("Page.navigate", url=page.resolve().as_uri())
+                    await tab.call("Page.navigate", url=page)
                     await asyncio.wait_for(tab.loaded.wait(), 60)
                     await look(tab)
                     listening.cancel()

@@ -203,7 +203,7 @@ def test_shipped_configurations_end_with_a_report(tmp_path: Path) -> None:
 
     folder, table = Path(__file__).parents[2] / "configs", str(tmp_path / "table.parquet")
     pq.write_table(pa.table({"url": ["http://example.org/1.png"], "caption": ["one"]}), table)
-    for name in ("sd2-256.yaml", "lora.yaml", "demo.yaml"):
+    for name in ("sd2-256.yaml", "lora.yaml", "control.yaml", "edit.yaml", "demo.yaml"):
         settings = yaml.safe_load((folder / name).read_text())
         settings["ingest"]["table"] = table  # the user's own
         if settings["ingest"].get("heldout_table"):

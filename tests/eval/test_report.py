@@ -7,6 +7,7 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +16,7 @@ from eval.report import charts, gather, page
 from shards.layout import RunPaths
 from shards.settings import StageError
 from tests.eval.conftest import build_run, evaluate
+from tests.train.test_select import write_scores
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -70,6 +72,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
         "filtered_by": {"<i>punsafe</i>": 5}, "duplicates_by": {"duplicate_url": 9},
     }  # fmt: skip
     (folder / "images" / "dataset.json").write_text(json.dumps(manifest))
+    write_scores(folder, {0: np.linspace(0, 1, 50)}, "quality")
     return run
 
 
@@ -88,6 +91,8 @@ def test_a_hostile_caption_is_text(html: str) -> None:
     assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in shown
     assert "{{ 7*7 }} &lt;b&gt;" in shown  # neither a template nor an entity is resolved
     assert "<i>punsafe</i>" in shown
+    assert "Scores of what it was trained on" in shown
+    assert "quality.value" in shown
     assert "\u202e" not in html
     assert "hostile <run>" in shown
 

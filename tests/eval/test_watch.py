@@ -20,6 +20,7 @@ from eval.report import history
 from orchestration import stages, watch
 from orchestration.config import RunConfig
 from orchestration.lease import Lease
+from orchestration.notify import NotifyConfig
 from orchestration.stopping import Stopped
 from shards.fingerprint import digest_file
 from shards.layout import RunPaths
@@ -122,6 +123,10 @@ def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
     told = tmp_path / "told.jsonl"
     code = f"import os, sys; open({str(told)!r}, 'a').write(os.environ['CARRARA_ALARM'] + '\\n')"
     config = configured(trained, backfill=True, alarm_command=[sys.executable, "-c", code])
+    notified = tmp_path / "notified.jsonl"
+    code = f"import os; open({str(notified)!r}, 'a').write(os.environ['CARRARA_NOTIFICATION'] + '\\n')"
+    notify = validate(NotifyConfig, {"command": [sys.executable, "-c", code], "timeout_s": 60}, "test")
+    config = config.model_copy(update={"notify": notify})
     with monkeypatch.context() as patch:
         patch.setattr(watch, "raise_alarms", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
@@ -139,6 +144,11 @@ def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
     assert len(facts) == len(lines)
     assert {f["checkpoint"] for f in facts} == {"step-00000003"}
     assert {f["metric"] for f in facts} & {"fd_clip_unit", "repeated", "blank"}
+    events = [json.loads(x) for x in notified.read_text().splitlines()]
+    assert [e["sentence"] for e in events if e["event"] == "alarm"] == lines
+    reports = [e["report"] for e in events if e["event"] == "report"]
+    assert [Path(r).name for r in reports] == [f"step-0000000{n}.html" for n in (3, 2, 1)]
+    assert [e["report"] for e in events if e["event"] == "end"] == reports
 
 
 def test_a_checkpoint_that_cannot_be_evaluated_is_left_aside(trained: RunPaths) -> None:  # noqa: F811

@@ -84,6 +84,16 @@ def test_what_is_taken_down_is_gone_and_stays_away(site: Site, tmp_path: Path) -
     assert site.hits["/2.png"] == 0
 
 
+def test_a_look_from_before_the_lease_counts_for_what_it_saw_alone(site: Site, tmp_path: Path) -> None:
+    stage = stage_of(site, tmp_path)
+    run(stage)
+    number_of_parts = TakenDown.of(urls=[url_digest(site.url("/9.png"))]).create(stage.run)  # row 1 of shard 1
+    for after, parts, shards in ((0, number_of_parts, {0}), (0, 0, {0, 1, 2}), (1, number_of_parts, {0, 1, 2})):
+        looked = removal.Looked(after, parts, frozenset(shards), ())
+        assert [(h.shard, h.row) for h in stage.listed_rows(looked)[0]] == [(1, 1)]
+    assert stage.listed_rows(removal.Looked(0, number_of_parts, frozenset({0, 1, 2}), ()))[0] == []
+
+
 def test_a_copy_that_was_excluded_does_not_come_back(site: Site, tmp_path: Path) -> None:
     """Row 20 was left out as a duplicate of row 0; a look-alike of what is taken down stays out."""
     stage = stage_of(site, tmp_path, duplicates={"perceptual": "any_caption", "bytes": False, "url": False})
@@ -151,6 +161,8 @@ def test_where_redirects_led_is_matched_too(site: Site, tmp_path: Path) -> None:
         ("http://xn--strae-oqa.de/a", "stra\u00dfe.de"),
         ("http://ex%2Dample.com/a", "ex-ample.com"),
         ("http://a.b.c.org./x", "*.c.org"),
+        ("http://[::1]:8080/x", "[::1]:8080"),
+        ("http://[0:0::1]/x", "[::1]"),
     ],
 )
 def test_hosts_are_found_in_the_texts_of_sidecars(tmp_path: Path, url: str, host: str) -> None:

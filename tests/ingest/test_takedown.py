@@ -69,6 +69,7 @@ def test_another_url_is_not(tmp_path: Path, other: str) -> None:
         ("B\u00dcCHER.example.", ["http://xn--bcher-kva.example/"], ["http://bucher.example/"]),
         ("127.0.0.1:80", ["http://127.0.0.1/a"], ["http://127.0.0.1:81/a"]),
         ("[::1]", ["http://[::1]:3/a"], ["http://[::2]/a"]),
+        ("[0::1]:8080", ["http://[::1]:8080/a", "http://[0:0::1]:8080/"], ["http://[::1]/a", "http://[::1:8080]/"]),
     ],
 )  # fmt: skip
 def test_a_host_is_known_with_ports_wildcards_and_international_names(
@@ -82,7 +83,8 @@ def test_a_host_is_known_with_ports_wildcards_and_international_names(
 
 
 @pytest.mark.parametrize(
-    "host", ["http://example.com", "example.com/a", "a b", "*", "*.", "x:99999", "exa*mple.com", ":80"]
+    "host",
+    ["http://example.com", "example.com/a", "a b", "*", "*.", "x:99999", "exa*mple.com", ":80", "[1.2.3]", "[::1"],
 )
 def test_what_is_no_host_is_refused(host: str) -> None:
     with pytest.raises(ConfigError, match="is not the name of a host"):

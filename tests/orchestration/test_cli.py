@@ -26,6 +26,7 @@ from orchestration.run_stage import main
 from shards import storage
 from shards.fingerprint import Fingerprint
 from shards.settings import ConfigError, load_sections
+from tests.objects import bucket
 from tests.orchestration.head import ROOT
 from train.config import TrainConfig, TrainingSections
 from train.state import differences
@@ -547,3 +548,34 @@ def test_a_users_own_module_of_our_names_does_not_take_its_place(tmp_path: Path,
     assert done.returncode == 2
     assert f"is {tmp_path}/{name}, and not Carrara's own package" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_doctor_says_of_each_operation_whether_a_store_has_it(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(here / "no-token"))
+    with bucket() as store:
+        for run in (f"{store}/run", str(here / "run")):
+            assert main(["doctor", "--run", run]) == 0
+            out = capsys.readouterr().out
+            assert len(re.findall(r"^ {13}.+: yes$", out, flags=re.M)) == 5
+            assert "NO" not in out
+            assert re.search(r": \d+ MB/s up, \d+ MB/s down", out)
+            assert re.search(r"clock: [0-4] s ahead of this machine's", out)
+            assert storage.list_names(run) == []
+        # What does not hold is named, and the rest is looked at all the same.
+        real = storage.read_ranges
+        monkeypatch.setattr(storage, "read_ranges", lambda url, ranges: [b"?" * (b - a) for a, b in ranges])
+        monkeypatch.setattr(storage, "written_at", lambda url: time.time() - 3600)
+        line = sentence(capsys, "doctor", "--run", f"{store}/run", code=1)
+        assert "a part of a file reads as something else" in line
+        assert re.search(r"its clock is 36\d\d s behind this machine's", line)
+        monkeypatch.setattr(storage, "read_ranges", real)
+        names = storage.list_names
+        monkeypatch.setattr(storage, "list_names", lambda url: [])
+        assert "is not in the listing" in sentence(capsys, "doctor", "--run", f"{store}/run", code=1)
+        monkeypatch.setattr(storage, "list_names", names)
+    with bucket(ignores=True) as store:
+        assert "use one that has conditional puts" in sentence(capsys, "doctor", "--run", f"{store}/run", code=1)

@@ -14,11 +14,17 @@ import pytest
 import yaml
 from PIL import Image
 
+import shards.stage as stage_module
+from eval import shardwork
+from orchestration import remove
 from orchestration.run_stage import main
 from orchestration.status import read
 from orchestration.status import table as status_table
 from shards.columns import unpack_columns
+from shards.commit import Folder
 from shards.dataset import Dataset
+from shards.fingerprint import Fingerprint
+from shards.stage import Task
 from tests.curate.test_captions import completion, endpoint, picture_of, serve  # noqa: F401
 from tests.latents import world
 from train.config import TrainConfig
@@ -123,8 +129,10 @@ def test_a_folder_to_selected_latents_with_new_captions(config: Path, tmp_path: 
     assert sum(scores.values()) == COUNT - 2
     assert Dataset.open(str(run / "captions" / "seen")).manifest["fates"] == {"captioned": COUNT - 2}
     assert Dataset.open(str(run / "latents")).manifest["count"] == 12
-    for stage in ("ingest", "score", "caption", "latents"):
-        assert carrara(stage, "--config", config, "--local") == 0, stage
+    with pytest.MonkeyPatch.context() as patch:  # they were looked through: nothing of them is read again
+        patch.setattr(remove.curate_takedown, "take_out", None)
+        for stage in ("ingest", "score", "caption", "latents"):
+            assert carrara(stage, "--config", config, "--local") == 0, stage
     assert Dataset.open(str(run / "latents")).manifest["count"] == 12
 
 
@@ -143,3 +151,30 @@ def test_thresholds_stay_when_the_folder_grows(config: Path, tmp_path: Path) -> 
     assert Dataset.open(str(run / "latents")).manifest["status"]["success"] == 13 + 8
     after = {p.name: p.read_bytes() for p in (run / "latents").glob("0*.safetensors")}
     assert {n: after[n] for n in before} == before
+
+
+def test_what_a_store_refuses_for_a_moment_is_not_made_again(
+    config: Path, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By every stage over shards: the first commit of each shard fails, and no shard does."""
+    monkeypatch.setattr(stage_module, "PERSIST_PAUSES_S", (0.0,))
+    tried: set[tuple[str, int]] = set()
+    real = Folder.commit
+
+    def commit(self: Folder, index: int, *given: Any, **more: Any) -> dict[str, Any]:
+        if (self.root, index) not in tried:
+            tried.add((self.root, index))
+            raise OSError(503, "slow down")
+        return real(self, index, *given, **more)
+
+    monkeypatch.setattr(Folder, "commit", commit)
+    for stage in ("ingest", "score", "caption", "latents"):
+        assert carrara(stage, "--config", config, "--local") == 0
+    task = Task(0)
+    shardwork.commit(Folder.begin(str(tmp_path / "eval"), Fingerprint("eval", 1, {}), take_over=True), task, made)
+    assert len(tried) == 5 * 3 + 1
+    assert not [r for r in caplog.records if "failed (1 of" in r.getMessage()]
+
+
+def made() -> shardwork.Made:
+    return {".tar": b"tar", ".parquet": b"parquet"}, {"rows": 1, "count": 1}

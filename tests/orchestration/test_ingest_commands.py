@@ -14,8 +14,10 @@ import yaml
 
 from ingest import removal
 from ingest.stage import IngestStage
+from ingest.takedown import TakenDown
 from orchestration import remove
 from orchestration.config import RunConfig
+from orchestration.lease import Lease
 from orchestration.run_stage import main
 from shards.columns import ColumnShard, keep_rows, unpack_columns
 from shards.dataset import Dataset
@@ -86,7 +88,12 @@ def test_a_picture_is_taken_out_of_the_whole_run(
     (tmp_path / "list.txt").write_text(f"{site.url('/3.png')}\n\nhttp://127.0.0.1:1/never-there.png\n")
     command = ["remove", "--config", str(config), "--urls", str(tmp_path / "list.txt")]
     capsys.readouterr()
-    assert main(command) == 0
+    looks: list[TakenDown] = []
+    real = removal.find
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(removal, "find", lambda *a, **k: looks.append(a[2]) or real(*a, **k))
+        assert main(command) == 0
+    assert [(len(w.urls) > 0, len(w.bytes) > 0) for w in looks] == [(True, False), (False, True)]  # then for copies
     told = capsys.readouterr().out
     assert "taken down: 2 pictures" in told  # and the copy, row 17
     assert "images    2 shards blanked; 2 pictures are out" in told
@@ -170,10 +177,13 @@ def test_the_checkpoints_that_saw_a_picture_are_named(tmp_path: Path) -> None:
 def test_what_remove_counts_is_what_a_whole_finish_counts(
     site: Site, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also of duplicates that are taken down with their winner, and with `caption_repeats`."""
+    """Also of duplicates that are taken down with their winner, and of one caption too many."""
+    table = pq.read_table(tmp_path / "table.parquet")
+    texts = ["the same" if 8 <= i < 12 else t for i, t in enumerate(table["caption"].to_pylist())]
+    pq.write_table(table.set_column(1, "caption", pa.array(texts)), tmp_path / "table.parquet")
     more = ["ingest.caption_repeats=2", "ingest.duplicates.perceptual=any_caption"]
     assert main(["ingest", "--config", str(config), "--local", *more]) == 0
-    (tmp_path / "list.txt").write_text(f"{site.url('/17.png')}\n{site.url('/4.png')}\n")
+    (tmp_path / "list.txt").write_text(f"{site.url('/17.png')}\n{site.url('/4.png')}\n{site.url('/11.png')}\n")
     assert main(["remove", "--config", str(config), "--urls", str(tmp_path / "list.txt"), *more]) == 0
     images = tmp_path / "run" / "images"
     light = json.loads((images / "dataset.json").read_text())
@@ -211,6 +221,26 @@ def test_remove_beside_a_running_ingest_leaves_it_the_work(
     manifest = Dataset.open(paths.images).manifest
     assert manifest["counts"]["opted_out"] == 1
     assert manifest["list"] == 2  # the URL, and its bytes
+
+
+def test_latents_are_looked_through_again_where_the_images_were_blanked_later(
+    site: Site, config: Path, tmp_path: Path
+) -> None:
+    """`remove` beside an ingest finds nothing in the latents yet; what that ingest takes out goes there too."""
+    for stage in ("ingest", "latents"):
+        assert main([stage, "--config", str(config), "--local"]) == 0
+    paths = RunPaths(str(tmp_path / "run"))
+    (tmp_path / "list.txt").write_text(f"{site.url('/4.png')}\n")
+    command = ["remove", "--config", str(config), "--urls", str(tmp_path / "list.txt")]
+    with Lease(paths.status, "ingest", paths.images):
+        assert main(command) == 0
+    assert "000004" in keys_of(paths.latents)
+    assert main(["ingest", "--config", str(config), "--local"]) == 0
+    assert len(keys_of(paths.latents)) == ROWS - 1
+    with pytest.MonkeyPatch.context() as patch:  # and then nothing more is read
+        patch.setattr(remove.latents_takedown, "take_out", None)
+        for stage in ("ingest", "latents"):
+            assert main([stage, "--config", str(config), "--local"]) == 0
 
 
 def test_a_dry_run_then_an_ingest_then_a_retry(

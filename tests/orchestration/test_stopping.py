@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+from ingest.digests import connect
+from ingest.digests import run as query
 from orchestration import connection
 from orchestration.config import Pool, RayConfig
 from orchestration.engine import run
@@ -140,6 +142,18 @@ def test_sigterm_while_planning_and_while_finishing(tmp_path: Path, where: str) 
     assert told == [where], "the status says what is being done"
     assert json.loads((tmp_path / "status/toy.json").read_text())["state"] == "stopped"
     assert run(toy(tmp_path), f"{tmp_path}/status", RayConfig(), Pool(), local=True)
+
+
+def test_sigterm_within_a_query_of_the_database(tmp_path: Path) -> None:
+    """duckdb would hold the request back, and then raise an error of its own in its place."""
+    db = connect(str(tmp_path), "100MB", 1)
+    began = time.monotonic()
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with stop_on_sigterm(StopFlag("ingest")), pytest.raises(Stopped):
+        query(db, "SELECT count(*) FROM range(1000000) a, range(1000000) b WHERE hash(a.range + b.range) = 1")
+    assert time.monotonic() - began < 10
+    assert query(db, "SELECT 1") == [(1,)]
 
 
 def test_the_request_is_seen_through_handlers_of_errors() -> None:

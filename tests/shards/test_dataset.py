@@ -13,12 +13,14 @@ import pyarrow as pa
 import pytest
 
 from shards import commit, storage
-from shards.commit import MADE_WITH, Folder, born, born_of
+from shards.commit import Folder
 from shards.dataset import Dataset, read_stats, read_stats_of, write_manifest
 from shards.exclusions import write_exclusions
 from shards.fingerprint import Fingerprint
 from shards.listing import listed
+from shards.made_with import MADE_WITH
 from shards.settings import ConfigError, StageError
+from shards.stats import born, born_of
 from shards.verify import discard, verify, verify_shard
 
 FILES = {".tar": b"tar bytes" * 100, ".parquet": b"parquet bytes"}

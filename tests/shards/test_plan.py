@@ -54,6 +54,14 @@ REFUSED = (
     "rows. Nothing was touched. Give new rows as a file of their own; or put this file back; or take its rows anew, as "
     "further shards, with --add-changed: what is stored stays, and a row that is there twice counts as a duplicate"
 )
+MOVED = ". It begins with the rows of part-2.csv: if files exchanged their names, give these back"
+
+
+def exchange(t: Path) -> None:
+    write(t, "part-1.csv", B)
+    write(t, "part-2.csv", A)
+
+
 CASES: dict[str, tuple[Change, list[str]]] = {
     "nothing": (lambda t: None, ["the table is as it was"]),
     "a file more": (lambda t: write(t, "part-3.csv", rows(20_000, 1500)), ["part-3.csv: 2 new shards, 00006 to 00007"]),
@@ -83,6 +91,7 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         [REFUSED.format(1, "00003", 900)],
     ),
     "the last rows gone": (lambda t: write(t, "part-1.csv", A[:3000]), [REFUSED.format(1, "00003", 900)]),
+    "names exchanged": (exchange, [REFUSED.format(4, "00000", 3600) + MOVED]),
     "a file gone": (lambda t: (t / "part-2.csv").unlink(), ["part-2.csv: 1 file is gone; their 2 shards stay"]),
 }  # fmt: skip
 
@@ -128,7 +137,7 @@ def test_what_is_stored_keeps_its_number_whatever_becomes_of_the_table(planned, 
     # What the plan says now can be read where it says so; a shard whose file is gone has no place.
     layout = source(table).layout
     for line in plan.read(root).lines():
-        if name not in ("a row in front", "a caption corrected", "the last rows gone") and Path(line.file).exists():
+        if not expected[0].startswith(REFUSED[:40]) and Path(line.file).exists():
             assert tables.read_range(layout, line).num_rows == line.rows
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from shards import protocol
-from shards.commit import born, born_of, json_bytes, pack, parse_stats, unpack
+from shards.commit import pack, unpack
 from shards.protocol import Codec, Names, Steps
+from shards.stats import born, born_of, json_bytes, parse_stats
 from tests.shards.explorer import Process, Store, explore, run_alone
 
 TAR, PARQUET, STATS, NEW, CUT = "00000.tar", "00000.parquet", "00000_stats.json", "new/", "cut"

@@ -87,6 +87,10 @@ class Fork:
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
 
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, or does so in this time."""
+        return self._result.poll(seconds)
+
 
 class RankError(Exception):
     def __init__(self, summary: str, trace: str) -> None:
@@ -112,6 +116,14 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
     if errors:
         raise errors[0]
     return values
+
+
+def end_as_a_launcher(ranks: Sequence[Fork], patience: float = 20.0) -> None:
+    """One rank was killed: the others end when they miss it; those that wait for one that never joined are killed."""
+    until = time.monotonic() + patience
+    for rank in ranks:
+        if not rank.wait(max(0.0, until - time.monotonic())):
+            rank.kill()
 
 
 def run_stage(

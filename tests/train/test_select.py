@@ -22,6 +22,7 @@ from tests.train import tiny
 from train import segments
 from train.config import TrainConfig
 from train.data import Latents, batch_slots
+from train.seen import Account
 from train.segments import History
 
 COUNTS = (40, 60, 30)
@@ -119,3 +120,86 @@ def test_a_score_that_is_not_there_is_one_sentence(run: Path) -> None:
     dataset = Dataset.open(str(run / "latents"))
     with pytest.raises(ConfigError, match="there is no finished score 'beauty'"):
         segments.begin(config(select=[{"column": "beauty.value", "min": 1}]), [dataset])
+
+
+def levels(*weights: float) -> list[dict[str, Any]]:
+    """The run's latents named once a level of the score, each with a weight."""
+    ends = np.linspace(0, 1, len(weights) + 1)
+    return [
+        {"weight": w, "select": [{"column": "quality.value", "min": float(a), "max": float(b) - 1e-6}]}
+        for w, a, b in zip(weights, ends[:-1], ends[1:], strict=True)
+    ]
+
+
+def test_sampling_weights_by_a_column_are_met_in_every_batch_and_on_any_ranks(run: Path) -> None:
+    dataset = Dataset.open(str(run / "latents"))
+    sources = levels(1, 2, 5)
+    weighted = config(select=(), sources=sources)
+    datasets = [dataset] * 3
+    high, middle = passing(run, 2 / 3), passing(run, 1 / 3)
+
+    def level(key: str) -> int:
+        return 2 if key in high else 1 if key in middle else 0
+
+    latents = Latents(weighted, datasets, 0)
+    keys = latents.keys(np.arange(1600))
+    for begin in range(0, 1600, 8):
+        found = np.bincount([level(k) for k in keys[begin : begin + 8]], minlength=3)
+        assert np.abs(found - [1, 2, 5]).max() <= 1
+    assert np.bincount([level(k) for k in keys]).tolist() == [200, 400, 1000]
+    for n, some in enumerate((passing(run, 0) - middle, middle - high, high)):
+        assert {k for k in keys if level(k) == n} == some
+    parts: dict[int, str] = {}
+    for rank in range(4):
+        one = Latents(weighted, datasets, 0)
+        for begin in range(0, 160, 8):
+            positions = begin + batch_slots(8, rank, 4, 0, 1)
+            parts |= dict(zip(positions.tolist(), one.keys(positions), strict=True))
+    assert [parts[i] for i in range(160)] == keys[:160]
+
+
+def test_weights_are_recorded_and_go_on_after_a_resume(run: Path) -> None:
+    dataset = Dataset.open(str(run / "latents"))
+    weighted, datasets = config(select=(), sources=levels(1, 3)), [dataset, dataset]
+    begun = segments.begin(weighted, datasets)
+    stored = json.loads(json.dumps(begun.to_json()))
+    assert [len(rules) for rules in stored["segments"][0]["select"]] == [1, 1]
+    whole = Latents(weighted, datasets, 0, begun).keys(np.arange(200))
+    taken = segments.resume(stored, 96, 12, weighted, datasets)
+    assert taken.history == begun
+    assert Latents(weighted, datasets, 0, taken.history).keys(np.arange(96, 200)) == whole[96:]
+    # Other weights are a segment of their own, and what came before it stays.
+    other = config(select=(), sources=levels(1, 1))
+    later = segments.resume(stored, 96, 12, other, datasets, changes=("train.sources: ...",)).history
+    assert [s.images for s in later.segments] == [0, 96]
+    after = Latents(other, datasets, 0, later).keys(np.arange(96, 896))
+    assert abs(sum(k in passing(run) for k in after) - 400) <= 4
+
+
+def test_a_source_without_rules_is_stored_as_it_was_before_there_were_any() -> None:
+    assert config().model_dump(mode="json")["sources"] == [{"latents": None, "weight": 1.0, "loss_weight": 1.0}]
+
+
+@pytest.mark.parametrize("least", [0.5, 0.9])
+def test_no_sample_comes_before_the_account_says_that_it_may_have_come(run: Path, least: float) -> None:
+    dataset = Dataset.open(str(run / "latents"))
+    strict = config(select=[{"column": "quality.value", "min": least}])
+    begun = segments.begin(strict, [dataset])
+    keys = Latents(strict, [dataset], 3, begun).keys(np.arange(sum(COUNTS)))
+    account = Account({"order": begun.to_json(), "seed": 3, "images": 0}, dataset)
+    said: dict[str, int | None] = {}
+    for info in dataset.shards:
+        rows = dataset.sidecar(info.index)["key"].to_pylist()
+        said |= dict(zip(rows, account.first(info.index, range(len(rows))), strict=True))
+    for key in set(keys):
+        place = said[key]
+        assert place is not None
+        assert place <= keys.index(key)
+    # Rules that are adopted later say nothing of what came before.
+    plain = config(select=())
+    stored = json.loads(json.dumps(segments.begin(plain, [dataset]).to_json()))
+    later = segments.resume(stored, 64, 8, strict, [dataset], changes=("train.select: ...",)).history
+    account = Account({"order": later.to_json(), "seed": 3, "images": 0}, dataset)
+    found = [p for info in dataset.shards for p in account.first(info.index, range(COUNTS[info.index]))]
+    assert sorted(p for p in found if p is not None and p < 64) == list(range(64))
+    assert set(found) == set(range(65))

@@ -273,6 +273,7 @@ def test_killed_at_random_and_resumed_elsewhere_ends_where_the_undisturbed_run_d
         forked.wait_for(lambda at=at: steps() >= at)
         time.sleep(rng.random() / 5)
         rng.choice(ranks).kill()
+        forked.end_as_a_launcher(ranks)
         for rank in ranks:
             with pytest.raises(forked.RankError):
                 rank.result()

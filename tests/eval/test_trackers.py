@@ -1,0 +1,66 @@
+"""An evaluation's numbers in the trackers: each once, in whatever order checkpoints are evaluated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval import trackers
+from eval.report import history
+from orchestration import watch
+from shards.layout import RunPaths
+from tests.eval.test_checkpoints import trained  # noqa: F401  (a fixture)
+from tests.eval.test_watch import configured
+
+
+def points(run: RunPaths) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(Path(run.reports) / "tensorboard"))
+    read.Reload()
+    assert read.Tags()["images"]
+    return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def test_numbers_and_images_are_told_once(trained: RunPaths, tmp_path: Path) -> None:  # noqa: F811
+    """The newest checkpoint first, then the one before: two points each, and a second telling adds none."""
+    watch.watch(configured(trained, backfill=True), local=True, once=True)
+    results = history.read_all(trained)
+    assert len(results) == 2
+    expected = {
+        f"{r['folder']}/{name}": sorted((q["images_seen"], q["metrics"][name]["value"]) for q in results)
+        for r in results[:1]
+        for name in r["metrics"]
+    }
+    for result in results:
+        trackers.tell(("tensorboard",), trained, result)
+    found = points(trained)
+    assert {k: [i for i, _ in sorted(v)] for k, v in found.items()} == {
+        k: [i for i, _ in v] for k, v in expected.items()
+    }
+    for name, values in expected.items():
+        assert [v for _, v in sorted(found[name])] == pytest.approx([v for _, v in values], rel=1e-5)
+
+
+def test_a_contact_sheet_is_of_the_first_images(trained: RunPaths) -> None:  # noqa: F811
+    watch.watch(configured(trained), local=True, once=True)
+    [result] = history.read_all(trained)
+    sheet = trackers.contact_sheet(trained, result)
+    assert sheet is not None
+    assert sheet.shape == (4 * 32, 6 * 32, 3)
+    assert sheet.std() > 1
+    assert trackers.contact_sheet(trained, {**result, "images": "gone"}) is None
+
+
+def test_what_cannot_be_told_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("a full disk")
+
+    monkeypatch.setattr(trackers, "_tell", fails)
+    trackers.tell(("tensorboard",), RunPaths(str(tmp_path)), json.loads('{"checkpoint": "step-1"}'))
+    assert "the trackers are not told of step-1: OSError: a full disk" in caplog.text

@@ -1,0 +1,228 @@
+"""Trackers: the same numbers as in the log, one run over every restart, no step twice, and no harm from any of them."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+import types
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shards.settings import ConfigError
+from tests.train import forked, tiny
+from train import journal, trackers
+from train.config import TrainConfig
+from train.trackers import Trackers
+
+ALL = ("tensorboard", "wandb", "mlflow")
+
+
+@pytest.fixture
+def services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """wandb offline, and MLflow in files."""
+    for name in ("WANDB_DIR", "WANDB_PROJECT", "WANDB_API_KEY", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    return tmp_path
+
+
+def made(folder: Path, names: tuple[Any, ...], images: int | None) -> Trackers:
+    settings = {"learning_rate": 1e-4, "unet": {"layers_per_block": 1}, "compile": None}
+    return Trackers(names, folder, str(folder / "trackers.json"), images, "/data/runs/mine", "train", settings)
+
+
+def in_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder / "tensorboard"))
+    read.Reload()
+    return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def records(log: bytes) -> Iterator[bytes]:
+    """What a log in LevelDB's format holds: blocks of 32 KiB, in which a piece has a sum, a length and a kind (whole,
+    first, middle, last), behind the seven bytes that wandb begins its files with."""
+    assert log.startswith(b":W&B")
+    at, whole = 7, b""
+    while at + 7 <= len(log):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", log, at + 4)
+        whole += log[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+
+
+def in_wandb(folder: Path) -> tuple[set[str], list[dict[str, Any]]]:
+    """(ids of runs, lines) of all offline runs under a folder, as `wandb sync` would send them."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    ids, lines = set(), []
+    for file in sorted(folder.rglob("run-*.wandb")):
+        for data in records(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            if record.run.run_id:
+                ids.add(record.run.run_id)
+            if record.history.item:
+                lines.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+    return ids, lines
+
+
+def in_mlflow(name: str) -> tuple[list[Any], list[tuple[int, float]]]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("carrara")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    points = [(m.step, m.value) for r in runs for m in client.get_metric_history(r.info.run_id, name)]
+    return runs, sorted(points)
+
+
+def test_a_training_that_goes_on_does_so_in_the_same_runs(services: Path) -> None:
+    """Killed at 32 images with a checkpoint at 16: what lies between is told again by the training, and once in all."""
+    grid = np.zeros((8, 8, 3), np.uint8)
+    for begin, told in ((0, (8, 16, 24, 32)), (16, (24, 32, 40))):
+        found = made(services, ALL, begin)
+        for images in told:
+            found.scalars("line", images, {"loss": 1 / images, "mfu": float("nan"), "skipped": 0, "note": "x"})
+        found.scalars("validation", told[-1], {"validation/loss": 0.5})  # a series of its own, at the same images
+        found.image("samples", told[-1], grid)
+        found.close()
+    expected = [(i, 1 / i) for i in (8, 16, 24, 32, 40)]
+    board = in_tensorboard(services)
+    assert [i for i, _ in board["loss"]] == [i for i, _ in expected]
+    assert [i for i, _ in board["validation/loss"]] == [40]  # that at 32 lay beyond the checkpoint
+    assert "mfu" not in board
+    ids, lines = in_wandb(services)
+    state = json.loads((services / "trackers.json").read_text())
+    assert ids == {state["wandb"]["id"]}
+    assert sorted((x["images"], x["loss"]) for x in lines if "loss" in x) == expected
+    assert sorted(x["images"] for x in lines if "validation/loss" in x) == [32, 40]
+    assert sorted(x["images"] for x in lines if any(k.startswith("samples") for k in x)) == [32, 40]
+    [run], points = in_mlflow("loss")
+    assert points == expected
+    assert run.data.params == {"learning_rate": "0.0001", "unet.layers_per_block": "1"}
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["carrara.run"] == "mine"
+    assert len(list((services / "mlruns").rglob("*.png"))) == 2
+
+
+def test_a_point_that_was_being_sent_when_the_process_died_is_not_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+
+    class Dies:
+        def __init__(self, *_: Any) -> None: ...
+
+        def scalars(self, images: int, values: Any) -> None:
+            sent.append(images)
+            if len(sent) == 2:
+                raise SystemExit("killed here")
+
+        def image(self, *_: Any) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setitem(trackers._MAKERS, "wandb", Dies)
+    for told in ((8, 16), (8, 16, 24)):
+        found = made(tmp_path, ("wandb",), 0)
+        for images in told:
+            found.scalars("line", images, {"loss": 1.0})
+        found.close()
+    assert sent == [8, 16, 24]
+
+
+def test_a_tracker_that_fails_or_hangs_is_one_warning_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise ConnectionError("no such service")
+
+    def hangs(*_: Any) -> Any:
+        time.sleep(30)
+
+    monkeypatch.setitem(trackers._MAKERS, "wandb", fails)
+    monkeypatch.setitem(trackers._MAKERS, "mlflow", hangs)
+    monkeypatch.setattr(trackers, "CLOSE_S", 1.0)
+    monkeypatch.setattr(trackers, "WAITING", 50)
+    began = time.monotonic()
+    found = made(tmp_path, ALL, 0)
+    for images in range(1, 41):
+        found.scalars("line", images, {"loss": 1.0})
+    found.close()
+    assert time.monotonic() - began < 10
+    assert len(in_tensorboard(tmp_path)["loss"]) == 40
+    warned = Counter(m.split(" is not")[0] for m in caplog.messages)
+    assert warned == {"the tracker wandb": 1, "the tracker mlflow": 1}
+    assert "ConnectionError: no such service" in caplog.text
+
+
+def test_what_a_tracker_lacks_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    trackers.check(("tensorboard",), "train.trackers")
+    with pytest.raises(ConfigError, match=r"train\.trackers names mlflow; set MLFLOW_TRACKING_URI"):
+        trackers.check(("mlflow",), "train.trackers")
+    with pytest.raises(ConfigError, match=r"clip\.trackers names wandb; set WANDB_API_KEY"):
+        trackers.check(("wandb",), "clip.trackers")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trackers.check(("wandb",), "clip.trackers")
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"not installed; pip install 'carrara\[trackers\]'"):
+        trackers.check(("wandb",), "clip.trackers")
+
+
+@pytest.mark.slow
+def test_a_fit_tells_them_what_its_log_says(run: Path, services: Path) -> None:
+    """On two ranks, of which the first alone tells."""
+    config = tiny.write_config(run, tiny.configuration(run, trackers=list(ALL), checkpoint_every_images=16))
+    forked.fit(config, 2)
+    lines = [json.loads(x) for x in (run / "train" / "log.jsonl").read_text().splitlines()]
+    expected = [(x["images"], x["loss"]) for x in lines]
+    assert [i for i, _ in in_tensorboard(run / "train")["loss"]] == [i for i, _ in expected]
+    assert any(tag.startswith("loss_by_timestep/") for tag in in_tensorboard(run / "train"))
+    _, told = in_wandb(run)
+    assert sorted((x["images"], x["loss"]) for x in told if "loss" in x) == expected
+    [found], points = in_mlflow("loss")
+    assert points == expected
+    assert found.data.params["batch_size"] == "8"
+
+
+def test_whoever_listens_hears_every_line_and_how_long_checkpoints_take(tmp_path: Path) -> None:
+    """What the metrics of a run on Ray are made from; a listener that fails ends nothing."""
+    told: list[dict[str, Any]] = []
+
+    def tell(line: dict[str, Any]) -> None:
+        told.append(line)
+        raise OSError("no Ray any more")
+
+    config = TrainConfig(images=100, batch_size=10, trackers=())
+    job: Any = types.SimpleNamespace(
+        logs=str(tmp_path / "train"), status_url=str(tmp_path / "status" / "train.json"), stage="train", seed=0,
+        config=config, tell=tell,
+    )  # fmt: skip
+    writer = journal._Writer(job, 0)
+    for images in (10, 20):
+        writer.line({"images": images, "loss": 0.5, "lr": 1e-4, "samples_per_s": 3.0})
+    writer.figures(20, {"checkpoint/seconds": 1.5})
+    writer.close("done")
+    assert [x.get("images") for x in told] == [10, 20, None]
+    assert told[2] == {"checkpoint/seconds": 1.5}
+    assert len((tmp_path / "train" / "log.jsonl").read_text().splitlines()) == 2
+    assert json.loads((tmp_path / "status" / "train.json").read_text())["state"] == "done"
