@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-slow test-mutants lint types setup clean
+.PHONY: demo test test-slow test-mutants lint types docs setup clean
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt setup.sh
@@ -32,5 +32,8 @@ lint: setup
 types: setup
 	.venv/bin/mypy
 
+docs: setup
+	$(PY) -m mkdocs build --quiet
+
 clean:
-	rm -rf .venv runs/demo
+	rm -rf .venv runs/demo site

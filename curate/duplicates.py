@@ -20,7 +20,6 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -77,8 +76,7 @@ def fit_centroids(sample: np.ndarray, count: int, threads: int) -> np.ndarray:
         max_points_per_centroid=SAMPLED,
     )  # fmt: skip
     kmeans.train(np.ascontiguousarray(sample, np.float32))
-    found: Any = kmeans.centroids
-    return np.asarray(found, np.float32)
+    return np.asarray(kmeans.centroids, np.float32)
 
 
 def assign(vectors: np.ndarray, centroids: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,11 +118,10 @@ class Index:
         found: list[tuple[str, list[int]]] = []
         while True:
             folder = storage.join(self.root, f"{len(found):04d}")
-            url = storage.join(folder, "generation.json")
-            if not storage.exists(url):
+            told = storage.read_json(storage.join(folder, "generation.json"))
+            if told is None:
                 return found
-            generation: Any = storage.read_json(url)
-            found.append((folder, list(generation["shards"])))
+            found.append((folder, list(told["shards"])))
 
     def build(self, source: Source) -> None:
         """Tell all images that no generation covers; goes on where a pass before was killed."""
@@ -141,7 +138,7 @@ class Index:
         plan = {"groups": groups, "shards": late}
         # What was begun goes on with as many groups, whatever memory there is now, unless images came meanwhile.
         begun = storage.join(folder, "begun.json")
-        known: Any = storage.read_json(begun) if storage.exists(begun) else None
+        known = storage.read_json(begun)
         if known is not None and known["shards"] == late:
             plan = known
         else:
@@ -238,7 +235,7 @@ class Told:
             files = [ColumnFile(storage.join(folder, n)) for n in names]
             self._files.append([(f, f.whole("end")) for f in files])
 
-    def columns(self, shard: int, rows: np.ndarray) -> dict[str, np.ndarray | list[str]]:
+    def columns(self, shard: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """By name float32 [len(rows)] for rows of a shard, NaN for one without an embedding. Raises StageError."""
         if shard not in self._place:
             raise StageError(f"shard {shard} came after the duplicates were looked for; run 'carrara score' again")

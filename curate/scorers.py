@@ -79,7 +79,7 @@ def build(score: Score, weights: Weights | None, embeddings: Callable[[], Datase
     if isinstance(score, DuplicateScore):
         assert index is not None
         told = Told(index)
-        return lambda shard: (dict(told.columns(shard.info.index, shard.rows)), {})
+        return lambda shard: _duplicates(told, shard)
     assert isinstance(score, CaptionScore)
     return _captions
 
@@ -304,6 +304,10 @@ def _pixels(score: PixelScore, shard: images.ImageShard) -> tuple[Columns, Embed
     ]
     table = np.array(rows, np.float32).reshape(len(rows), len(pixels.COLUMNS))
     return {name: table[:, i] for i, name in enumerate(pixels.COLUMNS)}, {}
+
+
+def _duplicates(told: Told, shard: images.ImageShard) -> tuple[Columns, Embeddings]:
+    return {**told.columns(shard.info.index, shard.rows)}, {}
 
 
 def _captions(shard: images.ImageShard) -> tuple[Columns, Embeddings]:

@@ -127,7 +127,8 @@ def readable(
     def copied(index: int, has: bool) -> str:
         name = shard_name(index) + ".parquet"
         wanted = [*columns] if has else [*dict.fromkeys([*texts, "url", "caption", "sha256"])]
-        table = with_digests(storage.read_parquet(storage.join(root, name), wanted))
+        table = storage.read_parquet(storage.join(root, name), wanted)
+        table = table if has else with_digests(table)
         pq.write_table(table.select(columns), folder / name, compression="none")
         return str(folder / name)
 

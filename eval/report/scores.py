@@ -61,16 +61,18 @@ def histograms(run: RunPaths, checkpoint: str) -> list[Histogram]:
     sketches = {c: opened[c.partition(".")[0]].manifest["columns"][c.partition(".")[2]]["sketch"] for c in columns}
     cuts = {c: _cuts(sketches[c]) for c in columns}
     given = _given(run, latents, rules, cuts) if latents else {}
-    found = []
-    for c in columns:
-        low, high, counts = edges(sketches[c])
-        middle = np.clip((low.astype(np.float64) + high) / 2, cuts[c][0], cuts[c][-1])
-        scored = np.histogram(middle, cuts[c], weights=counts)[0]
-        own = given.get(c)
-        share = None if own is None or not own.sum() else own / own.sum()
-        images = 0 if own is None else int(own.sum())
-        found.append(Histogram(c, cuts[c], scored / scored.sum(), share, images, tuple(sorted(ends.get(c, ())))))
-    return found
+    return [_histogram(c, sketches[c], cuts[c], given.get(c), ends.get(c, set())) for c in columns]
+
+
+def _histogram(
+    column: str, sketch: Mapping[str, int], cuts: np.ndarray, given: np.ndarray | None, ends: set[float]
+) -> Histogram:
+    low, high, counts = edges(sketch)
+    middle = np.clip((low.astype(np.float64) + high) / 2, cuts[0], cuts[-1])
+    scored = np.histogram(middle, cuts, weights=counts)[0]
+    images = 0 if given is None else int(given.sum())
+    share = given / images if given is not None and images else None
+    return Histogram(column, cuts, scored / scored.sum(), share, images, tuple(sorted(ends)))
 
 
 def _latents(run: RunPaths) -> Dataset | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -208,18 +209,20 @@ def test_killed_between_groups_the_same_command_finishes_with_the_same_bytes(
     assert files(root) == whole
 
 
-def test_taken_down_images_are_blanked_and_no_longer_compared_with(run: RunPaths) -> None:
+def test_taken_down_images_are_blanked(run: RunPaths) -> None:
     find(run)
     root = score_root(run, "alike")
-    table = Dataset.open(run.images).sidecar(1)
     gone = [int(r) for r in ImageShard(Dataset.open(run.images), 1).rows[:7]]
-    statuses, errors = table["status"].to_pylist(), [None] * len(table)
-    for row in gone:
-        statuses[row], errors[row] = "opted_out", "taken_down"
-    table = table.set_column(table.schema.get_field_index("status"), "status", [statuses]).append_column(
-        "error", [errors]
-    )
-    pq.write_table(table, Path(run.images) / "00001.parquet")
+    for index in range(4):
+        table = Dataset.open(run.images).sidecar(index)
+        statuses = table["status"].to_pylist()
+        errors: list[str | None] = [None] * len(statuses)
+        for row in gone if index == 1 else ():
+            statuses[row], errors[row] = "opted_out", "taken_down"
+        at = table.schema.get_field_index("status")
+        table = table.set_column(at, "status", [statuses])
+        table = table.append_column("error", pa.array(errors, pa.string()))
+        pq.write_table(table, Path(run.images) / f"{index:05d}.parquet")
     assert take_out(root, run.images) == [1]
     told = Dataset.open(root).sidecar(1).to_pylist()
     assert all((line["nearest"] is None) == (row in gone or row % 5 == 4) for row, line in enumerate(told))

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -231,3 +232,15 @@ def test_memory_does_not_grow_with_what_is_found(tmp_path: Path) -> None:
     told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert told["found"] == told["reasons"] > 2_900_000
     assert told["mb"] < 500
+
+
+def test_what_is_read_from_a_store_is_what_lies_there(tmp_path: Path) -> None:
+    rows = [{"status": "success", "url": "http://a.example/1", "sha256": sha("x"), "caption": "one"}]
+    write(tmp_path, 0, rows)
+    with fsspec.open(f"memory://{tmp_path.name}/b/00000.parquet", "wb") as sink:
+        sink.write((tmp_path / "00000.parquet").read_bytes())
+    told = pq.read_table(tmp_path / "00000.parquet", columns=["status", "bytes_digest"])
+    for (file,) in digests.readable(
+        f"memory://{tmp_path.name}/b", [(0, True)], ["status", "bytes_digest"], str(tmp_path)
+    ):
+        assert pq.read_table(file).equals(told)

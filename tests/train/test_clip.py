@@ -16,8 +16,8 @@ from shards.settings import ConfigError
 from tests.train import forked, tiny
 from tests.train.test_zero import objective_of
 from train import checkpoint, folders
-from train.muon import is_hidden
 from train.objectives import build
+from train.optimizer import is_hidden
 
 ROWS = 8
 
