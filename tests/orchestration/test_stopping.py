@@ -87,6 +87,9 @@ def test_sigterm_to_the_process_group_finishes_what_is_in_hand(tmp_path: Path) -
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
+    parts = [c for c in psutil.Process(process.pid).children(recursive=True) if c.name() in ("raylet", "gcs_server")]
+    assert {c.name() for c in parts} == {"raylet", "gcs_server"}
+    assert all(os.getsid(c.pid) != os.getsid(process.pid) for c in parts), "the signal is not for them"
     os.killpg(process.pid, signal.SIGTERM)
     began = time.monotonic()
     stopped(process)
