@@ -238,6 +238,8 @@ def test_the_command_prints_a_link_that_works_and_ends_on_ctrl_c(run: Path) -> N
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={k: v for k, v in os.environ.items() if k != "CARRARA_SERVE_TOKEN"},
+        # A shell that runs the tests in the background ignores Ctrl-C for all of them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     assert process.stdout is not None
     link = process.stdout.readline().strip()
