@@ -56,7 +56,8 @@ def _tell(names: Sequence[Name], run: RunPaths, result: dict[str, Any], folder: 
             trackers.scalars(f"{result['checkpoint']}/{point}", images, {point: metric["value"]})
         sheet = contact_sheet(run, result)
         if sheet is not None:
-            trackers.image(f"{result['folder']}/images", images, sheet)
+            name = f"{result['folder']}/images"
+            trackers.image(name, images, sheet, series=f"{result['checkpoint']}/{name}")
     finally:
         trackers.close()
 

@@ -21,7 +21,8 @@ def points(run: RunPaths) -> dict[str, list[tuple[int, float]]]:
 
     read = EventAccumulator(str(Path(run.reports) / "tensorboard"))
     read.Reload()
-    assert read.Tags()["images"]
+    [sheet] = read.Tags()["images"]
+    assert len(read.Images(sheet)) == 2  # also that of the checkpoint before, which came second
     return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
