@@ -197,13 +197,16 @@ def test_a_ray_that_does_not_start_is_a_failure_though_its_command_says_0(
 def test_other_nodes_do_not_wait_for_ever_for_a_head_that_failed(
     tmp_path: Path, allocation: Callable[..., subprocess.Popen[str]]
 ) -> None:
+    port = _free()
     process = allocation(
-        "latents.sbatch", "--config", "x.yaml", nodes=2, standins=FAKE, FAKE_NO_RAY="1", CARRARA_HEAD_WAIT_S="2"
-    )
+        "latents.sbatch", "--config", "x.yaml", nodes=2, standins=FAKE, FAKE_NO_RAY="1", CARRARA_HEAD_WAIT_S="2",
+        SLURM_JOB_ID=str(port - 20000),
+    )  # fmt: skip
     try:
-        out, _ = process.communicate(timeout=40)
+        out, _ = process.communicate(timeout=20)
     finally:
-        process.kill()
+        with socket.create_server(("127.0.0.1", port)):  # what still waits would do so for ever
+            process.communicate()
     assert process.returncode == 1
     assert "carrara: no Ray at 127.0.0.1:" in out
 
