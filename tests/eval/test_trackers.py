@@ -56,6 +56,18 @@ def test_a_contact_sheet_is_of_the_first_images(trained: RunPaths) -> None:  # n
     assert trackers.contact_sheet(trained, {**result, "images": "gone"}) is None
 
 
+def test_a_tool_without_its_key_is_a_warning_and_not_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    result = {"checkpoint": "step-1", "folder": "f", "label": "x", "images_seen": 1, "metrics": {}}
+    trackers.tell(("wandb",), RunPaths(str(tmp_path)), result)
+    assert "the trackers are not told of step-1: ConfigError: train.trackers names wandb" in caplog.text
+    assert not (tmp_path / "reports").exists()
+
+
 def test_what_cannot_be_told_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
