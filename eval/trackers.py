@@ -21,7 +21,7 @@ from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths
 from shards.settings import StageError
-from train.trackers import STATE, Name, Trackers
+from train.trackers import STATE, Name, Trackers, check
 
 log = logging.getLogger("carrara.eval")
 
@@ -46,6 +46,7 @@ def tell(names: Sequence[Name], run: RunPaths, result: dict[str, Any]) -> None:
 
 
 def _tell(names: Sequence[Name], run: RunPaths, result: dict[str, Any], folder: Path) -> None:
+    check(names, "train.trackers")  # a tool without its key would ask for it on this command's terminal
     folder.mkdir(parents=True, exist_ok=True)
     about = {result["folder"]: result["label"]}
     trackers = Trackers(names, folder, storage.join(run.reports, STATE), None, run.run, "eval", about)
@@ -56,7 +57,8 @@ def _tell(names: Sequence[Name], run: RunPaths, result: dict[str, Any], folder: 
             trackers.scalars(f"{result['checkpoint']}/{point}", images, {point: metric["value"]})
         sheet = contact_sheet(run, result)
         if sheet is not None:
-            trackers.image(f"{result['folder']}/images", images, sheet)
+            name = f"{result['folder']}/images"
+            trackers.image(name, images, sheet, series=f"{result['checkpoint']}/{name}")
     finally:
         trackers.close()
 

@@ -223,7 +223,8 @@ def _post_once(config: NotifyConfig, told: dict[str, Any]) -> tuple[str | None, 
     try:
         headers = {"Content-Type": "application/json", "User-Agent": "carrara"}
         if config.token_env:
-            headers["Authorization"] = f"Bearer {os.environ[config.token_env]}"
+            token = os.environ[config.token_env].strip()  # a secret out of a file often ends with a newline
+            headers["Authorization"] = f"Bearer {token}"
         url = os.environ[config.url_env or ""]
         request = urllib.request.Request(url, json.dumps(told).encode(), headers, method="POST")
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=config.timeout_s) as answer:

@@ -12,8 +12,8 @@ that has it, or use ssh.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
-import http.cookies
 import http.server
 import ipaddress
 import json
@@ -22,6 +22,7 @@ import os
 import re
 import secrets
 import socket
+import sys
 import threading
 import time
 import urllib.parse
@@ -46,6 +47,9 @@ CURVE_POINTS = 400
 SHOWN = {"samples": 12, "failures": 40, "results": 40}
 LONGEST = 4000  # characters of a traceback
 TOKEN_LEAST = 16
+CHUNK = 1 << 18  # bytes of an answer that are to be gone within `timeout`: a slow line gets all of a large report
+SILENT = 64  # connections that have not asked for anything yet; a further one takes the place of the oldest
+ASK_S = 15.0  # how long one may take to ask, in all: a byte now and then keeps every timeout of a socket waiting
 TYPES = {
     ".html": "text/html; charset=utf-8", ".png": "image/png", ".json": "application/json", ".csv": "text/csv",
     ".parquet": "application/octet-stream",
@@ -105,8 +109,7 @@ def make_server(run: str, host: str, port: int, token: str) -> http.server.Threa
 
     Handler.look, Handler.token, Handler.page = look, token.encode(), _page(run)
 
-    class Server(http.server.ThreadingHTTPServer):
-        daemon_threads = True
+    class Server(_Server):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
     return Server((host, port), Handler)
@@ -127,34 +130,80 @@ def _page(run: str) -> tuple[bytes, str]:
     return body.encode(), policy
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    """A thread for each connection; whoever opens many and says nothing keeps nobody else out."""
+
+    daemon_threads = True
+    request_queue_size = 128  # with the five of the library, some dozen at once wait for seconds
+
+    def __init__(self, *told: Any) -> None:
+        self._silent: dict[Any, float] = {}  # connections by when they came, the oldest first
+        self._guard = threading.Lock()
+        super().__init__(*told)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._guard:
+            self._silent[request] = time.monotonic()
+            over = list(self._silent)[:-SILENT]
+        self._shut(over)
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Called at least twice a second: shut those that take too long to ask."""
+        with self._guard:
+            late = [c for c, came in self._silent.items() if time.monotonic() - came > ASK_S]
+        self._shut(late)
+
+    def heard(self, request: Any) -> None:
+        """A connection has asked for something, or is at its end."""
+        with self._guard:
+            self._silent.pop(request, None)
+
+    def _shut(self, connections: list[Any]) -> None:
+        for connection in connections:
+            self.heard(connection)
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes it
+
+    def shutdown_request(self, request: Any) -> None:
+        self.heard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, *_: Any) -> None:
+        """One line, and none where somebody just went away."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            log.error("serve: a request could not be answered: %s", type(error).__name__)
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """One request. The class attributes are set by `make_server`."""
+    """One request, and with it the end of its connection, so that nothing behind it is taken for a further one. The
+    class attributes are set by `make_server`."""
 
     look: Look
     token: bytes
     page: tuple[bytes, str]
-    protocol_version = "HTTP/1.1"
     server_version, sys_version = "carrara", ""
     timeout = 30  # of a connection that says nothing
 
     def do_GET(self) -> None:
         """Answer; a request without the token learns nothing, not even what is there."""
-        url = urllib.parse.urlsplit(self.path)
+        self.server.heard(self.request)  # type: ignore[attr-defined]
+        path, _, asked = self.path.partition("?")
         cookie = f"carrara-{self.server.server_port}"  # type: ignore[attr-defined]  # of this port: hosts share cookies
-        query = urllib.parse.parse_qs(url.query)
-        if url.path == "/" and "token" in query:
+        query = urllib.parse.parse_qs(asked)
+        if path == "/" and "token" in query:
             if not self._is_token(query["token"][0]):
                 return self._answer(403, b"wrong token\n")
             value = f"{cookie}={urllib.parse.quote(query['token'][0], safe='')}; HttpOnly; SameSite=Lax; Path=/"
             return self._answer(303, b"", {"Location": "/", "Set-Cookie": value})
-        try:
-            found = http.cookies.SimpleCookie(self.headers.get("Cookie", "")).get(cookie)
-        except http.cookies.CookieError:
-            found = None
+        # By hand: http.cookies finds none at all where a page of another port has left one that it cannot read.
+        parts = (part.strip().partition("=") for part in self.headers.get("Cookie", "").split(";"))
+        found = next((value for name, _, value in parts if name == cookie), None)
         bearer = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not self._is_token(urllib.parse.unquote(found.value) if found else bearer):
+        if not self._is_token(bearer if found is None else urllib.parse.unquote(found)):
             return self._answer(403, b"this page needs the link that `carrara serve` printed\n")
-        return self._authorised(url.path)
+        return self._authorised(path)
 
     do_HEAD = do_GET
 
@@ -183,7 +232,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            for start in range(0, len(body), CHUNK):
+                self.wfile.write(body[start : start + CHUNK])
 
     def log_message(self, *_: Any) -> None:
         """Nothing: a request's line has the token in it."""

@@ -45,7 +45,7 @@ def show(run: str, shard: str, as_json: bool = False) -> str:
         raise ConfigError(f"{run}: there is no run here; give the folder that 'run' names in its configuration")
     if shard in FITS:
         events = attempts.read(paths.status, shard, attempts.RANKS)
-        return json.dumps(events, indent=1) if as_json else _fit_text(paths, shard, events)
+        return json.dumps(events, indent=1) if as_json else _seen(_fit_text(paths, shard, events))
     if not shard.isascii() or not shard.isdecimal():
         raise ConfigError(f"why: '{shard}' is no shard's number, such as 7 or 00007, nor one of {', '.join(FITS)}")
     found = list(look(paths, int(shard)))
@@ -53,7 +53,12 @@ def show(run: str, shard: str, as_json: bool = False) -> str:
         raise ConfigError(f"{run}: no folder has a shard {shard_name(int(shard))}, and none is planned")
     if as_json:
         return json.dumps([dataclasses.asdict(f) for f in found], indent=1)
-    return "\n\n".join(_text(f) for f in found)
+    return _seen("\n\n".join(_text(f) for f in found))
+
+
+def _seen(text: str) -> str:
+    """The text without what would steer a terminal: an error may quote a URL or a caption from outside."""
+    return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.expandtabs(4))
 
 
 def look(paths: RunPaths, index: int) -> Iterator[Found]:

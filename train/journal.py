@@ -13,9 +13,11 @@ folder that the thread copies there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import queue
 import shutil
 import tempfile
@@ -265,12 +267,22 @@ class _Writer:
         self._todo.put(None)
         self._thread.join()
         if self._remote:
-            with contextlib.suppress(OSError):
+            try:
                 self._mirror()
+            except Exception as e:  # whatever a store may raise: the fit is what counts
+                log.warning("the log of the training is left in %s: %s", self.folder, e)
+                return
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _append(file: Path, line: dict[str, Any]) -> None:
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-    with open(file, "a", encoding="utf-8") as f:
-        f.write(json.dumps(finite) + "\n")
+    with open(file, "ab", buffering=0) as f:
+        size, data = os.fstat(f.fileno()).st_size, (json.dumps(finite) + "\n").encode()
+        try:
+            if f.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        except OSError:  # a full disk: half a line would take the next one with it
+            with contextlib.suppress(OSError):
+                f.truncate(size)
+            raise

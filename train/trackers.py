@@ -15,7 +15,6 @@ from a copy and none is there twice. The steps are images seen.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import math
@@ -101,10 +100,10 @@ class Trackers:
             for thread in self._threads:
                 thread.put(series, images, lambda tracker: tracker.scalars(images, finite))
 
-    def image(self, name: str, images: int, pixels: np.ndarray) -> None:
-        """A picture, uint8 [H,W,3]."""
+    def image(self, name: str, images: int, pixels: np.ndarray, series: str | None = None) -> None:
+        """A picture, uint8 [H,W,3]. series: `name`, unless such pictures come in any order."""
         for thread in self._threads:
-            thread.put(name, images, lambda tracker: tracker.image(images, name, pixels))
+            thread.put(series or name, images, lambda tracker: tracker.image(images, name, pixels))
 
     def close(self) -> None:
         """Send what is left, for at most a minute."""
@@ -120,20 +119,19 @@ class _Thread:
 
     def __init__(self, name: str, make: Callable[[_About, str], Tracker], about: _About, told: _Told | None) -> None:
         self.name, self._make, self._about, self._told = name, make, about, told
-        self._todo: queue.Queue[tuple[str, int, Callable[[Tracker], None]] | None] = queue.Queue(WAITING)
+        self._todo: queue.SimpleQueue[tuple[str, int, Callable[[Tracker], None]] | None] = queue.SimpleQueue()
         self._failed = False
         self._thread = threading.Thread(target=self._run, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
     def put(self, series: str, images: int, send: Callable[[Tracker], None]) -> None:
-        try:
-            self._todo.put_nowait((series, images, send))
-        except queue.Full:
+        if self._todo.qsize() >= WAITING:
             self._warn("it does not keep up, and points are left out")
+        else:
+            self._todo.put((series, images, send))
 
     def end(self) -> None:
-        with contextlib.suppress(queue.Full):
-            self._todo.put_nowait(None)
+        self._todo.put(None)  # also where it is full: what waits is sent, and the tool is told that this is the end
 
     def wait(self, seconds: float) -> None:
         self._thread.join(max(seconds, 0.0))

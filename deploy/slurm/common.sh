@@ -18,11 +18,15 @@ asked=""
 stage() {
     RAY_AUTH_TOKEN=$(od --address-radix=n --read-bytes=32 --format=x1 /dev/urandom | tr --delete ' \n')
     export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=900
-    export state head_ip port
+    export state head_ip port patience=${CARRARA_HEAD_WAIT_S:-900}
     # shellcheck disable=SC2016  # expanded on the nodes
     local each_node='
         if [ "$SLURM_PROCID" != 0 ]; then # where nothing listens yet, Ray gives up within seconds
-            until (: < "/dev/tcp/$head_ip/$port") 2> /dev/null; do sleep 1; done
+            until (: < "/dev/tcp/$head_ip/$port") 2> /dev/null; do
+                # The head may have failed: the nodes are not held for that until the time is up.
+                ((SECONDS < patience)) || { echo "carrara: no Ray at $head_ip:$port in $patience s" >&2; exit 1; }
+                sleep 1
+            done
         fi
         exec ray symmetric-run --address "$head_ip:$port" --min-nodes "$SLURM_NNODES" \
             --num-cpus "${SLURM_CPUS_ON_NODE:-1}" --object-store-memory 1000000000 -- bash -c "$on_head" "$@"'

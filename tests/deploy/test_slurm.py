@@ -194,6 +194,23 @@ def test_a_ray_that_does_not_start_is_a_failure_though_its_command_says_0(
     assert asked(tmp_path) == []
 
 
+def test_other_nodes_do_not_wait_for_ever_for_a_head_that_failed(
+    tmp_path: Path, allocation: Callable[..., subprocess.Popen[str]]
+) -> None:
+    port = _free()
+    process = allocation(
+        "latents.sbatch", "--config", "x.yaml", nodes=2, standins=FAKE, FAKE_NO_RAY="1", CARRARA_HEAD_WAIT_S="2",
+        SLURM_JOB_ID=str(port - 20000),
+    )  # fmt: skip
+    try:
+        out, _ = process.communicate(timeout=20)
+    finally:
+        with socket.create_server(("127.0.0.1", port)):  # what still waits would do so for ever
+            process.communicate()
+    assert process.returncode == 1
+    assert "carrara: no Ray at 127.0.0.1:" in out
+
+
 def test_the_stand_in_for_ray_takes_what_the_real_one_takes() -> None:
     """Of `ray symmetric-run --help` and `ray start --help`, by their own parsers."""
     from ray.scripts.scripts import start

@@ -21,7 +21,8 @@ def points(run: RunPaths) -> dict[str, list[tuple[int, float]]]:
 
     read = EventAccumulator(str(Path(run.reports) / "tensorboard"))
     read.Reload()
-    assert read.Tags()["images"]
+    [sheet] = read.Tags()["images"]
+    assert len(read.Images(sheet)) == 2  # also that of the checkpoint before, which came second
     return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
@@ -53,6 +54,18 @@ def test_a_contact_sheet_is_of_the_first_images(trained: RunPaths) -> None:  # n
     assert sheet.shape == (4 * 32, 6 * 32, 3)
     assert sheet.std() > 1
     assert trackers.contact_sheet(trained, {**result, "images": "gone"}) is None
+
+
+def test_a_tool_without_its_key_is_a_warning_and_not_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    result = {"checkpoint": "step-1", "folder": "f", "label": "x", "images_seen": 1, "metrics": {}}
+    trackers.tell(("wandb",), RunPaths(str(tmp_path)), result)
+    assert "the trackers are not told of step-1: ConfigError: train.trackers names wandb" in caplog.text
+    assert not (tmp_path / "reports").exists()
 
 
 def test_what_cannot_be_told_is_a_warning(

@@ -95,7 +95,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_the_end_of_a_stage_is_told_as_documented(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKEN", "bearer-of-news")
+    monkeypatch.setenv("TOKEN", "bearer-of-news\n")
     with notify.told(config(token_env="TOKEN"), "runs/mine", "eval") as outcome:
         outcome.report = "runs/mine/reports/step-1.html"
     [asked] = hook.asked

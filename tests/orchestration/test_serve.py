@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -221,6 +222,63 @@ def test_a_run_in_a_bucket(run: Path) -> None:
         with served(url) as port:
             assert allowed(port, "/files/samples/000000005000.png")[0] == 200
             assert allowed(port, "/files/reports/nothing.html")[0] == 404
+
+
+def raw(port: int, *parts: bytes) -> bytes:
+    """What comes back for these bytes, up to the end of the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as s:
+        for part in parts:
+            s.sendall(part)
+        return b"".join(iter(lambda: s.recv(1 << 16), b""))
+
+
+def test_a_cookie_of_another_port_does_not_shut_its_holder_out(run: Path) -> None:
+    with served(run) as port:
+        assert ask(port, "/", Cookie=f'theirs={{"a": 1}}; carrara-{port}={TOKEN}; more="x')[0] == 200
+
+
+def test_a_connection_is_one_request_whatever_follows_it(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Behind a proxy that shares connections, a second answer would be somebody else's."""
+    inner = b"GET /x HTTP/1.1\r\n\r\n"
+    with served(run) as port:
+        said = raw(port, b"GET / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(inner) + inner)
+        assert said.count(b" 403 ") == 1
+        assert b" 403 " in raw(port, b"GET http://[ HTTP/1.1\r\n\r\n")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_slow_line_gets_all_of_a_large_report(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = b"x" * 20_000_000
+    (run / "reports" / "large.html").write_bytes(body)
+    monkeypatch.setattr(serve._Handler, "timeout", 0.5)  # of a connection that takes nothing
+    with served(run) as port, socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        s.settimeout(20)
+        s.connect(("127.0.0.1", port))
+        s.sendall(f"GET /files/reports/large.html HTTP/1.1\r\nCookie: carrara-{port}={TOKEN}\r\n\r\n".encode())
+        got, began = 0, time.monotonic()
+        while part := s.recv(1 << 17):
+            got += len(part)
+            time.sleep(0.01)
+        assert time.monotonic() - began > 1.0
+        assert got > len(body)
+
+
+def test_who_asks_for_nothing_keeps_nobody_out_and_does_not_stay(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "SILENT", 8)
+    monkeypatch.setattr(serve, "ASK_S", 1.0)
+    with served(run) as port, contextlib.ExitStack() as open_:
+        before = threading.active_count()
+        many = [open_.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(60)]
+        assert allowed(port, "/")[0] == 200
+        assert threading.active_count() <= before + 8 + 4
+        trickle, began = many[-1], time.monotonic()
+        with contextlib.suppress(OSError):  # a byte at a time, never silent for long
+            while time.monotonic() - began < 15:
+                trickle.sendall(b"G")
+                time.sleep(0.1)
+        assert time.monotonic() - began < 10
+        assert allowed(port, "/")[0] == 200
 
 
 def test_what_cannot_be_served_is_one_sentence(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

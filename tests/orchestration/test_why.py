@@ -56,6 +56,15 @@ def test_a_shard_that_was_made(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "00007.tar (1 bytes; 1,234 WERE COMMITTED)" in why.show(str(tmp_path), "00007")
 
 
+def test_what_an_error_quotes_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    fill(tmp_path)
+    attempts.note(f"{tmp_path}/status", "ingest", "00008", "failed", "\x1b]0;mine\x07", "a\n\tcaption \u202e\x1b[2J")
+    said = why.show(str(tmp_path), "8")
+    assert "]0;mine" in said
+    assert not {c for c in said if c != "\n" and not c.isprintable()}
+    assert json.loads(why.show(str(tmp_path), "8", as_json=True))[0]["attempts"][0]["error"] == "\x1b]0;mine\x07"
+
+
 def test_a_shard_that_is_planned_begun_or_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(tmp_path)
     assert why.show(str(tmp_path), "8").splitlines()[0] == "ingest 00008: planned"

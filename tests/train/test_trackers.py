@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
 import struct
+import threading
 import time
 import types
 from collections import Counter
@@ -13,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 from shards.settings import ConfigError
 from tests.train import forked, tiny
@@ -172,6 +176,38 @@ def test_a_tracker_that_fails_or_hangs_is_one_warning_and_the_others_go_on(
     assert "ConnectionError: no such service" in caplog.text
 
 
+def test_a_tracker_that_does_not_keep_up_is_still_told_of_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, go, did = threading.Event(), threading.Event(), []
+
+    class Slow:
+        def __init__(self, *_: Any) -> None: ...
+
+        def scalars(self, images: int, values: Any) -> None:
+            begun.set()
+            go.wait(20)
+            did.append(images)
+
+        def close(self) -> None:
+            did.append("closed")
+
+    monkeypatch.setitem(trackers._MAKERS, "wandb", Slow)
+    monkeypatch.setattr(trackers, "WAITING", 5)
+    monkeypatch.setattr(trackers, "CLOSE_S", 5.0)
+    found = made(tmp_path, ("wandb",), 0)
+    found.scalars("line", 1, {"loss": 1.0})
+    assert begun.wait(20)
+    for images in range(2, 20):
+        found.scalars("line", images, {"loss": 1.0})
+    threading.Timer(0.5, go.set).start()
+    found.close()
+    assert did == [1, 2, 3, 4, 5, 6, "closed"]
+    assert [m for m in caplog.messages if "tracker" in m] == [
+        "the tracker wandb is not told everything: it does not keep up, and points are left out"
+    ]
+
+
 def test_what_a_tracker_lacks_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_MODE", "WANDB_API_KEY", "MLFLOW_TRACKING_URI"):
@@ -202,6 +238,44 @@ def test_a_fit_tells_them_what_its_log_says(run: Path, services: Path) -> None:
     [found], points = in_mlflow("loss")
     assert points == expected
     assert found.data.params["batch_size"] == "8"
+
+
+def test_a_full_disk_takes_one_line_of_the_log_and_not_the_next(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    journal._append(file, {"images": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 5, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large|No space left"):
+            journal._append(file, {"images": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal._append(file, {"images": 3})
+    assert [json.loads(x)["images"] for x in file.read_text().splitlines()] == [1, 3]
+
+
+def test_a_store_that_is_away_at_the_end_ends_no_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What botocore raises where nothing answers is no OSError."""
+    config = TrainConfig(images=100, batch_size=10, trackers=())
+    job: Any = types.SimpleNamespace(
+        logs=f"memory://{tmp_path.name}/train", status_url=str(tmp_path / "status" / "train.json"), stage="train",
+        seed=0, config=config, tell=None,
+    )  # fmt: skip
+    writer = journal._Writer(job, 0)
+    monkeypatch.setattr(journal, "MIRROR_EVERY_S", 1e9)
+    writer._mirrored = time.monotonic()
+    writer.line({"images": 10, "loss": 0.5, "lr": 1e-4, "samples_per_s": 3.0})
+
+    def away(*_: Any) -> None:
+        raise EndpointConnectionError(endpoint_url="http://store")
+
+    monkeypatch.setattr(journal.storage, "write_atomic", away)
+    writer.close("done")
+    assert f"the log of the training is left in {writer.folder}" in caplog.text
+    assert (writer.folder / "log.jsonl").read_text().count("\n") == 1
+    shutil.rmtree(writer.folder)
 
 
 def test_whoever_listens_hears_every_line_and_how_long_checkpoints_take(tmp_path: Path) -> None:
