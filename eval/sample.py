@@ -43,6 +43,7 @@ from shards.stage import Task, open_folder
 
 VERSION = 1
 PICTURES = ("image", "mask", "control", "control_of")  # options that are files
+MAX_SIDE = 8192  # px
 UNPACKED = 20_000  # images; beyond that the shards are the result
 ADVICE = "give a PNG, JPEG or WebP of a sensible size"
 
@@ -65,8 +66,8 @@ class SampleConfig(Strict):
     sampler: Sampler = "ddim"
     steps: int = Field(default=25, ge=1, le=1000)
     guidance_scale: float = Field(default=3.0, ge=0.0, le=100.0)
-    width: int | None = Field(default=None, ge=8, le=8192)
-    height: int | None = Field(default=None, ge=8, le=8192)
+    width: int | None = Field(default=None, ge=8, le=MAX_SIDE)
+    height: int | None = Field(default=None, ge=8, le=MAX_SIDE)
     image: str | None = None
     mask: str | None = None
     control: str | None = Field(default=None, description="a control image, for a ControlNet")
@@ -227,6 +228,7 @@ class _Worker:
         pipeline = models.build_pipeline(RunPaths(c.upscale), self.stage.upscaler)
         if type(pipeline).__name__ != UPSCALES:
             raise ConfigError(f"--upscale: the model of {c.upscale} is no upscaler; train one with train.upscale")
+        require_level(pipeline, c.noise_level)
         return ImageGenerator(pipeline, c.sampler, c.steps, c.guidance_scale, precision=c.precision, device=device)
 
     def __call__(self, task: Task) -> dict[str, Any]:
@@ -289,8 +291,9 @@ class _Worker:
             return size if control is None else {**size, "image": control}
         found: dict[str, Any] = {"image": self._fitted(stage.image)}
         if control is not None:
-            found["control_image"] = control
+            found |= {"control_image": control, **size}  # alone of its kind this pipeline scales what it is given
         if name == UPSCALES:
+            require_level(pipeline, self.config.noise_level)
             return {"image": self._small(stage.image, pipeline), "noise_level": self.config.noise_level}
         if name == EDITS:
             return {**found, "image_guidance_scale": self.config.image_guidance_scale}
@@ -308,6 +311,11 @@ class _Worker:
             width, height = self.width // factor, self.height // factor
         step = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
         width, height = (max(step, side // step * step) for side in (width, height))
+        if max(width, height) * factor > MAX_SIDE:
+            raise ConfigError(
+                f"--image: an upscaler would make {width * factor}x{height * factor} of {self.config.image}, more than "
+                f"{MAX_SIDE} on a side; give a smaller one, or --width and --height"
+            )
         return Image.fromarray(resize_crop_to(pixels, width, height)[0])
 
     def _control(self) -> Image.Image:
@@ -333,6 +341,13 @@ class _Worker:
         from PIL import ImageOps
 
         return ImageOps.fit(Image.fromarray(pixels), (self.width, self.height), Image.Resampling.LANCZOS)
+
+
+def require_level(upscaler: Any, level: int) -> None:
+    """Raises ConfigError where an upscaler has not learned that noise level."""
+    most = int(upscaler.config.max_noise_level)
+    if level > most:
+        raise ConfigError(f"--noise-level is {level}, and this upscaler was trained for levels up to {most}")
 
 
 EDITS = "StableDiffusionInstructPix2PixPipeline"

@@ -212,6 +212,11 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise ValueError(_undecodable(e)) from None
 
 
+def is_picture(data: bytes) -> bool:
+    """Whether this begins as JPEG, PNG and WebP do. A picture that is taken down is a comment of the tar, or zeros."""
+    return data.startswith((b"\xff\xd8", b"\x89PNG", b"RIFF"))
+
+
 def is_rgb(data: bytes) -> bool:
     """Whether a picture is stored as plain 8-bit RGB, so that `decode_rgb` converts no colours; reads the header."""
     try:

@@ -23,7 +23,7 @@ from latents.stage import texts_in
 from shards import storage
 from shards.columns import COLUMN_ROW, ColumnFile, column, column_rows, members
 from shards.dataset import Dataset
-from shards.images import PLACE, ImageShard, decode_rgb
+from shards.images import PLACE, ImageShard, decode_rgb, is_picture
 from shards.selection import Selection
 from shards.settings import ConfigError, StageError
 from train import segments
@@ -183,12 +183,13 @@ class Pictures:
                 # Where samples were taken out since the run began, others of the shard come in their place.
                 wanted = np.arange(first, end) % max(1, len(shard))
                 there = len(shard) > 0
-                columns["image"] += shard.pictures(wanted) if there else [b""] * len(wanted)
+                images = shard.pictures(wanted) if there else [b""] * len(wanted)
+                columns["image"] += images
                 for name in self._texts:
                     columns[name] += [v or "" for v in shard.values(name, wanted)] if there else [""] * len(wanted)
             shards += [position] * len(wanted)
             rows += wanted.tolist()
-            alive += [there] * len(wanted)
+            alive += map(is_picture, images)  # one may have been taken down since the sidecar was read
         return Window(np.array(shards), np.array(rows), np.array(alive), dict(columns))
 
 

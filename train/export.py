@@ -223,6 +223,8 @@ class _Source:
         values = self._weights()
         if self.config.control:
             unet, values = self._base(), {k.removeprefix("control."): v for k, v in values.items()}
+            if self.config.learned_variance:
+                unet = without_variance(unet)
             unet.register_to_config(sample_size=self.manifest["resolution"] // vae.downscale)
             return unet.eval().requires_grad_(False), values
         learned = {k.removeprefix("text."): v for k, v in values.items() if k.startswith("text.")}

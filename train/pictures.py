@@ -30,7 +30,7 @@ from latents.encoders import Vae, load_vae, require_digest
 from latents.pictures import resize_crop_to
 from latents.weights import find_vae
 from shards.dataset import Dataset
-from shards.images import PLACE, ImageShard, decode_rgb
+from shards.images import PLACE, ImageShard, decode_rgb, is_picture
 from shards.layout import shard_name
 from shards.settings import ConfigError, StageError
 from train.config import ControlConfig, TrainConfig
@@ -158,6 +158,8 @@ class ByKey:
             at = np.where(known[place] == wanted, order[place], -1) if len(known) else np.full(len(keys), -1)
             for i, data in zip(np.flatnonzero(at >= 0).tolist(), shard.pictures(at[at >= 0]), strict=True):
                 found[i] = data
+                if not is_picture(data):  # taken down since the sidecar was read
+                    at[i] = -1
         except (OSError, ValueError, KeyError) as e:
             raise StageError(
                 f"{self.dataset.root}: shard {shard_name(index)} cannot be read: {e}; run its stage again"

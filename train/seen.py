@@ -40,11 +40,14 @@ class Account:
         laid = rows_laid(dataset)
         self._ranges: dict[str, Range] = {}
         self._by_rules: dict[str, int] = {}  # from where on samples of a range may have stood for others of it
+        config = manifest.get("config") or {}
+        # Which samples lacked the picture that was brought for them, nobody has recorded.
+        brought = config.get("edit") or (config.get("control") or {}).get("images")
         for record in history.segments:
             for r in record.ranges:
                 if r.given is None or dataset.root in (r.given, r.root):
                     self._ranges[r.key] = r
-                    if any(record.select):
+                    if any(record.select) or brought:
                         self._by_rules.setdefault(r.key, record.images)
         for r in self._ranges.values():
             if tuple(laid[r.first : r.end].sum(axis=0, dtype=np.int64).tolist()) != r.rows:
@@ -58,8 +61,8 @@ class Account:
     def first(self, shard_index: int, samples: Sequence[int]) -> list[int | None]:
         """Of samples of a shard the position, in images, at which each came first; None for never.
 
-        By rules on scores one stands for others, of any place: then the position before which it cannot have come,
-        whether or not it passes them.
+        By rules on scores, and where a picture is brought for each, one stands for others, of any place: then the
+        position before which it cannot have come, whether or not it passes them.
 
         samples: their places in the columns' sample axis (shards.columns.column_rows), of images among the usable ones.
         Raises Unknown where they may have come in an order that was not recorded.

@@ -19,6 +19,8 @@ from eval import model as models
 from eval.sample import Request, SampleConfig, SampleStage
 from ingest.stage import IngestStage
 from latents.encoders import load_vae
+from shards.blank import blank
+from shards.columns import column_rows
 from shards.dataset import Dataset, commit_shard, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.images import ImageShard, decode_rgb, pack_tar
@@ -32,13 +34,16 @@ from tests.train import forked, tiny
 from tests.train.test_export import save_checkpoint
 from tests.train.test_tuning import make_run
 from tests.train.test_zero import assert_same, step_folder, tensors
-from train import folders
-from train.config import ControlConfig, TrainConfig, TrainingSections
+from train import folders, segments
+from train.config import ClipConfig, ControlConfig, TrainConfig, TrainingSections
+from train.data import Pictures
 from train.denoising import Diffusion
 from train.export import build_pipeline, export, fold_shift
 from train.objectives import build
-from train.pictures import WAYS, ByKey, control_image, control_net, draw_mask, widen
+from train.pictures import WAYS, ByKey, control_image, control_net, draw_mask, low_res_scheduler, widen
 from train.randomness import Randomness
+from train.seen import Account
+from train.segments import begin as begun
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -323,6 +328,45 @@ def test_a_sample_without_its_picture_never_comes(base: Any, tmp_path: Path) -> 
     assert set(seen) == set(everyone) - {gone}
 
 
+def test_no_sample_with_a_picture_comes_before_the_account_says(base: Any, tmp_path: Path) -> None:
+    """One stands for a sample whose picture is missing, before its own turn: the account must not say it came later."""
+    config = configured(base, tmp_path / "r", "edit")
+    (tmp_path / "r" / "before").unlink()
+    shutil.copytree(base[0].images, tmp_path / "r2" / "images")
+    write_before(RunPaths(str(tmp_path / "r2")), "before", left_out=2)
+    (tmp_path / "r" / "before").symlink_to(tmp_path / "r2" / "before")
+    objective, dataset = objective_of(config), Dataset.open(str(tmp_path / "r" / "latents"))
+    order = begun(objective.config, [dataset]).to_json()
+    keys = objective.keys(np.arange(12)).copy()
+    known = Account({"order": order, "seed": 5, "config": objective.config.model_dump(mode="json")}, dataset)
+    places = column_rows(dataset.sidecar(0))
+    stored = [k for k, n in zip(dataset.sidecar(0)["key"].to_pylist(), places, strict=True) if n >= 0]
+    for key, place in zip(stored, known.first(0, places[places >= 0].tolist()), strict=True):
+        assert place is not None
+        assert key not in keys or place <= keys.index(key)
+
+
+def test_a_picture_that_is_taken_down_while_it_is_read_comes_no_more(base: Any, tmp_path: Path) -> None:
+    shutil.copytree(base[0].images, tmp_path / "images")
+    dataset = Dataset.open(str(tmp_path / "images"))
+    pictures, keys = ByKey(dataset), ImageShard(dataset, 0).keys
+    placement = segments.begin(ClipConfig(), [dataset]).placement([segments.rows_laid(dataset)], 0)
+    clip = Pictures(dataset, placement, lambda pixels: pixels, 0)
+    assert pictures.read(0, keys)[1].all()
+    assert clip._load(0, 0, [(0, 0, len(keys))]).alive.all()
+
+    def edit(sidecar: Any, stats: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = sidecar.to_pylist()
+        rows[3]["status"] = "failed"
+        return tiny.pa.Table.from_pylist(rows, sidecar.schema), stats
+
+    blank(dataset.root, 0, [3], edit)
+    found, there = pictures.read(0, keys)
+    assert there.tolist() == [i != 3 for i in range(len(keys))]
+    assert all(decode_rgb(data).size for data, here in zip(found, there, strict=True) if here)
+    assert clip._load(0, 0, [(0, 0, len(keys))]).alive.tolist() == there.tolist()
+
+
 def test_pictures_with_other_keys_are_refused(base: Any, tmp_path: Path) -> None:
     config = configured(base, tmp_path / "r", "edit")
     (tmp_path / "r" / "before").unlink()
@@ -471,6 +515,40 @@ def test_killed_resumed_exported_and_drawn(base: Any, tmp_path: Path, way: str) 
             sampled(tmp_path / "b", tmp_path / "out2")
         with pytest.raises(StageError, match="cannot be judged by prompts alone"):
             models.from_prompts(build_pipeline(str(tmp_path / "b")))
+
+
+def steered(base: Any) -> Any:
+    """The exported pipeline with a ControlNet that says nothing yet."""
+    plain = StableDiffusionPipeline.from_pretrained(base[1], safety_checker=None)
+    control = control_net(plain.unet, F)
+    return diffusers.StableDiffusionControlNetPipeline(**plain.components, controlnet=control)
+
+
+def test_a_start_beside_a_control_image_is_drawn_at_the_size_that_is_asked_for(
+    base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = steered(base)
+    monkeypatch.setattr(models, "build_pipeline", lambda run, model: pipeline)
+    Image.new("RGB", (90, 40), (200, 30, 30)).save(tmp_path / "photo.png")
+    photo = str(tmp_path / "photo.png")
+    [one] = sampled(Path(base[0].run), tmp_path / "out", image=photo, control=photo, width=2 * SIDE)
+    assert one.shape == (SIDE, 2 * SIDE, 3)
+
+
+@pytest.mark.parametrize(("side", "level", "says"), [(16, 20, "levels up to 10"), (5000, 5, "more than 8192")])
+def test_what_an_upscaler_cannot_draw_is_one_sentence(
+    base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, level: int, says: str
+) -> None:
+    plain = StableDiffusionPipeline.from_pretrained(base[1], safety_checker=None)
+    parts = {k: v for k, v in plain.components.items() if k != "image_encoder"}
+    parts["unet"] = widen(plain.unet, 3)
+    pipeline = diffusers.StableDiffusionUpscalePipeline(
+        **parts, low_res_scheduler=low_res_scheduler(), max_noise_level=10
+    )
+    monkeypatch.setattr(models, "build_pipeline", lambda run, model: pipeline)
+    Image.new("RGB", (side, 16)).save(tmp_path / "small.png")
+    with pytest.raises(ConfigError, match=says):
+        sampled(Path(base[0].run), tmp_path / "out", image=str(tmp_path / "small.png"), noise_level=level)
 
 
 def plain_drawn(pipeline: Any) -> np.ndarray:

@@ -24,6 +24,7 @@ from train.config import TrainConfig
 from train.data import Latents, batch_slots
 from train.seen import Account
 from train.segments import History
+from train.validation import Chosen
 
 COUNTS = (40, 60, 30)
 
@@ -178,6 +179,12 @@ def test_weights_are_recorded_and_go_on_after_a_resume(run: Path) -> None:
 
 def test_a_source_without_rules_is_stored_as_it_was_before_there_were_any() -> None:
     assert config().model_dump(mode="json")["sources"] == [{"latents": None, "weight": 1.0, "loss_weight": 1.0}]
+
+
+def test_what_is_validated_on_needs_no_scores(tmp_path: Path) -> None:
+    tiny.make_latents(tmp_path / "heldout" / "latents", (20,), text="tokens")
+    held_out = Dataset.open(str(tmp_path / "heldout" / "latents"))
+    assert len(Chosen(config(), held_out, 8).buckets) == 8
 
 
 @pytest.mark.parametrize("least", [0.5, 0.9])
