@@ -179,7 +179,8 @@ def test_a_tracker_that_fails_or_hangs_is_one_warning_and_the_others_go_on(
 def test_a_tracker_that_does_not_keep_up_is_still_told_of_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    begun, go, did = threading.Event(), threading.Event(), []
+    begun, go = threading.Event(), threading.Event()
+    did: list[Any] = []
 
     class Slow:
         def __init__(self, *_: Any) -> None: ...
