@@ -45,14 +45,15 @@ def parse(arguments: Sequence[str], mentioned: bool = False) -> None:
 
 def code(document: Path) -> Iterator[tuple[int, str, bool]]:
     """(line number, text, whether in a block) of what stands in code blocks, fenced or indented, and between single
-    backquotes; lines that end in a backslash are joined with the next."""
+    backquotes; lines that end in a backslash or between quotes are joined with the next."""
     fenced, before, number = False, "", 0
     for number, line in enumerate(document.read_text().splitlines(), 1):
         if line.lstrip().startswith("```"):
             fenced = not fenced
         elif fenced or line.startswith("    "):
             text = before + line.strip()
-            before = text[:-1] if text.endswith("\\") else ""
+            quoted = text.count('"') % 2 == 1  # what is between quotes may go over several lines
+            before = text[:-1] if text.endswith("\\") else f"{text} " if quoted else ""
             if not before:
                 yield number, text, True
         else:

@@ -162,7 +162,7 @@ def test_where_redirects_led_is_matched_too(site: Site, tmp_path: Path) -> None:
         ("http://ex%2Dample.com/a", "ex-ample.com"),
         ("http://a.b.c.org./x", "*.c.org"),
         ("http://[::1]:8080/x", "[::1]:8080"),
-        ("http://[0:0::1]/x", "[::1]"),
+        ("http://[0:0:0:0:0:0:0:1]/x", "[::1]"),
     ],
 )
 def test_hosts_are_found_in_the_texts_of_sidecars(tmp_path: Path, url: str, host: str) -> None:

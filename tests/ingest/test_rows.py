@@ -91,6 +91,7 @@ def test_values_that_cannot_be_in_a_column_are_refused() -> None:
 )
 def test_captions(raw: str, clean: str) -> None:
     assert captions.clean(raw, STEPS) == clean
+    assert captions.clean_all(pa.array([raw]), STEPS) == [clean]
     assert captions.clean(raw, ()) == raw
 
 
