@@ -350,7 +350,8 @@ def test_a_picture_that_is_taken_down_while_it_is_read_comes_no_more(base: Any, 
     shutil.copytree(base[0].images, tmp_path / "images")
     dataset = Dataset.open(str(tmp_path / "images"))
     pictures, keys = ByKey(dataset), ImageShard(dataset, 0).keys
-    placement = segments.begin(ClipConfig(), [dataset]).placement([segments.rows_laid(dataset)], 0)
+    history = segments.begin(ClipConfig(), [dataset])
+    placement = history.placement(segments.tables(history, ClipConfig(), [dataset]), 0)
     clip = Pictures(dataset, placement, lambda pixels: pixels, 0)
     assert pictures.read(0, keys)[1].all()
     assert clip._load(0, 0, [(0, 0, len(keys))]).alive.all()
