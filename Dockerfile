@@ -23,7 +23,7 @@ ENV VIRTUAL_ENV=/opt/carrara UV_LINK_MODE=copy
 RUN --mount=type=cache,target=/root/.cache/uv \
     if [ "${DEVICE}" = cpu ]; then export UV_TORCH_BACKEND=cpu; fi \
     && uv pip install --compile-bytecode --constraint constraints.txt --requirements pyproject.toml \
-        --extra s3 --extra gcs --extra azure
+        --extra s3 --extra gcs --extra azure --extra trackers
 COPY README.md LICENSE ./
 COPY shards shards
 COPY ingest ingest

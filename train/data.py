@@ -176,7 +176,9 @@ class Pictures:
 
     def _load(self, source: int, bucket: int, runs: list[tuple[int, int, int]]) -> Window:
         columns: dict[str, list[Any]] = {"image": [], **{name: [] for name in self._texts}}
-        shards, rows, alive = [], [], []
+        shards: list[int] = []
+        rows: list[int] = []
+        alive: list[bool] = []
         for position, first, end in runs:
             with _named(self.dataset, position):
                 shard = self._shard(position)
