@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ class FakeGang:
 
     def __init__(self, stage: str, count: int, ranks: Any, patience_s: float, check: Any) -> None:
         self.count, self.check, self.began = count, check, 0.0
-        self.places: list[Any] = ["somewhere"]
+        self.places: list[Any] = [SimpleNamespace(address="10.0.0.1", pid=1)]
         self.signals: list[int] = []
 
     def __enter__(self) -> FakeGang:
@@ -55,20 +56,21 @@ class FakeGang:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(gangs, "Gang", FakeGang)
     monkeypatch.setattr(trainer, "LOOK_EVERY_S", -1.0)
     monkeypatch.setattr(FakeGang, "made", [], raising=False)
     monkeypatch.setattr(FakeGang, "draining", False)
     monkeypatch.setattr(FakeGang, "room", 8)
     flag = SimpleNamespace(set=False)
-    return SimpleNamespace(is_set=lambda: flag.set, flag=flag)
+    return SimpleNamespace(is_set=lambda: flag.set, flag=flag, run=str(tmp_path))
 
 
 def once(asked: Any) -> bool:
     fit = FitConfig(images=1000, batch_size=64, ranks=8)
     lease = SimpleNamespace(check=lambda: None)
-    return trainer._fit_once("train", {}, fit, RanksConfig(min_ranks=2), RayConfig(), asked, lease)  # type: ignore[arg-type]
+    told = {"sections": {"run": asked.run}}
+    return trainer._fit_once("train", told, fit, RanksConfig(min_ranks=2), RayConfig(), asked, lease)  # type: ignore[arg-type]
 
 
 def test_a_node_that_is_about_to_go_saves_first_and_the_rest_goes_on(
