@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards import storage
 
@@ -198,16 +198,17 @@ def _read(url: str, offsets: np.ndarray, sizes: np.ndarray) -> list[bytes]:
     return [data[o - first : o - first + n] for o, n in zip(offsets.tolist(), sizes.tolist(), strict=True)]
 
 
-def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS, upright: bool = False) -> np.ndarray:
     """Decode a picture of our own shards to uint8 [H,W,3]; raises ValueError where that is not possible.
 
-    The size is read from the header and checked before anything is decoded.
+    The size is read from the header and checked before anything is decoded. upright: turn it as its EXIF orientation
+    says, which a camera's own file may need; ingest has done so with what is in shards.
     """
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"the picture has {image.width}x{image.height} pixels, more than {max_pixels}")
-            return np.asarray(image.convert("RGB"))
+            return np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(_undecodable(e)) from None
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from eval import model as checkpoints
 from eval.generate import ImageGenerator, Sample
+from eval.inputs import read_image
 from eval.sample import Request, SampleConfig, SampleStage, requests_of
 from orchestration.run_stage import main
 from shards.layout import RunPaths
@@ -73,6 +74,15 @@ def test_image_to_image_stays_near_and_inpainting_keeps_the_rest(run: RunPaths, 
     outside = covered[..., 0] < 128
     assert 0.3 < outside.mean() < 0.7
     assert all((one[outside] == photo[outside]).all() for one in painted)  # and nothing anywhere else
+
+
+def test_a_phones_photograph_is_taken_upright(tmp_path: Path) -> None:
+    """As PIL's own transposition has it: lossless pixels, with an orientation that says "turn me"."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise
+    Image.fromarray(pixels).save(tmp_path / "p.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "p.png", "--image", "x"), np.rot90(pixels, -1))
 
 
 def test_it_goes_on_where_it_stood(run: RunPaths, tmp_path: Path) -> None:
