@@ -23,9 +23,10 @@ hypothesis.settings.load_profile("carrara")
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """In CI a skipped test is a failed one: what it wants is installed there."""
+    """In CI a skipped test is a failed one: what it wants is installed there, but kubectl, which Debian does not have."""
     report = yield
-    if report.skipped and os.environ.get("CARRARA_CI") and not hasattr(report, "wasxfail"):
+    wanted = "kubectl" not in str(report.longrepr)
+    if report.skipped and wanted and os.environ.get("CARRARA_CI") and not hasattr(report, "wasxfail"):
         report.outcome, report.longrepr = "failed", f"skipped in CI: {report.longrepr}"
     return report
 
