@@ -23,7 +23,7 @@ hypothesis.settings.load_profile("carrara")
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """In CI a skipped test is a failed one: what it wants is installed there; but kubectl, which is none of Debian's."""
+    """In CI a skipped test is a failed one: what it wants is installed there, but kubectl."""
     report = yield
     wanted = "kubectl" not in str(report.longrepr)
     if report.skipped and wanted and os.environ.get("CARRARA_CI") and not hasattr(report, "wasxfail"):
