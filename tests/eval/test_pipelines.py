@@ -205,6 +205,7 @@ def test_shipped_configurations_end_with_a_report(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["http://example.org/1.png"], "caption": ["one"]}), table)
     for name in ("sd2-256.yaml", "lora.yaml", "control.yaml", "edit.yaml", "demo.yaml"):
         settings = yaml.safe_load((folder / name).read_text())
+        settings["run"] = str(tmp_path / "run")  # the demo's may be there by now
         settings["ingest"]["table"] = table  # the user's own
         if settings["ingest"].get("heldout_table"):
             settings["ingest"]["heldout_table"] = table
