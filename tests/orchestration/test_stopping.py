@@ -47,7 +47,7 @@ def stopped(process: subprocess.Popen[str]) -> str:
     return err
 
 
-@pytest.mark.parametrize("after", [0.0, 1.5, 3.0, 4.5])
+@pytest.mark.parametrize("after", [0.0, 1.5])
 def test_sigterm_while_ray_starts(tmp_path: Path, after: float) -> None:
     process = own_ray(tmp_path, {"workers": 1, "seconds": 30.0, "grace_s": 0.5})
     assert process.stderr is not None
