@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -15,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from orchestration.config import JOB_PACKAGE, RayConfig
 from orchestration.ray_head import be_patient, keep_apart
-from orchestration.stopping import Stopped
+from orchestration.stopping import EXIT_STOPPED, Stopped
 from shards.settings import ConfigError, StageError
 
 log = logging.getLogger("carrara")
@@ -57,10 +60,13 @@ def connected(config: RayConfig) -> Iterator[None]:
     import ray  # only now: its library reads the mode of authentication once, as it is loaded
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
+    started = False
     try:
         with _watched(address):
             ray.init(**{"address": address, **options})
+        started = True
     except SystemExit:  # what Ray makes of a SIGTERM, from the moment at which it installs a handler of its own
+        atexit.register(_leave, EXIT_STOPPED)  # its library, half connected, may abort as it is unloaded
         raise Stopped("stopped on request while Ray was started; the same command goes on from here") from None
     except Exception as e:  # Ray raises bare ones, too
         text = " ".join(str(e).split())[:300]
@@ -74,10 +80,30 @@ def connected(config: RayConfig) -> Iterator[None]:
         signal.alarm(0)  # which Ray's handler leaves behind: three seconds after a SIGTERM it would abort this process
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
+        if address is None and not started:
+            _end_what_was_begun()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _end_what_was_begun() -> None:
+    """End the parts of a Ray whose start was broken off. Ray ends those that it knows; what these had just started
+    would outlive them by a minute."""
+    import ray
+
+    parts = psutil.Process().children(recursive=True)  # while their parents are there
+    ray.shutdown()
+    for part in parts:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            part.kill()
 
 
 def _refuse_if_silent(address: str) -> None:

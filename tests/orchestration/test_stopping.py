@@ -47,7 +47,7 @@ def stopped(process: subprocess.Popen[str]) -> str:
     return err
 
 
-@pytest.mark.parametrize("after", [0.0, 1.5])
+@pytest.mark.parametrize("after", [0.0, 1.5, 3.0, 4.5])
 def test_sigterm_while_ray_starts(tmp_path: Path, after: float) -> None:
     process = own_ray(tmp_path, {"workers": 1, "seconds": 30.0, "grace_s": 0.5})
     assert process.stderr is not None
@@ -57,7 +57,7 @@ def test_sigterm_while_ray_starts(tmp_path: Path, after: float) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     stopped(process)
-    _, alive = psutil.wait_procs(children, timeout=100)  # what a dying raylet had just begun ends by itself
+    _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive, "its Ray has gone with it"
 
 
@@ -74,9 +74,12 @@ def test_what_ray_makes_of_a_sigterm_while_it_starts(monkeypatch: pytest.MonkeyP
         signal.alarm(3)
         sys.exit(15)
 
+    last: list[tuple[object, ...]] = []
+    monkeypatch.setattr("atexit.register", lambda *a, **_: last.append(a))
     monkeypatch.setattr("ray.init", init)
     with pytest.raises(Stopped, match="the same command goes on from here"), connection.connected(RayConfig()):
         pytest.fail("no Ray was started")
+    assert [a[1:] for a in last if a[0] is connection._leave] == [(75,)], "its library is not unloaded half connected"
     assert signal.alarm(0) == 0, "nothing will abort a process that takes its time to end"
 
 
