@@ -38,7 +38,7 @@ def read_image(path: str | Path, option: str, advice: str) -> np.ndarray:
     if file.stat().st_size > MAX_IMAGE:
         raise ConfigError(f"{option}: {path} is larger than {MAX_IMAGE // 1_000_000} MB; {advice}")
     try:
-        return decode_rgb(file.read_bytes(), upright=True)
+        return decode_rgb(file.read_bytes())
     except ValueError as e:
         why = re.sub(r"cannot identify image file <.*?>", "it is no image", str(e))
         raise ConfigError(f"{option}: {path}: {why}; {advice}") from None

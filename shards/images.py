@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from shards import storage
 
@@ -198,17 +198,17 @@ def _read(url: str, offsets: np.ndarray, sizes: np.ndarray) -> list[bytes]:
     return [data[o - first : o - first + n] for o, n in zip(offsets.tolist(), sizes.tolist(), strict=True)]
 
 
-def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS, upright: bool = False) -> np.ndarray:
-    """Decode a picture of our own shards to uint8 [H,W,3]; raises ValueError where that is not possible.
+def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode a picture to uint8 [H,W,3], upright; raises ValueError where that is not possible.
 
-    The size is read from the header and checked before anything is decoded. upright: turn it as its EXIF orientation
-    says, which a camera's own file may need; ingest has done so with what is in shards.
+    The size is read from the header and checked before anything is decoded. What ingest stores is upright; what is
+    adopted where it lies, or given by hand, is turned as its EXIF orientation says.
     """
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             if image.width * image.height > max_pixels:
                 raise ValueError(f"the picture has {image.width}x{image.height} pixels, more than {max_pixels}")
-            return np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
+            return np.asarray((image if _orientation(image) == 1 else ImageOps.exif_transpose(image)).convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(_undecodable(e)) from None
 
@@ -228,12 +228,24 @@ def is_rgb(data: bytes) -> bool:
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
-    """Width and height of a picture, from its header; raises ValueError where it has none."""
+    """Width and height of a picture as `decode_rgb` gives it, from its header; raises ValueError where it has none."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            return image.width, image.height
+            lying = _orientation(image) >= 5  # a quarter turn
+            return (image.height, image.width) if lying else (image.width, image.height)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(_undecodable(e)) from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 (upright) to 8, of an EXIF block in the header; 1 where there is none, or one that cannot be read."""
+    if "exif" not in image.info:
+        return 1
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever a hostile block makes the parser raise
+        return 1
+    return found if found in range(1, 9) else 1
 
 
 def _undecodable(error: Exception) -> str:

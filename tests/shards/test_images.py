@@ -18,7 +18,7 @@ from PIL import Image
 from shards import exclusions
 from shards.dataset import Dataset, commit_shard, read_stats, write_manifest
 from shards.fingerprint import Fingerprint
-from shards.images import ImageShard, decode_rgb, is_rgb, pack_tar
+from shards.images import ImageShard, decode_rgb, is_rgb, pack_tar, picture_size
 
 SAMPLES = st.lists(
     st.tuples(
@@ -120,6 +120,32 @@ def test_decoding_refuses_a_bomb_before_decoding_and_what_is_no_picture():
         said.append(str(error.value))
     assert said[0] == said[1], "it goes into a shard's sidecar, whose bytes are the same in every process"
     np.testing.assert_array_equal(decode_rgb(png(7))[0, 0], [7, 0, 0])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_pictures_are_upright_whatever_their_exif_says(kind):
+    """Beside the turns of the EXIF standard, written out; a damaged block counts as none."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    turns = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1),
+             6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).swapaxes(0, 1), 8: np.rot90(pixels)}  # fmt: skip
+
+    def stored(exif) -> bytes:
+        out = io.BytesIO()
+        options = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+        Image.fromarray(pixels).save(out, kind, exif=exif, **options)
+        return out.getvalue()
+
+    for orientation, expected in turns.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = stored(exif)
+        found = decode_rgb(data)
+        assert found.shape == expected.shape
+        assert np.abs(found.astype(int) - expected).max() <= (8 if kind == "JPEG" else 0), orientation
+        assert picture_size(data) == found.shape[1::-1]
+    for damaged in (b"Exif\x00\x00MM\x00*\xff\xff\xff\xff", b"Exif\x00\x00no block of any kind"):
+        assert decode_rgb(stored(damaged)).shape == (16, 24, 3)
+        assert picture_size(stored(damaged)) == (24, 16)
 
 
 def test_colours_that_would_be_converted_are_known():
