@@ -210,11 +210,15 @@ def test_wordy_and_odd_headers_lose_no_picture(site: Site) -> None:
     }
     for name, header in headers.items():
         early = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * (name == "before")
-        site.raw[f"/{name}"] = early + b"HTTP/1.1 203 OK\r\n" + header + b"\r\nContent-Length: 1\r\n\r\nx"
+        site.raw[f"/{name}"] = (
+            early + b"HTTP/1.1 203 OK\r\n" + header + b"\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx"
+        )
     assert fetch(*(site.raw_url(f"/{n}") for n in headers)) == [b"x"] * len(headers)
     site.raw["/bomb"] = b"HTTP/1.1 200 OK\r\nX: " + b"a" * 5_000_000 + b"\r\n\r\n"
     for i, after in enumerate(("²", "soon", "-5", "0.1", "9" * 30, "Wed, 99 Foo 2015 99:99:99 GMT")):
-        site.raw[f"/{i}"] = f"HTTP/1.1 429 No\r\nRetry-After: {after}\r\nContent-Length: 0\r\n\r\n".encode()
+        site.raw[f"/{i}"] = (
+            f"HTTP/1.1 429 No\r\nRetry-After: {after}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+        )
     # One that the client cannot make out does not end the others.
     found = fetch(site.raw_url("/bomb"), *(site.raw_url(f"/{i}") for i in range(6)), site.raw_url("/long"))
     assert found == ["http_malformed", *["http_rate_limited"] * 6, b"x"]

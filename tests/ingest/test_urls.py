@@ -34,7 +34,7 @@ _ODD = st.text(st.sampled_from("][@:/?#\\%.0x1aé\u3002 \t\n\x00\x7f\ud800\udce9
 def targets(site: Site) -> list[str]:
     """Make a raw server that answers to the exact targets alone; returns their URLs."""
     for target in EXACT:
-        site.raw[target] = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx"
+        site.raw[target] = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx"
     return [site.raw_url(t) for t in EXACT]
 
 
@@ -42,8 +42,10 @@ def test_a_server_that_wants_the_exact_target_gets_it(site: Site) -> None:
     urls = targets(site)
     assert fetch(*urls) == [b"x"] * len(EXACT)
     for i, (url, target) in enumerate(zip(urls, EXACT, strict=True)):
-        site.raw[f"/absolute{i}"] = f"HTTP/1.1 302 F\r\nLocation: {url}\r\nContent-Length: 0\r\n\r\n".encode()
-        site.raw[f"/relative{i}"] = f"HTTP/1.1 302 F\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode()
+        for name, location in ((f"/absolute{i}", url), (f"/relative{i}", target)):
+            # That it closes the connection it says: else a client may send its next request there, as it comes about.
+            head = f"HTTP/1.1 302 F\r\nLocation: {location}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            site.raw[name] = head.encode()
     n = range(len(EXACT))
     assert fetch(*(site.raw_url(f"/absolute{i}") for i in n)) == [b"x"] * len(EXACT)
     assert fetch(*(site.raw_url(f"/relative{i}") for i in n)) == [b"x"] * len(EXACT)
