@@ -5,7 +5,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-slow test-mutants lint types docs setup clean
+.PHONY: demo test test-slow test-mutants test-container lint types docs setup clean
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt setup.sh
@@ -16,11 +16,14 @@ demo: setup
 	@$(PY) -m orchestration.run_stage demo --config configs/demo.yaml
 
 test: setup
-	$(PY) -m pytest -q -n 2 --dist loadfile -m 'not slow'
+	$(PY) -m pytest -q -n 2 --dist loadfile -m 'not slow and not container'
 	@echo "The slow tests were left out: make test-slow runs them."
 
 test-slow: setup
 	$(PY) -m pytest -q -n 2 --dist loadfile -m slow
+
+test-container: setup
+	$(PY) -m pytest -q -n 0 -m container
 
 test-mutants: setup
 	$(PY) -m tests.mutants

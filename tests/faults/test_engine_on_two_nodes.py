@@ -19,10 +19,12 @@ from tests.orchestration.head import ROOT
 from tests.orchestration.test_engine import calls
 
 
-def start(cluster: Cluster, folder: Path, options: dict[str, Any]) -> subprocess.Popen[str]:
+def start(
+    cluster: Cluster, folder: Path, options: dict[str, Any], stderr: Any = subprocess.PIPE
+) -> subprocess.Popen[str]:
     env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address}
     command = [sys.executable, "-m", "tests.orchestration.drive", str(folder), json.dumps(options)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=stderr, text=True)
 
 
 def drain(cluster: Cluster, node: str, seconds: int) -> None:
@@ -61,13 +63,18 @@ def test_a_bad_node_is_left_out_and_a_drained_one_is_emptied(tmp_path: Path, mon
                 assert ("no such weights" in err) == (how == "raise")
                 assert calls(folder) == list(range(60))
 
-            folder = tmp_path / "drained"
-            process = start(cluster, folder, {"workers": 3, "seconds": 2.0, "shards": 24})
-            wait_for(lambda: len({p.name.split("-")[1] for p in (folder / "calls").glob("*")}) == 3, process)
-            drain(cluster, other_node(cluster), 60)
-            _, err = process.communicate(timeout=250)
+            # Every worker has a shard in hand, which none ends before the driver knows that the node is drained.
+            folder, gate, said = tmp_path / "drained", tmp_path / "gate", tmp_path / "said.txt"
+            options = {"workers": 3, "seconds": 0.5, "shards": 24, "gated": 12, "gate": str(gate)}
+            with said.open("w") as stderr:
+                process = start(cluster, folder, options, stderr)
+            wait_for(lambda: len({p.name.split("-")[1] for p in (folder / "calls").glob("1[2-9]-*")}) == 3, process)
+            drain(cluster, other_node(cluster), 120)
+            wait_for(lambda: "is being drained; its workers get no more shards" in said.read_text(), process)
+            gate.touch()
+            process.wait(250)
+            err = said.read_text()
             assert process.returncode == 0, err
-            assert "is being drained; its workers get no more shards" in err
             assert calls(folder) == list(range(24)), "what was in hand there was finished, and made once"
             assert "failed" not in err
             assert len(Dataset.open(str(folder / "toy"))) == 24 * 50
