@@ -1,11 +1,12 @@
-# The two commands a newcomer needs:
+# What a newcomer needs:
 #   make demo    set-up, then the whole pipeline on the embedded default
+#   make emoji   the same on a folder of real pictures, fetched from npm's registry
 #   make test    set-up, then the tests but the slowest, which are make test-slow
 SHELL := /bin/bash
 PY := .venv/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-slow test-mutants test-container lint types docs setup clean
+.PHONY: demo emoji test test-slow test-mutants test-container lint types docs setup clean
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt setup.sh
@@ -14,6 +15,10 @@ setup: .venv/.installed
 
 demo: setup
 	@$(PY) -m orchestration.run_stage demo --config configs/demo.yaml
+
+emoji: setup
+	@$(PY) -m demo.emoji runs/emoji/corpus
+	@$(PY) -m orchestration.run_stage all --config configs/emoji.yaml
 
 test: setup
 	$(PY) -m pytest -q -n 2 --dist loadfile -m 'not slow and not container'
