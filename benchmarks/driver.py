@@ -17,6 +17,7 @@ import asyncio
 import json
 import logging
 import os
+import pickle
 import tempfile
 import threading
 import time
@@ -65,10 +66,10 @@ class Host:
     async def hello(self) -> None:
         pass
 
-    async def process(self, task: Task) -> tuple[dict[str, Any], int]:
+    async def process(self, task: bytes) -> tuple[dict[str, Any], int]:
         await asyncio.sleep(self.seconds)
         stats = {
-            "shard": task.index, "rows": 10_000, "count": 8_100, "encode_seconds": 0.0,
+            "shard": pickle.loads(task).index, "rows": 10_000, "count": 8_100, "encode_seconds": 0.0,
             "status": {"success": 8_100, "failed_to_download": 1_900},
             "errors": {"http_not_found": 1_000, "timeout": 900},
         }  # fmt: skip

@@ -1,6 +1,6 @@
 """What planning, finish, take-down and retry cost at 2e9 rows in 200,000 shards: synthetic parts, scaled up.
 
-    python benchmarks/scale_ingest.py [plan] [nothing] [finish] [takedown] [retry]      all of them without a name
+    python -m benchmarks.scale_ingest [plan] [nothing] [finish] [takedown] [retry]      all of them without a name
 
 Each line says what was measured and the arithmetic that leads to full size. CPU-seconds are of this process and its
 threads; a node of two cores is assumed where hours are given.

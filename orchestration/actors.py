@@ -10,7 +10,8 @@ The rules, each found by breaking it:
 - A worker that is at one shard for far longer than others is ended, and the shard is blamed: a write that hangs
   would otherwise hang the run.
 - Only task descriptions and stats go through Ray, so that the object store stays empty; and for a committed shard
-  this process asks no store anything, so that it keeps up with thousands of workers.
+  this process asks no store anything, so that it keeps up with thousands of workers. Ray is asked for all answers that
+  are there at once, and a task goes as bytes, which Ray sends without looking into it.
 - A stage may want its workers to have more than one shard in hand (`in_hand`), so that one is read while another is
   computed and a third committed. When such a worker dies, each of them may have killed it: they are tried again one
   at a time, and only a shard that dies alone is blamed.
@@ -23,8 +24,10 @@ import contextlib
 import dataclasses
 import logging
 import math
+import pickle
 import resource
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -62,9 +65,10 @@ class ShardWorker:
         """Build the stage's worker; what it raises tells why a worker does not start."""
         self.make = build_worker(self.stage, self.threads)
 
-    def process(self, task: Task) -> tuple[dict[str, Any], int]:
-        """Make and commit one shard; returns its stats, and the most memory this process has used, in bytes."""
-        return self.make(task), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def process(self, task: bytes) -> tuple[dict[str, Any], int]:
+        """Make and commit one shard; returns its stats, and the most memory this process has used, in bytes. task: a
+        pickled Task."""
+        return self.make(pickle.loads(task)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @dataclasses.dataclass(eq=False)
@@ -240,7 +244,7 @@ class Fleet:
                 hand.held, self.busy = hand.held + 1, self.busy + 1
                 if hand.alone or hand.held == self.in_hand:
                     del self.free[hand]
-                self.calls[hand.actor.process.remote(task)] = _Call(hand, task, time.monotonic())
+                self.calls[hand.actor.process.remote(pickle.dumps(task))] = _Call(hand, task, time.monotonic())
         return None
 
     def _let_go(self, job: Job) -> None:
@@ -258,9 +262,9 @@ class Fleet:
         ready, _ = ray.wait(list(self.calls), num_returns=1, timeout=timeout, fetch_local=False)
         if ready:
             ready, _ = ray.wait(list(self.calls), num_returns=len(self.calls), timeout=0, fetch_local=False)
-        for ref in ready:
+        for ref, answer in zip(ready, _answers(ready), strict=True):
             if (call := self.calls.pop(ref, None)) is not None:
-                self._answer(job, ref, call)
+                self._answer(job, call, answer)
         now = time.monotonic()
         if now - self.judged_at >= TICK_S:
             self.judged_at = now
@@ -270,14 +274,12 @@ class Fleet:
                 job.exporter.left(job.ledger.remaining, job.workers)
             self._judge_ages(job, now)
 
-    def _answer(self, job: Job, ref: Any, call: _Call) -> None:
+    def _answer(self, job: Job, call: _Call, told: Any) -> None:
         task, hand = call.task, call.hand
         if task is not None:
             hand.held, self.busy = hand.held - 1, self.busy - 1
-        try:
-            told = ray.get(ref)
-        except RayError as error:
-            self._failed(job, call, error)
+        if isinstance(told, RayError):
+            self._failed(job, call, told)
             return
         self.working_at = time.monotonic()
         if task is not None:
@@ -406,6 +408,21 @@ class Fleet:
         """End all workers."""
         for hand in self.hands:
             self._kill(hand)
+
+
+def _answers(refs: Sequence[Any]) -> list[Any]:
+    """What each of these calls, which are over, returned, or the RayError that it raised."""
+    try:
+        return list(ray.get(refs))
+    except RayError:  # of one of them, and nobody says of which
+        return [_answer_of(ref) for ref in refs]
+
+
+def _answer_of(ref: Any) -> Any:
+    try:
+        return ray.get(ref)
+    except RayError as error:
+        return error
 
 
 def told(amounts: dict[str, float]) -> dict[str, Any]:

@@ -372,7 +372,7 @@ def test_any_source_can_be_planned(tmp_path: Path) -> None:
 
 
 def test_the_fast_way_to_clean_is_the_slow_one() -> None:
-    from ingest.captions import DEFAULT_STEPS, clean, clean_all
+    from ingest.captions import DEFAULT_STEPS, clean, clean_all, fold_all
 
     texts = [
         None,
@@ -387,12 +387,16 @@ def test_the_fast_way_to_clean_is_the_slow_one() -> None:
         "\x00a",
         "a\n",
         "A~!",
+        "Stra\u00dfe",
     ]
-    texts += ["".join(t) for t in itertools.product("a &\n\u00e9", repeat=4)]
+    texts += ["".join(t) for t in itertools.product("A &\n\u00e9", repeat=4)]
     for steps in (DEFAULT_STEPS, (), ("whitespace",), ("nfc",), (*DEFAULT_STEPS, "emails")):
         expected = [clean(t or "", steps) for t in texts]
         assert clean_all(pa.array(texts, pa.string()), steps) == expected
         assert clean_all(pa.array(["x", *texts], pa.string()).slice(1), steps) == expected
+        folded = [t.casefold().encode() for t in expected]
+        assert fold_all(pa.array(["x", *texts], pa.string()).slice(1), steps) == folded
+        assert fold_all(pa.array([], pa.string()), steps) == clean_all(pa.array([""], pa.string())[:0], steps) == []
 
 
 def test_the_split_is_that_of_the_definition() -> None:
