@@ -532,6 +532,23 @@ class TrainConfig(FitConfig):
     p2_gamma: FromHereOn[float | None] = Field(
         default=None, gt=0, description="P2 loss weight (Choi 2022); null for none"
     )
+    flip: FromHereOn[bool] = Field(
+        default=False,
+        description="each sample mirrored or not, by its own draw; needs latents.flip, and captions that name no sides",
+    )
+    noise_candidates: FromHereOn[int] = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="each sample's noise is the nearest to it of so many draws (immiscible diffusion, Li 2025)",
+    )
+    contrastive_weight: FromHereOn[float] = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="of the distance from another sample's target, which is subtracted (contrastive flow matching, "
+        "Stoica 2025; the paper's weight is 0.05)",
+    )
     offset_noise: FromHereOn[float] = Field(
         default=0.0, ge=0, le=1, description="noise common to a channel (Guttenberg 2023)"
     )
@@ -572,6 +589,8 @@ class TrainConfig(FitConfig):
         for other in ("textual_inversion", *(("adapter", "text_encoder") if self.control else ())):
             if getattr(self, other):
                 raise ValueError(f"{names[0]} and {other} are two ways to fine-tune; set one of them")
+        if self.flip:
+            raise ValueError(f"flip cannot go with {names[0]}, whose pictures are told as they lie; leave it out")
         if self.control and not self.start_from:
             raise ValueError("control steers a model that is there; name it with start_from")
         if self.samples:
@@ -611,6 +630,12 @@ class TrainConfig(FitConfig):
             )
         if new and self.learned_variance and self.offset_noise:
             raise ValueError("learned_variance learns the variance of plain noise; set offset_noise to 0")
+        if self.learned_variance and self.noise_candidates > 1:
+            raise ValueError("learned_variance learns the variance of plain noise; set noise_candidates to 1")
+        if self.contrastive_weight and not flow:
+            raise ValueError(
+                f"contrastive_weight is of flow_prediction's targets; prediction_type is {self.prediction_type}"
+            )
         if self.learned_variance and (flow or self.zero_terminal_snr):
             raise ValueError("learned_variance needs the steps of DDPM: no flow_prediction and no zero_terminal_snr")
         return self
@@ -666,10 +691,20 @@ def layout(stage: str, config: FitConfig, world: int) -> tuple[int, int]:
         raise ConfigError(
             f"{stage}.micro_batch_size is {micro}, which does not divide the {share} images of one of {world} ranks"
         )
+    if getattr(config, "contrastive_weight", 0) and micro % 2:
+        raise ConfigError(
+            f"{stage}.contrastive_weight pairs the samples of a micro-batch, of which there are {micro}; make "
+            f"{stage}.micro_batch_size even"
+        )
     parts, by_area = config.batch_size // micro, getattr(config, "batch_by_area", None)
     if by_area and by_area % parts:
         raise ConfigError(
             f"{stage}.batch_by_area is {by_area}, which the {parts} micro-batches of a step ({world} ranks times "
             f"{share // micro}) cannot share evenly; make it a multiple of {parts}"
+        )
+    if by_area and getattr(config, "contrastive_weight", 0) and by_area // parts % 2:
+        raise ConfigError(
+            f"{stage}.contrastive_weight pairs the samples of a micro-batch; make {stage}.batch_by_area a multiple of "
+            f"{2 * parts}"
         )
     return micro, share // micro
