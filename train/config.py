@@ -315,6 +315,21 @@ class SourceConfig(Strict):
         return found if self.select else {k: v for k, v in found.items() if k != "select"}
 
 
+PRIOR = "prior"  # stands for the latents of the pictures of `prior`, in place of a folder
+
+
+class PriorConfig(Strict):
+    """DreamBooth's prior preservation (Ruiz 2022): pictures of the class, drawn by start_from before it is trained."""
+
+    prompt: str = Field(min_length=1, max_length=2000, description="of the class, such as `a photo of a dog`")
+    count: int = Field(ge=1, le=100_000, description="pictures of it; the paper has 200 for each of one's own")
+    weight: float = Field(default=1.0, gt=0, description="their share of the samples, relative to the sources'")
+    loss_weight: float = Field(default=1.0, ge=0, description="of their loss: the paper's lambda")
+    num_inference_steps: int = Field(default=50, ge=1, le=1000)
+    guidance_scale: float = Field(default=7.5, ge=0, le=100)
+    batch_size: int = Field(default=8, ge=1, le=4096, description="pictures that are drawn at once")
+
+
 class AdapterConfig(Strict):
     """Low-rank updates in place of all weights, by peft: LoRA (Hu 2021), LoCon (on convolutions too; Yeh 2023), LoHa
     (Hyeon-Woo 2021) or LoKr (Yeh 2023)."""
@@ -491,6 +506,9 @@ class TrainConfig(FitConfig):
     sources: FromHereOn[tuple[SourceConfig, ...]] = Field(
         default=(SourceConfig(),), min_length=1, description="data sets mixed by weight; by default the run's latents"
     )
+    prior: FromHereOn[PriorConfig | None] = Field(
+        default=None, description="one source more: pictures that start_from draws of a prompt"
+    )
     resolution: FromHereOn[Annotated[int, Field(ge=8)] | tuple[Annotated[int, Field(ge=8)], ...] | None] = Field(
         default=None, description="which of the latents' resolutions, in pixels, one or several; null: the main one"
     )
@@ -566,6 +584,14 @@ class TrainConfig(FitConfig):
     )
     validation: Operational[ValidationConfig | None] = None
     samples: Operational[SamplesConfig | None] = None
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The data sets that are mixed: `sources`, and behind them the pictures of `prior`, whose latents are PRIOR."""
+        if self.prior is None:
+            return self.sources
+        prior = SourceConfig(latents=PRIOR, weight=self.prior.weight, loss_weight=self.prior.loss_weight)
+        return (*self.sources, prior)
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -650,6 +676,13 @@ class TrainConfig(FitConfig):
         for name in ("adapter", "text_encoder"):
             if getattr(self, name) and self.textual_inversion:
                 raise ValueError(f"{name} and textual_inversion are two ways to fine-tune; set one of them")
+        if self.prior and not self.start_from:
+            raise ValueError("prior's pictures are drawn by a model that is there; name it with start_from")
+        beside = [n for n in ("textual_inversion", "edit") if getattr(self, n)]
+        beside += ["control.images"] if self.control and self.control.images else []
+        beside += [f"captions.{n}" for n in self.captions or () if n != "caption"]
+        if self.prior and beside:
+            raise ValueError(f"prior cannot go with {beside[0]}: its pictures have their prompt and nothing beside it")
         if self.captions and self.textual_inversion:
             raise ValueError("captions cannot go with textual_inversion, whose templates are its captions")
         if self.start_from and self.unet:

@@ -119,7 +119,7 @@ class Diffusion(Objective):
             found = self.latents.captions(positions, list(columns))
             chosen = [choose_caption(c, list(columns.values()), x) for c, x in zip(found, u, strict=True)]
         batch |= self.text_batch(self.latents, positions, dropped, chosen)
-        weights = np.array([s.loss_weight for s in self.config.sources], np.float32)
+        weights = np.array([s.loss_weight for s in self.config.all_sources], np.float32)
         if (weights != 1).any():
             batch["weight"] = torch.from_numpy(weights[self.latents.source(positions)])
         return batch

@@ -123,6 +123,7 @@ class Chosen(Latents):
     def __init__(self, config: TrainConfig, dataset: Dataset, count: int, beside: Sequence[ByKey] = ()) -> None:
         plain = {"sources": (SourceConfig(),), "resolution": config.resolutions[:1] or None, "batch_by_area": None}
         plain |= dict.fromkeys(TOLD)  # the pictures are those of `beside`
+        plain["prior"] = None
         plain["select"] = ()  # scores are of what is trained on
         super().__init__(config.model_copy(update=plain), [dataset], 0, beside=beside)
         laid = segments.rows_laid(dataset).astype(np.int64)
