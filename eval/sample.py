@@ -132,10 +132,10 @@ class SampleStage:
     unit = "images"
     data = ".tar"
 
-    def __init__(self, config: SampleConfig, run: RunPaths, out: str) -> None:
+    def __init__(self, config: SampleConfig, run: RunPaths, out: str, model: models.Model | None = None) -> None:
         self.config, self.run, self.out = config, run, out
         self.root = storage.join(out, "shards")
-        self.model = models.find(run, config.checkpoint, config.weights)
+        self.model = models.find(run, config.checkpoint, config.weights) if model is None else model
         self.upscaler = None if config.upscale is None else models.find(RunPaths(config.upscale))
         self.image = None if config.image is None else read_image(config.image, "--image", ADVICE)
         self.mask = None if config.mask is None else read_image(config.mask, "--mask", ADVICE)
@@ -164,6 +164,10 @@ class SampleStage:
         for index, start in enumerate(range(0, self.total, c.shard_size)):
             places = range(start, min(start + c.shard_size, self.total))
             yield Task(index, payload=[(c.requests[i // c.count], i % c.count) for i in places])
+
+    def columns(self, images: list[np.ndarray]) -> dict[str, list[Any]]:
+        """Further columns of integers of a shard's sidecar, by its images."""
+        return {}
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Build the pipeline once; the result makes one shard a call."""
@@ -263,7 +267,9 @@ class _Worker:
             "error": [None if f else "the image is not finite" for f in finite],
             **places,
         }
-        return {".tar": tar, ".parquet": parquet(table, seed=pa.int64(), number=pa.int64())}, counted(status)
+        more = self.stage.columns(images)
+        types = dict.fromkeys(("seed", "number", *more), pa.int64())
+        return {".tar": tar, ".parquet": parquet({**table, **more}, **types)}, counted(status)
 
     def _generate(self, items: list[tuple[Request, int]]) -> tuple[np.ndarray, np.ndarray]:
         samples = [Sample(f"seed {r.seed}", n, r.prompt) for r, n in items]

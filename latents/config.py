@@ -32,6 +32,10 @@ class LatentsConfig(Strict):
     )
     batch_size: int = Field(default=32, ge=1, le=4096)
     moments: bool = Field(default=True, description="store the posterior's log-std too, so that epochs draw afresh")
+    flip: bool = Field(
+        default=False,
+        description="store the moments of the mirrored picture too, for train.flip: twice the encoding and the bytes",
+    )
     text: Literal["tokens", "embeddings"] = "embeddings"
     text_layer: Literal["last", "penultimate", "last_no_norm", "penultimate_no_norm"] = Field(
         default="penultimate",
@@ -95,6 +99,8 @@ class LatentsConfig(Strict):
         found = self.model_dump(exclude=set(PLACEMENT))
         if self.pad == "zero":  # as all latents had it before there was a choice
             del found["text_pad"]
+        if not self.flip:
+            del found["flip"]
         for name in ("select", "captions"):  # thresholds and what made the captions are added by the stage
             del found[name]
         return found

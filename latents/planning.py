@@ -76,8 +76,9 @@ class Choice:
 
 
 def column_bytes(text: str, moments: bool, rates: Rates, facts: dict[str, int], resolutions: int = 1) -> float:
-    """Bytes of a sample's columns. facts: channels, context, width, and pooled (0 where it is not stored)."""
-    latent = facts["channels"] * rates.area
+    """Bytes of a sample's columns. facts: channels, context, width, pooled (0 where it is not stored), and flips (2
+    where mirrored pictures are encoded too)."""
+    latent = facts["channels"] * rates.area * facts.get("flips", 1)
     size = latent * (3 if moments else 2) + 2 * facts["context"] + MICRO_BYTES * resolutions
     if text == "embeddings":
         size += INDEX_BYTES + rates.distinct * 2 * (facts["context"] * facts["width"] + facts["pooled"])
@@ -95,7 +96,9 @@ def choices(samples: int, rates: Rates, prices: Prices, facts: dict[str, int], r
     for text in ("tokens", "embeddings"):
         for moments in (False, True):
             size = column_bytes(text, moments, rates, facts, resolutions) + rates.sidecar
-            beforehand = rates.vae + (rates.distinct * rates.text if text == "embeddings" else 0.0)
+            beforehand = rates.vae * facts.get("flips", 1) + (
+                rates.distinct * rates.text if text == "embeddings" else 0.0
+            )
             hours = samples * beforehand / prices.worker_speed / 3600
             rest = training(0.0 if text == "embeddings" else rates.distinct * rates.text)
             kept = samples * size / 1e12 * prices.terabyte_month * prices.months
@@ -112,7 +115,8 @@ def facts_of(stage: LatentsStage) -> dict[str, int]:
     vae, text = find_vae(stage.vae_ref), find_clip(stage.text_ref)
     pooled = int(text.model_cfg.get("embed_dim", text.width)) if stage.config.text_pooled else 0
     channels = int(vae.config["latent_channels"])
-    return {"channels": channels, "context": text.context_length, "width": text.width, "pooled": pooled}
+    found = {"channels": channels, "context": text.context_length, "width": text.width, "pooled": pooled}
+    return found | ({"flips": 2} if stage.config.flip else {})
 
 
 def rates_of(stage: LatentsStage, samples: int = 64, measure_again: bool = False) -> Rates:
@@ -133,7 +137,7 @@ def rates_of(stage: LatentsStage, samples: int = 64, measure_again: bool = False
 def rates_key(stage: LatentsStage) -> str:
     """What rates depend on: everything but the choices that a plan is to compare."""
     weights = [find_vae(stage.vae_ref).digest, find_clip(stage.text_ref).digest]
-    settings = {k: v for k, v in stage.config.settings().items() if k not in ("text", "moments")}
+    settings = {k: v for k, v in stage.config.settings().items() if k not in ("text", "moments", "flip")}
     return digest_json([settings, stage.config.device, weights])[:32]
 
 

@@ -60,6 +60,7 @@ READABLE = (2,)  # older ones, to whose shards new ones may be added
 
 # An image shard's words for what became of a row, and ours for a picture that was there but has no latent.
 STATUSES = (*images.STATUSES, "failed_to_encode")
+FLIPPED = "_flipped"  # ends the names of the columns of mirrored pictures' moments
 ERRORS = ("decode_error", "not_finite_latent", "not_finite_text")
 
 FIT_COLUMNS = ("bucket_width", "bucket_height", "scaled_width", "scaled_height", "crop_left", "crop_top")
@@ -516,7 +517,9 @@ class _Worker:
             count = int((plan.bucket == b).sum())
             side = (bucket.height // self.vae.downscale, bucket.width // self.vae.downscale)
             for name, dtype in (("mean", np.float16), *([("logstd", np.uint8)] if self.config.moments else [])):
-                arrays[column(name, b, len(self.buckets))] = np.zeros((count, self.vae.channels, *side), dtype)
+                for end in ("", FLIPPED) if self.config.flip else ("",):
+                    rows = np.zeros((count, self.vae.channels, *side), dtype)
+                    arrays[column(name + end, b, len(self.buckets))] = rows
         under_way: list[Callable[[], None]] = []  # at most one batch, besides the one that is being filled
 
         def flush(bucket: int, batch: list[tuple[int, np.ndarray]]) -> None:
@@ -556,16 +559,21 @@ class _Worker:
         # Filled up to a power of two: few shapes, for whatever is tuned or compiled by shape.
         size = min(1 << (len(batch) - 1).bit_length(), max(limit, len(batch)))
         pixels = np.stack([p for _, p in batch] + [batch[-1][1]] * (size - len(batch)))
-        result = self.vae.encode_stored(pixels)
+        # A VAE's convolutions are not symmetric: the mirrored latent is not the latent of the mirrored picture.
+        ways = [("", slice(None)), *([(FLIPPED, slice(None, None, -1))] if self.config.flip else [])]
+        results = [self.vae.encode_stored(np.ascontiguousarray(pixels[:, :, way])) for _, way in ways]
         resolution = self.config.resolutions.index(self.buckets[bucket].resolution)
-        mean, logstd = (column(name, bucket, len(self.buckets)) for name in ("mean", "logstd"))
 
         def collect() -> None:
-            found = result()
+            for (end, way), result in zip(ways, results, strict=True):
+                put(end, way, result())
+
+        def put(end: str, way: slice, found: Any) -> None:
+            mean, logstd = (column(name + end, bucket, len(self.buckets)) for name in ("mean", "logstd"))
             for j, (i, picture) in enumerate(batch):
                 half, codes = found.mean[j], None if found.codes is None else found.codes[j]
                 if not found.fine[j]:
-                    exact = self._exact(picture)
+                    exact = self._exact(picture[:, way])
                     if exact is None:
                         samples[i].error = ("not_finite_latent", "the latent is not finite in float16")
                         continue

@@ -131,6 +131,10 @@ def _train(config: RunConfig) -> None:
             raise ConfigError(f"train.unet: UNet2DConditionModel has no argument '{unknown[0]}'; {hint}")
 
 
+def _prior(config: RunConfig) -> None:
+    """That the model it is drawn by is there is seen when it is looked at."""
+
+
 def _eval(config: RunConfig) -> None:
     settings = config.eval
     there = storage.exists(storage.join(RunPaths(config.run).heldout, MANIFEST))
@@ -162,6 +166,7 @@ CHECKS: dict[str, Callable[[RunConfig], None]] = {
     "score": _curated,
     "caption": _curated,
     "latents": _latents,
+    "prior": _prior,
     "train": _train,
     "eval": _eval,
 }
@@ -169,13 +174,12 @@ CHECKS: dict[str, Callable[[RunConfig], None]] = {
 
 def warn_of_small_data(name: str, config: RunConfig) -> None:
     """A batch that is larger than the data set holds each picture several times."""
-    from shards.dataset import Dataset
     from shards.settings import StageError
+    from train.state import open_input
 
     fit, paths = getattr(config, name), RunPaths(config.run)
-    sources = [s.latents or paths.latents for s in config.train.sources] if name == "train" else [paths.images]
     try:
-        samples = sum(len(Dataset.open(root)) for root in sources)
+        samples = sum(len(d) for d in open_input(name, paths, fit))
     except StageError:
         return  # which the stage itself says better
     if 0 < samples < fit.batch_size:

@@ -293,6 +293,12 @@ def latents(overrides: Overrides = None, config: Config = None, local: Local = F
 
 
 @app.command(rich_help_panel="Stages")
+def prior(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
+    """Draw the pictures of train.prior with train.start_from, and encode them; `train` does so first by itself."""
+    _stage("prior", config, overrides, local, redo)
+
+
+@app.command(rich_help_panel="Stages")
 def train(
     overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
 ) -> None:

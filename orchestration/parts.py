@@ -56,7 +56,9 @@ def check_inputs(name: str, config: RunConfig) -> None:
         raise ConfigError(f"{name}: curate.{name}s names none; see docs/own-data.md")
     if name == "score" and _needs_clip(config) and not pretrained("clip", config):
         needs.append((text_ref(config), "a finished clip", "clip"))
-    if name in ("latents", "eval"):
+    if name == "prior" and config.train.prior is None:
+        raise ConfigError("prior: train.prior is not set, so no pictures are to be drawn; see docs/train.md")
+    if name in ("latents", "prior", "eval"):
         fitted = [n for n in ("autoencoder", "clip") if not pretrained(n, config)]
         models = {"autoencoder": vae_ref(config), "clip": text_ref(config)}
         needs += [(models[n], f"a finished {n}", n) for n in fitted]
@@ -84,8 +86,8 @@ def taken_down_mark(paths: RunPaths, stage: str) -> str:
 def order(config: RunConfig) -> tuple[str, ...]:
     """The stages that this configuration has, in order."""
     curated = tuple(n for n in CURATED if getattr(config.curate, n + "s"))
-    at = STAGES.index("latents")
-    return (*STAGES[:at], *curated, *STAGES[at:])
+    at, train = STAGES.index("latents"), STAGES.index("train")
+    return (*STAGES[:at], *curated, *STAGES[at:train], *(["prior"] if config.train.prior else []), *STAGES[train:])
 
 
 def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
@@ -103,6 +105,12 @@ def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
 
         latents = config.latents.model_copy(update={"text_pad": text_pad(config)})
         return [(LatentsStage(latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)]
+    if name == "prior":
+        from eval import prior
+
+        given = config.latents.model_copy(update={"text_pad": text_pad(config)})
+        drawn, encoded = prior.stages(config.train, given, paths, vae_ref(config), text_ref(config), config.seed)
+        return [(drawn, config.ray.eval), (encoded, config.ray.latents)]
     if name == "score":
         from curate.stage import score_stages
 

@@ -69,6 +69,8 @@ def run(
     on with what differs from the settings that it was begun with.
     Raises ConfigError where an input is missing, StageError, or Stopped; whoever is to be told of that is told.
     """
+    if name == "train" and config.train.prior is not None:
+        run("prior", config, local, redo)
     with notify.told(config.notify, config.run, name) as outcome:
         outcome.worked = False
         if pretrained(name, config):

@@ -13,7 +13,12 @@ from shards.layout import RunPaths
 from shards.settings import ConfigError
 
 WATCH_EVERY_S = 2.0
-BELONGS = {"heldout": "ingest", "reference": "eval"}  # lines of their own that belong to a stage
+BELONGS = {
+    "heldout": "ingest",
+    "prior": "latents",
+    "prior-latents": "latents",
+    "reference": "eval",
+}  # lines of their own that belong to a stage
 UNDER_WAY = ("planning", "running", "finishing")
 QUIET_S = 60.0  # a running stage that has not written for so long is said to be silent
 

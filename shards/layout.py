@@ -43,6 +43,11 @@ class RunPaths:
         return join(self.run, "latents")
 
     @property
+    def prior(self) -> str:
+        """A run of its own, images/ and latents/: the pictures of train.prior."""
+        return join(self.run, "prior")
+
+    @property
     def checkpoints(self) -> str:
         """Checkpoints of the train stage: step-00001000/, latest."""
         return join(self.run, "checkpoints")

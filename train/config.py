@@ -315,6 +315,21 @@ class SourceConfig(Strict):
         return found if self.select else {k: v for k, v in found.items() if k != "select"}
 
 
+PRIOR = "prior"  # stands for the latents of the pictures of `prior`, in place of a folder
+
+
+class PriorConfig(Strict):
+    """DreamBooth's prior preservation (Ruiz 2022): pictures of the class, drawn by start_from before it is trained."""
+
+    prompt: str = Field(min_length=1, max_length=2000, description="of the class, such as `a photo of a dog`")
+    count: int = Field(ge=1, le=100_000, description="pictures of it; the paper has 200 for each of one's own")
+    weight: float = Field(default=1.0, gt=0, description="their share of the samples, relative to the sources'")
+    loss_weight: float = Field(default=1.0, ge=0, description="of their loss: the paper's lambda")
+    num_inference_steps: int = Field(default=50, ge=1, le=1000)
+    guidance_scale: float = Field(default=7.5, ge=0, le=100)
+    batch_size: int = Field(default=8, ge=1, le=4096, description="pictures that are drawn at once")
+
+
 class AdapterConfig(Strict):
     """Low-rank updates in place of all weights, by peft: LoRA (Hu 2021), LoCon (on convolutions too; Yeh 2023), LoHa
     (Hyeon-Woo 2021) or LoKr (Yeh 2023)."""
@@ -491,6 +506,9 @@ class TrainConfig(FitConfig):
     sources: FromHereOn[tuple[SourceConfig, ...]] = Field(
         default=(SourceConfig(),), min_length=1, description="data sets mixed by weight; by default the run's latents"
     )
+    prior: FromHereOn[PriorConfig | None] = Field(
+        default=None, description="one source more: pictures that start_from draws of a prompt"
+    )
     resolution: FromHereOn[Annotated[int, Field(ge=8)] | tuple[Annotated[int, Field(ge=8)], ...] | None] = Field(
         default=None, description="which of the latents' resolutions, in pixels, one or several; null: the main one"
     )
@@ -532,6 +550,23 @@ class TrainConfig(FitConfig):
     p2_gamma: FromHereOn[float | None] = Field(
         default=None, gt=0, description="P2 loss weight (Choi 2022); null for none"
     )
+    flip: FromHereOn[bool] = Field(
+        default=False,
+        description="each sample mirrored or not, by its own draw; needs latents.flip, and captions that name no sides",
+    )
+    noise_candidates: FromHereOn[int] = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="each sample's noise is the nearest to it of so many draws (immiscible diffusion, Li 2025)",
+    )
+    contrastive_weight: FromHereOn[float] = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="of the distance from another sample's target, which is subtracted (contrastive flow matching, "
+        "Stoica 2025; the paper's weight is 0.05)",
+    )
     offset_noise: FromHereOn[float] = Field(
         default=0.0, ge=0, le=1, description="noise common to a channel (Guttenberg 2023)"
     )
@@ -549,6 +584,14 @@ class TrainConfig(FitConfig):
     )
     validation: Operational[ValidationConfig | None] = None
     samples: Operational[SamplesConfig | None] = None
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The data sets that are mixed: `sources`, and behind them the pictures of `prior`, whose latents are PRIOR."""
+        if self.prior is None:
+            return self.sources
+        prior = SourceConfig(latents=PRIOR, weight=self.prior.weight, loss_weight=self.prior.loss_weight)
+        return (*self.sources, prior)
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -572,6 +615,8 @@ class TrainConfig(FitConfig):
         for other in ("textual_inversion", *(("adapter", "text_encoder") if self.control else ())):
             if getattr(self, other):
                 raise ValueError(f"{names[0]} and {other} are two ways to fine-tune; set one of them")
+        if self.flip:
+            raise ValueError(f"flip cannot go with {names[0]}, whose pictures are told as they lie; leave it out")
         if self.control and not self.start_from:
             raise ValueError("control steers a model that is there; name it with start_from")
         if self.samples:
@@ -611,6 +656,12 @@ class TrainConfig(FitConfig):
             )
         if new and self.learned_variance and self.offset_noise:
             raise ValueError("learned_variance learns the variance of plain noise; set offset_noise to 0")
+        if self.learned_variance and self.noise_candidates > 1:
+            raise ValueError("learned_variance learns the variance of plain noise; set noise_candidates to 1")
+        if self.contrastive_weight and not flow:
+            raise ValueError(
+                f"contrastive_weight is of flow_prediction's targets; prediction_type is {self.prediction_type}"
+            )
         if self.learned_variance and (flow or self.zero_terminal_snr):
             raise ValueError("learned_variance needs the steps of DDPM: no flow_prediction and no zero_terminal_snr")
         return self
@@ -625,6 +676,13 @@ class TrainConfig(FitConfig):
         for name in ("adapter", "text_encoder"):
             if getattr(self, name) and self.textual_inversion:
                 raise ValueError(f"{name} and textual_inversion are two ways to fine-tune; set one of them")
+        if self.prior and not self.start_from:
+            raise ValueError("prior's pictures are drawn by a model that is there; name it with start_from")
+        beside = [n for n in ("textual_inversion", "edit") if getattr(self, n)]
+        beside += ["control.images"] if self.control and self.control.images else []
+        beside += [f"captions.{n}" for n in self.captions or () if n != "caption"]
+        if self.prior and beside:
+            raise ValueError(f"prior cannot go with {beside[0]}: its pictures have their prompt and nothing beside it")
         if self.captions and self.textual_inversion:
             raise ValueError("captions cannot go with textual_inversion, whose templates are its captions")
         if self.start_from and self.unet:
@@ -666,10 +724,20 @@ def layout(stage: str, config: FitConfig, world: int) -> tuple[int, int]:
         raise ConfigError(
             f"{stage}.micro_batch_size is {micro}, which does not divide the {share} images of one of {world} ranks"
         )
+    if getattr(config, "contrastive_weight", 0) and micro % 2:
+        raise ConfigError(
+            f"{stage}.contrastive_weight pairs the samples of a micro-batch, of which there are {micro}; make "
+            f"{stage}.micro_batch_size even"
+        )
     parts, by_area = config.batch_size // micro, getattr(config, "batch_by_area", None)
     if by_area and by_area % parts:
         raise ConfigError(
             f"{stage}.batch_by_area is {by_area}, which the {parts} micro-batches of a step ({world} ranks times "
             f"{share // micro}) cannot share evenly; make it a multiple of {parts}"
+        )
+    if by_area and getattr(config, "contrastive_weight", 0) and by_area // parts % 2:
+        raise ConfigError(
+            f"{stage}.contrastive_weight pairs the samples of a micro-batch; make {stage}.batch_by_area a multiple of "
+            f"{2 * parts}"
         )
     return micro, share // micro

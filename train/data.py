@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 
 from latents.encoders import other_encoder
-from latents.stage import texts_in
+from latents.stage import FLIPPED, texts_in
 from shards import storage
 from shards.columns import COLUMN_ROW, ColumnFile, column, column_rows, members
 from shards.dataset import Dataset
@@ -284,14 +284,25 @@ class Latents:
         c, h, w = window.columns["mean"].shape[1:]
         return c, h, w
 
-    def moments(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Mean and log-std, float32 [B,C,h,w], unscaled; the latter is None where only means are stored."""
-        mean = self._gather("mean", positions, np.float32)
+    def moments(
+        self, positions: np.ndarray, flipped: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
+        """Mean and log-std, float32 [B,C,h,w], unscaled; the latter is None where only means are stored.
+
+        flipped: bool [B], of which samples those of the mirrored picture are given; None: of none.
+        """
+        mean = self._one_of("mean", positions, np.float32, flipped)
         if not self.has_spread:
             return mean, None
-        codes = self._gather("logstd", positions, np.uint8)
+        codes = self._one_of("logstd", positions, np.uint8, flipped)
         minimum, step = (float(self._first[0].metadata[n]) for n in ("logstd_min", "logstd_step"))
         return mean, (minimum + step * np.arange(256)).astype(np.float32)[codes]
+
+    def _one_of(self, name: str, positions: np.ndarray, dtype: Any, flipped: np.ndarray | None) -> np.ndarray:
+        found = self._gather(name, positions, dtype)
+        if flipped is not None and flipped.any():
+            found[flipped] = self._gather(name + FLIPPED, positions, dtype)[flipped]
+        return found
 
     def tokens(self, positions: np.ndarray) -> np.ndarray:
         """Token ids, int64 [B,context]."""
@@ -319,6 +330,15 @@ class Latents:
             for name in columns:
                 if f"text.{name}" not in file.kinds:
                     file.sidecar_texts(name)
+
+    def require_flipped(self) -> None:
+        """Raises ConfigError where a dataset lacks the moments of mirrored pictures."""
+        for file in self._first:
+            if "mean" + FLIPPED not in file.kinds:
+                raise ConfigError(
+                    f"train.flip: {file.dataset.root} lacks the moments of mirrored pictures, which cannot be had from "
+                    "those of the pictures; make the latents again with latents.flip true (carrara latents --redo)"
+                )
 
     def require_pictures(self) -> None:
         """Raises StageError where beside the first shard of a dataset there is not one picture of its samples."""
@@ -454,7 +474,8 @@ class _LatentFile:
     def read(self, bucket: int, first: int, end: int, wants: set[str]) -> dict[str, Any]:
         """Columns of the rows from `first` up to `end` of a bucket, by name, and `alive`, bool."""
         found: dict[str, Any] = {}
-        plain: list[str] = [n for n in ("mean", "logstd", "tokens", "micro") if n in wants]
+        moments = ("mean", "logstd", "mean" + FLIPPED, "logstd" + FLIPPED)
+        plain: list[str] = [n for n in (*moments, "tokens", "micro") if n in wants]
         by_caption: list[str] = [n for n in ("embeddings", "pooled") if n in wants]
         texts = [n.removeprefix("text.") for n in wants if n.startswith("text.")]
         stored = [t for t in texts if f"text.{t}" in self.kinds]

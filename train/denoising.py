@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from latents.encoders import load_text_of
+from latents.stage import FLIPPED
 from latents.weights import find_pad
 from shards.dataset import Dataset
 from shards.settings import ConfigError
@@ -60,6 +61,8 @@ class Diffusion(Objective):
         self.told = told
         self.sized = conditioning.sized
         latents.wants = wanted_columns(config, latents, conditioning)
+        if config.flip:
+            latents.require_flipped()
         if config.textual_inversion:
             unet.requires_grad_(False)
         # What is frozen comes from where the training began, and is not stored with every checkpoint.
@@ -102,7 +105,9 @@ class Diffusion(Objective):
         dropped caption being the stored empty one; with several sources, weight [B]; for a UNet that is told sizes,
         sizes [B,6] and beside stored embeddings pooled [B,width]; what it is told of a picture (pictures.py).
         """
-        batch = self.latent_batch(self.latents, positions, self._timesteps(positions))
+        flipped = self.random.uniform("flip", positions) < 0.5 if self.config.flip else None
+        t = self._timesteps(positions)
+        batch = self.latent_batch(self.latents, positions, t, 0, flipped, self.config.noise_candidates)
         u = self.random.uniform("caption", positions)
         dropped = u < self.config.caption_dropout
         if self.told:
@@ -114,23 +119,33 @@ class Diffusion(Objective):
             found = self.latents.captions(positions, list(columns))
             chosen = [choose_caption(c, list(columns.values()), x) for c, x in zip(found, u, strict=True)]
         batch |= self.text_batch(self.latents, positions, dropped, chosen)
-        weights = np.array([s.loss_weight for s in self.config.sources], np.float32)
+        weights = np.array([s.loss_weight for s in self.config.all_sources], np.float32)
         if (weights != 1).any():
             batch["weight"] = torch.from_numpy(weights[self.latents.source(positions)])
         return batch
 
-    def latent_batch(self, latents: Any, positions: np.ndarray, t: np.ndarray, first: int = 0) -> Batch:
-        """x0 (a fresh draw of the posterior), noise and t of samples of `latents`; draws are those of place + first."""
-        mean, logstd = latents.moments(positions)
+    def latent_batch(
+        self, latents: Any, positions: np.ndarray, t: np.ndarray, first: int = 0, flipped: np.ndarray | None = None,
+        candidates: int = 1,
+    ) -> Batch:  # fmt: skip
+        """x0 (a fresh draw of the posterior), noise and t of samples of `latents`; draws are those of place + first.
+
+        flipped: bool [B], who is mirrored; None: nobody. candidates: draws of noise, of which the nearest is taken.
+        """
+        mean, logstd = latents.moments(positions, flipped)
         positions = positions + first
         if logstd is not None:
             mean += np.exp(logstd) * self.random.normal("posterior", positions, mean.shape[1:])
-        noise = self.random.normal("noise", positions, mean.shape[1:])
+        x0 = (mean - np.float32(self.shift)) * np.float32(self.scale)
+        if candidates == 1:
+            noise = self.random.normal("noise", positions, x0.shape[1:])
+        else:  # of which the first is the only one of before
+            noise = diffusion.nearest_noise(self.random.normal("noise", positions, (candidates, *x0.shape[1:])), x0)
         if self.config.offset_noise:
             shift = self.random.normal("offset", positions, mean.shape[1:2])
             noise = diffusion.offset_noise(noise, shift, self.config.offset_noise)
         return {
-            "x0": torch.from_numpy((mean - np.float32(self.shift)) * np.float32(self.scale)),
+            "x0": torch.from_numpy(x0),
             "noise": torch.from_numpy(noise),
             "t": torch.from_numpy(t),
         }
@@ -174,12 +189,14 @@ class Diffusion(Objective):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The weighted loss; details: the plain mean squared error, and its sums and counts by bins of t."""
-        error, vlb = self.errors(batch)
+        error, vlb, apart = self._judged(batch)
         t = batch["t"]
         weight = diffusion.loss_weight(
             self.process, self.config.prediction_type, t, self.config.snr_gamma, self.config.p2_gamma
         )
         each = error * weight
+        if apart is not None:
+            each = each - self.config.contrastive_weight * apart
         details = [error.detach().mean()[None]]
         if vlb is not None:
             # Over all timesteps L_vlb is a sum; one timestep stands for all of them (improved DDPM, eq. 16).
@@ -194,6 +211,11 @@ class Diffusion(Objective):
 
     def errors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean squared error of the prediction and, with a learned variance, L_vlb's term; float32 [B] each."""
+        return self._judged(batch)[:2]
+
+    def _judged(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """As `errors`; and in training, with a contrastive weight, the mean squared distance from another sample's
+        target (Stoica et al. 2025, arXiv:2506.05350, eq. 5)."""
         kind, t, x0, noise = self.config.prediction_type, batch["t"], batch["x0"], batch["noise"]
         process = self.process
         xt = diffusion.add_noise(process, x0, noise, t)
@@ -204,8 +226,11 @@ class Diffusion(Objective):
             # The mean learns from L_simple alone (improved DDPM, section 3.1).
             guess, _ = diffusion.to_x0_and_noise(process, kind, output.detach().double(), xt.double(), t)
             vlb = diffusion.variational_bound(process, x0, xt, guess, v, t)
-        error = (output - diffusion.target(process, kind, x0, noise, t)).square().mean(dim=(1, 2, 3))
-        return error, vlb
+        target = diffusion.target(process, kind, x0, noise, t)
+        apart = None
+        if self.config.contrastive_weight and self.training:
+            apart = (output - diffusion.other_targets(target)).square().mean(dim=(1, 2, 3))
+        return (output - target).square().mean(dim=(1, 2, 3)), vlb, apart
 
     def predict(self, xt: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The UNet's output at x_t [B,C,h,w]."""
@@ -275,6 +300,7 @@ def wanted_columns(config: TrainConfig, latents: Latents, conditioning: Conditio
     """The columns of the latents that batches are made of."""
     found = {"mean", *(("logstd",) if latents.has_spread else ()), *(("micro",) if conditioning.sized else ())}
     found |= {"picture"} if config.told else set()
+    found |= {name + FLIPPED for name in found & {"mean", "logstd"}} if config.flip else set()
     if isinstance(conditioning, Stored):
         return found | {"embeddings", *(("pooled",) if conditioning.sized else ())}
     if config.captions:

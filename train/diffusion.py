@@ -226,6 +226,29 @@ def offset_noise(noise: np.ndarray, shift: np.ndarray, strength: float) -> np.nd
     return noise + np.float32(strength) * shift[:, :, None, None]
 
 
+def nearest_noise(candidates: np.ndarray, x0: np.ndarray) -> np.ndarray:
+    """Of each sample's k draws, [B,k,C,h,w], the nearest to its x0 [B,C,h,w] by Euclidean distance, [B,C,h,w].
+
+    Paths from pictures to noise then cross less, and the target is surer (immiscible diffusion: Li et al. 2024,
+    arXiv:2406.12303; by k draws a sample in place of an assignment: Li et al. 2025, arXiv:2505.18521). The first of
+    equals is taken.
+    """
+    # |x0 - e|^2 without |x0|^2, which is the same for all.
+    flat = candidates.reshape(*candidates.shape[:2], -1)
+    near = np.square(flat).sum(axis=2) - 2 * np.einsum("bkn,bn->bk", flat, x0.reshape(len(x0), -1))
+    found: np.ndarray = candidates[np.arange(len(x0)), near.argmin(axis=1)]
+    return found
+
+
+def other_targets(target: torch.Tensor) -> torch.Tensor:
+    """Of each sample of a micro-batch [B,...], B even, the target of the sample half a micro-batch away.
+
+    A micro-batch takes every n-th place of a global batch (data.batch_slots), so that is the sample half a global batch
+    away, for any number of ranks and accumulation steps.
+    """
+    return target.roll(len(target) // 2, dims=0)
+
+
 # ---- learned variance ------------------------------------------------------------------------------
 
 

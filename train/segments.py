@@ -18,7 +18,7 @@ from shards.dataset import Dataset
 from shards.fingerprint import digest_json
 from shards.selection import Rule, Selection
 from shards.settings import ConfigError
-from train.config import FitConfig, SourceConfig, TrainConfig
+from train.config import PRIOR, FitConfig, SourceConfig, TrainConfig
 from train.placement import Placement, Segment, Source
 
 VERSION = 2  # 1 was an order by windows of shards, which kept no record
@@ -255,7 +255,11 @@ def selected(
 
 def rules_of(config: FitConfig, source: int) -> tuple[Rule, ...]:
     """What a sample must pass to be taken from one of the configuration's sources."""
-    return (*config.select, *config.sources[source].select) if isinstance(config, TrainConfig) else ()
+    if not isinstance(config, TrainConfig):
+        return ()
+    chosen = config.all_sources[source]
+    # The prior's pictures have no scores.
+    return () if chosen.latents == PRIOR else (*config.select, *chosen.select)
 
 
 def run_of(dataset: Dataset) -> str:
@@ -296,7 +300,7 @@ def _keys(datasets: Sequence[Dataset]) -> list[str]:
 
 
 def _sources(config: FitConfig) -> Sequence[SourceConfig]:
-    return config.sources if isinstance(config, TrainConfig) else (SourceConfig(),)
+    return config.all_sources if isinstance(config, TrainConfig) else (SourceConfig(),)
 
 
 def _weights(config: FitConfig) -> list[float]:

@@ -19,10 +19,10 @@ from fsspec.core import url_to_fs
 from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import Fingerprint, digest_file, digest_json
-from shards.layout import RunPaths
+from shards.layout import MANIFEST, RunPaths
 from shards.settings import ConfigError, StageError, resolved
 from train import folders, segments
-from train.config import AutoencoderConfig, ClipConfig, FitConfig, Kind, TrainConfig, TrainingSections, kind_of
+from train.config import PRIOR, AutoencoderConfig, ClipConfig, FitConfig, Kind, TrainConfig, TrainingSections, kind_of
 
 VERSION = 2  # raise it when the same settings lead to other weights
 MARKER = "carrara.json"
@@ -70,7 +70,12 @@ def open_input(stage: str, run: RunPaths, config: StageConfig) -> list[Dataset]:
     """
     roots = [run.images]
     if isinstance(config, TrainConfig):
-        roots = [source.latents or run.latents for source in config.sources]
+        prior = RunPaths(run.prior).latents
+        if config.prior and not storage.exists(storage.join(prior, MANIFEST)):
+            raise StageError(
+                f"train.prior: {prior} holds no pictures yet; `carrara prior` draws them, as `carrara train` does first"
+            )
+        roots = [prior if s.latents == PRIOR else s.latents or run.latents for s in config.all_sources]
     datasets = [Dataset.open(root) for root in roots]
     for dataset in datasets:
         if len(dataset) == 0:

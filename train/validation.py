@@ -19,7 +19,7 @@ import torch
 
 from latents.config import LatentsConfig
 from latents.encoders import other_encoder
-from latents.stage import LatentsStage
+from latents.stage import FLIPPED, LatentsStage
 from shards.dataset import Dataset
 from shards.images import PLACE, ImageShard
 from shards.layout import RunPaths
@@ -46,7 +46,7 @@ class Validator:
         with tempfile.TemporaryDirectory(prefix="carrara-validation-") as folder:
             root = config.latents or _held_out(config, objective, run, ranks.device.type, folder)
             latents = Chosen(objective.config, _open(root, objective), config.images, _beside(config, objective, run))
-            latents.wants = objective.latents.wants
+            latents.wants = {name for name in objective.latents.wants if not name.endswith(FLIPPED)}
             self._batches = [
                 (weight, self._batch(objective, latents, rows))
                 for weight, rows in _share(latents.buckets, ranks, micro)
@@ -123,6 +123,7 @@ class Chosen(Latents):
     def __init__(self, config: TrainConfig, dataset: Dataset, count: int, beside: Sequence[ByKey] = ()) -> None:
         plain = {"sources": (SourceConfig(),), "resolution": config.resolutions[:1] or None, "batch_by_area": None}
         plain |= dict.fromkeys(TOLD)  # the pictures are those of `beside`
+        plain["prior"] = None
         plain["select"] = ()  # scores are of what is trained on
         super().__init__(config.model_copy(update=plain), [dataset], 0, beside=beside)
         laid = segments.rows_laid(dataset).astype(np.int64)
@@ -184,6 +185,7 @@ def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, dev
         ) from None
     known = {k: v for k, v in facts.get("settings", {}).items() if k in LatentsConfig.model_fields}
     known |= {"device": device, "resolution": objective.latents.resolution, "more_resolutions": [], "enlarge": True}
+    known["flip"] = False  # it is measured on pictures as they are
     settings = LatentsConfig(**known)
     few = _first(pictures, config.images)
     if len(few) == 0:

@@ -58,9 +58,9 @@ def test_money_and_break_even_by_hand():
     assert full.money == pytest.approx(full.once + full.storage)
 
 
-@pytest.mark.parametrize("text", ["tokens", "embeddings"])
-def test_planned_bytes_are_those_of_the_shards(tmp_path, vae_folder, clip_folder, text):
-    stage = stage_of(tmp_path, vae_folder, clip_folder, text=text, text_pooled=text == "embeddings")
+@pytest.mark.parametrize(("text", "flip"), [("tokens", False), ("tokens", True), ("embeddings", False)])
+def test_planned_bytes_are_those_of_the_shards(tmp_path, vae_folder, clip_folder, text, flip):
+    stage = stage_of(tmp_path, vae_folder, clip_folder, text=text, text_pooled=text == "embeddings", flip=flip)
     rates, facts = planning.rates_of(stage, samples=1000), planning.facts_of(stage)
     assert min(rates.decode, rates.vae, rates.text) > 0
     run_stage(stage)

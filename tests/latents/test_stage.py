@@ -433,3 +433,58 @@ def test_memory_stays_flat_over_many_shards(make):
     finally:
         tracemalloc.stop()
     assert many - few < 100_000, "12 more shards of 13 pictures each"
+
+
+@pytest.mark.parametrize("changes", [{}, {"more_resolutions": [16], "moments": False}])
+def test_mirrored_pictures_have_moments_of_their_own(make, changes):
+    """What is stored beside is the encoding of the mirrored picture, which the mirrored encoding is not."""
+    stage = make(flip=True, **changes)
+    run_stage(stage)
+    plain = make(name="plain", **changes)
+    run_stage(plain)
+    vae = load_vae(stage.vae_ref)
+    source, dataset = Dataset.open(stage.run.images), Dataset.open(stage.root)
+    mirrored_latents = []
+    for position in range(2):
+        images, arrays = ImageShard(source, position), ColumnShard(dataset, position).arrays
+        others = ColumnShard(Dataset.open(plain.root), position).arrays
+        assert {n for n in arrays if "_flipped" not in n} == set(others)
+        assert all(np.array_equal(arrays[n], others[n]) for n in others)
+        for b, side in enumerate([32, *changes.get("more_resolutions", [])]):
+            end = f".{b}" if len(changes) else ""
+            pixels = [resize_crop(decode_rgb(images.image_bytes(i)), side)[0][:, ::-1] for i in range(len(images))]
+            mean, logstd = (x.numpy() for x in vae.encode(np.stack(pixels)))
+            np.testing.assert_allclose(arrays["mean_flipped" + end], mean, rtol=1e-3, atol=1e-4)
+            if not changes:
+                stored = dequantise_logstd(arrays["logstd_flipped"]).astype(np.float64)
+                assert np.abs(stored - logstd).max() <= 25 / 255 / 2 + 1e-4
+            mirrored_latents.append(float(np.abs(arrays["mean" + end][..., ::-1] - mean).max()))
+        images.close()
+    assert min(mirrored_latents) > 0.01
+    assert "flip" not in plain.made_with().settings, "what was made before there was a choice is made as it was"
+
+
+def test_a_mirrored_latent_that_is_not_finite_sets_its_sample_aside(make, monkeypatch):
+    stage = make(flip=True)
+    work = stage.worker()
+    encode, exact = work.vae.encode_stored, work.vae.encode_exact
+    calls = []
+
+    def broken(pixels):
+        result = encode(pixels)
+        calls.append(len(pixels))
+        if len(calls) != 2:  # the mirrored half of the first batch
+            return result
+        found = result()
+        found.fine[0] = False
+        return lambda: found
+
+    def never(pixels):
+        mean, logstd = exact(pixels)
+        return mean * float("inf"), logstd
+
+    monkeypatch.setattr(work.vae, "encode_stored", broken)
+    monkeypatch.setattr(work.vae, "encode_exact", never)
+    stats = [work(task) for task in stage.tasks()]
+    assert stats[0]["errors"] == {"not_finite_latent": 1}
+    assert not stats[1]["errors"]

@@ -107,9 +107,11 @@ def test_with_buckets_too_the_set_depends_on_neither_ranks_nor_micro_batches(run
         assert other[1] == pytest.approx(first[1], rel=1e-5)
 
 
-def test_held_out_pictures_are_encoded_as_the_latents_are(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "r")
-    data = tiny.configuration(tmp_path / "r")
+@pytest.mark.parametrize("flip", [False, True])
+def test_held_out_pictures_are_encoded_as_the_latents_are(tmp_path: Path, flip: bool) -> None:
+    """And are never mirrored."""
+    run = make_run(tmp_path / "r", flip=flip)
+    data = tiny.configuration(tmp_path / "r", flip=flip)
     sections = load_sections(str(tiny.write_config(tmp_path, data)), (), TrainingSections)
     objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5)
     config = ValidationConfig(images=5)

@@ -74,8 +74,10 @@ def _remove(root: Path, pid: int) -> None:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def make_latents(root: Path, counts: tuple[int, ...] = (9, 14, 5, 12), text: str = "embeddings") -> None:
-    rng = np.random.default_rng(1)
+def make_latents(
+    root: Path, counts: tuple[int, ...] = (9, 14, 5, 12), text: str = "embeddings", flip: bool = False
+) -> None:
+    rng, mirrored = np.random.default_rng(1), np.random.default_rng(2)
     stats = []
     for index, n in enumerate(counts):
         arrays = {
@@ -90,6 +92,9 @@ def make_latents(root: Path, counts: tuple[int, ...] = (9, 14, 5, 12), text: str
                 "embedding_index": rng.integers(0, 3, n).astype(np.int32),
                 "empty_embedding": np.zeros((CONTEXT, WIDTH), np.float16),
             }
+        if flip:
+            arrays["mean_flipped"] = mirrored.normal(size=(n, 4, 4, 4)).astype(np.float16)
+            arrays["logstd_flipped"] = mirrored.integers(60, 120, (n, 4, 4, 4)).astype(np.uint8)
         data = pack_columns(arrays, {"logstd_min": "-15.0", "logstd_step": "0.098"})
         keys = [sample_key(index, r, 100) for r in range(n)]
         sidecar = parquet(pa.table({"key": keys, "status": ["success"] * n}))
