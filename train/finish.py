@@ -44,6 +44,8 @@ def finish(
             export(RunPaths(run).run, to_export(objective.config, last, folders.read_manifest(last)))
         ranks.gather(None)
         return
+    if isinstance(objective, Autoencoder):
+        objective.finished()
     checkpoint.load_model(last, objective.model, "ema")
     objective.to(ranks.device).eval()
     facts: dict[str, Any] = {}
