@@ -49,7 +49,7 @@ class Autoencoder(Objective):
         self._fits = {side: functools.partial(_fitted, side) for side in config.resolutions}
         self.pictures = Pictures(dataset, placement, self._fits[config.resolutions[0]], config.cache_bytes)
         self.perceptual = perceptual.load(config.perceptual.weights) if config.perceptual else None
-        self._hidden: torch.Tensor | None = None
+        self._hidden: list[torch.Tensor] = []  # what went into the decoder's last layer; a list, for copies share it
         figures = ["l1", "mse", "kl", "psnr"]
         if config.perceptual:
             figures.append("perceptual")
@@ -129,7 +129,7 @@ class Autoencoder(Objective):
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """(the output for the reconstruction's losses, the loss of both sides of the game, figures)."""
         discriminator, last = self.model.discriminator, self.model.decoder.conv_out
-        hidden, self._hidden = self._hidden, None
+        hidden = self._hidden.pop()
         kernel = int(last.kernel_size[0])
         output, seen = Balance.apply(output, hidden if config.adaptive else None, kernel, config.weight * counts)
         real, fake = discriminator(torch.cat([x, output.detach()])).float().chunk(2)
@@ -139,7 +139,7 @@ class Autoencoder(Objective):
         return output, (counts * learns + wanted).mean(), [learns.mean(), real.mean(), fake.mean()]
 
     def _see(self, module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        self._hidden = given[0].detach()
+        self._hidden[:] = [given[0].detach()]
 
 
 def _fitted(side: int, pixels: np.ndarray) -> np.ndarray:

@@ -305,6 +305,11 @@ class AutoencoderConfig(FitConfig):
     def _terms(self) -> Self:
         if len(set(self.resolutions)) < len(self.resolutions) or not self.resolutions:
             raise ValueError("resolution names one resolution twice, or none; give each once")
+        if self.adversarial and self.adversarial.start_images and self.spike_sigmas:
+            raise ValueError(
+                "spike_sigmas would take the start of the adversarial term for a spike; leave it out, or set "
+                "adversarial.start_images to 0"
+            )
         if self.measure_shift and self.frozen_encoder:
             raise ValueError("frozen_encoder keeps the latents' scale and shift; leave measure_shift out")
         return self
