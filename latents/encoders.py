@@ -173,7 +173,7 @@ class TextEncoder:
         self.weights, self.layer, self.pad = weights, layer, pad
         self.ref, self.digest = weights.ref, weights.digest
         self.device, self.precision = device, precision
-        self.model: Any = _placed(_build_clip(weights), device, precision)
+        self.model: Any = _placed(build_clip(weights), device, precision)
         require_digest("the CLIP", weights.digest, self.digest, self.ref)
         self.tower: Any = plain_text_tower(self.model, weights.ref)
         self._exact: Any = self.tower if precision == "float32" else None
@@ -234,7 +234,7 @@ class TextEncoder:
     def encode_exact(self, tokens: np.ndarray | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `encode_pooled`, in float32 from the weights as stored; that network is loaded when first needed."""
         if self._exact is None:
-            self._exact = plain_text_tower(_build_clip(self.weights).to(self.device), self.ref)
+            self._exact = plain_text_tower(build_clip(self.weights).to(self.device), self.ref)
             require_digest("the CLIP", self.weights.digest, self.digest, self.ref)
         return self._encode(self._exact, tokens, pooled=True)
 
@@ -431,7 +431,8 @@ def _placed(model: Any, device: str, precision: str) -> Any:
     return model if precision == "float32" else torch.nn.Module.to(model, dtype=DTYPES[precision])
 
 
-def _build_clip(weights: ClipWeights) -> Any:
+def build_clip(weights: ClipWeights) -> Any:
+    """The whole open_clip model, frozen, float32 on the CPU; raises ConfigError where the file does not hold it."""
     import open_clip
 
     try:

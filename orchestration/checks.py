@@ -71,12 +71,16 @@ def _autoencoder(config: RunConfig) -> None:
         find_vae(config.autoencoder.pretrained)
         return
     _fit("autoencoder")(config)
+    if config.autoencoder.perceptual:
+        from train import perceptual
+
+        perceptual.digest(config.autoencoder.perceptual.weights)
     import torch
     from diffusers import AutoencoderKL
 
     try:
         with torch.device("meta"):
-            AutoencoderKL(**{"sample_size": config.autoencoder.resolution, **config.autoencoder.model})
+            AutoencoderKL(**{"sample_size": config.autoencoder.resolutions[0], **config.autoencoder.model})
     except Exception as e:
         line = " ".join(str(e).split())[:300]
         raise ConfigError(f"autoencoder.model: AutoencoderKL cannot be built from this: {line}") from None

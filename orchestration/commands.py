@@ -504,6 +504,28 @@ def inspect(
         raise StageError(f"inspect: {seen.complaint}")
 
 
+@app.command(rich_help_panel="A run")
+def reconstruct(
+    rest: RunAndOverrides = None,
+    config: Config = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="pictures to look at")] = 1024,
+) -> None:
+    """What the VAE keeps of the held-out pictures: PSNR, SSIM, LPIPS, rFID, sharpness, and a page of pairs."""
+    from eval import reconstruct as work
+    from orchestration.parts import vae_ref
+    from shards.dataset import Dataset
+    from shards.layout import RunPaths
+
+    found = _configured(config, rest, tables=False)
+    paths, lpips = RunPaths(found.run), found.autoencoder.perceptual
+    seen = work.measure(
+        Dataset.open(paths.heldout), vae_ref(found), found.latents.resolution, count, lpips and lpips.weights,
+        found.eval.inception, found.latents.device,
+    )  # fmt: skip
+    print(work.summary(seen))
+    log.info("reconstruct: the page is %s", work.write(seen, paths.reports, f"The VAE of {found.run}"))
+
+
 # ---- a model -------------------------------------------------------------------------------------------------
 
 

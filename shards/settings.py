@@ -94,6 +94,7 @@ _PATHS = {
     "curate.captions.*.model": "reference",
     "autoencoder.pretrained": "reference",
     "autoencoder.start_from": "reference",
+    "autoencoder.perceptual.weights": "reference",
     "clip.pretrained": "reference",
     "train.start_from": "reference",
     "train.adapter.start_from": "path",

@@ -108,8 +108,9 @@ class Kept(Generic[K]):
 class Pictures:
     """Pictures and captions of image shards, by position.
 
-    fit: uint8 [H,W,3] -> uint8 [R,R,3]. cache_bytes: fitted pictures are kept in memory up to this size;
-    there is no eviction, since an order in which each sample comes once an epoch gains nothing from it.
+    fit: uint8 [H,W,3] -> uint8 [R,R,3], where `pixels` is told no other. cache_bytes: fitted pictures are kept in
+    memory up to this size; there is no eviction, since an order in which each sample comes once an epoch gains nothing
+    from it.
     more: a column of the sidecar that is read too, for `texts`.
     """
 
@@ -120,7 +121,7 @@ class Pictures:
         self.dataset, self.placement, self._fit, self._room = dataset, placement, fit, cache_bytes
         self._texts = ("caption", "key") if more is None else ("caption", "key", more)
         self._reader = Reader(placement, self._load)
-        self._cache: dict[tuple[int, int], np.ndarray] = {}
+        self._cache: dict[tuple[Callable[[np.ndarray], np.ndarray], int, int], np.ndarray] = {}
         self._decoders: ThreadPoolExecutor | None = None
         # By shard what a window is cut from: small columns of the sidecar.
         self._shard = Kept(self._open, placement.streams + 16)
@@ -136,11 +137,12 @@ class Pictures:
             self._decoders.shutdown(wait=False, cancel_futures=True)
             self._decoders = None
 
-    def pixels(self, positions: np.ndarray) -> np.ndarray:
-        """uint8 [B,R,R,3] of the samples at these places."""
+    def pixels(self, positions: np.ndarray, fit: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
+        """uint8 [B,R,R,3] of the samples at these places, by this `fit` or the usual one."""
         if self._decoders is None:
             self._decoders = ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1), thread_name_prefix="decode")
-        return np.stack(list(self._decoders.map(self._one, self._reader.take(positions))))
+        one = functools.partial(self._one, fit or self._fit)
+        return np.stack(list(self._decoders.map(one, self._reader.take(positions))))
 
     def captions(self, positions: np.ndarray) -> list[str]:
         """The captions of the samples at these places."""
@@ -154,15 +156,15 @@ class Pictures:
         """The keys of the samples at these places."""
         return [window.columns["key"][at] for window, at in self._reader.take(positions)]
 
-    def _one(self, found: tuple[Window, int]) -> np.ndarray:
+    def _one(self, fit: Callable[[np.ndarray], np.ndarray], found: tuple[Window, int]) -> np.ndarray:
         window, at = found
-        place = (int(window.shard[at]), int(window.row[at]))
+        place = (fit, int(window.shard[at]), int(window.row[at]))
         picture = self._cache.get(place)
         if picture is None:
             try:
-                picture = np.ascontiguousarray(self._fit(decode_rgb(window.columns["image"][at])))
+                picture = np.ascontiguousarray(fit(decode_rgb(window.columns["image"][at])))
             except (OSError, ValueError) as e:
-                shard = self.dataset.shards[place[0]]
+                shard = self.dataset.shards[place[1]]
                 raise StageError(
                     f"{self.dataset.root}: sample {window.columns['key'][at]} of shard {shard.name} cannot be read: {e}"
                 ) from e

@@ -81,7 +81,7 @@ class Engine:
         self._names = [n for n, p in objective.model.named_parameters() if p.requires_grad]
         self.frozen = _frozen(objective) if objective.saves_frozen and ranks.first else {}
         _prepare(objective, config, self.precision, ranks.device)
-        groups = parameter_groups(objective.model, config.weight_decay, config.optimizer)
+        groups = parameter_groups(objective.model, config.weight_decay, config.optimizer, objective.beside)
         self.optimizer = _optimizer(config)(groups, self.averages, config.betas, config.eps)
         settings = _settings(config, objective, ranks, micro, accumulation)
         self.engine = import_deepspeed().initialize(model=objective, optimizer=self.optimizer, config=settings)[0]
@@ -127,7 +127,8 @@ class Engine:
         self.rate, config = learning_rate, self.config
         beside = learning_rate * (config.adamw_learning_rate or config.learning_rate) / config.learning_rate
         for group in self.optimizer.param_groups:
-            group["lr"], group["decays"] = learning_rate if group.get("muon") else beside, decays
+            group["lr"] = learning_rate if group.get("muon") else beside
+            group["decays"] = {} if group.get("beside") else decays
 
     def step(self, judge: Judge, *flags: bool) -> Outcome:
         """Take the step, or not: judge(figures, norm) -> bool, on the device, called once, alike on all ranks.
@@ -204,8 +205,10 @@ class Engine:
 
     @torch.no_grad()
     def _swap(self, name: str) -> None:
-        for flat, average in zip(self.values("weights"), self.values(name), strict=True):
-            for a, b in zip(flat.split(NORM_PART), average.split(NORM_PART), strict=True):
+        for flat in self.flats:
+            if (average := self.optimizer.state[flat].get(name)) is None:
+                continue
+            for a, b in zip(flat.data.view(-1).split(NORM_PART), average.view(-1).split(NORM_PART), strict=True):
                 kept = a.clone()
                 a.copy_(b)
                 b.copy_(kept)

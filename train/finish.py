@@ -1,6 +1,6 @@
 """What a finished fit leaves: a model folder that the field's own libraries open, and a marker in it.
 
-    autoencoder   diffusers' AutoencoderKL.from_pretrained, with the measured scaling_factor
+    autoencoder   diffusers' AutoencoderKL.from_pretrained, with the measured scaling_factor, and shift_factor if asked
     clip          open_clip.create_model("local-dir:...")
     train         a StableDiffusionPipeline (export.py)
 
@@ -44,13 +44,19 @@ def finish(
             export(RunPaths(run).run, to_export(objective.config, last, folders.read_manifest(last)))
         ranks.gather(None)
         return
+    if isinstance(objective, Autoencoder):
+        objective.finished()
     checkpoint.load_model(last, objective.model, "ema")
     objective.to(ranks.device).eval()
     facts: dict[str, Any] = {}
     if isinstance(objective, Autoencoder):
         # Behind a frozen encoder the latents are what they were, and so is their scale.
-        kept = objective.config.frozen_encoder
-        facts = {"scaling_factor": objective.model.config.scaling_factor if kept else measure_scale(objective, ranks)}
+        was = objective.model.config
+        if objective.config.frozen_encoder:
+            facts = {"scaling_factor": was.scaling_factor, "shift_factor": was.shift_factor}
+        else:
+            mean, std = measure_latents(objective, ranks)
+            facts = {"scaling_factor": 1.0 / std, "shift_factor": mean if objective.config.measure_shift else None}
         objective.model.register_to_config(**facts)  # type: ignore[operator]
     if ranks.first:
         model = storage.local_path(paths.model)
@@ -75,8 +81,9 @@ def finish(
 
 
 @torch.inference_mode()
-def measure_scale(objective: Autoencoder, ranks: Ranks) -> float:
-    """1 / std of posterior draws over training pictures, all channels and places together (Rombach 2022, section G).
+def measure_latents(objective: Autoencoder, ranks: Ranks) -> tuple[float, float]:
+    """Mean and standard deviation of posterior draws over training pictures, all channels and places together
+    (Rombach 2022, section G); a VAE's shift_factor is the one, its scaling_factor 1 over the other.
 
     The std is exact for the measured pictures, from the moments: Var = E[mean^2 + var] - E[mean]^2.
     Collective: each rank measures its share.
@@ -91,7 +98,7 @@ def measure_scale(objective: Autoencoder, ranks: Ranks) -> float:
         mean, var = posterior.mean.double(), posterior.var.double()
         sums += torch.stack([mean.sum(), (mean.square() + var).sum(), torch.tensor(float(mean.numel())).to(mean)])
     total, squares, n = (ranks.mean(sums) * ranks.world).tolist()
-    return 1.0 / math.sqrt(squares / n - (total / n) ** 2)
+    return total / n, math.sqrt(squares / n - (total / n) ** 2)
 
 
 def _save_clip(objective: Clip, folder: Path) -> None:

@@ -33,8 +33,9 @@ CHUNK = 1 << 24  # values updated at once where an update needs room of its own
 class AdamW(torch.optim.Optimizer):
     """AdamW over whatever flat arrays it is given, and after each step ema <- ema + (1 - decay) (value - ema).
 
-    averages: their names; each begins as the value before the first step. A parameter group has `lr`, `weight_decay`
-    and `decays`, for each average the factor by which it keeps its past; set them before each step.
+    averages: their names; each begins as the value before the first step; those of a group with "beside" have none. A
+    parameter group has `lr`, `weight_decay` and `decays`, for each average the factor by which it keeps its past; set
+    them before each step.
     scale: what gradients are divided by. veto: 1 where the step must not be taken, else 0. Float32 scalars on the
     arrays' device, set before each step.
     """
@@ -52,10 +53,13 @@ class AdamW(torch.optim.Optimizer):
 
         pieces: which values of which parameters they hold. replicated: whether every rank has all of them. Collective.
         """
-        del pieces, replicated
-        for flat in flats:
+        del replicated
+        beside = tuple(g["beside"] for g in self.param_groups if g.get("beside"))
+        without = {p.flat for p in pieces if p.name.startswith(beside)}
+        for i, flat in enumerate(flats):
             state = self.state[flat] = {n: torch.zeros_like(flat.data) for n in MOMENTS}
-            state |= {n: flat.data.clone() for n in self.averages}
+            if i not in without:
+                state |= {n: flat.data.clone() for n in self.averages}
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
 
     @torch.no_grad()
@@ -216,17 +220,23 @@ def _bitsandbytes() -> Any:
     return bitsandbytes.functional
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float, optimizer: str = "adamw") -> list[dict[str, Any]]:
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, optimizer: str = "adamw", beside: str = ""
+) -> list[dict[str, Any]]:
     """Weights with decay; biases, norms and scalars (fewer than two dimensions) without; under muon its own first.
+
+    beside: begins the names of parameters without decay and averages; none of them where it is empty.
 
     A parameter that is not to be trained must have requires_grad False: ZeRO decays whatever it is given.
     """
-    live = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    every = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    live = [(n, p) for n, p in every if not (beside and n.startswith(beside))]
     muon = {n for n, p in live if optimizer == "muon" and is_hidden(n, shape_of(p))}
     groups = [
         {"params": [p for n, p in live if n in muon], "weight_decay": weight_decay, "muon": True},
         {"params": [p for n, p in live if n not in muon and len(shape_of(p)) >= 2], "weight_decay": weight_decay},
         {"params": [p for n, p in live if len(shape_of(p)) < 2], "weight_decay": 0.0},
+        {"params": [p for n, p in every if beside and n.startswith(beside)], "weight_decay": 0.0, "beside": beside},
     ]
     return [g for g in groups if g["params"]]
 

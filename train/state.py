@@ -111,10 +111,17 @@ def fingerprint(stage: str, config: StageConfig, seed: int, datasets: Sequence[D
             if not Path(config.adapter.start_from).is_file():
                 raise ConfigError(f"train.adapter.start_from: there is no file {config.adapter.start_from}")
             weights["adapter"] = digest_file(config.adapter.start_from)
-    if isinstance(config, AutoencoderConfig) and config.start_from:
-        from latents.weights import find_vae
+    if isinstance(config, AutoencoderConfig):
+        weights = {}
+        if config.start_from:
+            from latents.weights import find_vae
 
-        weights = {"start_from": find_vae(config.start_from).digest}
+            weights["start_from"] = find_vae(config.start_from).digest
+        if config.perceptual:
+            from train import perceptual
+
+            weights["perceptual"] = perceptual.digest(config.perceptual.weights)
+        weights = weights or None
     found = [d.fingerprint for d in datasets]
     given = found[0] if len(found) == 1 else digest_json(found)
     return Fingerprint(stage, VERSION, {**config.settings(), "seed": seed}, given, weights)
@@ -205,6 +212,7 @@ def differences(
         (later if kind_of(kind, name) is Kind.FROM_HERE_ON else what).append(line)
     weights, given = stored.get("weights") or {}, wanted.weights or {}
     names = {"vae": "the VAE", "text": "the text encoder", "start_from": f"{stage}.start_from"}
+    names["perceptual"] = f"{stage}.perceptual.weights"
     for name in sorted(weights.keys() | given.keys()):
         if weights.get(name) != given.get(name):
             what.append(f"{names.get(name, name)}: {_short(weights.get(name))} -> {_short(given.get(name))}")

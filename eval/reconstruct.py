@@ -1,0 +1,261 @@
+"""What a VAE keeps of pictures that it never saw: `carrara reconstruct` writes <run>/reports/vae.html, .png and .json.
+
+    psnr                 of each picture, dB
+    ssim                 structural similarity (Wang et al. 2004), Gaussian window of 11 px
+    lpips, or the distance of the tower that autoencoder.perceptual.weights names
+    rfid                 Frechet distance of the reconstructions to the originals, on torch-fidelity's Inception features
+    gradient_energy, high_frequencies    of the reconstructions over those of the originals: below 1 is blurred
+
+Reconstructions are decoded from the posterior's mean, as eight bits, which is what everybody sees.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from eval import networks
+from eval.metrics import frechet
+from eval.metrics.definitions import FEW
+from eval.metrics.estimate import mean_by_cluster
+from latents.encoders import load_vae, pick_device
+from latents.pictures import resize_crop
+from shards import storage
+from shards.dataset import Dataset
+from shards.images import ImageShard, decode_rgb
+from shards.progress import Progress
+from shards.settings import StageError
+from train import perceptual
+from train.autoencoder import to_unit
+
+BATCH = 16
+SHOWN = 32
+WINDOW, SIGMA = 11, 1.5  # of SSIM, as Wang et al. have them
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A picture of the page, uint8 [H,W,3] both, and its figures."""
+
+    key: str
+    original: np.ndarray
+    decoded: np.ndarray
+    figures: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """metrics: by name, with n, value, and where there is one a standard error and an interval. weights: digests of
+    what measured."""
+
+    metrics: dict[str, dict[str, Any]]
+    shown: list[Shown]
+    resolution: int
+    weights: dict[str, str]
+    notes: list[str]
+
+
+def measure(
+    dataset: Dataset, vae_ref: str, resolution: int, count: int = 1024, lpips: str | None = None,
+    inception: str | None = None, device: str = "auto",
+) -> Found:  # fmt: skip
+    """Reconstruct the first `count` pictures of a dataset, fitted to the square `resolution`.
+
+    lpips: what perceptual.load reads; inception: the file of its weights; without one, that figure is left out. Raises
+    ConfigError where weights cannot be read, StageError where there is no picture.
+    """
+    device = pick_device(device)
+    vae = load_vae(vae_ref, device)
+    distance = perceptual.load(lpips).to(device) if lpips else None
+    network: Any = networks.load(networks.find("inception", inception), device) if inception else None
+    weights = {"vae": vae.digest}
+    if lpips:
+        weights["perceptual"] = perceptual.digest(lpips)
+    if inception:
+        weights["inception"] = networks.find("inception", inception).digest
+    total = min(count, len(dataset))
+    if total == 0:
+        raise StageError(f"{dataset.root}: there is not one picture to reconstruct")
+    name = "lpips" if isinstance(distance, perceptual.Lpips) else "perceptual"
+    values: dict[str, list[np.ndarray]] = {}
+    features: list[list[np.ndarray]] = [[], []]
+    shown: list[Shown] = []
+    progress = Progress("reconstruct", total, "images")
+    for keys, pixels in _batches(dataset, resolution, total):
+        decoded = vae.decode(vae.encode(pixels)[0])
+        row = {"psnr": networks.psnr(pixels, decoded), "ssim": ssim(pixels, decoded)}
+        if distance is not None:
+            with torch.inference_mode():
+                pair = [to_unit(torch.from_numpy(p).to(device)) for p in (decoded, pixels)]
+                row[name] = distance(*pair).double().cpu().numpy()
+        for measured, one in (("gradient_energy", gradient_energy), ("high_frequencies", high_frequencies)):
+            for which, pictures in ((f"_{measured}", decoded), (f"_{measured}_of", pixels)):
+                row[which] = one(pictures)
+        for k, column in row.items():
+            values.setdefault(k, []).append(column)
+        if network is not None:
+            for side, pictures in zip(features, (pixels, decoded), strict=True):
+                side.append(network.features(networks.resize.tf(pictures)).cpu().numpy())
+        for i in range(min(len(keys), SHOWN - len(shown))):
+            shown.append(Shown(keys[i], pixels[i], decoded[i], {k: float(v[i]) for k, v in row.items() if k[0] != "_"}))
+        progress.update(len(keys))
+    progress.close()
+    whole = {k: np.concatenate(v) for k, v in values.items()}
+    n = len(whole["psnr"])
+    metrics = {k: mean_by_cluster(v, range(n)).to_json() for k, v in whole.items() if k[0] != "_"}
+    for measured in ("gradient_energy", "high_frequencies"):
+        of = float(whole[f"_{measured}_of"].sum())
+        metrics[measured] = {"n": n, "value": float(whole[f"_{measured}"].sum()) / of if of else math.nan}
+    notes = []
+    if network is not None and n >= 2:
+        real, fake = (np.concatenate(side) for side in features)
+        metrics["rfid"] = {"n": n, "value": frechet.distance_of(frechet.reference_of(real), fake)}
+        if n < FEW:
+            notes.append(f"rFID on {n} pictures is mostly bias; {FEW} at least make a number that others can read")
+    return Found(metrics, shown, resolution, weights, notes)
+
+
+def _batches(dataset: Dataset, resolution: int, count: int) -> Iterator[tuple[list[str], np.ndarray]]:
+    """(keys, uint8 [B,R,R,3]) of the first `count` pictures."""
+    keys: list[str] = []
+    pictures: list[np.ndarray] = []
+    left = count
+    for position in range(len(dataset.shards)):
+        shard = ImageShard(dataset, position)
+        try:
+            for i in range(min(len(shard), left)):
+                keys.append(shard.keys[i])
+                pictures.append(resize_crop(decode_rgb(shard.image_bytes(i)), resolution)[0])
+                if len(keys) == BATCH:
+                    yield keys, np.stack(pictures)
+                    keys, pictures = [], []
+            left -= min(len(shard), left)
+        finally:
+            shard.close()
+        if left == 0:
+            break
+    if keys:
+        yield keys, np.stack(pictures)
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Structural similarity of uint8 pictures [B,H,W,3], float64 [B] (Wang et al. 2004, equation 13).
+
+    Of each colour by itself, then the mean; sides of 11 pixels at least.
+    """
+    at = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
+    g = torch.exp(-at.square() / (2 * SIGMA**2))
+    g = g / g.sum()
+    window = (g[:, None] * g)[None, None].expand(3, 1, WINDOW, WINDOW)
+    x, y = (torch.from_numpy(p).permute(0, 3, 1, 2).double() for p in (a, b))
+    blur = lambda t: torch.nn.functional.conv2d(t, window, groups=3)  # noqa: E731
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    found = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    result: np.ndarray = found.mean(dim=(1, 2, 3)).numpy()
+    return result
+
+
+def gradient_energy(pixels: np.ndarray) -> np.ndarray:
+    """Sum of the squared differences of neighbours, right and below: uint8 [B,H,W,3] -> float64 [B]."""
+    x = pixels.astype(np.float64)
+    found: np.ndarray = sum(np.square(np.diff(x, axis=axis)).sum(axis=(1, 2, 3)) for axis in (1, 2))  # type: ignore[assignment]
+    return found
+
+
+def high_frequencies(pixels: np.ndarray) -> np.ndarray:
+    """Power of the spectrum at a quarter of a cycle a pixel and above: uint8 [B,H,W,3] -> float64 [B]."""
+    spectrum = np.square(np.abs(np.fft.fft2(pixels.astype(np.float64), axes=(1, 2))))
+    rows, columns = (np.fft.fftfreq(n) for n in pixels.shape[1:3])
+    high = np.hypot(rows[:, None], columns) >= 0.25
+    found: np.ndarray = spectrum[:, high].sum(axis=(1, 2))
+    return found
+
+
+# ---- what a person sees ----------------------------------------------------------------------------
+
+TITLES = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "perceptual": "perceptual distance",
+    "rfid": "rFID",
+    "gradient_energy": "gradient energy, of the originals'",
+    "high_frequencies": "high frequencies, of the originals'",
+}
+
+
+def summary(found: Found) -> str:
+    """The figures as text."""
+    lines = [f"{next(iter(found.metrics.values()))['n']:,} pictures at {found.resolution} px"]
+    for name, title in TITLES.items():
+        if (m := found.metrics.get(name)) is not None:
+            interval = f"   {m['low']:.4g} to {m['high']:.4g}" if m.get("low") is not None else ""
+            lines.append(f"{title:<36}{m['value']:>10.4g}{interval}")
+    return "\n".join([*lines, *found.notes])
+
+
+def sheet(found: Found, columns: int = 4, cell: int = 192) -> Image.Image:
+    """Pairs of original and reconstruction."""
+    gap, rows = 8, -(-len(found.shown) // columns)
+    picture = Image.new("RGB", (columns * (2 * cell + gap) + gap, rows * (cell + gap) + gap), "white")
+    way = Image.Resampling.NEAREST if found.resolution < cell else Image.Resampling.LANCZOS
+    for k, s in enumerate(found.shown):
+        for j, pixels in enumerate((s.original, s.decoded)):
+            left, top = gap + k % columns * (2 * cell + gap) + j * cell, gap + k // columns * (cell + gap)
+            picture.paste(Image.fromarray(pixels).resize((cell, cell), way), (left, top))
+    return picture
+
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}"
+    "pre{background:#f5f4f1;padding:1rem;overflow-x:auto}figure{display:inline-block;margin:.5rem;width:21rem;"
+    "vertical-align:top}figure img{width:49%;image-rendering:pixelated}figcaption{font-size:13px;color:#444}"
+)
+
+
+def page(found: Found, title: str) -> str:
+    """The HTML page, which needs no other file; nothing on it may run."""
+    figures = []
+    for s in found.shown:
+        pair = "".join(f'<img alt="" src="{_data_uri(p)}">' for p in (s.original, s.decoded))
+        told = " &middot; ".join(f"{html.escape(TITLES[k])} {v:.3g}" for k, v in s.figures.items())
+        figures.append(f"<figure>{pair}<figcaption>{html.escape(s.key)} &middot; {told}</figcaption></figure>")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"<pre>{html.escape(summary(found))}</pre><p>Left: the original. Right: its reconstruction.</p>"
+        f"{''.join(figures)}</body></html>\n"
+    )
+
+
+def _data_uri(pixels: np.ndarray) -> str:
+    return "data:image/png;base64," + base64.b64encode(_png(Image.fromarray(pixels))).decode()
+
+
+def _png(picture: Image.Image) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, "PNG")
+    return sink.getvalue()
+
+
+def write(found: Found, reports: str, title: str) -> str:
+    """Write page, sheet and figures into a folder; returns where the page is."""
+    figures = {"resolution": found.resolution, "weights": found.weights, "metrics": found.metrics}
+    storage.write_json(storage.join(reports, "vae.json"), figures)
+    storage.write_atomic(storage.join(reports, "vae.png"), _png(sheet(found)))
+    url = storage.join(reports, "vae.html")
+    storage.write_atomic(url, page(found, title).encode("utf-8", "replace"))
+    return url
