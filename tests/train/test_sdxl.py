@@ -1,4 +1,4 @@
-"""SDXL's base model, which reads two CLIPs side by side: from its captions in latents to the pipeline that is exported."""
+"""SDXL's base model, which reads two CLIPs side by side: from captions in latents to the exported pipeline."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from train.text_export import clip_text_model, tokenizer
 pytestmark = pytest.mark.timeout(900)
 
 WIDTHS = (32, 16)  # of the two CLIPs; the UNet reads the sum
-PROMPTS = ["a red circle!", "", "word " * 60]
+PROMPTS = ["a red circle", "", "word " * 60]
 UNET = {**PUBLIC["sdxl-fp16-sharded"][1], "cross_attention_dim": sum(WIDTHS)}
 
 
@@ -151,7 +151,8 @@ def test_the_unet_is_told_what_diffusers_tells_it(sdxl: Any, embedded: RunPaths,
     u = objective.random.uniform("caption", positions)
     captions = [c[0][0] if c[0] else "" for c in objective.latents.captions(positions, ["caption"])]
     clean = [pipeline.tokenizer.decode(pipeline.tokenizer(c)["input_ids"], skip_special_tokens=True) for c in captions]
-    kept = [c if c.isascii() else None for c in clean]
+    # (To the public tokenizer of the second every "!" is what it fills up with: text_export.py.)
+    kept = [c if c.isascii() and "!" not in c else None for c in clean]
     with torch.no_grad():
         rows, added = encoder.told(objective.batch(positions))
         for i, caption in enumerate(kept):
@@ -247,7 +248,7 @@ def sampled_by_hand(run: RunPaths, config: Path, unet: Any, prompt: str, steps: 
 
 
 def test_what_does_not_go_together_is_one_sentence(sdxl: Any, tmp_path: Path) -> None:
-    run, public, second = sdxl
+    run = sdxl[0]
     datasets = [Dataset.open(run.latents)]
     with pytest.raises(ConfigError, match=r"has one CLIP, and its latents were made with two"):
         build("train", TrainConfig(images=16, unet=tiny.UNET), datasets, 5)
@@ -255,7 +256,7 @@ def test_what_does_not_go_together_is_one_sentence(sdxl: Any, tmp_path: Path) ->
         validate(LatentsConfig, {"text_layer": "last", "text_encoder": {"kind": "second_clip", "pretrained": "x"}}, "x")
     short = world.save_clip(tmp_path / "short", context_length=8)
     data = settings(Path(run.run), str(short))
-    with pytest.raises(ConfigError, match="reads 8 tokens and .* 20; two CLIPs are read side by side"):
+    with pytest.raises(ConfigError, match=r"reads 8 tokens and .* 20; two CLIPs are read side by side"):
         shard_stages("latents", validate(RunConfig, data, "x.yaml"))[0][0].made_with()  # type: ignore[attr-defined]
     # A pipeline whose second tokenizer pads otherwise.
     other = tmp_path / "other"
