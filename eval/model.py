@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from latents.weights import clips_of
 from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import digest_bytes, digest_file, digest_json
@@ -192,8 +193,9 @@ def _checkpoint(run: RunPaths, name: str, weights: str) -> Model:
     parts = {
         "unet": digest_json({"weights": _weights_digest(run, folder, manifest, weights), "config": config}),
         "vae": str(encoders["vae"]["digest"]),
-        "text_encoder": str(encoders["text"]["digest"]),
     }
+    for part, facts in zip(("text_encoder", "text_encoder_2"), clips_of(encoders["text"]), strict=False):
+        parts[part] = str(facts["digest"])
     size = int(manifest.get("resolution") or latents["resolution"])
     return Model(name, weights, parts, size, manifest.get("images"), None)
 

@@ -21,6 +21,17 @@ class BucketsConfig(Strict):
     max_aspect: float = Field(default=2.0, ge=1, le=16, description="longest side over shortest")
 
 
+class SecondClipConfig(Strict):
+    """A CLIP beside the run's own, as SDXL's base model has it: the UNet reads what both make of a caption, side by
+    side, and is told the text embedding of this one."""
+
+    kind: Literal["second_clip"]
+    pretrained: str = Field(min_length=1, description="as clip.pretrained names one")
+    pad: Literal["zero", "end"] | None = Field(
+        default=None, description="as text_pad; null: as tokenizer_2 of train.start_from has it, else zero"
+    )
+
+
 class LatentsConfig(Strict):
     """Settings of the latents stage. Resolutions are in pixels, `batch_size` in pictures of `resolution`."""
 
@@ -45,9 +56,13 @@ class LatentsConfig(Strict):
     text_pad: Literal["zero", "end"] | None = Field(
         default=None,
         description="what follows a caption's end token: id 0 (Stable Diffusion 2, SDXL's second encoder), or the end "
-        "token again (Stable Diffusion 1); null: as the tokenizer of train.start_from has it, else zero",
+        "token again (Stable Diffusion 1, SDXL's first); null: as the tokenizer of train.start_from has it, else end "
+        "with a second CLIP and zero without",
     )
     text_pooled: bool = Field(default=False, description="with embeddings: the CLIP's text embedding too, as for SDXL")
+    text_encoder: SecondClipConfig | None = Field(
+        default=None, description="what reads the captions beside the run's CLIP; null: nothing does"
+    )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="arithmetic of the encoders; what is not finite is encoded again in float32"
     )
@@ -76,6 +91,11 @@ class LatentsConfig(Strict):
                 raise ValueError(f"with buckets every resolution must be a multiple of buckets.step; {side} is not")
         if self.text_pooled and self.text != "embeddings":
             raise ValueError("text_pooled needs text: embeddings; with tokens the trainer's own CLIP gives it")
+        if self.text_encoder is not None and self.text_layer != "penultimate_no_norm":
+            raise ValueError(
+                "two CLIPs side by side are read as SDXL reads them, with text_layer: penultimate_no_norm; "
+                f"it is {self.text_layer}"
+            )
         return self
 
     @property
@@ -86,7 +106,7 @@ class LatentsConfig(Strict):
     @property
     def pad(self) -> str:
         """What follows a caption's end token."""
-        return self.text_pad or "zero"
+        return self.text_pad or ("zero" if self.text_encoder is None else "end")
 
     def bucket_list(self) -> list[Bucket]:
         """Every shape there is, resolution by resolution; a bucket's number is its place here."""
@@ -97,10 +117,15 @@ class LatentsConfig(Strict):
     def settings(self) -> dict[str, Any]:
         """The settings that change the bytes of a shard, for its fingerprint."""
         found = self.model_dump(exclude=set(PLACEMENT))
+        found["text_pad"] = self.pad
         if self.pad == "zero":  # as all latents had it before there was a choice
             del found["text_pad"]
         if not self.flip:
             del found["flip"]
+        if self.text_encoder is None:
+            del found["text_encoder"]
+        else:  # which weights they are is said by their digest, wherever they lie
+            found["text_encoder"] = {"kind": self.text_encoder.kind, "pad": self.text_encoder.pad or "zero"}
         for name in ("select", "captions"):  # thresholds and what made the captions are added by the stage
             del found[name]
         return found

@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP
-from latents.weights import PADS, ClipWeights, VaeWeights, find_clip, find_vae
+from latents.text import ClipPair, Features, Text
+from latents.weights import PADS, PAIR, ClipWeights, VaeWeights, find_clip, find_vae
 from shards.settings import ConfigError, StageError
 
 TEXT_LAYERS = ("last", "penultimate", "last_no_norm", "penultimate_no_norm")
@@ -155,7 +156,7 @@ class Vae:
 
 
 class TextEncoder:
-    """An open_clip CLIP. `model`, `digest`, `context_length`, `width`, `layer`, `pad`, `ref`.
+    """An open_clip CLIP. `model`, `digest`, `context_length`, `width`, `layer`, `pad`, `ref`; a Text (text.py) too.
 
     pad: what follows a caption's end token, `zero` or `end` (weights.PADS). UNets attend to all places without a mask,
     so it is as much a part of what they learn as the layer is.
@@ -183,6 +184,27 @@ class TextEncoder:
         if getattr(self.tokenizer, "reduction_fn", None) is not None:
             raise ConfigError(f"the CLIP '{weights.ref}' drops words of long captions at random and cannot be used")
         self._preprocess: Callable[[Image.Image], torch.Tensor] | None = None
+
+    called = "the CLIP"
+    names: tuple[str, ...] = ("tokens",)
+
+    def tokens_of(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """`tokenize`, by the name of the column."""
+        return {"tokens": self.tokenize(captions).numpy()}
+
+    def encode_tokens(
+        self, tokens: Mapping[str, np.ndarray], pooled: bool = False, exact: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`encode`, `encode_pooled` or `encode_exact` of a batch of `tokens_of`; the second is [B,0] if not pooled."""
+        if exact:
+            rows, end = self.encode_exact(tokens["tokens"])
+            return rows, end if pooled else end[:, :0]
+        return self._encode(self.tower, tokens["tokens"], pooled)
+
+    def features_of(self, batch: Mapping[str, torch.Tensor], dtype: torch.dtype, pooled: bool = False) -> Features:
+        """`features` of a batch with the columns of `tokens_of`."""
+        rows, end = self.features(batch["tokens"], dtype, pooled)
+        return Features(rows, end)
 
     def tokenize(self, captions: Sequence[str]) -> torch.Tensor:
         """Captions -> token ids, int64 [B,context_length]; open_clip cleans and truncates, `pad` says what follows."""
@@ -315,8 +337,16 @@ def load_text(
     return TextEncoder(find_clip(ref), layer, device, precision, pad)
 
 
-def load_text_of(facts: Mapping[str, Any], device: str = "cpu", precision: str = "float32") -> TextEncoder:
-    """The CLIP that latents were made with, by the facts of their manifest; StageError where it is another one now."""
+def load_text_of(facts: Mapping[str, Any], device: str = "cpu", precision: str = "float32") -> Text:
+    """What read the captions of latents, by the facts of their manifest; StageError where it is another one now."""
+    if facts.get("kind") == PAIR:
+        first, second = (load_clip_of(one, device, precision) for one in facts["encoders"])
+        return ClipPair(first, second)
+    return load_clip_of(facts, device, precision)
+
+
+def load_clip_of(facts: Mapping[str, Any], device: str = "cpu", precision: str = "float32") -> TextEncoder:
+    """A CLIP that latents were made with, by its facts (weights.clips_of); StageError where it is another one now."""
     text = load_text(facts["ref"], facts["layer"], device, precision, facts.get("pad", "zero"))
     require_digest("the CLIP", text.digest, facts["digest"], facts["ref"])
     return text

@@ -19,10 +19,12 @@ import numpy as np
 from PIL import Image
 
 from latents.buckets import Bucket
-from latents.encoders import TextEncoder, Vae, load_text, load_vae, pick_device, require_digest
+from latents.encoders import Vae, load_text_of, load_vae, pick_device, require_digest
 from latents.moments import dequantise_logstd
 from latents.pictures import resize_crop_to
 from latents.stage import LatentsStage, fixed_arithmetic
+from latents.text import Text
+from latents.weights import text_facts
 from shards import images, storage
 from shards.columns import ColumnShard, value_of
 from shards.dataset import Dataset
@@ -98,12 +100,9 @@ def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
     manifest, config = dataset.manifest, stage.config
     device = pick_device(config.device)
     buckets = [Bucket(**b) for b in manifest["buckets"]]
-    vae, text = load_vae(stage.vae_ref, device, config.precision), None
+    vae = load_vae(stage.vae_ref, device, config.precision)
     require_digest("the VAE", vae.digest, manifest["vae"]["digest"], vae.ref)
-    text = load_text(
-        stage.text_ref, manifest["text"]["layer"], device, config.precision, manifest["text"].get("pad", "zero")
-    )
-    require_digest("the CLIP", text.digest, manifest["text"]["digest"], text.ref)
+    text = load_text_of(_moved(manifest["text"], text_facts(config, stage.text_ref)), device, config.precision)
     rng = np.random.default_rng(seed)
     seen: list[Seen] = []
     damaged: list[str] = []
@@ -183,17 +182,30 @@ def _look(
     return Seen(*names, columns.info.name, bucket, psnr(cut, decoded), drift, cut, decoded)
 
 
+def _moved(facts: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a manifest, with the places where the configuration has the weights now."""
+    found = {**facts, "ref": now["ref"]}
+    if "encoders" in facts and "encoders" in now:
+        pairs = zip(facts["encoders"], now["encoders"], strict=True)
+        found["encoders"] = [{**then, "ref": new["ref"]} for then, new in pairs]
+    return found
+
+
 def _text(
-    text: TextEncoder, columns: ColumnShard, captions: list[str], chosen: list[int]
+    text: Text, columns: ColumnShard, captions: list[str], chosen: list[int]
 ) -> tuple[list[np.ndarray], list[np.ndarray], int]:
     """Stored and present embeddings of these captions, and how many have other tokens now."""
-    tokens = text.tokenize(captions).numpy()
-    stored = np.array([value_of(columns.arrays, "tokens", n) for n in chosen]).reshape(len(chosen), -1)
-    differ = int((tokens != stored).any(axis=1).sum())
+    tokens = text.tokens_of(captions)
+    stored = {
+        name: np.array([value_of(columns.arrays, name, n) for n in chosen], np.int64).reshape(ids.shape)
+        for name, ids in tokens.items()
+    }
+    others = [(ids != stored[name]).reshape(len(chosen), -1).any(axis=1) for name, ids in tokens.items()]
+    differ = int(np.any(others, axis=0).sum())
     if "embeddings" not in columns.arrays:
         return [], [], differ
     index = [value_of(columns.arrays, "embedding_index", n) for n in chosen]
-    return [columns.arrays["embeddings"][i] for i in index], list(text.encode(stored.astype(np.int64)).numpy()), differ
+    return [columns.arrays["embeddings"][i] for i in index], list(text.encode_tokens(stored)[0].numpy()), differ
 
 
 def _relative(stored: np.ndarray, now: np.ndarray) -> float:

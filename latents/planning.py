@@ -16,7 +16,7 @@ import numpy as np
 
 from latents.config import LatentsConfig
 from latents.stage import LatentsStage
-from latents.weights import find_clip, find_vae
+from latents.weights import clips_of, find_clip, find_vae, text_facts
 from shards import images, storage
 from shards.fingerprint import digest_json
 from shards.settings import ConfigError, StageError
@@ -76,10 +76,10 @@ class Choice:
 
 
 def column_bytes(text: str, moments: bool, rates: Rates, facts: dict[str, int], resolutions: int = 1) -> float:
-    """Bytes of a sample's columns. facts: channels, context, width, pooled (0 where it is not stored), and flips (2
-    where mirrored pictures are encoded too)."""
+    """Bytes of a sample's columns. facts: channels, context, width, pooled (0 where it is not stored), flips (2 where
+    mirrored pictures are encoded too), and how many encoders have tokens of their own; one each, where left out."""
     latent = facts["channels"] * rates.area * facts.get("flips", 1)
-    size = latent * (3 if moments else 2) + 2 * facts["context"] + MICRO_BYTES * resolutions
+    size = latent * (3 if moments else 2) + 2 * facts["context"] * facts.get("encoders", 1) + MICRO_BYTES * resolutions
     if text == "embeddings":
         size += INDEX_BYTES + rates.distinct * 2 * (facts["context"] * facts["width"] + facts["pooled"])
     return size
@@ -112,11 +112,13 @@ def choices(samples: int, rates: Rates, prices: Prices, facts: dict[str, int], r
 
 def facts_of(stage: LatentsStage) -> dict[str, int]:
     """The sizes that the columns follow from; the weights are looked at, not loaded."""
-    vae, text = find_vae(stage.vae_ref), find_clip(stage.text_ref)
-    pooled = int(text.model_cfg.get("embed_dim", text.width)) if stage.config.text_pooled else 0
+    vae, text = find_vae(stage.vae_ref), text_facts(stage.config, stage.text_ref)
+    second = stage.config.text_encoder
+    clip = find_clip(second.pretrained if second else stage.text_ref)
+    pooled = int(clip.model_cfg.get("embed_dim", clip.width)) if stage.config.text_pooled else 0
     channels = int(vae.config["latent_channels"])
-    found = {"channels": channels, "context": text.context_length, "width": text.width, "pooled": pooled}
-    return found | ({"flips": 2} if stage.config.flip else {})
+    found = {"channels": channels, "context": text["context_length"], "width": text["width"], "pooled": pooled}
+    return found | {"encoders": len(clips_of(text))} | ({"flips": 2} if stage.config.flip else {})
 
 
 def rates_of(stage: LatentsStage, samples: int = 64, measure_again: bool = False) -> Rates:
@@ -136,7 +138,7 @@ def rates_of(stage: LatentsStage, samples: int = 64, measure_again: bool = False
 
 def rates_key(stage: LatentsStage) -> str:
     """What rates depend on: everything but the choices that a plan is to compare."""
-    weights = [find_vae(stage.vae_ref).digest, find_clip(stage.text_ref).digest]
+    weights = [find_vae(stage.vae_ref).digest, text_facts(stage.config, stage.text_ref)["digest"]]
     settings = {k: v for k, v in stage.config.settings().items() if k not in ("text", "moments", "flip")}
     return digest_json([settings, stage.config.device, weights])[:32]
 
@@ -185,11 +187,11 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
                 seconds += time.perf_counter() - began
         tokens, index = worker._tokenise(shard.captions)
         distinct = len(np.unique(index[:-1]))
-        worker._embed_captions(tokens[:1], np.zeros(1, np.int64))
-        some = np.unique(tokens, axis=0)[: max(count, stage.config.batch_size)]
+        worker._embed_captions({n: ids[:1] for n, ids in tokens.items()}, np.zeros(1, np.int64))
+        rows = np.unique(index, return_index=True)[1][: max(count, stage.config.batch_size)]
         began = time.perf_counter()
-        worker._embed_captions(some, np.arange(len(some)))
-        text = (time.perf_counter() - began) / len(some)
+        worker._embed_captions({n: ids[rows] for n, ids in tokens.items()}, np.arange(len(rows)))
+        text = (time.perf_counter() - began) / len(rows)
     shard.close()
     downscale = worker.vae.downscale
     area = np.array([b.width * b.height / downscale**2 for b in stage.config.bucket_list()])

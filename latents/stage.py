@@ -35,7 +35,7 @@ from latents.config import LatentsConfig
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
 from latents.pictures import Fit, ahead, crop_before, resize_crop_to
 from latents.takedown import NOT_SELECTED
-from latents.weights import ClipWeights, VaeWeights, find_clip, find_vae
+from latents.weights import VaeWeights, clips_of, find_vae, text_facts
 from shards import images, storage
 from shards.columns import COLUMN_ROW, ColumnFile, column, members, pack_columns
 from shards.commit import Folder
@@ -51,7 +51,8 @@ from shards.stage import Task, open_folder, persist, refuse_other_settings
 from shards.takeover import is_old, old_digests, old_version
 
 if TYPE_CHECKING:
-    from latents.encoders import TextEncoder, Vae
+    from latents.encoders import Vae
+    from latents.text import Text
 
 log = logging.getLogger("carrara.latents")
 
@@ -123,7 +124,7 @@ class LatentsStage:
 
         redo: with thresholds of now for latents.select, whatever is recorded.
         """
-        vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
+        vae, text = find_vae(self.vae_ref), text_facts(self.config, self.text_ref)
         for bucket in self.config.bucket_list():
             if bucket.width % vae.downscale or bucket.height % vae.downscale:
                 field, value = "resolution", bucket.width
@@ -137,7 +138,7 @@ class LatentsStage:
                 f"the VAE '{vae.ref}' is an AutoencoderTiny, which has no posterior to draw from: "
                 "set latents.moments to false"
             )
-        weights = {"vae": vae.digest, "text": text.digest}
+        weights = {"vae": vae.digest, "text": text["digest"]}
         stored = read_made_with(self.root)
         settings = {**self.config.settings(), **self._curated(None if redo else stored)}
         kept = stored is not None and stored.get("taken_over_from") and stored["version"] in READABLE
@@ -219,7 +220,7 @@ class LatentsStage:
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Check the accounting, merge the statistics in shard order, write the manifest and return it."""
-        vae, text = find_vae(self.vae_ref), find_clip(self.text_ref)
+        vae, text = find_vae(self.vae_ref), text_facts(self.config, self.text_ref)
         refuse_other_settings(self)  # weights may have been exchanged during the run
         images, total = self.images(), None
         expected = {s.index: s for s in images.shards}
@@ -272,7 +273,7 @@ class LatentsStage:
                 "laid": laid,
                 "settings": self.config.settings(),
                 "vae": _vae_facts(vae),
-                "text": _text_facts(text, self.config.text_layer, self.config.pad),
+                "text": text,
                 "channels": total.summary(),
                 "status": {k: status[k] for k in STATUSES if status[k]},
                 "errors": dict(sorted(errors.items())),
@@ -315,7 +316,7 @@ class _Worker:
 
     def __init__(self, stage: LatentsStage) -> None:
         # Here and not above: whoever only asks what there is to do should not wait for torch.
-        from latents.encoders import load_text, load_vae, pick_device
+        from latents.encoders import load_text_of, load_vae, pick_device
 
         self.config, self.root = stage.config, stage.root
         self.buckets = stage.config.bucket_list()
@@ -331,9 +332,8 @@ class _Worker:
         how = {"channels_last": self.config.channels_last, "compile": self.config.compile}
         with fixed_arithmetic(self.config.threads):
             self.vae: Vae = load_vae(stage.vae_ref, self.device, self.config.precision, **how)
-            self.text: TextEncoder = load_text(
-                stage.text_ref, self.config.text_layer, self.device, self.config.precision, self.config.pad
-            )
+            self.facts = text_facts(self.config, stage.text_ref)
+            self.text: Text = load_text_of(self.facts, self.device, self.config.precision)
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """Encode and commit one shard; returns its committed stats."""
@@ -341,7 +341,7 @@ class _Worker:
 
         weights = self.made_with.weights or {}
         require_digest("the VAE", self.vae.digest, weights["vae"], self.vae.ref)
-        require_digest("the CLIP", self.text.digest, weights["text"], self.text.ref)
+        require_digest(self.text.called, self.text.digest, weights["text"], self.text.ref)
         if (found := self.folder.adopt(task.index)) is not None:
             return found
         started = time.perf_counter()
@@ -412,16 +412,17 @@ class _Worker:
                 if samples[i].error is None and not fine[text_index[i]]:
                     samples[i].error = ("not_finite_text", "the caption's embedding is not finite in float16")
         kept = np.array([i for i in range(count) if samples[i].error is None], np.int64)
-        each: dict[str, np.ndarray] = {"tokens": tokens[kept], "alive": np.ones(len(kept), np.uint8)}
+        each = {name: ids[kept] for name, ids in tokens.items()} | {"alive": np.ones(len(kept), np.uint8)}
         if text is not None:
             each["embedding_index"] = text_index[kept]
         columns = _caption_columns(shard) | self._new_captions(shard)
         texts = {name: [values[i] for i in kept] for name, values in columns.items()}
         arrays = self._lay_out(each, self._micro(shard, plan, samples)[kept], texts, plan.bucket[kept])
-        arrays["empty_tokens"] = tokens[-1]
-        metadata = {"vae": self.vae.digest, "text": self.text.digest, "text_layer": self.text.layer}
-        if self.text.pad != "zero":
-            metadata["text_pad"] = self.text.pad
+        arrays |= {f"empty_{name}": ids[-1] for name, ids in tokens.items()}
+        metadata = {"vae": self.vae.digest, "text": self.text.digest, "text_layer": self.facts["layer"]}
+        for suffix, clip in zip(("", "_2"), clips_of(self.facts), strict=False):
+            if clip["pad"] != "zero":
+                metadata[f"text_pad{suffix}"] = clip["pad"]
         if self.config.moments:
             metadata |= {"logstd_min": repr(LOGSTD_MIN), "logstd_step": repr(LOGSTD_STEP)}
         if len(self.buckets) > 1:
@@ -627,37 +628,39 @@ class _Worker:
 
     # ---- text ------------------------------------------------------------------------------------
 
-    def _tokenise(self, captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Captions and, as row N, the empty one: tokens uint16 [N+1,ctx], and which distinct row is each one's,
-        int64 [N+1]. Captions of the same tokens share a row."""
-        ids = self.text.tokenize([*captions, ""]).numpy()
-        if ids.max(initial=0) > np.iinfo(np.uint16).max:
-            raise StageError(f"the CLIP '{self.text.ref}' has token ids beyond 65535, which the shards cannot hold")
-        tokens = ids.astype(np.uint16)
+    def _tokenise(self, captions: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Captions and, as row N, the empty one: columns of N+1 rows of token ids, and which distinct row is each
+        one's, int64 [N+1]. Captions of the same tokens share a row."""
+        tokens = {}
+        for name, ids in self.text.tokens_of([*captions, ""]).items():
+            if ids.max(initial=0) > np.iinfo(np.uint16).max:
+                raise StageError(f"{self.text.called} '{self.text.ref}' has token ids beyond 65535, which the shards "
+                                 "cannot hold")  # fmt: skip
+            tokens[name] = ids.astype(np.uint16)
         first: dict[bytes, int] = {}
-        return tokens, np.array([first.setdefault(row.tobytes(), len(first)) for row in tokens], np.int64)
+        lines = (b"".join(row.tobytes() for row in rows) for rows in zip(*tokens.values(), strict=True))
+        return tokens, np.array([first.setdefault(line, len(first)) for line in lines], np.int64)
 
-    def _embed_captions(self, tokens: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
+    def _embed_captions(self, tokens: dict[str, np.ndarray], index: np.ndarray) -> dict[str, np.ndarray]:
         """`embeddings` float16 [U,ctx,D] and, where they are wanted, `pooled` float16 [U,P], of the distinct rows."""
-        distinct = tokens[np.unique(index, return_index=True)[1]]
+        some = np.unique(index, return_index=True)[1]
         size, pooled = self.config.batch_size, self.config.text_pooled
-        rows = np.zeros((len(distinct), self.text.context_length, self.text.width), np.float16)
-        ends = np.zeros((len(distinct), self.text.pooled_width if pooled else 0), np.float16)
-        encode = self.text.encode_pooled if pooled else lambda t: (self.text.encode(t), None)
-        for i in range(0, len(distinct), size):
-            part = distinct[i : i + size]
-            full = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-            found, end = encode(full)
+        rows = np.zeros((len(some), self.text.context_length, self.text.width), np.float16)
+        ends = np.zeros((len(some), self.text.pooled_width if pooled else 0), np.float16)
+        for i in range(0, len(some), size):
+            part = some[i : i + size]
+            full = np.concatenate([part, np.repeat(part[-1:], size - len(part))])
+            found, end = self.text.encode_tokens({n: ids[full] for n, ids in tokens.items()}, pooled)
             rows[i : i + size] = to_half(found.numpy()[: len(part)])
-            if end is not None:
-                ends[i : i + size] = to_half(end.numpy()[: len(part)])
+            ends[i : i + size] = to_half(end.numpy()[: len(part)])
         for j in np.flatnonzero(~(finite_rows(rows) & finite_rows(ends))):
-            found, end = self.text.encode_exact(distinct[j : j + 1])
-            rows[j] = to_half(found.numpy())[0]
-            if pooled:
-                ends[j] = to_half(end.numpy())[0]
+            one = {n: ids[some[j : j + 1]] for n, ids in tokens.items()}
+            found, end = self.text.encode_tokens(one, pooled, exact=True)
+            rows[j], ends[j] = to_half(found.numpy())[0], to_half(end.numpy())[0]
         if not (np.isfinite(rows[index[-1]]).all() and np.isfinite(ends[index[-1]]).all()):
-            raise StageError(f"the CLIP '{self.text.ref}': the empty caption's embedding is not finite in float16")
+            raise StageError(
+                f"{self.text.called} '{self.text.ref}': the empty caption's embedding is not finite in float16"
+            )
         return {"embeddings": rows, "pooled": ends} if pooled else {"embeddings": rows}
 
     # ---- sidecar ---------------------------------------------------------------------------------
@@ -835,17 +838,6 @@ def _vae_facts(vae: VaeWeights) -> dict[str, Any]:
         "kind": vae.kind,
         "scaling_factor": vae.scaling_factor,
         "config": vae.config,
-    }
-
-
-def _text_facts(text: ClipWeights, layer: str, pad: str) -> dict[str, Any]:
-    return {
-        "ref": text.ref,
-        "digest": text.digest,
-        "layer": layer,
-        "pad": pad,
-        "context_length": text.context_length,
-        "width": text.width,
     }
 
 

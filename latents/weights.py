@@ -14,14 +14,17 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
 from shards.fingerprint import digest_file, digest_json
 from shards.settings import ConfigError
+
+if TYPE_CHECKING:
+    from latents.config import LatentsConfig
 
 INDEX = ".safetensors.index"  # in the name of a file that says which of several files holds which tensor
 VAE_WEIGHTS = (
@@ -39,6 +42,7 @@ CLIP_WEIGHTS = (  # open_clip's own order of preference, so that the file digest
     "open_clip_pytorch_model.pth",
     "model.safetensors",
 )
+PAIR = "clip_pair"  # the kind, in the facts of latents, of two CLIPs side by side
 # Formats that are read without running code from the file: safetensors, or torch.load(weights_only=True).
 SAFE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # The arguments of the two kinds of autoencoder, all of which diffusers' save_pretrained writes (a test compares them
@@ -217,18 +221,65 @@ def find_clip(ref: str) -> ClipWeights:
     return _clip_named(ref, model, weights)
 
 
-def find_pad(ref: str) -> str | None:
+def text_facts(config: LatentsConfig, ref: str) -> dict[str, Any]:
+    """What a manifest of latents says of what read the captions: its weights by name and digest, and how it is used.
+
+    ref: the run's CLIP. A second one beside it makes `kind` clip_pair, with the facts of both under `encoders`, one
+    digest and the width of both together. Raises ConfigError where weights are not there or do not go together.
+    """
+    clip = find_clip(ref)
+    first = _clip_facts(clip, config.text_layer, config.pad)
+    if config.text_encoder is None:
+        return first
+    second = _clip_facts(
+        find_clip(config.text_encoder.pretrained), config.text_layer, config.text_encoder.pad or "zero"
+    )
+    if first["context_length"] != second["context_length"]:
+        raise ConfigError(
+            f"latents.text_encoder: '{second['ref']}' reads {second['context_length']} tokens and '{ref}' "
+            f"{first['context_length']}; two CLIPs are read side by side, token by token, so choose two of one length"
+        )
+    return {
+        "kind": PAIR,
+        "ref": f"{first['ref']} and {second['ref']}",
+        "digest": digest_json([first["digest"], second["digest"]]),
+        "layer": config.text_layer,
+        "pad": first["pad"],
+        "context_length": first["context_length"],
+        "width": first["width"] + second["width"],
+        "encoders": [first, second],
+    }
+
+
+def clips_of(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The facts of each CLIP in `text_facts`: one, or those of a pair."""
+    return list(facts["encoders"]) if facts.get("kind") == PAIR else [dict(facts)]
+
+
+def _clip_facts(text: ClipWeights, layer: str, pad: str) -> dict[str, Any]:
+    return {
+        "ref": text.ref,
+        "digest": text.digest,
+        "layer": layer,
+        "pad": pad,
+        "context_length": text.context_length,
+        "width": text.width,
+    }
+
+
+def find_pad(ref: str, names: Sequence[str] = ("tokenizer_2", "tokenizer")) -> str | None:
     """How the tokenizer of the diffusers pipeline `ref` (a folder, or a hub name) pads: `zero` or `end`.
 
-    None where there is no tokenizer, as beside a UNet alone. Of two tokenizers the second counts, whose encoder is the
-    one that an SDXL pipeline is exported with. Raises ConfigError where it cannot be read or pads otherwise.
+    None where there is no tokenizer, as beside a UNet alone. names: the first of them that is there counts; of two, by
+    default the second's, whose encoder is the one that SDXL's refiner has. Raises ConfigError where it cannot be read
+    or pads otherwise.
     """
     root = Path(ref)
     if not root.is_dir():
         if not HUB_NAME.fullmatch(ref):
             return None
         root = _hub_folder(ref, "the tokenizer of", ["tokenizer*/*.json", "tokenizer*/*.txt"])
-    folder = next((root / n for n in ("tokenizer_2", "tokenizer") if (root / n).is_dir()), None)
+    folder = next((root / n for n in names if (root / n).is_dir()), None)
     if folder is None:
         return None
     from transformers import CLIPTokenizer

@@ -99,7 +99,11 @@ def _clip(config: RunConfig) -> None:
 
 
 def _latents(config: RunConfig) -> None:
-    """What the latents ask of the pictures must be what the ingest stores."""
+    """What the latents ask of the pictures must be what the ingest stores, and weights that they name be there."""
+    if config.latents.text_encoder is not None:
+        from latents.weights import find_clip
+
+        find_clip(config.latents.text_encoder.pretrained)
     stored, wanted = config.ingest.image_size, max(config.latents.resolutions)
     mode = config.ingest.resize_mode
     if mode != "no" and wanted > stored and not getattr(config.latents, "enlarge", False):

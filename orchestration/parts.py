@@ -14,6 +14,7 @@ from shards.stage import Stage
 
 if TYPE_CHECKING:
     from eval.evaluation import Evaluation
+    from latents.config import LatentsConfig
 
 STAGES = ("ingest", "autoencoder", "clip", "latents", "train", "eval")
 FITS = ("autoencoder", "clip", "train")
@@ -30,13 +31,21 @@ def text_ref(config: RunConfig) -> str:
     return config.clip.pretrained or storage.join(RunPaths(config.run).clip, "model")
 
 
-def text_pad(config: RunConfig) -> str | None:
-    """What follows a caption's end token: as configured, else as the tokenizer of train.start_from has it."""
-    if config.latents.text_pad is None and config.train.start_from:
-        from latents.weights import find_pad
+def latents_settings(config: RunConfig) -> LatentsConfig:
+    """`latents`, with what it leaves to the tokenizers of train.start_from: what follows a caption's end token."""
+    settings, start_from = config.latents, config.train.start_from
+    if not start_from:
+        return settings
+    from latents.weights import find_pad
 
-        return find_pad(config.train.start_from)
-    return config.latents.text_pad
+    second = settings.text_encoder
+    if second is None:
+        return settings.model_copy(update={"text_pad": settings.text_pad or find_pad(start_from)})
+    pads = [
+        given or find_pad(start_from, (name,))
+        for given, name in ((settings.text_pad, "tokenizer"), (second.pad, "tokenizer_2"))
+    ]
+    return settings.model_copy(update={"text_pad": pads[0], "text_encoder": second.model_copy(update={"pad": pads[1]})})
 
 
 def pretrained(name: str, config: RunConfig) -> str | None:
@@ -103,12 +112,12 @@ def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
     if name == "latents":
         from latents.stage import LatentsStage
 
-        latents = config.latents.model_copy(update={"text_pad": text_pad(config)})
+        latents = latents_settings(config)
         return [(LatentsStage(latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)]
     if name == "prior":
         from eval import prior
 
-        given = config.latents.model_copy(update={"text_pad": text_pad(config)})
+        given = latents_settings(config)
         drawn, encoded = prior.stages(config.train, given, paths, vae_ref(config), text_ref(config), config.seed)
         return [(drawn, config.ray.eval), (encoded, config.ray.latents)]
     if name == "score":

@@ -108,7 +108,8 @@ class Autoencoder(Objective):
         posterior = self.model.encode(x).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         output = self.model.decode(mean + torch.exp(0.5 * logvar) * batch["noise"], return_dict=False)[0].float()
-        adversarial, told = torch.zeros((), device=x.device), []
+        adversarial = torch.zeros((), device=x.device)
+        told: list[torch.Tensor] = []
         if c.adversarial:
             output, adversarial, told = self._adversarial(c.adversarial, x, output, batch["adversarial"])
         l1, mse = (output - x).abs().mean(), (output - x).square().mean(dim=(1, 2, 3))

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from latents.encoders import TextEncoder, kept_blocks
+from latents.text import Text
 from shards.settings import ConfigError
 from train.data import Batch
 
@@ -58,7 +59,7 @@ class Conditioning:
         """The part of `batch` that stands for the captions."""
         raise NotImplementedError
 
-    def prompts(self, prompts: Sequence[str], text: TextEncoder | None = None) -> Batch:
+    def prompts(self, prompts: Sequence[str], text: Text | None = None) -> Batch:
         """What stands for these prompts, as `captions` gives it for captions; text: the encoder, where `stored`."""
         raise NotImplementedError
 
@@ -88,13 +89,11 @@ class Stored(Conditioning):
             batch["pooled"] = torch.from_numpy(pooled)
         return batch
 
-    def prompts(self, prompts: Sequence[str], text: TextEncoder | None = None) -> Batch:
+    def prompts(self, prompts: Sequence[str], text: Text | None = None) -> Batch:
         """Their embeddings, by the latents' own encoder."""
         assert text is not None
-        if not self.sized:
-            return {"text": text.encode(text.tokenize(prompts))}
-        rows, pooled = text.encode_pooled(text.tokenize(prompts))
-        return {"text": rows, "pooled": pooled}
+        rows, pooled = text.encode_tokens(text.tokens_of(prompts), self.sized)
+        return {"text": rows, "pooled": pooled} if self.sized else {"text": rows}
 
     def told(self, batch: Batch) -> Told:
         """As the batch holds them."""
@@ -104,30 +103,36 @@ class Stored(Conditioning):
 
 
 class Encoded(Conditioning):
-    """tokens int64 [B,context], from the shards or of drawn captions; the frozen CLIP runs within the step."""
+    """tokens int64 [B,context] (and tokens_2 for a second CLIP), from the shards or of drawn captions; the frozen
+    encoders run within the step."""
 
-    def __init__(self, sized: bool, text: TextEncoder) -> None:
+    def __init__(self, sized: bool, text: Text) -> None:
         super().__init__(sized)
         self.text = text
-        self._tokens = functools.lru_cache(maxsize=100_000)(lambda caption: text.tokenize([caption])[0].numpy())
+        self._tokens = functools.lru_cache(maxsize=100_000)(lambda caption: text.tokens_of([caption]))
 
     def captions(
         self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None
     ) -> Batch:
         """The tokens, a dropped caption being the stored empty one."""
-        tokens = latents.tokens(positions) if captions is None else np.stack([self._tokens(c) for c in captions])
-        tokens[dropped] = latents.empty_tokens
-        return {"tokens": torch.from_numpy(tokens)}
+        found = {}
+        for name in self.text.names:
+            if captions is None:
+                found[name] = latents.tokens(positions, name)
+            else:
+                found[name] = np.concatenate([self._tokens(c)[name] for c in captions])
+            found[name][dropped] = latents.empty[name]
+        return {name: torch.from_numpy(ids) for name, ids in found.items()}
 
-    def prompts(self, prompts: Sequence[str], text: TextEncoder | None = None) -> Batch:
+    def prompts(self, prompts: Sequence[str], text: Text | None = None) -> Batch:
         """Their tokens."""
-        return {"tokens": self.text.tokenize(prompts)}
+        return {name: torch.from_numpy(ids) for name, ids in self.text.tokens_of(prompts).items()}
 
     def told(self, batch: Batch) -> Told:
-        """The frozen CLIP's features, in the arithmetic that autocast has here (bf16 on a GPU), else in float32."""
+        """The frozen encoders' features, in the arithmetic that autocast has here (bf16 on a GPU), else in float32."""
         kind = batch["tokens"].device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        rows, pooled = self.text.features(batch["tokens"], dtype, pooled=self.sized)
+        rows, pooled = self.text.features_of(batch, dtype, pooled=self.sized)
         # Outside autocast the UNet's own type counts; within it, autocast casts.
         if not self.sized:
             return rows, None

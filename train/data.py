@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 Batch = dict[str, torch.Tensor]
 
+TOKENS = ("tokens", "tokens_2")  # columns of what a caption's encoders read of it (latents/text.py)
+
 DECODERS = 4  # threads that decode pictures for one rank
 # Steps whose windows are asked for before their batches are made: at least, and at most where a quarter of what the
 # streams hold lasts that long. A step of 50 ms then leaves a store more than a second to answer.
@@ -243,11 +245,12 @@ class Latents:
         arrays = first[0]
         self.has_embeddings, self.has_pooled = "embeddings" in arrays.kinds, "pooled" in arrays.kinds
         self.has_spread = all("logstd" in file.kinds for file in first)
-        self.empty_tokens = arrays.whole("empty_tokens").astype(np.int64)
+        self.token_names = tuple(n for n in TOKENS if n in arrays.kinds)
+        self.empty = {n: arrays.whole(f"empty_{n}").astype(np.int64) for n in self.token_names}
         self.empty_embedding = arrays.whole("empty_embedding").astype(np.float32) if self.has_embeddings else None
         self.empty_pooled = arrays.whole("empty_pooled").astype(np.float32) if self.has_pooled else None
         self.wants = {"mean", *(("logstd",) if self.has_spread else ())}
-        self.wants.add("embeddings" if self.has_embeddings else "tokens")
+        self.wants |= {"embeddings"} if self.has_embeddings else set(self.token_names)
         self.wants |= {"picture"} if beside else set()
         self._reader = Reader(self.placement, self._load)
         self._taken: tuple[bytes, list[tuple[Window, int]]] = (b"", [])
@@ -306,9 +309,14 @@ class Latents:
             found[flipped] = self._gather(name + FLIPPED, positions, dtype)[flipped]
         return found
 
-    def tokens(self, positions: np.ndarray) -> np.ndarray:
-        """Token ids, int64 [B,context]."""
-        return self._gather("tokens", positions, np.int64)
+    @property
+    def empty_tokens(self) -> np.ndarray:
+        """The ids of the empty caption, int64 [context]."""
+        return self.empty["tokens"]
+
+    def tokens(self, positions: np.ndarray, name: str = "tokens") -> np.ndarray:
+        """Token ids, int64 [B,context]; name: of `token_names`."""
+        return self._gather(name, positions, np.int64)
 
     def embeddings(self, positions: np.ndarray) -> np.ndarray:
         """Token embeddings, float32 [B,context,width]."""
@@ -477,7 +485,7 @@ class _LatentFile:
         """Columns of the rows from `first` up to `end` of a bucket, by name, and `alive`, bool."""
         found: dict[str, Any] = {}
         moments = ("mean", "logstd", "mean" + FLIPPED, "logstd" + FLIPPED)
-        plain: list[str] = [n for n in (*moments, "tokens", "micro") if n in wants]
+        plain: list[str] = [n for n in (*moments, *TOKENS, "micro") if n in wants]
         by_caption: list[str] = [n for n in ("embeddings", "pooled") if n in wants]
         texts = [n.removeprefix("text.") for n in wants if n.startswith("text.")]
         stored = [t for t in texts if f"text.{t}" in self.kinds]
@@ -643,7 +651,7 @@ def _refuse_other_kind(one: Dataset, first: _LatentFile, other: Dataset, file: _
             f"train.sources: {other.root} was made with another {different} than {one.root}; "
             "make the latents of all sources with the same encoders"
         )
-    columns = {"mean", "logstd", "tokens", "embeddings", "pooled"}
+    columns = {"mean", "logstd", *TOKENS, "embeddings", "pooled"}
     same = one.manifest["resolution"] == other.manifest["resolution"]
     same &= one.manifest.get("buckets") == other.manifest.get("buckets")
     if not same or first.kinds & columns != file.kinds & columns:

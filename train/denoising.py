@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from latents.encoders import load_text_of
+from latents.encoders import load_clip_of, load_text_of
 from latents.stage import FLIPPED
-from latents.weights import find_pad
+from latents.weights import PAIR, clips_of, find_pad
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import adapters, diffusion, initial, segments
@@ -45,7 +45,7 @@ class Diffusion(Objective):
         unet = build_unet(config, latents, text["width"], seed)
         model_config = public_config(unet)
         if config.start_from:
-            require_pad(config.start_from, text.get("pad", "zero"))
+            require_pads(config.start_from, text)
         if config.adapter:
             unet = adapters.add(unet, config.adapter, seed)
         latents.require_captions(list(config.captions or ()))
@@ -262,9 +262,15 @@ def conditioning_of(
 ) -> Conditioning:
     """How captions reach a UNet with the config `unet`; raises ConfigError where the latents do not hold what it takes.
 
-    text: the facts of the latents' CLIP.
+    text: the facts of what read the latents' captions.
     """
     pipeline = pipeline_of(unet)
+    pair = text.get("kind") == PAIR
+    if pair and pipeline is not STABLE_DIFFUSION_XL:
+        raise ConfigError(
+            f"this UNet is exported as a {pipeline.name}, which has one CLIP, and its latents were made with two "
+            "(latents.text_encoder); make them without the second, and train on those"
+        )
     require_layer(pipeline, text["layer"])
     sized = pipeline is STABLE_DIFFUSION_XL
     field = "train.start_from" if config.start_from else "train.unet"
@@ -278,7 +284,7 @@ def conditioning_of(
                 "train.textual_inversion: this UNet is also told the captions' pooled embeddings (SDXL), through which "
                 "the word cannot be learned here; choose a UNet without addition_embed_type text_time"
             )
-        return Word(config.textual_inversion, load_text_of(text), Randomness(seed))
+        return Word(config.textual_inversion, load_clip_of(text), Randomness(seed))
     if not config.captions and not config.text_encoder and latents.has_embeddings:
         if sized:
             if latents.empty_pooled is None:
@@ -288,11 +294,16 @@ def conditioning_of(
                 )
             require_told(unet, len(latents.empty_pooled), field)
         return Stored(sized)
+    if config.text_encoder and pair:
+        raise ConfigError(
+            "train.text_encoder: of two CLIPs side by side none can learn here; leave it out, and let the UNet learn"
+        )
     encoder = load_text_of(text)
     if sized:
         require_told(unet, encoder.pooled_width, field)
     if config.text_encoder:
-        return Learning(sized, encoder, adapters.learning_text(encoder, sized, config.text_encoder, seed))
+        clip = load_clip_of(text)
+        return Learning(sized, clip, adapters.learning_text(clip, sized, config.text_encoder, seed))
     return Encoded(sized, encoder)
 
 
@@ -305,17 +316,33 @@ def wanted_columns(config: TrainConfig, latents: Latents, conditioning: Conditio
         return found | {"embeddings", *(("pooled",) if conditioning.sized else ())}
     if config.captions:
         return found | {f"text.{name}" for name in config.captions}
-    return found if config.textual_inversion else found | {"tokens"}
+    return found if config.textual_inversion else found | set(latents.token_names)
 
 
-def require_pad(start_from: str, pad: str) -> None:
-    """Raises ConfigError where a pipeline fills its prompts up otherwise than the latents' captions were."""
-    theirs = find_pad(start_from)
+def require_pads(start_from: str, text: dict[str, Any]) -> None:
+    """As require_pad, of each CLIP that read the captions; text: the latents' facts of them."""
+    if text.get("kind") != PAIR:
+        require_pad(start_from, text.get("pad", "zero"))
+        return
+    for facts, name, field in zip(
+        clips_of(text), ("tokenizer", "tokenizer_2"), ("text_pad", "text_encoder.pad"), strict=True
+    ):
+        require_pad(start_from, facts["pad"], (name,), field)
+
+
+def require_pad(
+    start_from: str, pad: str, names: Sequence[str] = ("tokenizer_2", "tokenizer"), field: str = "text_pad"
+) -> None:
+    """Raises ConfigError where a pipeline fills its prompts up otherwise than the latents' captions were.
+
+    names: which of its tokenizers is asked, the first that is there; field: the setting of latents that says it.
+    """
+    theirs = find_pad(start_from, names)
     if theirs is not None and theirs != pad:
         words = {"zero": "id 0", "end": "its end token"}
         raise ConfigError(
             f"train.start_from: the tokenizer of {start_from} fills prompts up with {words[theirs]}, and the captions "
-            f"of the latents were filled up with {words[pad]}; make the latents again with latents.text_pad {theirs} "
+            f"of the latents were filled up with {words[pad]}; make the latents again with latents.{field} {theirs} "
             "(carrara latents --redo)"
         )
 
@@ -367,7 +394,9 @@ def build_unet(config: TrainConfig, latents: Latents, width: int, seed: int) -> 
                     if unet.config.in_channels == latents.channels:
                         why = "an adapter cannot add them: leave train.adapter out, or start from a model that has them"
                 if name == "cross_attention_dim" and unet.config.addition_embed_type == "text_time":
-                    why += " (SDXL's base model reads two CLIPs side by side, of which latents hold one)"
+                    why += (
+                        " (SDXL's base model reads two CLIPs side by side: name the second with latents.text_encoder)"
+                    )
                 raise ConfigError(
                     f"train.start_from: the UNet of {config.start_from} has {name} {unet.config[name]}, but the "
                     f"latents ask for {value}{beside}; {why}"

@@ -29,7 +29,8 @@ from typing import Any, BinaryIO
 import torch
 
 from latents.encoders import TextEncoder, Vae, require_digest
-from latents.weights import find_clip, find_vae
+from latents.text import ClipPair
+from latents.weights import PAIR, clips_of, find_clip, find_vae
 from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import Fingerprint, digest_json
@@ -80,7 +81,7 @@ def export(
     local = storage.is_local(final)
     tmp = storage.temporary_folder(storage.local_path(final)) if local else Path(tempfile.mkdtemp(prefix="carrara-"))
     try:
-        _write(pipeline.to(dtype=getattr(torch, dtype)), provenance, source.text_facts.get("pad", "zero"), tmp)
+        _write(pipeline.to(dtype=getattr(torch, dtype)), provenance, source.pads, tmp)
         source.write_tuning(tmp)
         if local:
             storage.replace_folder(tmp, storage.local_path(final))
@@ -115,15 +116,16 @@ def build_pipeline(run: str, checkpoint: str = "latest", weights: str = "ema") -
     return pipeline
 
 
-def _write(pipeline: Any, provenance: dict[str, Any], pad: str, folder: Path) -> None:
+def _write(pipeline: Any, provenance: dict[str, Any], pads: list[str], folder: Path) -> None:
+    """pads: what each of the tokenizers fills prompts up with."""
     pipeline.save_pretrained(folder, safe_serialization=True)
-    for suffix in ("", "_2"):  # SDXL's one text encoder is its second
-        if (encoder := getattr(pipeline, f"text_encoder{suffix}", None)) is not None:
-            save_text_encoder(encoder, folder / f"text_encoder{suffix}")
-            names = folder / f"tokenizer{suffix}"
-            for file in names.iterdir():
-                file.unlink()
-            write_tokenizer(names, getattr(pipeline, names.name).model_max_length, pad)
+    suffixes = [s for s in ("", "_2") if getattr(pipeline, f"text_encoder{s}", None) is not None]
+    for suffix, pad in zip(suffixes, pads, strict=True):  # one text encoder of SDXL's is its second
+        save_text_encoder(getattr(pipeline, f"text_encoder{suffix}"), folder / f"text_encoder{suffix}")
+        names = folder / f"tokenizer{suffix}"
+        for file in names.iterdir():
+            file.unlink()
+        write_tokenizer(names, getattr(pipeline, names.name).model_max_length, pad)
     (folder / "README.md").write_text(model_card(provenance), encoding="utf-8")
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -150,6 +152,11 @@ class _Source:
         self.tuned: dict[str, torch.Tensor] = {}
         self.tuned_text: dict[str, torch.Tensor] = {}
 
+    @property
+    def pads(self) -> list[str]:
+        """What fills up a prompt, of each text encoder."""
+        return [facts.get("pad", "zero") for facts in clips_of(self.text_facts)]
+
     def fingerprint(self) -> Fingerprint:
         """What the exported folder's bytes depend on."""
         settings = {"checkpoint": name_of(self.folder), "weights": self.weights, "layer": self.text_facts["layer"]}
@@ -166,7 +173,7 @@ class _Source:
         if unet.config.cross_attention_dim != text.width:
             raise StageError(
                 f"{self.folder}: its UNet attends to {unet.config.cross_attention_dim} values a token, "
-                f"where the CLIP of the latents has {text.width}"
+                f"where {text.called} of the latents has {text.width}"
             )
         scale = self.vae_facts["scaling_factor"]
         # The upscaler's pipeline in diffusers sets this factor, whatever the VAE says.
@@ -174,7 +181,7 @@ class _Source:
         model = fold_shift(vae.model, scale / wanted)
         model.register_to_config(scaling_factor=wanted)
         sized = pipeline_of(unet.config) is STABLE_DIFFUSION_XL
-        encoder = clip_text_model(text, projected=sized)
+        encoder = clip_text_model(text.second if isinstance(text, ClipPair) else text, projected=sized)
         if self.config.text_encoder:
             self._learned_text(encoder, learned)
         parts = {"vae": model, "unet": unet, "scheduler": scheduler(self.config)}
@@ -183,7 +190,11 @@ class _Source:
         if self.config.upscale:
             parts |= {"low_res_scheduler": low_res_scheduler(), "max_noise_level": self.config.upscale.max_noise_level}
         kind = WAYS[self.config.told].pipeline if self.config.told else STABLE_DIFFUSION.name
-        pipeline = _sdxl(text, encoder, parts) if sized else _sd(kind, text, encoder, parts)
+        if isinstance(text, ClipPair):
+            first = {"text_encoder": clip_text_model(text.first, first_of_two=True), "tokenizer": tokenizer(text.first)}
+            pipeline = _sdxl(text.second, encoder, parts | first)
+        else:
+            pipeline = _sdxl(text, encoder, parts) if sized else _sd(kind, text, encoder, parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -303,10 +314,13 @@ class _Source:
         beside = storage.join(self.paths.autoencoder, "model")
         return Vae(_same_weights("the VAE", find_vae, self.vae_facts, beside))
 
-    def _text(self) -> TextEncoder:
+    def _text(self) -> TextEncoder | ClipPair:
         beside = storage.join(self.paths.clip, "model")
-        found = _same_weights("the CLIP", find_clip, self.text_facts, beside)
-        return TextEncoder(found, self.text_facts["layer"], pad=self.text_facts.get("pad", "zero"))
+        clips = []
+        for facts in clips_of(self.text_facts):
+            found = _same_weights("the CLIP", find_clip, facts, beside)
+            clips.append(TextEncoder(found, facts["layer"], pad=facts.get("pad", "zero")))
+        return ClipPair(*clips) if self.text_facts.get("kind") == PAIR else clips[0]
 
 
 def _facts_of_old(paths: RunPaths, folder: str, manifest: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
@@ -431,13 +445,11 @@ def _sd(kind: str, text: TextEncoder, encoder: Any, parts: dict[str, Any]) -> An
 
 
 def _sdxl(text: TextEncoder, encoder: Any, parts: dict[str, Any]) -> Any:
-    """With one text encoder, the second of SDXL's two, as SDXL's refiner has it."""
+    """With one text encoder, the second of SDXL's two, as SDXL's refiner has it, where `parts` has no first."""
     from diffusers import StableDiffusionXLPipeline
 
     return StableDiffusionXLPipeline(
-        **parts,
-        text_encoder=None,
-        tokenizer=None,
+        **{"text_encoder": None, "tokenizer": None, **parts},
         text_encoder_2=encoder,
         tokenizer_2=tokenizer(text),
         force_zeros_for_empty_prompt=False,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from latents.encoders import TextEncoder, has_final_norm, kept_blocks
+from latents.text import Text
 from shards.settings import ConfigError
 from train.conditioning import Conditioning, Told
 from train.config import InversionConfig
@@ -86,7 +87,7 @@ class Word(Conditioning):
         tokens[dropped], place[dropped] = latents.empty_tokens, -1
         return {"tokens": torch.from_numpy(tokens), "place": torch.from_numpy(place)}
 
-    def prompts(self, prompts: Sequence[str], text: TextEncoder | None = None) -> Batch:
+    def prompts(self, prompts: Sequence[str], text: Text | None = None) -> Batch:
         """Their tokens; the word is learned where a prompt names its token, once at most."""
         found = [
             self._caption(self.text, *prompt.split(self.token))

@@ -39,10 +39,8 @@ others decides what to let through. {licence}
 ## Its parts
 
 - VAE: `{vae_ref}`, latents times {scaling_factor}, sha256 `{vae_digest}`.
-- Text encoder: `{text_ref}`, sha256 `{text_digest}`; {layer}, {context_length} tokens of {width} values;
-  a shorter prompt is filled up with {pad}.
-- The tokenizer is open_clip's. Captions were cleaned before training as open_clip does it: lower case, HTML entities
-  resolved, broken encodings repaired. A prompt gives the same tokens if it is clean in that sense.
+{texts}- The tokenizer is open_clip's. Captions were cleaned before training as open_clip does it: lower case, HTML
+  entities resolved, broken encodings repaired. A prompt gives the same tokens if it is clean in that sense.
 
 All of this, for machines: `carrara.json`.
 """
@@ -126,12 +124,15 @@ def model_card(provenance: dict[str, Any]) -> str:
         vae_ref=_code(p["vae"]["ref"]),
         scaling_factor=p["vae"]["scaling_factor"],
         vae_digest=p["vae"]["digest"],
-        text_ref=_code(p["text"]["ref"]),
-        text_digest=p["text"]["digest"],
-        layer=_LAYERS[p["text"]["layer"]],
-        context_length=p["text"]["context_length"],
-        width=p["text"]["width"],
-        pad="its end token" if p["text"].get("pad") == "end" else "id 0",
+        texts="".join(_text(facts) for facts in p["text"].get("encoders", [p["text"]])),
+    )
+
+
+def _text(facts: dict[str, Any]) -> str:
+    pad = "its end token" if facts.get("pad") == "end" else "id 0"
+    return (
+        f"- Text encoder: `{_code(facts['ref'])}`, sha256 `{facts['digest']}`; {_LAYERS[facts['layer']]}, "
+        f"{facts['context_length']} tokens of {facts['width']} values;\n  a shorter prompt is filled up with {pad}.\n"
     )
 
 

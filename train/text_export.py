@@ -26,19 +26,21 @@ SOT, EOT = "<|startoftext|>", "<|endoftext|>"
 PAD, PAD_ID = "<|pad|>", 0
 
 
-def clip_text_model(text: TextEncoder, projected: bool = False) -> Any:
+def clip_text_model(text: TextEncoder, projected: bool = False, first_of_two: bool = False) -> Any:
     """transformers' CLIPTextModel with the weights of an open_clip text tower.
 
     Its `last_hidden_state` is what `text.encode` gives: blocks beyond the chosen layer are left out and
     the final layer norm is applied. projected: a CLIPTextModelWithProjection of all blocks, whose `text_embeds` are
-    the pooled half of `text.encode_pooled` and whose `hidden_states` hold the layers without norm. Raises ConfigError
-    where no pipeline reads that layer of it.
+    the pooled half of `text.encode_pooled` and whose `hidden_states` hold the layers without norm. first_of_two: a
+    CLIPTextModel of all blocks, of which SDXL reads such a state too. Raises ConfigError where no pipeline reads that
+    layer of it.
     """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    require_layer(STABLE_DIFFUSION_XL if projected else STABLE_DIFFUSION, text.layer)
+    whole = projected or first_of_two
+    require_layer(STABLE_DIFFUSION_XL if whole else STABLE_DIFFUSION, text.layer)
     tower = text.tower
-    blocks = list(tower.transformer.resblocks) if projected else kept_blocks(tower, text.layer)
+    blocks = list(tower.transformer.resblocks) if whole else kept_blocks(tower, text.layer)
     first = blocks[0]
     projection = getattr(tower, "text_projection", None)
     config = CLIPTextConfig(

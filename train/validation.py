@@ -20,6 +20,7 @@ import torch
 from latents.config import LatentsConfig
 from latents.encoders import other_encoder
 from latents.stage import FLIPPED, LatentsStage
+from latents.weights import clips_of
 from shards.dataset import Dataset
 from shards.images import PLACE, ImageShard
 from shards.layout import RunPaths
@@ -184,13 +185,15 @@ def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, dev
             "latents with train.validation.latents"
         ) from None
     known = {k: v for k, v in facts.get("settings", {}).items() if k in LatentsConfig.model_fields}
+    if known.get("text_encoder"):  # where its weights lie is no setting of theirs, but a fact
+        known["text_encoder"] = {**known["text_encoder"], "pretrained": clips_of(facts["text"])[1]["ref"]}
     known |= {"device": device, "resolution": objective.latents.resolution, "more_resolutions": [], "enlarge": True}
     known["flip"] = False  # it is measured on pictures as they are
     settings = LatentsConfig(**known)
     few = _first(pictures, config.images)
     if len(few) == 0:
         raise StageError(f"{pictures.root}: there is not one held-out picture to validate on")
-    stage = _Stage(settings, RunPaths(folder), facts["vae"]["ref"], facts["text"]["ref"])
+    stage = _Stage(settings, RunPaths(folder), facts["vae"]["ref"], clips_of(facts["text"])[0]["ref"])
     stage.pictures = few
     begin(stage)
     work = stage.worker()
