@@ -234,10 +234,10 @@ def test_a_stage_on_the_ray_that_symmetric_run_starts(
         (tmp_path / f"photos/{i}.txt").write_text(f"a plain picture, number {i}")
     config = {"run": str(tmp_path / "run"), "ingest": {"table": str(tmp_path / "photos"), "image_size": 64}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
-    real = str(Path(sys.executable).parent / "ray")
+    real = Path(sys.executable).parent  # what symmetric-run starts as `ray` is no further stand-in
     inside = (
         "ip link set lo up; ip addr add 10.213.9.1/24 dev lo; ip route add default dev lo; "
-        f'exec unshare --pid --fork --kill-child --mount-proc {shlex.quote(real)} "$@"'
+        f'PATH={shlex.quote(str(real))}:$PATH exec unshare --pid --fork --kill-child --mount-proc ray "$@"'
     )
     space = f'exec unshare --net bash -c {shlex.quote(inside)} ray "$@"'
     process = allocation(

@@ -38,7 +38,7 @@ class Scaled(torch.nn.Module):
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
-        self.objective, self.model, self.saves_frozen = objective, objective.model, True
+        self.objective, self.model, self.saves_frozen, self.beside = objective, objective.model, True, objective.beside
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         times = batch["times"][0]
