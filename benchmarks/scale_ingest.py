@@ -1,6 +1,6 @@
 """What planning, finish, take-down and retry cost at 2e9 rows in 200,000 shards: synthetic parts, scaled up.
 
-    python -m benchmarks.scale_ingest [plan] [nothing] [finish] [takedown] [retry]      all of them without a name
+    python -m benchmarks.scale_ingest [plan] [nothing] [finish] [takedown] [dry_run] [retry]      all of them without a name
 
 Each line says what was measured and the arithmetic that leads to full size. CPU-seconds are of this process and its
 threads; a node of two cores is assumed where hours are given.
@@ -265,6 +265,48 @@ def takedown() -> None:
         )
 
 
+def dry_run() -> None:
+    """Rows that a dry run with five filters judges, without and with a list of take-downs."""
+    from ingest import dryrun
+    from ingest.config import IngestConfig
+    from ingest.stage import IngestStage
+    from ingest.takedown import TakenDown
+
+    rows, rng = 100_000, np.random.default_rng(0)
+    filters = [
+        {"column": "smaller_side", "min": 128},
+        {"column": "aspect_ratio", "max": 3},
+        {"column": "similarity", "min": 0.1},
+        {"column": "nsfw", "not_in": ["NSFW"]},
+        {"column": "caption_words", "min": 3},
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "table")
+        folder.mkdir()
+        _table(folder, 1, rows)
+        (file,) = folder.iterdir()
+        table = pq.read_table(file)
+        for column, values in {
+            "width": rng.integers(50, 2000, rows),
+            "height": rng.integers(50, 2000, rows),
+            "similarity": rng.random(rows),
+            "nsfw": rng.choice(["UNLIKELY", "NSFW", "UNSURE"], rows),
+        }.items():
+            table = table.append_column(column, pa.array(values))
+        pq.write_table(table, file)
+        config = IngestConfig.model_validate({"table": str(folder), "filters": filters})
+        for what, count in (("no take-downs", 0), ("100,000 take-downs", 100_000)):
+            raw = rng.bytes(32 * count).hex()
+            TakenDown.of(urls=[raw[i : i + 64] for i in range(0, len(raw), 64)]).create_if_any(f"{name}/run")
+            stage = IngestStage(config, f"{name}/run/images")
+            _, cpu, _ = timed(functools.partial(dryrun.funnel, stage, progress=False))
+            say(
+                f"dry run, five filters, {what}",
+                f"{rows / cpu:,.0f} rows/s and core",
+                f"{ROWS / rows * cpu / 3600:.1f} core-hours",
+            )
+
+
 def retry() -> None:
     """Bytes written by a retry of 1 % of the rows, by a real run against a server of its own."""
     from dataclasses import replace
@@ -317,7 +359,7 @@ def retry() -> None:
         site.close()
 
 
-PARTS = {"plan": plan_, "nothing": nothing, "finish": finish, "takedown": takedown, "retry": retry}
+PARTS = {"plan": plan_, "nothing": nothing, "finish": finish, "takedown": takedown, "dry_run": dry_run, "retry": retry}
 
 if __name__ == "__main__":
     for part in sys.argv[1:] or PARTS:
