@@ -1,6 +1,6 @@
 """What planning, finish, take-down and retry cost at 2e9 rows in 200,000 shards: synthetic parts, scaled up.
 
-    python -m benchmarks.scale_ingest [plan] [nothing] [finish] [takedown] [dry_run] [retry]      all of them without a name
+    python -m benchmarks.scale_ingest [plan] [nothing] [finish] [takedown] [dry_run] [retry]   (without: all)
 
 Each line says what was measured and the arithmetic that leads to full size. CPU-seconds are of this process and its
 threads; a node of two cores is assumed where hours are given.
