@@ -12,6 +12,7 @@ that has only imported what the part imports.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-FULL_SHARDS, FULL_ROWS = 200_000, 2_000_000_000
+FULL_SHARDS, FULL_ROWS, FILES = 200_000, 2_000_000_000, 10_000
 
 Part = Callable[[str, int], dict[str, Any]]
 
@@ -39,6 +40,9 @@ def peak_mb() -> float:
 # ---- a folder of shards ---------------------------------------------------------------------------------------------
 
 
+TEMPLATES, MARK = 64, 7_777_777  # so many different texts of stats; the shard's number in each
+
+
 def stats_of(index: int, made_with: str) -> dict[str, Any]:
     """Stats of the size that an ingest's have: 10 KB, most of it hosts and their errors."""
     files = {".tar": {"size": 0, "sha256": f"{index:064x}"}, ".parquet": {"size": 0, "sha256": f"{index + 1:064x}"}}
@@ -49,7 +53,7 @@ def stats_of(index: int, made_with: str) -> dict[str, Any]:
         "count": 8_200,
         "files": files,
         "born": f"{index:032x}",
-        "input": f"{index:032x}",
+        "input": None,
         "made_with": made_with,
         "success": 8_200,
         "errors": {"timeout": 300, "http_not_found": 1500},
@@ -60,16 +64,66 @@ def stats_of(index: int, made_with: str) -> dict[str, Any]:
 def make_folder(root: str, shards: int) -> None:
     """Names as `shards` committed shards have them; the large files are empty, the stats of real size."""
     from shards.commit import Folder
-    from shards.fingerprint import Fingerprint
     from shards.layout import shard_name
     from shards.stats import json_bytes
 
-    folder = Folder.begin(root, Fingerprint("scale", 1, {}), take_over=True)
+    make_table(root)
+    stage = ingest_stage(root)
+    folder = Folder.begin(root, stage.made_with(), take_over=True)
+    texts = [json_bytes({**stats_of(i, folder.id), "shard": MARK}) for i in range(TEMPLATES)]
     for index in range(shards):
         name = os.path.join(root, shard_name(index))
         for suffix in (".tar", ".parquet"):
             os.close(os.open(name + suffix, os.O_CREAT | os.O_WRONLY))
-        Path(name + "_stats.json").write_bytes(json_bytes(stats_of(index, folder.id)))
+        text = texts[index % TEMPLATES].replace(str(MARK).encode(), str(index).encode())
+        Path(name + "_stats.json").write_bytes(text)
+    write_plan(root, shards, stage)
+
+
+def _table(root: str) -> str:
+    return os.path.join(root, "..", "table")
+
+
+def make_table(root: str) -> None:
+    """A table in many files, of which the first alone is ever opened."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    os.makedirs(_table(root))
+    for file in range(FILES):
+        Path(_table(root), f"part-{file:05d}.parquet").touch()
+    pq.write_table(
+        pa.table({"url": ["http://h/1"], "caption": ["one"]}), os.path.join(_table(root), "part-00000.parquet")
+    )
+
+
+def ingest_stage(root: str) -> Any:
+    """The ingest whose shards these are."""
+    from ingest.config import IngestConfig
+    from ingest.stage import IngestStage
+
+    return IngestStage(IngestConfig.model_validate({"table": _table(root)}), root)
+
+
+def write_plan(root: str, shards: int, stage: Any) -> None:
+    """The plan that an ingest would have made, part by part."""
+    from ingest import tables
+    from shards import plan
+
+    files = tables.list_files(stage.config.table)
+    stamps, each = plan.stamps(files), max(1, shards // FILES)
+    lines = [
+        plan.Line(i, f := files[i // each % FILES], 10_000 * (i % each), 10_000 * (i % each + 1), 10_000,
+                  i.to_bytes(16, "little"), stamps[f])
+        for i in range(shards)
+    ]  # fmt: skip
+    a_part = each * plan.FILES_A_PART
+    for part in range(0, shards, a_part):
+        plan.write_part(root, part // a_part, lines[part : part + a_part])
+    used = {line.file for line in lines}
+    rest = [plan.Line(-1, f, 0, 0, 0, bytes(16), stamps[f]) for f in files if f not in used]  # files without rows
+    if rest:
+        plan.write_part(root, plan.read(root).parts, rest)
 
 
 class Stage:
@@ -81,14 +135,12 @@ class Stage:
         self.root, self.shards = root, shards
 
     def made_with(self) -> Any:
-        from shards.fingerprint import Fingerprint
-
-        return Fingerprint("scale", 1, {})
+        return ingest_stage(self.root).made_with()
 
     def tasks(self) -> Iterator[Any]:
         from shards.stage import Task
 
-        return (Task(i, f"{i:032x}") for i in range(self.shards))
+        return (Task(i) for i in range(self.shards))
 
     def worker(self) -> Any:
         raise NotImplementedError("nothing is made here")
@@ -108,21 +160,66 @@ class Stage:
 
 
 def resume(folder: str, shards: int) -> dict[str, Any]:
-    """What the driver does before the first shard: what is left, by names; here of shards that are all committed."""
+    """What an ingest does before the first shard: the plan brought up to the table, and what is left, by names."""
     from orchestration.ledger import Ledger
+    from shards.layout import shard_name
+    from shards.listing import STATS
     from shards.stage import begin
 
-    base, began = peak_mb(), time.perf_counter()
-    stage = Stage(folder, shards)
+    missing = shards // 2
+    lost = os.path.join(folder, shard_name(missing) + STATS)
+    for suffix in (".tar", ".parquet"):
+        os.unlink(os.path.join(folder, shard_name(missing) + suffix))
+    os.rename(lost, os.path.join(folder, "..", "lost"))
+    base, began, cpu = peak_mb(), time.perf_counter(), time.process_time()
+    stage = ingest_stage(folder)
     begin(stage)
     ledger = Ledger(stage, os.path.join(folder, "..", "status"))
-    seconds = time.perf_counter() - began
-    assert ledger.skipped == ledger.total == shards
+    assert not ledger.complete
+    task = ledger.take()
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    assert task is not None
+    assert (task.index, ledger.remaining) == (missing, 1)
+    os.rename(os.path.join(folder, "..", "lost"), lost)
+    for suffix in (".tar", ".parquet"):
+        Path(folder, shard_name(missing) + suffix).touch()
+    return _at_full_size(shards, seconds, cpu, peak_mb() - base)
+
+
+def nothing(folder: str, shards: int) -> dict[str, Any]:
+    """The command that finds nothing to do."""
+    from shards.dataset import FORMAT_VERSION, MANIFEST, ShardInfo
+
+    stage = ingest_stage(folder)
+    infos = [dataclasses.asdict(ShardInfo(i, 10_000, 8_200, f"{i:032x}")) for i in range(shards)]
+    manifest = {"format_version": FORMAT_VERSION, "shards": infos, "passes": stage._passes()}
+    Path(folder, MANIFEST).write_text(json.dumps(manifest, indent=1))
+    del infos, manifest
+    part = [sys.executable, __file__, "--part", "nothing_to_do", "--folder", folder, "--shards", str(shards)]
+    done = subprocess.run(part, check=True, capture_output=True, text=True)
+    os.unlink(os.path.join(folder, MANIFEST))
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def nothing_to_do(folder: str, shards: int) -> dict[str, Any]:
+    """The command itself, in its own process."""
+    from orchestration import engine
+    from orchestration.config import CpuPool, RayConfig
+
+    base, began, cpu = peak_mb(), time.perf_counter(), time.process_time()
+    stage = ingest_stage(folder)
+    assert not engine.run(stage, os.path.join(folder, "..", "status"), RayConfig(), CpuPool(), local=True)
+    return _at_full_size(shards, time.perf_counter() - began, time.process_time() - cpu, peak_mb() - base)
+
+
+def _at_full_size(shards: int, seconds: float, cpu: float, mb: float) -> dict[str, Any]:
     factor = FULL_SHARDS / shards
     return {
-        "measured": f"{shards:,} shards, {3 * shards:,} files: {seconds:.2f} s, {peak_mb() - base:.0f} MB",
-        "at 200,000 shards": f"{seconds:.2f} s x {factor:g} = {seconds * factor:.1f} s; "
-        f"{peak_mb() - base:.0f} MB x {factor:g} = {(peak_mb() - base) * factor:.0f} MB",
+        "measured": f"{shards:,} shards, {3 * shards:,} files, a table of {FILES:,} files: {seconds:.2f} s, "
+        f"{cpu:.2f} CPU-s, {mb:.0f} MB",
+        "at 200,000 shards": f"{seconds:.2f} s x {factor:g} = {seconds * factor:.1f} s; {mb:.0f} MB x {factor:g} = "
+        f"{mb * factor:.0f} MB",
         "wanted": "at most 10 s and 500 MiB",
     }
 
@@ -221,8 +318,8 @@ def read_exclusions(root: str, shards: int) -> dict[str, Any]:
     return {"mb": peak_mb() - base, "footer_mb": footer, "first_ms": first * 1e3, "next_ms": after * 1e3}
 
 
-PARTS: dict[str, Part] = {"resume": resume, "finish": finish, "exclusions": exclusions}
-INNER: dict[str, Part] = {"read_exclusions": read_exclusions}
+PARTS: dict[str, Part] = {"resume": resume, "nothing": nothing, "finish": finish, "exclusions": exclusions}
+INNER: dict[str, Part] = {"read_exclusions": read_exclusions, "nothing_to_do": nothing_to_do}
 
 
 def main() -> None:

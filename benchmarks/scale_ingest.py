@@ -1,6 +1,6 @@
 """What planning, finish, take-down and retry cost at 2e9 rows in 200,000 shards: synthetic parts, scaled up.
 
-    python -m benchmarks.scale_ingest [plan] [nothing] [finish] [takedown] [retry]      all of them without a name
+    python -m benchmarks.scale_ingest [plan] [nothing] [finish] [takedown] [dry_run] [retry]   (without: all)
 
 Each line says what was measured and the arithmetic that leads to full size. CPU-seconds are of this process and its
 threads; a node of two cores is assumed where hours are given.
@@ -220,16 +220,18 @@ def finish() -> None:
             digests = {c: pa.array(ids) for c in ("url_digest", "bytes_digest", "caption_digest")}
             texts = {"status": pa.array(["success"] * rows), "error": pa.nulls(rows, pa.string())}
             pq.write_table(pa.table({**texts, **digests}), Path(name, f"{f:05d}.parquet"))
-        before = peak_mb()
         sidecars = Sidecars(name, lambda: ((i, True) for i in range(files)))
-        seconds, cpu, found = timed(lambda: find_duplicates(sidecars, lambda ts: sum(t.num_rows for t in ts)))
         live = 0.6 * ROWS
-        say(
-            "finish: the query alone, 2e7 live rows, 10 % repeated",
-            f"{seconds:.1f} s, {1e6 * cpu / (files * rows):.2f} CPU-us a row, {found.reasons.total():,} found, "
-            f"{peak_mb() - before:.0f} MB more (limit 1 GB)",
-            f"x {live:.1e} / {CORES} cores = {cpu / (files * rows) * live / CORES / 60:.1f} minutes",
-        )
+        for limit in ("100MB", "1GB"):  # of which the rows are 660 MB: what is spilled is to cost no more
+            before = peak_mb()
+            duplicates = functools.partial(find_duplicates, sidecars, lambda ts: sum(t.num_rows for t in ts))
+            seconds, cpu, found = timed(functools.partial(duplicates, memory=limit))
+            say(
+                f"finish: the query alone, {files} million live rows, 10 % repeated",
+                f"{seconds:.1f} s, {1e6 * cpu / (files * rows):.2f} CPU-us a row, {found.reasons.total():,} found, "
+                f"{peak_mb() - before:.0f} MB more (limit {limit})",
+                f"x {live:.1e} / {CORES} cores = {cpu / (files * rows) * live / CORES / 60:.1f} minutes",
+            )
 
 
 def takedown() -> None:
@@ -251,12 +253,58 @@ def takedown() -> None:
         seconds, cpu, hits = timed(lambda: list(removal.find(name, flags, listed)))
         assert len(hits) >= 100
         a_shard = (cpu - start_cpu) / shards
+        copies = TakenDown.of(bytes=[raw[i : i + 64] for i in range(0, len(raw), 640)])
+        _, begin_cpu, _ = timed(lambda: list(removal.find(name, flags[:1], copies)))
+        _, copies_cpu, _ = timed(lambda: list(removal.find(name, flags, copies)))
+        a_copy = (copies_cpu - begin_cpu) / (shards - 1)
         say(
-            "take-down: a million URLs, one pass",
-            f"{seconds:.2f} s ({start:.2f} to begin), {1e3 * a_shard:.2f} CPU-ms a shard, {len(hits)} hits",
-            f"x 200,000 / {CORES} cores = {a_shard * SHARDS / CORES / 60:.1f} minutes a pass; `remove` makes two, "
-            "three with copies",
+            "take-down: a million URLs, then 100,000 copies",
+            f"{seconds:.2f} s ({start:.2f} to begin), {1e3 * a_shard:.2f} and {1e3 * a_copy:.2f} CPU-ms a shard, "
+            f"{len(hits)} hits",
+            f"the sum x 200,000 / {CORES} cores = {(a_shard + a_copy) * SHARDS / CORES / 60:.1f} minutes",
         )
+
+
+def dry_run() -> None:
+    """Rows that a dry run with five filters judges, without and with a list of take-downs."""
+    from ingest import dryrun
+    from ingest.config import IngestConfig
+    from ingest.stage import IngestStage
+    from ingest.takedown import TakenDown
+
+    rows, rng = 100_000, np.random.default_rng(0)
+    filters = [
+        {"column": "smaller_side", "min": 128},
+        {"column": "aspect_ratio", "max": 3},
+        {"column": "similarity", "min": 0.1},
+        {"column": "nsfw", "not_in": ["NSFW"]},
+        {"column": "caption_words", "min": 3},
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "table")
+        folder.mkdir()
+        _table(folder, 1, rows)
+        (file,) = folder.iterdir()
+        table = pq.read_table(file)
+        for column, values in {
+            "width": rng.integers(50, 2000, rows),
+            "height": rng.integers(50, 2000, rows),
+            "similarity": rng.random(rows),
+            "nsfw": rng.choice(["UNLIKELY", "NSFW", "UNSURE"], rows),
+        }.items():
+            table = table.append_column(column, pa.array(values))
+        pq.write_table(table, file)
+        config = IngestConfig.model_validate({"table": str(folder), "filters": filters})
+        for what, count in (("no take-downs", 0), ("100,000 take-downs", 100_000)):
+            raw = rng.bytes(32 * count).hex()
+            TakenDown.of(urls=[raw[i : i + 64] for i in range(0, len(raw), 64)]).create_if_any(f"{name}/run")
+            stage = IngestStage(config, f"{name}/run/images")
+            _, cpu, _ = timed(functools.partial(dryrun.funnel, stage, progress=False))
+            say(
+                f"dry run, five filters, {what}",
+                f"{rows / cpu:,.0f} rows/s and core",
+                f"{ROWS / rows * cpu / 3600:.1f} core-hours",
+            )
 
 
 def retry() -> None:
@@ -311,7 +359,7 @@ def retry() -> None:
         site.close()
 
 
-PARTS = {"plan": plan_, "nothing": nothing, "finish": finish, "takedown": takedown, "retry": retry}
+PARTS = {"plan": plan_, "nothing": nothing, "finish": finish, "takedown": takedown, "dry_run": dry_run, "retry": retry}
 
 if __name__ == "__main__":
     for part in sys.argv[1:] or PARTS:

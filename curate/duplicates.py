@@ -9,9 +9,9 @@ then keeps what the paper keeps at epsilon 0.05, and another epsilon needs no fu
                   0000/generation.json           the shards that it covers; written last
 
 A generation is a pass over everything: embeddings are read once, laid out by groups of clusters in a scratch folder on
-this machine's disk, and compared group by group. Memory is bounded by the size of a group, and of the sample that
-k-means is fitted on: 524,288 embeddings at the most, 1 GB at 512 values. Images that come later are a generation of
-their own and stand behind all that came before, so that nothing that was told of those changes.
+this machine's disk, and compared group by group, from the file. Memory is bounded by the entries of a group, and by the
+sample that k-means is fitted on: 524,288 embeddings at the most, 1 GB at 512 values. Images that come later are a
+generation of their own and stand behind all that came before, so that nothing that was told of those changes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ A_CLUSTER = 1000  # images in a cluster, about, where the configuration does not
 MOST_CLUSTERS = 1 << 14
 SAMPLED, MOST_SAMPLED = 256, 1 << 19  # embeddings that k-means is fitted on: a centroid, as faiss has it, and in all
 ITERATIONS = 20
-BLOCK = 1024  # rows that are compared at a time
+BLOCK, WIDE = 1024, 1 << 14  # rows that are compared at a time, and with how many
 SHARE = 1 / 3  # of the memory that is granted, for what is held of a group
 COLUMNS = ("nearest", "centroid", "cluster")
 
@@ -92,18 +92,23 @@ def assign(vectors: np.ndarray, centroids: np.ndarray, threads: int) -> tuple[np
     return cluster[:, 0].astype(np.int32), cosine[:, 0]
 
 
-def nearest(vectors: np.ndarray, first: int = 0) -> np.ndarray:
+def nearest(vectors: np.ndarray, first: int = 0, order: np.ndarray | None = None) -> np.ndarray:
     """Of each vector from place `first` on the highest cosine to one before it, float32; -1 where there is none.
 
-    vectors: [N,D] of length 1, in their order. Memory O(N) beside them.
+    vectors: [N,D] of length 1, perhaps of a file; order: their rows in order, else as they stand. Memory O(order).
     """
-    unit = vectors.astype(np.float32)
-    found = np.full(len(unit) - first, -1, np.float32)
-    for begin in range(first, len(unit), BLOCK):
-        end = min(begin + BLOCK, len(unit))
-        cosines = unit[begin:end] @ unit[:end].T
-        cosines[np.arange(end)[None] >= np.arange(begin, end)[:, None]] = -1
-        found[begin - first : end - first] = cosines.max(axis=1)
+    order = np.arange(len(vectors)) if order is None else order
+    found = np.full(len(order) - first, -1, np.float32)
+    for begin in range(first, len(order), BLOCK):
+        end = min(begin + BLOCK, len(order))
+        some = vectors[order[begin:end]].astype(np.float32)
+        for left in range(0, end, WIDE):
+            right = min(left + WIDE, end)
+            cosines = some @ vectors[order[left:right]].astype(np.float32).T
+            if right > begin:
+                cosines[np.arange(left, right)[None] >= np.arange(begin, end)[:, None]] = -1
+            most = found[begin - first : end - first]
+            np.maximum(most, cosines.max(axis=1), out=most)
     return np.clip(found, -1, 1)
 
 
@@ -201,12 +206,14 @@ class Index:
 def _compare(scratch: Path, group: int, width: int, late: Sequence[int]) -> bytes:
     """The file of a group: of the late samples, by shard and row, the columns; `end`: where each late shard's end."""
     entries = np.fromfile(scratch / f"{group}.entries", ENTRY)
-    vectors = np.fromfile(scratch / f"{group}.vectors", np.float16).reshape(len(entries), width)
+    vectors = np.zeros((0, width), np.float16)
+    if len(entries):  # left in the file: one cluster may be larger than the memory that is granted
+        vectors = np.memmap(scratch / f"{group}.vectors", np.float16, "r", shape=(len(entries), width))
     order = np.lexsort((entries["row"], entries["shard"], -entries["first"], entries["late"], entries["cluster"]))
     told = np.full(len(entries), -1, np.float32)
     for some in np.split(order, np.flatnonzero(np.diff(entries["cluster"][order])) + 1):
         first = int((~entries["late"][some]).sum())
-        told[some[first:]] = nearest(vectors[some], first)
+        told[some[first:]] = nearest(vectors, first, some)
     kept = np.flatnonzero(entries["late"])
     place = {shard: n for n, shard in enumerate(late)}
     shard = np.array([place[s] for s in entries["shard"][kept].tolist()], np.int64)

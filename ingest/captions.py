@@ -106,7 +106,7 @@ def clean(text: str, steps: Sequence[str]) -> str:
 
 
 def clean_all(texts: pa.Array, steps: Sequence[str]) -> list[str]:
-    """`clean` of every text (string array; null as an empty one). Most are found to be clean by their bytes."""
+    """`clean` of every text (string array; null as an empty one). Most are clean already, as their bytes tell."""
     texts = texts.fill_null("")
     found: list[str] = texts.to_pylist()
     for i, text in _changed(texts, steps):

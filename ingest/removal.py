@@ -32,7 +32,7 @@ from shards.progress import Progress
 log = logging.getLogger("carrara.ingest")
 
 MEMORY = "512MB"
-_DIGESTS = ("url_digest", "final_url_digest", "bytes_digest")
+_OF_URLS, _OF_BYTES = ("url_digest", "final_url_digest"), ("bytes_digest",)
 _TEXTS = ("url", "final_origin")  # what hosts are found by
 _PICTURE = ("width", "height", "original_width", "original_height", "exif", "pixel_hash")
 _PLACE_IN_TAR = ("image_offset", "image_size", "image_ext", "image_file")
@@ -71,8 +71,11 @@ def find(
 ) -> Iterator[Hit]:
     """The rows of these shards that are listed, also those that are out already.
 
-    shards: (number, whether the sidecar holds digests). total, name: for the progress bar; none without a name.
+    shards: (number, whether the sidecar holds digests). total, name: for the progress bar; none without a name. Of the
+    sidecars the columns alone are read that something on the list can stand in.
     """
+    if not listed:
+        return
     bar = Progress(f"{name}: take-down", total, "shards") if name else None
     with tempfile.TemporaryDirectory(prefix="carrara-take-down-") as scratch:
         db = connect(os.path.join(scratch, "spill"), MEMORY, threads)
@@ -81,7 +84,11 @@ def find(
                 db.register("given", pa.table({"n": pa.array(digests.numbers, pa.uint64())}))
                 run(db, f"CREATE TABLE listed_{table} AS SELECT DISTINCT n FROM given")
                 db.unregister("given")
-            columns = [*_DIGESTS, *(_TEXTS if listed.hosts else ())]
+            columns = [
+                *(_OF_URLS if len(listed.urls) else ()),
+                *(_OF_BYTES if len(listed.bytes) else ()),
+                *(_TEXTS if listed.hosts else ()),
+            ]
             for files in readable(root, shards, columns, scratch):
                 rows = run(
                     db,
@@ -100,7 +107,7 @@ def find(
 def _condition(listed: TakenDown) -> str:
     tests = ["false"]
     if len(listed.urls):
-        tests += [f"{c} IN (SELECT n FROM listed_urls)" for c in ("url_digest", "final_url_digest")]
+        tests += [f"{c} IN (SELECT n FROM listed_urls)" for c in _OF_URLS]
     if len(listed.bytes):
         tests.append("bytes_digest IN (SELECT n FROM listed_bytes)")
     if listed.hosts:
@@ -140,15 +147,14 @@ def _hits(root: str, columns: Sequence[str], rows: Iterable[tuple[Any, ...]], li
 
 def _judge(row: dict[str, Any], listed: TakenDown) -> tuple[frozenset[int | str], bool] | None:
     """What of the list a row was found by, and whether by its URL or host; None where it is not listed."""
-    by: set[int | str] = {
-        n for n in (row["url_digest"], row["final_url_digest"]) if n is not None and listed.urls.has_number(n)
-    }
+    by: set[int | str] = {n for c in _OF_URLS if (n := row.get(c)) is not None and listed.urls.has_number(n)}
     if listed.hosts:
         for text in (row["url"], row["final_origin"]):
             by |= listed.hosts_of(text or "")
     by_url = bool(by)
-    if row["bytes_digest"] is not None and listed.bytes.has_number(row["bytes_digest"]):
-        by.add(row["bytes_digest"])
+    digest = row.get("bytes_digest")
+    if digest is not None and listed.bytes.has_number(digest):
+        by.add(digest)
     return (frozenset(by), by_url) if by else None
 
 

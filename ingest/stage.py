@@ -699,13 +699,16 @@ class IngestWorker:
     def _adopt(self, rows: pa.Table, places: Sequence[str], known: Sequence[Outcome | None]) -> Iterator[Outcome]:
         """What becomes of images that stay where they are; nothing of them is read."""
         facts = {name: rows[name].to_pylist() for name in ADOPTED if name in rows.column_names}
+        inside = ""  # the file that was last found to be below the folders: many images in a row are of one
         for i, text in enumerate(places):
             if known[i] is not None:
                 yield known[i]  # type: ignore[misc]
                 continue
             try:
                 place = Place.parse(text)
-                self.below.require(place.file)
+                if place.file != inside:
+                    self.below.require(place.file)
+                    inside = place.file
             except Rejected as e:
                 yield Outcome.of(e.code)
                 continue

@@ -83,7 +83,9 @@ class Ledger:
         self._old_failures = set(storage.list_names(self.failures))  # of an earlier run
         self._in_a_row = 0
         self._ahead: Task | None = None
-        self._lazy = (t for t, todo in zip(stage.tasks(), self._open, strict=True) if todo)
+        self._lazy: Iterator[Task] = iter(())
+        if self.skipped < self.total:  # or it would be walked through to its end
+            self._lazy = (t for t, todo in zip(stage.tasks(), self._open, strict=True) if todo)
         self._advance()
 
     def _advance(self) -> None:

@@ -174,15 +174,28 @@ def part_url(root: str, number: int) -> str:
     return storage.join(root, FOLDER, f"{number:05d}.parquet")
 
 
+_READ: dict[str, tuple[Any, Plan]] = {}  # by folder: the plan as it was last read, and the parts that it is made of
+_KEPT = 4
+
+
 def read(root: str, after: int = 0) -> Plan:
-    """The plan of a dataset; empty where nothing is planned. after: leave out so many parts."""
-    there = {n for n in storage.list_names(storage.join(root, FOLDER)) if n.endswith(".parquet")}
+    """The plan of a dataset; empty where nothing is planned. after: leave out so many parts.
+
+    Asked for many times in a command, it is read again only where other parts lie there.
+    """
+    there = {name: (size, mark) for name, size, mark in storage.list_files(storage.join(root, FOLDER))}
     parts = after
-    tables = []
     while f"{parts:05d}.parquet" in there:
-        tables.append(storage.read_parquet(part_url(root, parts)).cast(SCHEMA))
         parts += 1
-    return Plan(pa.concat_tables(tables) if tables else SCHEMA.empty_table(), parts)
+    made_of = after, tuple(there[f"{n:05d}.parquet"] for n in range(after, parts))
+    known, plan = _READ.get(root, (None, None))
+    if plan is None or known != made_of:
+        tables = [storage.read_parquet(part_url(root, n)).cast(SCHEMA) for n in range(after, parts)]
+        plan = Plan(pa.concat_tables(tables) if tables else SCHEMA.empty_table(), parts)
+        if len(_READ) >= _KEPT:
+            _READ.clear()
+        _READ[root] = made_of, plan
+    return plan
 
 
 def write_part(root: str, number: int, lines: Iterable[Line]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,27 @@ def test_equal_vectors_and_a_single_one() -> None:
     assert duplicates.nearest(same[:1]).tolist() == [-1]
     assert len(duplicates.nearest(same[:0])) == 0
     assert (duplicates.nearest(same, 2400) == 1).all()
+
+
+def test_a_cluster_of_any_size_is_compared_in_bounded_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(700, 8)).astype(np.float32)
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    order = rng.permutation(700)
+    cosines = vectors[order].astype(np.float32) @ vectors[order].astype(np.float32).T
+    expected = np.array([cosines[i, :i].max(initial=-1) for i in range(700)])
+    monkeypatch.setattr(duplicates, "BLOCK", 64)
+    monkeypatch.setattr(duplicates, "WIDE", 100)
+    for first in (0, 1, 333, 700):
+        np.testing.assert_allclose(duplicates.nearest(vectors, first, order), expected[first:], atol=1e-6)
+    # A cluster of 40 MB in its file: what is held beside it is a part of that.
+    monkeypatch.undo()
+    np.tile(np.eye(1, 512, dtype=np.float16), (40_000, 1)).tofile(tmp_path / "vectors")
+    laid = np.memmap(tmp_path / "vectors", np.float16, "r", shape=(40_000, 512))
+    monkeypatch.setattr(duplicates, "WIDE", 1024)
+    tracemalloc.start()
+    found = duplicates.nearest(laid, 39_000, np.arange(40_000))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (found == 1).all()
+    assert most < 20e6

@@ -174,6 +174,15 @@ def test_over_a_store_headers_and_sidecars_are_read_alone(tmp_path: Path, monkey
         assert shard.pictures(np.arange(4)) == [data for _, data in big]
 
 
+def test_every_tar_is_looked_at_for_where_it_lies(tmp_path: Path) -> None:
+    make_tars(tmp_path / "theirs", tars=2, each=3)
+    make_tars(tmp_path / "outside", first=90, tars=1, each=3)
+    (tmp_path / "theirs" / "00000z.tar").symlink_to(tmp_path / "outside" / "00090.tar")
+    manifest = run(stage_of(tmp_path / "theirs", str(tmp_path / "run" / "images"), samples_per_shard=100))
+    assert manifest["errors"] == {"place_refused": 3}
+    assert manifest["counts"]["success"] == 6
+
+
 def test_what_cannot_be_adopted_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(photo(1))
     with pytest.raises(ConfigError, match="is no WebDataset tar, nor a folder of them"):

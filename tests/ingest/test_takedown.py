@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from yarl import URL
 from ingest import takedown
 from ingest.takedown import Digests, TakenDown, host_forms, normal_url, number, requested, url_digest
 from shards.settings import ConfigError
+from tests.ingest import fuzz
 
 
 def asked(folder: Path, text: str) -> TakenDown:
@@ -176,3 +179,21 @@ def test_a_normal_form_is_its_own_normal_form() -> None:
     for text in ("", "no url", "http://[", "http://a\ud800/", "http://" + "\u2488.com", "http://[::1%]/"):
         assert normal_url(normal_url(text)) == normal_url(text)
     assert io.StringIO(normal_url(" x ")).read() == "x"
+
+
+def test_what_is_taken_for_a_normal_form_without_a_look_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = takedown._PLAIN
+    corpus = [
+        *fuzz.URLS,
+        "https://cdn-12.example.org/3/12345.jpg?width=1024",
+        "http://i.example.com/736x/0a/1b/..2c.jpg?a=1&b=&c=.d",
+        f"http://{'x' * 70}.a-.b--c.com/~u/a_b",
+        "http://xn--a.com/a/./b/../c",
+    ]
+    alphabet = "./-_~?=&:@abcXYZ0123 %+;,#\\xn"
+    found = {fuzz._mutated_text(random.Random(n), corpus, alphabet, 4) for n in range(6000)} | {*corpus}
+    found = {text for text in found if plain.fullmatch(text)}
+    assert len(found) > 300
+    monkeypatch.setattr(takedown, "_PLAIN", re.compile("(?!)"))
+    for text in found:
+        assert takedown.normal_url(text) == takedown._former(text) == text

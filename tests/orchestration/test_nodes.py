@@ -128,11 +128,17 @@ def fleet(world: World, pool: Pool | None = None) -> tuple[Fleet, Actors]:
     return found, made
 
 
-def dies(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def get(_: Any) -> None:
-        raise error
+def test_of_several_answers_one_that_failed_takes_none_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(refs: Any) -> Any:
+        for ref in refs if isinstance(refs, list) else [refs]:
+            if isinstance(ref, Exception):
+                raise ref
+        return refs
 
     monkeypatch.setattr(actors.ray, "get", get)
+    died = ActorDiedError()
+    assert actors._answers(["a", "b"]) == ["a", "b"]
+    assert actors._answers(["a", died, "b"]) == ["a", died, "b"]
 
 
 def test_starts_that_end_with_their_node_are_counted_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,18 +150,17 @@ def test_starts_that_end_with_their_node_are_counted_nowhere(monkeypatch: pytest
     for hand in hands:
         hand.node = "n3"
     world.alive["n3"] = False  # a spot node goes while its 48 workers start
-    dies(monkeypatch, ActorDiedError())
     for hand in hands:
-        found._answer(None, None, _Call(hand, None, 0.0))  # type: ignore[arg-type]
+        found._answer(None, _Call(hand, None, 0.0), ActorDiedError())  # type: ignore[arg-type]
     for hand in list(found.hands)[:5]:  # and some that had not even said where they were
-        found._answer(None, None, _Call(hand, None, 0.0))  # type: ignore[arg-type]
+        found._answer(None, _Call(hand, None, 0.0), ActorDiedError())  # type: ignore[arg-type]
     assert found.nodes.records == {}
     # On a node that lives, three count.
     for _ in range(3):
         world.now += 100
         hand = next(iter(found.hands))
         hand.node = "n5"
-        found._answer(None, None, _Call(hand, None, 0.0))  # type: ignore[arg-type]
+        found._answer(None, _Call(hand, None, 0.0), ActorDiedError())  # type: ignore[arg-type]
     assert found.nodes.left_out() == ["n5"]
 
 
@@ -243,7 +248,6 @@ def test_a_drained_node_gets_no_more_and_is_emptied(monkeypatch: pytest.MonkeyPa
     assert leaving.leaving
     assert leaving in found.hands, "it may finish what it has"
     # Its node goes before it is done: nobody is blamed.
-    dies(monkeypatch, ActorDiedError())
     task = Task(1, Fingerprint("x", 1, {}))
     found._answer(job, None, _Call(leaving, task, 0.0))
     assert given == [task]

@@ -371,6 +371,26 @@ def test_any_source_can_be_planned(tmp_path: Path) -> None:
     assert [Path(line.file).name for line in plan.read(root).lines()] == ["a", "b", "0"]
 
 
+def test_a_plan_is_read_once_and_again_where_it_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, read = str(tmp_path / "run"), []
+    real = storage.read_parquet
+    monkeypatch.setattr(storage, "read_parquet", lambda url: read.append(url) or real(url))
+
+    def line(shard: int, rows: int) -> plan.Line:
+        return plan.Line(shard, "f", 0, rows, rows, bytes(16))
+
+    plan.write_part(root, 0, [line(0, 5)])
+    assert [plan.read(root).rows() for _ in range(3)] == [{0: 5}] * 3
+    assert len(read) == 1
+    plan.write_part(root, 1, [line(1, 7)])  # by any process
+    assert plan.read(root).rows() == {0: 5, 1: 7}
+    assert plan.read(root, after=1).rows() == {1: 7}
+    Path(root).rename(tmp_path / "run.replaced-1")  # --redo
+    plan.write_part(root, 0, [line(0, 6)])
+    plan.write_part(root, 1, [line(1, 8)])
+    assert plan.read(root).rows() == {0: 6, 1: 8}
+
+
 def test_the_fast_way_to_clean_is_the_slow_one() -> None:
     from ingest.captions import DEFAULT_STEPS, clean, clean_all, fold_all
 
