@@ -133,6 +133,24 @@ def test_a_file_that_does_not_fit(values: dict[str, Any], sentence: str, tmp_pat
     assert "\n" not in str(e.value)
 
 
+def test_dora_in_kohyas_names_is_neither_written_nor_read(tmp_path: Path, caplog: Any) -> None:
+    """In a sentence each time: diffusers drops such magnitudes, and others read them along the other axis."""
+    config = AdapterConfig(rank=4, dora=True)
+    tuned = adapters.add(plain_unet(), config, 1)
+    adapters.save_lora(adapters.state(tuned), config, {}, None, False, tmp_path)
+    assert not (tmp_path / adapters.KOHYA).exists()
+    assert "kohya.safetensors is not written" in caplog.text
+    assert "take pytorch_lora_weights.safetensors" in caplog.text
+    plain = AdapterConfig(rank=4)
+    adapters.save_lora(adapters.state(adapters.add(plain_unet(), plain, 1)), plain, {}, None, False, tmp_path)
+    kohya = load_file(tmp_path / adapters.KOHYA)
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({**kohya, f"{layer}.dora_scale": torch.ones(8, 1)}, tmp_path / "theirs.safetensors")
+    for target in (plain, config):
+        with pytest.raises(ConfigError, match=r"is a DoRA in kohya's names, which cannot be gone on from"):
+            adapters.load_lora(str(tmp_path / "theirs.safetensors"), adapters.add(plain_unet(), target, 3))
+
+
 def test_files_that_are_no_lora(tmp_path: Path) -> None:
     unet = adapters.add(plain_unet(), AdapterConfig(rank=4), 3)
     (tmp_path / "a.safetensors").write_bytes(b"no such thing")
