@@ -33,9 +33,20 @@ BATCH = 16  # images a GPU
 SIDE = 64  # of the latents: 512 px
 CONTEXT = 77
 RATE = 200e12  # FLOP/s that a GPU reaches in bf16: an H100 was measured at 148 to 215 (docs/train.md)
-# Bytes a second that a GPU sends: NVLink 4 (450 GB/s each way) and PCIe 5 x16 (63 GB/s) at two thirds of their data
-# sheets; a node's 400 Gbit/s shared by its 8 GPUs.
-LINKS = {"NVLink": 300e9, "PCIe": 42e9, "network": 6.25e9}
+GPUS = 8  # that train together; over the network, nodes of 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """Bytes a second. own: of what each GPU sends for itself. summed: of gradients, of which a node sends one copy."""
+
+    own: float
+    summed: float
+
+
+# NVLink 4 (450 GB/s each way) and PCIe 5 x16 (63 GB/s) at two thirds of their data sheets; a node's 400 Gbit/s, which
+# its 8 GPUs share.
+LINKS = {"NVLink": Link(300e9, 300e9), "PCIe": Link(42e9, 42e9), "network": Link(6.25e9, 50e9)}
 HELD = 78 * GIB  # of an 80 GB card
 
 
@@ -85,10 +96,11 @@ class Counted:
     """A UNet on one image. flops: forward and backward, of all, of what is split in transformer blocks (their linear
     layers and attention), and of its residual blocks' convolutions. blocks, resnets: values of the outputs of
     all transformer blocks, and of all residual blocks, each of which is summed over the ranks of tensor parallelism.
-    split: weights of the split layers of transformer blocks."""
+    split, filters: weights of the split layers of transformer blocks, and of the residual blocks' convolutions."""
 
     weights: int
     split: int
+    filters: int
     flops: int
     of_blocks: int
     of_resnets: int
@@ -129,6 +141,7 @@ def count(config: dict[str, Any]) -> Counted:
     return Counted(
         weights=sum(p.numel() for p in unet.parameters()),
         split=sum(p.numel() for n in blocks for p in unet.get_submodule(n).parameters() if p.ndim == 2),
+        filters=sum(p.numel() for n in resnets for p in unet.get_submodule(n).parameters() if p.ndim == 4),
         flops=3 * counter.get_total_flops(),
         of_blocks=3 * sum(counts[n] for n in blocks),
         of_resnets=3 * sum(counts[n] for n in resnets),
@@ -181,39 +194,50 @@ def seconds(c: Counted) -> float:
     return BATCH * c.flops / RATE
 
 
-def data_parallel(c: Counted, link: float, gpus: int) -> float:
-    """ZeRO 0 to 2: gradients are summed in float32 and, from 1 on, the new float32 weights gathered, as many bytes."""
-    return seconds(c) / (seconds(c) + 2 * (gpus - 1) / gpus * 4 * c.weights / link)
+def data_parallel(c: Counted, link: Link, micro_batches: int = 1) -> float:
+    """ZeRO 0 to 2: gradients are summed in float32 and, from 1 on, the new float32 weights gathered, as many bytes;
+    once a step, however many micro-batches of BATCH images it has."""
+    work = micro_batches * seconds(c)
+    return work / (work + summed(c.weights, GPUS, link))
 
 
-def zero_3(c: Counted, link: float, gpus: int) -> float:
+def summed(weights: float, ranks: int, link: Link) -> float:
+    """Seconds of an all-reduce of float32 values over `ranks`."""
+    return 2 * (ranks - 1) / ranks * 4 * weights / link.summed
+
+
+def zero_3(c: Counted, link: Link) -> float:
     """Float32 weights gathered forward and backward, and gradients reduced."""
-    return seconds(c) / (seconds(c) + 3 * (gpus - 1) / gpus * 4 * c.weights / link)
+    return seconds(c) / (seconds(c) + 1.5 * summed(c.weights, GPUS, link))
 
 
-def tensor_parallel(c: Counted, link: float, ranks: int, convolutions: bool = False) -> float:
+def tensor_parallel(c: Counted, link: Link, ranks: int, convolutions: bool = False) -> float:
     """Groups of `ranks` GPUs, each with the images of them all, split attention and feed-forward (Megatron: Shoeybi et
     al. 2019, arXiv:1909.08053): three sums of a block's output forward and three backward, in 16 bits; the rest is done
     by each. convolutions: the residual blocks' too, by channels, with one sum each way; its norms' groups must divide.
-    What data parallelism over the groups costs comes on top, and is left out."""
-    split = c.of_blocks + (c.of_resnets if convolutions else 0)
+    Data parallelism over the groups comes on top."""
+    part = c.of_blocks + (c.of_resnets if convolutions else 0)
     values = 6 * c.blocks + (2 * c.resnets if convolutions else 0)
+    weights = c.split + (c.filters if convolutions else 0)
     images = ranks * BATCH
-    work = images * (c.flops - split + split / ranks) / RATE
-    return seconds(c) / (work + 2 * (ranks - 1) / ranks * 2 * values * images / link)
+    work = images * (c.flops - part + part / ranks) / RATE
+    sums = 2 * (ranks - 1) / ranks * 2 * values * images / link.own
+    return seconds(c) / (work + sums + summed(c.weights - weights + weights / ranks, GPUS // ranks, link))
 
 
-def pipeline(c: Counted, link: float, stages: int, micro_batches: int = 8) -> tuple[float, float]:
+def pipeline(c: Counted, link: Link, stages: int, micro_batches: int = 8) -> tuple[float, float]:
     """(share of useful arithmetic, largest stage's share of the FLOPs). The UNet in `stages` runs of whole layers, as
     even as they can be; 1F1B or GPipe, whose bubble is (S - 1) / (m + S - 1). What is passed forward, with all skips
-    that wait, and as much backward, is in 16 bits. A group's GPUs have the images of them all."""
+    that wait, and as much backward, is in 16 bits. A group's GPUs have the images of them all; data parallelism over
+    the groups comes on top."""
     ends = even([u.flops for u in c.units], stages)
     flops = [sum(u.flops for u in c.units[a:b]) for a, b in zip([0, *ends], [*ends, len(c.units)], strict=True)]
     largest = max(flops) / sum(flops)
     passed = max(c.units[e - 1].passed for e in ends) * 2 * 2
     images = stages * BATCH
-    a_micro = images / micro_batches * (c.flops * largest / RATE + passed / link)
-    return seconds(c) / (a_micro * (micro_batches + stages - 1)), largest
+    a_micro = images / micro_batches * (c.flops * largest / RATE + passed / link.own)
+    work = a_micro * (micro_batches + stages - 1)
+    return seconds(c) / (work + summed(c.weights / stages, GPUS // stages, link)), largest
 
 
 def even(flops: list[int], stages: int) -> list[int]:
@@ -248,35 +272,33 @@ def largest_model(zero_stage: int, gpus: int) -> float:
 def bench_counts() -> None:
     """The tables of docs/parallelism.md."""
     counted = {name: count(config) for name, config in UNETS.items()}
-    print(f"\n{BATCH} images a GPU of 512 px, {RATE / 1e12:.0f} TFLOP/s a GPU; GB/s a GPU sends: "
-          + ", ".join(f"{n} {v / 1e9:g}" for n, v in LINKS.items()))  # fmt: skip
+    print(f"\n{GPUS} GPUs, {BATCH} images of 512 px a GPU, {RATE / 1e12:.0f} TFLOP/s a GPU")
     print("\n| UNet | weights | GFLOP an image | in transformer blocks | in residual blocks | arithmetic a step |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| --- " * 6 + "|")
     for name, c in counted.items():
         print(f"| {name} | {c.weights / 1e9:.2f} billion | {c.flops / 1e9:,.0f} | {c.of_blocks / c.flops:.0%} | "
               f"{c.of_resnets / c.flops:.0%} | {seconds(c):.2f} s |")  # fmt: skip
-    for link, speed in LINKS.items():
-        print(f"\n{link}:\n")
-        print("| UNet | data, ZeRO 0-2, 8 GPUs | ZeRO 3, 8 | tensor, 2 | the same, 8 | with convolutions, 2 "
-              "| the same, 8 | pipeline, 2 | the same, 8 |")  # fmt: skip
-        print("| --- " * 9 + "|")
+    for where, link in LINKS.items():
+        print(f"\n{where}:\n")
+        print("| UNet | data, ZeRO 0-2 | the same, 4 micro-batches | ZeRO 3 | tensor, 2 | 8 | with convolutions, 2 | 8 "
+              "| pipeline, 2 | 8 |")  # fmt: skip
+        print("| --- " * 10 + "|")
         for name, c in counted.items():
-            values = [data_parallel(c, speed, 8), zero_3(c, speed, 8)]
-            values += [tensor_parallel(c, speed, t, conv) for conv in (False, True) for t in (2, 8)]
-            values += [pipeline(c, speed, s)[0] for s in (2, 8)]
+            values = [data_parallel(c, link), data_parallel(c, link, 4), zero_3(c, link)]
+            values += [tensor_parallel(c, link, t, conv) for conv in (False, True) for t in (2, 8)]
+            values += [pipeline(c, link, s)[0] for s in (2, 8)]
             print(f"| {name} | " + " | ".join(f"{v:.0%}" for v in values) + " |")
-    print("\n| UNet | sent by data parallelism, 8 | by tensor parallelism, 2 | passed between 2 stages "
-          "| largest of 2, of 8 stages | kept, ZeRO 1, 8 | ZeRO 3, 8 |")  # fmt: skip
+    print("\n| UNet | a GPU sends by data parallelism | by tensor parallelism, 2 | passed between 2 stages "
+          "| largest of 2, of 8 stages | kept, ZeRO 1 | ZeRO 3 |")  # fmt: skip
     print("| --- " * 7 + "|")
     for name, c in counted.items():
-        tensor = 6 * c.blocks * 2 * 2 * BATCH
+        shares = [pipeline(c, LINKS["NVLink"], s)[1] for s in (2, 8)]
         cut = even([u.flops for u in c.units], 2)[0]
-        print(f"| {name} | {7 / 4 * 4 * c.weights / 1e9:.1f} GB | {tensor / 1e9:.1f} GB | "
-              f"{4 * c.units[cut - 1].passed * 2 * BATCH / 1e9:.1f} GB | {pipeline(c, 1e12, 2)[1]:.0%}, "
-              f"{pipeline(c, 1e12, 8)[1]:.0%} | {kept(c.weights, 1, 8) / GIB:.1f} GiB | "
-              f"{kept(c.weights, 3, 8) / GIB:.1f} GiB |")  # fmt: skip
-    print("\nthe most weights that fit 8 GPUs of 80 GB, without activations: "
-          + ", ".join(f"ZeRO {s} {largest_model(s, 8) / 1e9:.1f} billion" for s in (0, 1, 2, 3)))  # fmt: skip
+        print(f"| {name} | {7 / 4 * 4 * c.weights / 1e9:.1f} GB | {6 * c.blocks * 2 * 2 * BATCH / 1e9:.1f} GB | "
+              f"{4 * c.units[cut - 1].passed * 2 * BATCH / 1e9:.1f} GB | {shares[0]:.0%}, {shares[1]:.0%} | "
+              f"{kept(c.weights, 1, GPUS) / GIB:.1f} GiB | {kept(c.weights, 3, GPUS) / GIB:.1f} GiB |")  # fmt: skip
+    print(f"\nthe most weights that fit {GPUS} GPUs of 80 GB, without activations: "
+          + ", ".join(f"ZeRO {s} {largest_model(s, GPUS) / 1e9:.1f} billion" for s in (0, 1, 2, 3)))  # fmt: skip
 
 
 # ---- two ranks here ------------------------------------------------------------------------------------------
