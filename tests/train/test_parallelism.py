@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -63,8 +66,16 @@ def test_data_parallelism_pays_more_where_links_are_quick_and_batches_large(sd2:
 
 
 def test_stages_are_as_even_as_they_can_be() -> None:
-    assert parallelism.even([5, 1, 1, 1, 5, 3], 3) == [1, 4]
+    flops = [5, 1, 1, 1, 5, 3, 2]
+    for stages in (2, 3, 4):
+        ways = itertools.combinations(range(1, len(flops)), stages - 1)
+        least = min(max(_parts(flops, way)) for way in ways)
+        assert max(_parts(flops, parallelism.even(flops, stages))) == least
     assert parallelism.even([1, 1, 1, 9], 2) == [3]
+
+
+def _parts(flops: list[int], ends: Sequence[int]) -> list[int]:
+    return [sum(flops[a:b]) for a, b in itertools.pairwise([0, *ends, len(flops)])]
 
 
 @pytest.mark.slow
