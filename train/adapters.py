@@ -33,6 +33,9 @@ CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsam
 
 
 KOHYA = "kohya.safetensors"
+# DoRA's paper and peft have a magnitude for each output; A1111 takes `dora_scale` for one of each input, and would draw
+# other pictures from it without a word.
+NO_DORA = "programs that read kohya's names take DoRA's magnitudes for those of inputs, and peft's are of outputs"
 KOHYA_PREFIXES = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1", "lora_te2")}
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -285,8 +288,10 @@ def save_lora(
             f"{part}_lora_adapter_metadata": _metadata(text_peft_config(text_config)),
         }
     (StableDiffusionXLPipeline if sized else StableDiffusionPipeline).save_lora_weights(folder, **given)
-    if not (config and config.dora):  # kohya's DoRA measures magnitudes along the other axis
-        save_kohya(unet, config, text, text_config, sized, folder / KOHYA)
+    if config and config.dora:
+        log.warning("%s is not written: %s; take pytorch_lora_weights.safetensors, or the merged model", KOHYA, NO_DORA)
+        return
+    save_kohya(unet, config, text, text_config, sized, folder / KOHYA)
 
 
 def save_kohya(
@@ -329,6 +334,11 @@ def load_lora(file: str, unet: Any, text: Any = None) -> None:
 
     try:
         raw = load_file(file)
+        if any(k.endswith(".dora_scale") for k in raw):
+            raise ConfigError(
+                f"train.adapter.start_from: {file} is a DoRA in kohya's names, which cannot be gone on from: {NO_DORA};"
+                " take the file with diffusers' or peft's names"
+            )
         found, _ = StableDiffusionPipeline.lora_state_dict(dict(raw), unet_config=unet.config)
     except (OSError, SafetensorError, ValueError, KeyError) as e:
         line = " ".join(str(e).split())[:200]

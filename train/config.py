@@ -49,6 +49,9 @@ def kind_of(config: type[BaseModel], name: str) -> Kind | None:
 
 STAGES = ("autoencoder", "clip", "train")
 
+# Why there is no tensor parallelism: counted by benchmarks/parallelism.py, which a test compares.
+KEPT_BY_DATA, KEPT_BY_TENSOR, MOST_WEIGHTS = 0.91, 0.59, 32.9e9
+
 
 class FitConfig(Strict):
     """What every fit has. All sizes and intervals are in images; rates are per step."""
@@ -142,6 +145,9 @@ class FitConfig(Strict):
     hang_s: Operational[float] = Field(
         default=1800.0, gt=0, description="a step that takes longer ends the run, with the stacks of all ranks"
     )
+    tensor_parallel: Operational[int] = Field(
+        default=1, ge=1, description="ranks that share each layer; 1 alone is taken, see docs/parallelism.md"
+    )
     offload: Operational[Literal["none", "cpu"]] = Field(
         default="none", description="cpu: moments, EMA and fp32 weights live in main memory (zero_stage 1 and above)"
     )
@@ -197,6 +203,13 @@ class FitConfig(Strict):
 
     @model_validator(mode="after")
     def _engine(self) -> Self:
+        if self.tensor_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel is {self.tensor_parallel}, and 1 alone is taken: eight GPUs on NVLink keep "
+                f"{KEPT_BY_DATA:.0%} of their speed with Stable Diffusion 2's UNet when each has images of its own, "
+                f"and {KEPT_BY_TENSOR:.0%} when two share each layer; ZeRO 3 holds up to {MOST_WEIGHTS / 1e9:.0f} "
+                "billion weights on them (docs/parallelism.md); set ranks and zero_stage instead"
+            )
         if self.offload != "none" and self.zero_stage == 0:
             raise ValueError("offload needs zero_stage 1 or above: without ZeRO DeepSpeed ignores it")
         if self.compile and self.zero_stage == 3:

@@ -19,7 +19,7 @@ import torch
 
 from latents.config import LatentsConfig
 from latents.encoders import other_encoder
-from latents.stage import FLIPPED, LatentsStage
+from latents.stage import LatentsStage
 from latents.weights import clips_of
 from shards.dataset import Dataset
 from shards.images import PLACE, ImageShard
@@ -47,7 +47,7 @@ class Validator:
         with tempfile.TemporaryDirectory(prefix="carrara-validation-") as folder:
             root = config.latents or _held_out(config, objective, run, ranks.device.type, folder)
             latents = Chosen(objective.config, _open(root, objective), config.images, _beside(config, objective, run))
-            latents.wants = {name for name in objective.latents.wants if not name.endswith(FLIPPED)}
+            latents.wants = objective.latents.wants
             self._batches = [
                 (weight, self._batch(objective, latents, rows))
                 for weight, rows in _share(latents.buckets, ranks, micro)

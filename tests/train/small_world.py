@@ -82,8 +82,8 @@ def read(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return colour, corner, np.abs(ground[:, None] - np.array(GREYS)).argmin(1)
 
 
-def prepare(run: Path, count: int = 1500) -> None:
-    """Pictures with captions, a VAE, a CLIP, and the latents."""
+def prepare(run: Path, count: int = 1500, **latents: Any) -> None:
+    """Pictures with captions, a VAE, a CLIP, and the latents, with further settings of these."""
     things = Things(count, 1)
     write_images(run / "images", things.pixels(), things.captions())
     with torch.random.fork_rng():
@@ -102,7 +102,7 @@ def prepare(run: Path, count: int = 1500) -> None:
     folder.mkdir(parents=True)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
     save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors")
-    write_latents(run, run)
+    write_latents(run, run, **latents)
 
 
 def share_latents(run: Path, base: Path) -> None:
@@ -132,8 +132,8 @@ def write_images(root: Path, pixels: np.ndarray, captions: list[str]) -> None:
     write_manifest(str(root), "images", stats, {})
 
 
-def write_latents(run: Path, encoders: Path) -> None:
-    config = LatentsConfig(resolution=SIDE, batch_size=64, device="cpu", text_layer="last")
+def write_latents(run: Path, encoders: Path, **latents: Any) -> None:
+    config = LatentsConfig(resolution=SIDE, batch_size=64, device="cpu", text_layer="last", **latents)
     vae, clip = (str(encoders / name / "model") for name in ("autoencoder", "clip"))
     stage = LatentsStage(config, RunPaths(str(run)), vae, clip)
     begin(stage)
@@ -141,7 +141,7 @@ def write_latents(run: Path, encoders: Path) -> None:
     stage.finish([work(task) for task in stage.tasks()])
 
 
-def fit(run: Path, images: int, **train: Any) -> None:
+def fit(run: Path, images: int, seed: int = 3, **train: Any) -> None:
     """Fit and export the run's model."""
     values = {"batch_size": 32, "images": images, "learning_rate": 3e-3, "warmup_images": 480, "threads": 1}
     values |= {
@@ -151,7 +151,7 @@ def fit(run: Path, images: int, **train: Any) -> None:
         "log_every_images": 640,
         "checkpoint_every_images": 100_000,
     }
-    config = tiny.write_config(run, {"run": str(run), "seed": 3, "train": {**values, **PROCESS, **train}})
+    config = tiny.write_config(run, {"run": str(run), "seed": seed, "train": {**values, **PROCESS, **train}})
     forked.fit(config, 1)
 
 
