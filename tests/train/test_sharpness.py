@@ -34,6 +34,16 @@ def grainy(count: int, seed: int) -> np.ndarray:
     return found
 
 
+def where(pixels: np.ndarray) -> np.ndarray:
+    """How much neighbours differ, about each of 4 x 4 places: uint8 [N,16,16,3] -> float64 [N,16]."""
+    steps = (
+        np.abs(np.diff(pixels.astype(float), axis=1))[:, :, :-1] + np.abs(np.diff(pixels.astype(float), axis=2))[:, :-1]
+    )
+    whole = np.pad(steps.sum(axis=3), ((0, 0), (0, 1), (0, 1)))
+    found: np.ndarray = whole.reshape(len(pixels), 4, 4, 4, 4).sum(axis=(2, 4)).reshape(len(pixels), 16)
+    return found
+
+
 def fitted(run: Path, images: Path, term: dict[str, Any] | None) -> None:
     run.mkdir()
     (run / "images").symlink_to(images)
@@ -60,10 +70,16 @@ def test_the_adversarial_term_gives_grain_back(tmp_path: Path) -> None:
         model_folder = str(tmp_path / name / "autoencoder" / "model")
         seen = reconstruct.measure(Dataset.open(str(tmp_path / "heldout")), model_folder, SIDE, 64, device="cpu")
         found[name] = {k: m["value"] for k, m in seen.metrics.items()}
+        pairs = [np.stack([getattr(s, side) for s in seen.shown]) for side in ("original", "decoded")]
+        alike = [np.corrcoef(a, b)[0, 1] for a, b in zip(*map(where, pairs), strict=True)]
+        found[name]["place"] = float(np.mean(alike))
         print(f"{name}: {time.perf_counter() - began:.0f} s")
-        print(reconstruct.summary(seen))
+        print(reconstruct.summary(seen), f"grain where it was: {found[name]['place']:.3f}", sep="\n")
         reconstruct.sheet(seen, 8, 64).save(tmp_path / f"{name}.png")
     plain, sharp = found["plain"], found["sharp"]
-    assert sharp["gradient_energy"] > 1.5 * plain["gradient_energy"]
-    assert sharp["high_frequencies"] > 1.5 * plain["high_frequencies"]
+    # Within a factor of two of the originals, five times the blurred ones, at little cost in error, and only where
+    # there was grain. (Seen on one machine: 0.62 against 0.03, 0.79 against 0.05, 17.7 against 20.1 dB.)
+    for name in ("gradient_energy", "high_frequencies"):
+        assert max(0.4, 5 * plain[name]) < sharp[name] < 2
     assert sharp["psnr"] > plain["psnr"] - 4
+    assert sharp["place"] > 0.5
