@@ -53,7 +53,7 @@ def test_every_figure_is_that_of_others(tmp_path: Path, inception_weights: Path)
     from diffusers import AutoencoderKL
 
     lpips = pytest.importorskip("lpips")
-    tiny.make_images(tmp_path / "images", counts=(5, 0, 4), side=80)
+    tiny.make_images(tmp_path / "images", counts=(5, 4), side=80)
     folder = world.save_vae(tmp_path / "vae")
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -95,6 +95,6 @@ def test_every_figure_is_that_of_others(tmp_path: Path, inception_weights: Path)
 
 
 def test_nothing_to_look_at_is_one_sentence(tmp_path: Path) -> None:
-    tiny.make_images(tmp_path / "images", counts=(0,))
+    tiny.make_images(tmp_path / "images", counts=(2,))
     with pytest.raises(StageError, match="there is not one picture to reconstruct"):
-        reconstruct.measure(Dataset.open(str(tmp_path / "images")), str(world.save_vae(tmp_path / "vae")), 16)
+        reconstruct.measure(Dataset.open(str(tmp_path / "images")), str(world.save_vae(tmp_path / "vae")), 16, 0)

@@ -64,7 +64,10 @@ def test_a_few_steps_of_any_kind_open_in_diffusers(blocks: int, channels: int, r
     vae = AutoencoderKL.from_pretrained(folder).eval()
     side = max(resolution) if isinstance(resolution, list) else resolution
     assert vae.config.sample_size == side
-    fitted = np.stack([resize_crop(p, side)[0] for p in pictures(run).values()])
+    own = pictures(run)
+    ours: Any = build("autoencoder", AutoencoderConfig(**data["autoencoder"]), [Dataset.open(str(run / "images"))], 5)
+    fitted = np.stack([resize_crop(own[k], side)[0] for k in ours.keys(np.arange(len(own)))])  # the first in order
+    ours.close()
     with torch.no_grad():
         posterior = vae.encode(torch.from_numpy(fitted).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
         assert posterior.mean.shape[1:] == (channels, side // 2 ** (blocks - 1), side // 2 ** (blocks - 1))
