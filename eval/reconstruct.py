@@ -3,7 +3,7 @@
     psnr                 of each picture, dB
     ssim                 structural similarity (Wang et al. 2004), Gaussian window of 11 px
     lpips, or the distance of the tower that autoencoder.perceptual.weights names
-    rfid                 Frechet distance of the reconstructions to the originals, on torch-fidelity's Inception
+    rfid                 Frechet distance of reconstructions and originals, on torch-fidelity's Inception features
     gradient_energy, high_frequencies    of the reconstructions over those of the originals: below 1 is blurred
 
 Reconstructions are decoded from the posterior's mean, as eight bits, which is what everybody sees.

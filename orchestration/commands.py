@@ -513,11 +513,17 @@ def reconstruct(
     """What the VAE keeps of the held-out pictures: PSNR, SSIM, LPIPS, rFID, sharpness, and a page of pairs."""
     from eval import reconstruct as work
     from orchestration.parts import vae_ref
+    from shards import storage
     from shards.dataset import Dataset
-    from shards.layout import RunPaths
+    from shards.layout import MANIFEST, RunPaths
 
     found = _configured(config, rest, tables=False)
     paths, lpips = RunPaths(found.run), found.autoencoder.perceptual
+    if not storage.exists(storage.join(paths.heldout, MANIFEST)):
+        raise ConfigError(
+            f"reconstruct: there is no held-out set in {paths.heldout}; set ingest.heldout_fraction or "
+            "ingest.heldout_table, and run ingest"
+        )
     seen = work.measure(
         Dataset.open(paths.heldout), vae_ref(found), found.latents.resolution, count, lpips and lpips.weights,
         found.eval.inception, found.latents.device,

@@ -56,7 +56,8 @@ def finish(
             facts = {"scaling_factor": was.scaling_factor, "shift_factor": was.shift_factor}
         else:
             mean, std = measure_latents(objective, ranks)
-            facts = {"scaling_factor": 1.0 / std, "shift_factor": mean if objective.config.measure_shift else None}
+            shifted = objective.config.measure_shift or was.shift_factor is not None  # which the pictures moved
+            facts = {"scaling_factor": 1.0 / std, "shift_factor": mean if shifted else None}
         objective.model.register_to_config(**facts)  # type: ignore[operator]
     if ranks.first:
         model = storage.local_path(paths.model)
