@@ -334,10 +334,10 @@ def test_a_given_image_is_changed(run: RunPaths, pipeline: Any, tmp_path: Path) 
     shutil.copytree(run.model, folder)
     of_velocity(pipeline).scheduler.save_pretrained(folder / "scheduler")
     quiet = copy.deepcopy(pipeline.unet)
-    quiet.conv_out.weight.data *= 0.02  # so that fixed points are near
+    quiet.conv_out.weight.data *= 0.1  # so that fixed points are near
     quiet.save_pretrained(folder / "unet")
     given = photo(tmp_path / "p.png")
-    command = ["edit", str(folder), "--from", RED, "--steps", "4", "--image", given, "--inversion-iterations", "9"]
+    command = ["edit", str(folder), "--from", RED, "--steps", "4", "--image", given, "--inversion-iterations", "30"]
     assert main([*command, "--to", RED, "--guidance-scale", "9", "--out", str(tmp_path / "a")]) == 0
     assert main([*command, "--to", BLUE, "--guidance-scale", "9", "--out", str(tmp_path / "b")]) == 0
     images = [np.asarray(Image.open(tmp_path / a / f"000-{n}.png")) for a in "ab" for n in ("before", "after")]
