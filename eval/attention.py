@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -294,13 +294,20 @@ class Control:
 
 
 @torch.no_grad()
-def invert(pipeline: Any, latents: torch.Tensor, text: torch.Tensor, steps: int, iterations: int) -> torch.Tensor:
+def invert(
+    pipeline: Any,
+    latents: torch.Tensor,
+    text: torch.Tensor,
+    steps: int,
+    iterations: int,
+    tick: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
     """The noise [1,C,h,w] from which `steps` steps of the pipeline's scheduler draw `latents`, told `text` [1,L,D].
 
     DDIM inversion (Song et al. 2020, arXiv:2010.02502; Dhariwal & Nichol 2021, arXiv:2105.05233, appendix F) without
     guidance. Each step is linear in the sample and in what the UNet says of it, and what the UNet says of the noisier
     sample is approached by fixed-point iterations (Pan et al. 2023, arXiv:2309.04907), of which the first is plain DDIM
-    inversion. The scheduler must be a deterministic one of first order, and clip nothing.
+    inversion. The scheduler must be a deterministic one of first order, and clip nothing. tick: called at every step.
     """
     of_sample, of_output = (type(pipeline.scheduler).from_config(pipeline.scheduler.config) for _ in range(2))
     for scheduler in (of_sample, of_output):
@@ -317,4 +324,5 @@ def invert(pipeline: Any, latents: torch.Tensor, text: torch.Tensor, steps: int,
         for _ in range(iterations):
             output = pipeline.unet(found, t, encoder_hidden_states=text, return_dict=False)[0]
             found = (after - b * output) / a
+        tick()
     return found

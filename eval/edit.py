@@ -17,6 +17,7 @@ which the folder is known again: the same command finishes it, and does nothing 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -146,22 +147,21 @@ class Editor:
 
     def _draw(self, out: str) -> None:
         c = self.request
-        artist = _Artist(c, self.model, self.run, self.given)
+        artist = Artist(c, self.model, self.run, self.given)
         storage.remove(storage.join(out, SHEET))
         about = {"fingerprint": self.made_with().to_json(), "checkpoint": self.model.name}
         storage.write_json(storage.join(out, ABOUT), {**about, "settings": c.model_dump(mode="json")})
         rows = []
-        bar = Progress("edit", c.count, "images")
+        bar = Progress("edit", c.steps * (c.count + (self.given is not None)), "steps")
         for number in range(c.count):
-            images, maps = artist.draw(number)
+            images, maps = artist.draw(number, bar.update)
             for name, pixels in zip(("before", "after"), images, strict=True):
                 storage.write_atomic(storage.join(out, f"{number:03d}-{name}.png"), png(pixels))
             rows.append(_row(number, images, maps, artist.prompts))
-            bar.update()
         bar.close()
         storage.write_atomic(storage.join(out, SHEET), self._sheet(rows, artist).encode())
 
-    def _sheet(self, rows: list[dict[str, Any]], artist: _Artist) -> str:
+    def _sheet(self, rows: list[dict[str, Any]], artist: Artist) -> str:
         """The page: images before and after, and where each of their tokens looks."""
         from eval.report.gather import data_uri
         from eval.report.page import environment
@@ -178,7 +178,7 @@ class Editor:
         )  # fmt: skip
 
 
-class _Artist:
+class Artist:
     """The pipeline, what it is told, and the noise of a given image."""
 
     def __init__(self, request: EditRequest, model: models.Model, run: RunPaths, given: np.ndarray | None) -> None:
@@ -207,9 +207,9 @@ class _Artist:
         with torch.inference_mode():
             texts = [self.pipeline.encode_prompt([t], device, 1, True, [""]) for t in (c.source, c.target)]
         self.text, self.empty = (torch.cat([t[i] for t in texts]) for i in (0, 1))
-        self.noise = None if self.given is None else self._inverted(self.given)
+        self.noise: Any = None
 
-    def _inverted(self, image: Image.Image) -> Any:
+    def _inverted(self, image: Image.Image, tick: Callable[[], None]) -> Any:
         """The noise [1,C,h,w] that the given image is drawn from."""
         import torch
 
@@ -221,14 +221,22 @@ class _Artist:
             mean = pipeline.vae.encode(pixels.to(pipeline.vae.device)).latent_dist.mean
         latents = mean * pipeline.vae.config.scaling_factor
         self.empty = torch.cat([self.text[:1]] * 2)  # negative-prompt inversion
-        return invert(pipeline, latents, self.text[:1], self.request.steps, self.request.inversion_iterations)
+        return invert(pipeline, latents, self.text[:1], self.request.steps, self.request.inversion_iterations, tick)
 
-    def draw(self, number: int) -> tuple[np.ndarray, Maps]:
-        """Images before and after, uint8 [2,H,W,3], and where their tokens look. StageError where they are not
-        finite."""
+    def draw(self, number: int, tick: Callable[[], None] = lambda: None) -> tuple[np.ndarray, Maps]:
+        """Images before and after, uint8 [2,H,W,3], and where their tokens look. StageError where they are not finite.
+
+        tick: called at every step, also those of the inversion.
+        """
         import torch
 
+        def at_step(_pipeline: Any, _step: int, _time: Any, given: dict[str, Any]) -> dict[str, Any]:
+            tick()
+            return given
+
         c = self.request
+        if self.given is not None and self.noise is None:
+            self.noise = self._inverted(self.given, tick)
         factor = int(self.pipeline.vae_scale_factor)
         control = Control(self.pipeline, self.edit, (self.height // factor, self.width // factor))
         noise = [Sample(f"seed {c.seed}", number, text) for text in (c.source, c.target)]
@@ -237,6 +245,7 @@ class _Artist:
                 prompt_embeds=self.text, negative_prompt_embeds=self.empty, generator=generators(noise),
                 latents=None if self.noise is None else torch.cat([self.noise] * 2), num_inference_steps=c.steps,
                 guidance_scale=c.guidance_scale, height=self.height, width=self.width, output_type="pt",
+                callback_on_step_end=at_step,
             ).images.float()  # fmt: skip
         if not torch.isfinite(pixels).all():
             raise StageError(f"edit: image {number} is not finite; try float32, or a lower guidance scale or weight")

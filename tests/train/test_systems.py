@@ -20,7 +20,7 @@ from diffusers import (
 from PIL import Image
 
 from eval import model as models
-from eval.edit import EditRequest, _Artist
+from eval.edit import Artist, EditRequest
 from shards.layout import RunPaths
 from tests.train import small_world
 from tests.train.small_world import COLOURS, CORNERS, DRAWING, SIDE, Things, draw_all, read
@@ -141,7 +141,7 @@ def test_a_word_exchanged_keeps_the_layout(base: Path) -> None:
                 source=f"a {names[a]} square", target=f"a {names[b]} square", cross_attention=cross,
                 self_attention=own, steps=10, guidance_scale=2.0,
             )  # fmt: skip
-            artist = _Artist(request, model, RunPaths(str(base)), None)
+            artist = Artist(request, model, RunPaths(str(base)), None)
             for i in np.flatnonzero((source == a) & (target == b)):
                 images[:, i] = artist.draw(int(i))[0]
         (colour, corner, grey), (after, corner_after, grey_after) = map(read, images)
