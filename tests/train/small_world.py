@@ -37,6 +37,16 @@ CORNERS = ((1, 1), (1, 9), (9, 1), (9, 9))
 UNET = {
     "block_out_channels": [32, 64],
     "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 4,
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+}
+ATTENTIVE = {
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
     "attention_head_dim": 2,
