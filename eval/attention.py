@@ -138,15 +138,15 @@ def edit_of(
             own[b] = 1.0
     put(range(1), range(1))
     put(range(source.end, source.end + 1), range(target.end, target.end + 1))
-    a, b = range(source.end + 1, length), range(target.end + 1, length)  # what fills them up
-    if len(a) and len(b):
-        shared = min(len(a), len(b)) - 1
-        put(a[:shared], b[:shared])
-        put(a[shared:], b[shared:])
-    elif len(b):
-        own[list(b)] = 1.0
-    elif len(a):
-        put(a, range(target.end, target.end + 1))
+    fill, filled = range(source.end + 1, length), range(target.end + 1, length)
+    if len(fill) and len(filled):
+        shared = min(len(fill), len(filled)) - 1
+        put(fill[:shared], filled[:shared])
+        put(fill[shared:], filled[shared:])
+    elif len(filled):
+        own[list(filled)] = 1.0
+    elif len(fill):
+        put(fill, range(target.end, target.end + 1))
     for word, factor in (weights or {}).items():
         places = [i for w, s in zip(target.words, target.spans, strict=True) if w.lower() == word.lower() for i in s]
         if not places:
@@ -287,7 +287,7 @@ class Control:
             edited = edited * edit.weight.to(own.dtype)
             self.maps.add(1, edited)
         value = attn.head_to_batch_dim(attn.to_v(looked))
-        change = attn.batch_to_head_dim(torch.bmm(edited - own, value))
+        change: torch.Tensor = attn.batch_to_head_dim(torch.bmm(edited - own, value))
         project = attn.to_out[0]  # its bias is in the output already
         change = project(change) - project(torch.zeros_like(change[:, :1]))
         return change / attn.rescale_output_factor
