@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageOps
 
+from latents.pictures import resize_crop
 from shards.images import decode_rgb
 from shards.settings import ConfigError
 
@@ -42,3 +44,18 @@ def read_image(path: str | Path, option: str, advice: str) -> np.ndarray:
     except ValueError as e:
         why = re.sub(r"cannot identify image file <.*?>", "it is no image", str(e))
         raise ConfigError(f"{option}: {path}: {why}; {advice}") from None
+
+
+def fitted(pixels: np.ndarray, width: int, height: int) -> Image.Image:
+    """An image to start from at the size that is made: shorter side scaled, then the middle."""
+    if width == height:
+        return Image.fromarray(resize_crop(pixels, width)[0])
+    return ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.LANCZOS)
+
+
+def require_size(width: int, height: int, factor: int) -> None:
+    """Raises ConfigError where the VAE, which shrinks by `factor`, does not divide a side."""
+    for name, side in (("width", width), ("height", height)):
+        if side % factor:
+            near = round(side / factor) * factor or factor
+            raise ConfigError(f"--{name} is {side}, which the VAE does not divide; {near} is the nearest that fits")

@@ -29,10 +29,10 @@ from pydantic import Field, model_validator
 from eval import model as models
 from eval.config import Sampler, Weights
 from eval.generate import ImageGenerator, Sample
-from eval.inputs import read_image, read_lines
+from eval.inputs import fitted, read_image, read_lines, require_size
 from eval.prompts import MAX_CHARS
 from eval.shardwork import Made, accounted, commit, counted, parquet, png, tar_of
-from latents.pictures import resize_crop, resize_crop_to
+from latents.pictures import resize_crop_to
 from shards import storage
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
@@ -206,14 +206,8 @@ class _Worker:
         c = stage.config
         with fixed_arithmetic(c.threads):
             base = models.build_pipeline(stage.run, stage.model)
-            factor = int(base.vae_scale_factor)
             self.width, self.height = (side or stage.model.size for side in (c.width, c.height))
-            for name, side in (("width", self.width), ("height", self.height)):
-                if side % factor:
-                    near = round(side / factor) * factor or factor
-                    raise ConfigError(
-                        f"--{name} is {side}, which the VAE does not divide; {near} is the nearest that fits"
-                    )
+            require_size(self.width, self.height, int(base.vae_scale_factor))
             given = {name for name in ("image", "mask") if getattr(stage, name) is not None}
             given |= {"control"} if c.control or c.control_of else set()
             pipeline = _kind(base, given)
@@ -341,12 +335,8 @@ class _Worker:
         return Image.fromarray(control_image(np.asarray(self._fitted(stage.control_of)), settings))
 
     def _fitted(self, pixels: np.ndarray) -> Image.Image:
-        """An image to start from at the size that is made: shorter side scaled, then the middle."""
-        if self.width == self.height:
-            return Image.fromarray(resize_crop(pixels, self.width)[0])
-        from PIL import ImageOps
-
-        return ImageOps.fit(Image.fromarray(pixels), (self.width, self.height), Image.Resampling.LANCZOS)
+        """An image to start from at the size that is made."""
+        return fitted(pixels, self.width, self.height)
 
 
 def require_level(upscaler: Any, level: int) -> None:

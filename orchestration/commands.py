@@ -648,6 +648,64 @@ def sample(
 
 
 @app.command(rich_help_panel="A model")
+def edit(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="the run's folder, or a diffusers pipeline's", callback=_from_base)
+    ],
+    source: Annotated[str, typer.Option("--from", metavar="PROMPT", help="of the picture before")],
+    target: Annotated[
+        str | None, typer.Option("--to", metavar="PROMPT", help="of the picture after; by default --from's")
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option("--weight", metavar="WORD=FACTOR", help="a word of --to whose map is made stronger or weaker"),
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option("--image", metavar="FILE", help="a picture to change, which --from describes")
+    ] = None,
+    cross_attention: Annotated[
+        float, typer.Option("--cross-attention", help="share of the steps in which words look where they did before")
+    ] = 0.8,
+    self_attention: Annotated[
+        float, typer.Option("--self-attention", help="the same for where places of the picture look")
+    ] = 0.4,
+    inversion_iterations: Annotated[
+        int, typer.Option("--inversion-iterations", help="for each step of --image's inversion; 1: plain DDIM")
+    ] = 3,
+    seed: Seed = 0,
+    count: Annotated[int, typer.Option("--count", help="pictures, each from another noise")] = 1,
+    checkpoint: Annotated[str, typer.Option("--checkpoint")] = "latest",
+    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
+    sampler: Annotated[str, typer.Option("--sampler")] = "ddim",
+    steps: Annotated[int, typer.Option("--steps")] = 25,
+    guidance_scale: Annotated[float, typer.Option("--guidance-scale")] = 3.0,
+    width: Annotated[int | None, typer.Option("--width")] = None,
+    height: Annotated[int | None, typer.Option("--height")] = None,
+    precision: Precision = "float32",
+    device: Device = "auto",
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out", help="folder for the pictures; by default RUN/edits/<digest of the request>", callback=_from_base
+        ),
+    ] = None,
+    redo: Redo = False,
+) -> None:
+    """A picture changed by changing its prompt (prompt-to-prompt), with a sheet of where each word looks."""
+    given = dict(locals())
+    from eval.edit import Editor, EditRequest, weights_of
+    from shards import storage
+    from shards.settings import validate
+
+    values = {k: v for k, v in given.items() if k in EditRequest.model_fields}
+    values |= {"target": source if target is None else target, "weight": weights_of(weight or [])}
+    editor = Editor(validate(EditRequest, values, "carrara edit"), run)
+    folder = out or editor.default_folder()
+    editor.draw(folder, redo)
+    log.info("the edit is in %s", storage.join(folder, "sheet.html"))
+
+
+@app.command(rich_help_panel="A model")
 def watch(
     rest: RunAndOverrides = None,
     config: Config = None,

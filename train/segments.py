@@ -49,6 +49,16 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pictures:
+    """The image shards whose pictures the UNet is told beside one source's latents. shards: how many there were;
+    digest: of which they were, whatever was taken down in them since; empty where their format does not say."""
+
+    root: str
+    shards: int
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Record:
     """A segment as it is kept. images, step: where it begins. sizes: samples of a batch of each bucket. changes: what
     was adopted, in sentences."""
@@ -60,6 +70,7 @@ class Record:
     ranges: tuple[Range, ...]
     changes: tuple[str, ...] = ()
     select: tuple[tuple[dict[str, Any], ...], ...] = ()  # by source, the rules with their thresholds; none: all pass
+    pictures: tuple[Pictures, ...] = ()  # by source, where the UNet is told pictures; none: it is not, or no record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +99,7 @@ class History:
                         "ranges": ranges,
                         "changes": tuple(s["changes"]),
                         "select": tuple(map(tuple, s.get("select", ()))),
+                        "pictures": tuple(Pictures(**p) for p in s.get("pictures", ())),
                     }
                 )
             )
@@ -142,15 +154,15 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     ):
         ranges.append(_range(source, dataset, table, 0, key, weight))
     total = sum(int(t.sum()) for t in laid)
-    row = _row_bytes(datasets[0], laid[0]) + sum(
-        _row_bytes(d, rows_laid(d)) for d in picture_sets(config, datasets[:1])
-    )
+    beside = picture_sets(config, datasets)
+    row = _row_bytes(datasets[0], laid[0]) + sum(_row_bytes(d, rows_laid(d)) for d in beside[:1])
     window = config.window or int(np.clip(WINDOW_BYTES // row, FEWEST_ROWS, MOST_ROWS))
     fitting = 1 << max(0, total // window - 1).bit_length()
     most = MOST_STREAMS if datasets[0].kind == "latents" else MOST_STREAMS // 4  # a tar's sidecar is kept for each
     streams = config.streams or int(np.clip(fitting, FEWEST_STREAMS, most))
     select = selected(config, datasets)
-    record = Record(0, 0, config.batch_size, batch_sizes(config, datasets), tuple(ranges), select=select)
+    told = tuple(_pictures(d) for d in beside)
+    record = Record(0, 0, config.batch_size, batch_sizes(config, datasets), tuple(ranges), select=select, pictures=told)
     return History(streams, window, (record,))
 
 
@@ -224,10 +236,20 @@ def resume(
         ranges += [
             dataclasses.replace(r, weight=weight * sum(r.rows) / total, root=dataset.root) for r in kept if total
         ]
+    beside = picture_sets(config, datasets)
+    pairs = [(p, _pictures(d, p.shards)) for d, p in zip(beside, last.pictures, strict=False)]
+    others = [now.root for then, now in pairs if then.digest and now.digest and then.digest != now.digest]
+    for root in others:
+        refusal = refusal or (
+            f"the pictures in {root} are others than those this training was told until now; put them back, or give "
+            "--adopt to go on with these"
+        )
+        told.append(f"{root}: other pictures")
     select = selected(config, datasets, last.select)
     sizes = batch_sizes(config, datasets)
-    record = Record(images, step, config.batch_size, sizes, tuple(ranges), (*changes, *told), select)
-    if _same(record, last) and not changes:
+    pictures = tuple(_pictures(d) for d in beside)
+    record = Record(images, step, config.batch_size, sizes, tuple(ranges), (*changes, *told), select, pictures)
+    if _same(record, last) and not changes and not others:
         return Taken(history, tuple(notes), "" if adopt else refusal)
     before = history.segments if last.images < images else history.segments[:-1]
     return Taken(dataclasses.replace(history, segments=(*before, record)), tuple(notes), "" if adopt else refusal)
@@ -283,6 +305,13 @@ def pictures_run(config: TrainConfig, run: str) -> str:
     if other is None:
         return run
     return other if "://" in other or other.startswith("/") else storage.join(run, other)
+
+
+def _pictures(dataset: Dataset, shards: int | None = None) -> Pictures:
+    """Which pictures the first `shards` shards hold, or all; more may come, and some be taken down."""
+    some = dataset.shards[:shards]
+    lines = [f"{s.index} {s.born}" for s in some]
+    return Pictures(dataset.root, len(lines), "" if dataset.format == 1 else digest_json(lines)[:32])
 
 
 def _range(

@@ -44,6 +44,14 @@ UNET = {
     "attention_head_dim": 2,
     "norm_num_groups": 8,
 }
+ATTENTIVE = {
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+}
 PROCESS = {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"}
 DRAWING = {"num_inference_steps": 10, "guidance_scale": 2.0}
 
@@ -54,12 +62,14 @@ class Things:
     def __init__(self, count: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.colour, self.corner, self.grey = (rng.integers(n, size=count) for n in (4, 4, 2))
+        self.other = (self.colour + rng.integers(1, 4, count)) % 4  # what an instruction makes of the colour
         self.noise = rng.integers(-8, 9, (count, SIDE, SIDE, 3))
 
-    def pixels(self) -> np.ndarray:
-        """uint8 [N,16,16,3]."""
-        out = np.empty((len(self.colour), SIDE, SIDE, 3), np.int64)
-        for i, (c, corner, grey) in enumerate(zip(self.colour, self.corner, self.grey, strict=True)):
+    def pixels(self, colour: np.ndarray | None = None) -> np.ndarray:
+        """uint8 [N,16,16,3]; colour: other ones."""
+        colour = self.colour if colour is None else colour
+        out = np.empty((len(colour), SIDE, SIDE, 3), np.int64)
+        for i, (c, corner, grey) in enumerate(zip(colour, self.corner, self.grey, strict=True)):
             y, x = CORNERS[corner]
             out[i] = GREYS[grey]
             out[i, y : y + SQUARE, x : x + SQUARE] = list(COLOURS.values())[c]
@@ -68,6 +78,9 @@ class Things:
 
     def captions(self) -> list[str]:
         return [f"a {list(COLOURS)[c]} square" for c in self.colour]
+
+    def instructions(self) -> list[str]:
+        return [f"make it {list(COLOURS)[c]}" for c in self.other]
 
 
 def read(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -103,6 +116,14 @@ def prepare(run: Path, count: int = 1500, **latents: Any) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
     save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors")
     write_latents(run, run, **latents)
+
+
+def prepare_edits(run: Path, base: Path, count: int = 1500) -> None:
+    """Pictures after as images with instructions as captions, and by key in `before` those before."""
+    things = Things(count, 2)
+    write_images(run / "images", things.pixels(things.other), things.instructions())
+    write_images(run / "before" / "images", things.pixels(), things.instructions())
+    write_latents(run, base)
 
 
 def share_latents(run: Path, base: Path) -> None:

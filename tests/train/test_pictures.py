@@ -43,7 +43,9 @@ from train.objectives import build
 from train.pictures import WAYS, ByKey, control_image, control_net, draw_mask, low_res_scheduler, widen
 from train.randomness import Randomness
 from train.seen import Account
+from train.segments import History, Taken, resume
 from train.segments import begin as begun
+from train.state import differences, fingerprint
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -326,6 +328,51 @@ def test_a_sample_without_its_picture_never_comes(base: Any, tmp_path: Path) -> 
     everyone = objective_of(configured(base, tmp_path / "r3", "edit")).keys(np.arange(120))
     assert gone in everyone
     assert set(seen) == set(everyone) - {gone}
+
+
+@pytest.mark.parametrize(("way", "setting"), [("edit", {"before": "before"}), ("control", {"images": "before"})])
+def test_on_resume_the_pictures_are_those_it_was_told_until_now(
+    base: Any, tmp_path: Path, way: str, setting: dict[str, Any]
+) -> None:
+    """Another run named there, and another one's images in its place; a take-down and more shards need no consent."""
+    file = configured(base, tmp_path / "r", way, **{way: setting})
+    config = load_sections(str(file), (), TrainingSections).train
+    datasets = [Dataset.open(str(tmp_path / "r" / "latents"))]
+    begun_with = fingerprint("train", config, 5, datasets).to_json()
+    named = next(iter(setting))
+    other = config.model_copy(update={way: getattr(config, way).model_copy(update={named: "other"})})
+    what, _ = differences("train", other, fingerprint("train", other, 5, datasets), begun_with)
+    assert [line.split(":")[0] for line in what] == [f"train.{way}"]
+
+    (tmp_path / "r" / "before").unlink()
+    shutil.copytree(base[0].run + "/before", tmp_path / "r" / "before", symlinks=True)
+    root = str(tmp_path / "r" / "before" / "images")
+    stored = json.loads(json.dumps(begun(config, datasets).to_json()))
+    assert resume(stored, 16, 2, config, datasets).history == begun(config, datasets)
+
+    def edit(sidecar: Any, stats: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = sidecar.to_pylist()
+        rows[3]["status"] = "removed"
+        return tiny.pa.Table.from_pylist(rows, sidecar.schema), {**stats, "count": stats["count"] - 1}
+
+    first = blank(root, 0, [3], edit)
+    more = ImageShard(Dataset.open(base[0].images), 0).image_bytes(0)
+    tar, _ = pack_tar([("0000999", {"png": more})])
+    files = {".tar": tar, ".parquet": (tmp_path / "r" / "before" / "images" / "00000.parquet").read_bytes()}
+    second = commit_shard(root, 1, files, {"count": 1, "rows": 1}, Fingerprint("ingest", 1, {}, "1"))
+    write_manifest(root, "images", [first, second], {})
+    assert len(Dataset.open(root).shards) == 2
+    assert resume(stored, 16, 2, config, datasets) == Taken(History.from_json(stored))
+
+    shutil.rmtree(root)
+    shutil.copytree(base[0].images, root)  # upright: the same keys and as many, others to see
+    taken = resume(stored, 16, 2, config, datasets)
+    assert f"the pictures in {root} are others" in taken.refusal
+    taken = resume(stored, 16, 2, config, datasets, adopt=True)
+    assert taken.refusal == ""
+    assert taken.history.segments[-1].changes == (f"{root}: other pictures",)
+    again = resume(json.loads(json.dumps(taken.history.to_json())), 24, 3, config, datasets)
+    assert (again.refusal, again.history) == ("", taken.history)
 
 
 def test_no_sample_with_a_picture_comes_before_the_account_says(base: Any, tmp_path: Path) -> None:
