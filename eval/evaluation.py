@@ -79,7 +79,7 @@ class Evaluation:
             ("the VAE", "vae", vae_ref and find_vae(vae_ref)),
             ("the CLIP", "text_encoder", clip_ref and find_clip(clip_ref)),
         ):
-            if found and found.digest != self.model.parts[part]:
+            if found and part in self.model.parts and found.digest != self.model.parts[part]:
                 from latents.encoders import require_digest
 
                 require_digest(what, self.model.parts[part], found.digest, found.ref)

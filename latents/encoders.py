@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP
-from latents.text import ClipPair, Features, Text
-from latents.weights import PADS, PAIR, ClipWeights, VaeWeights, find_clip, find_vae
+from latents.text import ClipPair, Features, SequenceEncoder, Text
+from latents.weights import PADS, PAIR, SEQUENCE, ClipWeights, VaeWeights, find_clip, find_sequence, find_vae
 from shards.settings import ConfigError, StageError
 
 TEXT_LAYERS = ("last", "penultimate", "last_no_norm", "penultimate_no_norm")
@@ -180,6 +180,7 @@ class TextEncoder:
         self._exact: Any = self.tower if precision == "float32" else None
         self.context_length = int(self.tower.context_length)
         self.width = int(self.tower.ln_final.weight.shape[0])
+        self.vocabulary = int(self.tower.token_embedding.num_embeddings)
         self.tokenizer: Any = open_clip.get_tokenizer(weights.name, context_length=self.context_length)
         if getattr(self.tokenizer, "reduction_fn", None) is not None:
             raise ConfigError(f"the CLIP '{weights.ref}' drops words of long captions at random and cannot be used")
@@ -342,6 +343,10 @@ def load_text_of(facts: Mapping[str, Any], device: str = "cpu", precision: str =
     if facts.get("kind") == PAIR:
         first, second = (load_clip_of(one, device, precision) for one in facts["encoders"])
         return ClipPair(first, second)
+    if facts.get("kind") == SEQUENCE:
+        weights = find_sequence(facts["ref"])
+        require_digest("the text encoder", weights.digest, facts["digest"], facts["ref"])
+        return SequenceEncoder(weights, int(facts["context_length"]), device, DTYPES[precision])
     return load_clip_of(facts, device, precision)
 
 
@@ -363,6 +368,7 @@ def other_encoder(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | Non
         ("text", "CLIP", "digest", None),
         ("text", "text_layer", "layer", None),
         ("text", "text_pad", "pad", "zero"),
+        ("text", "max_length of text_encoder", "context_length", None),
     ):
         if one[what].get(fact, default) != other[what].get(fact, default):
             return name
