@@ -183,12 +183,13 @@ def _states(model: Any, ids: torch.Tensor, length: torch.Tensor) -> torch.Tensor
 
 
 def moved(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model's weights in another place and type, in place. Buffers keep their type: those of rotary places are wrong
-    in half precision."""
+    """A model's weights in another place and type, in place; what layers share stays shared. Buffers keep their type:
+    those of rotary places are wrong in half precision."""
+    new = {p: torch.nn.Parameter(p.detach().to(device, dtype), requires_grad=False) for p in model.parameters()}
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None:
-                module._parameters[name] = torch.nn.Parameter(value.detach().to(device, dtype), requires_grad=False)
+                module._parameters[name] = new[value]
         for name, value in module._buffers.items():
             if value is not None:
                 module._buffers[name] = value.to(device)

@@ -12,6 +12,7 @@ so it imports nothing but torch and diffusers.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -25,16 +26,24 @@ class SequencePipeline(DiffusionPipeline):
     transformers' whose `last_hidden_state` the UNet was trained on. max_length: tokens that are read of a prompt."""
 
     def __init__(
-        self, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any, max_length: int = 256
+        self,
+        vae: torch.nn.Module,
+        text_encoder: torch.nn.Module,
+        tokenizer: object,
+        unet: torch.nn.Module,
+        scheduler: object,
+        max_length: int = 256,
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         self.register_to_config(max_length=max_length)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def encode_prompt(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """States [B,max_length,width], zeros behind a prompt's tokens, and the mask int64 [B,max_length] of those."""
+        """States [B,max_length,width], zeros behind a prompt's tokens, and the mask int64 [B,max_length] of those.
+
+        In the type of the VAE, which is that of the sampler's state too."""
         found = self.tokenizer(prompts, truncation=True, max_length=self.config.max_length, padding=False)["input_ids"]
         ids = torch.zeros(len(prompts), self.config.max_length, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -43,7 +52,7 @@ class SequencePipeline(DiffusionPipeline):
             mask[i, : len(tokens)] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
         rows = self.text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        return (rows * mask[..., None].to(rows.dtype)).to(self.unet.dtype), mask
+        return (rows * mask[..., None].to(rows.dtype)).to(self.vae.dtype), mask
 
     @torch.no_grad()
     def __call__(
@@ -84,7 +93,7 @@ class SequencePipeline(DiffusionPipeline):
         )
         x = x.to(self.device) * self.scheduler.init_noise_sigma
         # Ancestral samplers draw from the same generators.
-        takes = self.scheduler.step.__code__.co_varnames[: self.scheduler.step.__code__.co_argcount]
+        takes = inspect.signature(self.scheduler.step).parameters
         more = {"generator": generator} if "generator" in takes else {}
         for t in self.progress_bar(self.scheduler.timesteps):
             given = self.scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
