@@ -117,7 +117,7 @@ def facts_of(stage: LatentsStage) -> dict[str, int]:
     if stage.config.text_pooled:
         second = stage.config.second_clip
         clip = find_clip(second.pretrained if second else stage.text_ref)
-        pooled = int(clip.model_cfg.get("embed_dim", clip.width))
+        pooled = int(clip.model_cfg.get("embed_dim") or clip.width)
     channels = int(vae.config["latent_channels"])
     found = {"channels": channels, "context": text["context_length"], "width": text["width"], "pooled": pooled}
     return found | {"encoders": len(clips_of(text))}

@@ -1,9 +1,10 @@
 """Where an encoder's weights lie, and a digest of them, found without building the network.
 
 A VAE is named by a diffusers folder, a single safetensors file, or a hub name; a CLIP by a folder with
-open_clip_config.json, `MODEL:TAG`, `MODEL:/path/to/weights.safetensors`, or `hf-hub:org/name`. A name
-that leads nowhere is one sentence (ConfigError). A digest covers the weights file's bytes and those parts
-of the configuration that shape the network, so it is the same wherever the files lie.
+open_clip_config.json (or the text_encoder of a diffusers pipeline), `MODEL:TAG`, `MODEL:/path/to/weights.safetensors`,
+or `hf-hub:org/name`; any other text encoder by what transformers saved. A name that leads nowhere is one sentence
+(ConfigError). A digest covers the weights' bytes and those parts of the configuration that shape the network, so it is
+the same wherever the files lie.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ CLIP_WEIGHTS = (  # open_clip's own order of preference, so that the file digest
     "model.safetensors",
 )
 PAIR = "clip_pair"  # the kind, in the facts of latents, of two CLIPs side by side
+TEXT_ALONE = "text encoder alone"  # the name of a CLIP of which there is no more than its text tower
 SEQUENCE = "transformers"  # and of an encoder of transformers, whose captions have as many rows as tokens
 # Formats that are read without running code from the file: safetensors, or torch.load(weights_only=True).
 SAFE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -178,6 +180,19 @@ class ClipWeights:
         """sha256 over the weights file's digest and the architecture."""
         config = {**self.model_cfg, "quick_gelu": self.quick_gelu}
         return digest_json({"weights": _file_digest(self.file), "config": config})
+
+    @property
+    def text_alone(self) -> bool:
+        """Whether there is a text encoder and no image encoder, so that the CLIP can judge no image."""
+        return self.name == TEXT_ALONE
+
+    def require_image_encoder(self) -> None:
+        """Raises ConfigError where there is none."""
+        if self.text_alone:
+            raise ConfigError(
+                f"the CLIP '{self.ref}' is a text encoder alone and can judge no image; name a whole one "
+                "(eval.clip, or the score's model)"
+            )
 
     @property
     def context_length(self) -> int:
@@ -449,6 +464,8 @@ def _vae_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
 
 def _clip_folder(ref: str, folder: Path) -> ClipWeights:
     config_file = folder / "open_clip_config.json"
+    if not config_file.is_file() and (folder / "config.json").is_file():
+        return _clip_text_folder(ref, folder)
     if not config_file.is_file():
         raise ConfigError(f"the CLIP '{ref}': {folder} has no open_clip_config.json")
     model_cfg = _read_config(config_file, "the CLIP").get("model_cfg")
@@ -459,6 +476,34 @@ def _clip_folder(ref: str, folder: Path) -> ClipWeights:
     if file is None:
         raise ConfigError(f"the CLIP '{ref}': {folder} has a configuration but no {CLIP_WEIGHTS[0]}")
     return ClipWeights(ref, f"local-dir:{folder}", None, file, model_cfg, bool(model_cfg.get("quick_gelu", False)))
+
+
+def _clip_text_folder(ref: str, folder: Path) -> ClipWeights:
+    """The text encoder of a diffusers pipeline, as transformers saves it, in open_clip's words."""
+    config = _read_config(folder / "config.json", "the CLIP")
+    if config.get("model_type") != "clip_text_model":
+        raise ConfigError(
+            f"the CLIP '{ref}': {folder / 'config.json'} describes no CLIP's text encoder; give the folder "
+            "text_encoder of a Stable Diffusion pipeline, or one with open_clip_config.json"
+        )
+    file = next((folder / n for n in ("model.safetensors", "model.fp16.safetensors") if (folder / n).is_file()), None)
+    if file is None:
+        raise ConfigError(f"the CLIP '{ref}': {folder} has a configuration but no model.safetensors")
+    activation = config.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise ConfigError(f"the CLIP '{ref}': its activation is {activation}, and must be gelu or quick_gelu")
+    names = {
+        "context_length": ("max_position_embeddings", 77), "vocab_size": ("vocab_size", 49408),
+        "width": ("hidden_size", 512), "heads": ("num_attention_heads", 8), "layers": ("num_hidden_layers", 12),
+    }  # fmt: skip
+    text: dict[str, Any] = {ours: config.get(theirs, default) for ours, (theirs, default) in names.items()}
+    if not all(_positive(v, int) for v in text.values()):
+        raise ConfigError(f"the CLIP '{ref}': {folder / 'config.json'} has a size that is no whole number above 0")
+    text["mlp_ratio"] = config.get("intermediate_size", 2048) / text["width"]
+    _require_plain_text(ref, text)
+    projected = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+    model_cfg = {"embed_dim": config.get("projection_dim", 512) if projected else None, "text_cfg": text}
+    return ClipWeights(ref, TEXT_ALONE, None, file, model_cfg, activation == "quick_gelu")
 
 
 def _require_plain_text(ref: str, text: dict[str, Any]) -> None:
