@@ -293,6 +293,7 @@ def wanted_columns(config: TrainConfig, latents: Latents, conditioning: Conditio
     found = {"mean", *(("logstd",) if latents.has_spread else ()), *(("micro",) if conditioning.sized else ())}
     found |= {"picture"} if config.told else set()
     if isinstance(conditioning, Stored):
+        found |= {"text_length"} & set(latents.token_names)
         return found | {"embeddings", *(("pooled",) if conditioning.sized else ())}
     if config.captions:
         return found | {f"text.{name}" for name in config.captions}
