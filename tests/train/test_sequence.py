@@ -37,7 +37,6 @@ from shards.settings import ConfigError, load_sections, validate
 from tests.eval.conftest import drive
 from tests.latents import world
 from tests.train import forked, tiny
-from tests.train.test_tuning import run_and_export
 from train import checkpoint
 from train.config import TrainConfig, TrainingSections
 from train.export import build_pipeline
@@ -321,49 +320,54 @@ def test_memory_and_flops_are_counted_without_moving_the_encoder(runs: dict[str,
     assert (text.dtype, text.device) == (torch.float32, "cpu")
 
 
+def config_of(root: Path, run: RunPaths, **train: Any) -> Path:
+    root.mkdir()
+    for part in ("latents", "autoencoder", "heldout"):
+        (root / part).symlink_to(Path(run.run) / part)
+    data = tiny.configuration(root, learning_rate=1e-2, ema_halflife_images=8, caption_dropout=0.3, **train)
+    data["train"] |= {"unet": {**tiny.UNET, "cross_attention_dim": 16, "encoder_hid_dim": 24}}
+    return tiny.write_config(root, data)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["tokens", "embeddings"])
-def test_a_killed_fit_ends_with_the_same_bytes_and_is_drawn_from(
-    runs: dict[str, RunPaths], text: str, tmp_path: Path
-) -> None:
-    """On buckets, with dropout, EMA, held-out pictures and samples; then opened where there is no Carrara."""
+def test_a_killed_fit_ends_with_the_same_bytes(runs: dict[str, RunPaths], text: str, tmp_path: Path) -> None:
+    """On buckets, with dropout, EMA, held-out pictures and samples."""
     ends = []
+    more = {"samples": {"prompts": PROMPTS, "steps": 2}, "validation": {"images": 4, "every_images": 8}}
     for name in ("whole", "killed"):
-        root = tmp_path / name
-        root.mkdir()
-        for part in ("latents", "autoencoder", "heldout"):
-            (root / part).symlink_to(Path(runs[text].run) / part)
-        data = tiny.configuration(root, images=32, learning_rate=1e-2, ema_halflife_images=8, caption_dropout=0.3)
-        data["train"] |= {"samples": {"prompts": PROMPTS, "steps": 2}, "validation": {"images": 4, "every_images": 16}}
-        data["train"] |= {"unet": {**tiny.UNET, "cross_attention_dim": 16, "encoder_hid_dim": 24}}
-        config = tiny.write_config(root, data)
-        run = RunPaths(str(root))
+        config = config_of(tmp_path / name, runs[text], images=16, checkpoint_every_images=8, **more)
+        run = RunPaths(str(tmp_path / name))
         if name == "killed":
             ranks = forked.start(1, forked.run_stage, str(config))
-            forked.wait_for(lambda run=run: (Path(run.checkpoints) / "step-00000002" / "manifest.json").exists())
+            forked.wait_for(lambda run=run: (Path(run.checkpoints) / "step-00000001" / "manifest.json").exists())
             ranks[0].kill()
             with pytest.raises(forked.RankError):
                 ranks[0].result()
-        forked.on_ranks(1, run_and_export, str(config))
-        folder = Path(run.checkpoints) / "step-00000004"
+        forked.fit(config, 1)
+        folder = Path(run.checkpoints) / "step-00000002"
         ends.append({state: checkpoint.load_weights(folder, state) for state in ("raw", "ema")})
     for state, values in ends[0].items():
         assert all(torch.equal(ends[1][state][k], v) for k, v in values.items()), state
-    assert list((root / "train" / "samples").iterdir())
-    assert not any(k.startswith("text") for k in ends[0]["raw"])
-    # What opens elsewhere draws what our own sampler, written out, draws with our own conditioning.
+    assert list((tmp_path / "killed" / "train" / "samples").iterdir())
+    assert not any(k.startswith("text") for k in ends[0]["raw"]), "the frozen encoder is in no checkpoint"
+
+
+@pytest.mark.slow
+def test_what_is_exported_draws_where_there_is_no_carrara(runs: dict[str, RunPaths], tmp_path: Path) -> None:
+    config = config_of(tmp_path / "r", runs["tokens"], images=8)
+    run = RunPaths(str(tmp_path / "r"))
+    forked.fit(config, 1)
     drawn = alone(Path(run.model), tmp_path)
+    # What our own sampler, written out, draws with our own conditioning.
     sections = load_sections(str(config), (), TrainingSections)
     objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5)
-    objective.model.load_state_dict(ends[1]["ema"])
+    objective.model.load_state_dict(checkpoint.load_weights(Path(run.checkpoints) / "step-00000001", "ema"))
     by_hand = sampled_by_hand(objective, run, text_of(run), PROMPTS[2])
     assert np.abs(by_hand - drawn[0]).max() < 5e-5
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-3, "what stands beyond its 77th token is drawn too"
-    pipeline = build_pipeline(run.run)
-    generator = torch.Generator().manual_seed(0)
-    again = pipeline(
-        PROMPTS[2], num_inference_steps=3, guidance_scale=4.0, generator=generator, output_type="np"
-    ).images
+    given = {"num_inference_steps": 3, "guidance_scale": 4.0, "generator": torch.Generator().manual_seed(0)}
+    again = build_pipeline(run.run)(PROMPTS[2], **given, output_type="np").images
     assert np.abs(again[0] - drawn[0]).max() < 5e-5
     card = (Path(run.model) / "README.md").read_text()
     assert "trust_remote_code=True" in card
