@@ -123,8 +123,10 @@ class SequenceEncoder:
             raise ConfigError(f"the text encoder '{self.ref}' has no token for an empty caption, which guidance needs")
 
     def _ids(self, captions: Sequence[str]) -> list[list[int]]:
+        # A half of a surrogate pair, which some captions hold, is no text to a tokenizer.
+        clean = [caption.encode("utf-8", "replace").decode("utf-8") for caption in captions]
         found = self.tokenizer(
-            list(captions), truncation=True, max_length=self.context_length, padding=False, return_attention_mask=False
+            clean, truncation=True, max_length=self.context_length, padding=False, return_attention_mask=False
         )
         ids: list[list[int]] = found["input_ids"]
         return ids

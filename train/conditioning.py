@@ -122,7 +122,9 @@ class Encoded(Conditioning):
     def __init__(self, sized: bool, text: Text) -> None:
         super().__init__(sized)
         self.text = text
-        self._tokens = functools.lru_cache(maxsize=100_000)(lambda caption: text.tokens_of([caption]))
+        # As many captions as take about 60 MB, however long they are.
+        kept = max(1000, 7_700_000 // text.context_length)
+        self._tokens = functools.lru_cache(maxsize=kept)(lambda caption: text.tokens_of([caption]))
 
     def captions(
         self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None

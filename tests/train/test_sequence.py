@@ -280,6 +280,8 @@ def test_padding_changes_nothing_and_words_beyond_77_do(runs: dict[str, RunPaths
     for i in np.flatnonzero(dropped):
         torch.testing.assert_close(batch[name][i], empty[name][0], rtol=2e-3, atol=4e-3)
         assert batch["text_length"][i] == empty["text_length"][0]
+    # Half a surrogate pair is no reason to stop.
+    assert int(objective.conditioning.prompts(["a \ud83d"], text_of(runs[text]))["text_length"][0]) == 4
     # A caption of 120 tokens, and its first 77.
     caption = "a red circle above a blue square, beside it " * 4
     whole = objective.conditioning.prompts([caption[:119]], text_of(runs[text]))
