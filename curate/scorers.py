@@ -54,6 +54,7 @@ def find_weights(score: Score, own_clip: str) -> Weights | None:
         from latents.weights import find_clip
 
         found = find_clip(score.model or own_clip)
+        found.require_image_encoder()
         return Weights(found.ref, found.digest)
     if isinstance(score, HeadScore):
         path = Path(score.weights).expanduser()

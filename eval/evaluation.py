@@ -62,7 +62,8 @@ class Evaluation:
             self.model = models.find(run, config.checkpoint, config.weights)
         self.size = config.size or self.model.size
         self.resolution = config.resolution or self.size
-        self.refs: dict[str, Any] = {"clip": config.clip or clip_ref, "inception": config.inception}
+        judge = config.clip or (clip_ref if _judges(clip_ref) else None)
+        self.refs: dict[str, Any] = {"clip": judge, "inception": config.inception}
         self.refs |= {"dinov2": config.dinov2, "judge": config.judge, "preference": config.preference}
         self.refs = {name: ref for name, ref in (self.refs | {"scorer": config.scorer}).items() if ref is not None}
         self.vae_ref = vae_ref
@@ -79,7 +80,7 @@ class Evaluation:
             ("the VAE", "vae", vae_ref and find_vae(vae_ref)),
             ("the CLIP", "text_encoder", clip_ref and find_clip(clip_ref)),
         ):
-            if found and found.digest != self.model.parts[part]:
+            if found and part in self.model.parts and found.digest != self.model.parts[part]:
                 from latents.encoders import require_digest
 
                 require_digest(what, self.model.parts[part], found.digest, found.ref)
@@ -290,3 +291,13 @@ class Evaluation:
 
         self.measure()
         return page.render(self.run, self.model.name, self.folder.rsplit("/", 1)[-1], self.config.watch)
+
+
+def _judges(clip_ref: str | None) -> bool:
+    """Whether the run's CLIP has an image encoder; one that is a pipeline's text encoder alone has none."""
+    from latents.weights import find_clip
+
+    try:
+        return clip_ref is not None and not find_clip(clip_ref).text_alone
+    except ConfigError:  # what is missing is said where it is needed
+        return True

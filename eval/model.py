@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from latents.weights import clips_of
+from latents.weights import SEQUENCE, clips_of
 from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import digest_bytes, digest_file, digest_json
@@ -23,6 +23,7 @@ from shards.settings import ConfigError, StageError
 
 MAX_CONFIG = 10_000_000  # bytes of a model's JSON
 DENOISERS = ("unet", "transformer")
+OURS = ["pipeline", "SequencePipeline"]  # the class of an exported model for which diffusers has none
 
 
 def weights_state(weights: str) -> str | None:
@@ -91,7 +92,12 @@ def of_pipeline(ref: str) -> Model:
         raise ConfigError(f"eval.model: {ref} has neither a unet nor a transformer, so it draws nothing from noise")
     parts = {}
     for part, value in sorted(index.items()):
-        if isinstance(value, list) and value[0] and part not in ("safety_checker", "feature_extractor", "scheduler"):
+        if (
+            isinstance(value, list)
+            and value[0]
+            and part[0] != "_"
+            and part not in ("safety_checker", "feature_extractor", "scheduler")
+        ):
             files = sorted(p for p in (folder / part).rglob("*") if p.suffix in (".safetensors", ".json", ".txt"))
             if part in (*DENOISERS, "vae") and not any(p.suffix == ".safetensors" for p in files):
                 raise ConfigError(f"eval.model: {folder / part} has no .safetensors; weights are read from those alone")
@@ -125,8 +131,13 @@ def build_pipeline(run: RunPaths, model: Model) -> Any:
         return build(run.run, checkpoint=model.name, weights=model.weights)
     # A checker paints what it dislikes black, and black images count in every score; it is for users, not for this.
     off = {"safety_checker": None, "requires_safety_checker": False} if model.safety_checker else {}
+    kind: Any = diffusers.DiffusionPipeline
+    if _config(Path(model.folder) / "model_index.json", "eval.model").get("_class_name") == OURS:
+        from train.sequence_pipeline import SequencePipeline
+
+        kind = SequencePipeline  # by the code here, and not by that which lies beside the weights
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(
+        return kind.from_pretrained(
             model.folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **off
         )
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as e:
@@ -194,8 +205,11 @@ def _checkpoint(run: RunPaths, name: str, weights: str) -> Model:
         "unet": digest_json({"weights": _weights_digest(run, folder, manifest, weights), "config": config}),
         "vae": str(encoders["vae"]["digest"]),
     }
-    for part, facts in zip(("text_encoder", "text_encoder_2"), clips_of(encoders["text"]), strict=False):
-        parts[part] = str(facts["digest"])
+    if encoders["text"].get("kind") == SEQUENCE:
+        parts["transformers"] = str(encoders["text"]["digest"])
+    else:
+        for part, facts in zip(("text_encoder", "text_encoder_2"), clips_of(encoders["text"]), strict=False):
+            parts[part] = str(facts["digest"])
     size = int(manifest.get("resolution") or latents["resolution"])
     return Model(name, weights, parts, size, manifest.get("images"), None)
 

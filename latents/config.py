@@ -32,6 +32,18 @@ class SecondClipConfig(Strict):
     )
 
 
+class SequenceConfig(Strict):
+    """Any text encoder of transformers (T5, Gemma, ...) in place of the run's CLIP: its last states, as many as a
+    caption has tokens, which the UNet attends to under a mask."""
+
+    kind: Literal["transformers"]
+    pretrained: str = Field(
+        min_length=1,
+        description="a folder with the model and its tokenizer, a diffusers pipeline's, or a hub name; safetensors",
+    )
+    max_length: int = Field(default=256, ge=2, le=4096, description="tokens that are read of a caption, at most")
+
+
 class LatentsConfig(Strict):
     """Settings of the latents stage. Resolutions are in pixels, `batch_size` in pictures of `resolution`."""
 
@@ -60,8 +72,10 @@ class LatentsConfig(Strict):
         "with a second CLIP and zero without",
     )
     text_pooled: bool = Field(default=False, description="with embeddings: the CLIP's text embedding too, as for SDXL")
-    text_encoder: SecondClipConfig | None = Field(
-        default=None, description="what reads the captions beside the run's CLIP; null: nothing does"
+    text_encoder: SecondClipConfig | SequenceConfig | None = Field(
+        default=None,
+        discriminator="kind",
+        description="what reads the captions beside the run's CLIP, or in its place; null: that CLIP alone",
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="arithmetic of the encoders; what is not finite is encoded again in float32"
@@ -91,7 +105,11 @@ class LatentsConfig(Strict):
                 raise ValueError(f"with buckets every resolution must be a multiple of buckets.step; {side} is not")
         if self.text_pooled and self.text != "embeddings":
             raise ValueError("text_pooled needs text: embeddings; with tokens the trainer's own CLIP gives it")
-        if self.text_encoder is not None and self.text_layer != "penultimate_no_norm":
+        if self.sequence is not None:
+            for name in ("text_layer", "text_pad", "text_pooled"):
+                if name in self.model_fields_set and getattr(self, name):
+                    raise ValueError(f"{name} is a CLIP's; with text_encoder {{kind: transformers}} leave it out")
+        if self.second_clip is not None and self.text_layer != "penultimate_no_norm":
             raise ValueError(
                 "two CLIPs side by side are read as SDXL reads them, with text_layer: penultimate_no_norm; "
                 f"it is {self.text_layer}"
@@ -106,7 +124,17 @@ class LatentsConfig(Strict):
     @property
     def pad(self) -> str:
         """What follows a caption's end token."""
-        return self.text_pad or ("zero" if self.text_encoder is None else "end")
+        return self.text_pad or ("zero" if self.second_clip is None else "end")
+
+    @property
+    def second_clip(self) -> SecondClipConfig | None:
+        """The CLIP beside the run's own; None where there is none."""
+        return self.text_encoder if isinstance(self.text_encoder, SecondClipConfig) else None
+
+    @property
+    def sequence(self) -> SequenceConfig | None:
+        """The encoder in place of the run's CLIP; None where there is none."""
+        return self.text_encoder if isinstance(self.text_encoder, SequenceConfig) else None
 
     def bucket_list(self) -> list[Bucket]:
         """Every shape there is, resolution by resolution; a bucket's number is its place here."""
@@ -122,10 +150,15 @@ class LatentsConfig(Strict):
             del found["text_pad"]
         if not self.flip:
             del found["flip"]
-        if self.text_encoder is None:
+        # Which weights they are is said by their digest, wherever they lie.
+        if self.second_clip is not None:
+            found["text_encoder"] = {"kind": self.second_clip.kind, "pad": self.second_clip.pad or "zero"}
+        elif self.sequence is not None:
+            found["text_encoder"] = self.sequence.model_dump(exclude={"pretrained"})
+            for name in ("text_layer", "text_pooled"):
+                del found[name]
+        else:
             del found["text_encoder"]
-        else:  # which weights they are is said by their digest, wherever they lie
-            found["text_encoder"] = {"kind": self.text_encoder.kind, "pad": self.text_encoder.pad or "zero"}
         for name in ("select", "captions"):  # thresholds and what made the captions are added by the stage
             del found[name]
         return found

@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP
-from latents.text import ClipPair, Features, Text
-from latents.weights import PADS, PAIR, ClipWeights, VaeWeights, find_clip, find_vae
+from latents.text import ClipPair, Features, SequenceEncoder, Text
+from latents.weights import PADS, PAIR, SEQUENCE, ClipWeights, VaeWeights, find_clip, find_sequence, find_vae
 from shards.settings import ConfigError, StageError
 
 TEXT_LAYERS = ("last", "penultimate", "last_no_norm", "penultimate_no_norm")
@@ -180,7 +180,9 @@ class TextEncoder:
         self._exact: Any = self.tower if precision == "float32" else None
         self.context_length = int(self.tower.context_length)
         self.width = int(self.tower.ln_final.weight.shape[0])
-        self.tokenizer: Any = open_clip.get_tokenizer(weights.name, context_length=self.context_length)
+        self.vocabulary = int(self.tower.token_embedding.num_embeddings)
+        name = "ViT-L-14" if weights.text_alone else weights.name  # whose tokenizer all of CLIP's own have
+        self.tokenizer: Any = open_clip.get_tokenizer(name, context_length=self.context_length)
         if getattr(self.tokenizer, "reduction_fn", None) is not None:
             raise ConfigError(f"the CLIP '{weights.ref}' drops words of long captions at random and cannot be used")
         self._preprocess: Callable[[Image.Image], torch.Tensor] | None = None
@@ -296,7 +298,9 @@ class TextEncoder:
         return rows, x
 
     def encode_captions(self, captions: Sequence[str], batch_size: int = 64) -> torch.Tensor:
-        """Captions -> the CLIP's joint embedding, float32 [B,D] on the CPU, of unit length."""
+        """Captions -> the CLIP's joint embedding, float32 [B,D] on the CPU, of unit length. Raises ConfigError where it
+        has no image encoder."""
+        self.weights.require_image_encoder()
         tokens = self.tokenize(captions)
         with torch.inference_mode():
             parts = [
@@ -308,8 +312,10 @@ class TextEncoder:
     def encode_images(self, pixels: Sequence[np.ndarray] | np.ndarray, batch_size: int = 64) -> torch.Tensor:
         """uint8 [B,H,W,3], or images of several sizes -> the CLIP's joint embedding, float32 [B,D] of unit length.
 
-        Resized, cropped and normalised as the CLIP's own configuration says.
+        Resized, cropped and normalised as the CLIP's own configuration says. Raises ConfigError where it has no image
+        encoder.
         """
+        self.weights.require_image_encoder()
         if self._preprocess is None:
             from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -342,6 +348,10 @@ def load_text_of(facts: Mapping[str, Any], device: str = "cpu", precision: str =
     if facts.get("kind") == PAIR:
         first, second = (load_clip_of(one, device, precision) for one in facts["encoders"])
         return ClipPair(first, second)
+    if facts.get("kind") == SEQUENCE:
+        weights = find_sequence(facts["ref"])
+        require_digest("the text encoder", weights.digest, facts["digest"], facts["ref"])
+        return SequenceEncoder(weights, int(facts["context_length"]), device, DTYPES[precision])
     return load_clip_of(facts, device, precision)
 
 
@@ -363,6 +373,7 @@ def other_encoder(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | Non
         ("text", "CLIP", "digest", None),
         ("text", "text_layer", "layer", None),
         ("text", "text_pad", "pad", "zero"),
+        ("text", "max_length of text_encoder", "context_length", None),
     ):
         if one[what].get(fact, default) != other[what].get(fact, default):
             return name
@@ -461,6 +472,47 @@ def _placed(model: Any, device: str, precision: str) -> Any:
     return model if precision == "float32" else torch.nn.Module.to(model, dtype=DTYPES[precision])
 
 
+def _build_text_alone(weights: ClipWeights) -> Any:
+    """open_clip's text tower with the weights of transformers' CLIPTextModel, or CLIPTextModelWithProjection."""
+    from open_clip.transformer import QuickGELU, TextTransformer
+
+    tower = TextTransformer(
+        **weights.model_cfg["text_cfg"],
+        output_dim=weights.model_cfg["embed_dim"],
+        act_layer=QuickGELU if weights.quick_gelu else torch.nn.GELU,
+    )
+    theirs = {k.removeprefix("text_model."): v for k, v in _tensors(weights.file, "").items()}
+    found = {
+        "token_embedding.weight": theirs["embeddings.token_embedding.weight"],
+        "positional_embedding": theirs["embeddings.position_embedding.weight"],
+    }
+    for part in ("weight", "bias"):
+        found[f"ln_final.{part}"] = theirs[f"final_layer_norm.{part}"]
+        for i in range(weights.model_cfg["text_cfg"]["layers"]):
+            layer, block = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
+            found[f"{block}attn.in_proj_{part}"] = torch.cat(
+                [theirs[f"{layer}self_attn.{n}_proj.{part}"] for n in "qkv"]
+            )
+            for ours, name in _TEXT_LAYER.items():
+                found[f"{block}{ours}.{part}"] = theirs[f"{layer}{name}.{part}"]
+    if weights.model_cfg["embed_dim"] is not None:
+        found["text_projection"] = theirs["text_projection.weight"].T
+    tower.load_state_dict({k: v.float() for k, v in found.items()})
+    model = torch.nn.Module()
+    model.text = tower
+    return model
+
+
+# Of a block, open_clip's names and transformers'.
+_TEXT_LAYER = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
 def build_clip(weights: ClipWeights) -> Any:
     """The whole open_clip model, frozen, float32 on the CPU; raises ConfigError where the file does not hold it."""
     import open_clip
@@ -468,9 +520,12 @@ def build_clip(weights: ClipWeights) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            model = open_clip.create_model(
-                weights.name, pretrained=weights.pretrained, force_quick_gelu=weights.quick_gelu, weights_only=True
-            )
+            if weights.text_alone:
+                model = _build_text_alone(weights)
+            else:
+                model = open_clip.create_model(
+                    weights.name, pretrained=weights.pretrained, force_quick_gelu=weights.quick_gelu, weights_only=True
+                )
     except Exception as e:
         first = " ".join(str(e).split())[:200]
         raise ConfigError(f"the CLIP '{weights.ref}': {weights.file} cannot be loaded: {first}") from None

@@ -26,7 +26,7 @@ from latents.stage import LatentsStage, fixed_arithmetic
 from latents.text import Text
 from latents.weights import text_facts
 from shards import images, storage
-from shards.columns import ColumnShard, value_of
+from shards.columns import ENDS, ColumnShard, packed_rows, value_of
 from shards.dataset import Dataset
 from shards.settings import StageError
 from shards.verify import verify_shard
@@ -205,7 +205,14 @@ def _text(
     if "embeddings" not in columns.arrays:
         return [], [], differ
     index = [value_of(columns.arrays, "embedding_index", n) for n in chosen]
-    return [columns.arrays["embeddings"][i] for i in index], list(text.encode_tokens(stored)[0].numpy()), differ
+    now = list(text.encode_tokens(stored)[0].numpy())
+    if ENDS not in columns.arrays:
+        return [columns.arrays["embeddings"][i] for i in index], now, differ
+    then = np.zeros((len(index), *now[0].shape), np.float16) if now else np.zeros(0)
+    for row, i in zip(then, index, strict=True):
+        places = packed_rows(columns.arrays[ENDS], np.array([int(i)]))  # type: ignore[arg-type]
+        row[: len(places)] = columns.arrays["embeddings"][places]
+    return list(then), now, differ
 
 
 def _relative(stored: np.ndarray, now: np.ndarray) -> float:

@@ -39,6 +39,7 @@ class Rates:
     area: float  # latent places a sample, over all resolutions
     where: str
     samples: int
+    tokens: float = 0.0  # a caption, where captions have as many rows as tokens; else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,8 @@ def column_bytes(text: str, moments: bool, rates: Rates, facts: dict[str, int], 
     latent = facts["channels"] * rates.area * facts.get("flips", 1)
     size = latent * (3 if moments else 2) + 2 * facts["context"] * facts.get("encoders", 1) + MICRO_BYTES * resolutions
     if text == "embeddings":
-        size += INDEX_BYTES + rates.distinct * 2 * (facts["context"] * facts["width"] + facts["pooled"])
+        rows = rates.tokens or facts["context"]
+        size += INDEX_BYTES + rates.distinct * 2 * (rows * facts["width"] + facts["pooled"])
     return size
 
 
@@ -113,9 +115,11 @@ def choices(samples: int, rates: Rates, prices: Prices, facts: dict[str, int], r
 def facts_of(stage: LatentsStage) -> dict[str, int]:
     """The sizes that the columns follow from; the weights are looked at, not loaded."""
     vae, text = find_vae(stage.vae_ref), text_facts(stage.config, stage.text_ref)
-    second = stage.config.text_encoder
-    clip = find_clip(second.pretrained if second else stage.text_ref)
-    pooled = int(clip.model_cfg.get("embed_dim", clip.width)) if stage.config.text_pooled else 0
+    pooled = 0
+    if stage.config.text_pooled:
+        second = stage.config.second_clip
+        clip = find_clip(second.pretrained if second else stage.text_ref)
+        pooled = int(clip.model_cfg.get("embed_dim") or clip.width)
     channels = int(vae.config["latent_channels"])
     found = {"channels": channels, "context": text["context_length"], "width": text["width"], "pooled": pooled}
     return found | {"encoders": len(clips_of(text))} | ({"flips": 2} if stage.config.flip else {})
@@ -201,6 +205,7 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
         decode=decode,
         vae=seconds / len(pictures),
         text=text,
+        tokens=float(tokens["text_length"][:-1].mean()) if "text_length" in tokens else 0.0,
         distinct=distinct / len(shard),
         sidecar=sidecar / max(shard.info.count, 1) + 2500 / max(shard.info.count, 1),  # and the stats file
         area=float(area[plan.bucket].sum(axis=1).mean()),

@@ -35,9 +35,9 @@ from latents.config import LatentsConfig
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
 from latents.pictures import Fit, ahead, crop_before, resize_crop_to
 from latents.takedown import NOT_SELECTED
-from latents.weights import VaeWeights, clips_of, find_vae, text_facts
+from latents.weights import PADS, VaeWeights, clips_of, find_vae, text_facts
 from shards import images, storage
-from shards.columns import COLUMN_ROW, ColumnFile, column, members, pack_columns
+from shards.columns import COLUMN_ROW, ENDS, ColumnFile, column, members, pack_columns, packed_rows
 from shards.commit import Folder
 from shards.dataset import MANIFEST, Dataset, born, read_stats, read_stats_of, write_manifest
 from shards.exclusions import write_exclusions
@@ -404,10 +404,11 @@ class _Worker:
             busy = time.perf_counter()
             clock = _Clock()
             moments = self._encode_pictures(plan, clock.timed(itertools.chain(first, decoded)), samples)
-            text = self._embed_captions(tokens, text_index) if self.config.text == "embeddings" else None
+            text = fine = None
+            if self.config.text == "embeddings":
+                text, fine = self._embed_captions(tokens, text_index)
             busy = time.perf_counter() - busy - clock.waited
-        if text is not None:
-            fine = finite_rows(text["embeddings"]) & finite_rows(text.get("pooled", text["embeddings"]))
+        if fine is not None:
             for i in range(count):
                 if samples[i].error is None and not fine[text_index[i]]:
                     samples[i].error = ("not_finite_text", "the caption's embedding is not finite in float16")
@@ -421,7 +422,7 @@ class _Worker:
         arrays |= {f"empty_{name}": ids[-1] for name, ids in tokens.items()}
         metadata = {"vae": self.vae.digest, "text": self.text.digest, "text_layer": self.facts["layer"]}
         for suffix, clip in zip(("", "_2"), clips_of(self.facts), strict=False):
-            if clip["pad"] != "zero":
+            if clip["pad"] in PADS and clip["pad"] != "zero":
                 metadata[f"text_pad{suffix}"] = clip["pad"]
         if self.config.moments:
             metadata |= {"logstd_min": repr(LOGSTD_MIN), "logstd_step": repr(LOGSTD_STEP)}
@@ -438,7 +439,15 @@ class _Worker:
             used, index = _by_first_use([arrays[name] for name in names])
             arrays |= dict(zip(names, index, strict=True))
             empty = text_index[-1]
-            arrays |= {"embeddings": text["embeddings"][used], "empty_embedding": text["embeddings"][empty]}
+            if ENDS in text:
+                length = np.diff(text[ENDS], prepend=0)
+                arrays |= {
+                    "embeddings": text["embeddings"][packed_rows(text[ENDS], used)],
+                    ENDS: np.cumsum(length[used]),
+                }
+                arrays["empty_embedding"] = text["embeddings"][packed_rows(text[ENDS], np.array([empty]))]
+            else:
+                arrays |= {"embeddings": text["embeddings"][used], "empty_embedding": text["embeddings"][empty]}
             if "pooled" in text:
                 arrays |= {"pooled": text["pooled"][used], "empty_pooled": text["pooled"][empty]}
         table = self._sidecar(shard, plan, samples, excluded)
@@ -631,37 +640,55 @@ class _Worker:
     def _tokenise(self, captions: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Captions and, as row N, the empty one: columns of N+1 rows of token ids, and which distinct row is each
         one's, int64 [N+1]. Captions of the same tokens share a row."""
-        tokens = {}
-        for name, ids in self.text.tokens_of([*captions, ""]).items():
-            if ids.max(initial=0) > np.iinfo(np.uint16).max:
-                raise StageError(f"{self.text.called} '{self.text.ref}' has token ids beyond 65535, which the shards "
-                                 "cannot hold")  # fmt: skip
-            tokens[name] = ids.astype(np.uint16)
+        kind = np.uint16 if self.text.vocabulary <= 1 << 16 else np.uint32
+        found = self.text.tokens_of([*captions, ""])
+        tokens = {n: ids.astype(np.uint16 if n == "text_length" else kind) for n, ids in found.items()}
         first: dict[bytes, int] = {}
         lines = (b"".join(row.tobytes() for row in rows) for rows in zip(*tokens.values(), strict=True))
         return tokens, np.array([first.setdefault(line, len(first)) for line in lines], np.int64)
 
-    def _embed_captions(self, tokens: dict[str, np.ndarray], index: np.ndarray) -> dict[str, np.ndarray]:
-        """`embeddings` float16 [U,ctx,D] and, where they are wanted, `pooled` float16 [U,P], of the distinct rows."""
+    def _embed_captions(
+        self, tokens: dict[str, np.ndarray], index: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """`embeddings` float16 of the distinct rows: [U,ctx,D], or of as many rows as each has tokens one after the
+        other, with `embedding_end` int64 [U]; where they are wanted, `pooled` float16 [U,P]. And which are finite,
+        bool [U]."""
         some = np.unique(index, return_index=True)[1]
         size, pooled = self.config.batch_size, self.config.text_pooled
-        rows = np.zeros((len(some), self.text.context_length, self.text.width), np.float16)
+        rows: list[np.ndarray] = [np.empty(0)] * len(some)
         ends = np.zeros((len(some), self.text.pooled_width if pooled else 0), np.float16)
+        order = np.arange(len(some))
+        length = np.full(len(some), self.text.context_length)
+        if "text_length" in tokens:
+            length = tokens["text_length"][some].astype(np.int64)
+            order = np.argsort(length, kind="stable")  # those of about one length together
+
+        def encode(places: np.ndarray, exact: bool = False) -> None:
+            full = np.concatenate([places, np.repeat(places[-1:], (1 if exact else size) - len(places))])
+            found, end = self.text.encode_tokens({n: ids[some[full]] for n, ids in tokens.items()}, pooled, exact)
+            half, end_half = to_half(found.numpy()), to_half(end.numpy())
+            for k, j in enumerate(places.tolist()):
+                rows[j], ends[j] = half[k, : length[j]].copy(), end_half[k]
+
         for i in range(0, len(some), size):
-            part = some[i : i + size]
-            full = np.concatenate([part, np.repeat(part[-1:], size - len(part))])
-            found, end = self.text.encode_tokens({n: ids[full] for n, ids in tokens.items()}, pooled)
-            rows[i : i + size] = to_half(found.numpy()[: len(part)])
-            ends[i : i + size] = to_half(end.numpy()[: len(part)])
-        for j in np.flatnonzero(~(finite_rows(rows) & finite_rows(ends))):
-            one = {n: ids[some[j : j + 1]] for n, ids in tokens.items()}
-            found, end = self.text.encode_tokens(one, pooled, exact=True)
-            rows[j], ends[j] = to_half(found.numpy())[0], to_half(end.numpy())[0]
-        if not (np.isfinite(rows[index[-1]]).all() and np.isfinite(ends[index[-1]]).all()):
+            encode(order[i : i + size])
+        fine = np.array([np.isfinite(row).all() for row in rows]) & finite_rows(ends)
+        for j in np.flatnonzero(~fine):
+            encode(np.array([j]), exact=True)
+            fine[j] = np.isfinite(rows[j]).all() and np.isfinite(ends[j]).all()
+        if not fine[index[-1]]:
             raise StageError(
                 f"{self.text.called} '{self.text.ref}': the empty caption's embedding is not finite in float16"
             )
-        return {"embeddings": rows, "pooled": ends} if pooled else {"embeddings": rows}
+        arrays = (
+            {"embeddings": np.stack(rows)}
+            if "text_length" not in tokens
+            else {
+                "embeddings": np.concatenate(rows),
+                ENDS: np.cumsum(length),
+            }
+        )
+        return arrays | ({"pooled": ends} if pooled else {}), fine
 
     # ---- sidecar ---------------------------------------------------------------------------------
 
@@ -721,7 +748,7 @@ def describe(arrays: dict[str, np.ndarray], table: pa.Table, buckets: int = 1) -
         "count": len(arrays["bucket"] if buckets > 1 else arrays["tokens"]),
         "status": dict(sorted(Counter(r["status"] for r in rows).items())),
         "errors": dict(sorted(Counter(r["error"] for r in rows if r["status"] == "failed_to_encode").items())),
-        "captions": len(arrays["embeddings"]) if "embeddings" in arrays else None,
+        "captions": len(arrays[ENDS if ENDS in arrays else "embeddings"]) if "embeddings" in arrays else None,
         "channels": of_columns(arrays).to_json(),
     }
     stats["laid"] = [len(arrays[column("mean", b, buckets)]) for b in range(buckets)]

@@ -1,9 +1,10 @@
 """Where an encoder's weights lie, and a digest of them, found without building the network.
 
 A VAE is named by a diffusers folder, a single safetensors file, or a hub name; a CLIP by a folder with
-open_clip_config.json, `MODEL:TAG`, `MODEL:/path/to/weights.safetensors`, or `hf-hub:org/name`. A name
-that leads nowhere is one sentence (ConfigError). A digest covers the weights file's bytes and those parts
-of the configuration that shape the network, so it is the same wherever the files lie.
+open_clip_config.json (or the text_encoder of a diffusers pipeline), `MODEL:TAG`, `MODEL:/path/to/weights.safetensors`,
+or `hf-hub:org/name`; any other text encoder by what transformers saved. A name that leads nowhere is one sentence
+(ConfigError). A digest covers the weights' bytes and those parts of the configuration that shape the network, so it is
+the same wherever the files lie.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ CLIP_WEIGHTS = (  # open_clip's own order of preference, so that the file digest
     "model.safetensors",
 )
 PAIR = "clip_pair"  # the kind, in the facts of latents, of two CLIPs side by side
+TEXT_ALONE = "text encoder alone"  # the name of a CLIP of which there is no more than its text tower
+SEQUENCE = "transformers"  # and of an encoder of transformers, whose captions have as many rows as tokens
 # Formats that are read without running code from the file: safetensors, or torch.load(weights_only=True).
 SAFE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # The arguments of the two kinds of autoencoder, all of which diffusers' save_pretrained writes (a test compares them
@@ -179,6 +182,19 @@ class ClipWeights:
         return digest_json({"weights": _file_digest(self.file), "config": config})
 
     @property
+    def text_alone(self) -> bool:
+        """Whether there is a text encoder and no image encoder, so that the CLIP can judge no image."""
+        return self.name == TEXT_ALONE
+
+    def require_image_encoder(self) -> None:
+        """Raises ConfigError where there is none."""
+        if self.text_alone:
+            raise ConfigError(
+                f"the CLIP '{self.ref}' is a text encoder alone and can judge no image; name a whole one "
+                "(eval.clip, or the score's model)"
+            )
+
+    @property
     def context_length(self) -> int:
         """Tokens a caption."""
         return int(self.model_cfg["text_cfg"].get("context_length", 77))
@@ -187,6 +203,41 @@ class ClipWeights:
     def width(self) -> int:
         """Width of the text transformer, the size of a token's embedding."""
         return int(self.model_cfg["text_cfg"].get("width", 512))
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceWeights:
+    """A text encoder of transformers and its tokenizer on disk. model, tokenizer: folders; files: the weights; width:
+    of its states; vocabulary: how many token ids there are."""
+
+    ref: str
+    model: Path
+    tokenizer: Path
+    files: tuple[Path, ...]
+    config: dict[str, Any]
+    width: int
+    vocabulary: int
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the weights, the configuration, and the files of the tokenizer."""
+        config = {k: v for k, v in self.config.items() if k not in _NO_PART_OF_A_MODEL}
+        names = sorted(n for n in TOKENIZER_FILES if (self.tokenizer / n).is_file())
+        tokenizer = {n: _file_digest(self.tokenizer / n) for n in names}
+        weights = {f.name: _file_digest(f) for f in self.files}
+        return digest_json({"weights": weights, "config": config, "tokenizer": tokenizer})
+
+    def facts(self, max_length: int) -> dict[str, Any]:
+        """As `text_facts`."""
+        return {
+            "kind": SEQUENCE,
+            "ref": self.ref,
+            "digest": self.digest,
+            "layer": "last_hidden_state",
+            "pad": "masked",
+            "context_length": max_length,
+            "width": self.width,
+        }
 
 
 def find_vae(ref: str) -> VaeWeights:
@@ -227,13 +278,12 @@ def text_facts(config: LatentsConfig, ref: str) -> dict[str, Any]:
     ref: the run's CLIP. A second one beside it makes `kind` clip_pair, with the facts of both under `encoders`, one
     digest and the width of both together. Raises ConfigError where weights are not there or do not go together.
     """
-    clip = find_clip(ref)
-    first = _clip_facts(clip, config.text_layer, config.pad)
-    if config.text_encoder is None:
+    if config.sequence is not None:
+        return find_sequence(config.sequence.pretrained).facts(config.sequence.max_length)
+    first = _clip_facts(find_clip(ref), config.text_layer, config.pad)
+    if config.second_clip is None:
         return first
-    second = _clip_facts(
-        find_clip(config.text_encoder.pretrained), config.text_layer, config.text_encoder.pad or "zero"
-    )
+    second = _clip_facts(find_clip(config.second_clip.pretrained), config.text_layer, config.second_clip.pad or "zero")
     if first["context_length"] != second["context_length"]:
         raise ConfigError(
             f"latents.text_encoder: '{second['ref']}' reads {second['context_length']} tokens and '{ref}' "
@@ -252,7 +302,7 @@ def text_facts(config: LatentsConfig, ref: str) -> dict[str, Any]:
 
 
 def clips_of(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The facts of each CLIP in `text_facts`: one, or those of a pair."""
+    """The facts of each encoder in `text_facts`: one, or those of a pair."""
     return list(facts["encoders"]) if facts.get("kind") == PAIR else [dict(facts)]
 
 
@@ -414,6 +464,8 @@ def _vae_config(config: dict[str, Any], kind: str) -> dict[str, Any]:
 
 def _clip_folder(ref: str, folder: Path) -> ClipWeights:
     config_file = folder / "open_clip_config.json"
+    if not config_file.is_file() and (folder / "config.json").is_file():
+        return _clip_text_folder(ref, folder)
     if not config_file.is_file():
         raise ConfigError(f"the CLIP '{ref}': {folder} has no open_clip_config.json")
     model_cfg = _read_config(config_file, "the CLIP").get("model_cfg")
@@ -424,6 +476,34 @@ def _clip_folder(ref: str, folder: Path) -> ClipWeights:
     if file is None:
         raise ConfigError(f"the CLIP '{ref}': {folder} has a configuration but no {CLIP_WEIGHTS[0]}")
     return ClipWeights(ref, f"local-dir:{folder}", None, file, model_cfg, bool(model_cfg.get("quick_gelu", False)))
+
+
+def _clip_text_folder(ref: str, folder: Path) -> ClipWeights:
+    """The text encoder of a diffusers pipeline, as transformers saves it, in open_clip's words."""
+    config = _read_config(folder / "config.json", "the CLIP")
+    if config.get("model_type") != "clip_text_model":
+        raise ConfigError(
+            f"the CLIP '{ref}': {folder / 'config.json'} describes no CLIP's text encoder; give the folder "
+            "text_encoder of a Stable Diffusion pipeline, or one with open_clip_config.json"
+        )
+    file = next((folder / n for n in ("model.safetensors", "model.fp16.safetensors") if (folder / n).is_file()), None)
+    if file is None:
+        raise ConfigError(f"the CLIP '{ref}': {folder} has a configuration but no model.safetensors")
+    activation = config.get("hidden_act", "quick_gelu")
+    if activation not in ("quick_gelu", "gelu"):
+        raise ConfigError(f"the CLIP '{ref}': its activation is {activation}, and must be gelu or quick_gelu")
+    names = {
+        "context_length": ("max_position_embeddings", 77), "vocab_size": ("vocab_size", 49408),
+        "width": ("hidden_size", 512), "heads": ("num_attention_heads", 8), "layers": ("num_hidden_layers", 12),
+    }  # fmt: skip
+    text: dict[str, Any] = {ours: config.get(theirs, default) for ours, (theirs, default) in names.items()}
+    if not all(_positive(v, int) for v in text.values()):
+        raise ConfigError(f"the CLIP '{ref}': {folder / 'config.json'} has a size that is no whole number above 0")
+    text["mlp_ratio"] = config.get("intermediate_size", 2048) / text["width"]
+    _require_plain_text(ref, text)
+    projected = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
+    model_cfg = {"embed_dim": config.get("projection_dim", 512) if projected else None, "text_cfg": text}
+    return ClipWeights(ref, TEXT_ALONE, None, file, model_cfg, activation == "quick_gelu")
 
 
 def _require_plain_text(ref: str, text: dict[str, Any]) -> None:
@@ -476,6 +556,67 @@ def _clip_named(ref: str, model: str, weights: str) -> ClipWeights:
     if file.suffix not in SAFE_SUFFIXES:
         raise ConfigError(f"the CLIP '{ref}': weights must be one of {', '.join(SAFE_SUFFIXES)}")
     return ClipWeights(ref, name, weights if tag else str(file), file, model_cfg, quick_gelu)
+
+
+# ---- encoders of transformers ----------------------------------------------------------------------
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model",
+    "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
+_NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
+_SEQUENCE_HUB_FILES = [
+    f"{p}{name}"
+    for p in ("", "text_encoder/", "tokenizer/")
+    for name in ("config.json", "model*.safetensors*", *TOKENIZER_FILES)
+]
+
+
+def find_sequence(ref: str) -> SequenceWeights:
+    """Find the text encoder of transformers named `ref`: its folder, that of a diffusers pipeline, or a hub name.
+
+    Raises ConfigError where there is none, or none whose weights are safetensors: nothing pickled is opened.
+    """
+    what = f"the text encoder '{ref}'"
+    root = Path(ref).expanduser()
+    if not root.is_dir():
+        if not HUB_NAME.fullmatch(ref):
+            raise ConfigError(f"{what} is neither a folder here nor a hub name; give one that transformers saved")
+        root = _hub_folder(ref, "the text encoder", _SEQUENCE_HUB_FILES)
+    model = next((f for f in (root, root / "text_encoder") if (f / "config.json").is_file()), None)
+    if model is None:
+        raise ConfigError(f"{what}: {root} has no config.json; give the folder that transformers saved a model in")
+    config = _read_config(model / "config.json", "the text encoder")
+    tokenizer = root / "tokenizer" if (root / "tokenizer").is_dir() else model
+    if not any((tokenizer / n).is_file() for n in TOKENIZER_FILES):
+        raise ConfigError(
+            f"{what}: {tokenizer} has no tokenizer; save it there, beside the model, with save_pretrained"
+        )
+    files: list[Path] = [model / "model.safetensors"]
+    if (index := model / "model.safetensors.index.json").is_file() and not files[0].is_file():
+        named = _read_config(index, "the text encoder").get("weight_map")
+        names = sorted(set(named.values())) if isinstance(named, dict) else []
+        if not names or any(Path(str(n)).name != n or not (model / n).is_file() for n in names):
+            raise ConfigError(f"{what}: {index} names files that are not beside it; bring them back")
+        files = [model / n for n in names]
+    if not files[0].is_file():
+        raise ConfigError(
+            f"{what}: {model} has no model.safetensors, whole or in parts; load the model with transformers and save "
+            "it with save_pretrained (a pickle may run anything, and is not opened)"
+        )
+    width, vocabulary = (_number(config, names) for names in (("d_model", "hidden_size", "dim"), ("vocab_size",)))
+    if width is None or vocabulary is None:
+        raise ConfigError(f"{what}: {model / 'config.json'} names no width (d_model, hidden_size) or no vocab_size")
+    return SequenceWeights(ref, model, tokenizer, tuple(files), config, width, vocabulary)
+
+
+def _number(config: dict[str, Any], names: Sequence[str]) -> int | None:
+    """The first of these settings of a text model, which may lie one level down in a configuration of several parts."""
+    for part in (config, config.get("text_config"), config.get("encoder")):
+        for name in names:
+            if isinstance(part, dict) and _positive(part.get(name), int):
+                return int(part[name])
+    return None
 
 
 # ---- shared ----------------------------------------------------------------------------------------

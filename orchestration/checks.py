@@ -101,9 +101,10 @@ def _clip(config: RunConfig) -> None:
 def _latents(config: RunConfig) -> None:
     """What the latents ask of the pictures must be what the ingest stores, and weights that they name be there."""
     if config.latents.text_encoder is not None:
-        from latents.weights import find_clip
+        from latents.weights import find_clip, find_sequence
 
-        find_clip(config.latents.text_encoder.pretrained)
+        find = find_clip if config.latents.second_clip is not None else find_sequence
+        find(config.latents.text_encoder.pretrained)
     stored, wanted = config.ingest.image_size, max(config.latents.resolutions)
     mode = config.ingest.resize_mode
     if mode != "no" and wanted > stored and not getattr(config.latents, "enlarge", False):

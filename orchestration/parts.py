@@ -38,7 +38,9 @@ def latents_settings(config: RunConfig) -> LatentsConfig:
         return settings
     from latents.weights import find_pad
 
-    second = settings.text_encoder
+    second = settings.second_clip
+    if settings.sequence is not None:
+        return settings
     if second is None:
         return settings.model_copy(update={"text_pad": settings.text_pad or find_pad(start_from)})
     pads = [
@@ -69,6 +71,8 @@ def check_inputs(name: str, config: RunConfig) -> None:
         raise ConfigError("prior: train.prior is not set, so no pictures are to be drawn; see docs/train.md")
     if name in ("latents", "prior", "eval"):
         fitted = [n for n in ("autoencoder", "clip") if not pretrained(n, config)]
+        if name == "latents" and config.latents.sequence is not None:
+            fitted = [n for n in fitted if n != "clip"]  # that encoder stands in its place
         models = {"autoencoder": vae_ref(config), "clip": text_ref(config)}
         needs += [(models[n], f"a finished {n}", n) for n in fitted]
     if name == "train":

@@ -210,13 +210,25 @@ class ColumnShard:
 
 def _length(arrays: dict[str, np.ndarray]) -> int | None:
     """How many samples the columns hold; None where no column has one row a sample."""
-    plain = [n for n in arrays if "." not in n and n not in BY_CAPTION and not n.startswith("empty_")]
+    plain = [n for n in arrays if "." not in n and n not in (*BY_CAPTION, ENDS) and not n.startswith("empty_")]
     return len(arrays[plain[0]]) if plain else None
 
 
 # ---- latents: which rows are a sample's ----------------------------------------------------------------------------
 
 BY_CAPTION = ("embeddings", "pooled")  # one row a distinct caption, to which `embedding_index` points
+# Where captions have as many rows as tokens, their rows of `embeddings` lie one after the other, and this column says
+# where each caption's end.
+ENDS = "embedding_end"
+
+
+def packed_rows(ends: np.ndarray, captions: np.ndarray) -> np.ndarray:
+    """The rows of `embeddings`, int64, that belong to these captions, in their order; ends: the column of that name."""
+    ends = ends.astype(np.int64)
+    lengths = np.diff(ends, prepend=0)[captions]
+    before = np.cumsum(lengths) - lengths
+    found: np.ndarray = np.repeat(ends[captions] - lengths - before, lengths) + np.arange(lengths.sum())
+    return found
 
 
 def column(name: str, bucket: int, buckets: int) -> str:
@@ -271,11 +283,13 @@ def samples_columns(arrays: dict[str, np.ndarray], gone: np.ndarray, living: np.
         elif base == "text" and rest:
             ends = arrays["text_end." + rest]
             found[name] = np.flatnonzero(np.repeat(taken[rows], np.diff(ends, prepend=0)))
-        elif base not in ("bucket", "text_end", *BY_CAPTION) and not name.startswith("empty_"):
+        elif base not in ("bucket", "text_end", ENDS, *BY_CAPTION) and not name.startswith("empty_"):
             if len(array) != len(rows):
                 raise ValueError(f"column '{name}' has {len(array)} rows where there are {len(rows)} samples")
             found[name] = np.flatnonzero(taken[rows])
-    return found | {name: np.array(sorted(lost - kept), np.int64) for name in BY_CAPTION if name in arrays}
+    captions = np.array(sorted(lost - kept), np.int64)
+    found |= {name: captions for name in BY_CAPTION if name in arrays}
+    return found | ({"embeddings": packed_rows(arrays[ENDS], captions)} if ENDS in arrays else {})
 
 
 def keep_rows(arrays: dict[str, np.ndarray], kept: np.ndarray, count: int) -> dict[str, np.ndarray]:
@@ -291,7 +305,7 @@ def keep_rows(arrays: dict[str, np.ndarray], kept: np.ndarray, count: int) -> di
     texts: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         rows = _rows(arrays, name, count)
-        if name.startswith(("empty_", "text.")) or name in BY_CAPTION:
+        if name.startswith(("empty_", "text.")) or name in (*BY_CAPTION, ENDS):
             result[name] = array
         elif len(array) == len(rows):
             result[name] = array[live[rows]]
@@ -308,4 +322,8 @@ def keep_rows(arrays: dict[str, np.ndarray], kept: np.ndarray, count: int) -> di
         used = np.unique(np.concatenate([result[name].reshape(-1) for name in indices]))
         result |= {name: arrays[name][used] for name in BY_CAPTION if name in arrays}
         result |= {name: np.searchsorted(used, result[name]).astype(arrays[name].dtype) for name in indices}
+        if ENDS in arrays:
+            ends = arrays[ENDS]
+            result["embeddings"] = arrays["embeddings"][packed_rows(ends, used)]
+            result[ENDS] = np.cumsum(np.diff(ends, prepend=0)[used]).astype(ends.dtype)
     return result

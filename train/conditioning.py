@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from latents.encoders import TextEncoder, kept_blocks
-from latents.text import Text
+from latents.text import Text, mask_of
 from shards.settings import ConfigError
 from train.data import Batch
 
@@ -67,6 +67,10 @@ class Conditioning:
         """What the UNet is called with, where the batch lies."""
         raise NotImplementedError
 
+    def mask(self, batch: Batch, text: torch.Tensor) -> torch.Tensor | None:
+        """Which places of `told`'s text the UNet attends to, int64 [B,context]; None for all, as of a CLIP."""
+        return mask_of(batch["text_length"], text.shape[1]) if "text_length" in batch else None
+
     def checkpoint_activations(self) -> None:
         """Keep no activations inside blocks of `module`; nothing where it is not a network."""
 
@@ -80,9 +84,14 @@ class Stored(Conditioning):
         self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None
     ) -> Batch:
         """The stored embeddings, a dropped caption being the stored empty one."""
-        text = latents.embeddings(positions)
-        text[dropped] = latents.empty_embedding
+        text, empty = latents.embeddings(positions), latents.empty_embedding
+        text[dropped] = 0
+        text[dropped, : len(empty)] = empty  # of a caption that has as many rows as tokens, those
         batch = {"text": torch.from_numpy(text)}
+        if "text_length" in latents.token_names:
+            length = latents.tokens(positions, "text_length")
+            length[dropped] = latents.empty["text_length"]
+            batch["text_length"] = torch.from_numpy(length)
         if self.sized:
             pooled = latents.pooled(positions)
             pooled[dropped] = latents.empty_pooled
@@ -92,8 +101,12 @@ class Stored(Conditioning):
     def prompts(self, prompts: Sequence[str], text: Text | None = None) -> Batch:
         """Their embeddings, by the latents' own encoder."""
         assert text is not None
-        rows, pooled = text.encode_tokens(text.tokens_of(prompts), self.sized)
-        return {"text": rows, "pooled": pooled} if self.sized else {"text": rows}
+        tokens = text.tokens_of(prompts)
+        rows, pooled = text.encode_tokens(tokens, self.sized)
+        batch = {"text": rows, "pooled": pooled} if self.sized else {"text": rows}
+        if "text_length" in tokens:
+            batch["text_length"] = torch.from_numpy(tokens["text_length"])
+        return batch
 
     def told(self, batch: Batch) -> Told:
         """As the batch holds them."""
@@ -109,7 +122,9 @@ class Encoded(Conditioning):
     def __init__(self, sized: bool, text: Text) -> None:
         super().__init__(sized)
         self.text = text
-        self._tokens = functools.lru_cache(maxsize=100_000)(lambda caption: text.tokens_of([caption]))
+        # As many captions as take about 60 MB, however long they are.
+        kept = max(1000, 7_700_000 // text.context_length)
+        self._tokens = functools.lru_cache(maxsize=kept)(lambda caption: text.tokens_of([caption]))
 
     def captions(
         self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None

@@ -21,7 +21,7 @@ import torch
 from latents.encoders import other_encoder
 from latents.stage import FLIPPED, texts_in
 from shards import storage
-from shards.columns import COLUMN_ROW, ColumnFile, column, column_rows, members
+from shards.columns import COLUMN_ROW, ENDS, ColumnFile, Columns, column, column_rows, members, packed_rows
 from shards.dataset import Dataset
 from shards.images import PLACE, ImageShard, decode_rgb, is_picture
 from shards.selection import Selection
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, torch.Tensor]
 
-TOKENS = ("tokens", "tokens_2")  # columns of what a caption's encoders read of it (latents/text.py)
+TOKENS = ("tokens", "tokens_2", "text_length")  # columns of what a caption's encoders read of it (latents/text.py)
 
 DECODERS = 4  # threads that decode pictures for one rank
 # Steps whose windows are asked for before their batches are made: at least, and at most where a quarter of what the
@@ -251,6 +251,7 @@ class Latents:
         self.empty_pooled = arrays.whole("empty_pooled").astype(np.float32) if self.has_pooled else None
         self.wants = {"mean", *(("logstd",) if self.has_spread else ())}
         self.wants |= {"embeddings"} if self.has_embeddings else set(self.token_names)
+        self.context_length = int(arrays.columns["empty_tokens"][1][0])
         self.wants |= {"picture"} if beside else set()
         self._reader = Reader(self.placement, self._load)
         self._taken: tuple[bytes, list[tuple[Window, int]]] = (b"", [])
@@ -319,8 +320,15 @@ class Latents:
         return self._gather(name, positions, np.int64)
 
     def embeddings(self, positions: np.ndarray) -> np.ndarray:
-        """Token embeddings, float32 [B,context,width]."""
-        return self._gather("embeddings", positions, np.float32)
+        """Token embeddings, float32 [B,context,width]; zeros behind those of a caption that has fewer."""
+        if "text_length" not in self.token_names:
+            return self._gather("embeddings", positions, np.float32)
+        rows = self._rows(positions)
+        found = [self._column(window, "embeddings")[at] for window, at in rows]
+        out = np.zeros((len(rows), self.context_length, found[0].shape[-1]), np.float32)
+        for row, values in zip(out, found, strict=True):
+            row[: len(values)] = values
+        return out
 
     def pooled(self, positions: np.ndarray) -> np.ndarray:
         """The captions' pooled embeddings, float32 [B,width]."""
@@ -438,10 +446,22 @@ class _Rows:
         return row
 
 
+class _Packed:
+    """Embeddings of samples that have as many rows as their captions have tokens: [i] is [length,width]."""
+
+    def __init__(self, rows: list[np.ndarray]) -> None:
+        self.rows = rows
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.rows[i]
+
+
 def _joined(parts: list[Any]) -> Any:
     """The rows of several shards one after the other."""
     if len(parts) == 1:
         return parts[0]
+    if isinstance(parts[0], _Packed):
+        return _Packed([row for p in parts for row in p.rows])
     if isinstance(parts[0], _Rows):
         ends = np.cumsum([0, *(len(p.values) for p in parts)])
         return _Rows(
@@ -466,6 +486,11 @@ class _LatentFile:
         self.metadata = self._file.metadata
         self.buckets = len(dataset.manifest.get("buckets") or ()) if self.several else 1
         self._lock = threading.Lock()
+
+    @property
+    def columns(self) -> Columns:
+        """Type, shape and place of the columns by name."""
+        return self._file.columns
 
     def whole(self, name: str) -> np.ndarray:
         """A column that belongs to no sample."""
@@ -503,7 +528,10 @@ class _LatentFile:
         if by_caption:
             used, index = np.unique(got["embedding_index"], return_inverse=True)
             for name in by_caption:
-                found[name] = _Rows(self._some(name, used), index.reshape(-1))
+                if name == "embeddings" and ENDS in self._file.columns:
+                    found[name] = self._packed(used, index.reshape(-1))
+                else:
+                    found[name] = _Rows(self._some(name, used), index.reshape(-1))
         for name in stored:
             found[f"text.{name}"] = self._texts(bucket, first, got[f"text_end.{name}"], name)
         if set(texts) - set(stored) or "key" in wants:
@@ -541,6 +569,16 @@ class _LatentFile:
         breaks = np.flatnonzero(np.diff(rows) > 1) + 1
         runs = np.split(rows, breaks)
         return np.concatenate(self._file.rows([(name, int(r[0]), int(r[-1]) + 1) for r in runs]))
+
+    def _packed(self, used: np.ndarray, index: np.ndarray) -> _Packed:
+        """The embeddings of these captions (ascending), and which of them is each sample's."""
+        with self._lock:
+            if not hasattr(self, "_ends"):
+                self._ends = self._file.whole(ENDS).astype(np.int64)
+        values = self._some("embeddings", packed_rows(self._ends, used))
+        ends = np.cumsum(np.diff(self._ends, prepend=0)[used])
+        rows = np.split(values, ends[:-1])
+        return _Packed([rows[i] for i in index.tolist()])
 
     def _texts(self, bucket: int, first: int, ends: np.ndarray, name: str) -> list[list[str]]:
         ends = ends if first else np.concatenate([[0], ends])  # else the end of the row before comes with them

@@ -11,7 +11,7 @@ import torch
 
 from latents.encoders import load_clip_of, load_text_of
 from latents.stage import FLIPPED
-from latents.weights import PAIR, clips_of, find_pad
+from latents.weights import PAIR, SEQUENCE, clips_of, find_pad
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import adapters, diffusion, initial, segments
@@ -44,7 +44,7 @@ class Diffusion(Objective):
         latents.require_pictures()
         unet = build_unet(config, latents, text["width"], seed)
         model_config = public_config(unet)
-        if config.start_from:
+        if config.start_from and text.get("kind") != SEQUENCE:
             require_pads(config.start_from, text)
         if config.adapter:
             unet = adapters.add(unet, config.adapter, seed)
@@ -241,6 +241,9 @@ class Diffusion(Objective):
         if self.config.channels_last:
             xt = xt.contiguous(memory_format=torch.channels_last)
         time = self.process.time[batch["t"]]
+        mask = self.conditioning.mask(batch, text)
+        if mask is not None:
+            more["encoder_attention_mask"] = mask
         return self.unet(xt, time, text, added_cond_kwargs=added, return_dict=False, **more)[0]
 
     def networks(self) -> list[torch.nn.Module]:
@@ -271,6 +274,9 @@ def conditioning_of(
             f"this UNet is exported as a {pipeline.name}, which has one CLIP, and its latents were made with two "
             "(latents.text_encoder); make them without the second, and train on those"
         )
+    if text.get("kind") == SEQUENCE:
+        require_masked(config, unet)
+        return Stored(False) if latents.has_embeddings and not config.captions else Encoded(False, load_text_of(text))
     require_layer(pipeline, text["layer"])
     sized = pipeline is STABLE_DIFFUSION_XL
     field = "train.start_from" if config.start_from else "train.unet"
@@ -313,10 +319,30 @@ def wanted_columns(config: TrainConfig, latents: Latents, conditioning: Conditio
     found |= {"picture"} if config.told else set()
     found |= {name + FLIPPED for name in found & {"mean", "logstd"}} if config.flip else set()
     if isinstance(conditioning, Stored):
+        found |= {"text_length"} & set(latents.token_names)
         return found | {"embeddings", *(("pooled",) if conditioning.sized else ())}
     if config.captions:
         return found | {f"text.{name}" for name in config.captions}
     return found if config.textual_inversion else found | set(latents.token_names)
+
+
+def require_masked(config: TrainConfig, unet: dict[str, Any]) -> None:
+    """Raises ConfigError where something would read the states of a transformers encoder without their mask, or asks
+    for what that encoder does not give."""
+    what = "latents whose text_encoder is one of transformers"
+    for name in ("text_encoder", "textual_inversion", *([config.told] if config.told else [])):
+        if getattr(config, name):
+            raise ConfigError(
+                f"train.{name} needs a CLIP, and these are {what}; leave it out, or make latents with a CLIP"
+            )
+    for name in ("addition_embed_type", "class_embed_type"):
+        if unet.get(name) is not None:
+            raise ConfigError(
+                f"the UNet's {name} {unet[name]} cannot go with {what}: it gives captions by cross-attention alone; "
+                "leave it out"
+            )
+    if unet.get("encoder_hid_dim_type") not in (None, "text_proj"):
+        raise ConfigError(f"the UNet's encoder_hid_dim_type {unet['encoder_hid_dim_type']} cannot go with {what}")
 
 
 def require_pads(start_from: str, text: dict[str, Any]) -> None:
@@ -385,7 +411,8 @@ def build_unet(config: TrainConfig, latents: Latents, width: int, seed: int) -> 
             unet = widen(unet, more)
         if config.upscale and not unet.config.num_class_embeds and not config.adapter:
             unet = add_levels(unet)
-        for name, value in (("in_channels", channels), ("out_channels", out), ("cross_attention_dim", width)):
+        read = "encoder_hid_dim" if unet.config.encoder_hid_dim_type == "text_proj" else "cross_attention_dim"
+        for name, value in (("in_channels", channels), ("out_channels", out), (read, width)):
             if unet.config[name] != value:
                 why = "make the latents with that model's own VAE and CLIP"
                 beside = ""
@@ -407,10 +434,12 @@ def build_unet(config: TrainConfig, latents: Latents, width: int, seed: int) -> 
     for name, value in (("in_channels", channels), ("out_channels", out), ("sample_size", latents.side)):
         if given.setdefault(name, value) != value:
             raise ConfigError(f"train.unet.{name} is {given[name]}, but the latents ask for {value}; leave it out")
-    if given.setdefault("cross_attention_dim", width) != width:
+    # A UNet may bring wide rows down to what its blocks attend to by a layer of its own.
+    read = "cross_attention_dim" if given.get("encoder_hid_dim") is None else "encoder_hid_dim"
+    if given.setdefault(read, width) != width:
         raise ConfigError(
-            f"train.unet.cross_attention_dim is {given['cross_attention_dim']}, but the CLIP of the latents has "
-            f"{width} values a token; leave it out, or make the latents with another CLIP"
+            f"train.unet.{read} is {given[read]}, but the text encoder of the latents has {width} values a token; "
+            "leave it out, or make the latents with another one"
         )
     unet = construct(UNet2DConditionModel, given, "train.unet", seed)
     if config.initialisation == "zero":

@@ -29,14 +29,14 @@ from typing import Any, BinaryIO
 import torch
 
 from latents.encoders import TextEncoder, Vae, require_digest
-from latents.text import ClipPair
-from latents.weights import PAIR, clips_of, find_clip, find_vae
+from latents.text import ClipPair, SequenceEncoder, moved
+from latents.weights import PAIR, SEQUENCE, clips_of, find_clip, find_sequence, find_vae
 from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import Fingerprint, digest_json
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
-from train import adapters, posthoc
+from train import adapters, posthoc, sequence_pipeline
 from train.checkpoint import load_weights, put_file
 from train.config import TrainConfig, stored_config
 from train.folders import CHUNK, MANIFEST, POSTHOC, latest_complete, name_of, read_manifest
@@ -45,6 +45,7 @@ from train.objective import public_config
 from train.pictures import WAYS, control_net, low_res_scheduler
 from train.pipelines import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, pipeline_of
 from train.schedulers import scheduler
+from train.sequence_pipeline import SequencePipeline
 from train.state import describe
 from train.text_export import clip_text_model, save_text_encoder, tokenizer, write_tokenizer
 
@@ -81,7 +82,7 @@ def export(
     local = storage.is_local(final)
     tmp = storage.temporary_folder(storage.local_path(final)) if local else Path(tempfile.mkdtemp(prefix="carrara-"))
     try:
-        _write(pipeline.to(dtype=getattr(torch, dtype)), provenance, source.pads, tmp)
+        _write(_in_dtype(pipeline, getattr(torch, dtype)), provenance, source.pads, tmp)
         source.write_tuning(tmp)
         if local:
             storage.replace_folder(tmp, storage.local_path(final))
@@ -116,10 +117,28 @@ def build_pipeline(run: str, checkpoint: str = "latest", weights: str = "ema") -
     return pipeline
 
 
+def _in_dtype(pipeline: Any, dtype: torch.dtype) -> Any:
+    """The pipeline in that type, but an encoder of transformers in bfloat16 for float16, in which T5 overflows."""
+    if isinstance(pipeline, SequencePipeline) and dtype == torch.float16:
+        moved(pipeline.text_encoder, pipeline.device, torch.bfloat16)
+        for part in (pipeline.unet, pipeline.vae):
+            part.to(dtype=dtype)
+        return pipeline
+    return pipeline.to(dtype=dtype)
+
+
 def _write(pipeline: Any, provenance: dict[str, Any], pads: list[str], folder: Path) -> None:
-    """pads: what each of the tokenizers fills prompts up with."""
+    """pads: what each of a CLIP's tokenizers fills prompts up with."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     suffixes = [s for s in ("", "_2") if getattr(pipeline, f"text_encoder{s}", None) is not None]
+    if isinstance(
+        pipeline, SequencePipeline
+    ):  # its class goes along, and transformers' own files are as they should be
+        suffixes = []
+        shutil.copyfile(sequence_pipeline.__file__, folder / "pipeline.py")
+        index = json.loads((folder / "model_index.json").read_bytes())
+        index["_class_name"] = ["pipeline", SequencePipeline.__name__]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for suffix, pad in zip(suffixes, pads, strict=True):  # one text encoder of SDXL's is its second
         save_text_encoder(getattr(pipeline, f"text_encoder{suffix}"), folder / f"text_encoder{suffix}")
         names = folder / f"tokenizer{suffix}"
@@ -154,7 +173,9 @@ class _Source:
 
     @property
     def pads(self) -> list[str]:
-        """What fills up a prompt, of each text encoder."""
+        """What fills up a prompt, of each CLIP."""
+        if self.text_facts.get("kind") == SEQUENCE:
+            return []
         return [facts.get("pad", "zero") for facts in clips_of(self.text_facts)]
 
     def fingerprint(self) -> Fingerprint:
@@ -165,14 +186,17 @@ class _Source:
         return Fingerprint("export", VERSION, settings, digest_json(self.manifest), digests)
 
     def pipeline(self) -> Any:
-        """The StableDiffusionPipeline, the StableDiffusionXLPipeline of a UNet that is told sizes, or the class for the
-        way in which it is told a picture (pictures.py)."""
+        """The StableDiffusionPipeline, the StableDiffusionXLPipeline of a UNet that is told sizes, the class for the
+        way in which it is told a picture (pictures.py), or our own for an encoder of transformers
+        (sequence_pipeline.py).
+        """
         vae = self._vae()
         text = self._text()
         unet, learned = self._unet(vae)
-        if unet.config.cross_attention_dim != text.width:
+        reads = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+        if reads != text.width:
             raise StageError(
-                f"{self.folder}: its UNet attends to {unet.config.cross_attention_dim} values a token, "
+                f"{self.folder}: its UNet attends to {reads} values a token, "
                 f"where {text.called} of the latents has {text.width}"
             )
         scale = self.vae_facts["scaling_factor"]
@@ -180,6 +204,12 @@ class _Source:
         wanted = UPSCALER_SCALE if self.config.upscale else scale
         model = fold_shift(vae.model, scale / wanted)
         model.register_to_config(scaling_factor=wanted)
+        if isinstance(text, SequenceEncoder):
+            parts = {"vae": model, "unet": unet, "scheduler": scheduler(self.config)}
+            given = {"text_encoder": text.model, "tokenizer": text.tokenizer, "max_length": text.context_length}
+            found = SequencePipeline(**parts, **given)
+            found.set_progress_bar_config(disable=True)
+            return found
         sized = pipeline_of(unet.config) is STABLE_DIFFUSION_XL
         encoder = clip_text_model(text.second if isinstance(text, ClipPair) else text, projected=sized)
         if self.config.text_encoder:
@@ -314,7 +344,10 @@ class _Source:
         beside = storage.join(self.paths.autoencoder, "model")
         return Vae(_same_weights("the VAE", find_vae, self.vae_facts, beside))
 
-    def _text(self) -> TextEncoder | ClipPair:
+    def _text(self) -> TextEncoder | ClipPair | SequenceEncoder:
+        if self.text_facts.get("kind") == SEQUENCE:
+            weights = _same_weights("the text encoder", find_sequence, self.text_facts, self.text_facts["ref"])
+            return SequenceEncoder(weights, int(self.text_facts["context_length"]))
         beside = storage.join(self.paths.clip, "model")
         clips = []
         for facts in clips_of(self.text_facts):

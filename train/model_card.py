@@ -17,11 +17,11 @@ A latent diffusion model that was trained with Carrara. It draws pictures of {re
 ```python
 from diffusers import DiffusionPipeline
 {imports}
-pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{trust})
 pipeline("your prompt"{given}, num_inference_steps=30, guidance_scale=5.0).images[0].save("picture.png")
 ```
 
-Nothing but diffusers and transformers is needed. There is no safety checker in it: whoever shows its pictures to
+{needs} There is no safety checker in it: whoever shows its pictures to
 others decides what to let through. {licence}
 {tuning}
 ## What it was trained on
@@ -39,11 +39,16 @@ others decides what to let through. {licence}
 ## Its parts
 
 - VAE: `{vae_ref}`, latents times {scaling_factor}, sha256 `{vae_digest}`.
-{texts}- The tokenizer is open_clip's. Captions were cleaned before training as open_clip does it: lower case, HTML
-  entities resolved, broken encodings repaired. A prompt gives the same tokens if it is clean in that sense.
+{texts}{tokenizer}
 
 All of this, for machines: `carrara.json`.
 """
+
+_CLEANED = """- The tokenizer is open_clip's. Captions were cleaned before training as open_clip does it: lower case,
+  HTML entities resolved, broken encodings repaired. A prompt gives the same tokens if it is clean in that sense."""
+_OWN_CLASS = """diffusers has no class that shows a UNet such a text encoder under a mask, so `pipeline.py` here is
+one: a page of code that imports torch and diffusers alone, and that `trust_remote_code=True` allows to run. Nothing
+else but diffusers and transformers is needed."""
 
 _OBJECTIVES = {
     "epsilon": "The UNet predicts the noise",
@@ -97,6 +102,7 @@ def model_card(provenance: dict[str, Any]) -> str:
     if way == "control":
         control = training["control"]
         told = told.format(made="brought with the pictures" if control["images"] else control["kind"])
+    own = p["text"].get("kind") == "transformers"
     left_out = ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in sorted(lost.items()))
     return _CARD.format(
         task=task,
@@ -124,11 +130,19 @@ def model_card(provenance: dict[str, Any]) -> str:
         vae_ref=_code(p["vae"]["ref"]),
         scaling_factor=p["vae"]["scaling_factor"],
         vae_digest=p["vae"]["digest"],
+        trust=", trust_remote_code=True" if own else "",
+        needs=_OWN_CLASS if own else "Nothing but diffusers and transformers is needed.",
+        tokenizer="- The tokenizer is the text encoder's own; captions reach it as they are." if own else _CLEANED,
         texts="".join(_text(facts) for facts in p["text"].get("encoders", [p["text"]])),
     )
 
 
 def _text(facts: dict[str, Any]) -> str:
+    if facts.get("kind") == "transformers":
+        return (
+            f"- Text encoder: `{_code(facts['ref'])}` (transformers), sha256 `{facts['digest']}`; its last hidden "
+            f"states,\n  at most {facts['context_length']} tokens of {facts['width']} values, under a mask.\n"
+        )
     pad = "its end token" if facts.get("pad") == "end" else "id 0"
     return (
         f"- Text encoder: `{_code(facts['ref'])}`, sha256 `{facts['digest']}`; {_LAYERS[facts['layer']]}, "

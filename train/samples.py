@@ -64,8 +64,9 @@ class Samples:
         cast: Any = torch.autocast(kind, precision) if precision is not None else contextlib.nullcontext()
         try:
             with cast:
-                text, added = objective.conditioning.told({k: v.to(device) for k, v in self.batch.items()})
-                latents = self._latents(text, added)
+                batch = {k: v.to(device) for k, v in self.batch.items()}
+                text, added = objective.conditioning.told(batch)
+                latents = self._latents(text, added, objective.conditioning.mask(batch, text))
         finally:
             objective.train(training)
         parts = self.ranks.gather(latents.float().cpu().numpy())
@@ -81,7 +82,9 @@ class Samples:
             log.warning("no samples could be drawn: %s", e)
             return None
 
-    def _latents(self, text: torch.Tensor, added: dict[str, torch.Tensor] | None) -> torch.Tensor:
+    def _latents(
+        self, text: torch.Tensor, added: dict[str, torch.Tensor] | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """DDIM, or the flow's solver, under classifier-free guidance; float32 [N,C,h,w]."""
         objective, config, device = self.objective, self.config, self.ranks.device
         channels = int(objective.model_config["in_channels"])
@@ -92,9 +95,10 @@ class Samples:
         steps = scheduler(objective.config)
         steps.set_timesteps(config.steps, device=device)
         x = torch.stack(noise).to(device) * steps.init_noise_sigma
+        more: dict[str, Any] = {} if mask is None else {"encoder_attention_mask": mask}
         for t in steps.timesteps:
             both = steps.scale_model_input(x, t).repeat(2, 1, 1, 1)
-            out = objective.unet(both, t, text, added_cond_kwargs=added, return_dict=False)[0].float()
+            out = objective.unet(both, t, text, added_cond_kwargs=added, return_dict=False, **more)[0].float()
             empty, full = out[:, :channels].chunk(2)  # of a learned variance, the first half
             x = steps.step(empty + config.guidance_scale * (full - empty), t, x, return_dict=False)[0]
         return x

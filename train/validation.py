@@ -186,7 +186,7 @@ def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, dev
         ) from None
     known = {k: v for k, v in facts.get("settings", {}).items() if k in LatentsConfig.model_fields}
     if known.get("text_encoder"):  # where its weights lie is no setting of theirs, but a fact
-        known["text_encoder"] = {**known["text_encoder"], "pretrained": clips_of(facts["text"])[1]["ref"]}
+        known["text_encoder"] = {**known["text_encoder"], "pretrained": clips_of(facts["text"])[-1]["ref"]}
     known |= {"device": device, "resolution": objective.latents.resolution, "more_resolutions": [], "enlarge": True}
     known["flip"] = False  # it is measured on pictures as they are
     settings = LatentsConfig(**known)

@@ -62,7 +62,9 @@ def find(name: str, ref: Any) -> Found:
 
         return judges.find(name, ref)
     if name == "clip":
-        return Found(name, ref, None, find_clip(ref).digest)
+        clip = find_clip(ref)
+        clip.require_image_encoder()
+        return Found(name, ref, None, clip.digest)
     if name == "vae":
         return Found(name, ref, None, find_vae(ref).digest)
     if name == "dinov2":

@@ -12,10 +12,12 @@ import torch
 from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
+from eval import networks
 from latents.config import LatentsConfig
-from latents.encoders import load_text, load_vae, other_encoder
+from latents.encoders import load_text, load_text_of, load_vae, other_encoder
 from latents.inspection import inspect
 from latents.stage import LatentsStage
+from latents.weights import find_clip
 from orchestration.config import RunConfig
 from orchestration.stages import shard_stages
 from shards.dataset import Dataset
@@ -118,6 +120,38 @@ def test_the_tokens_of_both_are_the_public_tokenizers(sdxl: Any) -> None:
     assert inspect(stage_of(sdxl), count=4).complaint == ""
 
 
+def test_a_pipelines_own_encoders_are_read_as_they_lie(sdxl: Any, tmp_path: Path) -> None:
+    """What somebody has tuned comes as transformers saves it, and is no whole CLIP."""
+    run, public, _ = sdxl
+    data = settings(tmp_path / "r", str(public / "text_encoder_2"), text="embeddings", text_pooled=True)
+    data["clip"]["pretrained"] = str(public / "text_encoder")
+    data["autoencoder"]["pretrained"], data["train"]["start_from"] = str(public), str(public)
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "images").symlink_to(Path(run.run) / "images")
+    own = RunPaths(str(tmp_path / "r"))
+    make(own, data)
+    dataset = Dataset.open(own.latents)
+    text: Any = load_text_of(dataset.manifest["text"])
+    theirs = StableDiffusionXLPipeline.from_pretrained(public)
+    rows, pooled = text.encode_tokens(text.tokens_of(PROMPTS), pooled=True)
+    expected = theirs.encode_prompt(PROMPTS, device="cpu", do_classifier_free_guidance=False)
+    torch.testing.assert_close(rows, expected[0], rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(pooled, expected[2], rtol=1e-4, atol=2e-5)
+    for model, mine in (
+        (theirs.text_encoder, clip_text_model(text.first, first_of_two=True)),
+        (theirs.text_encoder_2, clip_text_model(text.second, projected=True)),
+    ):
+        assert model.state_dict().keys() == mine.state_dict().keys()
+        assert all(torch.equal(v, mine.state_dict()[k]) for k, v in model.state_dict().items())
+    build("train", TrainConfig(images=16, start_from=str(public)), [dataset], 5)
+    with pytest.raises(ConfigError, match="is a text encoder alone and can judge no image"):
+        text.first.encode_captions(["a"])
+    with pytest.raises(ConfigError, match="is a text encoder alone"):
+        networks.find("clip", str(public / "text_encoder"))
+    with pytest.raises(ConfigError, match="describes no CLIP's text encoder"):
+        find_clip(str(public / "unet"))
+
+
 def stage_of(sdxl: Any) -> LatentsStage:
     data = settings(Path(sdxl[0].run), sdxl[2], text="tokens")
     stage: Any = shard_stages("latents", validate(RunConfig, data, "x.yaml"))[0][0]
@@ -137,8 +171,6 @@ def test_the_unet_is_told_what_diffusers_tells_it(sdxl: Any, embedded: RunPaths,
         return found[0], found[2]
 
     encoder = objective.conditioning
-    from latents.encoders import load_text_of
-
     own = load_text_of(objective.facts["encoders"]["text"]) if text == "embeddings" else None
     batch = encoder.prompts(PROMPTS, own) | {"sizes": torch.zeros(3, 6)}
     with torch.no_grad():
@@ -230,8 +262,6 @@ def sampled_by_hand(run: RunPaths, config: Path, unet: Any, prompt: str, steps: 
     sections = load_sections(str(config), (), TrainingSections)
     objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5)
     objective.model.load_state_dict(checkpoint.load_weights(folder), strict=False)
-    from latents.encoders import load_text_of
-
     text = load_text_of(objective.facts["encoders"]["text"]) if objective.conditioning.stored else None
     sizes = {"sizes": torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)}
     rows, told = objective.conditioning.told(objective.conditioning.prompts(["", prompt], text) | sizes)
