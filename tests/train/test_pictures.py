@@ -158,11 +158,14 @@ def test_editing_is_told_what_diffusers_pix2pix_pipeline_tells(base: Any, tmp_pa
     with pytest.raises(StageError, match="cannot be judged by prompts alone"):
         models.from_prompts(theirs)
     # The pictures are those of the same keys, which lie upside down in another order.
-    keys, images = objective.keys(np.arange(3)), ImageShard(Dataset.open(base[0].images), 0)
-    for key, pixels in zip(keys, batch["before"].numpy(), strict=True):
+    many, square = np.arange(40), 0
+    keys, images = objective.keys(many), ImageShard(Dataset.open(base[0].images), 0)
+    for key, pixels in zip(keys, objective.batch(many)["before"].numpy(), strict=True):
         original = decode_rgb(images.image_bytes(images.keys.index(key)))
         if original.shape[:2] == (SIDE, SIDE):
             np.testing.assert_array_equal(pixels, original[::-1])
+            square += 1
+    assert square > 5
 
 
 def test_an_upscaler_is_told_what_diffusers_pipeline_tells(base: Any, tmp_path: Path) -> None:
