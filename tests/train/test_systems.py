@@ -7,6 +7,7 @@ asserted leaves room; what was measured is in docs/systems.md.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_what_is_missing_is_painted_as_the_prompt_says(attentive: Path, unseen: 
     trained = StableDiffusionInpaintPipeline.from_pretrained(run / "model", safety_checker=None)
     parts = StableDiffusionPipeline.from_pretrained(attentive / "model", safety_checker=None).components
     blending = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
-    given = {"height": SIDE, "width": SIDE, "strength": 1.0, **DRAWING}
+    given: dict[str, Any] = {"height": SIDE, "width": SIDE, "strength": 1.0, **DRAWING}
     given |= {"image": [*map(Image.fromarray, real)], "mask_image": [*map(Image.fromarray, hidden)]}
     colours, shares = [], []
     for pipeline in (blending, trained):
