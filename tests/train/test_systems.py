@@ -7,6 +7,7 @@ asserted leaves room; what was measured is in docs/systems.md.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,6 @@ from diffusers import (
 )
 from PIL import Image
 
-from eval import model as models
-from eval.edit import Artist, EditRequest
-from shards.layout import RunPaths
 from tests.train import small_world
 from tests.train.small_world import COLOURS, CORNERS, DRAWING, SIDE, Things, draw_all, read
 from train.config import ControlConfig
@@ -28,7 +26,7 @@ from train.pictures import control_image
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-COUNT, EDITS, IMAGES = 100, 32, 4000
+COUNT, IMAGES = 100, 4000
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +100,7 @@ def test_what_is_missing_is_painted_as_the_prompt_says(attentive: Path, unseen: 
     trained = StableDiffusionInpaintPipeline.from_pretrained(run / "model", safety_checker=None)
     parts = StableDiffusionPipeline.from_pretrained(attentive / "model", safety_checker=None).components
     blending = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
-    given = {"height": SIDE, "width": SIDE, "strength": 1.0, **DRAWING}
+    given: dict[str, Any] = {"height": SIDE, "width": SIDE, "strength": 1.0, **DRAWING}
     given |= {"image": [*map(Image.fromarray, real)], "mask_image": [*map(Image.fromarray, hidden)]}
     colours, shares = [], []
     for pipeline in (blending, trained):
@@ -115,33 +113,3 @@ def test_what_is_missing_is_painted_as_the_prompt_says(attentive: Path, unseen: 
     assert colours[1] >= 0.9
     assert colours[1] > colours[0] + 0.1
     assert shares[1] >= max(0.7, shares[0])
-
-
-def test_a_word_exchanged_keeps_the_layout(attentive: Path) -> None:
-    """Prompt-to-prompt; of those whose image before has what its prompt says."""
-    model, names, numbers = models.of_pipeline(str(attentive / "model")), list(COLOURS), np.arange(EDITS)
-    source, target = numbers % 4, (numbers + 1 + numbers // 4 % 3) % 4
-
-    def edited(cross: float, own: float) -> tuple[float, float, float]:
-        """Shares of those right before: layout kept, colour as the word says; and of all, right before."""
-        images = np.empty((2, EDITS, SIDE, SIDE, 3), np.uint8)
-        for a, b in sorted(set(zip(source.tolist(), target.tolist(), strict=True))):
-            request = EditRequest(
-                source=f"a {names[a]} square", target=f"a {names[b]} square", cross_attention=cross,
-                self_attention=own, steps=10, guidance_scale=2.0,
-            )  # fmt: skip
-            artist = Artist(request, model, RunPaths(str(attentive)), None)
-            for i in np.flatnonzero((source == a) & (target == b)):
-                images[:, i] = artist.draw(int(i))[0]
-        (colour, corner, grey), (after, corner_after, grey_after) = map(read, images)
-        right = colour == source
-        kept = (corner == corner_after) & (grey == grey_after)
-        return float(kept[right].mean()), float((after == target)[right].mean()), float(right.mean())
-
-    kept, says, before = edited(0.8, 0.8)
-    plain, _, _ = edited(0.0, 0.0)
-    print(f"right before {before:.2f}; of these layout kept {kept:.2f} ({plain:.2f} with nothing taken over), "
-          f"the word's colour {says:.2f}")  # fmt: skip
-    assert before >= 0.6
-    assert kept >= 0.9
-    assert says >= 0.9
