@@ -184,7 +184,7 @@ def test_a_normal_form_is_its_own_normal_form() -> None:
 def test_what_is_taken_for_a_normal_form_without_a_look_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = takedown._PLAIN
     corpus = [
-        *fuzz.URLS,
+        *fuzz.URLS[:2],
         "https://cdn-12.example.org/3/12345.jpg?width=1024",
         "http://i.example.com/736x/0a/1b/..2c.jpg?a=1&b=&c=.d",
         f"http://{'x' * 70}.a-.b--c.com/~u/a_b",

@@ -249,7 +249,7 @@ def test_a_drained_node_gets_no_more_and_is_emptied(monkeypatch: pytest.MonkeyPa
     assert leaving in found.hands, "it may finish what it has"
     # Its node goes before it is done: nobody is blamed.
     task = Task(1, Fingerprint("x", 1, {}))
-    found._answer(job, None, _Call(leaving, task, 0.0))
+    found._answer(job, _Call(leaving, task, 0.0), ActorDiedError())
     assert given == [task]
     assert leaving not in found.hands
     assert found.nodes.records == {}
