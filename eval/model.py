@@ -144,8 +144,8 @@ def build_pipeline(run: RunPaths, model: Model) -> Any:
 
 
 def _own_pipeline(folder: Path, index: dict[str, Any]) -> Any:
-    """An exported model of our own class (train/sequence_pipeline.py), by the code here: what lies beside the weights is
-    not run."""
+    """An exported model of our own class (train/sequence_pipeline.py), by the code here: what lies beside the weights
+    is not run."""
     import diffusers
     import torch
 
@@ -155,9 +155,8 @@ def _own_pipeline(folder: Path, index: dict[str, Any]) -> Any:
 
     text = SequenceEncoder(find_sequence(str(folder)), int(index["max_length"]))
     parts: dict[str, Any] = {}
-    for name, base in (
-        ("vae", diffusers.ModelMixin), ("unet", diffusers.UNet2DConditionModel), ("scheduler", diffusers.SchedulerMixin),
-    ):  # fmt: skip
+    bases = {"vae": diffusers.ModelMixin, "unet": diffusers.UNet2DConditionModel, "scheduler": diffusers.SchedulerMixin}
+    for name, base in bases.items():
         kind = getattr(diffusers, str(index[name][1]), None)
         if not (isinstance(kind, type) and issubclass(kind, base)):
             raise ValueError(f"its {name} is a {index[name][1]}, which diffusers does not have")
