@@ -131,18 +131,38 @@ def build_pipeline(run: RunPaths, model: Model) -> Any:
         return build(run.run, checkpoint=model.name, weights=model.weights)
     # A checker paints what it dislikes black, and black images count in every score; it is for users, not for this.
     off = {"safety_checker": None, "requires_safety_checker": False} if model.safety_checker else {}
-    kind: Any = diffusers.DiffusionPipeline
-    if _config(Path(model.folder) / "model_index.json", "eval.model").get("_class_name") == OURS:
-        from train.sequence_pipeline import SequencePipeline
-
-        kind = SequencePipeline  # by the code here, and not by that which lies beside the weights
+    index = _config(Path(model.folder) / "model_index.json", "eval.model")
     try:
-        return kind.from_pretrained(
+        if index.get("_class_name") == OURS:
+            return _own_pipeline(Path(model.folder), index)
+        return diffusers.DiffusionPipeline.from_pretrained(
             model.folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **off
         )
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as e:
         why = " ".join(str(e).split())[:200]
         raise StageError(f"{model.folder} cannot be opened as a diffusers pipeline: {why}") from None
+
+
+def _own_pipeline(folder: Path, index: dict[str, Any]) -> Any:
+    """An exported model of our own class (train/sequence_pipeline.py), by the code here: what lies beside the weights
+    is not run."""
+    import diffusers
+    import torch
+
+    from latents.text import SequenceEncoder
+    from latents.weights import find_sequence
+    from train.sequence_pipeline import SequencePipeline
+
+    text = SequenceEncoder(find_sequence(str(folder)), int(index["max_length"]))
+    parts: dict[str, Any] = {}
+    bases = {"vae": diffusers.ModelMixin, "unet": diffusers.UNet2DConditionModel, "scheduler": diffusers.SchedulerMixin}
+    for name, base in bases.items():
+        kind = getattr(diffusers, str(index[name][1]), None)
+        if not (isinstance(kind, type) and issubclass(kind, base)):
+            raise ValueError(f"its {name} is a {index[name][1]}, which diffusers does not have")
+        how = {} if name == "scheduler" else {"use_safetensors": True, "torch_dtype": torch.float32}
+        parts[name] = kind.from_pretrained(folder / name, local_files_only=True, **how)
+    return SequencePipeline(**parts, text_encoder=text.model, tokenizer=text.tokenizer, max_length=text.context_length)
 
 
 def from_prompts(pipeline: Any) -> Any:
