@@ -226,8 +226,10 @@ def test_the_discriminator_does_not_move_before_its_start(run: Path) -> None:
 def test_all_stages_of_zero_give_the_same(stage: int, fitted: Path, tmp_path: Path) -> None:
     run = another(fitted, tmp_path / "run")
     forked.fit(with_all(run, fitted, zero_stage=stage), 2, stage="autoencoder")
+    expected = checkpoint.whole(str(step(fitted, 6)), "weights")
     for name, value in checkpoint.whole(str(step(run, 6)), "weights").items():
-        torch.testing.assert_close(value, checkpoint.whole(str(step(fitted, 6)), "weights")[name], rtol=2e-3, atol=2e-5)
+        if not name.endswith("to_k.bias"):  # a softmax does not see what all keys share: Adam steps along rounding
+            torch.testing.assert_close(value, expected[name], rtol=2e-3, atol=2e-5)
 
 
 def test_what_cannot_go_together_is_refused(run: Path) -> None:

@@ -47,7 +47,7 @@ def where(pixels: np.ndarray) -> np.ndarray:
 def fitted(run: Path, images: Path, term: dict[str, Any] | None) -> None:
     run.mkdir()
     (run / "images").symlink_to(images)
-    shape = model(3, 4) | {"block_out_channels": [16] * 3, "norm_num_groups": 8, "mid_block_add_attention": False}
+    shape = model(3, 4) | {"block_out_channels": [16] * 3, "norm_num_groups": 4, "mid_block_add_attention": False}
     settings = {
         "model": shape, "initialisation": "thumbnail", "resolution": SIDE, "images": IMAGES, "batch_size": 16,
         "learning_rate": 2e-3, "warmup_images": 320, "betas": (0.5, 0.9), "ema_halflife_images": 400, "threads": 1,
