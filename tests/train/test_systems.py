@@ -78,7 +78,7 @@ def test_make_it_blue_makes_it_blue_and_leaves_the_rest(attentive: Path, unseen:
     small_world.fit(run, IMAGES, start_from=str(attentive / "model"), edit={})
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(run / "model", safety_checker=None)
     given = [Image.fromarray(x) for x in unseen.pixels()]
-    drawn = draw_all(pipeline, unseen.instructions(), image=given, image_guidance_scale=1.2, **DRAWING)
+    drawn = draw_all(pipeline, unseen.instructions(), image=given, image_guidance_scale=3.0, **DRAWING)
     colour, corner, grey = read(drawn)
     kept = (corner == unseen.corner) & (grey == unseen.grey)
     right = kept & (colour == unseen.other)
