@@ -240,9 +240,8 @@ def resume(
             dataclasses.replace(r, weight=weight * sum(r.rows) / total, root=dataset.root) for r in kept if total
         ]
     beside = picture_sets(config, datasets)
-    stood = {
-        (p.given, p.again): p for p in last.pictures
-    }  # sources may have changed their places, and new ones have come
+    # Sources may have changed their places, and new ones have come.
+    stood = {(p.given, p.again): p for p in last.pictures}
     pairs = [
         (stood[s], _pictures(s, d, stood[s].shards)) for s, d in zip(names(config), beside, strict=False) if s in stood
     ]
