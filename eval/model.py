@@ -161,7 +161,8 @@ def _own_pipeline(folder: Path, index: dict[str, Any]) -> Any:
         if not (isinstance(kind, type) and issubclass(kind, base)):
             raise ValueError(f"its {name} is a {index[name][1]}, which diffusers does not have")
         how = {} if name == "scheduler" else {"use_safetensors": True, "torch_dtype": torch.float32}
-        parts[name] = kind.from_pretrained(folder / name, local_files_only=True, **how)
+        opened: Any = kind
+        parts[name] = opened.from_pretrained(folder / name, local_files_only=True, **how)
     return SequencePipeline(**parts, text_encoder=text.model, tokenizer=text.tokenizer, max_length=text.context_length)
 
 

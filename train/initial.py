@@ -24,7 +24,7 @@ def thumbnail(vae: nn.Module, logvar: float = -5.0) -> None:
     they survive, up to a scale near one, because each lies beside its negative, SiLU(a) - SiLU(-a) = a, and beside
     +1 and -1, which keep a group's scale from being the picture's own.
 
-    Raises ValueError where the model has too few channels for that.
+    Raises ValueError where the model has too few channels for that, or a group is too small to hold +1 or -1.
     """
     from diffusers.models.attention_processor import Attention
     from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
@@ -34,6 +34,12 @@ def thumbnail(vae: nn.Module, logvar: float = -5.0) -> None:
         raise ValueError(
             f"initialisation thumbnail needs at least {_CARRY} channels in each of block_out_channels and 3 "
             f"latent_channels; it is {list(vae.config.block_out_channels)} and {channels}"
+        )
+    groups = int(vae.config.norm_num_groups)
+    if min(vae.config.block_out_channels) < 3 * groups:
+        raise ValueError(
+            f"initialisation thumbnail needs at least 3 channels in each group of a norm; block_out_channels are "
+            f"{list(vae.config.block_out_channels)} and norm_num_groups is {groups}"
         )
     quiet_residuals(vae)
     for module in vae.modules():

@@ -192,6 +192,7 @@ def test_what_is_taken_for_a_normal_form_without_a_look_is_one(monkeypatch: pyte
     ]
     alphabet = "./-_~?=&:@abcXYZ0123 %+;,#\\xn"
     found = {fuzz._mutated_text(random.Random(n), corpus, alphabet, 4) for n in range(6000)} | {*corpus}
+    found |= {text[:i] + text[i].upper() + text[i + 1 :] for text in corpus for i in range(len(text))}
     found = {text for text in found if plain.fullmatch(text)}
     assert len(found) > 300
     monkeypatch.setattr(takedown, "_PLAIN", re.compile("(?!)"))

@@ -383,11 +383,15 @@ def test_a_plan_is_read_once_and_again_where_it_is_another(tmp_path: Path, monke
     assert [plan.read(root).rows() for _ in range(3)] == [{0: 5}] * 3
     assert len(read) == 1
     plan.write_part(root, 1, [line(1, 7)])  # by any process
-    assert plan.read(root).rows() == {0: 5, 1: 7}
     assert plan.read(root, after=1).rows() == {1: 7}
-    Path(root).rename(tmp_path / "run.replaced-1")  # --redo
+    assert plan.read(root).rows() == {0: 5, 1: 7}
+    replaced = tmp_path / "run.replaced-1"
+    Path(root).rename(replaced)  # --redo
     plan.write_part(root, 0, [line(0, 6)])
     plan.write_part(root, 1, [line(1, 8)])
+    for part in ("00000.parquet", "00001.parquet"):
+        before, after = (Path(r, plan.FOLDER, part).stat().st_size for r in (replaced, root))
+        assert before == after, "another plan of the same sizes"
     assert plan.read(root).rows() == {0: 6, 1: 8}
 
 
@@ -424,7 +428,7 @@ def test_the_split_is_that_of_the_definition() -> None:
 
     from ingest import captions
 
-    texts = [f"Caption  {i} \u00dc" if i % 3 else f"plain {i}" for i in range(300)] + [None]
+    texts = [f"Caption  {i} \u00dc" if i % 3 else f"Plain {i}" for i in range(300)] + [None]
     rule = HeldoutRule(0.4, -5, captions.DEFAULT_STEPS)
     found = rule(pa.record_batch({"caption": pa.array(texts, pa.string())}))
     for text, is_out in zip(texts, found, strict=True):

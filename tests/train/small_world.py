@@ -101,7 +101,7 @@ def prepare(run: Path, count: int = 1500, **latents: Any) -> None:
     write_images(run / "images", things.pixels(), things.captions())
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        blocks: dict[str, Any] = {"block_out_channels": (16, 16), "norm_num_groups": 8, "layers_per_block": 1}
+        blocks: dict[str, Any] = {"block_out_channels": (16, 16), "norm_num_groups": 4, "layers_per_block": 1}
         blocks |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
         vae = AutoencoderKL(**blocks, latent_channels=4, mid_block_add_attention=False, scaling_factor=1.5)
         thumbnail(vae)

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from train.initial import quiet_unet, spread_words, thumbnail
 
 
-def vae(channels=(16, 32), latent_channels=4) -> AutoencoderKL:
+def vae(channels=(16, 32), latent_channels=4, groups=8) -> AutoencoderKL:
     torch.manual_seed(0)
     k = len(channels)
     return AutoencoderKL(
@@ -20,7 +20,7 @@ def vae(channels=(16, 32), latent_channels=4) -> AutoencoderKL:
         block_out_channels=channels,
         layers_per_block=1,
         latent_channels=latent_channels,
-        norm_num_groups=8,
+        norm_num_groups=groups,
     ).eval()
 
 
@@ -32,7 +32,7 @@ def blocks(side: int, block: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("channels", "latent_channels"), [((16, 32), 4), ((16, 32, 48), 8)])
 def test_the_latent_begins_as_a_thumbnail_up_to_a_scale_and_the_picture_comes_back(channels, latent_channels):
-    model = vae(channels, latent_channels)
+    model = vae(channels, latent_channels, 4)
     thumbnail(model)
     block = 2 ** (len(channels) - 1)
     x = blocks(32, block)
@@ -46,7 +46,7 @@ def test_the_latent_begins_as_a_thumbnail_up_to_a_scale_and_the_picture_comes_ba
     assert posterior.logvar.mean().item() == pytest.approx(-5, abs=0.5)
     # One number for each picture and colour takes the output back to the input, which torch's own beginning has not.
     with torch.no_grad():
-        plain = vae(channels, latent_channels)
+        plain = vae(channels, latent_channels, 4)
         before = plain.decode(plain.encode(x).latent_dist.mean).sample
 
     def left_over(y: torch.Tensor) -> float:
@@ -61,6 +61,8 @@ def test_the_latent_begins_as_a_thumbnail_up_to_a_scale_and_the_picture_comes_ba
 def test_too_few_channels_are_refused():
     with pytest.raises(ValueError, match="at least 12 channels"):
         thumbnail(vae((8, 16)))
+    with pytest.raises(ValueError, match="at least 3 channels in each group"):
+        thumbnail(vae((16, 32)))
 
 
 def test_a_quiet_unet_predicts_zero_and_learns():
