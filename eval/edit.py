@@ -40,6 +40,7 @@ from shards.settings import ConfigError, StageError, Strict
 
 VERSION = 1
 ABOUT, SHEET = "edit.json", "sheet.html"
+NAMES = ("before", "after")
 INVERTIBLE = ("ddim", "flow-euler")  # deterministic, and of first order
 PIPELINE = "StableDiffusionPipeline"
 
@@ -142,20 +143,24 @@ class Editor:
         from latents.stage import fixed_arithmetic
 
         with fixed_arithmetic(self.request.threads):
-            self._draw(out)
+            self._draw(out, 0 if before is None else int(before["settings"]["count"]))
         return True
 
-    def _draw(self, out: str) -> None:
+    def _draw(self, out: str, were: int) -> None:
+        """were: how many pairs of images another edit may have left there."""
         c = self.request
         artist = Artist(c, self.model, self.run, self.given)
         storage.remove(storage.join(out, SHEET))
+        for number in range(c.count, were):
+            for name in NAMES:
+                storage.remove(storage.join(out, f"{number:03d}-{name}.png"))
         about = {"fingerprint": self.made_with().to_json(), "checkpoint": self.model.name}
         storage.write_json(storage.join(out, ABOUT), {**about, "settings": c.model_dump(mode="json")})
         rows = []
         bar = Progress("edit", c.steps * (c.count + (self.given is not None)), "steps")
         for number in range(c.count):
             images, maps = artist.draw(number, bar.update)
-            for name, pixels in zip(("before", "after"), images, strict=True):
+            for name, pixels in zip(NAMES, images, strict=True):
                 storage.write_atomic(storage.join(out, f"{number:03d}-{name}.png"), png(pixels))
             rows.append(_row(number, images, maps, artist.prompts))
         bar.close()

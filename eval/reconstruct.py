@@ -33,7 +33,7 @@ from shards import storage
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.progress import Progress
-from shards.settings import StageError
+from shards.settings import ConfigError, StageError
 from train import perceptual
 from train.autoencoder import to_unit
 
@@ -73,9 +73,13 @@ def measure(
     lpips: what perceptual.load reads; inception: the file of its weights; without one, that figure is left out. Raises
     ConfigError where weights cannot be read, StageError where there is no picture.
     """
+    if resolution < WINDOW:
+        raise ConfigError(f"reconstruct: latents.resolution is {resolution}, and SSIM looks at {WINDOW} pixels at once")
     device = pick_device(device)
     vae = load_vae(vae_ref, device)
-    distance = perceptual.load(lpips).to(device) if lpips else None
+    distance: perceptual.Distance | None = perceptual.load(lpips).to(device) if lpips else None
+    if distance is not None:
+        distance.require(resolution, "latents.resolution")
     network: Any = networks.load(networks.find("inception", inception), device) if inception else None
     weights = {"vae": vae.digest}
     if lpips:

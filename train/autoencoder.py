@@ -49,6 +49,8 @@ class Autoencoder(Objective):
         self._fits = {side: functools.partial(_fitted, side) for side in config.resolutions}
         self.pictures = Pictures(dataset, placement, self._fits[config.resolutions[0]], config.cache_bytes)
         self.perceptual = perceptual.load(config.perceptual.weights) if config.perceptual else None
+        if self.perceptual:
+            self.perceptual.require(config.resolutions[-1], "autoencoder.resolution")
         self._hidden: list[torch.Tensor] = []  # what went into the decoder's last layer; a list, for copies share it
         figures = ["l1", "mse", "kl", "psnr"]
         if config.perceptual:

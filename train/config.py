@@ -270,8 +270,15 @@ class AdversarialConfig(Strict):
         "that of its reconstruction, before it gets its weight",
     )
     start_images: int = Field(default=0, ge=0, description="images before which it neither learns nor counts")
-    channels: int = Field(default=64, ge=8, le=512, description="of its first layer; they double up to eight times")
+    channels: int = Field(
+        default=64, ge=8, le=512, multiple_of=8, description="of its first layer; they double up to eight times"
+    )
     layers: int = Field(default=3, ge=1, le=6, description="that halve the picture; 3 see patches of 70 pixels")
+
+    @property
+    def smallest(self) -> int:
+        """The side, in pixels, of the smallest picture: two convolutions behind the halvings take a place each."""
+        return 3 * 2**self.layers
 
 
 class AutoencoderConfig(FitConfig):
@@ -318,6 +325,11 @@ class AutoencoderConfig(FitConfig):
     def _terms(self) -> Self:
         if len(set(self.resolutions)) < len(self.resolutions) or not self.resolutions:
             raise ValueError("resolution names one resolution twice, or none; give each once")
+        if self.adversarial and self.resolutions[-1] < self.adversarial.smallest:
+            raise ValueError(
+                f"a discriminator of {self.adversarial.layers} layers needs {self.adversarial.smallest} pixels, and "
+                f"the resolution is {self.resolutions[-1]}; make adversarial.layers fewer"
+            )
         if self.adversarial and self.adversarial.start_images and self.spike_sigmas:
             raise ValueError(
                 "spike_sigmas would take the start of the adversarial term for a spike; leave it out, or set "

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 FIELD = "autoencoder.perceptual.weights"
 # The last of torchvision's layers in each of LPIPS's five parts, and the parts' channels.
 ENDS = {"vgg16": (3, 8, 15, 22, 29), "alexnet": (1, 4, 7, 9, 11)}
+SMALLEST = {"vgg16": 16, "alexnet": 31}  # sides, in pixels, which leave a place to the last part
 CHANNELS = {"vgg16": (64, 128, 256, 512, 512), "alexnet": (64, 192, 384, 256, 256)}
 # LPIPS's ScalingLayer, for pictures in -1..1: ImageNet's mean and deviation.
 MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -63,6 +64,15 @@ class Distance(nn.Module):
         return total
 
     axis = 1
+    smallest = 1  # side of pictures, in pixels
+
+    def require(self, side: int, field: str) -> None:
+        """Raises ConfigError, naming the setting, where pictures of that side are too small to be compared."""
+        if side < self.smallest:
+            raise ConfigError(
+                f"{FIELD}: its network needs pictures of {self.smallest} pixels, and {field} is {side}; name another "
+                "network"
+            )
 
 
 class Lpips(Distance):
@@ -77,7 +87,7 @@ class Lpips(Distance):
         for layer in trunk:
             if isinstance(layer, nn.ReLU):
                 layer.inplace = False
-        self.trunk, self.ends = trunk, ENDS[kind]
+        self.trunk, self.ends, self.smallest = trunk, ENDS[kind], SMALLEST[kind]
         self.lins = nn.ModuleList(nn.Conv2d(c, 1, 1, bias=False, device="meta") for c in CHANNELS[kind])
         named = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
         trunk.load_state_dict({k: named[k] for k in trunk.state_dict()}, assign=True)
@@ -145,7 +155,7 @@ class Tower(Distance):
 def digest(ref: str) -> str:
     """What identifies the weights; raises ConfigError with one sentence where there are none that can be used."""
     path = Path(ref)
-    if path.suffix == ".safetensors":
+    if _of_lpips(path):
         _lpips_kind(path)
         return _digest(str(path), os.stat(path).st_mtime_ns)
     if _of_transformers(path):
@@ -161,7 +171,7 @@ def load(ref: str) -> Distance:
     from safetensors.torch import load_file
 
     path = Path(ref)
-    if path.suffix == ".safetensors":
+    if _of_lpips(path):
         kind = _lpips_kind(path)
         return Lpips(kind, {_plain(k): v for k, v in load_file(path).items()})
     if _of_transformers(path):
@@ -177,6 +187,11 @@ def load(ref: str) -> Distance:
 def _plain(name: str) -> str:
     """A tensor's name in the package's state dict -> torchvision's, and one name of each linear layer."""
     return re.sub(r"^lins\.(\d)\.", r"lin\1.", re.sub(r"^net\.slice\d\.", "features.", name))
+
+
+def _of_lpips(path: Path) -> bool:
+    """Whether it is a file by its name alone, and no MODEL:/file of open_clip."""
+    return path.suffix == ".safetensors" and (":" not in str(path) or path.is_file())
 
 
 def _lpips_kind(path: Path) -> str:

@@ -50,9 +50,12 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """The image shards whose pictures the UNet is told beside one source's latents. shards: how many there were;
-    digest: of which they were, whatever was taken down in them since; empty where their format does not say."""
+    """The image shards whose pictures the UNet is told beside one source's latents. given, again: the source, as
+    Range's. shards: how many there were; digest: of which they were, whatever was taken down in them since; empty where
+    their format does not say."""
 
+    given: str | None
+    again: int
     root: str
     shards: int
     digest: str
@@ -161,7 +164,7 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     most = MOST_STREAMS if datasets[0].kind == "latents" else MOST_STREAMS // 4  # a tar's sidecar is kept for each
     streams = config.streams or int(np.clip(fitting, FEWEST_STREAMS, most))
     select = selected(config, datasets)
-    told = tuple(_pictures(d) for d in beside)
+    told = tuple(_pictures(s, d) for s, d in zip(names(config), beside, strict=False))
     record = Record(0, 0, config.batch_size, batch_sizes(config, datasets), tuple(ranges), select=select, pictures=told)
     return History(streams, window, (record,))
 
@@ -237,7 +240,11 @@ def resume(
             dataclasses.replace(r, weight=weight * sum(r.rows) / total, root=dataset.root) for r in kept if total
         ]
     beside = picture_sets(config, datasets)
-    pairs = [(p, _pictures(d, p.shards)) for d, p in zip(beside, last.pictures, strict=False)]
+    # Sources may have changed their places, and new ones have come.
+    stood = {(p.given, p.again): p for p in last.pictures}
+    pairs = [
+        (stood[s], _pictures(s, d, stood[s].shards)) for s, d in zip(names(config), beside, strict=False) if s in stood
+    ]
     others = [now.root for then, now in pairs if then.digest and now.digest and then.digest != now.digest]
     for root in others:
         refusal = refusal or (
@@ -247,7 +254,7 @@ def resume(
         told.append(f"{root}: other pictures")
     select = selected(config, datasets, last.select)
     sizes = batch_sizes(config, datasets)
-    pictures = tuple(_pictures(d) for d in beside)
+    pictures = tuple(_pictures(s, d) for s, d in zip(names(config), beside, strict=False))
     record = Record(images, step, config.batch_size, sizes, tuple(ranges), (*changes, *told), select, pictures)
     if _same(record, last) and not changes and not others:
         return Taken(history, tuple(notes), "" if adopt else refusal)
@@ -307,11 +314,11 @@ def pictures_run(config: TrainConfig, run: str) -> str:
     return other if "://" in other or other.startswith("/") else storage.join(run, other)
 
 
-def _pictures(dataset: Dataset, shards: int | None = None) -> Pictures:
+def _pictures(source: tuple[str | None, int], dataset: Dataset, shards: int | None = None) -> Pictures:
     """Which pictures the first `shards` shards hold, or all; more may come, and some be taken down."""
     some = dataset.shards[:shards]
     lines = [f"{s.index} {s.born}" for s in some]
-    return Pictures(dataset.root, len(lines), "" if dataset.format == 1 else digest_json(lines)[:32])
+    return Pictures(*source, dataset.root, len(lines), "" if dataset.format == 1 else digest_json(lines)[:32])
 
 
 def _range(

@@ -421,13 +421,16 @@ def test_another_edit_is_not_overwritten_unasked(
     run: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["edit", run.run, "--steps", "1", "--out", str(tmp_path / "out"), "--from"]
-    assert main([*command, RED]) == 0
+    assert main([*command, RED, "--count", "2"]) == 0
+    (tmp_path / "out" / "001-notes.txt").write_text("mine")
     was = (tmp_path / "out" / "000-before.png").read_bytes()
     assert main([*command, BLUE]) == 2
     assert "holds another edit" in capsys.readouterr().err
     assert (tmp_path / "out" / "000-before.png").read_bytes() == was
     assert main([*command, BLUE, "--redo"]) == 0
     assert (tmp_path / "out" / "000-before.png").read_bytes() != was
+    left = ["000-after.png", "000-before.png", "001-notes.txt", "edit.json", "sheet.html"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == left, "of the other edit no image, and all else"
 
 
 def test_models_that_cannot_be_edited_are_refused(

@@ -15,7 +15,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from eval import reconstruct
 from shards.dataset import Dataset
-from shards.settings import StageError
+from shards.settings import ConfigError, StageError
 from tests.latents import world
 from tests.train import tiny
 from tests.train.test_autoencoder import pictures
@@ -99,3 +99,9 @@ def test_nothing_to_look_at_is_one_sentence(tmp_path: Path) -> None:
     tiny.make_images(tmp_path / "images", counts=(2,))
     with pytest.raises(StageError, match="there is not one picture to reconstruct"):
         reconstruct.measure(Dataset.open(str(tmp_path / "images")), str(world.save_vae(tmp_path / "vae")), 16, 0)
+
+
+def test_pictures_too_small_for_ssim_are_refused(tmp_path: Path) -> None:
+    tiny.make_images(tmp_path / "images", counts=(2,))
+    with pytest.raises(ConfigError, match=r"latents\.resolution is 8, and SSIM looks at 11 pixels"):
+        reconstruct.measure(Dataset.open(str(tmp_path / "images")), str(world.save_vae(tmp_path / "vae")), 8)

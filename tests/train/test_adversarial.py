@@ -126,6 +126,27 @@ def test_the_discriminator_is_that_of_pix2pix() -> None:
     assert int(rows.max() - rows.min()) + 1 == 70
 
 
+@pytest.mark.parametrize(("side", "layers"), [(8, 1), (12, 2), (24, 3), (32, 3), (40, 3), (48, 4)])
+def test_the_smallest_picture_is_taken_and_a_smaller_one_refused(side: int, layers: int) -> None:
+    """What the configuration lets through gives patches; what is refused would have failed at the first step."""
+    config = AutoencoderConfig(resolution=(64, side), adversarial={"layers": layers, "channels": 40})  # type: ignore[arg-type]
+    assert config.adversarial
+    disc = Discriminator(config.adversarial, 0)
+    assert disc(torch.zeros(1, 3, side, side)).numel() > 0
+    less = 2 * 2**layers  # two places where three are needed
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        disc(torch.zeros(1, 3, less, less))
+    given = {"resolution": [64, max(less, 8)], "adversarial": {"layers": layers + (less < 8)}}
+    with pytest.raises(ConfigError, match=r"a discriminator of \d layers needs \d+ pixels, and the resolution is"):
+        validate(AutoencoderConfig, given, "x.yaml")
+
+
+@pytest.mark.parametrize("channels", [11, 13, 100])
+def test_channels_that_norms_cannot_group_are_refused(channels: int) -> None:
+    with pytest.raises(ConfigError, match=r"adversarial.channels.*multiple of 8"):
+        validate(AutoencoderConfig, {"adversarial": {"channels": channels}}, "x.yaml")
+
+
 # ---- in runs ---------------------------------------------------------------------------------------
 
 

@@ -11,9 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file, save_model
 
+from latents.weights import find_clip
+from shards.dataset import Dataset
 from shards.settings import ConfigError
 from tests.train import tiny
 from train import perceptual
+from train.config import AutoencoderConfig
+from train.objectives import build
 
 
 def pictures(count: int = 2, side: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,3 +121,34 @@ def test_a_file_that_is_no_lpips_is_one_sentence(tmp_path: Path) -> None:
             assert "\n" not in str(e.value)
     with pytest.raises(ConfigError, match="no folder of transformers, and no CLIP"):
         perceptual.digest(str(tmp_path / "nowhere"))
+
+
+def test_a_file_of_weights_behind_the_name_of_a_model_is_no_lpips(tmp_path: Path) -> None:
+    """MODEL:/file is open_clip's, also where the file ends as LPIPS's do; a colon in a file's own name is not."""
+    save_file({"w": torch.zeros(1)}, tmp_path / "clip.safetensors")
+    ref = f"ViT-B-32:{tmp_path / 'clip.safetensors'}"
+    assert perceptual.digest(ref) == find_clip(ref).digest
+    save_file({"w": torch.zeros(1)}, tmp_path / "a:b.safetensors")
+    with pytest.raises(ConfigError, match="holds neither VGG16 nor AlexNet"):
+        perceptual.digest(str(tmp_path / "a:b.safetensors"))
+
+
+@pytest.mark.parametrize(("net", "smallest"), [("alexnet", 31), ("vgg16", 16)])
+def test_pictures_too_small_for_the_network_are_refused_before_the_first_step(
+    net: str, smallest: int, tmp_path: Path
+) -> None:
+    weights = {k: torch.rand(shape) for k, shape in perceptual._wanted(net).items()}
+    save_file(weights, tmp_path / "lpips.safetensors")
+    ours = perceptual.load(str(tmp_path / "lpips.safetensors"))
+    assert ours(*pictures(1, smallest)).isfinite().all()
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        ours(*pictures(1, smallest - 1))
+    tiny.make_images(tmp_path / "images", counts=(4,))
+    given = {
+        **tiny.configuration(tmp_path)["autoencoder"],
+        "perceptual": {"weights": str(tmp_path / "lpips.safetensors")},
+    }
+    config = AutoencoderConfig(**{**given, "resolution": [32, 8]})
+    sentence = rf"needs pictures of {smallest} pixels, and autoencoder\.resolution is 8"
+    with pytest.raises(ConfigError, match=sentence):
+        build("autoencoder", config, [Dataset.open(str(tmp_path / "images"))], 3)

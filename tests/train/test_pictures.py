@@ -378,6 +378,28 @@ def test_on_resume_the_pictures_are_those_it_was_told_until_now(
     assert (again.refusal, again.history) == ("", taken.history)
 
 
+def test_on_resume_each_sources_pictures_are_compared_with_its_own(tmp_path: Path) -> None:
+    """Sources that change their places, or one more before them, are no other pictures; those of another source are."""
+    for name, counts in (("a", (9, 14)), ("b", (5, 12))):
+        tiny.make_latents(tmp_path / name / "latents", counts, text="tokens")
+        tiny.make_images(tmp_path / name / "images", counts)
+    a, b = (str(tmp_path / name / "latents") for name in "ab")
+
+    def taken(stored: History, *sources: str) -> Taken:
+        return resume(json.loads(json.dumps(stored.to_json())), 16, 2, of(*sources), [Dataset.open(s) for s in sources])
+
+    def of(*sources: str) -> TrainConfig:
+        return TrainConfig(inpaint={}, sources=[{"latents": s} for s in sources])  # type: ignore[arg-type]
+
+    both = begun(of(a, b), [Dataset.open(a), Dataset.open(b)])
+    assert taken(both, b, a).refusal == ""
+    assert taken(begun(of(b), [Dataset.open(b)]), a, b).refusal == ""
+    shutil.rmtree(tmp_path / "b" / "images")
+    shutil.copytree(tmp_path / "a" / "images", tmp_path / "b" / "images")
+    for order in ((a, b), (b, a)):
+        assert f"the pictures in {tmp_path / 'b' / 'images'} are others" in taken(both, *order).refusal
+
+
 def test_no_sample_with_a_picture_comes_before_the_account_says(base: Any, tmp_path: Path) -> None:
     """One stands for a sample whose picture is missing, before its own turn: the account must not say it came later."""
     config = configured(base, tmp_path / "r", "edit")

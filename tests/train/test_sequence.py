@@ -115,6 +115,12 @@ def settings(images: Path, run: Path, encoder: str = "t5", **latents: Any) -> di
     }
 
 
+def test_the_priors_latents_ask_for_no_clip_either(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "autoencoder").symlink_to(images / "images-alone" / "autoencoder")
+    data = settings(images, tmp_path) | {"train": {"start_from": "x", "prior": {"prompt": "a dog", "count": 1}}}
+    check_inputs("prior", validate(RunConfig, data, "x.yaml"))
+
+
 def make(images: Path, run: Path, encoder: str = "t5", **latents: Any) -> RunPaths:
     run.mkdir(parents=True)
     for name in ("images", "autoencoder"):
