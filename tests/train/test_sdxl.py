@@ -302,6 +302,10 @@ def test_what_does_not_go_together_is_one_sentence(sdxl: Any, tmp_path: Path) ->
     )
     assert stage[0][0].made_with().weights["text"] != facts["text"]["digest"]  # type: ignore[attr-defined]
     assert other_encoder(facts, facts) is None
+    first, second = facts["text"]["encoders"]
+    padded = {**facts, "text": {**facts["text"], "encoders": [first, {**second, "pad": "end"}]}}
+    assert second["pad"] == "zero"
+    assert other_encoder(facts, padded) == "text_encoder.pad"
 
 
 def test_latents_of_one_clip_are_what_they_were() -> None:
