@@ -192,7 +192,8 @@ def test_latents_hold_transformers_own_states_packed(images: Path, encoder: str,
     rates, facts = planning.rates_of(stage, samples=100), planning.facts_of(stage)
     planned = planning.column_bytes("embeddings", True, rates, facts)
     held = [load_file(Path(run.latents) / f"0000{i}.safetensors") for i in (0, 1)]
-    names = ("mean", "logstd", "tokens", "micro", "embeddings", "embedding_index")
+    assert facts["id_bytes"] == held[0]["tokens"].element_size() == (2 if encoder == "t5" else 4)
+    names = ("mean", "logstd", "tokens", "text_length", "micro", "embeddings", "embedding_index")
     real = sum(h[n].nbytes for h in held for n in names) / sum(len(h["tokens"]) for h in held)
     assert abs(planned / real - 1) < 0.25
 
