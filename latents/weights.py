@@ -227,8 +227,22 @@ class SequenceWeights:
         weights = {f.name: _file_digest(f) for f in self.files}
         return digest_json({"weights": weights, "config": config, "tokenizer": tokenizer})
 
+    @property
+    def longest(self) -> int | None:
+        """How many tokens it has places for; None where these are relative to each other, as T5's."""
+        places = _number(self.config, ("max_position_embeddings",))
+        if places is None or not (file := self.tokenizer / "tokenizer_config.json").is_file():
+            return places
+        told = _read_config(file, "the tokenizer").get("model_max_length")  # RoBERTa has two fewer than its places
+        return min(places, int(told)) if _positive(told, (int, float)) else places
+
     def facts(self, max_length: int) -> dict[str, Any]:
-        """As `text_facts`."""
+        """As `text_facts`; raises ConfigError where it has no places for so many tokens."""
+        if (longest := self.longest) is not None and max_length > longest:
+            raise ConfigError(
+                f"latents.text_encoder.max_length is {max_length}, and '{self.ref}' has places for {longest} tokens; "
+                "lower it"
+            )
         return {
             "kind": SEQUENCE,
             "ref": self.ref,

@@ -16,7 +16,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import GemmaConfig, GemmaModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    GemmaConfig,
+    GemmaModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from eval import model as checkpoints
 from eval.generate import ImageGenerator, Sample
@@ -255,6 +263,23 @@ def test_ids_that_the_encoder_does_not_know_are_left_out(images: Path, tmp_path:
     save_tokenizer(folder, 70_000)
     with pytest.raises(ConfigError, match="its tokenizer has ids up to 69999, and its weights know 259 of them"):
         SequenceEncoder(find_sequence(str(folder)), 32)
+
+
+def test_captions_longer_than_the_encoders_places_are_refused_beforehand(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bert"
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=300, max_position_embeddings=40, **sizes)).save_pretrained(folder)
+    save_tokenizer(folder, 300)
+    weights = find_sequence(str(folder))
+    with pytest.raises(ConfigError, match=r"max_length is 41, and .* has places for 40 tokens; lower it"):
+        weights.facts(41)
+    text = SequenceEncoder(weights, weights.facts(40)["context_length"])
+    assert torch.isfinite(text.encode_tokens(text.tokens_of(["a caption that is long " * 9]))[0]).all()
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "model_max_length": 38}))
+    with pytest.raises(ConfigError, match="has places for 38 tokens"):
+        find_sequence(str(folder)).facts(40)
+    assert find_sequence(str(images / "t5")).longest is None
 
 
 def test_the_priors_pictures_need_no_clip_either(images: Path, tmp_path: Path) -> None:
