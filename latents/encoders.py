@@ -21,7 +21,17 @@ from safetensors import safe_open
 
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP
 from latents.text import ClipPair, Features, SequenceEncoder, Text
-from latents.weights import PADS, PAIR, SEQUENCE, ClipWeights, VaeWeights, find_clip, find_sequence, find_vae
+from latents.weights import (
+    PADS,
+    PAIR,
+    SEQUENCE,
+    ClipWeights,
+    VaeWeights,
+    clips_of,
+    find_clip,
+    find_sequence,
+    find_vae,
+)
 from shards.settings import ConfigError, StageError
 
 TEXT_LAYERS = ("last", "penultimate", "last_no_norm", "penultimate_no_norm")
@@ -377,7 +387,8 @@ def other_encoder(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | Non
     ):
         if one[what].get(fact, default) != other[what].get(fact, default):
             return name
-    return None
+    pads = [[clip.get("pad", "zero") for clip in clips_of(facts["text"])] for facts in (one, other)]
+    return "text_encoder.pad" if pads[0] != pads[1] else None  # of a pair, the first one's is the pad of both
 
 
 def _as_fake(module: Any, like: Any, dtype: torch.dtype) -> Any:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from latents.config import LatentsConfig
-from latents.stage import LatentsStage
-from latents.weights import clips_of, find_clip, find_vae, text_facts
+from latents.stage import LatentsStage, id_type
+from latents.weights import clips_of, find_clip, find_sequence, find_vae, text_facts
 from shards import images, storage
 from shards.fingerprint import digest_json
 from shards.settings import ConfigError, StageError
@@ -78,9 +78,11 @@ class Choice:
 
 def column_bytes(text: str, moments: bool, rates: Rates, facts: dict[str, int], resolutions: int = 1) -> float:
     """Bytes of a sample's columns. facts: channels, context, width, pooled (0 where it is not stored), flips (2 where
-    mirrored pictures are encoded too), and how many encoders have tokens of their own; one each, where left out."""
+    mirrored pictures are encoded too), how many encoders have tokens of their own; one each, where left out. And of an
+    id, 2 where left out, and of what says how long a caption is, 0 where left out."""
     latent = facts["channels"] * rates.area * facts.get("flips", 1)
-    size = latent * (3 if moments else 2) + 2 * facts["context"] * facts.get("encoders", 1) + MICRO_BYTES * resolutions
+    ids = facts.get("id_bytes", 2) * facts["context"] * facts.get("encoders", 1) + facts.get("length_bytes", 0)
+    size = latent * (3 if moments else 2) + ids + MICRO_BYTES * resolutions
     if text == "embeddings":
         rows = rates.tokens or facts["context"]
         size += INDEX_BYTES + rates.distinct * 2 * (rows * facts["width"] + facts["pooled"])
@@ -122,6 +124,9 @@ def facts_of(stage: LatentsStage) -> dict[str, int]:
         pooled = int(clip.model_cfg.get("embed_dim") or clip.width)
     channels = int(vae.config["latent_channels"])
     found = {"channels": channels, "context": text["context_length"], "width": text["width"], "pooled": pooled}
+    if stage.config.sequence is not None:
+        vocabulary = find_sequence(stage.config.sequence.pretrained).vocabulary
+        found |= {"id_bytes": id_type(vocabulary).itemsize, "length_bytes": 2}
     return found | {"encoders": len(clips_of(text))} | ({"flips": 2} if stage.config.flip else {})
 
 

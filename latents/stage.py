@@ -640,7 +640,7 @@ class _Worker:
     def _tokenise(self, captions: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Captions and, as row N, the empty one: columns of N+1 rows of token ids, and which distinct row is each
         one's, int64 [N+1]. Captions of the same tokens share a row."""
-        kind = np.uint16 if self.text.vocabulary <= 1 << 16 else np.uint32
+        kind = id_type(self.text.vocabulary)
         found = self.text.tokens_of([*captions, ""])
         tokens = {n: ids.astype(np.uint16 if n == "text_length" else kind) for n, ids in found.items()}
         first: dict[bytes, int] = {}
@@ -856,6 +856,11 @@ def _check_accounting(root: str, stats: dict[str, Any], source: Any, left_out: _
             f"{shard} has {stats['count']} latents and {failed} set aside where there were {source.count} pictures"
         )
     return source.count - done
+
+
+def id_type(vocabulary: int) -> np.dtype[Any]:
+    """The type of a column of token ids below `vocabulary`."""
+    return np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
 
 
 def _vae_facts(vae: VaeWeights) -> dict[str, Any]:

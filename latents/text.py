@@ -102,6 +102,9 @@ class SequenceEncoder:
     Captions are cut to `context_length` tokens with the tokenizer's own special ones. Places beyond a caption's tokens
     are zeros, and neither the encoder nor the UNet attends to them (`mask_of`): how long the rows are filled up to is
     of no consequence. There is no pooled embedding.
+
+    In place of float16 the arithmetic is that of bfloat16: T5's states leave the range of float16, and transformers
+    clips them there, so that what is wrong would be finite.
     """
 
     called = "the text encoder"
@@ -111,6 +114,7 @@ class SequenceEncoder:
     def __init__(
         self, weights: SequenceWeights, max_length: int, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
+        dtype = _own_type(dtype)
         self.weights, self.device, self.dtype = weights, device, dtype
         self.ref, self.digest = weights.ref, weights.digest
         self.context_length, self.width, self.vocabulary = max_length, weights.width, weights.vocabulary
@@ -119,6 +123,12 @@ class SequenceEncoder:
             raise StageError(f"the text encoder '{self.ref}' was exchanged while it was loaded; run the command again")
         self._exact: Any = self.model if dtype == torch.float32 else None
         self.tokenizer: Any = _tokenizer(weights)
+        own = self.tokenizer.get_vocab().items() - self.tokenizer.get_added_vocab().items()
+        if (most := max((i for _, i in own), default=0)) >= self.vocabulary:
+            raise ConfigError(
+                f"the text encoder '{self.ref}': its tokenizer has ids up to {most}, and its weights know "
+                f"{self.vocabulary} of them; put the model's own tokenizer beside it"
+            )
         if len(self._ids([""])[0]) == 0:
             raise ConfigError(f"the text encoder '{self.ref}' has no token for an empty caption, which guidance needs")
 
@@ -128,8 +138,8 @@ class SequenceEncoder:
         found = self.tokenizer(
             clean, truncation=True, max_length=self.context_length, padding=False, return_attention_mask=False
         )
-        ids: list[list[int]] = found["input_ids"]
-        return ids
+        # Some tokenizers have added words beyond the model's, such as one that stands for a picture.
+        return [[i for i in ids if i < self.vocabulary] for ids in found["input_ids"]]
 
     def tokens_of(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """tokens int64 [B,context_length], zeros behind a caption's; text_length int64 [B], how many it has."""
@@ -159,9 +169,8 @@ class SequenceEncoder:
         return out, out.new_empty(len(lengths), 0)
 
     def features_of(self, batch: Mapping[str, torch.Tensor], dtype: torch.dtype, pooled: bool = False) -> Features:
-        """[B,context_length,width] where the batch lies. In place of float16, in which T5 overflows, the arithmetic is
-        that of bfloat16. The encoder moves there at the first call, and stays."""
-        ids, own = batch["tokens"], torch.bfloat16 if dtype == torch.float16 else dtype
+        """[B,context_length,width] where the batch lies. The encoder moves there at the first call, and stays."""
+        ids, own = batch["tokens"], _own_type(dtype)
         model = self.model
         if hasattr(ids, "fake_mode"):  # memory and FLOPs are counted, and the weights stay as they are
             model = _as_fake(model, ids, own)
@@ -170,6 +179,10 @@ class SequenceEncoder:
             self.device, self.dtype, self._exact = str(ids.device), own, None
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             return Features(_states(model, ids, batch["text_length"]).to(dtype), None)
+
+
+def _own_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def mask_of(length: torch.Tensor, places: int) -> torch.Tensor:

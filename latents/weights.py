@@ -227,8 +227,22 @@ class SequenceWeights:
         weights = {f.name: _file_digest(f) for f in self.files}
         return digest_json({"weights": weights, "config": config, "tokenizer": tokenizer})
 
+    @property
+    def longest(self) -> int | None:
+        """How many tokens it has places for; None where these are relative to each other, as T5's."""
+        places = _number(self.config, ("max_position_embeddings",))
+        if places is None or not (file := self.tokenizer / "tokenizer_config.json").is_file():
+            return places
+        told = _read_config(file, "the tokenizer").get("model_max_length")  # RoBERTa has two fewer than its places
+        return min(places, int(told)) if _positive(told, (int, float)) else places
+
     def facts(self, max_length: int) -> dict[str, Any]:
-        """As `text_facts`."""
+        """As `text_facts`; raises ConfigError where it has no places for so many tokens."""
+        if (longest := self.longest) is not None and max_length > longest:
+            raise ConfigError(
+                f"latents.text_encoder.max_length is {max_length}, and '{self.ref}' has places for {longest} tokens; "
+                "lower it"
+            )
         return {
             "kind": SEQUENCE,
             "ref": self.ref,
@@ -497,12 +511,17 @@ def _clip_text_folder(ref: str, folder: Path) -> ClipWeights:
         "width": ("hidden_size", 512), "heads": ("num_attention_heads", 8), "layers": ("num_hidden_layers", 12),
     }  # fmt: skip
     text: dict[str, Any] = {ours: config.get(theirs, default) for ours, (theirs, default) in names.items()}
-    if not all(_positive(v, int) for v in text.values()):
+    inner, projection = config.get("intermediate_size", 2048), config.get("projection_dim", 512)
+    if not all(_positive(v, int) for v in (*text.values(), inner, projection)):
         raise ConfigError(f"the CLIP '{ref}': {folder / 'config.json'} has a size that is no whole number above 0")
-    text["mlp_ratio"] = config.get("intermediate_size", 2048) / text["width"]
+    if (eps := config.get("layer_norm_eps", 1e-5)) != 1e-5:
+        raise ConfigError(f"the CLIP '{ref}': its layer_norm_eps is {eps}, and must be 1e-5 as all of CLIP's are")
+    text["mlp_ratio"] = inner / text["width"]
+    if int(text["width"] * text["mlp_ratio"]) != inner:  # which is how open_clip takes it back
+        text["mlp_ratio"] = (inner + 0.5) / text["width"]
     _require_plain_text(ref, text)
     projected = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
-    model_cfg = {"embed_dim": config.get("projection_dim", 512) if projected else None, "text_cfg": text}
+    model_cfg = {"embed_dim": projection if projected else None, "text_cfg": text}
     return ClipWeights(ref, TEXT_ALONE, None, file, model_cfg, activation == "quick_gelu")
 
 

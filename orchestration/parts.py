@@ -71,7 +71,7 @@ def check_inputs(name: str, config: RunConfig) -> None:
         raise ConfigError("prior: train.prior is not set, so no pictures are to be drawn; see docs/train.md")
     if name in ("latents", "prior", "eval"):
         fitted = [n for n in ("autoencoder", "clip") if not pretrained(n, config)]
-        if name in ("latents", "prior") and config.latents.sequence is not None:
+        if name != "eval" and config.latents.sequence is not None:
             fitted = [n for n in fitted if n != "clip"]  # that encoder stands in its place
         models = {"autoencoder": vae_ref(config), "clip": text_ref(config)}
         needs += [(models[n], f"a finished {n}", n) for n in fitted]

@@ -96,6 +96,7 @@ _PATHS = {
     "autoencoder.start_from": "reference",
     "autoencoder.perceptual.weights": "reference",
     "clip.pretrained": "reference",
+    "latents.text_encoder.pretrained": "reference",
     "train.start_from": "reference",
     "train.adapter.start_from": "path",
     "train.sources.*.latents": "path",

@@ -47,7 +47,8 @@ class SequencePipeline(DiffusionPipeline):
         found = self.tokenizer(prompts, truncation=True, max_length=self.config.max_length, padding=False)["input_ids"]
         ids = torch.zeros(len(prompts), self.config.max_length, dtype=torch.int64)
         mask = torch.zeros_like(ids)
-        for i, tokens in enumerate(found):
+        known = self.text_encoder.get_input_embeddings().num_embeddings  # a tokenizer may have added words beyond
+        for i, tokens in enumerate([token for token in tokens if token < known] for tokens in found):
             ids[i, : len(tokens)] = torch.tensor(tokens)
             mask[i, : len(tokens)] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)

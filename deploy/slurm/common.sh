@@ -13,9 +13,9 @@ port=$((20000 + SLURM_JOB_ID % 10000)) # between those of Ray's workers and thos
 state=$(mktemp --directory "${TMPDIR:-/tmp}/carrara-$SLURM_JOB_ID-XXXXXX") # where the command's pid and exit code are told
 trap 'rm -rf "$state"' EXIT
 asked=""
-# Ray's sockets lie 63 letters below the folder for temporary files; their paths have room for 107.
+# Ray's sockets lie up to 68 letters below the folder for temporary files; their paths have room for 107.
 temporary=${RAY_TMPDIR:-${TMPDIR:-/tmp}}
-[ "${#temporary}" -le 40 ] || export RAY_TMPDIR=/tmp
+[ "${#temporary}" -le 39 ] || export RAY_TMPDIR=/tmp
 
 # stage COMMAND...: `carrara COMMAND...` on a Ray that spans the nodes, closed to strangers by a token of its own.
 stage() {

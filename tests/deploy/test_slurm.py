@@ -7,6 +7,7 @@ real: the scripts, bash, ray and deepspeed as installed, the signals."""
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import random
 import re
@@ -280,3 +281,11 @@ def test_a_training_by_deepspeed_on_two_nodes_is_stopped_in_time_and_goes_on(
     assert folders.read_manifest(folders.latest_complete(run / "clip" / "checkpoints"))["images"] == seen + 16
     assert (run / "clip/model/open_clip_model.safetensors").is_file()
     assert [line.split()[0] for line in asked(tmp_path)] == ["requeue"], out
+
+
+def test_rays_sockets_fit_below_the_longest_folder_that_is_left_to_it() -> None:
+    longest = re.search(r"temporary}\" -le (\d+) \]", (ROOT / "deploy/slurm/common.sh").read_text())
+    assert longest is not None
+    # As ray._private.node names them, in a process of the highest number that Linux gives on 64 bits.
+    session = f"session_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S_%f}_{(1 << 22) - 1}"
+    assert int(longest[1]) + len(f"/ray/{session}/sockets/plasma_store") <= 107

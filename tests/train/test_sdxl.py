@@ -144,6 +144,19 @@ def test_a_pipelines_own_encoders_are_read_as_they_lie(sdxl: Any, tmp_path: Path
         assert model.state_dict().keys() == mine.state_dict().keys()
         assert all(torch.equal(v, mine.state_dict()[k]) for k, v in model.state_dict().items())
     build("train", TrainConfig(images=16, start_from=str(public)), [dataset], 5)
+    config = json.loads((public / "text_encoder" / "config.json").read_text())
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "model.safetensors").write_bytes(b"")
+    for changes, said in (
+        ({"intermediate_size": "64"}, "has a size that is no whole number"),
+        ({"projection_dim": 0}, "has a size that is no whole number"),
+        ({"layer_norm_eps": 1e-6}, "its layer_norm_eps is 1e-06, and must be 1e-5"),
+    ):
+        (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(ConfigError, match=said):
+            find_clip(str(tmp_path / "odd"))
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "hidden_size": 704, "intermediate_size": 960}))
+    assert int(704 * find_clip(str(tmp_path / "odd")).model_cfg["text_cfg"]["mlp_ratio"]) == 960
     with pytest.raises(ConfigError, match="is a text encoder alone and can judge no image"):
         text.first.encode_captions(["a"])
     with pytest.raises(ConfigError, match="is a text encoder alone"):
@@ -302,6 +315,10 @@ def test_what_does_not_go_together_is_one_sentence(sdxl: Any, tmp_path: Path) ->
     )
     assert stage[0][0].made_with().weights["text"] != facts["text"]["digest"]  # type: ignore[attr-defined]
     assert other_encoder(facts, facts) is None
+    first, second = facts["text"]["encoders"]
+    padded = {**facts, "text": {**facts["text"], "encoders": [first, {**second, "pad": "end"}]}}
+    assert second["pad"] == "zero"
+    assert other_encoder(facts, padded) == "text_encoder.pad"
 
 
 def test_latents_of_one_clip_are_what_they_were() -> None:
