@@ -69,10 +69,13 @@ class Host:
     async def process(self, task: bytes) -> tuple[dict[str, Any], int]:
         await asyncio.sleep(self.seconds)
         stats = {
-            "shard": pickle.loads(task).index, "rows": 10_000, "count": 8_100, "encode_seconds": 0.0,
+            "shard": pickle.loads(task).index,
+            "rows": 10_000,
+            "count": 8_100,
+            "encode_seconds": 0.0,
             "status": {"success": 8_100, "failed_to_download": 1_900},
             "errors": {"http_not_found": 1_000, "timeout": 900},
-        }  # fmt: skip
+        }
         return stats, 350_000_000
 
 
@@ -109,7 +112,7 @@ def driver(workers: int = 4800, request_ms: float = 30.0, seconds: float = 4.0, 
         job = Job(stage, ledger, progress, StopFlag(), Lease(folder, "ingest", stage.root))
         made = actors.Fleet
 
-        class Fleet(made):  # type: ignore[misc, valid-type]
+        class Fleet(made):
             def __init__(self, *arguments: Any) -> None:
                 super().__init__(*arguments)
                 self.actor = _Hosted(hosts)
@@ -117,7 +120,7 @@ def driver(workers: int = 4800, request_ms: float = 30.0, seconds: float = 4.0, 
             def _kill(self, hand: Any) -> None:
                 pass
 
-        actors.Fleet = Fleet  # type: ignore[misc]
+        actors.Fleet = Fleet
         asked.clear()
         cpu, began = time.process_time(), time.perf_counter()
         times: list[float] = []
@@ -127,7 +130,7 @@ def driver(workers: int = 4800, request_ms: float = 30.0, seconds: float = 4.0, 
             times.append(time.perf_counter())
             done(task, stats, **figures)
 
-        job.done = count  # type: ignore[method-assign]
+        job.done = count
         actors.on_ray(job, CpuPool(workers=workers, memory_gb=None), RayConfig())
         took, cpu = time.perf_counter() - began, time.process_time() - cpu
         by_thread = dict(asked)

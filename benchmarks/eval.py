@@ -211,9 +211,16 @@ def bench_features(count: int = 24, side: int = 256, batch: int = 8) -> None:
 
         def staged() -> float:
             stage = FeaturesStage(
-                f"{folder}/images", f"{folder}/{next(folders)}", "x", "inception", str(weights), side, batch,
-                torch.get_num_threads(), "cpu",
-            )  # fmt: skip
+                f"{folder}/images",
+                f"{folder}/{next(folders)}",
+                "x",
+                "inception",
+                str(weights),
+                side,
+                batch,
+                torch.get_num_threads(),
+                "cpu",
+            )
             begin(stage)
             work = FeaturesWorker.__new__(FeaturesWorker)
             work.__dict__ |= known | {"stage": stage, "folder": open_folder(stage)}  # the network is loaded already
@@ -259,7 +266,7 @@ def peak(count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         image_shards(f"{folder}/images", count, 128, 128)
         (Path(folder) / "w.pth").write_bytes(b"x")
-        networks.load = lambda *_: Network()  # type: ignore[assignment]
+        networks.load = lambda *_: Network()
         stage = FeaturesStage(f"{folder}/images", f"{folder}/out", "x", "inception", f"{folder}/w.pth", 128)
         begin(stage)
         work = stage.worker()

@@ -97,7 +97,7 @@ def objective_of(
             torch.manual_seed(seed)
             with torch.device(device or DEVICE):
                 unet = UNet2DConditionModel(**unet_config)
-            super().__init__(unet, unet_config, None)  # type: ignore[arg-type]
+            super().__init__(unet, unet_config, None)
             self.tower = [tower]  # in a list, so that it is no part of what is trained
             self.channels_last = False
             self.sized = unet_config.get("addition_embed_type") == "text_time"
@@ -124,7 +124,7 @@ def objective_of(
             return [str(p) for p in positions]
 
         def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-            level = self.levels[batch["t"]].reshape(-1, 1, 1, 1)  # type: ignore[index]
+            level = self.levels[batch["t"]].reshape(-1, 1, 1, 1)
             xt = (1 - level) * batch["x0"] + level * batch["noise"]
             if self.channels_last:
                 xt = xt.contiguous(memory_format=torch.channels_last)
@@ -489,10 +489,17 @@ def planned(unet_config: dict[str, Any], side: int, checkpointing: bool) -> dict
 
 
 def speed(
-    unet: dict[str, Any], side: int, counted: Future[dict[str, float]], peak: dict[str, float], sizes: Sequence[int],
-    changes: dict[str, Any], tokens: bool = False, checkpointing: bool = False, first: bool = False,
+    unet: dict[str, Any],
+    side: int,
+    counted: Future[dict[str, float]],
+    peak: dict[str, float],
+    sizes: Sequence[int],
+    changes: dict[str, Any],
+    tokens: bool = False,
+    checkpointing: bool = False,
+    first: bool = False,
     channels_last: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Images/s, memory and utilisation of the loop's own hot path at each batch size up to what fits.
 
     first: only the first of the sizes that fits. channels_last: once more so, at the fastest size.
@@ -514,7 +521,7 @@ def speed(
             found = _or_too_large(unet, side, size, plan["flops"], peak, again, tokens, checkpointing)
             result[f"channels_last_{best}"] = found or {"failed": "out of memory"}
     except BaseException as e:
-        e.partial = result  # type: ignore[attr-defined]
+        e.partial = result
         raise
     return result
 
@@ -585,7 +592,7 @@ def beside_bare(batch: int, out: Path) -> dict[str, Any]:
             del engine, ours, step, judge, late
             free()
     except BaseException as e:
-        e.partial = result  # type: ignore[attr-defined]
+        e.partial = result
         raise
     return result
 
@@ -612,9 +619,15 @@ def profiled(step: Callable[[], None], file: Path) -> dict[str, Any]:
 
 
 def one_speed(
-    unet: dict[str, Any], side: int, batch: int, flops: float, peak: dict[str, float], changes: dict[str, Any],
-    tokens: bool, checkpointing: bool,
-) -> dict[str, Any]:  # fmt: skip
+    unet: dict[str, Any],
+    side: int,
+    batch: int,
+    flops: float,
+    peak: dict[str, float],
+    changes: dict[str, Any],
+    tokens: bool,
+    checkpointing: bool,
+) -> dict[str, Any]:
     from train.data import Ahead
     from train.guard import Guard
     from train.plan import peak_flops
@@ -628,9 +641,12 @@ def one_speed(
     began = synchronised()
     precision = "bf16" if CUDA else "fp32"
     engine = engine_of(
-        objective, batch_size=batch, precision=precision, activation_checkpointing=checkpointing,
+        objective,
+        batch_size=batch,
+        precision=precision,
+        activation_checkpointing=checkpointing,
         **({"zero_stage": 0} | changes),  # one rank has nothing to share out
-    )  # fmt: skip
+    )
     judge, late, told = Guard(None, RANKS.device), Late(RANKS.device), []
     pool = [objective.batch(np.arange(i * batch, (i + 1) * batch)) for i in range(2)]
 
@@ -717,16 +733,19 @@ def generation_speed() -> dict[str, Any]:
         vae = AutoencoderKL(**vae_config).eval().to(dtype=dtype, memory_format=torch.channels_last)
     pipeline = StableDiffusionPipeline(
         vae, None, None, unet, DPMSolverMultistepScheduler(), None, None, requires_safety_checker=False
-    )  # fmt: skip
+    )
     pipeline.set_progress_bar_config(disable=True)
     batch, steps = (8, 50) if CUDA else (1, 2)
-    text = torch.randn(batch, 77, unet_config["cross_attention_dim"], device=DEVICE, dtype=dtype)  # type: ignore[call-overload]
+    text = torch.randn(batch, 77, unet_config["cross_attention_dim"], device=DEVICE, dtype=dtype)
 
     def draw(steps: int) -> None:
         pipeline(
-            prompt_embeds=text, negative_prompt_embeds=text, num_inference_steps=steps, guidance_scale=5.0,
+            prompt_embeds=text,
+            negative_prompt_embeds=text,
+            num_inference_steps=steps,
+            guidance_scale=5.0,
             output_type="pt",
-        )  # fmt: skip
+        )
 
     draw(2)
     began = synchronised()
@@ -811,7 +830,7 @@ def run(out: str, minutes: float, only: list[str] | None = None) -> None:
         ("sdxl_1024", 40, lambda: speed(sdxl, px[2], xl, peak, at["xl"], {}, False, True, True, False)),
         ("save_stall", 25, save_stall),
         ("sd2_256_compiled", 90, compiled),
-    ]  # fmt: skip
+    ]
     # Longer proofs, run where they are named.
     further: list[tuple[str, float, Callable[[], Any]]] = [
         ("step_adamw_fp32", 60, lambda: correctness("adamw", "fp32")),

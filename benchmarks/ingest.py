@@ -77,9 +77,13 @@ def serve(bodies: list[bytes], tls: tuple[str, str] | None, port: Any, core: int
                 length = str(len(body)).encode()
                 connection = b"keep-alive" if keep else b"close"
                 writer.write(
-                    b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: " + length
-                    + b"\r\nConnection: " + connection + b"\r\n\r\n" + body
-                )  # fmt: skip
+                    b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: "
+                    + length
+                    + b"\r\nConnection: "
+                    + connection
+                    + b"\r\n\r\n"
+                    + body
+                )
                 await writer.drain()
                 if not keep:
                     break
@@ -104,11 +108,18 @@ def certificate(folder: Path) -> tuple[str, str]:
     """A self-signed certificate for 127.0.0.1, by the openssl command."""
     cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
     subprocess.run(
-        [*["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"],
-         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert],
+        [
+            *["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"],
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-keyout",
+            key,
+            "-out",
+            cert,
+        ],
         check=True,
         capture_output=True,
-    )  # fmt: skip
+    )
     return cert, key
 
 
@@ -170,9 +181,24 @@ def client_img2dataset(base: str, out: Path, images: int) -> float:
     rows = str(table(out, base, images))
     reader = Reader(rows, "csv", "url", "caption", None, None, [], images, set(), str(folder / "_tmp"))
     download = Downloader(
-        WebDatasetSampleWriter, Resizer(256, "center_crop", False), 64, True, True, str(folder), reader.column_list,
-        10, images, 5, "sha256", None, "jpg", 0, "img2dataset", ["noai", "noimageai", "noindex"], None,
-    )  # fmt: skip
+        WebDatasetSampleWriter,
+        Resizer(256, "center_crop", False),
+        64,
+        True,
+        True,
+        str(folder),
+        reader.column_list,
+        10,
+        images,
+        5,
+        "sha256",
+        None,
+        "jpg",
+        0,
+        "img2dataset",
+        ["noai", "noimageai", "noindex"],
+        None,
+    )
     first, second = reader
     download(first)
     began = time.process_time()
@@ -225,9 +251,12 @@ def psnr_of_stored(out: Path, bodies: list[bytes]) -> float:
     import pyarrow.parquet as pq
     import webdataset
 
-    keys = {k: int(u.rpartition("/")[2].partition(".")[0]) for k, u in zip(
-        *(pq.read_table(out / "00001.parquet", columns=[c])[c].to_pylist() for c in ("key", "url")), strict=True
-    )}  # fmt: skip
+    keys = {
+        k: int(u.rpartition("/")[2].partition(".")[0])
+        for k, u in zip(
+            *(pq.read_table(out / "00001.parquet", columns=[c])[c].to_pylist() for c in ("key", "url")), strict=True
+        )
+    }
     errors: dict[int, float] = {}
     for sample in webdataset.WebDataset(str(out / "00001.tar"), shardshuffle=False):
         number = keys[sample["__key__"]] % len(bodies)
@@ -281,8 +310,11 @@ def compare(name: str, images: int, rounds: int, kernel: str, folder: Path) -> N
                 spec |= {"bodies": str(source), "filter": kernel}
                 found = subprocess.run(
                     [sys.executable, "-m", "benchmarks.ingest", "--child", json.dumps(spec)],
-                    env=environment, check=True, stdout=subprocess.PIPE, text=True,
-                )  # fmt: skip
+                    env=environment,
+                    check=True,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
                 *said, last = found.stdout.strip().splitlines()
                 seconds = float(last)
                 print("".join(f"{line}\n" for line in said if "memory" in line), end="")

@@ -89,10 +89,8 @@ def save_clip(folder: Path, width: int, layers: int) -> Path:
     config: dict[str, Any] = {
         "embed_dim": width,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32},
-        "text_cfg": {
-            "context_length": 77, "vocab_size": 49408, "width": width, "heads": width // 64, "layers": layers
-        },
-    }  # fmt: skip
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": width, "heads": width // 64, "layers": layers},
+    }
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
@@ -122,11 +120,19 @@ def image_run(run: RunPaths, shards: int, rows: int, side: int, distinct: int = 
             lines.append(
                 {
                     "url": f"https://images{row % 50}.example.com/{token[:2]}/{token[2:18]}.jpg",
-                    "caption": caption, "key": key, "status": "success", "error": None, "error_message": None,
-                    "width": 4 * side // 3, "height": side, "original_width": 640, "original_height": 480,
-                    "sha256": token, "image_ext": "jpg",
+                    "caption": caption,
+                    "key": key,
+                    "status": "success",
+                    "error": None,
+                    "error_message": None,
+                    "width": 4 * side // 3,
+                    "height": side,
+                    "original_width": 640,
+                    "original_height": 480,
+                    "sha256": token,
+                    "image_ext": "jpg",
                 }
-            )  # fmt: skip
+            )
         tar, places = pack_tar(samples)
         for line, place in zip(lines, places, strict=True):
             line["image_offset"], line["image_size"] = place["jpg"]
@@ -378,12 +384,16 @@ def scale(given: argparse.Namespace, folder: Path) -> None:
     Path(run.images).mkdir(parents=True)
     Path(run.latents).mkdir()
     manifest = {
-        "kind": "images", "format_version": 1, "fingerprint": "0" * 32, "rows": count * 10_000, "count": count * 9_000,
+        "kind": "images",
+        "format_version": 1,
+        "fingerprint": "0" * 32,
+        "rows": count * 10_000,
+        "count": count * 9_000,
         "shards": [
             {"index": i, "rows": 10_000, "count": 9_000, "digest": hashlib.sha256(str(i).encode()).hexdigest()[:32]}
             for i in range(count)
         ],
-    }  # fmt: skip
+    }
     Path(run.images, "dataset.json").write_text(json.dumps(manifest, indent=1))
     stage = stage_of(folder, "large", Path(run.images), vae, clip, device="cpu", text="tokens")
     four = [0.12345678901234567] * 4
@@ -391,20 +401,31 @@ def scale(given: argparse.Namespace, folder: Path) -> None:
         if task.index % 10 == 9:
             continue  # what is left
         stats = {
-            "rows": 10_000, "count": 9_000, "status": {"failed_to_download": 1_000, "success": 9_000}, "errors": {},
-            "captions": None, "seconds": 812.4, "images_per_second": 11.1, "encode_seconds": 800.1, "wait_seconds": 1.2,
+            "rows": 10_000,
+            "count": 9_000,
+            "status": {"failed_to_download": 1_000, "success": 9_000},
+            "errors": {},
+            "captions": None,
+            "seconds": 812.4,
+            "images_per_second": 11.1,
+            "encode_seconds": 800.1,
+            "wait_seconds": 1.2,
             "channels": {"count": 9_216_000, **dict.fromkeys(("mean", "m2", "variance", "minimum", "maximum"), four)},
-            "shard": task.index, "fingerprint": task.fingerprint.to_json(),
+            "shard": task.index,
+            "fingerprint": task.fingerprint.to_json(),
             "files": {s: {"size": 1, "sha256": "a" * 64} for s in (".parquet", ".safetensors")},
-        }  # fmt: skip
+        }
         base = f"{run.latents}/{task.index:05d}"
         Path(base + "_stats.json").write_text(json.dumps(stats, indent=1, sort_keys=True) + "\n")
         for suffix in stats["files"]:
             Path(base + suffix).write_bytes(b"x")
     config = {
-        "run": run.run, "ingest": {"table": str(folder)}, "autoencoder": {"pretrained": str(vae)},
-        "clip": {"pretrained": str(clip)}, "latents": {"device": "cpu", "text": "tokens"},
-    }  # fmt: skip
+        "run": run.run,
+        "ingest": {"table": str(folder)},
+        "autoencoder": {"pretrained": str(vae)},
+        "clip": {"pretrained": str(clip)},
+        "latents": {"device": "cpu", "text": "tokens"},
+    }
     (folder / "large.json").write_text(json.dumps(config))
     # The rates are those of a pilot: they are measured once and kept.
     key = planning.rates_key(stage)
@@ -420,8 +441,12 @@ def scale(given: argparse.Namespace, folder: Path) -> None:
     for turn in ("every stats file is read", "they were read before"):
         found = subprocess.run(
             [sys.executable, "-c", watch, *command, "--rows", str(count * 10_000)],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         left, took = found.stdout.strip().splitlines()[-2:]
         print(f"  {turn}: {took}; {left}", flush=True)
 

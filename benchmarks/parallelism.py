@@ -77,8 +77,13 @@ def large(width: int) -> dict[str, Any]:
     }
 
 
-UNETS = {"SD 2 at 128": small(128), "SD 2 at 192": small(192), "SD 2": small(320), "SDXL": large(320),
-         "SDXL at 448": large(448)}  # fmt: skip
+UNETS = {
+    "SD 2 at 128": small(128),
+    "SD 2 at 192": small(192),
+    "SD 2": small(320),
+    "SDXL": large(320),
+    "SDXL at 448": large(448),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +262,7 @@ def even(flops: list[int], stages: int) -> list[int]:
 
 def kept(weights: int, zero_stage: int, gpus: int) -> int:
     """Bytes that a GPU keeps between steps."""
-    return memory(weights, 0, TrainConfig(zero_stage=zero_stage), gpus)[0]  # type: ignore[arg-type]
+    return memory(weights, 0, TrainConfig(zero_stage=zero_stage), gpus)[0]
 
 
 def largest_model(zero_stage: int, gpus: int) -> float:
@@ -276,29 +281,39 @@ def bench_counts() -> None:
     print("\n| UNet | weights | GFLOP an image | in transformer blocks | in residual blocks | arithmetic a step |")
     print("| --- " * 6 + "|")
     for name, c in counted.items():
-        print(f"| {name} | {c.weights / 1e9:.2f} billion | {c.flops / 1e9:,.0f} | {c.of_blocks / c.flops:.0%} | "
-              f"{c.of_resnets / c.flops:.0%} | {seconds(c):.2f} s |")  # fmt: skip
+        print(
+            f"| {name} | {c.weights / 1e9:.2f} billion | {c.flops / 1e9:,.0f} | {c.of_blocks / c.flops:.0%} | "
+            f"{c.of_resnets / c.flops:.0%} | {seconds(c):.2f} s |"
+        )
     for where, link in LINKS.items():
         print(f"\n{where}:\n")
-        print("| UNet | data, ZeRO 0-2 | the same, 4 micro-batches | ZeRO 3 | tensor, 2 | 8 | with convolutions, 2 | 8 "
-              "| pipeline, 2 | 8 |")  # fmt: skip
+        print(
+            "| UNet | data, ZeRO 0-2 | the same, 4 micro-batches | ZeRO 3 | tensor, 2 | 8 | with convolutions, 2 | 8 "
+            "| pipeline, 2 | 8 |"
+        )
         print("| --- " * 10 + "|")
         for name, c in counted.items():
             values = [data_parallel(c, link), data_parallel(c, link, 4), zero_3(c, link)]
             values += [tensor_parallel(c, link, t, conv) for conv in (False, True) for t in (2, 8)]
             values += [pipeline(c, link, s)[0] for s in (2, 8)]
             print(f"| {name} | " + " | ".join(f"{v:.0%}" for v in values) + " |")
-    print("\n| UNet | a GPU sends by data parallelism | by tensor parallelism, 2 | passed between 2 stages "
-          "| largest of 2, of 8 stages | kept, ZeRO 1 | ZeRO 3 |")  # fmt: skip
+    print(
+        "\n| UNet | a GPU sends by data parallelism | by tensor parallelism, 2 | passed between 2 stages "
+        "| largest of 2, of 8 stages | kept, ZeRO 1 | ZeRO 3 |"
+    )
     print("| --- " * 7 + "|")
     for name, c in counted.items():
         shares = [pipeline(c, LINKS["NVLink"], s)[1] for s in (2, 8)]
         cut = even([u.flops for u in c.units], 2)[0]
-        print(f"| {name} | {7 / 4 * 4 * c.weights / 1e9:.1f} GB | {6 * c.blocks * 2 * 2 * BATCH / 1e9:.1f} GB | "
-              f"{4 * c.units[cut - 1].passed * 2 * BATCH / 1e9:.1f} GB | {shares[0]:.0%}, {shares[1]:.0%} | "
-              f"{kept(c.weights, 1, GPUS) / GIB:.1f} GiB | {kept(c.weights, 3, GPUS) / GIB:.1f} GiB |")  # fmt: skip
-    print(f"\nthe most weights that fit {GPUS} GPUs of 80 GB, without activations: "
-          + ", ".join(f"ZeRO {s} {largest_model(s, GPUS) / 1e9:.1f} billion" for s in (0, 1, 2, 3)))  # fmt: skip
+        print(
+            f"| {name} | {7 / 4 * 4 * c.weights / 1e9:.1f} GB | {6 * c.blocks * 2 * 2 * BATCH / 1e9:.1f} GB | "
+            f"{4 * c.units[cut - 1].passed * 2 * BATCH / 1e9:.1f} GB | {shares[0]:.0%}, {shares[1]:.0%} | "
+            f"{kept(c.weights, 1, GPUS) / GIB:.1f} GiB | {kept(c.weights, 3, GPUS) / GIB:.1f} GiB |"
+        )
+    print(
+        f"\nthe most weights that fit {GPUS} GPUs of 80 GB, without activations: "
+        + ", ".join(f"ZeRO {s} {largest_model(s, GPUS) / 1e9:.1f} billion" for s in (0, 1, 2, 3))
+    )
 
 
 # ---- two ranks here ------------------------------------------------------------------------------------------
@@ -393,11 +408,16 @@ def on_two_ranks(rank: int, port: int, turns: int, batch: int, out: Any) -> None
             times[name].append(time.perf_counter() - began)
     if rank == 0:
         ratios = [a / b for a, b in zip(times["data"], times["tensor"], strict=True)]
-        out.put({
-            "loss": (loss, other), "gradients": farthest, "blocks": len(blocks),
-            "collectives": sum(collectives.get_comm_counts().values()), "ratios": ratios,
-            "seconds": {n: statistics.median(v) for n, v in times.items() if v},
-        })  # fmt: skip
+        out.put(
+            {
+                "loss": (loss, other),
+                "gradients": farthest,
+                "blocks": len(blocks),
+                "collectives": sum(collectives.get_comm_counts().values()),
+                "ratios": ratios,
+                "seconds": {n: statistics.median(v) for n, v in times.items() if v},
+            }
+        )
     torch.distributed.destroy_process_group()
 
 
@@ -422,13 +442,17 @@ def measure(turns: int, batch: int = 8) -> dict[str, Any]:
 def bench_measure(turns: int) -> None:
     """Exactness, collectives and time of tensor parallelism on two ranks here."""
     found = measure(turns)
-    print(f"\nloss {found['loss'][0]:.7f} on one rank, {found['loss'][1]:.7f} on two; farthest gradient "
-          f"{found['gradients']:.1e} of its tensor's largest; {found['collectives']} collectives a step of "
-          f"{found['blocks']} transformer blocks")  # fmt: skip
+    print(
+        f"\nloss {found['loss'][0]:.7f} on one rank, {found['loss'][1]:.7f} on two; farthest gradient "
+        f"{found['gradients']:.1e} of its tensor's largest; {found['collectives']} collectives a step of "
+        f"{found['blocks']} transformer blocks"
+    )
     low, *_, high = sorted(found["ratios"])
-    print(f"a step takes {found['seconds']['tensor']:.3f} s, where two ranks that share the batch take "
-          f"{found['seconds']['data']:.3f} s: {statistics.median(found['ratios']):.2f} of their speed "
-          f"[{low:.2f}, {high:.2f}], {len(found['ratios'])} pairs")  # fmt: skip
+    print(
+        f"a step takes {found['seconds']['tensor']:.3f} s, where two ranks that share the batch take "
+        f"{found['seconds']['data']:.3f} s: {statistics.median(found['ratios']):.2f} of their speed "
+        f"[{low:.2f}, {high:.2f}], {len(found['ratios'])} pairs"
+    )
 
 
 def main() -> None:

@@ -55,8 +55,10 @@ def make(root: Path, samples: int) -> None:
         }
         made = Fingerprint("latents", 3, {}, index)
         stats.append(commit_shard(str(root / "latents"), index, files, {"count": n, "rows": n}, made))
-    facts = {"vae": {"ref": "none", "digest": "v", "scaling_factor": 1.0, "config": {}},
-             "text": {"ref": "none", "digest": "t", "layer": "last", "context_length": 77, "width": 8}}  # fmt: skip
+    facts = {
+        "vae": {"ref": "none", "digest": "v", "scaling_factor": 1.0, "config": {}},
+        "text": {"ref": "none", "digest": "t", "layer": "last", "context_length": 77, "width": 8},
+    }
     write_manifest(str(root / "latents"), "latents", stats, {"resolution": 256, "laid": [[n] for n in counts], **facts})
 
 
@@ -138,7 +140,7 @@ def walk(url: str, batch: int, step: float, steps: int) -> dict[str, Any]:
 
     ranks = Ranks(0, 1, torch.device("cpu"), False)
     began = time.perf_counter()
-    with Ahead(micro_batches(Loop(), config, ranks, 0), config.prefetch) as ahead:  # type: ignore[arg-type]
+    with Ahead(micro_batches(Loop(), config, ranks, 0), config.prefetch) as ahead:
         next(ahead)
         first, ahead.waited = time.perf_counter() - began, 0.0
         began = time.perf_counter()
@@ -167,8 +169,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="carrara-reading-") as folder:
         root = Path(folder)
         make(root, given.samples)
-        found = {"files": walk(str(root / "latents"), given.batch, given.step, steps),
-                 "files, no step": walk(str(root / "latents"), given.batch, 0.0, steps)}  # fmt: skip
+        found = {
+            "files": walk(str(root / "latents"), given.batch, given.step, steps),
+            "files, no step": walk(str(root / "latents"), given.batch, 0.0, steps),
+        }
         with on_s3(root, given.delay) as url:
             found["s3"] = walk(url, given.batch, given.step, steps)
             found["s3, no step"] = walk(url, given.batch, 0.0, steps)

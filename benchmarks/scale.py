@@ -113,10 +113,17 @@ def write_plan(root: str, shards: int, stage: Any) -> None:
     files = tables.list_files(stage.config.table)
     stamps, each = plan.stamps(files), max(1, shards // FILES)
     lines = [
-        plan.Line(i, f := files[i // each % FILES], 10_000 * (i % each), 10_000 * (i % each + 1), 10_000,
-                  i.to_bytes(16, "little"), stamps[f])
+        plan.Line(
+            i,
+            f := files[i // each % FILES],
+            10_000 * (i % each),
+            10_000 * (i % each + 1),
+            10_000,
+            i.to_bytes(16, "little"),
+            stamps[f],
+        )
         for i in range(shards)
-    ]  # fmt: skip
+    ]
     a_part = each * plan.FILES_A_PART
     for part in range(0, shards, a_part):
         plan.write_part(root, part // a_part, lines[part : part + a_part])

@@ -172,7 +172,7 @@ def paced(run: str, settings: dict[str, Any]) -> list[float]:
         turns.next()
         return forward(self, batch)
 
-    denoising.Diffusion.forward = in_my_turn  # type: ignore[method-assign]
+    denoising.Diffusion.forward = in_my_turn
     ours(run, settings)
     turns.leave()
     return turns.seconds
@@ -254,9 +254,15 @@ def bench_loop(steps: int, threads: int, width: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         latent_shards(Path(folder) / "latents", 4096, 16, 96)
         settings = {
-            "images": 32 * steps, "batch_size": 32, "unet": SMALL_UNET, "threads": threads, "zero_stage": 1,
-            "log_every_images": 32 * 4, "checkpoint_every_images": 10**9, "initialisation": "torch",
-        }  # fmt: skip
+            "images": 32 * steps,
+            "batch_size": 32,
+            "unet": SMALL_UNET,
+            "threads": threads,
+            "zero_stage": 1,
+            "log_every_images": 32 * 4,
+            "checkpoint_every_images": 10**9,
+            "initialisation": "torch",
+        }
         pairs = until_narrow(
             functools.partial(bare, folder, settings), functools.partial(paced, folder, settings), width
         )
@@ -315,7 +321,7 @@ def peer(run: str, settings: dict[str, Any], side: int) -> list[float]:
     )
     files = sorted(Path(run, "pictures").iterdir())
 
-    class Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    class Pictures(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return 10**6
 
@@ -347,9 +353,15 @@ def bench_diffusers(steps: int, threads: int, side: int, compiled: bool) -> None
         latent_shards(Path(folder) / "latents", 1024, side // 8, 96)
         make_pictures(Path(folder) / "pictures", 64, side)
         settings = {
-            "images": 4 * steps, "batch_size": 4, "unet": EIGHTH_UNET, "threads": threads,
-            "log_every_images": 8, "checkpoint_every_images": 10**9, "initialisation": "torch", "compile": compiled,
-        }  # fmt: skip
+            "images": 4 * steps,
+            "batch_size": 4,
+            "unet": EIGHTH_UNET,
+            "threads": threads,
+            "log_every_images": 8,
+            "checkpoint_every_images": 10**9,
+            "initialisation": "torch",
+            "compile": compiled,
+        }
         pairs = in_turn(functools.partial(peer, folder, settings, side), functools.partial(paced, folder, settings), 3)
     how = "compiled" if compiled else "with its defaults"
     print(f"diffusers   its script's steps {compared(*pairs, 4)} (wanted 1.5), {side} px, ours {how}", flush=True)
@@ -458,7 +470,7 @@ def bench_steps(which: tuple[str, ...]) -> None:
                     f"next one {1e3 * (s['beside a save'] - s['step']):+.0f} ms while it is written; kept by "
                     f"the fullest rank {s['kept'] / 2**20:.1f} MiB, {s['kept'] / own:.2f} of its share (wanted 1.1)",
                     flush=True,
-                )  # fmt: skip
+                )
 
 
 def waits_of(run: str, settings: dict[str, Any], steps: int) -> tuple[float, dict[str, int]]:

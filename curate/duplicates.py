@@ -72,9 +72,14 @@ def fit_centroids(sample: np.ndarray, count: int, threads: int) -> np.ndarray:
     faiss.omp_set_num_threads(threads)
     count = min(count, len(sample))
     kmeans = faiss.Kmeans(
-        sample.shape[1], count, niter=ITERATIONS, spherical=True, seed=1, min_points_per_centroid=1,
+        sample.shape[1],
+        count,
+        niter=ITERATIONS,
+        spherical=True,
+        seed=1,
+        min_points_per_centroid=1,
         max_points_per_centroid=SAMPLED,
-    )  # fmt: skip
+    )
     kmeans.train(np.ascontiguousarray(sample, np.float32))
     return np.asarray(kmeans.centroids, np.float32)
 

@@ -112,9 +112,13 @@ class Edit:
 
 
 def edit_of(
-    source: Prompt, target: Prompt, length: int, cross_steps: float = 0.8, self_steps: float = 0.4,
+    source: Prompt,
+    target: Prompt,
+    length: int,
+    cross_steps: float = 0.8,
+    self_steps: float = 0.4,
     weights: Mapping[str, float] | None = None,
-) -> Edit:  # fmt: skip
+) -> Edit:
     """The edit from one prompt to another, for texts of `length` tokens.
 
     A word with another number of tokens than the one in its place takes over all that it looked at, in equal parts, so
@@ -214,9 +218,13 @@ class _Processor:
         self.name, self.inner, self.control = name, inner, control
 
     def __call__(
-        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None, temb: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         out: torch.Tensor = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         change = self.control.change(self.name, attn, hidden_states, encoder_hidden_states)
         return out if change is None else torch.cat([out[:-1], out[-1:] + change])

@@ -17,8 +17,14 @@ from eval.protocol import require_comparable
 
 # What a verdict and an alarm look at, where measured: how far from the real images, and whether images fit prompts.
 WATCHED = (
-    "fid_clean", "fid_tf", "fd_dinov2_pil", "fd_clip_unit", "clip_score", "vqa_score", "soft_tifa_gm",
-)  # fmt: skip
+    "fid_clean",
+    "fid_tf",
+    "fd_dinov2_pil",
+    "fd_clip_unit",
+    "clip_score",
+    "vqa_score",
+    "soft_tifa_gm",
+)
 HORIZON = 30  # checkpoints over which the rate of false alarms is held
 BAD = ("failed", "blank", "repeated")
 
@@ -144,9 +150,12 @@ class Alarm:
 
 
 def alarms(
-    results: Sequence[dict[str, Any]], checkpoint: str, rate: float = 0.02, min_change: float = 0.02,
+    results: Sequence[dict[str, Any]],
+    checkpoint: str,
+    rate: float = 0.02,
+    min_change: float = 0.02,
     bad_images: float = 0.01,
-) -> list[Alarm]:  # fmt: skip
+) -> list[Alarm]:
     """Where the named checkpoint is worse than a comparable one before it.
 
     results: contents of metrics.json of one run; only complete ones of the checkpoint's own protocol and weights

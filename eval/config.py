@@ -12,9 +12,21 @@ from shards.settings import Strict
 # The model's own weights, its EMA, a further EMA (train.ema_stds), or one of any length put together from those.
 Weights = Annotated[str, Field(pattern=r"^(raw|ema|ema_0\.\d{3}|posthoc:0?\.\d+)$")]
 Sampler = Literal[
-    "ddpm", "ddim", "pndm", "dpm-solver++", "dpm-solver++-karras", "dpm-solver++-sde-karras", "unipc", "euler",
-    "euler-karras", "euler-a", "heun", "heun-karras", "flow-euler", "model",
-]  # fmt: skip
+    "ddpm",
+    "ddim",
+    "pndm",
+    "dpm-solver++",
+    "dpm-solver++-karras",
+    "dpm-solver++-sde-karras",
+    "unipc",
+    "euler",
+    "euler-karras",
+    "euler-a",
+    "heun",
+    "heun-karras",
+    "flow-euler",
+    "model",
+]
 
 
 class WatchConfig(Strict):

@@ -173,14 +173,26 @@ class Editor:
 
         c = self.request
         facts = {
-            "steps": f"{c.sampler}, {c.steps}", "guidance_scale": f"{c.guidance_scale:g}", "seed": str(c.seed),
-            "cross_attention": f"{c.cross_attention:g}", "self_attention": f"{c.self_attention:g}",
+            "steps": f"{c.sampler}, {c.steps}",
+            "guidance_scale": f"{c.guidance_scale:g}",
+            "seed": str(c.seed),
+            "cross_attention": f"{c.cross_attention:g}",
+            "self_attention": f"{c.self_attention:g}",
             **{f"weight of {word}": f"{factor:g}" for word, factor in c.weight.items()},
-        }  # fmt: skip
+        }
         given = None if artist.given is None else data_uri(np.asarray(artist.given))
-        return environment().get_template("edit.html.j2").render(
-            checkpoint=self.model.name, source=c.source, target=c.target, facts=facts, rows=rows, given=given,
-        )  # fmt: skip
+        return (
+            environment()
+            .get_template("edit.html.j2")
+            .render(
+                checkpoint=self.model.name,
+                source=c.source,
+                target=c.target,
+                facts=facts,
+                rows=rows,
+                given=given,
+            )
+        )
 
 
 class Artist:
@@ -247,11 +259,17 @@ class Artist:
         noise = [Sample(f"seed {c.seed}", number, text) for text in (c.source, c.target)]
         with control(), torch.inference_mode():
             pixels = self.pipeline(
-                prompt_embeds=self.text, negative_prompt_embeds=self.empty, generator=generators(noise),
-                latents=None if self.noise is None else torch.cat([self.noise] * 2), num_inference_steps=c.steps,
-                guidance_scale=c.guidance_scale, height=self.height, width=self.width, output_type="pt",
+                prompt_embeds=self.text,
+                negative_prompt_embeds=self.empty,
+                generator=generators(noise),
+                latents=None if self.noise is None else torch.cat([self.noise] * 2),
+                num_inference_steps=c.steps,
+                guidance_scale=c.guidance_scale,
+                height=self.height,
+                width=self.width,
+                output_type="pt",
                 callback_on_step_end=at_step,
-            ).images.float()  # fmt: skip
+            ).images.float()
         if not torch.isfinite(pixels).all():
             raise StageError(f"edit: image {number} is not finite; try float32, or a lower guidance scale or weight")
         return to_uint8(pixels), control.maps
@@ -272,6 +290,10 @@ def _row(number: int, images: np.ndarray, maps: Maps, prompts: tuple[Prompt, Pro
         return tiles
 
     return {
-        "number": number, "before": data_uri(images[0]), "after": data_uri(images[1]),
-        "source": shown(0), "target": shown(1), "pixelated": max(images.shape[1:3]) <= 64,
-    }  # fmt: skip
+        "number": number,
+        "before": data_uri(images[0]),
+        "after": data_uri(images[1]),
+        "source": shown(0),
+        "target": shown(1),
+        "pixelated": max(images.shape[1:3]) <= 64,
+    }

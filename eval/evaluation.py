@@ -152,7 +152,7 @@ class Evaluation:
             "retrieval_candidates": c.retrieval_candidates,
             "jackknife_groups": c.jackknife_groups,
             "measured_with": protocol.libraries("numpy", "scipy", "pillow", "open_clip_torch", "torch-fidelity"),
-        }  # fmt: skip
+        }
         return {"id": protocol.identity(found), **found}
 
     def _digest(self, name: str) -> str:

@@ -136,8 +136,11 @@ def _pictures(source: str) -> tuple[int, Iterator[np.ndarray]]:
         other = next(p for p in found if p.suffix.lower() not in EXTENSIONS)
         log.warning(
             "explain-fid: %s is left out, and so are all files of %s that are not PNG, JPEG or WebP (%d of %d)",
-            other.name, source, len(found) - len(files), len(found),
-        )  # fmt: skip
+            other.name,
+            source,
+            len(found) - len(files),
+            len(found),
+        )
     return len(files), ahead(
         lambda i: read_image(files[i], "explain-fid", "take it out of the folder"), len(files), 2, 32
     )

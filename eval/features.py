@@ -45,9 +45,17 @@ class FeaturesStage:
     data = ".safetensors"
 
     def __init__(
-        self, source: str, folder: str, label: str, network: str, ref: Any, resolution: int, batch_size: int = 16,
-        threads: int = 1, device: str = "auto",
-    ) -> None:  # fmt: skip
+        self,
+        source: str,
+        folder: str,
+        label: str,
+        network: str,
+        ref: Any,
+        resolution: int,
+        batch_size: int = 16,
+        threads: int = 1,
+        device: str = "auto",
+    ) -> None:
         self.source, self.resolution, self.batch_size = source, resolution, batch_size
         self.threads, self.device = threads, device
         self.name = f"features-{label}-{network}"
@@ -184,9 +192,13 @@ class FeaturesWorker:
         return list(shard.table.select(names).take(pa.array(shard.rows)).to_pylist())
 
     def _made(
-        self, keys: list[str], rows: list[dict[str, Any]], batches: Iterable[tuple[list[int], Any]],
-        errors: list[str | None], converted: list[bool],
-    ) -> Made:  # fmt: skip
+        self,
+        keys: list[str],
+        rows: list[dict[str, Any]],
+        batches: Iterable[tuple[list[int], Any]],
+        errors: list[str | None],
+        converted: list[bool],
+    ) -> Made:
         columns: dict[str, list[np.ndarray]] = {}
         kept: list[int] = []
         sheet: dict[int, bytes] = {}

@@ -32,10 +32,12 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "dpm-solver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "dpm-solver++-karras": (
-        "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
     ),
     "dpm-solver++-sde-karras": (
-        "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
     ),
     "unipc": ("UniPCMultistepScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
@@ -45,7 +47,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "heun-karras": ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
     # On a rectified flow the first order of DPM-Solver++ is Euler's step in the flow's own time.
     "flow-euler": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 1}),
-}  # fmt: skip
+}
 # Those that know rectified flows (use_flow_sigmas), and those that take a variance beside the prediction.
 FLOW_SAMPLERS = ["dpm-solver++", "unipc", "flow-euler", "model"]
 LEARNED_VARIANCE_SAMPLERS = ["ddpm", "model"]

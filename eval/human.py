@@ -229,9 +229,11 @@ def bradley_terry(names: Sequence[str], votes: Sequence[Vote]) -> list[Score]:
 
 
 def _covariance(
-    design: npt.NDArray[np.float64], residual: npt.NDArray[np.float64], information: npt.NDArray[np.float64],
+    design: npt.NDArray[np.float64],
+    residual: npt.NDArray[np.float64],
+    information: npt.NDArray[np.float64],
     votes: Sequence[Vote],
-) -> npt.NDArray[np.float64]:  # fmt: skip
+) -> npt.NDArray[np.float64]:
     """Of the centred scores: clustered by prompt and by voter, or the model's own where that is the larger, as with few
     or one-sided votes."""
     scores = design * residual[:, None]

@@ -258,9 +258,14 @@ def _jackknifes(owner: np.ndarray) -> bool:
 
 
 def _generated(
-    evaluation: Evaluation, images: Images, sides: dict[str, RealSide], imported: dict[str, suites.Imported],
-    meaning: Callable[[str], Hashable] | None, chosen: np.ndarray, tag: bool = False,
-) -> tuple[dict[str, Estimate | None], dict[str, int]]:  # fmt: skip
+    evaluation: Evaluation,
+    images: Images,
+    sides: dict[str, RealSide],
+    imported: dict[str, suites.Imported],
+    meaning: Callable[[str], Hashable] | None,
+    chosen: np.ndarray,
+    tag: bool = False,
+) -> tuple[dict[str, Estimate | None], dict[str, int]]:
     """The estimates of the chosen images (all, or those of a tag), and counts."""
     config = evaluation.config
     rows = {name: [values[i] for i in chosen] for name, values in images.rows.items()}
@@ -321,9 +326,14 @@ def _generated(
 
 
 def _of_networks(
-    evaluation: Evaluation, images: Images, sides: dict[str, RealSide], owner: np.ndarray, prompts: list[str],
-    chosen: np.ndarray, tag: bool,
-) -> dict[str, Estimate | None]:  # fmt: skip
+    evaluation: Evaluation,
+    images: Images,
+    sides: dict[str, RealSide],
+    owner: np.ndarray,
+    prompts: list[str],
+    chosen: np.ndarray,
+    tag: bool,
+) -> dict[str, Estimate | None]:
     """What the Inception's and DINOv2's features say; without real images the Inception score alone."""
     found: dict[str, Estimate | None] = {}
     many = not tag or len(chosen) >= FEW
@@ -385,9 +395,12 @@ def _diversity(x: np.ndarray, prompts: Sequence[str], owner: np.ndarray) -> Esti
 
 
 def _by_tag(
-    evaluation: Evaluation, images: Images, sides: dict[str, RealSide], imported: dict[str, suites.Imported],
+    evaluation: Evaluation,
+    images: Images,
+    sides: dict[str, RealSide],
+    imported: dict[str, suites.Imported],
     meaning: Callable[[str], Hashable] | None,
-) -> dict[str, dict[str, Estimate | None]]:  # fmt: skip
+) -> dict[str, dict[str, Estimate | None]]:
     more = _scorer_tags(evaluation.config.scorer, images.rows["caption"])
     tags = [[*(t or ()), *more.get(c, ())] for t, c in zip(images.rows["tags"], images.rows["caption"], strict=True)]
     found: dict[str, list[int]] = {}

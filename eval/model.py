@@ -54,9 +54,13 @@ class Model:
     def to_json(self) -> dict[str, Any]:
         """What a result says of its model."""
         return {
-            "name": self.name, "weights": self.weights, "parts": self.parts, "digest": self.digest,
-            "images_seen": self.images_seen, "safety_checker_removed": self.safety_checker,
-        }  # fmt: skip
+            "name": self.name,
+            "weights": self.weights,
+            "parts": self.parts,
+            "digest": self.digest,
+            "images_seen": self.images_seen,
+            "safety_checker_removed": self.safety_checker,
+        }
 
 
 def find(run: RunPaths, checkpoint: str = "latest", weights: str = "ema") -> Model:
@@ -75,9 +79,11 @@ def find(run: RunPaths, checkpoint: str = "latest", weights: str = "ema") -> Mod
         )
     found = of_pipeline(str(storage.local_path(run.model)))
     return dataclasses.replace(
-        found, name=str(provenance.get("checkpoint") or "model"), weights=weights,
+        found,
+        name=str(provenance.get("checkpoint") or "model"),
+        weights=weights,
         images_seen=provenance.get("images_seen"),
-    )  # fmt: skip
+    )
 
 
 def of_pipeline(ref: str) -> Model:
@@ -107,9 +113,15 @@ def of_pipeline(ref: str) -> Model:
     parts["scheduler"] = digest_bytes(json.dumps(own, sort_keys=True).encode())  # it may hold an infinity
     name = re.sub(r"[^\w.-]+", "-", os.path.basename(str(ref).rstrip("/"))).strip(".-") or "model"
     return Model(
-        f"{name}-{digest_json(parts)[:8]}", "model", parts, _size(folder, kind), None, str(folder), scheduler,
+        f"{name}-{digest_json(parts)[:8]}",
+        "model",
+        parts,
+        _size(folder, kind),
+        None,
+        str(folder),
+        scheduler,
         bool(index.get("safety_checker", [None])[0]),
-    )  # fmt: skip
+    )
 
 
 def build_pipeline(run: RunPaths, model: Model) -> Any:

@@ -136,9 +136,13 @@ def _of_line(line: str, where: str) -> Prompt:
         raise ConfigError(f"{where}: it has {len(questions)} questions; {MAX_QUESTIONS} is the most")
     name = values.get("id", "")
     return Prompt(
-        "", values["prompt"].strip(), name=str(name) if name != "" else "", tags=tuple(dict.fromkeys(tags)),
-        questions=tuple(questions), extra=json.dumps(values, ensure_ascii=False, sort_keys=True),
-    )  # fmt: skip
+        "",
+        values["prompt"].strip(),
+        name=str(name) if name != "" else "",
+        tags=tuple(dict.fromkeys(tags)),
+        questions=tuple(questions),
+        extra=json.dumps(values, ensure_ascii=False, sort_keys=True),
+    )
 
 
 def _texts(value: Any, where: str, field: str) -> list[str]:

@@ -20,9 +20,19 @@ SEED_RULE = "128 bits of sha256([prompt id, replicate]) fill one Mersenne Twiste
 RESIZE = "shorter side by antialiased Lanczos, centre crop; features by each network's own preprocessing"
 
 GENERATION = (  # the fields that images depend on; the others come after
-    "prompts", "replicates", "seed_rule", "size", "sampler", "steps", "guidance_scale", "guidance_interval",
-    "timestep_spacing", "precision", "code", "generated_with",
-)  # fmt: skip
+    "prompts",
+    "replicates",
+    "seed_rule",
+    "size",
+    "sampler",
+    "steps",
+    "guidance_scale",
+    "guidance_interval",
+    "timestep_spacing",
+    "precision",
+    "code",
+    "generated_with",
+)
 
 
 @functools.cache

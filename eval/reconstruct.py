@@ -65,9 +65,14 @@ class Found:
 
 
 def measure(
-    dataset: Dataset, vae_ref: str, resolution: int, count: int = 1024, lpips: str | None = None,
-    inception: str | None = None, device: str = "auto",
-) -> Found:  # fmt: skip
+    dataset: Dataset,
+    vae_ref: str,
+    resolution: int,
+    count: int = 1024,
+    lpips: str | None = None,
+    inception: str | None = None,
+    device: str = "auto",
+) -> Found:
     """Reconstruct the first `count` pictures of a dataset, fitted to the square `resolution`.
 
     lpips: what perceptual.load reads; inception: the file of its weights; without one, that figure is left out. Raises

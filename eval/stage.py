@@ -145,10 +145,18 @@ class _Worker:
         with fixed_arithmetic(c.threads):
             pipeline = models.from_prompts(models.build_pipeline(stage.run, stage.model))
             self.generator = ImageGenerator(
-                pipeline, c.sampler, c.steps, c.guidance_scale,
-                c.timestep_spacing, c.precision, self.device, stage.size, c.guidance_interval, c.channels_last,
+                pipeline,
+                c.sampler,
+                c.steps,
+                c.guidance_scale,
+                c.timestep_spacing,
+                c.precision,
+                self.device,
+                stage.size,
+                c.guidance_interval,
+                c.channels_last,
                 c.compile,
-            )  # fmt: skip
+            )
             self.features = [f.worker() for f in stage.features()]
         for worker in self.features:
             worker.lock = self.lock  # one device, one at a time

@@ -636,9 +636,16 @@ class Desk:
 
     def _message(self) -> Message:
         message = Message(
-            dict(self._ask), dict(self._give), tuple(self._answered), tuple(self._failed), self._quiet,
-            tuple(self._robots_wanted), self._robots_found, self._rows, self._successes,
-        )  # fmt: skip
+            dict(self._ask),
+            dict(self._give),
+            tuple(self._answered),
+            tuple(self._failed),
+            self._quiet,
+            tuple(self._robots_wanted),
+            self._robots_found,
+            self._rows,
+            self._successes,
+        )
         self._ask, self._give, self._answered, self._failed = Counter(), Counter(), {}, []
         self._quiet, self._robots_wanted, self._robots_found = {}, [], {}
         self._rows = self._successes = 0

@@ -62,12 +62,16 @@ class Names(AbstractResolver):
         addresses = await self.addresses(host)
         results = [
             ResolveResult(
-                hostname=host, host=text, port=port, family=kind, proto=socket.IPPROTO_TCP,
+                hostname=host,
+                host=text,
+                port=port,
+                family=kind,
+                proto=socket.IPPROTO_TCP,
                 flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
             )
             for kind, text in addresses
             if family in (socket.AF_UNSPEC, kind) and self.guard.permits(text, port)
-        ]  # fmt: skip
+        ]
         if not results:
             raise Rejected("address_refused")
         return results

@@ -791,9 +791,24 @@ def _by_first_use(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]
 
 # What an image shard's sidecar says in words besides captions.
 _NO_CAPTIONS = frozenset(
-    ("url", "final_url", "key", "status", "error", "error_message", "exif", "sha256", "caption_raw", "pixel_hash",
-     "phash", "image_ext", "image_file", "place", "md5")
-)  # fmt: skip
+    (
+        "url",
+        "final_url",
+        "key",
+        "status",
+        "error",
+        "error_message",
+        "exif",
+        "sha256",
+        "caption_raw",
+        "pixel_hash",
+        "phash",
+        "image_ext",
+        "image_file",
+        "place",
+        "md5",
+    )
+)
 
 
 def _caption_columns(shard: images.ImageShard) -> dict[str, list[list[str]]]:

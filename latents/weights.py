@@ -507,9 +507,12 @@ def _clip_text_folder(ref: str, folder: Path) -> ClipWeights:
     if activation not in ("quick_gelu", "gelu"):
         raise ConfigError(f"the CLIP '{ref}': its activation is {activation}, and must be gelu or quick_gelu")
     names = {
-        "context_length": ("max_position_embeddings", 77), "vocab_size": ("vocab_size", 49408),
-        "width": ("hidden_size", 512), "heads": ("num_attention_heads", 8), "layers": ("num_hidden_layers", 12),
-    }  # fmt: skip
+        "context_length": ("max_position_embeddings", 77),
+        "vocab_size": ("vocab_size", 49408),
+        "width": ("hidden_size", 512),
+        "heads": ("num_attention_heads", 8),
+        "layers": ("num_hidden_layers", 12),
+    }
     text: dict[str, Any] = {ours: config.get(theirs, default) for ours, (theirs, default) in names.items()}
     inner, projection = config.get("intermediate_size", 2048), config.get("projection_dim", 512)
     if not all(_positive(v, int) for v in (*text.values(), inner, projection)):
@@ -580,9 +583,17 @@ def _clip_named(ref: str, model: str, weights: str) -> ClipWeights:
 # ---- encoders of transformers ----------------------------------------------------------------------
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model",
-    "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 _NO_PART_OF_A_MODEL = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache")
 _SEQUENCE_HUB_FILES = [
     f"{p}{name}"

@@ -181,8 +181,11 @@ class Fleet:
             self._retire(hand, ended=True)  # it waits for room elsewhere, and a node has had its rest
         for hand in [h for h in self.hands if h.node in self.nodes.draining]:
             if not hand.leaving:
-                log.info("%s: %s is being drained; its workers get no more shards", self.stage.name,
-                         self.nodes.name(hand.node))  # fmt: skip
+                log.info(
+                    "%s: %s is being drained; its workers get no more shards",
+                    self.stage.name,
+                    self.nodes.name(hand.node),
+                )
             hand.leaving = True
             self.free.pop(hand, None)
             if not hand.held:
@@ -378,8 +381,13 @@ class Fleet:
                 self._end_hung(job, ref, call, age)
             elif age > slow and not call.named:
                 call.named = True
-                log.warning("%s: shard %s is slow: %.0f s so far on %s", self.stage.name, shard_name(task.index), age,
-                            self.nodes.name(hand.node))  # fmt: skip
+                log.warning(
+                    "%s: shard %s is slow: %.0f s so far on %s",
+                    self.stage.name,
+                    shard_name(task.index),
+                    age,
+                    self.nodes.name(hand.node),
+                )
 
     def _end_hung(self, job: Job, ref: Any, call: _Call, age: float) -> None:
         assert call.task is not None

@@ -92,8 +92,10 @@ def clean(run: str, dry_run: bool = False) -> None:
     Only names that Carrara alone gives (shards/storage.py): of a process of this machine that is gone, or an hour old.
     """
     if not storage.is_local(run):
-        raise ConfigError(f"{run}: on an object store nothing is left behind but parts of uploads; give the bucket a "
-                          "lifecycle rule that ends incomplete multipart uploads")  # fmt: skip
+        raise ConfigError(
+            f"{run}: on an object store nothing is left behind but parts of uploads; give the bucket a "
+            "lifecycle rule that ends incomplete multipart uploads"
+        )
     root = storage.local_path(run)
     if not root.is_dir():
         raise ConfigError(f"{run}: there is no run here; give the folder that 'run' names in its configuration")

@@ -525,9 +525,14 @@ def reconstruct(
             "ingest.heldout_table, and run ingest"
         )
     seen = work.measure(
-        Dataset.open(paths.heldout), vae_ref(found), found.latents.resolution, count, lpips and lpips.weights,
-        found.eval.inception, found.latents.device,
-    )  # fmt: skip
+        Dataset.open(paths.heldout),
+        vae_ref(found),
+        found.latents.resolution,
+        count,
+        lpips and lpips.weights,
+        found.eval.inception,
+        found.latents.device,
+    )
     print(work.summary(seen))
     log.info("reconstruct: the page is %s", work.write(seen, paths.reports, f"The VAE of {found.run}"))
 

@@ -102,10 +102,16 @@ def _store(run: str) -> list[str]:
 
     try:
         storage.probe(run)
-        proved("creates a file only if there is none of its name", storage.create(url, b"first"), "a name that was "
-               "never used is said to be there already")  # fmt: skip
-        proved("lists a file once it is written", name in storage.list_names(run), "a file that was just written is "
-               "not in the listing; shards would seem to be missing")  # fmt: skip
+        proved(
+            "creates a file only if there is none of its name",
+            storage.create(url, b"first"),
+            "a name that was never used is said to be there already",
+        )
+        proved(
+            "lists a file once it is written",
+            name in storage.list_names(run),
+            "a file that was just written is not in the listing; shards would seem to be missing",
+        )
         before = time.time()
         began = time.perf_counter()
         storage.write_atomic(url, block)
@@ -115,12 +121,18 @@ def _store(run: str) -> list[str]:
         down = time.perf_counter() - began
         proved("replaces a file as a whole", whole == block, "a file that was just replaced reads as something else")
         ranges = [(0, 1), (BLOCK // 2, BLOCK // 2 + 1000), (BLOCK - 7, BLOCK)]
-        proved("reads parts of a file", storage.read_ranges(url, ranges) == [block[a:b] for a, b in ranges],
-               "a part of a file reads as something else; latents are read in parts")  # fmt: skip
+        proved(
+            "reads parts of a file",
+            storage.read_ranges(url, ranges) == [block[a:b] for a, b in ranges],
+            "a part of a file reads as something else; latents are read in parts",
+        )
         written = storage.written_at(url)
         storage.remove(url)
-        proved("forgets a file that was removed", storage.size(url) is None and name not in storage.list_names(run),
-               "a file that was removed is still there")  # fmt: skip
+        proved(
+            "forgets a file that was removed",
+            storage.size(url) is None and name not in storage.list_names(run),
+            "a file that was removed is still there",
+        )
         print(f"             one file at a time: {BLOCK / up / 1e6:.0f} MB/s up, {BLOCK / down / 1e6:.0f} MB/s down")
         problems += [f"{run}: {told}" for told in _clock(written, before, after)]
     except ConfigError as e:

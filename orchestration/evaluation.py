@@ -37,9 +37,13 @@ class PipelineRun(Strict):
 
 
 def evaluate_model(
-    model: str, run: str | None, overrides: Sequence[str] = (), config: str | None = None, local: bool = False,
+    model: str,
+    run: str | None,
+    overrides: Sequence[str] = (),
+    config: str | None = None,
+    local: bool = False,
     redo: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """Evaluate a diffusers pipeline, of a folder or a hub name, into <run>/eval; returns the report's path.
 
     run: a folder, made where it is missing; else the configuration's. No table, no training and no other section of a

@@ -48,8 +48,13 @@ def run(config: RunConfig, local: bool = False, redo: bool = False) -> str:
         mark = " (knee)" if point["knee"] else " (frontier)" if point["frontier"] else ""
         log.info(
             "grid: %s: %s %.4g, clip_score %.4g, %.3g s an image%s",
-            point["cell"], outcome["distance"], point["distance"][0], point["score"][0], point["seconds"], mark,
-        )  # fmt: skip
+            point["cell"],
+            outcome["distance"],
+            point["distance"][0],
+            point["score"][0],
+            point["seconds"],
+            mark,
+        )
     report = page.render(paths, cells[0].model.name, watch=config.eval.watch)
     sentence = f"grid: the report of {cells[0].model.name} is there"
     notify.send(config.notify, "report", config.run, "grid", sentence, report=report)

@@ -114,8 +114,9 @@ class Nodes:
         if not isinstance(error, ConfigError):  # which does not pass by waiting
             rest = REST_FACTOR * self.config.back_off_s * 2.0 ** (record.strikes - 1)
             record.rests_until = now + min(rest, REST_MOST_S)
-        log.warning("%s: %s: %s (%d of %d)", self.stage, self.name(node), reason, record.strikes,
-                    self.config.node_strikes)  # fmt: skip
+        log.warning(
+            "%s: %s: %s (%d of %d)", self.stage, self.name(node), reason, record.strikes, self.config.node_strikes
+        )
         if record.strikes < self.config.node_strikes:
             return
         if node:

@@ -51,9 +51,12 @@ CHUNK = 1 << 18  # bytes of an answer that are to be gone within `timeout`: a sl
 SILENT = 64  # connections that have not asked for anything yet; a further one takes the place of the oldest
 ASK_S = 15.0  # how long one may take to ask, in all: a byte now and then keeps every timeout of a socket waiting
 TYPES = {
-    ".html": "text/html; charset=utf-8", ".png": "image/png", ".json": "application/json", ".csv": "text/csv",
+    ".html": "text/html; charset=utf-8",
+    ".png": "image/png",
+    ".json": "application/json",
+    ".csv": "text/csv",
     ".parquet": "application/octet-stream",
-}  # fmt: skip
+}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,150}")
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -359,9 +362,16 @@ def _stage(record: dict[str, Any], now: float) -> dict[str, Any]:
     name, state, done, failed, rate, left, updated, figures = status.cells(record, now)
     share = record["done"] / record["total"] if record.get("total") else None
     return {
-        "name": name, "state": state, "done": done, "failed": failed, "rate": rate, "left": left, "updated": updated,
-        "figures": figures.replace("  ", ", "), "share": share,
-    }  # fmt: skip
+        "name": name,
+        "state": state,
+        "done": done,
+        "failed": failed,
+        "rate": rate,
+        "left": left,
+        "updated": updated,
+        "figures": figures.replace("  ", ", "),
+        "share": share,
+    }
 
 
 def thinned(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:

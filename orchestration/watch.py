@@ -147,9 +147,10 @@ def raise_alarms(
     alarms."""
     watch, checkpoint = config.eval.watch, result["checkpoint"]
     like = [
-        r for r in every
+        r
+        for r in every
         if r["protocol"]["id"] == result["protocol"]["id"] and r["model"]["weights"] == result["model"]["weights"]
-    ]  # fmt: skip
+    ]
     limits = (watch.alarm_rate, watch.alarm_min_change, watch.alarm_bad_images)
     found = compare.alarms(like, checkpoint, *limits)
     # One that was evaluated late may be what newer ones are to be held against.

@@ -98,9 +98,17 @@ def _look(paths: RunPaths, stage: str, root: str, index: int) -> Found | None:
         for suffix, file in stats.get("files", {}).items()
     }
     return Found(
-        stage, root, name, state, _rows(root, name, stats), _made(stats), _source(line), _taken_out(root, index),
-        files, events,
-    )  # fmt: skip
+        stage,
+        root,
+        name,
+        state,
+        _rows(root, name, stats),
+        _made(stats),
+        _source(line),
+        _taken_out(root, index),
+        files,
+        events,
+    )
 
 
 def _rows(root: str, name: str, stats: dict[str, Any]) -> dict[str, dict[str, int]]:
@@ -194,8 +202,10 @@ def _fit_text(paths: RunPaths, stage: str, events: list[dict[str, Any]]) -> str:
     for event in events:
         lines += _events([event])
         for rank, where in enumerate(event.get("ranks") or ()):
-            lines.append(f"            rank {rank}: process {where['pid']} on {where['address']}; what it printed: "
-                         f"ray logs actor --pid {where['pid']} --ip {where['address']}")  # fmt: skip
+            lines.append(
+                f"            rank {rank}: process {where['pid']} on {where['address']}; what it printed: "
+                f"ray logs actor --pid {where['pid']} --ip {where['address']}"
+            )
     there = [n for n in storage.list_names(logs) if n.endswith((".jsonl", ".txt", ".log"))]
     lines += [f"  file      {storage.join(logs, name)}" for name in there]
     return "\n".join(lines)

@@ -164,8 +164,12 @@ def check_process(ref: str, config: TrainConfig) -> None:
         if theirs != ours:
             log.warning(
                 "train.%s is %s, but %s says that it was trained with %s; what its output means will have to be "
-                "learned anew", name, ours, ref, theirs,
-            )  # fmt: skip
+                "learned anew",
+                name,
+                ours,
+                ref,
+                theirs,
+            )
 
 
 def add(unet: Any, config: AdapterConfig, seed: int) -> Any:
@@ -266,9 +270,13 @@ def merged_weights(model: Any) -> dict[str, Any]:
 
 
 def save_lora(
-    unet: dict[str, Any], config: AdapterConfig | None, text: dict[str, Any], text_config: TextEncoderConfig | None,
-    sized: bool, folder: Path,
-) -> None:  # fmt: skip
+    unet: dict[str, Any],
+    config: AdapterConfig | None,
+    text: dict[str, Any],
+    text_config: TextEncoderConfig | None,
+    sized: bool,
+    folder: Path,
+) -> None:
     """`pytorch_lora_weights.safetensors`, which diffusers' load_lora_weights takes, with the alphas beside them.
 
     unet, text: the updates of either under peft's names; empty where there are none. sized: of an SDXL pipeline, whose
@@ -295,9 +303,13 @@ def save_lora(
 
 
 def save_kohya(
-    unet: dict[str, Any], config: AdapterConfig | None, text: dict[str, Any], text_config: TextEncoderConfig | None,
-    sized: bool, file: Path,
-) -> None:  # fmt: skip
+    unet: dict[str, Any],
+    config: AdapterConfig | None,
+    text: dict[str, Any],
+    text_config: TextEncoderConfig | None,
+    sized: bool,
+    file: Path,
+) -> None:
     """The same in the names of kohya's scripts, which AUTOMATIC1111's and most other programs read, with the alphas."""
     import torch
     from safetensors.torch import save_file

@@ -404,7 +404,7 @@ def _fill(index: Index, state: str, pieces: Sequence[Piece], engine: Engine) -> 
 
 def _fill_from(
     index: Index, state: str, pieces: Sequence[Piece], put: Callable[[Piece, int, torch.Tensor], None]
-) -> None:  # fmt: skip
+) -> None:
     filled = 0
     for number, first, values in index.read(state, [(p.name, p.offset, p.length) for p in pieces]):
         put(pieces[number], first, torch.from_numpy(values))

@@ -165,9 +165,7 @@ def require_column(dataset: Dataset, name: str) -> None:
         raise ConfigError(f"clip.wrong_captions: column '{name}' of {dataset.root} holds no texts") from None
 
 
-def _to_wrong(
-    image: torch.Tensor, wrong: torch.Tensor, scale: torch.Tensor, batch: Batch
-) -> torch.Tensor:  # fmt: skip
+def _to_wrong(image: torch.Tensor, wrong: torch.Tensor, scale: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Logits of images [B,D] with their own wrong captions [M,D]: float32 [B,K], minus infinity where there is none."""
     table, place = batch["wrong"], batch["place"]
     own = scale * (image[place // max(1, table.shape[1])] * wrong).sum(dim=1)

@@ -117,9 +117,13 @@ class Pictures:
     """
 
     def __init__(
-        self, dataset: Dataset, placement: Placement, fit: Callable[[np.ndarray], np.ndarray], cache_bytes: int,
+        self,
+        dataset: Dataset,
+        placement: Placement,
+        fit: Callable[[np.ndarray], np.ndarray],
+        cache_bytes: int,
         more: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.dataset, self.placement, self._fit, self._room = dataset, placement, fit, cache_bytes
         self._texts = ("caption", "key") if more is None else ("caption", "key", more)
         self._reader = Reader(placement, self._load)
@@ -290,9 +294,7 @@ class Latents:
         c, h, w = window.columns["mean"].shape[1:]
         return c, h, w
 
-    def moments(
-        self, positions: np.ndarray, flipped: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
+    def moments(self, positions: np.ndarray, flipped: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """Mean and log-std, float32 [B,C,h,w], unscaled; the latter is None where only means are stored.
 
         flipped: bool [B], of which samples those of the mirrored picture are given; None: of none.

@@ -125,9 +125,14 @@ class Diffusion(Objective):
         return batch
 
     def latent_batch(
-        self, latents: Any, positions: np.ndarray, t: np.ndarray, first: int = 0, flipped: np.ndarray | None = None,
+        self,
+        latents: Any,
+        positions: np.ndarray,
+        t: np.ndarray,
+        first: int = 0,
+        flipped: np.ndarray | None = None,
         candidates: int = 1,
-    ) -> Batch:  # fmt: skip
+    ) -> Batch:
         """x0 (a fresh draw of the posterior), noise and t of samples of `latents`; draws are those of place + first.
 
         flipped: bool [B], who is mirrored; None: nobody. candidates: draws of noise, of which the nearest is taken.

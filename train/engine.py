@@ -353,9 +353,7 @@ def _optimizer(config: FitConfig) -> type[AdamW]:
     return {"adamw": AdamW, "muon": Muon, "adamw8bit": AdamW8bit}[config.optimizer]
 
 
-def _settings(
-    config: FitConfig, objective: Objective, ranks: Ranks, micro: int, accumulation: int
-) -> dict[str, Any]:  # fmt: skip
+def _settings(config: FitConfig, objective: Objective, ranks: Ranks, micro: int, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's. The module stays in fp32 and precision is autocast's: DeepSpeed's own bf16 mode would make its
     fp32 masters from weights that were already rounded to bf16."""
     accelerated = ranks.device.type != "cpu"

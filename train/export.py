@@ -55,9 +55,13 @@ UPSCALER_SCALE = 0.08333  # what diffusers' StableDiffusionUpscalePipeline sets 
 
 
 def export(
-    run: str, checkpoint: str = "latest", weights: str = "ema", dtype: str = "float32", out: str | None = None,
+    run: str,
+    checkpoint: str = "latest",
+    weights: str = "ema",
+    dtype: str = "float32",
+    out: str | None = None,
     licence: str | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Write `<run>/model` (or `out`) from a checkpoint, atomically; nothing is done where it is there already.
 
     checkpoint: a folder name under `<run>/checkpoints`, `latest`, or `best` by its

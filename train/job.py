@@ -61,7 +61,7 @@ class Job:
 
     def manifest(
         self, objective: Objective, run: Run, engine: Engine, guard: Guard, patience: Patience
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """What a checkpoint says of itself beside its tensors."""
         return {
             **self.facts,

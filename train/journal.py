@@ -54,9 +54,7 @@ class Journal:
     number of images is there once. images: where the run stands. precision: of its arithmetic. flops: of an image.
     A context, whose end says how it ended."""
 
-    def __init__(
-        self, job: Job, ranks: Ranks, objective: Objective, images: int, precision: str, flops: float
-    ) -> None:  # fmt: skip
+    def __init__(self, job: Job, ranks: Ranks, objective: Objective, images: int, precision: str, flops: float) -> None:
         self.job, self.config, self.ranks = job, job.config, ranks
         self.figures, self.bins = ("loss", *objective.figures), objective.bins
         self.flops, self.peak = flops, peak_flops(ranks.device, precision)
@@ -129,8 +127,11 @@ class Journal:
         self.event(told.images, "skipped", **facts)
         log.warning(
             "%s: the step at %d images is skipped: %s; its samples' keys are in %s",
-            self.job.stage, begin, reason, self.events,
-        )  # fmt: skip
+            self.job.stage,
+            begin,
+            reason,
+            self.events,
+        )
 
     def event(self, images: int, kind: str, **facts: Any) -> None:
         """One line of events.jsonl; the trackers get what is a number."""

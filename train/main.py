@@ -112,9 +112,17 @@ def run(
         facts |= objective.facts
         status = storage.join(run_paths.status, f"{stage}.json")
         job = Job(
-            stage, settings, sections.seed, paths.checkpoints, paths.logs, status, wanted, facts, notes=taken.notes,
+            stage,
+            settings,
+            sections.seed,
+            paths.checkpoints,
+            paths.logs,
+            status,
+            wanted,
+            facts,
+            notes=taken.notes,
             tell=tell,
-        )  # fmt: skip
+        )
         if isinstance(settings, TrainConfig):
             job = _watched(job, settings, objective, run_paths, ranks)
         last = fit(job, objective, ranks)

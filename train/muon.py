@@ -87,9 +87,7 @@ class Muon(AdamW):
         # Which of rank r's pieces go to owner d, and come back; without ZeRO all have all, and owners need nobody's.
         ranks = range(len(self._all))
         self._back = [[[i for i, p in enumerate(self._all[r]) if owner[p[0]] == d] for d in ranks] for r in ranks]
-        self._there = [
-            [to if not replicated or r == d else [] for d, to in enumerate(self._back[r])] for r in ranks
-        ]  # fmt: skip
+        self._there = [[to if not replicated or r == d else [] for d, to in enumerate(self._back[r])] for r in ranks]
 
     def update(self, group: dict[str, Any], live: list[torch.Tensor]) -> None:
         """Muon or AdamW of these arrays."""
@@ -138,9 +136,7 @@ class Muon(AdamW):
         return [part for _, part in sorted(zip(places, got, strict=True), key=lambda x: x[0])]
 
 
-def _exchange(
-    send: list[list[torch.Tensor]], receive: list[list[int]], like: torch.Tensor
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+def _exchange(send: list[list[torch.Tensor]], receive: list[list[int]], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Give rank d the flat tensors send[d]; returns those that came, of the lengths receive[r], rank after rank."""
     flat = torch.cat([t for to in send for t in to] or [like[:0]])
     got = flat.new_empty(sum(map(sum, receive)))

@@ -82,19 +82,41 @@ class AdamW(torch.optim.Optimizer):
         """AdamW of these arrays, whose `grad` is there."""
         states = [self.state[p] for p in live]
         self._adamw(
-            group, [p.data for p in live], [p.grad for p in live], [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states], [s["step"] for s in states],
-        )  # fmt: skip
+            group,
+            [p.data for p in live],
+            [p.grad for p in live],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [s["step"] for s in states],
+        )
 
     def _adamw(
-        self, group: dict[str, Any], values: list[Any], gradients: list[Any], first: list[Any], second: list[Any],
+        self,
+        group: dict[str, Any],
+        values: list[Any],
+        gradients: list[Any],
+        first: list[Any],
+        second: list[Any],
         steps: list[torch.Tensor],
-    ) -> None:  # fmt: skip
+    ) -> None:
         adamw(
-            values, gradients, first, second, [], steps, fused=True, grad_scale=self.scale, found_inf=self.veto,
-            amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=group["lr"],
-            weight_decay=group["weight_decay"], eps=self.eps, maximize=False,
-        )  # fmt: skip
+            values,
+            gradients,
+            first,
+            second,
+            [],
+            steps,
+            fused=True,
+            grad_scale=self.scale,
+            found_inf=self.veto,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=self.eps,
+            maximize=False,
+        )
 
     # ---- what a checkpoint keeps -------------------------------------------------------------------
 
@@ -264,9 +286,15 @@ def ema_decay(images: int, batch_size: int, halflife: int, rampup: float | None)
 
 
 def learning_rate(
-    images: int, batch_size: int, total: int, peak: float, warmup: int, schedule: str, final_fraction: float,
+    images: int,
+    batch_size: int,
+    total: int,
+    peak: float,
+    warmup: int,
+    schedule: str,
+    final_fraction: float,
     cooldown: int = 0,
-) -> float:  # fmt: skip
+) -> float:
     """The rate of the step that begins at `images` seen: linear warm-up, then what the schedule says.
 
     The warm-up counts the step's own batch, so that the first step moves too. `cosine` goes from `peak` at the end of

@@ -93,9 +93,13 @@ class Told:
         return self.way.batch(self, pixels, positions + first, u)
 
     def inputs(
-        self, objective: Diffusion, xt: torch.Tensor, batch: Batch, text: torch.Tensor,
+        self,
+        objective: Diffusion,
+        xt: torch.Tensor,
+        batch: Batch,
+        text: torch.Tensor,
         added: dict[str, torch.Tensor] | None,
-    ) -> Inputs:  # fmt: skip
+    ) -> Inputs:
         """What the UNet is called with at x_t [B,C,h,w], where the batch lies."""
         return self.way.inputs(self, objective, xt, batch, text, added)
 
@@ -212,9 +216,13 @@ def _inpaint_batch(told: Told, pixels: np.ndarray, positions: np.ndarray, u: np.
 
 
 def _inpaint_inputs(
-    told: Told, objective: Diffusion, xt: torch.Tensor, batch: Batch, text: torch.Tensor,
+    told: Told,
+    objective: Diffusion,
+    xt: torch.Tensor,
+    batch: Batch,
+    text: torch.Tensor,
     added: dict[str, torch.Tensor] | None,
-) -> Inputs:  # fmt: skip
+) -> Inputs:
     """x_t, the mask at the latents' places, and the latents of the picture that is grey under the mask."""
     mask = batch["mask"].to(xt.dtype)
     mean, logstd = told.posterior(_unit(batch["picture"]) * (1 - mask))
@@ -234,9 +242,13 @@ def _edit_batch(told: Told, pixels: np.ndarray, positions: np.ndarray, u: np.nda
 
 
 def _edit_inputs(
-    told: Told, objective: Diffusion, xt: torch.Tensor, batch: Batch, text: torch.Tensor,
+    told: Told,
+    objective: Diffusion,
+    xt: torch.Tensor,
+    batch: Batch,
+    text: torch.Tensor,
     added: dict[str, torch.Tensor] | None,
-) -> Inputs:  # fmt: skip
+) -> Inputs:
     """x_t and the mean of the latents of the picture before, which InstructPix2Pix does not scale."""
     mean, _ = told.posterior(_unit(batch["before"]))
     return torch.cat([xt, (mean * batch["kept"][:, None, None, None]).to(xt.dtype)], dim=1), {}
@@ -287,9 +299,13 @@ def add_levels(unet: Any) -> Any:
 
 
 def _upscale_inputs(
-    told: Told, objective: Diffusion, xt: torch.Tensor, batch: Batch, text: torch.Tensor,
+    told: Told,
+    objective: Diffusion,
+    xt: torch.Tensor,
+    batch: Batch,
+    text: torch.Tensor,
     added: dict[str, torch.Tensor] | None,
-) -> Inputs:  # fmt: skip
+) -> Inputs:
     """x_t and the small picture; its level of noise as the class."""
     return torch.cat([xt, batch["small"].to(xt.dtype)], dim=1), {"class_labels": batch["level"]}
 
@@ -359,9 +375,13 @@ def _control_batch(told: Told, pixels: np.ndarray, positions: np.ndarray, u: np.
 
 
 def _control_inputs(
-    told: Told, objective: Diffusion, xt: torch.Tensor, batch: Batch, text: torch.Tensor,
+    told: Told,
+    objective: Diffusion,
+    xt: torch.Tensor,
+    batch: Batch,
+    text: torch.Tensor,
     added: dict[str, torch.Tensor] | None,
-) -> Inputs:  # fmt: skip
+) -> Inputs:
     """x_t as it is, and what the ControlNet adds to the UNet's skip connections and to its middle."""
     assert isinstance(objective.model, Controlled)
     image = batch["control"].permute(0, 3, 1, 2).to(xt.dtype) / 255

@@ -112,7 +112,7 @@ def plan(objective: Objective, batch: Batch, config: FitConfig, precision: str, 
 
 def _run(
     objective: Objective, batch: Batch, samples: int, precision: str, checkpointing: bool, live: bool
-) -> tuple[float, int]:  # fmt: skip
+) -> tuple[float, int]:
     """(FLOPs, bytes at the peak beside weights and gradients) of a step on fake tensors."""
     from train.engine import DTYPES
 

@@ -67,7 +67,7 @@ class Run:
 
     def roll_back(
         self, stage: str, to: tuple[str, dict[str, Any]] | None, most: int, events: str
-    ) -> tuple[str, dict[str, Any]]:  # fmt: skip
+    ) -> tuple[str, dict[str, Any]]:
         """The weights go back to a checkpoint, returned. Raises StageError where that is no use any more."""
         if to is None or self.rollbacks >= most:
             why = f"it went back {self.rollbacks} times before" if to else "there is no checkpoint to go back to"
@@ -81,9 +81,15 @@ class Run:
     def rates(self, config: FitConfig) -> tuple[float, dict[str, float]]:
         """The learning rate, and the averages' factors, of the step that begins here."""
         rate = learning_rate(
-            self.images, config.batch_size, config.images, config.learning_rate, config.warmup_images, config.schedule,
-            config.final_fraction, config.cooldown,
-        )  # fmt: skip
+            self.images,
+            config.batch_size,
+            config.images,
+            config.learning_rate,
+            config.warmup_images,
+            config.schedule,
+            config.final_fraction,
+            config.cooldown,
+        )
         after = self.images + config.batch_size
         decays = {ema_name(): ema_decay(after, config.batch_size, config.ema_halflife_images, config.ema_rampup)}
         decays |= {ema_name(std): decay(after, config.batch_size, std) for std in config.ema_stds}

@@ -72,8 +72,10 @@ class Account:
         place = self._places.get(shard_index)
         if place is None:
             return [None] * len(samples)
-        return [min((p for b, row in rows for p in self._all(place, b, row)), default=None)
-                for rows in self._rows(place, samples)]  # fmt: skip
+        return [
+            min((p for b, row in rows for p in self._all(place, b, row)), default=None)
+            for rows in self._rows(place, samples)
+        ]
 
     def _all(self, place: int, bucket: int, row: int) -> list[int]:
         found = []

@@ -187,9 +187,14 @@ def place(config: FitConfig, datasets: Sequence[Dataset], seed: int, history: Hi
 
 
 def resume(
-    stored: dict[str, Any] | None, images: int, step: int, config: FitConfig, datasets: Sequence[Dataset],
-    adopt: bool = False, changes: Sequence[str] = (),
-) -> Taken:  # fmt: skip
+    stored: dict[str, Any] | None,
+    images: int,
+    step: int,
+    config: FitConfig,
+    datasets: Sequence[Dataset],
+    adopt: bool = False,
+    changes: Sequence[str] = (),
+) -> Taken:
     """The history of a run that goes on at `images`, after `step` steps.
 
     stored: what its checkpoint kept; None where that was made before histories were. adopt: take in what has grown, and

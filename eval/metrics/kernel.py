@@ -66,18 +66,26 @@ KERNELS: dict[str, Kernel] = {"polynomial": polynomial, "gaussian": gaussian}
 
 
 def kid(
-    x: npt.ArrayLike, y: npt.ArrayLike, group: npt.ArrayLike, real: Within | None = None, device: str = "cpu",
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    group: npt.ArrayLike,
+    real: Within | None = None,
+    device: str = "cpu",
     tile: int = 2048,
-) -> Estimate:  # fmt: skip
+) -> Estimate:
     """Unbiased KID of generated features x [n, d] against real ones y [m, d]; group [n]: jackknife group of each x;
     real: `within` of y, where it is known."""
     return _estimate(group_sums("polynomial", x, y, group, real, device, tile), _unbiased, correct=False)
 
 
 def cmmd(
-    x: npt.ArrayLike, y: npt.ArrayLike, group: npt.ArrayLike, real: Within | None = None, device: str = "cpu",
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    group: npt.ArrayLike,
+    real: Within | None = None,
+    device: str = "cpu",
     tile: int = 2048,
-) -> Estimate:  # fmt: skip
+) -> Estimate:
     """CMMD of unit-length CLIP features x [n, d] (generated) and y [m, d] (real), times 1000; the rest as in `kid`.
 
     `value` is the published, biased one; its bias is of order 1/n at any n, and `bias_corrected` is without it.
@@ -103,9 +111,14 @@ def within(kernel: str, y: npt.ArrayLike, device: str = "cpu", tile: int = 2048)
 
 
 def group_sums(
-    kernel: str, x: npt.ArrayLike, y: npt.ArrayLike, group: npt.ArrayLike, real: Within | None = None,
-    device: str = "cpu", tile: int = 2048,
-) -> Sums:  # fmt: skip
+    kernel: str,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    group: npt.ArrayLike,
+    real: Within | None = None,
+    device: str = "cpu",
+    tile: int = 2048,
+) -> Sums:
     """The kernel's sums over all pairs, by group of x, from tiles of at most tile x tile; summed in float64."""
     import torch
 

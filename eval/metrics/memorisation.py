@@ -112,8 +112,9 @@ def _made(found: Nearest) -> Made:
     status = ["success"] * len(keys)
     sidecar = parquet({"key": keys, "train_key": found.key, "status": status})
     return {
-        ".safetensors": pack_columns({"cosine": found.cosine, "shard": found.shard}, {}), ".parquet": sidecar
-    }, counted(status)  # fmt: skip
+        ".safetensors": pack_columns({"cosine": found.cosine, "shard": found.shard}, {}),
+        ".parquet": sidecar,
+    }, counted(status)
 
 
 def nearest(features: npt.ArrayLike, train: Dataset, positions: Iterable[int], name: str = "images") -> Nearest:

@@ -201,8 +201,11 @@ def _find_dinov2(ref: str) -> Found:
 def _warn(path: str, digest: str) -> None:
     log.warning(
         "eval.inception: %s is not the published file (its sha256 is %s... where %s... is expected): no published "
-        "number compares with what it measures", path, digest[:12], INCEPTION_SHA256[:12],
-    )  # fmt: skip
+        "number compares with what it measures",
+        path,
+        digest[:12],
+        INCEPTION_SHA256[:12],
+    )
 
 
 def _downloaded() -> Path:

@@ -103,9 +103,17 @@ def _of_hub(state: dict[str, torch.Tensor]) -> Any:
     hidden = int(named["blocks.0.mlp.fc1.weight"].shape[0])
     kind = {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU} if gated else {}
     model = VisionTransformer(
-        img_size=SIDE, patch_size=patch, num_classes=0, embed_dim=width, depth=depth, num_heads=width // HEAD,
-        mlp_ratio=(hidden + 0.5) / width, init_values=1.0, weight_init="skip", **kind,
-    )  # fmt: skip
+        img_size=SIDE,
+        patch_size=patch,
+        num_classes=0,
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // HEAD,
+        mlp_ratio=(hidden + 0.5) / width,
+        init_values=1.0,
+        weight_init="skip",
+        **kind,
+    )
     model.load_state_dict(named)
     return model
 

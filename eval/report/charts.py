@@ -91,9 +91,15 @@ def _uri(line: Line, palette: str) -> str:
             below = [max(0.0, y - low) for y, (low, _) in zip(line.y, line.error, strict=True)]
             above = [max(0.0, high - y) for y, (_, high) in zip(line.y, line.error, strict=True)]
             axes.errorbar(
-                line.x, line.y, yerr=[below, above], fmt="o", color=colour["line"], markersize=4, capsize=3,
+                line.x,
+                line.y,
+                yerr=[below, above],
+                fmt="o",
+                color=colour["line"],
+                markersize=4,
+                capsize=3,
                 elinewidth=1.1,
-            )  # fmt: skip
+            )
         if line.log_scale and min(line.y, default=0) > 0:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -160,9 +166,12 @@ def pareto(points: Sequence[dict[str, Any]], distance: str) -> Chart:
     words = f"{len(points)} cells; on the frontier {', '.join(frontier)}" + (f"; the knee is {knee}" if knee else "")
     note = "Better is up and to the left. Larger dots take longer. Bars are 95 % intervals."
     return Chart(
-        "Distance against CLIP score", note, _pareto_uri(points, distance, "light"),
-        _pareto_uri(points, distance, "dark"), words,
-    )  # fmt: skip
+        "Distance against CLIP score",
+        note,
+        _pareto_uri(points, distance, "light"),
+        _pareto_uri(points, distance, "dark"),
+        words,
+    )
 
 
 def _pareto_uri(points: Sequence[dict[str, Any]], distance: str, palette: str) -> str:
@@ -174,9 +183,14 @@ def _pareto_uri(points: Sequence[dict[str, Any]], distance: str, palette: str) -
             (x, *wide), (y, *high) = p["distance"], p["score"]
             shade = colour["line" if p["frontier"] else "faint"]
             axes.errorbar(
-                [x], [y], xerr=[[max(0, x - wide[0])], [max(0, wide[1] - x)]],
-                yerr=[[max(0, y - high[0])], [max(0, high[1] - y)]], color=shade, elinewidth=0.8, fmt="none",
-            )  # fmt: skip
+                [x],
+                [y],
+                xerr=[[max(0, x - wide[0])], [max(0, wide[1] - x)]],
+                yerr=[[max(0, y - high[0])], [max(0, high[1] - y)]],
+                color=shade,
+                elinewidth=0.8,
+                fmt="none",
+            )
             axes.scatter([x], [y], s=14 + 90 * p["seconds"] / slowest, color=shade, zorder=3)
             if p["knee"]:
                 axes.scatter([x], [y], s=220, facecolors="none", edgecolors=colour["ink"], linewidths=1.2, zorder=4)
@@ -189,9 +203,14 @@ def _pareto_uri(points: Sequence[dict[str, Any]], distance: str, palette: str) -
         others = [p for p in points if p["frontier"] and p not in flat]
         for p, left in _labelled([*(p for p in points if p["knee"]), *flat, *others], axes):
             axes.annotate(
-                p["cell"], (p["distance"][0], p["score"][0]), xytext=(-7 if left else 7, -10), fontsize=7,
-                textcoords="offset points", ha="right" if left else "left", color=colour["ink"],
-            )  # fmt: skip
+                p["cell"],
+                (p["distance"][0], p["score"][0]),
+                xytext=(-7 if left else 7, -10),
+                fontsize=7,
+                textcoords="offset points",
+                ha="right" if left else "left",
+                color=colour["ink"],
+            )
 
     return _figure(paint, palette, (6.2, 3.6))
 

@@ -205,9 +205,7 @@ class Pair:
 
 def pairs(before: Images, after: Images, count: int) -> list[Pair]:
     """The first `count` prompts that both have, one image each, in the order of `after`."""
-    there = {
-        (before.rows[p][i]["prompt_id"], before.rows[p][i]["replicate"]): (p, i) for p, i in before.place
-    }  # fmt: skip
+    there = {(before.rows[p][i]["prompt_id"], before.rows[p][i]["replicate"]): (p, i) for p, i in before.place}
     found: list[Pair] = []
     for p, i in after.place:
         row = after.rows[p][i]

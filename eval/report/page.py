@@ -38,9 +38,18 @@ TAGS, PER_TAG = 8, 6
 TAG_COLUMNS = 8
 THUMBNAILS = 4  # of a row of the index
 HEADLINE = (  # the numbers that stand first, where measured
-    *compare.WATCHED, "cmmd", "kid_tf", "kd_dinov2_pil", "soft_tifa_am", "pickscore", "hps", "aesthetic", "retrieval",
-    "diversity_clip", "near_training",
-)  # fmt: skip
+    *compare.WATCHED,
+    "cmmd",
+    "kid_tf",
+    "kd_dinov2_pil",
+    "soft_tifa_am",
+    "pickscore",
+    "hps",
+    "aesthetic",
+    "retrieval",
+    "diversity_clip",
+    "near_training",
+)
 AROUND = ("vae_psnr", "clip_score_real", "clip_retrieval_real")  # of real images alone: the tools' own quality
 
 
@@ -50,9 +59,12 @@ def url_of(run: RunPaths, model: str) -> str:
 
 
 def render(
-    run: RunPaths, model: str, folder: str | None = None, watch: WatchConfig | None = None,
+    run: RunPaths,
+    model: str,
+    folder: str | None = None,
+    watch: WatchConfig | None = None,
     now: datetime.datetime | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Write <run>/reports/<model>.html, history.parquet and index.html; returns the page's path.
 
     folder: which result is shown where there are several; by default a grid's knee, else its best cell, else the one
@@ -92,9 +104,12 @@ def _shown(results: Sequence[dict[str, Any]], grid: dict[str, Any] | None) -> di
 def environment() -> jinja2.Environment:
     """The templates, with everything escaped and every name required."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.filters |= {"count": charts.count, "percent": percent, "number": lambda n: f"{n:,}"}
     return environment
 
@@ -107,9 +122,13 @@ def script(name: str, folder: Path = TEMPLATES) -> dict[str, str]:
 
 
 def _context(
-    run: RunPaths, result: dict[str, Any], mine: list[dict[str, Any]], every: list[dict[str, Any]],
-    watch: WatchConfig | None, when: str,
-) -> dict[str, Any]:  # fmt: skip
+    run: RunPaths,
+    result: dict[str, Any],
+    mine: list[dict[str, Any]],
+    every: list[dict[str, Any]],
+    watch: WatchConfig | None,
+    when: str,
+) -> dict[str, Any]:
     images = gather.Images(run, result)
     found = verdict.of(result, every, watch)
     before = found.before
@@ -157,7 +176,7 @@ def _context(
         "scores": gather.score_charts(run, result["checkpoint"]),
         "protocol": gather.flat(result["protocol"]),
         "provenance": gather.provenance(run, result),
-    }  # fmt: skip
+    }
 
 
 # ---- numbers as people read them -------------------------------------------------------------------
@@ -332,16 +351,13 @@ def _index(run: RunPaths, every: list[dict[str, Any]], watch: WatchConfig | None
             {
                 "r": r,
                 "texts": [text(r, n) for n in columns],
-                "arrows": [
-                    next((_arrow(d) for d in _whole(found.before) if d.metric == n), None)
-                    for n in columns
-                ],
+                "arrows": [next((_arrow(d) for d in _whole(found.before) if d.metric == n), None) for n in columns],
                 "alarms": found.alarms,
                 "way": found.before.way if found.before else "",
                 "page": f"{r['checkpoint']}.html" in pages,
                 "thumbnails": _thumbnails(run, r),
             }
-        )  # fmt: skip
+        )
     kinds = {(r["cell"], r["protocol"]["id"], r["model"]["weights"]): r for r in reversed(order)}
     return {
         "run": _run_name(run),

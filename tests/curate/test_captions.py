@@ -66,11 +66,18 @@ def blip(tmp_path_factory) -> Path:
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BlipConfig(
         text_config={
-            **small, "vocab_size": 64, "encoder_hidden_size": 16, "bos_token_id": 5, "pad_token_id": 0,
-            "sep_token_id": 3, "eos_token_id": 3, "initializer_range": 1.0, "projection_dim": 16,
+            **small,
+            "vocab_size": 64,
+            "encoder_hidden_size": 16,
+            "bos_token_id": 5,
+            "pad_token_id": 0,
+            "sep_token_id": 3,
+            "eos_token_id": 3,
+            "initializer_range": 1.0,
+            "projection_dim": 16,
         },
         vision_config={**small, "image_size": 32, "patch_size": 16, "initializer_range": 1.0},
-    )  # fmt: skip
+    )
     BlipForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -239,8 +246,17 @@ def test_failures_that_may_pass_are_tried_again_and_others_are_the_images(serve,
     stage = stage_of(run, **endpoint(server))
     manifest = score(stage)
     fates = {i: row["fate"] for i, row in enumerate(rows(stage))}
-    assert fates == {0: "captioned", 1: "captioned", 2: "failed", 3: "failed", 4: None, 5: "failed", 6: "refused",
-                     7: "repeated", 8: "failed"}  # fmt: skip
+    assert fates == {
+        0: "captioned",
+        1: "captioned",
+        2: "failed",
+        3: "failed",
+        4: None,
+        5: "failed",
+        6: "refused",
+        7: "repeated",
+        8: "failed",
+    }
     assert rows(stage)[0]["captions"] == ["picture of 40"]
     assert tries["40"] == 3
     assert tries["41"] == 2

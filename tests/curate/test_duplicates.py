@@ -186,7 +186,7 @@ def _search(root: str, groups: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return made
 
-    duplicates.storage.create = counted  # type: ignore[assignment]
+    duplicates.storage.create = counted
     find(run, memory_gb=5e-6)
 
 

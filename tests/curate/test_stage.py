@@ -230,9 +230,15 @@ def test_a_transformers_classifier_gives_a_column_a_label(run, clip, tmp_path) -
     torch.manual_seed(0)
     labels = {0: "normal", 1: "NSFW content"}
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16,
-        id2label=labels, label2id={v: k for k, v in labels.items()},
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
+        patch_size=16,
+        id2label=labels,
+        label2id={v: k for k, v in labels.items()},
+    )
     model = ViTForImageClassification(config).eval()
     model.save_pretrained(tmp_path / "vit")
     processor = ViTImageProcessor(size={"height": 32, "width": 32})

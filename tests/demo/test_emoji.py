@@ -16,11 +16,18 @@ from orchestration.config import load
 from tests.orchestration.head import ROOT
 
 ENTRIES = [
-    {"name": "WAVING  HAND SIGN", "image": "1f44b.png", "skin_variations": {"1F3FB": {"image": "1f44b-1f3fb.png"},
-     "1F3FF-1F3FB": {"image": "two.png"}, "1F3FD-1F3FD": {"image": "same.png"}}},
+    {
+        "name": "WAVING  HAND SIGN",
+        "image": "1f44b.png",
+        "skin_variations": {
+            "1F3FB": {"image": "1f44b-1f3fb.png"},
+            "1F3FF-1F3FB": {"image": "two.png"},
+            "1F3FD-1F3FD": {"image": "same.png"},
+        },
+    },
     {"name": None, "short_name": "flag", "image": "flag.png"},
     {"name": "NOT DRAWN", "image": "absent.png"},
-]  # fmt: skip
+]
 TOLD = {
     "1f44b.png": "waving hand sign",
     "1f44b-1f3fb.png": "waving hand sign, light skin tone",

@@ -94,10 +94,13 @@ PINCUSHION = [
     for x, y in [(t, -1.0)]
 ] + [
     (0.5 + 0.28 * x * (1 - 0.25 * (1 - y * y)), 0.5 + 0.28 * y * (1 - 0.25 * (1 - x * x)))
-    for line in ([(1.0, t) for t in np.linspace(-1, 1, 9)[:-1]], [(-t, 1.0) for t in np.linspace(-1, 1, 9)[:-1]],
-                 [(-1.0, -t) for t in np.linspace(-1, 1, 9)[:-1]])
+    for line in (
+        [(1.0, t) for t in np.linspace(-1, 1, 9)[:-1]],
+        [(-t, 1.0) for t in np.linspace(-1, 1, 9)[:-1]],
+        [(-1.0, -t) for t in np.linspace(-1, 1, 9)[:-1]],
+    )
     for x, y in line
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("side", [32, 64])

@@ -30,9 +30,9 @@ def parse(arguments: Sequence[str], mentioned: bool = False) -> None:
                 break
             _, command, words = command.resolve_command(context, rest)
     except commands.USAGE_ERROR as e:
-        if mentioned and re.match(r"Missing argument|Option .* requires an argument", e.format_message()):  # type: ignore[attr-defined]
+        if mentioned and re.match(r"Missing argument|Option .* requires an argument", e.format_message()):
             return
-        raise ConfigError(f"carrara {shlex.join(arguments)}: {e.format_message()}") from None  # type: ignore[attr-defined]
+        raise ConfigError(f"carrara {shlex.join(arguments)}: {e.format_message()}") from None
     named = context.params
     settings = [*(named.get("overrides") or ()), *(w for w in named.get("rest") or () if "=" in w)]
     for setting in settings:

@@ -186,10 +186,12 @@ def test_what_a_worker_claims_fits_a_node() -> None:
     """A worker that no node has room for would wait for ever."""
     [cluster, *_] = [r for r in rendered("raycluster") if r["kind"] == "RayCluster"]
     nodes = {
-        g["groupName"]: {k: float(v.removesuffix("Gi")) for k, v in
-                         g["template"]["spec"]["containers"][0]["resources"]["limits"].items()}
+        g["groupName"]: {
+            k: float(v.removesuffix("Gi"))
+            for k, v in g["template"]["spec"]["containers"][0]["resources"]["limits"].items()
+        }
         for g in cluster["spec"]["workerGroupSpecs"]
-    }  # fmt: skip
+    }
     config = load(str(FOLDER / "common/run.yaml"), [], "/", tables=False)
     assert config.ray.ingest.num_cpus <= nodes["cpu"]["cpu"]
     for pool in (config.ray.latents, config.ray.eval, config.ray.train):
@@ -276,6 +278,9 @@ def test_the_hook_drains_the_node_and_waits_for_what_is_in_hand(tmp_path: Path) 
     done = subprocess.run(
         ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--ipc", "bash", "-c", inside],
         env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PATH": path},
-        capture_output=True, text=True, timeout=240, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path,
+    )
     assert done.stdout.split()[-3:] == ["drained", "done", "ended"], done.stdout + done.stderr

@@ -34,8 +34,19 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, environment = folder / "source", folder / "environment"
     skipped = shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", ".*_cache", "tests", ".hypothesis")
     shutil.copytree(ROOT, source, ignore=skipped)
-    built = run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
-                "--wheel-dir", folder, source)  # fmt: skip
+    built = run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--wheel-dir",
+        folder,
+        source,
+    )
     assert built.returncode == 0, built.stderr
     [wheel] = folder.glob("carrara-*.whl")
     made = run(sys.executable, "-m", "venv", "--without-pip", environment)

@@ -91,7 +91,7 @@ def _free() -> int:
 def allocation(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Starts a script as Slurm would on the first of some nodes. standins: further commands that stand in."""
 
-    def start(script: str, *arguments: str, nodes: int, standins: dict[str, str] | None = None, **more: str):  # type: ignore[no-untyped-def]
+    def start(script: str, *arguments: str, nodes: int, standins: dict[str, str] | None = None, **more: str):
         (tmp_path / "bin").mkdir(exist_ok=True)
         for name, text in {**STANDINS, **(standins or {})}.items():
             (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}")
@@ -136,10 +136,21 @@ FAKE = {"ray": RAY, "carrara": CARRARA}
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
 def test_each_script_is_clean_asks_for_its_signal_and_calls_a_stage(script: Path) -> None:
     done = subprocess.run(
-        [str(Path(sys.executable).parent / "shellcheck"), "-x", "-P", str(script.parent), "-e", "SC1091", str(script),
-         str(script.parent / "common.sh"), "-s", "bash"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            str(Path(sys.executable).parent / "shellcheck"),
+            "-x",
+            "-P",
+            str(script.parent),
+            "-e",
+            "SC1091",
+            str(script),
+            str(script.parent / "common.sh"),
+            "-s",
+            "bash",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
     text = script.read_text()
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, flags=re.M))
@@ -200,9 +211,15 @@ def test_other_nodes_do_not_wait_for_ever_for_a_head_that_failed(
 ) -> None:
     port = _free()
     process = allocation(
-        "latents.sbatch", "--config", "x.yaml", nodes=2, standins=FAKE, FAKE_NO_RAY="1", CARRARA_HEAD_WAIT_S="2",
+        "latents.sbatch",
+        "--config",
+        "x.yaml",
+        nodes=2,
+        standins=FAKE,
+        FAKE_NO_RAY="1",
+        CARRARA_HEAD_WAIT_S="2",
         SLURM_JOB_ID=str(port - 20000),
-    )  # fmt: skip
+    )
     try:
         out, _ = process.communicate(timeout=20)
     finally:
@@ -242,9 +259,15 @@ def test_a_stage_on_the_ray_that_symmetric_run_starts(
     )
     space = f'exec unshare --net bash -c {shlex.quote(inside)} ray "$@"'
     process = allocation(
-        "ingest.sbatch", "--config", str(tmp_path / "mine.yaml"), nodes=1, standins={"ray": space},
-        CARRARA_HEAD_IP="10.213.9.1", SLURM_CPUS_ON_NODE="2", RAY_agent_register_timeout_ms="180000",
-    )  # fmt: skip
+        "ingest.sbatch",
+        "--config",
+        str(tmp_path / "mine.yaml"),
+        nodes=1,
+        standins={"ray": space},
+        CARRARA_HEAD_IP="10.213.9.1",
+        SLURM_CPUS_ON_NODE="2",
+        RAY_agent_register_timeout_ms="180000",
+    )
     out, _ = process.communicate(timeout=500)
     assert process.returncode == 0, out
     assert len(list(Dataset.open(str(tmp_path / "run/images")).shards)) == 1

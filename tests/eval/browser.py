@@ -77,12 +77,20 @@ async def _visit(program: str, page: str, look: Callable[[Tab], Awaitable[None]]
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [
-                program, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage",
-                "--disable-background-networking", "--remote-debugging-port=0", f"--user-data-dir={folder}",
+                program,
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--no-first-run",
+                "--disable-dev-shm-usage",
+                "--disable-background-networking",
+                "--remote-debugging-port=0",
+                f"--user-data-dir={folder}",
                 "about:blank",
             ],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             port_file = Path(folder) / "DevToolsActivePort"
             for _ in range(600):

@@ -177,7 +177,7 @@ def refs(run: RunPaths) -> tuple[str, str]:
     return run.autoencoder + "/model", run.clip + "/model"
 
 
-def drive(stage) -> dict:  # type: ignore[no-untyped-def]
+def drive(stage) -> dict:
     """Run a whole stage in this process."""
     begin(stage)
     work = stage.worker()

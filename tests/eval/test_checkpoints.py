@@ -56,10 +56,16 @@ def trained(run: RunPaths, tmp_path: Path) -> RunPaths:
     vae, clip = (find(ref) for find, ref in zip((find_vae, find_clip), refs(own), strict=True))
     text = {"ref": clip.ref, "digest": clip.digest, "layer": "penultimate", "context_length": 24, "width": 32}
     latents = {
-        "kind": "latents", "format_version": 1, "fingerprint": "f", "rows": 1, "count": 1, "shards": [],
-        "resolution": SIDE, "text": text,
+        "kind": "latents",
+        "format_version": 1,
+        "fingerprint": "f",
+        "rows": 1,
+        "count": 1,
+        "shards": [],
+        "resolution": SIDE,
+        "text": text,
         "vae": {"ref": vae.ref, "digest": vae.digest, "scaling_factor": 0.5, "config": vae.config},
-    }  # fmt: skip
+    }
     Path(own.latents).mkdir()
     (Path(own.latents) / "dataset.json").write_text(json.dumps(latents))
     write_checkpoint(own, 1, unet, 64)

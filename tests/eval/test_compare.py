@@ -173,8 +173,10 @@ def test_a_worse_checkpoint_is_an_alarm_against_one_before_it() -> None:
     assert str(alarm).startswith(f"step-4 is worse than {alarm.best} in clip_score: 2")
     # Neither other weights, nor other protocols, nor partial results are held against it.
     for change in (
-        {"model": {"weights": "raw"}}, {"protocol": {**run[0]["protocol"], "id": "x"}}, {"missing": {"images": 3}},
-    ):  # fmt: skip
+        {"model": {"weights": "raw"}},
+        {"protocol": {**run[0]["protocol"], "id": "x"}},
+        {"missing": {"images": 3}},
+    ):
         assert not compare.alarms([{**run[1], **change}, run[3]], "step-4")
 
 

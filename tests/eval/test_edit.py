@@ -51,9 +51,13 @@ def plain(pipeline: Any, prompt: str, number: int = 0, **more: Any) -> torch.Ten
     """Latents [C,h,w] that the pipeline draws by itself."""
     with torch.inference_mode():
         found = pipeline(
-            [prompt], generator=[noise(number)], output_type="latent", num_inference_steps=STEPS, guidance_scale=SCALE,
+            [prompt],
+            generator=[noise(number)],
+            output_type="latent",
+            num_inference_steps=STEPS,
+            guidance_scale=SCALE,
             **more,
-        ).images  # fmt: skip
+        ).images
     return found[0]
 
 
@@ -73,9 +77,13 @@ def draw(pipeline: Any, change: Edit, source: str, target: str) -> Any:
     text, empty = (torch.cat([t[i] for t in texts]) for i in (0, 1))
     with control(), torch.inference_mode():
         found = pipeline(
-            prompt_embeds=text, negative_prompt_embeds=empty, generator=[noise(), noise()], output_type="latent",
-            num_inference_steps=STEPS, guidance_scale=SCALE,
-        ).images  # fmt: skip
+            prompt_embeds=text,
+            negative_prompt_embeds=empty,
+            generator=[noise(), noise()],
+            output_type="latent",
+            num_inference_steps=STEPS,
+            guidance_scale=SCALE,
+        ).images
     return found, control.maps
 
 
@@ -183,9 +191,12 @@ def test_it_is_what_the_paper_says(pipeline: Any, target: str, weights: dict[str
     found, _ = draw(pipeline, change, RED, target)
     with textbook(pipeline, change), torch.inference_mode():
         wanted = pipeline(
-            [RED, target], generator=[noise(), noise()], output_type="latent", num_inference_steps=STEPS,
+            [RED, target],
+            generator=[noise(), noise()],
+            output_type="latent",
+            num_inference_steps=STEPS,
             guidance_scale=SCALE,
-        ).images  # fmt: skip
+        ).images
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
@@ -270,9 +281,13 @@ def test_an_image_is_drawn_again_from_its_noise(pipeline: Any) -> None:
         start = invert(own, wanted, text, STEPS, iterations)
         with torch.inference_mode():
             found = own(
-                prompt_embeds=text, negative_prompt_embeds=negative, latents=start, guidance_scale=7.5,
-                num_inference_steps=STEPS, output_type="latent",
-            ).images  # fmt: skip
+                prompt_embeds=text,
+                negative_prompt_embeds=negative,
+                latents=start,
+                guidance_scale=7.5,
+                num_inference_steps=STEPS,
+                output_type="latent",
+            ).images
         return float((found - wanted).abs().max())
 
     errors = [again(n, text) for n in (1, 3, 10)]

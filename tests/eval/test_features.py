@@ -78,10 +78,18 @@ def columns(root: str, name: str) -> np.ndarray:
 def test_an_evaluation_with_every_network(own: RunPaths, judged: EvalConfig) -> None:
     found = evaluate(own, judged)
     assert [s.name for s in found.stages()] == [
-        "features-real-clip", "features-real-inception", "features-real-scorer", "features-real-vae",
-        "features-train-clip", "nearest-real", "eval", "features-generated-clip", "features-generated-inception",
-        "features-generated-scorer", "nearest-generated",
-    ]  # fmt: skip
+        "features-real-clip",
+        "features-real-inception",
+        "features-real-scorer",
+        "features-real-vae",
+        "features-train-clip",
+        "nearest-real",
+        "eval",
+        "features-generated-clip",
+        "features-generated-inception",
+        "features-generated-scorer",
+        "nearest-generated",
+    ]
     assert found.is_current()
     metrics = json.loads(Path(found.folder, "metrics.json").read_bytes())
     m = metrics["metrics"]
@@ -172,7 +180,7 @@ def test_shards_are_the_same_from_any_worker_in_any_order(own: RunPaths, judged:
     tasks = list(second.tasks())
     for task in reversed(tasks):
         workers[task.index % 2](task)
-    second.finish(read_stats(second.root, task.index) for task in tasks)  # type: ignore[misc]
+    second.finish(read_stats(second.root, task.index) for task in tasks)
     assert shard_bytes(first.root) == shard_bytes(second.root)
     assert stage("a", SIDE * 2).root != first.root
 
@@ -233,9 +241,12 @@ def test_broken_and_converted_images_are_counted(tmp_path: Path, run: RunPaths) 
     tar, places = pack_tar((k, {"png": d}) for k, d in zip(keys, data, strict=True))
     sink = io.BytesIO()
     table = {
-        "key": keys, "caption": ["x"] * 4, "status": ["success"] * 4,
-        "image_offset": [p["png"][0] for p in places], "image_size": [p["png"][1] for p in places],
-    }  # fmt: skip
+        "key": keys,
+        "caption": ["x"] * 4,
+        "status": ["success"] * 4,
+        "image_offset": [p["png"][0] for p in places],
+        "image_size": [p["png"][1] for p in places],
+    }
     pq.write_table(pa.table(table), sink)
     root = str(tmp_path / "images")
     stats = commit_shard(

@@ -100,10 +100,14 @@ def workplace(run: RunPaths, tmp_path: Path) -> tuple[Path, RunPaths]:
         "autoencoder": {"pretrained": vae},
         "clip": {"pretrained": text},
         "eval": {
-            "num_prompts": 12, "batch_size": 4, "shard_size": 4, "guidance_scale": 2.0, "jackknife_groups": 4,
+            "num_prompts": 12,
+            "batch_size": 4,
+            "shard_size": 4,
+            "guidance_scale": 2.0,
+            "jackknife_groups": 4,
             "grid": {"samplers": ["ddim"], "steps": [1, 3], "guidance_scales": [2], "first_percent": 30},
         },
-    }  # fmt: skip
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path, own
 

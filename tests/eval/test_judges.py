@@ -68,30 +68,49 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
         additional_special_tokens=["<image>"],
-    )  # fmt: skip
+    )
     template = (
         "{% for m in messages %}USER {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> {% else %}"
         "{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
     )
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        tokenizer=fast, patch_size=16, vision_feature_select_strategy="default", chat_template=template,
+        tokenizer=fast,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        chat_template=template,
         num_additional_image_tokens=1,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
             patch_size=16,
         ),
         text_config=LlamaConfig(
-            vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=len(vocab),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         ),
-        image_token_index=vocab["<image>"], vision_feature_layer=-1,
-    )  # fmt: skip
+        image_token_index=vocab["<image>"],
+        vision_feature_layer=-1,
+    )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
@@ -167,9 +186,15 @@ def judged(run: RunPaths, vlm: str, tmp_path_factory: pytest.TempPathFactory) ->
     shutil.copytree(run.run, folder / "run")
     (folder / "suite.jsonl").write_text("".join(json.dumps(line) + "\n" for line in SUITE))
     config = EvalConfig(
-        prompts_file=str(folder / "suite.jsonl"), num_prompts=10, replicates=4, steps=1, batch_size=4, shard_size=5,
-        jackknife_groups=4, judge=JudgeConfig(model=vlm, precision="float32", batch_size=4),
-    )  # fmt: skip
+        prompts_file=str(folder / "suite.jsonl"),
+        num_prompts=10,
+        replicates=4,
+        steps=1,
+        batch_size=4,
+        shard_size=5,
+        jackknife_groups=4,
+        judge=JudgeConfig(model=vlm, precision="float32", batch_size=4),
+    )
     return evaluate(RunPaths(str(folder / "run")), config), config
 
 
@@ -255,13 +280,13 @@ def test_scores_made_elsewhere_are_a_metric_like_any_other(judged: Any, tmp_path
     assert "Geneval" in (Path(found.run.reports) / f"{found.model.name}.html").read_text()
     for content, name, says in (
         ('{"id": "nobody", "score": 1}', "x", "there is no image 'nobody'"),
-        (json.dumps({'id': keys[0]})[:-1] + ', "score": NaN}', "x", "finite number"),
-        ((json.dumps({'id': keys[0]})[:-1] + ', "score": 1}\n') * 2, "x", "has a score already"),
+        (json.dumps({"id": keys[0]})[:-1] + ', "score": NaN}', "x", "finite number"),
+        ((json.dumps({"id": keys[0]})[:-1] + ', "score": 1}\n') * 2, "x", "has a score already"),
         ('{"score": 1}', "x", "names no image"),
         ("", "x", "has no scores"),
-        (json.dumps({'id': keys[0]})[:-1] + ', "score": 1}', "taste", "has other scores named taste"),
-        (json.dumps({'id': keys[0]})[:-1] + ', "score": 1}', "clip_score", "is no free name"),
-    ):  # fmt: skip
+        (json.dumps({"id": keys[0]})[:-1] + ', "score": 1}', "taste", "has other scores named taste"),
+        (json.dumps({"id": keys[0]})[:-1] + ', "score": 1}', "clip_score", "is no free name"),
+    ):
         (tmp_path / "bad.jsonl").write_text(content)
         with pytest.raises(ConfigError, match=says):
             suites.bring_in(images, name, str(tmp_path / "bad.jsonl"))

@@ -69,10 +69,21 @@ def test_every_number_is_torch_fidelitys_on_the_same_pictures(sets, inception_we
             return torch.from_numpy(self.arrays[i].transpose(2, 0, 1))
 
     theirs = torch_fidelity.calculate_metrics(
-        input1=Pictures(sets[0][0]), input2=Pictures(sets[1][0]), cuda=False, fid=True, kid=True, isc=True, prc=True,
-        feature_extractor_weights_path=str(inception_weights), kid_subset_size=COUNT, kid_subsets=1, isc_splits=1,
-        verbose=False, batch_size=COUNT, feature_extractor="inception-v3-compat",
-    )  # fmt: skip
+        input1=Pictures(sets[0][0]),
+        input2=Pictures(sets[1][0]),
+        cuda=False,
+        fid=True,
+        kid=True,
+        isc=True,
+        prc=True,
+        feature_extractor_weights_path=str(inception_weights),
+        kid_subset_size=COUNT,
+        kid_subsets=1,
+        isc_splits=1,
+        verbose=False,
+        batch_size=COUNT,
+        feature_extractor="inception-v3-compat",
+    )
     (_, generated), (_, real) = sets
     x, y, owner = generated["inception_tf"], real["inception_tf"], np.arange(COUNT) % 3
     fid = frechet.distance_of(frechet.reference_of(y), x)
@@ -89,9 +100,14 @@ def test_clean_features_are_clean_fids(sets, ours: networks.Inception, tmp_path:
     for i, p in enumerate(sets[0][0]):
         Image.fromarray(p).save(tmp_path / f"{i:02d}.png")
     theirs = cleanfid.fid.get_folder_features(
-        str(tmp_path), ours.features, num_workers=0, batch_size=COUNT, device=torch.device("cpu"), mode="clean",
+        str(tmp_path),
+        ours.features,
+        num_workers=0,
+        batch_size=COUNT,
+        device=torch.device("cpu"),
+        mode="clean",
         verbose=False,
-    )  # fmt: skip
+    )
     np.testing.assert_allclose(sets[0][1]["inception_clean"], theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -177,9 +193,15 @@ def test_weights_that_are_not_weights_are_one_sentence(tmp_path: Path) -> None:
 def dinov2_model(side: int, **settings: object) -> Any:
     torch.manual_seed(5)
     config = transformers.Dinov2Config(
-        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=side, patch_size=14, mlp_ratio=2,
-        layerscale_value=0.5, **settings,
-    )  # fmt: skip
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=side,
+        patch_size=14,
+        mlp_ratio=2,
+        layerscale_value=0.5,
+        **settings,
+    )
     model = transformers.Dinov2Model(config).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -190,11 +212,17 @@ def dinov2_model(side: int, **settings: object) -> Any:
 def hub_state(model: Any) -> dict[str, torch.Tensor]:
     """A transformers model's weights under the names that torch.hub's files have."""
     names = {
-        "embeddings.cls_token": "cls_token", "embeddings.mask_token": "mask_token",
-        "embeddings.position_embeddings": "pos_embed", "embeddings.patch_embeddings.projection": "patch_embed.proj",
-        "encoder.layer.": "blocks.", ".attention.o_proj.": ".attn.proj.", ".layer_scale1.lambda1": ".ls1.gamma",
-        ".layer_scale2.lambda1": ".ls2.gamma", ".mlp.down_proj.": ".mlp.w3.", "layernorm.": "norm.",
-    }  # fmt: skip
+        "embeddings.cls_token": "cls_token",
+        "embeddings.mask_token": "mask_token",
+        "embeddings.position_embeddings": "pos_embed",
+        "embeddings.patch_embeddings.projection": "patch_embed.proj",
+        "encoder.layer.": "blocks.",
+        ".attention.o_proj.": ".attn.proj.",
+        ".layer_scale1.lambda1": ".ls1.gamma",
+        ".layer_scale2.lambda1": ".ls2.gamma",
+        ".mlp.down_proj.": ".mlp.w3.",
+        "layernorm.": "norm.",
+    }
     state = dict(model.state_dict())
     joined = {("q_proj", "k_proj", "v_proj"): "attn.qkv", ("gate_proj", "up_proj"): "mlp.w12"}
     found = {}
@@ -221,9 +249,14 @@ def test_dinov2_is_transformers_class_token(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     p = pictures(6, (60, 30))
     processor = transformers.BitImageProcessorPil(
-        do_resize=True, size={"height": 224, "width": 224}, resample=3, do_center_crop=False, do_convert_rgb=False,
-        image_mean=dinov2.IMAGENET_MEAN, image_std=dinov2.IMAGENET_STD,
-    )  # fmt: skip
+        do_resize=True,
+        size={"height": 224, "width": 224},
+        resample=3,
+        do_center_crop=False,
+        do_convert_rgb=False,
+        image_mean=dinov2.IMAGENET_MEAN,
+        image_std=dinov2.IMAGENET_STD,
+    )
     with torch.inference_mode():
         x = processor([Image.fromarray(q) for q in p], return_tensors="pt").pixel_values
         theirs = model(x).pooler_output

@@ -71,7 +71,7 @@ def test_two_watchers_that_are_killed_end_with_the_same_bytes(trained: RunPaths,
     shutil.rmtree(trained.eval)
     for committed in (4, 11):  # among the first checkpoint's shards, and among the second's
         both = [run_stage(*words) for _ in range(2)]
-        wait_for(lambda n=committed: len(list(Path(trained.eval).rglob("*_stats.json"))) >= n, both[0])  # type: ignore[misc]
+        wait_for(lambda n=committed: len(list(Path(trained.eval).rglob("*_stats.json"))) >= n, both[0])
         for process in both:
             process.kill()
             process.communicate()

@@ -37,9 +37,15 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
     prompts.write_text("\n".join(HOSTILE), encoding="utf-8")
     shutil.copytree(run.heldout, run.images)
     config = EvalConfig(
-        num_prompts=6, prompts_file=str(prompts), steps=1, batch_size=6, shard_size=3, jackknife_groups=4,
-        memorisation=True, replicates=2,
-    )  # fmt: skip
+        num_prompts=6,
+        prompts_file=str(prompts),
+        steps=1,
+        batch_size=6,
+        shard_size=3,
+        jackknife_groups=4,
+        memorisation=True,
+        replicates=2,
+    )
     cells = []
     for name, images, steps in (("step-00000004", 256, (1, 2)), ("step-00000008", 512, (1,))):
         facts = {"checkpoint": name, "images_seen": images}

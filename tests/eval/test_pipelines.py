@@ -76,9 +76,18 @@ def test_a_transformer_draws_too(prompts: Path, run: RunPaths, tmp_path: Path) -
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     text = T5EncoderModel(T5Config(vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     transformer = PixArtTransformer2DModel(
-        sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=2, caption_channels=16,
-        in_channels=4, cross_attention_dim=16, out_channels=8, norm_num_groups=1, use_additional_conditions=False,
-    )  # fmt: skip
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=16,
+        in_channels=4,
+        cross_attention_dim=16,
+        out_channels=8,
+        norm_num_groups=1,
+        use_additional_conditions=False,
+    )
     vae = AutoencoderKL.from_pretrained(refs(run)[0])
     pipeline = PixArtAlphaPipeline(
         tokenizer=fast, text_encoder=text, vae=vae, transformer=transformer, scheduler=DPMSolverMultistepScheduler()
@@ -128,7 +137,7 @@ def test_two_models_are_compared_in_pairs(
 def coco_files(folder: Path, count: int = 12) -> tuple[str, str]:
     rng = np.random.default_rng(0)
     (folder / "val2014").mkdir(parents=True)
-    found: dict[str, list[dict]] = {"images": [], "annotations": []}  # type: ignore[type-arg]
+    found: dict[str, list[dict]] = {"images": [], "annotations": []}
     for i in range(count):
         name = f"COCO_val2014_{i:012d}.jpg"
         side = (48 + i, 64)
@@ -179,10 +188,20 @@ def test_every_step_of_the_coco_recipe_runs(stranger: Path, run: RunPaths, tmp_p
     command = ["reference", "coco", "--annotations", annotations, "--images", images, "--out", str(tmp_path / "coco")]
     assert main([*command, "--count", "8"]) == 0
     small = {
-        "prompts_file": tmp_path / "coco/prompts.jsonl", "reference": tmp_path / "coco/images", "num_prompts": 8,
-        "steps": 2, "size": "null", "resolution": 16, "precision": "float32", "batch_size": 4, "shard_size": 4,
-        "inception": "null", "clip": refs(run)[1], "keep_images": 2, "jackknife_groups": 4,
-    }  # fmt: skip
+        "prompts_file": tmp_path / "coco/prompts.jsonl",
+        "reference": tmp_path / "coco/images",
+        "num_prompts": 8,
+        "steps": 2,
+        "size": "null",
+        "resolution": 16,
+        "precision": "float32",
+        "batch_size": 4,
+        "shard_size": 4,
+        "inception": "null",
+        "clip": refs(run)[1],
+        "keep_images": 2,
+        "jackknife_groups": 4,
+    }
     settings = [f"eval.{k}={v}" for k, v in small.items()]
     config = Path(__file__).parents[2] / "configs" / "coco30k.yaml"
     page = commands.evaluate_model(str(stranger), str(tmp_path / "out"), settings, str(config), local=True)

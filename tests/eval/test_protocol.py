@@ -21,10 +21,22 @@ from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError, validate
 
 FIELDS: dict[str, Any] = {
-    "prompts": "a" * 64, "num_prompts": 8, "replicates": 1, "seed_rule": "rule", "size": 32, "sampler": "ddim",
-    "steps": 25, "guidance_scale": 3.0, "guidance_interval": None, "timestep_spacing": "trailing",
-    "precision": "float32", "code": 2, "generated_with": {"torch": "2.15"}, "reference": "f", "clip": "d" * 64,
-}  # fmt: skip
+    "prompts": "a" * 64,
+    "num_prompts": 8,
+    "replicates": 1,
+    "seed_rule": "rule",
+    "size": 32,
+    "sampler": "ddim",
+    "steps": 25,
+    "guidance_scale": 3.0,
+    "guidance_interval": None,
+    "timestep_spacing": "trailing",
+    "precision": "float32",
+    "code": 2,
+    "generated_with": {"torch": "2.15"},
+    "reference": "f",
+    "clip": "d" * 64,
+}
 
 
 def made(**changes: Any) -> dict[str, Any]:
@@ -154,8 +166,10 @@ def test_suites_open_unchanged(tmp_path) -> None:
     file.write_text("\n".join([GENEVAL, GENEVAL2, own]))
     bench, bicycles, mine = prompts.from_file(str(file), 10).prompts
     assert (bench.text, bench.tags, bench.extra) == (
-        "a photo of a bench", ("single_object",), json.dumps(json.loads(GENEVAL), sort_keys=True)
-    )  # fmt: skip
+        "a photo of a bench",
+        ("single_object",),
+        json.dumps(json.loads(GENEVAL), sort_keys=True),
+    )
     assert bicycles.tags == ("count", "attribute", "2 atoms")
     assert bicycles.questions[0] == ("How many bicycles are in the image?", "four")
     assert (mine.name, mine.tags, mine.questions) == ("7", ("t", "c"), (("Is it?", "yes"),))
@@ -163,10 +177,13 @@ def test_suites_open_unchanged(tmp_path) -> None:
     first = prompts.from_file(str(file), 2)
     assert first.digest == prompts.from_file(str(file), 3).digest  # more of a list is no other list
     for bad, says in (
-        ("{", "line 1: it is no JSON"), ("[]", 'needs a text "prompt"'), ('{"prompt": ""}', 'needs a text "prompt"'),
-        ('{"prompt": "x", "questions": [["a"]]}', "pairs of a question"), ('{"prompt": "x", "tags": [[]]}', '"tags"'),
+        ("{", "line 1: it is no JSON"),
+        ("[]", 'needs a text "prompt"'),
+        ('{"prompt": ""}', 'needs a text "prompt"'),
+        ('{"prompt": "x", "questions": [["a"]]}', "pairs of a question"),
+        ('{"prompt": "x", "tags": [[]]}', '"tags"'),
         ('{"prompt": "x", "id": "a"}\n{"prompt": "y", "id": "a"}', "the id 'a' twice"),
-    ):  # fmt: skip
+    ):
         file.write_text(bad)
         with pytest.raises(ConfigError, match=says):
             prompts.from_file(str(file), 10)

@@ -63,14 +63,22 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
         (folder / name / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"images": 9')
     (folder / "images").mkdir()
     counts = {
-        "rows": 100, "success": 70, "filtered": 5, "failed_to_download": 12, "failed_to_resize": 3, "opted_out": 1,
+        "rows": 100,
+        "success": 70,
+        "filtered": 5,
+        "failed_to_download": 12,
+        "failed_to_resize": 3,
+        "opted_out": 1,
         "duplicate": 9,
-    }  # fmt: skip
+    }
     manifest = {
-        "rows": 100, "count": 70, "counts": counts,
+        "rows": 100,
+        "count": 70,
+        "counts": counts,
         "errors": {"http_not_found": 12, "not_an_image": 3, "x_robots_tag": 1},
-        "filtered_by": {"<i>punsafe</i>": 5}, "duplicates_by": {"duplicate_url": 9},
-    }  # fmt: skip
+        "filtered_by": {"<i>punsafe</i>": 5},
+        "duplicates_by": {"duplicate_url": 9},
+    }
     (folder / "images" / "dataset.json").write_text(json.dumps(manifest))
     write_scores(folder, {0: np.linspace(0, 1, 50)}, "quality")
     return run
@@ -207,9 +215,18 @@ def test_the_value_shown_is_the_one_that_was_published(html: str, done: RunPaths
     """A distance stands first as it is quoted, raw, with its own interval, not below zero; what is without its bias
     stands beside it, if at all."""
     estimate = {
-        "value": 12.70, "se": 0.07, "low": 12.55, "high": 12.85, "bias_corrected": 11.98, "corrected_low": 11.83,
-        "corrected_high": 12.13, "label": "FID", "better": "lower", "definition": "x", "n": 9000,
-    }  # fmt: skip
+        "value": 12.70,
+        "se": 0.07,
+        "low": 12.55,
+        "high": 12.85,
+        "bias_corrected": 11.98,
+        "corrected_low": 11.83,
+        "corrected_high": 12.13,
+        "label": "FID",
+        "better": "lower",
+        "definition": "x",
+        "n": 9000,
+    }
     result = {"metrics": {"fid_tf": estimate}, "real": {}, "floors": {}, "counts": {}, "by_tag": {}}
     shown = page.number(result, "fid_tf", None)
     assert (shown["value"], shown["interval"]) == ("12.700", "12.550 to 12.850")

@@ -55,7 +55,7 @@ def everything(root: str, name: str) -> np.ndarray:
     return np.concatenate([ColumnShard(dataset, p).arrays[name] for p in range(len(dataset.shards))])
 
 
-def feature_root(stages: list, network: str) -> str:  # type: ignore[type-arg]
+def feature_root(stages: list, network: str) -> str:
     return next(s.root for s in stages if s.found.name == network)
 
 
@@ -148,9 +148,15 @@ def test_what_is_measured_is_no_part_of_how(own: RunPaths, config: EvalConfig) -
         return evaluation_of(own, config.model_copy(update=changes))
 
     for change in (
-        {"steps": 3}, {"guidance_scale": 2.5}, {"sampler": "euler"}, {"replicates": 2}, {"precision": "bfloat16"},
-        {"timestep_spacing": "linspace"}, {"size": 64}, {"guidance_interval": (0.2, 0.8)},
-    ):  # fmt: skip
+        {"steps": 3},
+        {"guidance_scale": 2.5},
+        {"sampler": "euler"},
+        {"replicates": 2},
+        {"precision": "bfloat16"},
+        {"timestep_spacing": "linspace"},
+        {"size": 64},
+        {"guidance_interval": (0.2, 0.8)},
+    ):
         assert other(**change).protocol["id"] != base.protocol["id"], change
         assert other(**change).generate.root != base.generate.root, change
     for change in ({"retrieval_candidates": 50}, {"jackknife_groups": 7}, {"num_prompts": 10}, {"resolution": 16}):
@@ -235,18 +241,18 @@ def test_only_the_denoiser_is_rounded(run: RunPaths, precision: str) -> None:
     kinds: dict[str, set[torch.dtype]] = {"unet": set(), "state": set(), "vae": set()}
     step, decode, forward = pipeline.scheduler.step, pipeline.vae.decode, generator._forward
 
-    def stepped(output, t, sample, **kw):  # type: ignore[no-untyped-def]
+    def stepped(output, t, sample, **kw):
         kinds["state"] |= {output.dtype, sample.dtype}
         return step(output, t, sample, **kw)
 
-    def decoded(z, **kw):  # type: ignore[no-untyped-def]
+    def decoded(z, **kw):
         kinds["vae"] |= {z.dtype, next(pipeline.vae.parameters()).dtype}
         return decode(z, **kw)
 
     pipeline.scheduler.step, pipeline.vae.decode = stepped, decoded
     if precision != "float32":
 
-        def rounded(**kw):  # type: ignore[no-untyped-def]
+        def rounded(**kw):
             kinds["unet"] |= {kw["sample"].dtype}
             return forward(**kw)
 
@@ -288,13 +294,13 @@ def test_a_batch_that_memory_does_not_hold_is_halved(run: RunPaths) -> None:
     sizes: list[int] = []
     make = generator._make
 
-    def little(part, **kw):  # type: ignore[no-untyped-def]
+    def little(part, **kw):
         sizes.append(len(part))
         if len(part) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return make(part, **kw)
 
-    generator._make = little  # type: ignore[method-assign]
+    generator._make = little
     assert np.abs(generator(samples)[0].astype(int) - whole.astype(int)).max() <= 1
     assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
     generator(samples[:2])
@@ -326,9 +332,9 @@ def test_a_shard_with_lost_rows_is_refused(evaluated: RunPaths, config: EvalConf
     stage = evaluation_of(evaluated, config).generate
     stats = [read_stats(stage.root, task.index) for task in stage.tasks()]
     assert all(s is not None for s in stats)
-    stats[1] = {**stats[1], "rows": 7}  # type: ignore[dict-item]
+    stats[1] = {**stats[1], "rows": 7}
     with pytest.raises(StageError, match="shard 1 does not have the images of its task"):
-        stage.finish(stats)  # type: ignore[arg-type]
+        stage.finish(stats)
 
 
 @pytest.mark.parametrize("spoil", ["edit", "tear"])
@@ -371,7 +377,7 @@ def test_an_image_that_is_not_finite_is_counted_and_left_out(
     work = stage.worker()
     decode = work.generator.pipeline.vae.decode
 
-    def broken(latents, **kw):  # type: ignore[no-untyped-def]
+    def broken(latents, **kw):
         result = decode(latents, **kw)
         result[0][1] = float("nan")
         return result

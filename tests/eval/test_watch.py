@@ -38,10 +38,15 @@ def configured(run: RunPaths, **watching: Any) -> RunConfig:
         "autoencoder": {"pretrained": vae},
         "clip": {"pretrained": text},
         "eval": {
-            "num_prompts": 30, "steps": 1, "batch_size": 10, "shard_size": 30, "jackknife_groups": 10, "weights": "raw",
+            "num_prompts": 30,
+            "steps": 1,
+            "batch_size": 10,
+            "shard_size": 30,
+            "jackknife_groups": 10,
+            "weights": "raw",
             "watch": {"every_s": 0.2, **watching},
         },
-    }  # fmt: skip
+    }
     return validate(RunConfig, values, "run.yaml")
 
 

@@ -46,13 +46,13 @@ def work(root: str, environment: dict[str, str], seed: int, sizes: tuple[int, in
     real = commit.Files
     naps = [0.0, 0.0, 0.0, 0.001, 0.01, 0.08] if sizes == SMALL else [0.0, 0.05]
 
-    class Sleepy(real):  # type: ignore[misc, valid-type]
+    class Sleepy(real):
         def __getattribute__(self, name: str) -> Any:
             if name in ("read", "digest", "create", "remove"):
                 time.sleep(rng.choice(naps))
             return super().__getattribute__(name)
 
-    commit.Files = Sleepy  # type: ignore[misc]
+    commit.Files = Sleepy
     folder = Folder.begin(root, MADE_WITH)
     while True:
         while storage.exists(storage.join(root, shard_name(index) + "_stats.json")):

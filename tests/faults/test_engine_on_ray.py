@@ -28,7 +28,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return folder_bytes(folder / "toy")
 
 
-def wait_for(condition, seconds: float = 60.0) -> None:  # type: ignore[no-untyped-def]
+def wait_for(condition, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

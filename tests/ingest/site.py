@@ -76,7 +76,7 @@ class Site:
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
-        self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        self.port = site._server.sockets[0].getsockname()[1]
         server = await asyncio.start_server(self._answer_raw, "127.0.0.1", 0)
         self.raw_port = server.sockets[0].getsockname()[1]
 

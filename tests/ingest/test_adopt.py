@@ -53,10 +53,14 @@ def make_tars(folder: Path, first: int = 0, tars: int = 2, each: int = 10) -> di
         for n in range(first + tar * each, first + (tar + 1) * each):
             data, key = photo(n), f"{n:09d}"
             meta = {
-                "url": f"http://photos.example/{n}.jpg", "caption": f"photo {n}", "width": SIDE + n, "height": SIDE,
-                "original_width": 2 * SIDE + 2 * n, "original_height": 2 * SIDE,
+                "url": f"http://photos.example/{n}.jpg",
+                "caption": f"photo {n}",
+                "width": SIDE + n,
+                "height": SIDE,
+                "original_width": 2 * SIDE + 2 * n,
+                "original_height": 2 * SIDE,
                 "sha256": hashlib.sha256(b"as fetched" + data).hexdigest(),
-            }  # fmt: skip
+            }
             members += [(f"{key}.jpg", data), (f"{key}.json", json.dumps(meta).encode()), (f"{key}.txt", b"photo")]
             images[f"photo {n}"] = data
         make_tar(folder / f"{first + tar:05d}.tar", members)
@@ -82,8 +86,10 @@ def stored(root: str) -> dict[str, bytes]:
 
 def test_the_images_are_those_of_the_tars_and_nothing_is_copied(tmp_path: Path) -> None:
     images = make_tars(tmp_path / "theirs")
-    make_tar(tmp_path / "theirs" / "00009.tar", [("x.gif", photo(50, "GIF")), ("x.txt", b"moves"), ("y.txt", b"none"),
-                                                 ("z.jpg", b""), ("z.txt", b"empty")])  # fmt: skip
+    make_tar(
+        tmp_path / "theirs" / "00009.tar",
+        [("x.gif", photo(50, "GIF")), ("x.txt", b"moves"), ("y.txt", b"none"), ("z.jpg", b""), ("z.txt", b"empty")],
+    )
     for path in (tmp_path / "theirs").iterdir():
         path.chmod(0o444)
     (tmp_path / "theirs").chmod(0o555)

@@ -21,7 +21,7 @@ def test_the_funnel_is_what_the_ingest_then_does(site: Site, tmp_path: Path) -> 
     filters = [*FILTERS, {"column": "caption_words", "min": 3}]
     config = make_config(dirty_table(site, tmp_path), filters=filters, heldout_fraction=0.3)
     for split in ("train", "heldout"):
-        stage = IngestStage(config, str(tmp_path / split), split)  # type: ignore[arg-type]
+        stage = IngestStage(config, str(tmp_path / split), split)
         found = dryrun.funnel(stage, progress=False)
         assert not site.hits
         assert dryrun.picture_cost(stage).rows_per_second is None

@@ -127,7 +127,7 @@ _HASHES = st.integers(0, 5).flatmap(
 def test_pictures_that_look_alike_are_found_by_the_definition(
     rows: list[tuple[int, str]], distance: int, which: str
 ) -> None:
-    rules = DuplicatesConfig(perceptual=which, distance=distance)  # type: ignore[arg-type]
+    rules = DuplicatesConfig(perceptual=which, distance=distance)
     with tempfile.TemporaryDirectory() as name:
         write(Path(name), 0, [live(str(i), str(i), c, phash=f"{h:016x}") for i, (h, c) in enumerate(rows)])
         found, _ = find(Path(name), 1, rules=rules)

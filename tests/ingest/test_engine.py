@@ -28,7 +28,7 @@ def test_what_it_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("host_concurrency", "max_redirects", "min_speed", "max_bytes"):
         with pytest.raises(ConfigError, match=f"img2dataset does not know ingest.fetch.{name}"):
             validate(IngestConfig, {"table": "t", "engine": "img2dataset", "fetch": {name: 7}}, "run.yaml")
-    monkeypatch.setattr(img2dataset_engine.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(img2dataset_engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'carrara\[img2dataset\]'"):
         img2dataset_engine.require()
 
@@ -59,9 +59,16 @@ def test_a_shard_by_img2dataset_is_committed_like_ours(site: Site, tmp_path: Pat
     manifest = run(stage)
     found = pq.read_table(tmp_path / "run" / "images" / "00000.parquet").to_pylist()
     assert [r["error"] for r in found] == [
-        *[None] * 6, "img2dataset_download", "img2dataset_resize", *["x_robots_tag"] * 4, "scheme_refused",
-        "address_refused", "address_refused", "url_missing", "taken_down",
-    ]  # fmt: skip
+        *[None] * 6,
+        "img2dataset_download",
+        "img2dataset_resize",
+        *["x_robots_tag"] * 4,
+        "scheme_refused",
+        "address_refused",
+        "address_refused",
+        "url_missing",
+        "taken_down",
+    ]
     assert manifest["counts"]["success"] == 6
     assert site.hits["/away.png"] == 0
     # The very bytes that img2dataset's own parts give.

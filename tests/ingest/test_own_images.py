@@ -146,18 +146,30 @@ def test_damage_and_gaps_end_as_rows_and_the_rest_goes_on(tmp_path: Path) -> Non
     data = (own / "00000.tar").read_bytes()
     (own / "00100.tar").write_bytes(data[: data.index(b"000000005.png") + 512 + 40])  # cut within the sixth image
     odd = [
-        ("a.txt", b"no image"), ("b.png", picture(50)), ("b.txt", b"picture b"), ("c.png", b"no picture"),
-        ("c.txt", b"c"), ("b.png", picture(51)), ("b.txt", b"b again"), ("d.png", picture(52)),
-        ("e.png", b""), ("e.txt", b"an empty one"),
-    ]  # fmt: skip
+        ("a.txt", b"no image"),
+        ("b.png", picture(50)),
+        ("b.txt", b"picture b"),
+        ("c.png", b"no picture"),
+        ("c.txt", b"c"),
+        ("b.png", picture(51)),
+        ("b.txt", b"b again"),
+        ("d.png", picture(52)),
+        ("e.png", b""),
+        ("e.txt", b"an empty one"),
+    ]
     make_tar(own / "00200.tar", odd)
     stage = stage_of(webdataset, own, own, tmp_path / "run")
     manifest = run(stage)
     assert manifest["errors"] == {"body_empty": 1, "key_twice": 1, "not_an_image": 1, "source_missing": 1}
     # Five of the cut tar are whole, and the same as in the tar that it is of.
     assert ends(manifest) == {
-        "rows": 10 + 5 + 6, "success": 11, "failed_to_download": 3, "failed_to_resize": 1, "filtered": 1, "duplicate": 5
-    }  # fmt: skip
+        "rows": 10 + 5 + 6,
+        "success": 11,
+        "failed_to_download": 3,
+        "failed_to_resize": 1,
+        "filtered": 1,
+        "duplicate": 5,
+    }
     assert manifest["filtered_by"]["no caption"] == 1
     assert stage.is_current()
 

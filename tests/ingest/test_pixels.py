@@ -284,8 +284,9 @@ def test_the_perceptual_hash_is_imagehashs_phash(seed: int) -> None:
 
 def test_the_pixel_hash_is_of_the_pixels() -> None:
     png, webp = encoded(smooth(), "PNG"), encoded(smooth(), "WEBP", lossless=True)
-    found = {process(d, dataclasses.replace(PLAIN, encode_format=f)).pixel_hash  # type: ignore[arg-type]
-             for d in (png, webp) for f in ("png", "jpg")}  # fmt: skip
+    found = {
+        process(d, dataclasses.replace(PLAIN, encode_format=f)).pixel_hash for d in (png, webp) for f in ("png", "jpg")
+    }
     assert found == {xxhash.xxh3_128(struct.pack("<II", 40, 30) + np.asarray(smooth()).tobytes()).hexdigest()}
     assert process(encoded(smooth().transpose(Image.Transpose.FLIP_TOP_BOTTOM), "PNG"), PLAIN).pixel_hash not in found
 
@@ -530,7 +531,7 @@ def test_encodings_are_deterministic_and_carry_nothing_private() -> None:
     exif.get_ifd(0x8825)[1] = "N"
     data = encoded(smooth(), "JPEG", exif=exif)
     for fmt, quality in (("jpg", 95), ("png", 6), ("webp", 90)):
-        settings = dataclasses.replace(PLAIN, encode_format=fmt, quality=quality)  # type: ignore[arg-type]
+        settings = dataclasses.replace(PLAIN, encode_format=fmt, quality=quality)
         made = process(data, settings)
         assert made == process(data, settings)
         assert b"a description" not in made.data

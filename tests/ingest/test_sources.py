@@ -71,8 +71,11 @@ def test_images_at_any_depth_with_captions_beside_them(tmp_path) -> None:
     assert "1 of 4 images have no caption" in said
     found = {Path(r["place"]).name: r for r in rows(listing)}
     assert {n: r["caption"] for n, r in found.items()} == {
-        "a.jpg": ["a red cat on a mat"], "b.PNG": ["a boat"], "c.webp": ["sand", "sea"], "d e#f.jpg": []
-    }  # fmt: skip
+        "a.jpg": ["a red cat on a mat"],
+        "b.PNG": ["a boat"],
+        "c.webp": ["sand", "sea"],
+        "d e#f.jpg": [],
+    }
     assert found["c.webp"]["rating"] == 4
     assert found["a.jpg"]["rating"] is None
     reader = Reader(Below([str(root)]), 1 << 20)
@@ -113,8 +116,9 @@ def test_metadata_files_of_hugging_face(tmp_path, form) -> None:
     listing = str(tmp_path / "listing")
     assert refresh(listing, str(tmp_path / "data"), "folder", wanted("score")) == []
     assert [(r["caption"], r["score"]) for r in rows(listing)] == [
-        (["one"], "0.5" if form == "csv" else 0.5), (["two"], "1.5" if form == "csv" else 1.5)
-    ]  # fmt: skip
+        (["one"], "0.5" if form == "csv" else 0.5),
+        (["two"], "1.5" if form == "csv" else 1.5),
+    ]
 
 
 def test_metadata_that_is_no_table_is_one_sentence(tmp_path) -> None:
@@ -149,11 +153,15 @@ def test_a_folder_grows_and_loses_files_without_a_change_to_what_is_listed(tmp_p
 
 def test_members_of_a_tar_are_read_by_their_places(tmp_path) -> None:
     members = [
-        ("000.jpg", picture(1)), ("000.txt", b"a dog"), ("000.json", b'{"url": "http://x/1", "w": 5}'),
-        ("d/001.png", picture(2, "PNG")), ("d/001.json", b'{"caption": "a cat", "w": 6}'),
-        ("002.webp", picture(3, "WEBP")), ("002.cls", b"7"),
+        ("000.jpg", picture(1)),
+        ("000.txt", b"a dog"),
+        ("000.json", b'{"url": "http://x/1", "w": 5}'),
+        ("d/001.png", picture(2, "PNG")),
+        ("d/001.json", b'{"caption": "a cat", "w": 6}'),
+        ("002.webp", picture(3, "WEBP")),
+        ("002.cls", b"7"),
         ("003.jpeg", picture(4)),
-    ]  # fmt: skip
+    ]
     tar = make_tar(tmp_path / "00000.tar", members)
     assert detect(str(tmp_path)) == "webdataset"
     listing = str(tmp_path / "listing")
@@ -336,13 +344,25 @@ def test_only_files_below_the_named_folders_are_read(tmp_path) -> None:
     reader = Reader(Below([str(inside)]), 1 << 20)
     assert reader.read(f"{inside}/a.jpg") == reader.read(f"file://{inside}/a.jpg") == picture(1)
     for hostile in (
-        f"{outside}/b.jpg", f"file://{outside}/b.jpg", f"{inside}/../out/b.jpg", f"{inside}/link.jpg",
+        f"{outside}/b.jpg",
+        f"file://{outside}/b.jpg",
+        f"{inside}/../out/b.jpg",
+        f"{inside}/link.jpg",
         f"{inside}/folder/b.jpg",
-        f"{tmp_path}/in2/c.jpg", "/etc/passwd", "file:///etc/passwd", f"local://{outside}/b.jpg", "s3://bucket/x.jpg",
+        f"{tmp_path}/in2/c.jpg",
+        "/etc/passwd",
+        "file:///etc/passwd",
+        f"local://{outside}/b.jpg",
+        "s3://bucket/x.jpg",
         "gs://b/x",
-        places.member("/etc/passwd", "x", 0, 10), places.value(f"{outside}/b.jpg", "image", 0), "memory://x", "ftp://h/x",
-        f"simplecache::file://{outside}/b.jpg", "relative.jpg", "~/.ssh/id_rsa",
-    ):  # fmt: skip
+        places.member("/etc/passwd", "x", 0, 10),
+        places.value(f"{outside}/b.jpg", "image", 0),
+        "memory://x",
+        "ftp://h/x",
+        f"simplecache::file://{outside}/b.jpg",
+        "relative.jpg",
+        "~/.ssh/id_rsa",
+    ):
         with pytest.raises(Rejected) as e:
             reader.read(hostile)
         assert e.value.code == "place_refused", hostile
@@ -389,7 +409,7 @@ def test_everything_on_an_object_store(tmp_path) -> None:
             ("photos", "folder", "a boat", picture(1)),
             ("tars", "webdataset", "one", picture(2)),
             ("tables", "parquet", "three", picture(3)),
-        ):  # fmt: skip
+        ):
             assert detect(f"{url}/{folder}") == kind
             listing = f"{url}/run/listing-{folder}"
             refresh(listing, f"{url}/{folder}", kind, wanted())

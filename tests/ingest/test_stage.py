@@ -121,7 +121,7 @@ def test_sidecar_offsets_and_tar_members_tell_the_same(site: Site, tmp_path: Pat
     rows = pq.read_table(tmp_path / "images" / "00000.parquet").to_pylist()
     data = (tmp_path / "images" / "00000.tar").read_bytes()
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
+        members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
     live = [r for r in rows if r["status"] == "success"]
     assert set(members) == {f"{r['key']}.{e}" for r in live for e in ("png", "txt", "json")}
     for r in live:
@@ -156,9 +156,23 @@ def test_equals_img2dataset_on_plain_pictures(site: Site, tmp_path: Path) -> Non
     )
     resizer = img2dataset_resizer.Resizer(32, "center_crop", False, encode_format="png", encode_quality=6)
     download = img2dataset_downloader.Downloader(
-        img2dataset_writer.WebDatasetSampleWriter, resizer, 4, True, True, str(theirs), reader.column_list, 10, 10, 5,
-        "sha256", None, "png", 0, None, None,
-    )  # fmt: skip
+        img2dataset_writer.WebDatasetSampleWriter,
+        resizer,
+        4,
+        True,
+        True,
+        str(theirs),
+        reader.column_list,
+        10,
+        10,
+        5,
+        "sha256",
+        None,
+        "png",
+        0,
+        None,
+        None,
+    )
     assert all(download(shard)[0] for shard in reader)
     run(IngestStage(make_config(table, samples_per_shard=10, keep_columns=["score"]), str(ours)))
 
@@ -341,7 +355,7 @@ def test_heldout_fraction_splits_by_caption(site: Site, tmp_path: Path) -> None:
     config = make_config(table, heldout_fraction=0.25)
     parts = {}
     for split in ("train", "heldout"):
-        stage = IngestStage(config, str(tmp_path / split), split, seed=3)  # type: ignore[arg-type]
+        stage = IngestStage(config, str(tmp_path / split), split, seed=3)
         parts[split] = run(stage)["counts"]["rows"]
     assert sum(parts.values()) == 240
     assert 0 < parts["heldout"] < parts["train"]

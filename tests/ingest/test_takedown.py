@@ -64,17 +64,25 @@ def test_another_url_is_not(tmp_path: Path, other: str) -> None:
 @pytest.mark.parametrize(
     ("host", "hit", "missed"),
     [
-        ("example.com", ["http://example.com/a", "https://a.b.EXAMPLE.com:99/", "http://example.com./x"], ["http://xample.com"]),
+        (
+            "example.com",
+            ["http://example.com/a", "https://a.b.EXAMPLE.com:99/", "http://example.com./x"],
+            ["http://xample.com"],
+        ),
         ("*.example.com", ["http://a.example.com/"], ["http://example.com/", "http://bexample.com/"]),
         ("example.com:8080", ["http://example.com:8080/a", "http://x.example.com:8080/"], ["http://example.com/a"]),
         ("example.com:443", ["https://example.com/a"], ["http://example.com/a"]),
-        ("stra\u00dfe.de", ["http://stra\u00dfe.de/a", "http://xn--strae-oqa.de/", "http://strasse.de/"], ["http://strase.de/"]),
+        (
+            "stra\u00dfe.de",
+            ["http://stra\u00dfe.de/a", "http://xn--strae-oqa.de/", "http://strasse.de/"],
+            ["http://strase.de/"],
+        ),
         ("B\u00dcCHER.example.", ["http://xn--bcher-kva.example/"], ["http://bucher.example/"]),
         ("127.0.0.1:80", ["http://127.0.0.1/a"], ["http://127.0.0.1:81/a"]),
         ("[::1]", ["http://[::1]:3/a"], ["http://[::2]/a"]),
         ("[0::1]:8080", ["http://[::1]:8080/a", "http://[0:0::1]:8080/"], ["http://[::1]/a", "http://[::1:8080]/"]),
     ],
-)  # fmt: skip
+)
 def test_a_host_is_known_with_ports_wildcards_and_international_names(
     host: str, hit: list[str], missed: list[str]
 ) -> None:
@@ -169,7 +177,7 @@ def test_a_million_digests_take_forty_bytes_each() -> None:
     assert not any(t in found for t in texts[10_000:])
     assert texts[0][:16] + texts[5][16:] not in found
     assert found.numbers.nbytes + found._all.nbytes == 40 * 10_000
-    assert sorted(found) == sorted(texts[:10_000])  # type: ignore[call-overload]
+    assert sorted(found) == sorted(texts[:10_000])
     assert "" not in Digests()
 
 

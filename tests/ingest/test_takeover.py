@@ -41,7 +41,7 @@ def stage_of(split: str = "train") -> IngestStage:
 
     config = validate(RunConfig, yaml.safe_load(Path("run.yaml").read_text()), "run.yaml")
     root = RunPaths("run").images if split == "train" else RunPaths("run").heldout
-    return IngestStage(config.ingest, root, split, config.seed)  # type: ignore[arg-type]
+    return IngestStage(config.ingest, root, split, config.seed)
 
 
 def stored(root: str) -> dict[str, bytes]:

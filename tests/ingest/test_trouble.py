@@ -130,7 +130,7 @@ def test_no_route_is_this_machines_and_a_router_that_says_so_is_not(crew: Any, m
         raise OSError(errno.ENETUNREACH, "Network is unreachable")
 
     c = crew()
-    monkeypatch.setattr(asyncio.selector_events.BaseSelectorEventLoop, "sock_connect", unreachable)  # type: ignore[attr-defined]
+    monkeypatch.setattr(asyncio.selector_events.BaseSelectorEventLoop, "sock_connect", unreachable)
     # The machine's own table has a way to 127.0.0.1, so somebody else says this.
     assert codes(c.fetch_all({0: "http://127.0.0.1:1/"})) == ["connect_refused"]
     monkeypatch.setattr("ingest.fetch.no_route", lambda address: address == "127.0.0.1")
@@ -309,10 +309,18 @@ class Dns:
 def test_a_port_may_be_named_with_an_allowed_address() -> None:
     guard = Guard(["127.0.0.1:8701", "[::1]:8702", "10.0.0.0/8", "[fd00::/8]:443"])
     for address, port, permitted in (
-        ("127.0.0.1", 8701, True), ("127.0.0.1", 8265, False), ("127.0.0.1", None, False), ("::1", 8702, True),
-        ("::1", 80, False), ("10.1.2.3", 5, True), ("fd00::7", 443, True), ("fd00::7", 80, False),
-        ("::ffff:127.0.0.1", 8701, True), ("::ffff:127.0.0.1", 80, False), ("93.184.215.14", 5, True),
-    ):  # fmt: skip
+        ("127.0.0.1", 8701, True),
+        ("127.0.0.1", 8265, False),
+        ("127.0.0.1", None, False),
+        ("::1", 8702, True),
+        ("::1", 80, False),
+        ("10.1.2.3", 5, True),
+        ("fd00::7", 443, True),
+        ("fd00::7", 80, False),
+        ("::ffff:127.0.0.1", 8701, True),
+        ("::ffff:127.0.0.1", 80, False),
+        ("93.184.215.14", 5, True),
+    ):
         assert guard.permits(address, port) == permitted, (address, port)
     with pytest.raises(AddressRefused):
         guard.socket_factory((socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 8265)))
@@ -335,9 +343,21 @@ def test_an_allowed_port_opens_no_other(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["168.63.129.16", "161.26.0.10", "166.9.1.1", "192.80.8.124", "199.36.153.8", "100.100.100.200",
-                "192.0.0.192", "169.254.169.254", "fd00:ec2::254", "fd20:ce::254", "fe80::a9fe:a9fe"],
-)  # fmt: skip
+    "address",
+    [
+        "168.63.129.16",
+        "161.26.0.10",
+        "166.9.1.1",
+        "192.80.8.124",
+        "199.36.153.8",
+        "100.100.100.200",
+        "192.0.0.192",
+        "169.254.169.254",
+        "fd00:ec2::254",
+        "fd20:ce::254",
+        "fe80::a9fe:a9fe",
+    ],
+)
 def test_what_clouds_answer_to_their_own_machines_is_refused(address: str) -> None:
     assert not Guard().permits(address)
     assert Guard().permits("168.63.129.17")

@@ -157,9 +157,13 @@ def test_every_sample_is_in_its_bucket_at_each_resolution(made):
                 assert (value_of(arrays, "tokens", n, r) == tokens[own[key]]).all()
                 assert row["column_row"] == n
                 assert value_of(arrays, "micro", n, r).tolist() == [
-                    row["original_height"], row["original_width"], fit.crop_top, fit.crop_left,
-                    shape["height"], shape["width"],
-                ]  # fmt: skip
+                    row["original_height"],
+                    row["original_width"],
+                    fit.crop_top,
+                    fit.crop_left,
+                    shape["height"],
+                    shape["width"],
+                ]
         assert taken == manifest["laid"][position]
     assert len(seen) >= 6, "the pictures of this world have several shapes"
     assert manifest["errors"] == {"decode_error": 1}

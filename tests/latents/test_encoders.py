@@ -129,10 +129,13 @@ KINDS = {
     "Stable Diffusion 1": {"latent_channels": 4},
     "XL": {"latent_channels": 4, "scaling_factor": 0.13025},
     "3": {
-        "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609,
-        "use_quant_conv": False, "use_post_quant_conv": False,
+        "latent_channels": 16,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
     },
-}  # fmt: skip
+}
 
 
 def vae_like(kind: str) -> AutoencoderKL:
@@ -377,9 +380,14 @@ def test_compilation_changes_rounding_alone(vae_folder, pixels):
 
 
 def test_a_single_file_says_by_its_tensors_what_it_lacks(tmp_path):
-    vae = AutoencoderKL(use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
-                        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
-                        up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    vae = AutoencoderKL(
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
     save_file(vae.state_dict(), tmp_path / "x.safetensors")
     found = load_vae(str(tmp_path / "x.safetensors")).model.state_dict()
     assert found.keys() == vae.state_dict().keys()

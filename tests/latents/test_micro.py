@@ -41,9 +41,20 @@ def stored(run: RunPaths, **settings: Any) -> None:
         sink = io.BytesIO()
         Image.fromarray(pixels).save(sink, "PNG")
         samples.append((f"{n:09d}", {"png": sink.getvalue()}))
-        rows.append({"key": f"{n:09d}", "caption": "a picture", "status": "success", "error": None,
-                     "error_message": None, "width": pixels.shape[1], "height": pixels.shape[0],
-                     "original_width": width, "original_height": height, "image_ext": "png"})  # fmt: skip
+        rows.append(
+            {
+                "key": f"{n:09d}",
+                "caption": "a picture",
+                "status": "success",
+                "error": None,
+                "error_message": None,
+                "width": pixels.shape[1],
+                "height": pixels.shape[0],
+                "original_width": width,
+                "original_height": height,
+                "image_ext": "png",
+            }
+        )
     tar, places = pack_tar(samples)
     for row, place in zip(rows, places, strict=True):
         row["image_offset"], row["image_size"] = place["png"]
@@ -95,7 +106,7 @@ def test_buckets_over_square_pictures_are_refused(
 ) -> None:
     run = RunPaths(str(tmp_path))
     stored(run, resize_mode=mode)
-    config = LatentsConfig(resolution=32, device="cpu", buckets={"step": 8})  # type: ignore[arg-type]
+    config = LatentsConfig(resolution=32, device="cpu", buckets={"step": 8})
     stage = LatentsStage(config, run, str(vae_folder), str(clip_folder), seed=0)
     with pytest.raises(ConfigError, match=rf"latents\.buckets: .* are all square, .*resize_mode {mode}; ingest them"):
         list(stage.tasks())
@@ -108,7 +119,7 @@ def test_latents_larger_than_the_pictures_are_made_only_where_asked_for_by_name(
     stored(run)
     further = {"resolution": 32, "more_resolutions": [96]}
     for values, field in (({"resolution": 128}, "resolution"), (further, "more_resolutions")):
-        config = LatentsConfig(device="cpu", **values)  # type: ignore[arg-type]
+        config = LatentsConfig(device="cpu", **values)
         sentence = rf"latents\.{field} is \d+, but .*image_size 64: each would be enlarged.*latents\.enlarge"
         with pytest.raises(ConfigError, match=sentence):
             list(LatentsStage(config, run, str(vae_folder), str(clip_folder), seed=0).tasks())

@@ -37,9 +37,14 @@ def test_two_billion_samples_fit_into_thirty_terabytes():
 
 def test_money_and_break_even_by_hand():
     prices = Prices(
-        worker_hour=1.0, trainer_hour=4.0, terabyte_month=20.0, months=2.0, epochs=3.0,
-        worker_speed=2.0, trainer_speed=5.0,
-    )  # fmt: skip
+        worker_hour=1.0,
+        trainer_hour=4.0,
+        terabyte_month=20.0,
+        months=2.0,
+        epochs=3.0,
+        worker_speed=2.0,
+        trainer_speed=5.0,
+    )
     samples = 3_600_000
     found = {c.name: c for c in planning.choices(samples, RATES, prices, FACTS)}
     # In one epoch online: 3.6e6 * 14 ms = 50,400 s of this machine, 2.8 hours of a rank 5 times as fast, at 4.

@@ -50,9 +50,14 @@ if __name__ == "__main__":
     be_patient()
     keep_apart()
     ray.init(
-        address="local", num_cpus=3, include_dashboard=False, object_store_memory=100_000_000,
-        _metrics_export_port=port, _system_config={"metrics_report_interval_ms": 500}, logging_level="WARNING",
-    )  # fmt: skip
+        address="local",
+        num_cpus=3,
+        include_dashboard=False,
+        object_store_memory=100_000_000,
+        _metrics_export_port=port,
+        _system_config={"metrics_report_interval_ms": 500},
+        logging_level="WARNING",
+    )
     rank = ray.remote(num_cpus=1)(told).remote(None)
     stage = toy(folder, shards=6, misbehave=((2, "raise"),))
     try:

@@ -202,7 +202,7 @@ def test_every_field_that_names_a_file_is_meant_from_where_the_user_stands(here:
 def test_how_a_path_is_written_is_no_change_of_a_setting(here: Path) -> None:
     """Of fits whose manifests hold relative paths, as those of earlier versions do."""
     (here / "base").mkdir()
-    config = TrainConfig(start_from=f"{here}/base", sources=[{"latents": f"{here}/a"}])  # type: ignore[arg-type]
+    config = TrainConfig(start_from=f"{here}/base", sources=[{"latents": f"{here}/a"}])
     wanted = Fingerprint("train", 1, config.settings(), "data")
     [source] = config.settings()["sources"]
     stored = {"settings": {**config.settings(), "start_from": "base", "sources": [{**source, "latents": "a"}]}}
@@ -270,8 +270,17 @@ def test_status_reads_the_run_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     cells = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
     assert list(cells) == [
-        "stage", "ingest", "heldout", "ingest-retry", "autoencoder", "clip", "latents", "train", "eval", "reference"
-    ]  # fmt: skip
+        "stage",
+        "ingest",
+        "heldout",
+        "ingest-retry",
+        "autoencoder",
+        "clip",
+        "latents",
+        "train",
+        "eval",
+        "reference",
+    ]
     assert cells["heldout"].startswith("finishing 10/100")
     assert cells["ingest-retry"].startswith("done 3/3")
     assert cells["reference"] == "not begun 1"
@@ -336,7 +345,7 @@ def test_every_command_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str])
 
 def test_one_option_has_one_spelling_everywhere() -> None:
     groups = typer.main.get_command(commands.app)
-    options = {o for c in groups.commands.values() for p in c.params for o in p.opts if o.startswith("--")}  # type: ignore[attr-defined]
+    options = {o for c in groups.commands.values() for p in c.params for o in p.opts if o.startswith("--")}
     assert "--guidance-scale" in options
     assert not options & {"--guidance", "--dtype", "--output", "--n", "--num-inference-steps"}
     for option in options:
@@ -346,7 +355,7 @@ def test_one_option_has_one_spelling_everywhere() -> None:
 
 def test_overrides_reach_into_lists_and_numbers_are_names_where_names_are_meant(here: Path) -> None:
     filters = [{"column": "similarity", "min": 0.2}, {"column": "width", "min": 64}]
-    path = str(write(here / "c.yaml", {**MINIMAL, "ingest": {**MINIMAL["ingest"], "filters": filters}}))  # type: ignore[dict-item]
+    path = str(write(here / "c.yaml", {**MINIMAL, "ingest": {**MINIMAL["ingest"], "filters": filters}}))
     found = load(path, ["ingest.filters.1.min=2", "run=20240101"], str(here))
     assert [f.min for f in found.ingest.filters] == [0.2, 2]
     assert found.run == f"{here}/20240101"
@@ -363,7 +372,7 @@ def test_all_says_what_is_wrong_with_any_stage_before_the_first_begins(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clip = {"embed_dim": 8, "vision_cfg": {"image_size": 32}, "text_cfg": {}}
-    ingest = {**MINIMAL["ingest"], "image_size": 64}  # type: ignore[dict-item]
+    ingest = {**MINIMAL["ingest"], "image_size": 64}
     good = {"run": "runs/x", "ingest": ingest, "clip": {"model": clip}, "latents": {"resolution": 64}}
     for wrong, says in (
         ({"clip": {}}, "clip.model.embed_dim is missing"),

@@ -44,7 +44,7 @@ class Pictures(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def pictures():  # type: ignore[no-untyped-def]
+def pictures():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"

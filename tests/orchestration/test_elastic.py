@@ -70,7 +70,7 @@ def once(asked: Any) -> bool:
     fit = FitConfig(images=1000, batch_size=64, ranks=8)
     lease = SimpleNamespace(check=lambda: None)
     told = {"sections": {"run": asked.run}}
-    return trainer._fit_once("train", told, fit, RanksConfig(min_ranks=2), RayConfig(), asked, lease)  # type: ignore[arg-type]
+    return trainer._fit_once("train", told, fit, RanksConfig(min_ranks=2), RayConfig(), asked, lease)
 
 
 def test_a_node_that_is_about_to_go_saves_first_and_the_rest_goes_on(

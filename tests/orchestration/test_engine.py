@@ -127,7 +127,7 @@ def test_data_that_was_made_anew_is_refused_before_any_work(tmp_path: Path) -> N
     remove_shard(tmp_path / "toy", 3)
 
     class Other(ToyStage):
-        def tasks(self):  # type: ignore[no-untyped-def]
+        def tasks(self):
             for task in ToyStage.tasks(self):
                 yield Task(task.index, "other")
 
@@ -175,7 +175,7 @@ def test_the_ledger_is_lazy(tmp_path: Path) -> None:
     drawn = []
 
     class Counted(ToyStage):
-        def tasks(self):  # type: ignore[no-untyped-def]
+        def tasks(self):
             for task in ToyStage.tasks(self):
                 drawn.append(task.index)
                 yield task

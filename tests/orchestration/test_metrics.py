@@ -88,19 +88,31 @@ def test_prometheus_reads_what_a_run_does(tmp_path: Path) -> None:
     lines = [x for x in found.stdout.splitlines() if x.startswith("ray_carrara")]
     values: dict[tuple[str, str], float] = {}
     for line in lines:
-        name, labels, value = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups()  # type: ignore[union-attr]
+        name, labels, value = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups()
         tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
         key = next((tags[t] for t in ("code", "kind", "outcome", "metric") if t in tags), "")
         values[name, f"{tags['stage']} {key}".strip()] = float(value)
         assert tags["run"] == ("runs/x" if tags["stage"] != "toy" else str(tmp_path))
     for (name, what), value in {
-        ("rows_total", "toy success"): 5 * 50, ("shards_total", "toy done"): 5, ("shards_total", "toy set_aside"): 1,
-        ("shards_left", "toy"): 0, ("workers", "ingest"): 1, ("rows_total", "ingest http_404"): 2,
-        ("rows_total", "ingest success"): 3, ("bytes_total", "ingest fetched"): 70, ("shards_left", "ingest"): 4,
-        ("busy_seconds_total", "ingest"): 2, ("wait_seconds_total", "ingest"): 1, ("images", "train"): 800,
-        ("loss", "train"): 0.25, ("images_per_second", "train"): 12.5, ("data_wait", "train"): 0.01,
-        ("mfu", "train"): 0.4, ("checkpoint_seconds", "train"): 1.5, ("eval", "train fid"): 7.5,
-    }.items():  # fmt: skip
+        ("rows_total", "toy success"): 5 * 50,
+        ("shards_total", "toy done"): 5,
+        ("shards_total", "toy set_aside"): 1,
+        ("shards_left", "toy"): 0,
+        ("workers", "ingest"): 1,
+        ("rows_total", "ingest http_404"): 2,
+        ("rows_total", "ingest success"): 3,
+        ("bytes_total", "ingest fetched"): 70,
+        ("shards_left", "ingest"): 4,
+        ("busy_seconds_total", "ingest"): 2,
+        ("wait_seconds_total", "ingest"): 1,
+        ("images", "train"): 800,
+        ("loss", "train"): 0.25,
+        ("images_per_second", "train"): 12.5,
+        ("data_wait", "train"): 0.01,
+        ("mfu", "train"): 0.4,
+        ("checkpoint_seconds", "train"): 1.5,
+        ("eval", "train fid"): 7.5,
+    }.items():
         assert values.get((f"ray_carrara_{name}", what)) == value, (name, what, sorted(values))
     types = dict(re.findall(r"^# TYPE (ray_carrara\w+) (\w+)", found.stdout, re.MULTILINE))
     for name, metric in METRICS.items():

@@ -124,7 +124,7 @@ class Actors:
 def fleet(world: World, pool: Pool | None = None) -> tuple[Fleet, Actors]:
     stage: Any = types.SimpleNamespace(name="toy", root="/x", unit="images", in_hand=1)
     found = Fleet(stage, pool or CpuPool(), RayConfig())
-    found.actor = made = Actors()  # type: ignore[assignment]
+    found.actor = made = Actors()
     return found, made
 
 
@@ -151,16 +151,16 @@ def test_starts_that_end_with_their_node_are_counted_nowhere(monkeypatch: pytest
         hand.node = "n3"
     world.alive["n3"] = False  # a spot node goes while its 48 workers start
     for hand in hands:
-        found._answer(None, _Call(hand, None, 0.0), ActorDiedError())  # type: ignore[arg-type]
+        found._answer(None, _Call(hand, None, 0.0), ActorDiedError())
     for hand in list(found.hands)[:5]:  # and some that had not even said where they were
-        found._answer(None, _Call(hand, None, 0.0), ActorDiedError())  # type: ignore[arg-type]
+        found._answer(None, _Call(hand, None, 0.0), ActorDiedError())
     assert found.nodes.records == {}
     # On a node that lives, three count.
     for _ in range(3):
         world.now += 100
         hand = next(iter(found.hands))
         hand.node = "n5"
-        found._answer(None, _Call(hand, None, 0.0), ActorDiedError())  # type: ignore[arg-type]
+        found._answer(None, _Call(hand, None, 0.0), ActorDiedError())
     assert found.nodes.left_out() == ["n5"]
 
 
@@ -236,9 +236,13 @@ def test_a_drained_node_gets_no_more_and_is_emptied(monkeypatch: pytest.MonkeyPa
         found.free[hand] = None
     given: list[Any] = []
     ledger = types.SimpleNamespace(
-        take_suspect=lambda: None, take=lambda: Task(len(given), Fingerprint("x", 1, {})), remaining=50,
-        give_back=given.append, committed=lambda task: False, next_retry_s=None,
-    )  # fmt: skip
+        take_suspect=lambda: None,
+        take=lambda: Task(len(given), Fingerprint("x", 1, {})),
+        remaining=50,
+        give_back=given.append,
+        committed=lambda task: False,
+        next_retry_s=None,
+    )
     job: Any = types.SimpleNamespace(ledger=ledger, progress=types.SimpleNamespace(update=lambda *a, **k: None))
     found.feed(job)
     assert [h.held for h in (staying, leaving)] == [1, 1]
@@ -286,10 +290,10 @@ def test_a_worker_that_hangs_as_it_starts_is_its_nodes_fault(monkeypatch: pytest
     found.grow(1)
     [hand] = found.hands
     found.calls = {"ref": _Call(hand, None, 0.0)}
-    found._judge_ages(None, 5000.0)  # type: ignore[arg-type]
+    found._judge_ages(None, 5000.0)
     assert hand in found.hands, "it waits for room"
     hand.node = "n0"
-    found._judge_ages(None, 101.0)  # type: ignore[arg-type]
+    found._judge_ages(None, 101.0)
     assert hand not in found.hands
     assert found.nodes.records["n0"].strikes == 1
 

@@ -104,10 +104,16 @@ def test_the_end_of_a_stage_is_told_as_documented(hook: Hook, monkeypatch: pytes
     assert len(at) == 25
     assert 0 <= asked.pop("seconds") < 10
     assert asked == {
-        "version": 1, "event": "end", "run": "runs/mine", "stage": "eval", "sentence": "eval: done",
-        "text": "runs/mine: eval: done", "exit_code": 0, "host": socket.gethostname(),
+        "version": 1,
+        "event": "end",
+        "run": "runs/mine",
+        "stage": "eval",
+        "sentence": "eval: done",
+        "text": "runs/mine: eval: done",
+        "exit_code": 0,
+        "host": socket.gethostname(),
         "report": "runs/mine/reports/step-1.html",
-    }  # fmt: skip
+    }
     assert hook.headers[0]["Authorization"] == "Bearer bearer-of-news"
     assert hook.headers[0]["Content-Type"] == "application/json"
     documented = (Path(__file__).parents[2] / "docs" / "watching.md").read_text()

@@ -114,8 +114,10 @@ def load_sections_of(file: Path) -> TrainingSections:
 
 def test_rules_and_scores_are_not_asked_of_it(base: Any) -> None:
     config = TrainConfig(
-        start_from="x", prior={"prompt": "a", "count": 1}, select=[{"column": "pixels.entropy", "min": 1}],  # type: ignore[arg-type, list-item]
-    )  # fmt: skip
+        start_from="x",
+        prior={"prompt": "a", "count": 1},
+        select=[{"column": "pixels.entropy", "min": 1}],
+    )
     assert [len(segments.rules_of(config, n)) for n in range(2)] == [1, 0]
 
 

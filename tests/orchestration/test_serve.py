@@ -43,17 +43,40 @@ def fill(run: Path) -> Path:
     now = time.time()
     stages = {
         "ingest": {"state": "done", "done": 3, "total": 3, "unit": "shards", "rate": 0.5, "seconds_left": None},
-        "latents": {"state": "failed", "done": 2, "total": 3, "unit": "shards", "rate": 1.5, "seconds_left": None,
-                    "figures": {"workers": 2, "note": HOSTILE}},
-        "train": {"state": "running", "done": 5000, "total": 20000, "unit": "images", "rate": 100.0,
-                  "seconds_left": 150.0, "figures": {"loss": 0.25}},
-    }  # fmt: skip
+        "latents": {
+            "state": "failed",
+            "done": 2,
+            "total": 3,
+            "unit": "shards",
+            "rate": 1.5,
+            "seconds_left": None,
+            "figures": {"workers": 2, "note": HOSTILE},
+        },
+        "train": {
+            "state": "running",
+            "done": 5000,
+            "total": 20000,
+            "unit": "images",
+            "rate": 100.0,
+            "seconds_left": 150.0,
+            "figures": {"loss": 0.25},
+        },
+    }
     for name, record in stages.items():
         storage.write_json(str(run / "status" / f"{name}.json"), {"stage": name, "updated": now, **record})
     failure = {"error": HOSTILE, "traceback": f"Traceback\n{HOSTILE}", "attempts": 3, "host": "node-7", "at": now}
     storage.write_json(str(run / "status" / "latents-failed" / "00002.json"), failure)
-    lines = [{"images": 100 * i, "step": i, "loss": 1 / (1 + i / 50), "lr": 1e-4, "samples_per_s": 90 + i % 9,
-              "grad_norm": 1.0} for i in range(1, 1501)]  # fmt: skip
+    lines = [
+        {
+            "images": 100 * i,
+            "step": i,
+            "loss": 1 / (1 + i / 50),
+            "lr": 1e-4,
+            "samples_per_s": 90 + i % 9,
+            "grad_norm": 1.0,
+        }
+        for i in range(1, 1501)
+    ]
     lines[700]["loss"] = 40.0
     (run / "train" / "samples").mkdir(parents=True)
     (run / "train" / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"images": 12')
@@ -124,14 +147,26 @@ def test_only_files_that_are_meant_to_be_seen_are_served(run: Path, tmp_path: Pa
     (run / "reports" / "inner.html").mkdir()
     with served(run) as port:
         for path in (
-            "/files/reports/../status/ingest.json", "/files/reports/..%2fstatus%2fingest.json", "/files/reports/..",
-            "/files/reports/%2e%2e/status/ingest.json", "/files/reports/", "/files/reports",
+            "/files/reports/../status/ingest.json",
+            "/files/reports/..%2fstatus%2fingest.json",
+            "/files/reports/..",
+            "/files/reports/%2e%2e/status/ingest.json",
+            "/files/reports/",
+            "/files/reports",
             "/files/status/ingest.json",
-            "/files/../reports/step-00000005.html", "/files//reports/step-00000005.html", "/files/reports/link.html",
-            "/files/reports/.hidden.html", "/files/reports/trackers.txt", "/files/reports/inner.html",
-            "/files/reports/step-00000005.html%00.png", "/files/reports/step-00000005.html\\..\\x.html", "/secret.html",
-            f"/files/reports/{'a' * 300}.html", "/files/samples/step-00000005.html", "/../../etc/passwd",
-        ):  # fmt: skip
+            "/files/../reports/step-00000005.html",
+            "/files//reports/step-00000005.html",
+            "/files/reports/link.html",
+            "/files/reports/.hidden.html",
+            "/files/reports/trackers.txt",
+            "/files/reports/inner.html",
+            "/files/reports/step-00000005.html%00.png",
+            "/files/reports/step-00000005.html\\..\\x.html",
+            "/secret.html",
+            f"/files/reports/{'a' * 300}.html",
+            "/files/samples/step-00000005.html",
+            "/../../etc/passwd",
+        ):
             code, _, body = allowed(port, path)
             assert code == 404, path
             assert b"secret" not in body
@@ -168,8 +203,10 @@ def test_the_state_is_what_the_run_holds(run: Path) -> None:
     stages = {s["name"]: s for s in state["stages"]}
     assert list(stages)[:4] == ["ingest", "autoencoder", "clip", "latents"]
     assert (stages["train"]["state"], stages["train"]["left"], stages["train"]["share"]) == (
-        "running", "2 min 30 s", 0.25,
-    )  # fmt: skip
+        "running",
+        "2 min 30 s",
+        0.25,
+    )
     assert stages["latents"]["failed"] == "1"
     assert stages["clip"]["state"] == "not begun"
     [funnel] = state["funnels"]
@@ -184,8 +221,11 @@ def test_the_state_is_what_the_run_holds(run: Path) -> None:
     assert state["reports"] == ["step-00000005.html", "index.html"]
     [failure] = state["failures"]
     assert (failure["stage"], failure["shard"], failure["attempts"], failure["host"]) == (
-        "latents", "00002", "3", "node-7",
-    )  # fmt: skip
+        "latents",
+        "00002",
+        "3",
+        "node-7",
+    )
     assert failure["error"] == HOSTILE
 
 
@@ -294,11 +334,15 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path: Path, run: Path, monkey
 def test_the_command_prints_a_link_that_works_and_ends_on_ctrl_c(run: Path) -> None:
     command = [sys.executable, "orchestration/run_stage.py", "serve", str(run), "--port", "0"]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={k: v for k, v in os.environ.items() if k != "CARRARA_SERVE_TOKEN"},
         # A shell that runs the tests in the background ignores Ctrl-C for all of them.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     link = process.stdout.readline().strip()
     host, _, path = link.removeprefix("http://").partition("/")
@@ -330,8 +374,9 @@ def test_the_page_in_chromium(run: Path, tmp_path: Path) -> None:
         assert await tab.value("location.search") == ""  # the token is not in the address bar
         await until("document.querySelectorAll('#samples img').length == 2")
         for width in (1280, 400):
-            await tab.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
-                           mobile=False)  # fmt: skip
+            await tab.call(
+                "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
+            )
             assert await tab.value("document.documentElement.scrollWidth") <= width
             picture = await tab.call("Page.captureScreenshot", captureBeyondViewport=True)
             (tmp_path / f"{width}.png").write_bytes(base64.b64decode(picture["data"]))

@@ -108,13 +108,13 @@ class Slow(ToyStage):
 
     where = "planning"
 
-    def tasks(self):  # type: ignore[no-untyped-def]
+    def tasks(self):
         for task in ToyStage.tasks(self):
             if self.where == "planning":
                 time.sleep(0.1)
             yield task
 
-    def finish(self, stats):  # type: ignore[no-untyped-def]
+    def finish(self, stats):
         stats = list(stats)
         if self.where == "finishing":
             time.sleep(30)
@@ -219,7 +219,7 @@ def test_sigterm_while_carrara_itself_is_loaded(tmp_path: Path, after: float) ->
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, text=True, **pipes)  # type: ignore[call-overload]
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, text=True, **pipes)
     assert process.stdout.readline() == "loaded\n"
     time.sleep(after)
     process.send_signal(signal.SIGTERM)

@@ -34,8 +34,14 @@ def test_what_is_sent_is_carrara_and_the_files_that_are_named(tmp_path: Path, mo
     arguments = ["remove", "--config", "deep/mine.yaml", "--urls=list.txt", "ingest.table=list.txt", "--host", "x.org"]
     sent = submit.pack(folder, arguments)
     assert sent == [
-        "remove", "--config", "sent/2-mine.yaml", "--urls=sent/3-list.txt", "ingest.table=list.txt", "--host", "x.org"
-    ]  # fmt: skip
+        "remove",
+        "--config",
+        "sent/2-mine.yaml",
+        "--urls=sent/3-list.txt",
+        "ingest.table=list.txt",
+        "--host",
+        "x.org",
+    ]
     assert (folder / "sent/2-mine.yaml").read_text() == "run: x"
     assert (folder / "sent/3-list.txt").read_text() == "http://x.org/1.png"
     assert not (folder / "train.py").exists()
@@ -132,8 +138,12 @@ def test_a_command_with_options_runs_as_a_job_from_another_folder(tmp_path: Path
     def carrara(*words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-P", "-c", code, "submit", "--address", cluster.url, *words],
-            cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     done = carrara("ingest", "--config", "mine.yaml", "--dry-run", "--rows", "100")
     out, _ = done.communicate(timeout=200)

@@ -78,8 +78,16 @@ def test_the_tools_are_here():
 def test_every_reader_gets_the_living_and_nothing_of_the_others_in_every_round(tmp_path, rng):
     data, truth, places = make(150, rng)
     keys = list(truth)
-    rounds = [{keys[7]}, {keys[0]}, {keys[-1]}, set(keys[20:120]), {keys[8], keys[6]}, set(keys[-5:]),
-              set(rng.choice(keys, 30, replace=False)), set(keys)]  # fmt: skip
+    rounds = [
+        {keys[7]},
+        {keys[0]},
+        {keys[-1]},
+        set(keys[20:120]),
+        {keys[8], keys[6]},
+        set(keys[-5:]),
+        set(rng.choice(keys, 30, replace=False)),
+        set(keys),
+    ]
     now = data
     for gone in rounds:
         now = redact(now, gone)

@@ -126,8 +126,16 @@ def test_decoding_refuses_a_bomb_before_decoding_and_what_is_no_picture():
 def test_pictures_are_upright_whatever_their_exif_says(kind):
     """Beside the turns of the EXIF standard, written out; a damaged block counts as none."""
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
-    turns = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1),
-             6: np.rot90(pixels, -1), 7: np.rot90(pixels, 2).swapaxes(0, 1), 8: np.rot90(pixels)}  # fmt: skip
+    turns = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.swapaxes(0, 1),
+        6: np.rot90(pixels, -1),
+        7: np.rot90(pixels, 2).swapaxes(0, 1),
+        8: np.rot90(pixels),
+    }
 
     def stored(exif) -> bytes:
         out = io.BytesIO()

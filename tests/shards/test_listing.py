@@ -33,12 +33,19 @@ def test_a_name_is_a_shards_or_it_is_not(name, number):
 
 
 NAMES = [
-    "00000.tar", "00000.parquet", "00000_stats.json",  # committed
-    "00001.tar", "00001.parquet",  # begun
+    "00000.tar",
+    "00000.parquet",
+    "00000_stats.json",  # committed
+    "00001.tar",
+    "00001.parquet",  # begun
     "00002.parquet",  # no large file: not begun
-    "123456.tar", "123456_stats.json",
-    "dataset.json", "notes.txt", "x00003.tar", "000003.tar",
-]  # fmt: skip
+    "123456.tar",
+    "123456_stats.json",
+    "dataset.json",
+    "notes.txt",
+    "x00003.tar",
+    "000003.tar",
+]
 
 
 @pytest.mark.parametrize("sizes", [False, True])

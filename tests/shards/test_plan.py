@@ -35,7 +35,7 @@ def write(folder: Path, name: str, lines: list[str]) -> None:
 
 def source(folder: Path, **how: object) -> TableSource:
     layout = tables.read_layout(str(folder), ColumnsConfig(), [], ("width", "height"))
-    return TableSource(layout, N, **how)  # type: ignore[arg-type]
+    return TableSource(layout, N, **how)
 
 
 A, B = rows(0, 3400), rows(10_000, 2000)
@@ -87,13 +87,13 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     ),
     "a row in front": (lambda t: write(t, "part-1.csv", rows(50_000, 1) + A), [REFUSED.format(4, "00000", 3600)]),
     "a caption corrected": (
-        lambda t: write(t, "part-1.csv", A[:3400 - 100] + rows(3300, 1, "Caption") + A[3301:]),
+        lambda t: write(t, "part-1.csv", A[: 3400 - 100] + rows(3300, 1, "Caption") + A[3301:]),
         [REFUSED.format(1, "00003", 900)],
     ),
     "the last rows gone": (lambda t: write(t, "part-1.csv", A[:3000]), [REFUSED.format(1, "00003", 900)]),
     "names exchanged": (exchange, [REFUSED.format(4, "00000", 3600) + MOVED]),
     "a file gone": (lambda t: (t / "part-2.csv").unlink(), ["part-2.csv: 1 file is gone; their 2 shards stay"]),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_add_changed_takes_the_rows_anew_behind_all_others(planned) -> None:
     after = numbers(root)
     assert before.items() <= after.items()
     assert sum(n for s, (n, _) in after.items() if s >= 6) == 3401
-    assert plan.read(root).line(0).file == plan.NOWHERE  # type: ignore[union-attr]
+    assert plan.read(root).line(0).file == plan.NOWHERE
     assert plan.grow({"train": root}, source(table), stored=stored) == ["the table is as it was"]
 
 
@@ -169,11 +169,11 @@ def test_ranges_that_did_not_change_keep_their_shards(planned) -> None:
     said = plan.grow({"train": root}, source(table), stored=lambda split, shards: (0, 0))
     assert said[1] == "part-1.csv: 2 new shards, 00006 to 00007"
     known, layout = plan.read(root), source(table).layout
-    places = [(i, known.line(i).start, known.line(i).rows) for i in (0, 6, 2, 3, 7)]  # type: ignore[union-attr]
+    places = [(i, known.line(i).start, known.line(i).rows) for i in (0, 6, 2, 3, 7)]
     assert [n for _, _, n in places] == [1000, 1000, 1000, 400, 10]
     assert [start for _, start, _ in places] == sorted(start for _, start, _ in places)
-    assert all(tables.read_range(layout, known.line(i)).num_rows for i, _, _ in places)  # type: ignore[arg-type]
-    assert known.line(1).file == plan.NOWHERE  # type: ignore[union-attr]
+    assert all(tables.read_range(layout, known.line(i)).num_rows for i, _, _ in places)
+    assert known.line(1).file == plan.NOWHERE
     assert plan.grow({"train": root}, source(table), stored=stored) == ["the table is as it was"]
 
 
@@ -242,7 +242,7 @@ def test_a_run_of_an_earlier_version_is_found_by_its_digests(tmp_path: Path) -> 
     said = plan.grow({"train": root}, source(table, former=True), stored=stored)
     assert said == ["part.parquet holds the rows of 3 shards whose file is gone: they are those"]
     assert [line.file for line in plan.read(root).lines()] == [str(table / "part.parquet")] * 3
-    assert tables.read_range(layout, plan.read(root).line(1)).num_rows == N  # type: ignore[arg-type]
+    assert tables.read_range(layout, plan.read(root).line(1)).num_rows == N
     # From now on the new digests hold: other sizes are the same rows.
     pq.write_table(pa.table({**columns, "WIDTH": [3] * 2500}), table / "part.parquet")
     assert "written again with the same rows" in plan.grow({"train": root}, source(table), stored=stored)[0]

@@ -19,10 +19,15 @@ from train.config import AdapterConfig, TextEncoderConfig, TrainConfig
 from train.text_export import clip_text_model
 
 SHAPE: dict[str, Any] = {
-    "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4,
-    "cross_attention_dim": 32, "sample_size": 16, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 32,
+    "sample_size": 16,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}  # fmt: skip
+}
 DRAWN = torch.Generator().manual_seed(0)
 X, T = torch.randn(2, 4, 16, 16, generator=DRAWN), torch.tensor([3, 70])
 C = torch.randn(2, 20, 32, generator=DRAWN)
@@ -50,9 +55,10 @@ def output(unet: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "values", [{"kind": "lora"}, {"kind": "locon"}, {"kind": "lora", "dora": True}, {"kind": "locon", "dora": True}],
+    "values",
+    [{"kind": "lora"}, {"kind": "locon"}, {"kind": "lora", "dora": True}, {"kind": "locon", "dora": True}],
     ids=lambda v: "-".join(map(str, v.values())),
-)  # fmt: skip
+)
 def test_diffusers_reads_both_namings_and_either_is_gone_on_from(values: dict[str, Any], tmp_path: Path) -> None:
     config = AdapterConfig(rank=4, alpha=2, **values)
     tuned = shaken(adapters.add(plain_unet(), config, 1))

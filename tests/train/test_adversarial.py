@@ -117,7 +117,7 @@ def test_the_discriminator_is_that_of_pix2pix() -> None:
     assert widths == [(3, 64, 2), (64, 128, 2), (128, 256, 2), (256, 512, 1), (512, 1, 1)]
     disc = Discriminator(AdversarialConfig(channels=8), 0).double()
     for norm in disc.norms:  # which see the whole picture
-        norm.forward = lambda x: x  # type: ignore[method-assign]
+        norm.forward = lambda x: x
     x = torch.randn(1, 3, 160, 160, dtype=torch.float64).requires_grad_()
     found = disc(x)
     found[0, 0, found.shape[2] // 2, found.shape[3] // 2].backward()
@@ -129,7 +129,7 @@ def test_the_discriminator_is_that_of_pix2pix() -> None:
 @pytest.mark.parametrize(("side", "layers"), [(8, 1), (12, 2), (24, 3), (32, 3), (40, 3), (48, 4)])
 def test_the_smallest_picture_is_taken_and_a_smaller_one_refused(side: int, layers: int) -> None:
     """What the configuration lets through gives patches; what is refused would have failed at the first step."""
-    config = AutoencoderConfig(resolution=(64, side), adversarial={"layers": layers, "channels": 40})  # type: ignore[arg-type]
+    config = AutoencoderConfig(resolution=(64, side), adversarial={"layers": layers, "channels": 40})
     assert config.adversarial
     disc = Discriminator(config.adversarial, 0)
     assert disc(torch.zeros(1, 3, side, side)).numel() > 0

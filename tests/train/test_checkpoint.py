@@ -102,9 +102,13 @@ def read(config: str, root: str, stages: tuple[int, ...]) -> list[tuple[int, int
 
 
 @pytest.mark.parametrize(
-    ("world", "stages"), [(1, (0, 2)), pytest.param(2, (0, 1, 2, 3), marks=pytest.mark.slow),
-                          pytest.param(4, (1, 3), marks=pytest.mark.slow)]
-)  # fmt: skip
+    ("world", "stages"),
+    [
+        (1, (0, 2)),
+        pytest.param(2, (0, 1, 2, 3), marks=pytest.mark.slow),
+        pytest.param(4, (1, 3), marks=pytest.mark.slow),
+    ],
+)
 def test_what_two_ranks_wrote_under_any_stage_is_read_by_any(
     run: Path, tmp_path: Path, world: int, stages: tuple[int, ...]
 ) -> None:

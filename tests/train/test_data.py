@@ -71,7 +71,7 @@ def test_batch_of_latents_is_the_forward_process_of_its_samples(run: Path) -> No
     objective = build("train", sections.train, [dataset], sections.seed)
     positions = np.arange(2000)
     batch = objective.batch(positions)
-    mean, logstd = objective.latents.moments(positions)  # type: ignore[union-attr,operator]
+    mean, logstd = objective.latents.moments(positions)
     noise = (batch["x0"].numpy() / 0.9 - mean) / np.exp(logstd)
     assert abs(noise.mean()) < 0.02
     assert abs(noise.std() - 1) < 0.02

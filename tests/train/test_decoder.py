@@ -35,9 +35,15 @@ def test_a_decoder_learns_behind_its_frozen_encoder(run: Path, tmp_path: Path) -
     start = world.save_vae(tmp_path / "vae")
     data = tiny.configuration(run, images=16)
     data["autoencoder"] |= {
-        "start_from": str(start), "frozen_encoder": True, "images": 480, "learning_rate": 3e-3, "resolution": 16,
-        "ema_halflife_images": 40, "zero_stage": 1, "checkpoint_every_images": 160,
-    }  # fmt: skip
+        "start_from": str(start),
+        "frozen_encoder": True,
+        "images": 480,
+        "learning_rate": 3e-3,
+        "resolution": 16,
+        "ema_halflife_images": 40,
+        "zero_stage": 1,
+        "checkpoint_every_images": 160,
+    }
     del data["autoencoder"]["model"]
     config = tiny.write_config(run, data)
     ranks = forked.start(1, forked.run_stage, str(config), "autoencoder")

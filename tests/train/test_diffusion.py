@@ -25,8 +25,13 @@ def alpha_bar(schedule: str, start: float, end: float, steps: int = 1000) -> tor
     return diffusion.alphas_cumprod(diffusion.betas(schedule, steps, start, end))
 
 
-def process(prediction: str = "epsilon", schedule: str = "scaled_linear", start: float = 0.00085, end: float = 0.012,
-            steps: int = 1000) -> diffusion.Process:  # fmt: skip
+def process(
+    prediction: str = "epsilon",
+    schedule: str = "scaled_linear",
+    start: float = 0.00085,
+    end: float = 0.012,
+    steps: int = 1000,
+) -> diffusion.Process:
     if prediction == "flow_prediction":
         return diffusion.rectified_flow(steps)
     return diffusion.variance_preserving(alpha_bar(schedule, start, end, steps))

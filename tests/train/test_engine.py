@@ -150,7 +150,7 @@ def train(config: str, stage: int, **changes: Any) -> dict[str, Any]:
     guards.WARM_UP = 3
     me = ranks.join(1)
     objective, c = config_of(config, zero_stage=stage, **changes)
-    engine = Engine(c, Scaled(objective), me, BATCH // me.world // 2, 2)  # type: ignore[arg-type]
+    engine = Engine(c, Scaled(objective), me, BATCH // me.world // 2, 2)
     judge, seen, vetoed, moved, late = Guard(6.0), collections.Counter[str](), [], [], []
     for step in range(STEPS):
         batches = [share(objective, step, me.rank, me.world, part, 2) for part in range(2)]
@@ -331,11 +331,15 @@ def handled(config: str, stage: int) -> tuple[int, int, bool]:
     engine.rates(RATE, {"ema": DECAY})
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as step:
         engine.step(judge, False)
-    count = {name: sum(e.name == name for e in found.events()) for found, name in (
-        (step, "aten::_has_compatible_shallow_copy_type"), (backward, "aten::unflatten_dense_tensors"),
-    )}  # fmt: skip
+    count = {
+        name: sum(e.name == name for e in found.events())
+        for found, name in (
+            (step, "aten::_has_compatible_shallow_copy_type"),
+            (backward, "aten::unflatten_dense_tensors"),
+        )
+    }
     made, model = whole(engine, "weights"), dict(engine.model.named_parameters())
-    return *count.values(), all(torch.equal(made[n], model[n]) for n in made)  # type: ignore[return-value]
+    return *count.values(), all(torch.equal(made[n], model[n]) for n in made)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -350,7 +354,7 @@ def test_a_step_of_one_rank_does_nothing_once_a_parameter_that_it_need_not(confi
 
 def formats(config: str, channels_last: bool) -> bool:
     objective, c = config_of(config, channels_last=channels_last)
-    objective.config = c  # type: ignore[assignment]
+    objective.config = c
     seen: list[bool] = []
     layer = objective.model.get_submodule("down_blocks.0.resnets.0.conv1")
     layer.register_forward_pre_hook(

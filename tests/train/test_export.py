@@ -343,8 +343,11 @@ def test_a_length_of_the_average_chosen_afterwards(copy, source):
     folder = Path(copy.checkpoints) / "posthoc"
     folder.mkdir()
     unet = source[1].state_dict()
-    kept = {(images, std): {k: torch.randn_like(v).half() for k, v in unet.items()}
-            for images in (50, 100) for std in ("0.050", "0.100")}  # fmt: skip
+    kept = {
+        (images, std): {k: torch.randn_like(v).half() for k, v in unet.items()}
+        for images in (50, 100)
+        for std in ("0.050", "0.100")
+    }
     for (images, std), weights in kept.items():
         save_file(weights, folder / f"ema_{std}-{images:012d}.safetensors")
     export(copy.run, weights="posthoc:0.075")

@@ -108,8 +108,12 @@ def save_checkpoint(run: RunPaths, facts: dict[str, Any], **config: Any) -> UNet
     manifest = {
         "format_version": 1,
         "files": {f.name: {"size": f.stat().st_size, "sha256": digest_file(f)} for f in folder.iterdir()},
-        "images": 16, "step": 2, "config": settings.model_dump(mode="json"), "model_config": dict(unet.config), **facts,
-    }  # fmt: skip
+        "images": 16,
+        "step": 2,
+        "config": settings.model_dump(mode="json"),
+        "model_config": dict(unet.config),
+        **facts,
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return unet.eval()
 

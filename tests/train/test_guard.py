@@ -96,7 +96,7 @@ def break_steps(config: str, broken: tuple[int, ...], factor: float = math.nan) 
         bad = len(calls) in broken and os.environ["RANK"] == "1"
         return (loss * factor if bad else loss), details
 
-    denoising.Diffusion.forward = forward_broken  # type: ignore[method-assign]
+    denoising.Diffusion.forward = forward_broken
     forked.run_stage(config)
 
 

@@ -98,9 +98,13 @@ def launch(hosts: dict[str, str], space: str, *arguments: str) -> subprocess.Pop
     env |= {"PATH": hosts["PATH"], "PYTHONPATH": str(tiny.ROOT), "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "wire"}
     launcher = str(Path(sys.executable).parent / "deepspeed")
     return subprocess.Popen(
-        ["ip", "netns", "exec", space, launcher, *arguments], env=env, cwd=tiny.ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        ["ip", "netns", "exec", space, launcher, *arguments],
+        env=env,
+        cwd=tiny.ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def wait(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:

@@ -110,7 +110,7 @@ def test_a_batch_has_one_shape_and_its_own_samples(tmp_path: Path, layout: int) 
         for i, n in enumerate(numbers):
             s = int(np.searchsorted(first, n, side="right")) - 1
             index = value_of(shards[s].arrays, "embedding_index", int(n - first[s]))
-            stored = shards[s].arrays["embeddings"][int(index)]  # type: ignore[call-overload]
+            stored = shards[s].arrays["embeddings"][int(index)]
             assert np.array_equal(latents.embeddings(whole)[i], stored.astype(np.float32))
             where[int(n)] = int(whole[i])
         for rank in range(2):  # what two ranks see is every other place
@@ -296,7 +296,7 @@ def test_sources_come_by_weight_and_must_be_of_one_kind(run: Path, tmp_path: Pat
     tiny.make_latents(tmp_path / "more", counts=(20,))
     datasets = [Dataset.open(str(run / "latents")), Dataset.open(str(tmp_path / "more"))]
     sources = [{"weight": 3.0}, {"latents": str(tmp_path / "more")}]
-    config = TrainConfig(images=10**6, batch_size=8, streams=4, window=4, sources=sources)  # type: ignore[arg-type]
+    config = TrainConfig(images=10**6, batch_size=8, streams=4, window=4, sources=sources)
     latents = Latents(config, datasets, 0)
     source = latents.source(np.arange(800))
     assert (source.reshape(100, 8).sum(axis=1) == 2).all()

@@ -160,10 +160,10 @@ def test_beside_muon_adamws_rate_keeps_its_ratio() -> None:
     config = FitConfig(images=1, batch_size=1, optimizer="muon", learning_rate=4e-3, adamw_learning_rate=1e-3)
     groups: list[dict[str, object]] = [{"muon": True}, {}]
     engine = SimpleNamespace(config=config, optimizer=SimpleNamespace(param_groups=groups))
-    Engine.rates(engine, 2e-3, {"ema": 0.5})  # type: ignore[arg-type]
+    Engine.rates(engine, 2e-3, {"ema": 0.5})
     assert [g["lr"] for g in groups] == [2e-3, pytest.approx(0.5e-3)]
     engine.config = FitConfig(images=1, batch_size=1, optimizer="muon", learning_rate=4e-3)
-    Engine.rates(engine, 2e-3, {"ema": 0.5})  # type: ignore[arg-type]
+    Engine.rates(engine, 2e-3, {"ema": 0.5})
     assert [g["lr"] for g in groups] == [2e-3, 2e-3]
     with pytest.raises(ValueError, match="beside muon"):
         FitConfig(images=1, batch_size=1, adamw_learning_rate=1e-3)

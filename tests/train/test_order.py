@@ -88,8 +88,11 @@ def test_a_window_is_the_rows_that_its_places_are_given(
 def test_epochs_seeds_and_datasets_have_their_own_orders() -> None:
     counts = np.full(10, 20)
     first = np.stack(Order(counts, "a:0", 4, 8).locate(np.arange(200)))
-    for other in (Order(counts, "a:1", 4, 8).locate(np.arange(200)), Order(counts, "b:0", 4, 8).locate(np.arange(200)),
-                  Order(counts, "a:0", 4, 8).locate(np.arange(200, 400))):  # fmt: skip
+    for other in (
+        Order(counts, "a:1", 4, 8).locate(np.arange(200)),
+        Order(counts, "b:0", 4, 8).locate(np.arange(200)),
+        Order(counts, "a:0", 4, 8).locate(np.arange(200, 400)),
+    ):
         assert (np.stack(other) == first).all(axis=0).mean() < 0.1
 
 
@@ -211,9 +214,14 @@ def test_the_inverse_says_when_each_sample_came_and_no_sample_comes_twice_more_o
         assert placement.first_seen(*key) == min(when)
     for x in sources[:2]:
         assert all(evenly(came, x, b) for b in range(3))
-    never = [(k, b, s, r) for (k, b), o in placement.orders.items() for s in range(len(o.counts))
-             for r in range(o.counts[s]) if (k, b, s, r) not in came]  # fmt: skip
-    assert all(placement.first_seen(*key) >= 150 * 96 for key in never[::7])  # type: ignore[operator]
+    never = [
+        (k, b, s, r)
+        for (k, b), o in placement.orders.items()
+        for s in range(len(o.counts))
+        for r in range(o.counts[s])
+        if (k, b, s, r) not in came
+    ]
+    assert all(placement.first_seen(*key) >= 150 * 96 for key in never[::7])
 
 
 def test_segments_change_nothing_before_them_and_break_no_epoch(sources: tuple[Source, ...]) -> None:

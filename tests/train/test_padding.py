@@ -60,10 +60,15 @@ def ids(public: CLIPTokenizer, captions: list[str], context: int = 20) -> np.nda
 def save_unet(folder: Path) -> None:
     torch.manual_seed(3)
     UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-        cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).save_pretrained(folder / "unet")  # fmt: skip
+    ).save_pretrained(folder / "unet")
 
 
 @pytest.fixture(scope="module")

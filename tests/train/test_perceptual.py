@@ -63,9 +63,13 @@ def test_a_tower_of_transformers_is_compared_block_by_block(tmp_path: Path) -> N
     with torch.random.fork_rng():
         torch.manual_seed(1)
         config = CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=32,
             patch_size=8,
-        )  # fmt: skip
+        )
         model = CLIPVisionModel(config).eval()
     model.save_pretrained(tmp_path / "tower")
     ours, (x, y) = perceptual.load(str(tmp_path / "tower")), pictures(side=32)

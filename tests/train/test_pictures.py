@@ -286,7 +286,7 @@ def test_control_images_show_edges_and_nothing_else() -> None:
     blurred = control_image(pixels, ControlConfig(kind="blur", radius=0.1)).astype(int)
     assert 0 < np.abs(np.diff(blurred[16, :, 1])).max() < 100
     for kind in ("canny", "sketch"):
-        assert not control_image(np.full((32, 32, 3), 90, np.uint8), ControlConfig(kind=kind)).any()  # type: ignore[arg-type]
+        assert not control_image(np.full((32, 32, 3), 90, np.uint8), ControlConfig(kind=kind)).any()
 
 
 def test_masks_are_functions_of_the_place_and_differ_widely() -> None:
@@ -389,7 +389,7 @@ def test_on_resume_each_sources_pictures_are_compared_with_its_own(tmp_path: Pat
         return resume(json.loads(json.dumps(stored.to_json())), 16, 2, of(*sources), [Dataset.open(s) for s in sources])
 
     def of(*sources: str) -> TrainConfig:
-        return TrainConfig(inpaint={}, sources=[{"latents": s} for s in sources])  # type: ignore[arg-type]
+        return TrainConfig(inpaint={}, sources=[{"latents": s} for s in sources])
 
     both = begun(of(a, b), [Dataset.open(a), Dataset.open(b)])
     assert taken(both, b, a).refusal == ""
@@ -627,9 +627,12 @@ def test_what_an_upscaler_cannot_draw_is_one_sentence(
 def plain_drawn(pipeline: Any) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     found: np.ndarray = pipeline(
-        "a red circle", num_inference_steps=3, guidance_scale=3.0, generator=torch.Generator().manual_seed(4),
+        "a red circle",
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(4),
         output_type="np",
-    ).images[0]  # fmt: skip
+    ).images[0]
     return found
 
 

@@ -30,8 +30,9 @@ def test_inner_product_is_the_integral() -> None:
     for a, ga, b, gb in ((1.0, 16.97, 1.0, 6.94), (0.5, 6.94, 1.0, 16.97), (1.0, 3.0, 0.25, 10.0)):
         integral = scipy.integrate.quad(
             lambda x, a=a, ga=ga, b=b, gb=gb: (ga + 1) * x**ga / a ** (ga + 1) * (gb + 1) * x**gb / b ** (gb + 1),
-            0, min(a, b),
-        )[0]  # fmt: skip
+            0,
+            min(a, b),
+        )[0]
         got = posthoc.inner_product(*(np.array(v) for v in (a, ga, b, gb)))
         assert float(got) == pytest.approx(integral, rel=1e-6)
 

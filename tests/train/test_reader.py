@@ -65,7 +65,7 @@ def test_over_all_ranks_each_byte_is_read_once_an_epoch(
     with contextlib.ExitStack() as stack:
         stack.enter_context(pytest.MonkeyPatch.context()).setattr(columns, "_HEAD", 256)  # these files are small
         root = str(tmp_path) if where == "files" else stack.enter_context(bucket()) + "/latents"
-        tiny.make_latents(root, counts=(70, 51, 61, 58), text="tokens")  # type: ignore[arg-type]
+        tiny.make_latents(root, counts=(70, 51, 61, 58), text="tokens")
         dataset = Dataset.open(root)
         wanted = ("mean", "logstd", "tokens")
         whole: set[tuple[str, int]] = set()

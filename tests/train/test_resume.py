@@ -63,8 +63,10 @@ def test_killed_runs_end_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
     a, b = step_folder(run, STEPS), step_folder(other, STEPS)
     for name in FILES:
         assert_same(tensors(a, name), tensors(b, name))
-    losses = [[(x["images"], x["loss"]) for x in map(json.loads, (r / "train" / "log.jsonl").read_text().splitlines())]
-              for r in (run, other)]  # fmt: skip
+    losses = [
+        [(x["images"], x["loss"]) for x in map(json.loads, (r / "train" / "log.jsonl").read_text().splitlines())]
+        for r in (run, other)
+    ]
     assert losses[0] == losses[1]
     assert [i for i, _ in losses[0]] == [8 * s for s in range(1, STEPS + 1)]
 
@@ -179,7 +181,7 @@ def hang(config: str) -> None:
             time.sleep(3600)
         return forward(self, batch)
 
-    denoising.Diffusion.forward = stuck  # type: ignore[method-assign]
+    denoising.Diffusion.forward = stuck
     forked.run_stage(config)
 
 

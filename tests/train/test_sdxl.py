@@ -47,12 +47,16 @@ def save_pipeline(run: RunPaths, second: str, folder: Path) -> StableDiffusionXL
     one = load_text(str(Path(run.clip) / "model"), "penultimate_no_norm", pad="end")
     two = load_text(second, "penultimate_no_norm")
     made = StableDiffusionXLPipeline(
-        unet=UNet2DConditionModel(**UNET), vae=load_vae(str(Path(run.autoencoder) / "model")).model,
+        unet=UNet2DConditionModel(**UNET),
+        vae=load_vae(str(Path(run.autoencoder) / "model")).model,
         scheduler=PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1),
-        text_encoder=clip_text_model(one, first_of_two=True), tokenizer=tokenizer(one),
-        text_encoder_2=clip_text_model(two, projected=True), tokenizer_2=tokenizer(two),
-        force_zeros_for_empty_prompt=False, add_watermarker=False,
-    )  # fmt: skip
+        text_encoder=clip_text_model(one, first_of_two=True),
+        tokenizer=tokenizer(one),
+        text_encoder_2=clip_text_model(two, projected=True),
+        tokenizer_2=tokenizer(two),
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
     made.save_pretrained(folder)
     for name, special in (("tokenizer", STABLE_DIFFUSION_1), ("tokenizer_2", STABLE_DIFFUSION_2)):
         for file in (folder / name).iterdir():
@@ -300,7 +304,7 @@ def test_what_does_not_go_together_is_one_sentence(sdxl: Any, tmp_path: Path) ->
     short = world.save_clip(tmp_path / "short", context_length=8)
     data = settings(Path(run.run), str(short))
     with pytest.raises(ConfigError, match=r"reads 8 tokens and .* 20; two CLIPs are read side by side"):
-        shard_stages("latents", validate(RunConfig, data, "x.yaml"))[0][0].made_with()  # type: ignore[attr-defined]
+        shard_stages("latents", validate(RunConfig, data, "x.yaml"))[0][0].made_with()
     # A pipeline whose second tokenizer pads otherwise.
     other = tmp_path / "other"
     UNet2DConditionModel(**UNET).save_pretrained(other / "unet")
@@ -313,7 +317,7 @@ def test_what_does_not_go_together_is_one_sentence(sdxl: Any, tmp_path: Path) ->
     stage = shard_stages(
         "latents", validate(RunConfig, settings(Path(run.run), str(world.save_clip(tmp_path / "b", width=16))), "x")
     )
-    assert stage[0][0].made_with().weights["text"] != facts["text"]["digest"]  # type: ignore[attr-defined]
+    assert stage[0][0].made_with().weights["text"] != facts["text"]["digest"]
     assert other_encoder(facts, facts) is None
     first, second = facts["text"]["encoders"]
     padded = {**facts, "text": {**facts["text"], "encoders": [first, {**second, "pad": "end"}]}}
@@ -324,6 +328,6 @@ def test_what_does_not_go_together_is_one_sentence(sdxl: Any, tmp_path: Path) ->
 def test_latents_of_one_clip_are_what_they_were() -> None:
     assert "text_encoder" not in LatentsConfig(resolution=32).settings()
     pair = {"kind": "second_clip", "pretrained": "anywhere"}
-    found = LatentsConfig(resolution=32, text_layer="penultimate_no_norm", text_encoder=pair).settings()  # type: ignore[arg-type]
+    found = LatentsConfig(resolution=32, text_layer="penultimate_no_norm", text_encoder=pair).settings()
     assert found["text_encoder"] == {"kind": "second_clip", "pad": "zero"}, "where weights lie is no setting of a shard"
     assert found["text_pad"] == "end"

@@ -52,7 +52,7 @@ def test_the_account_is_exact_with_buckets_and_mixtures_before_and_after_take_do
         tiny.make_latents(tmp_path / "other", counts=(11, 8))
     values = {"images": 200, "batch_size": 8, "streams": 4, "window": 4}
     sources = [{"weight": 1.0}, {"latents": str(tmp_path / "other")}]
-    config = TrainConfig(sources=sources, **values)  # type: ignore[arg-type]
+    config = TrainConfig(sources=sources, **values)
     datasets = [Dataset.open(str(tmp_path / n)) for n in ("own", "other")]
     history = segments.begin(config, datasets)
     latents = Latents(config, datasets, 7, history)

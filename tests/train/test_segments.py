@@ -50,7 +50,7 @@ def take_down(root: str, keys: set[str]) -> None:
         rows = [i for i, k in enumerate(dataset.sidecar(info.index)["key"].to_pylist()) if k in keys]
         stats.append(blank(root, info.index, rows, edit) if rows else read_stats(root, info.index))
     known = ("kind", "format_version", "fingerprint", "rows", "count", "shards", "exclusions", "made_with")
-    write_manifest(root, "latents", stats, {k: v for k, v in dataset.manifest.items() if k not in known})  # type: ignore[arg-type]
+    write_manifest(root, "latents", stats, {k: v for k, v in dataset.manifest.items() if k not in known})
 
 
 # ---- kinds of settings -----------------------------------------------------------------------------------
@@ -299,8 +299,9 @@ def test_a_finished_run_is_made_longer_and_a_take_down_between_ends_nothing(run:
     assert manifest["images"] == 48
     assert [(s["images"], s["step"]) for s in manifest["order"]["segments"]] == [(0, 0), (24, 3)]
     assert manifest["order"]["segments"][1]["changes"] == [
-        "train.images: 24 -> 48", "train.learning_rate: 0.001 -> 0.0005"
-    ]  # fmt: skip
+        "train.images: 24 -> 48",
+        "train.learning_rate: 0.001 -> 0.0005",
+    ]
     lines = [json.loads(x) for x in (run / "train" / "log.jsonl").read_text().splitlines()]
     assert [x["images"] for x in lines] == [8, 16, 24, 32, 40, 48]
     assert [x["lr"] for x in lines] == [0.001] * 3 + [0.0005] * 3

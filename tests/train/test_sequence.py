@@ -77,9 +77,16 @@ def save_tokenizer(folder: Path, ids: int, begin: str | None = None) -> None:
 def save_t5(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = T5Config(
-        vocab_size=300, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu",
-        initializer_factor=2.0, dropout_rate=0.1,
-    )  # fmt: skip
+        vocab_size=300,
+        d_model=24,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=3,
+        feed_forward_proj="gated-gelu",
+        initializer_factor=2.0,
+        dropout_rate=0.1,
+    )
     T5EncoderModel(config).save_pretrained(folder)
     save_tokenizer(folder, 300)
     return folder
@@ -89,9 +96,18 @@ def save_gemma(folder: Path) -> Path:
     """Causal, with rotary places, no end token, and more ids than 16 bits hold."""
     torch.manual_seed(1)
     config = GemmaConfig(
-        vocab_size=70_000, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3,
-        num_key_value_heads=1, head_dim=8, initializer_range=0.5, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-    )  # fmt: skip
+        vocab_size=70_000,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.5,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
     GemmaModel(config).save_pretrained(folder)
     save_tokenizer(folder, 70_000, "<s>")
     return folder
@@ -297,11 +313,16 @@ def test_the_priors_pictures_need_no_clip_either(images: Path, tmp_path: Path) -
 
 def test_a_take_down_blanks_the_rows_of_a_caption_that_nobody_else_has() -> None:
     arrays = {
-        "mean": np.ones((4, 2), np.float16), "tokens": np.ones((4, 3), np.uint16),
-        "text_length": np.array([2, 1, 3, 2], np.uint16), "embedding_index": np.array([0, 1, 2, 0], np.int32),
-        "embeddings": np.arange(1, 13, dtype=np.float16).reshape(6, 2), "embedding_end": np.array([2, 3, 6]),
-        "empty_tokens": np.ones(3, np.uint16), "empty_text_length": np.uint16(1), "empty_embedding": np.ones((1, 2)),
-    }  # fmt: skip
+        "mean": np.ones((4, 2), np.float16),
+        "tokens": np.ones((4, 3), np.uint16),
+        "text_length": np.array([2, 1, 3, 2], np.uint16),
+        "embedding_index": np.array([0, 1, 2, 0], np.int32),
+        "embeddings": np.arange(1, 13, dtype=np.float16).reshape(6, 2),
+        "embedding_end": np.array([2, 3, 6]),
+        "empty_tokens": np.ones(3, np.uint16),
+        "empty_text_length": np.uint16(1),
+        "empty_embedding": np.ones((1, 2)),
+    }
     data = pack_columns(arrays, {})
     found, _ = unpack_columns(blank_columns(data, np.array([0, 2]), np.array([1, 3])))
     assert found["embeddings"][:3].tolist() == arrays["embeddings"][:3].tolist(), "sample 3 has the first caption too"
@@ -554,7 +575,7 @@ def test_settings_that_do_not_go_together(runs: dict[str, RunPaths]) -> None:
             validate(LatentsConfig, {"text_encoder": text, **values}, "x.yaml")
     with pytest.raises(ConfigError, match="text_encoder"):
         validate(LatentsConfig, {"text_encoder": {"kind": "llama"}}, "x.yaml")
-    assert LatentsConfig(text_encoder=text).settings()["text_encoder"] == {"kind": "transformers", "max_length": 256}  # type: ignore[arg-type]
+    assert LatentsConfig(text_encoder=text).settings()["text_encoder"] == {"kind": "transformers", "max_length": 256}
     # Latents of another length are of another kind.
     facts = Dataset.open(runs["tokens"].latents).manifest
     shorter = {**facts, "text": {**facts["text"], "context_length": 64}}

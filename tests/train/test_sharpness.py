@@ -49,10 +49,20 @@ def fitted(run: Path, images: Path, term: dict[str, Any] | None) -> None:
     (run / "images").symlink_to(images)
     shape = model(3, 4) | {"block_out_channels": [16] * 3, "norm_num_groups": 4, "mid_block_add_attention": False}
     settings = {
-        "model": shape, "initialisation": "thumbnail", "resolution": SIDE, "images": IMAGES, "batch_size": 16,
-        "learning_rate": 2e-3, "warmup_images": 320, "betas": (0.5, 0.9), "ema_halflife_images": 400, "threads": 1,
-        "zero_stage": 0, "streams": 8, "adversarial": term,
-    }  # fmt: skip
+        "model": shape,
+        "initialisation": "thumbnail",
+        "resolution": SIDE,
+        "images": IMAGES,
+        "batch_size": 16,
+        "learning_rate": 2e-3,
+        "warmup_images": 320,
+        "betas": (0.5, 0.9),
+        "ema_halflife_images": 400,
+        "threads": 1,
+        "zero_stage": 0,
+        "streams": 8,
+        "adversarial": term,
+    }
     config = tiny.write_config(run, {"run": str(run), "seed": 3, "autoencoder": settings})
     forked.fit(config, 1, stage="autoencoder")
 

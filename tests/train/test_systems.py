@@ -64,8 +64,10 @@ def test_things_stand_where_the_edges_are(base: Path, unseen: Things, tmp_path: 
     colour, corner, _ = read(draw_all(pipeline, unseen.captions(), **given))
     _, without, _ = read(draw_all(pipeline, unseen.captions(), controlnet_conditioning_scale=0.0, **given))
     shares = [float((corner == unseen.corner).mean()), float((without == unseen.corner).mean())]
-    print(f"where the edges are: {shares[0]:.2f}, with the control off {shares[1]:.2f}; "
-          f"the prompt's colour {(colour == unseen.colour).mean():.2f}")  # fmt: skip
+    print(
+        f"where the edges are: {shares[0]:.2f}, with the control off {shares[1]:.2f}; "
+        f"the prompt's colour {(colour == unseen.colour).mean():.2f}"
+    )
     assert shares[1] < 0.5
     assert shares[0] >= 0.9
     assert (colour == unseen.colour).mean() >= 0.8
@@ -82,8 +84,10 @@ def test_make_it_blue_makes_it_blue_and_leaves_the_rest(attentive: Path, unseen:
     colour, corner, grey = read(drawn)
     kept = (corner == unseen.corner) & (grey == unseen.grey)
     right = kept & (colour == unseen.other)
-    print(f"as told, and all else as it was: {right.mean():.2f}; colour {(colour == unseen.other).mean():.2f}, "
-          f"the rest {kept.mean():.2f}")  # fmt: skip
+    print(
+        f"as told, and all else as it was: {right.mean():.2f}; colour {(colour == unseen.other).mean():.2f}, "
+        f"the rest {kept.mean():.2f}"
+    )
     assert right.mean() >= 0.8
 
 
@@ -108,8 +112,10 @@ def test_what_is_missing_is_painted_as_the_prompt_says(attentive: Path, unseen: 
         colour, corner, grey = read(drawn)
         colours.append(float((colour == unseen.other).mean()))
         shares.append(float(((colour == unseen.other) & (corner == unseen.corner) & (grey == unseen.grey)).mean()))
-    print(f"the prompt's colour {colours[1]:.2f}, and it stands in the gap {shares[1]:.2f}; with the base model and "
-          f"blending {colours[0]:.2f} and {shares[0]:.2f}")  # fmt: skip
+    print(
+        f"the prompt's colour {colours[1]:.2f}, and it stands in the gap {shares[1]:.2f}; with the base model and "
+        f"blending {colours[0]:.2f} and {shares[0]:.2f}"
+    )
     assert colours[1] >= 0.9
     assert colours[1] > colours[0] + 0.1
     assert shares[1] >= max(0.7, shares[0])

@@ -124,8 +124,9 @@ def test_fits_on_two_ranks_learn_what_one_learns(kind: str, tmp_path: Path) -> N
         loss = [json.loads(line)["loss"] for line in (folder / "train" / "log.jsonl").read_text().splitlines()]
         assert np.isfinite(loss).all()
         assert load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors").keys() == found[-1].keys()
-    begin = build("train", TrainConfig(images=24, batch_size=8, **{"unet": tiny.UNET, **train}),
-                  [Dataset.open(data.latents)], 5).model.state_dict()  # fmt: skip
+    begin = build(
+        "train", TrainConfig(images=24, batch_size=8, **{"unet": tiny.UNET, **train}), [Dataset.open(data.latents)], 5
+    ).model.state_dict()
     moved = max(float((begin[k] - v).abs().max()) for k, v in found[0].items())
     apart = max(float((found[1][k] - v).abs().max()) for k, v in found[0].items())
     assert moved > 1e-3

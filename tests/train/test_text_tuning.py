@@ -47,9 +47,11 @@ def test_the_learning_encoder_begins_as_the_frozen_one_and_has_its_gradient(base
     learning: Any = build("train", TrainConfig(text_encoder={"kind": kind}, **values), datasets, 5)
     batch = learning.batch(np.arange(8))
     torch.testing.assert_close(
-        learning.conditioning.told(batch)[0], frozen.conditioning.told(frozen.batch(np.arange(8)))[0],
-        rtol=1e-4, atol=1e-5,
-    )  # fmt: skip
+        learning.conditioning.told(batch)[0],
+        frozen.conditioning.told(frozen.batch(np.arange(8)))[0],
+        rtol=1e-4,
+        atol=1e-5,
+    )
     learning(batch)[0].backward()
     moved = {n for n, p in learning.model.named_parameters() if n.startswith("text.") and p.grad is not None}
     trained = {n for n, p in learning.model.named_parameters() if n.startswith("text.") and p.requires_grad}

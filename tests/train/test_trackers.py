@@ -261,9 +261,13 @@ def test_a_store_that_is_away_at_the_end_ends_no_fit(
     """What botocore raises where nothing answers is no OSError."""
     config = TrainConfig(images=100, batch_size=10, trackers=())
     job: Any = types.SimpleNamespace(
-        logs=f"memory://{tmp_path.name}/train", status_url=str(tmp_path / "status" / "train.json"), stage="train",
-        seed=0, config=config, tell=None,
-    )  # fmt: skip
+        logs=f"memory://{tmp_path.name}/train",
+        status_url=str(tmp_path / "status" / "train.json"),
+        stage="train",
+        seed=0,
+        config=config,
+        tell=None,
+    )
     writer = journal._Writer(job, 0)
     monkeypatch.setattr(journal, "MIRROR_EVERY_S", 1e9)
     writer._mirrored = time.monotonic()
@@ -289,9 +293,13 @@ def test_whoever_listens_hears_every_line_and_how_long_checkpoints_take(tmp_path
 
     config = TrainConfig(images=100, batch_size=10, trackers=())
     job: Any = types.SimpleNamespace(
-        logs=str(tmp_path / "train"), status_url=str(tmp_path / "status" / "train.json"), stage="train", seed=0,
-        config=config, tell=tell,
-    )  # fmt: skip
+        logs=str(tmp_path / "train"),
+        status_url=str(tmp_path / "status" / "train.json"),
+        stage="train",
+        seed=0,
+        config=config,
+        tell=tell,
+    )
     writer = journal._Writer(job, 0)
     for images in (10, 20):
         writer.line({"images": images, "loss": 0.5, "lr": 1e-4, "samples_per_s": 3.0})

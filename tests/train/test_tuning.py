@@ -219,9 +219,12 @@ def sampled_by_hand(run: RunPaths, text: Any, prompt: str, steps: int, scale: fl
 # ---- pipelines as diffusers saves them -------------------------------------------------------------
 
 DEEP: dict[str, Any] = {
-    "block_out_channels": (8, 16, 16, 16), "layers_per_block": 2, "norm_num_groups": 4, "cross_attention_dim": 32,
+    "block_out_channels": (8, 16, 16, 16),
+    "layers_per_block": 2,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 32,
     "sample_size": 16,
-}  # fmt: skip
+}
 PUBLIC: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sd15": ("last", {**DEEP, "attention_head_dim": 2}, {}),
     "sd15-fp16": ("last", {**DEEP, "attention_head_dim": 2}, {"variant": "fp16"}),
@@ -266,14 +269,23 @@ def save_public(name: str, run: RunPaths, folder: Path) -> dict[str, Any]:
     if name.startswith("sdxl"):
         encoder = clip_text_model(text, projected=True)
         made = StableDiffusionXLPipeline(
-            **parts, text_encoder=None, tokenizer=None, text_encoder_2=encoder, tokenizer_2=tokenizer(text),
-            force_zeros_for_empty_prompt=False, add_watermarker=False,
-        )  # fmt: skip
+            **parts,
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=encoder,
+            tokenizer_2=tokenizer(text),
+            force_zeros_for_empty_prompt=False,
+            add_watermarker=False,
+        )
     else:
         made = StableDiffusionPipeline(
-            **parts, text_encoder=clip_text_model(text), tokenizer=tokenizer(text), safety_checker=None,
-            feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
+            **parts,
+            text_encoder=clip_text_model(text),
+            tokenizer=tokenizer(text),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     variant = how.get("variant")
     made.to(dtype=torch.float16 if variant else torch.float32).save_pretrained(folder, **how)
     for names in folder.glob("tokenizer*"):  # the public ones, with the special tokens that they have
@@ -361,7 +373,7 @@ def test_another_process_than_the_pipelines_is_said(
     file = tmp_path / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **stored}))
     adapters.check_process(str(tmp_path), TrainConfig(start_from="x", prediction_type="v_prediction"))
-    assert [r.args[0] for r in caplog.records if r.name == "carrara.train"] == said  # type: ignore[index]
+    assert [r.args[0] for r in caplog.records if r.name == "carrara.train"] == said
 
 
 def test_where_a_unet_cannot_come_from(base: Any, tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def with_losses(config: str, losses: list[float]) -> None:
     def measure(self: Any, engine: Any, ranks: Ranks) -> float:
         return left.pop(0)
 
-    validation.Validator.measure = measure  # type: ignore[method-assign]
+    validation.Validator.measure = measure
     forked.run_stage(config)
 
 

@@ -342,7 +342,7 @@ def test_clip_gradient_of_two_ranks_is_that_of_the_whole_batch(run: Path) -> Non
     """... computed here from the features with the formula of the paper's figure 3."""
     config = tiny.write_config(run, tiny.configuration(run))
     objective, _ = objective_of(config, "clip")
-    image, text, scale = objective._features(objective.batch(np.arange(8)))  # type: ignore[operator]
+    image, text, scale = objective._features(objective.batch(np.arange(8)))
     logits = scale * image @ text.T
     labels = torch.arange(8)
     loss = 0.5 * (
