@@ -143,8 +143,8 @@ def build_pipeline(run: RunPaths, model: Model) -> Any:
         return build(run.run, checkpoint=model.name, weights=model.weights)
     # A checker paints what it dislikes black, and black images count in every score; it is for users, not for this.
     off = {"safety_checker": None, "requires_safety_checker": False} if model.safety_checker else {}
-    index = _config(Path(model.folder) / "model_index.json", "eval.model")
     try:
+        index = diffusers.DiffusionPipeline.load_config(model.folder, local_files_only=True)
         if index.get("_class_name") == OURS:
             return _own_pipeline(Path(model.folder), index)
         return diffusers.DiffusionPipeline.from_pretrained(

@@ -64,7 +64,7 @@ def test_operational_settings_leave_the_fingerprint_alone() -> None:
     ("stage", "key", "value", "sentence"),
     [
         ("train", "unet", {"block_out_chanels": [8]}, "did you mean 'block_out_channels'"),
-        ("train", "unet", {**tiny.UNET, "cross_attention_dim": 99}, "the CLIP of the latents has 8 values a token"),
+        ("train", "unet", {**tiny.UNET, "cross_attention_dim": 99}, "text encoder of the latents has 8 values a token"),
         ("train", "unet", {**tiny.UNET, "in_channels": 3}, r"train\.unet\.in_channels is 3, but the latents ask for 4"),
         ("train", "unet", {**tiny.UNET, "norm_num_groups": 7}, r"train\.unet: UNet2DConditionModel cannot be built"),
         ("autoencoder", "model", {**tiny.VAE, "latent_chanels": 4}, "did you mean 'latent_channels'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import gc
 import math
 import shutil
 import traceback
@@ -150,6 +151,7 @@ def train(config: str, stage: int, **changes: Any) -> dict[str, Any]:
     guards.WARM_UP = 3
     me = ranks.join(1)
     objective, c = config_of(config, zero_stage=stage, **changes)
+    gc.collect()  # an engine of before has a farewell of its own, which must not come in one of this one's steps
     engine = Engine(c, Scaled(objective), me, BATCH // me.world // 2, 2)
     judge, seen, vetoed, moved, late = Guard(6.0), collections.Counter[str](), [], [], []
     for step in range(STEPS):
