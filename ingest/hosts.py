@@ -703,10 +703,12 @@ class Desk:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "hosts")
         message = self._message()._replace(epoch=self._epoch, gone=gone)
+        said = self._thread.submit(self._exchange, self.name, message)
         try:
-            answer = await asyncio.get_running_loop().run_in_executor(self._thread, self._exchange, self.name, message)
-        except Exception:
-            self._again(message)
+            answer = await asyncio.wrap_future(said)
+        except BaseException:
+            if said.cancelled() or (said.done() and said.exception() is not None):
+                self._again(message)  # also where this was cancelled before the thread came to it
             raise
         if self._epoch and answer.epoch != self._epoch:  # a new ledger, which knows nothing of what is held
             self._epoch = answer.epoch

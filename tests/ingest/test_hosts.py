@@ -330,3 +330,34 @@ def test_a_worker_that_is_ended_after_its_shard_leaves_no_place_taken() -> None:
         await desk.close()
 
     asyncio.run(run())
+
+
+def test_a_message_that_was_never_sent_is_said_again() -> None:
+    """A worker that ends while another message is under way tells the ledger of all that it did."""
+    heard: list[Message] = []
+    begun, go = threading.Event(), threading.Event()
+
+    def exchange(_: str, message: Message) -> Answer:
+        begun.set()
+        assert go.wait(10)
+        heard.append(message)
+        return Answer(epoch="one")
+
+    async def work() -> None:
+        desk = Desk(FetchConfig(), "a", exchange)
+        first = asyncio.create_task(desk._talk())
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        desk.row(True)
+        desk._robots_found["http://h"] = ("", b"rules")
+        second = asyncio.create_task(desk._talk())  # waits for the thread
+        await asyncio.sleep(0.01)
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        go.set()
+        await first
+        await desk._talk(gone=True)
+
+    asyncio.run(work())
+    assert [m.rows for m in heard] == [0, 1]
+    assert heard[-1].robots_found == {"http://h": ("", b"rules")}
