@@ -11,7 +11,6 @@ Reconstructions are decoded from the posterior's mean, as eight bits, which is w
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import html
 import io
@@ -28,6 +27,7 @@ from eval.metrics import frechet
 from eval.metrics.definitions import FEW
 from eval.metrics.estimate import mean_by_cluster
 from latents.encoders import load_vae, pick_device
+from latents.inspection import data_uri
 from latents.pictures import resize_crop
 from shards import storage
 from shards.dataset import Dataset
@@ -237,7 +237,7 @@ def page(found: Found, title: str) -> str:
     """The HTML page, which needs no other file; nothing on it may run."""
     figures = []
     for s in found.shown:
-        pair = "".join(f'<img alt="" src="{_data_uri(p)}">' for p in (s.original, s.decoded))
+        pair = "".join(f'<img alt="" src="{data_uri(p)}">' for p in (s.original, s.decoded))
         told = " &middot; ".join(f"{html.escape(TITLES[k])} {v:.3g}" for k, v in s.figures.items())
         figures.append(f"<figure>{pair}<figcaption>{html.escape(s.key)} &middot; {told}</figcaption></figure>")
     return (
@@ -250,21 +250,13 @@ def page(found: Found, title: str) -> str:
     )
 
 
-def _data_uri(pixels: np.ndarray) -> str:
-    return "data:image/png;base64," + base64.b64encode(_png(Image.fromarray(pixels))).decode()
-
-
-def _png(picture: Image.Image) -> bytes:
-    sink = io.BytesIO()
-    picture.save(sink, "PNG")
-    return sink.getvalue()
-
-
 def write(found: Found, reports: str, title: str) -> str:
     """Write page, sheet and figures into a folder; returns where the page is."""
     figures = {"resolution": found.resolution, "weights": found.weights, "metrics": found.metrics}
     storage.write_json(storage.join(reports, "vae.json"), figures)
-    storage.write_atomic(storage.join(reports, "vae.png"), _png(sheet(found)))
+    sink = io.BytesIO()
+    sheet(found).save(sink, "PNG")
+    storage.write_atomic(storage.join(reports, "vae.png"), sink.getvalue())
     url = storage.join(reports, "vae.html")
     storage.write_atomic(url, page(found, title).encode("utf-8", "replace"))
     return url

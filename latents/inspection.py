@@ -277,7 +277,7 @@ def page(found: Inspection, title: str) -> str:
     """The HTML page. Captions are other people's text: everything is escaped, and nothing may run."""
     figures = []
     for s in found.samples:
-        pair = "".join(f'<img alt="" src="{_data_uri(p)}">' for p in (s.original, s.decoded))
+        pair = "".join(f'<img alt="" src="{data_uri(p)}">' for p in (s.original, s.decoded))
         bad = ' class="bad"' if s in found.drifted else ""
         figures.append(
             f"<figure>{pair}<figcaption{bad}>{html.escape(s.key)} &middot; {s.bucket.width}&times;{s.bucket.height} "
@@ -295,7 +295,8 @@ def page(found: Inspection, title: str) -> str:
     )
 
 
-def _data_uri(pixels: np.ndarray) -> str:
+def data_uri(pixels: np.ndarray) -> str:
+    """An image, uint8 [H,W,3], as a PNG within a page."""
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "PNG")
     return "data:image/png;base64," + base64.b64encode(sink.getvalue()).decode()
