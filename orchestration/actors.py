@@ -48,7 +48,7 @@ SLOW = 3.0  # a shard that takes so many times the 95th percentile is named in a
 KNOWN = 20  # so many shards must be done before their times tell how long one may take
 LEAST_DEADLINE_S = 60.0  # however quick the others are
 SPARE = 1.25  # memory claimed, times the most that was measured
-AHEAD = 8  # workers asked of an autoscaler beyond the room there is; and as many again as there are
+AHEAD = 8  # workers asked for beyond the room there is, for an autoscaler to see; once it answers, as many again
 
 
 class ShardWorker:
@@ -144,7 +144,8 @@ class Fleet:
         self.free: dict[_Hand, None] = {}  # those that may be given a shard
         self.busy = 0  # shards under way
         self.seconds: collections.deque[float] = collections.deque(maxlen=500)
-        self.room = self.target = 0
+        self.room: int | None = None  # workers that the cluster has room for; None until it was asked
+        self.target, self.ahead = 0, AHEAD
         self.asked_at = self.judged_at = -math.inf
         self.working_at = time.monotonic()  # when a worker last answered, or shards were not waiting for one
         self.deadline: float | None = None
@@ -159,6 +160,8 @@ class Fleet:
         if self.nodes.unknown_rests:
             return
         count = min(self.target, remaining) - len(self.hands)
+        for hand in [h for h in reversed(self.hands) if h.node is None][: max(-count, 0)]:
+            self._retire(hand, ended=True)  # nothing is left for it, so no node need come for it
         if count > 0:
             kept_off = frozenset(self.nodes.left_out())
             actor = self.actor.options(**self._options(kept_off))
@@ -172,9 +175,12 @@ class Fleet:
         self.asked_at = now
         self.nodes.look()
         needs = self._needs()
-        self.room = self.nodes.room(needs)
-        self.target = self._target(autoscaled_room(needs))
-        if self.room < 1:
+        room = self.nodes.room(needs)
+        if self.room is not None and room > self.room:  # somebody adds nodes: more are asked for at a time
+            self.ahead = max(AHEAD, room)
+        self.room = room
+        self.target = self._target(room, autoscaled_room(needs))
+        if room < 1:
             self._complain(now, needs)
         left_out = set(self.nodes.left_out())
         for hand in [h for h in self.hands if h.node is None and not h.kept_off <= left_out]:
@@ -191,13 +197,13 @@ class Fleet:
             if not hand.held:
                 self._retire(hand)
 
-    def _target(self, autoscaled: float) -> int:
+    def _target(self, room: int, most: float) -> int:
+        """How many workers are wanted. Those that wait for a node are what makes an autoscaler add one, and cost
+        nothing where there is none: Ray does not tell whether there is. most: where it is known (autoscaled_room)."""
         workers = self.pool.workers
         if isinstance(workers, int):
             return workers
-        wanted = self.room
-        if autoscaled > self.room:  # workers that wait for a node are what makes an autoscaler add one
-            wanted = int(min(autoscaled, self.room + max(AHEAD, self.room)))
+        wanted = max(room, int(min(room + self.ahead, most)))
         return max(workers.min, min(wanted, workers.max)) if isinstance(workers, Span) else wanted
 
     def _needs(self) -> dict[str, float]:

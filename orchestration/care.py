@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestration.lease import Lease
-from shards import storage
+from orchestration.runs import existing, shard_folders
+from shards import plan, storage
 from shards.dataset import MANIFEST, Dataset
-from shards.layout import RunPaths
+from shards.made_with import read_made_with
 from shards.settings import ConfigError, StageError
 from shards.verify import discard as discard_shard
 from shards.verify import verify as verify_shards
@@ -29,14 +30,14 @@ def verify(run: str, deep: bool = False, discard: bool = False) -> None:
     discard: delete damaged shards, so that their stage makes them again; while nothing else works on the run. Prints
     what was looked at; raises StageError that names what is damaged and the commands that mend it.
     """
-    paths = RunPaths(run)
-    if not storage.list_names(run):
-        raise ConfigError(f"{run}: there is no run here; give the folder that 'run' names in its configuration")
+    paths = existing(run)
     damage: list[tuple[str, str]] = []  # (what is wrong, the stage that mends it)
     gone = 0
-    for name, root in (("ingest", paths.images), ("heldout", paths.heldout), ("latents", paths.latents)):
-        stage, faults = "latents" if name == "latents" else "ingest", list(_shards(root, deep))
+    discardable = False
+    for name, root, stage in shard_folders(paths):
+        faults = list(_shards(root, deep))
         damage += [(text, stage) for _, text in faults]
+        discardable |= any(index is not None for index, _ in faults)
         if discard and any(index is not None for index, _ in faults):
             with Lease(paths.status, name, root):
                 for index, _ in faults:
@@ -55,14 +56,22 @@ def verify(run: str, deep: bool = False, discard: bool = False) -> None:
     again = ", then ".join(f"`carrara {s}`" for s in dict.fromkeys(stage for _, stage in damage))
     if discard:
         raise StageError(f"{run}: {len(damage)} damaged, of which {gone} shards were deleted; run {again}")
-    raise StageError(
-        f"{run}: {len(damage)} damaged; put the files back from a copy, or delete damaged shards by `carrara verify "
-        f"{run} {'--deep ' if deep else ''}--discard` while nothing else runs there, and run {again} to make them again"
-    )
+    otherwise = f"run {again}"
+    if discardable:
+        otherwise = (
+            f"delete damaged shards by `carrara verify {run} {'--deep ' if deep else ''}--discard` while nothing else "
+            f"runs there, and run {again} to make them again"
+        )
+    raise StageError(f"{run}: {len(damage)} damaged; put the files back from a copy, or {otherwise}")
 
 
 def _shards(root: str, deep: bool) -> Iterator[tuple[int | None, str]]:
     """(number, what is wrong) of each damaged shard; number None: the dataset as a whole."""
+    for look in (read_made_with, plan.read):
+        try:
+            look(root)
+        except (ConfigError, StageError) as e:
+            yield None, str(e)
     try:
         dataset = Dataset.open(root)
     except StageError as e:

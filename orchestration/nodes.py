@@ -147,9 +147,9 @@ def fits(node: dict[str, Any], needs: dict[str, float]) -> int:
 
 
 def autoscaled_room(needs: dict[str, float]) -> float:
-    """How many workers the cluster would have room for once its autoscaler has made it as large as it may; 0 where
-    there is no autoscaler."""
+    """How many workers the cluster would have room for once its autoscaler has made it as large as it may; infinity
+    where that is not known: autoscalers up to Ray 2.60 do not tell."""
     most = ray._private.state.state.get_max_resources_from_cluster_config()
     if not most:
-        return 0
-    return min((most.get(k, 0.0) / v for k, v in needs.items() if k in most or k in ("CPU", "GPU")), default=0)
+        return math.inf
+    return min((most.get(k, 0.0) / v for k, v in needs.items() if k in most or k in ("CPU", "GPU")), default=math.inf)

@@ -7,10 +7,9 @@ import sys
 import time
 from typing import Any
 
+from orchestration.runs import existing
 from orchestration.stages import STAGES
 from shards import storage
-from shards.layout import RunPaths
-from shards.settings import ConfigError
 
 WATCH_EVERY_S = 2.0
 BELONGS = {
@@ -26,9 +25,7 @@ QUIET_S = 60.0  # a running stage that has not written for so long is said to be
 def read(run: str) -> list[dict[str, Any]]:
     """The status record of every stage in order, {} where it has not begun, and of whatever else has one: the held-out
     split, the reference, retries. Raises ConfigError without a run."""
-    paths = RunPaths(run)
-    if not storage.list_names(run):
-        raise ConfigError(f"{run}: there is no run here; give the folder that 'run' names in its configuration")
+    paths = existing(run)
     names = storage.list_names(paths.status)
     there = [n.removesuffix(".json") for n in names if n.endswith(".json")]
     failures = [n.removesuffix("-failed") for n in names if n.endswith("-failed")]

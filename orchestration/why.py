@@ -10,8 +10,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from pyarrow import ArrowInvalid
+
 from orchestration import attempts
 from orchestration.parts import FITS
+from orchestration.runs import existing, shard_folders
 from shards import plan, storage
 from shards.dataset import MANIFEST, Dataset, read_stats
 from shards.layout import RunPaths, shard_name
@@ -40,9 +43,7 @@ class Found:
 
 def show(run: str, shard: str, as_json: bool = False) -> str:
     """What became of it, as text or JSON. Raises ConfigError where the run has nothing of this number or name."""
-    paths = RunPaths(run)
-    if not storage.list_names(run):
-        raise ConfigError(f"{run}: there is no run here; give the folder that 'run' names in its configuration")
+    paths = existing(run)
     if shard in FITS:
         events = attempts.read(paths.status, shard, attempts.RANKS)
         return json.dumps(events, indent=1) if as_json else _seen(_fit_text(paths, shard, events))
@@ -63,20 +64,10 @@ def _seen(text: str) -> str:
 
 def look(paths: RunPaths, index: int) -> Iterator[Found]:
     """The shard in every folder that has it, or was to have it."""
-    for stage, root in folders(paths):
+    for stage, root, _ in shard_folders(paths):
         found = _look(paths, stage, root, index)
         if found is not None:
             yield found
-
-
-def folders(paths: RunPaths) -> Iterator[tuple[str, str]]:
-    """(stage, folder) of every folder of shards, in the order of the stages."""
-    yield "ingest", paths.images
-    yield "heldout", paths.heldout
-    for kind, stage in (("scores", "score"), ("captions", "caption")):
-        root = storage.join(paths.run, kind)
-        yield from ((f"{stage}-{name}", storage.join(root, name)) for name in storage.list_names(root))
-    yield "latents", paths.latents
 
 
 def _look(paths: RunPaths, stage: str, root: str, index: int) -> Found | None:
@@ -84,7 +75,7 @@ def _look(paths: RunPaths, stage: str, root: str, index: int) -> Found | None:
     events = attempts.read(paths.status, stage, name)
     aside = _json(storage.join(paths.status, f"{stage}-failed", f"{name}.json"))
     stats = read_stats(root, index)
-    line = plan.read(root).line(index) if storage.list_names(storage.join(root, plan.FOLDER)) else None
+    line = _planned(root, index)
     # Names and not a listing of the folder, which may have a million.
     begun = stats is None and any(storage.exists(storage.join(root, name + s)) for s in (".tar", ".safetensors"))
     if stats is None and line is None and not (events or aside or begun):
@@ -111,12 +102,20 @@ def _look(paths: RunPaths, stage: str, root: str, index: int) -> Found | None:
     )
 
 
+def _planned(root: str, index: int) -> plan.Line | None:
+    """The shard's line of the plan; None where there is none, or where the plan is damaged, as `verify` tells."""
+    try:
+        return plan.read(root).line(index) if storage.list_names(storage.join(root, plan.FOLDER)) else None
+    except StageError:
+        return None
+
+
 def _rows(root: str, name: str, stats: dict[str, Any]) -> dict[str, dict[str, int]]:
     """Rows by status, and of each status by error code, from the sidecar; where that is gone, from the stats."""
     if SIDECAR in stats.get("files", {}):
         try:
             table = storage.read_parquet(storage.join(root, name + SIDECAR))
-        except FileNotFoundError:
+        except (FileNotFoundError, ArrowInvalid):  # gone, or damaged: what lies there is told beside it
             table = None
         if table is not None and "status" in table.column_names:
             errors = table["error"].to_pylist() if "error" in table.column_names else [None] * len(table)

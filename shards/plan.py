@@ -179,7 +179,8 @@ _KEPT = 4
 
 
 def read(root: str, after: int = 0) -> Plan:
-    """The plan of a dataset; empty where nothing is planned. after: leave out so many parts.
+    """The plan of a dataset; empty where nothing is planned. after: leave out so many parts. Raises StageError where a
+    part is damaged.
 
     Asked for many times in a command, it is read again only where other parts lie there.
     """
@@ -190,12 +191,23 @@ def read(root: str, after: int = 0) -> Plan:
     made_of = after, tuple(there[f"{n:05d}.parquet"] for n in range(after, parts))
     known, plan = _READ.get(root, (None, None))
     if plan is None or known != made_of:
-        tables = [storage.read_parquet(part_url(root, n)).cast(SCHEMA) for n in range(after, parts)]
+        tables = [_part(part_url(root, n)) for n in range(after, parts)]
         plan = Plan(pa.concat_tables(tables) if tables else SCHEMA.empty_table(), parts)
         if len(_READ) >= _KEPT:
             _READ.clear()
         _READ[root] = made_of, plan
     return plan
+
+
+def _part(url: str) -> pa.Table:
+    try:
+        return storage.read_parquet(url).cast(SCHEMA)
+    except (pa.ArrowInvalid, ValueError) as e:
+        said = " ".join(str(e).split())[:200]
+        raise StageError(
+            f"{url}: this part of the plan is damaged ({said}); put it back from a copy: it says which rows are in "
+            "which shard"
+        ) from None
 
 
 def write_part(root: str, number: int, lines: Iterable[Line]) -> None:

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -43,18 +44,27 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def first_node(address: str) -> Iterator[Cluster]:
-    """A head at an address that other nodes can reach, which loopback is not for Ray; with a token, as everywhere."""
-    cluster = Cluster(cpus=1, cwd=ROOT)
+def first_node(
+    address: str, cpus: int = 1, scaling: dict[str, Any] | None = None, more: dict[str, str] | None = None
+) -> Iterator[Cluster]:
+    """A head at an address that other nodes can reach, which loopback is not for Ray; with a token, as everywhere.
+    scaling: the configuration of an autoscaler beside it. more: variables of its environment."""
+    cluster = Cluster(cpus=cpus, cwd=ROOT)
     port, dashboard = (free_port(address) for _ in range(2))
     cluster.address, cluster.url = f"{address}:{port}", f"http://{address}:{dashboard}"
-    command = [sys.executable, "-m", "orchestration.ray_head", "start", "--head", "--block", "--num-cpus=1"]
-    command += [f"--node-ip-address={address}", f"--port={port}", f"--dashboard-host={address}", "--no-monitor"]
+    command = [sys.executable, "-m", "orchestration.ray_head", "start", "--head", "--block", f"--num-cpus={cpus}"]
+    command += [f"--node-ip-address={address}", f"--port={port}", f"--dashboard-host={address}"]
     command += [f"--dashboard-port={dashboard}", "--object-store-memory=100000000", "--disable-usage-stats"]
     # Sockets lie in the folder, whose paths may not be long; and /tmp/ray is where other Rays are looked for.
     with tempfile.TemporaryDirectory(prefix="carrara-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}"]
-        head = start_ray(cluster, command)
+        if scaling is None:
+            command.append("--no-monitor")
+        else:
+            scaling["provider"]["gcs_address"] = cluster.address
+            (Path(folder) / "autoscaler.yaml").write_text(yaml.safe_dump(scaling))
+            command.append(f"--autoscaling-config={folder}/autoscaler.yaml")
+        head = start_ray(cluster, command, more)
         try:
             with ending(head):
                 wait_for(lambda: alive(cluster) == 1, head)
@@ -70,9 +80,9 @@ def second_node(cluster: Cluster, address: str, *before: str) -> subprocess.Pope
     return start_ray(cluster, command)
 
 
-def start_ray(cluster: Cluster, command: list[str]) -> subprocess.Popen[str]:
+def start_ray(cluster: Cluster, command: list[str], more: dict[str, str] | None = None) -> subprocess.Popen[str]:
     # With what keeps our own heads to themselves, Ray would refuse to be one of several.
-    env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+    env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", **(more or {})}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, start_new_session=True, **quiet)
 

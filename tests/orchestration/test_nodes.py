@@ -26,7 +26,8 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, cpus: float = 48.0) -> None:
         self.alive = {f"n{i}": True for i in range(count)}
         self.draining: dict[str, int] = {}
-        self.now, self.cpus, self.most = 0.0, cpus, None
+        self.now, self.cpus = 0.0, cpus
+        self.most: dict[str, float] | None = None  # what there is once an autoscaler has made all nodes, if it tells
         monkeypatch.setattr(ray, "nodes", self.nodes)
         monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: self.draining)
         monkeypatch.setattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: self.most)
@@ -121,10 +122,10 @@ class Actors:
         return types.SimpleNamespace(remote=remote)
 
 
-def fleet(world: World, pool: Pool | None = None) -> tuple[Fleet, Actors]:
+def fleet(world: World, pool: Pool | None = None, ahead: int = 0) -> tuple[Fleet, Actors]:
     stage: Any = types.SimpleNamespace(name="toy", root="/x", unit="images", in_hand=1)
     found = Fleet(stage, pool or CpuPool(), RayConfig())
-    found.actor = made = Actors()
+    found.actor, found.ahead = (made := Actors()), ahead
     return found, made
 
 
@@ -196,11 +197,12 @@ def test_downloads_are_spread_and_memory_is_claimed_as_measured(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("workers", "most", "expected"),
     [
-        (None, None, [16, 32]),  # as many as there is room for, by now
-        (None, {"CPU": 1000}, [32, 64]),  # an autoscaler adds nodes for those that wait
-        (None, {"CPU": 20}, [20, 32]),
+        (None, None, [24, 64]),  # some more than there is room for, for an autoscaler to see; once nodes come, many
+        (None, {"CPU": 1000}, [24, 64]),
+        (None, {"CPU": 20}, [20, 32]),  # an autoscaler that tells how many it may make room for
         (Span(min=0, max=24), {"CPU": 1000}, [24, 24]),
-        (Span(min=20, max=24), None, [20, 24]),
+        (Span(min=0, max=18), None, [18, 18]),
+        (Span(min=30, max=40), None, [30, 40]),
         (7, {"CPU": 1000}, [7, 7]),
     ],
 )
@@ -209,7 +211,7 @@ def test_how_many_workers_are_asked_for(
 ) -> None:
     world = World(monkeypatch, 2, cpus=8.0)
     world.most = most
-    found, _ = fleet(world, CpuPool(workers=workers))
+    found, _ = fleet(world, CpuPool(workers=workers), actors.AHEAD)
     found.grow(10_000)
     assert len(found.hands) == expected[0]
     world.alive |= {"n2": True, "n3": True}  # and it did
@@ -219,9 +221,7 @@ def test_how_many_workers_are_asked_for(
 
 
 def test_from_zero_nodes_an_autoscaler_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(monkeypatch, 0)
-    world.most = {"CPU": 64}
-    found, _ = fleet(world)
+    found, _ = fleet(World(monkeypatch, 0), ahead=actors.AHEAD)
     found.grow(10_000)
     assert len(found.hands) == 8
 
@@ -300,3 +300,19 @@ def test_a_worker_that_hangs_as_it_starts_is_its_nodes_fault(monkeypatch: pytest
 
 def test_hands_are_equal_only_to_themselves() -> None:
     assert _Hand("a") != _Hand("a")
+
+
+def test_who_waits_for_a_node_is_let_go_once_nothing_is_left_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An autoscaler would bring a node for it."""
+    world = World(monkeypatch, 2, cpus=1.0)
+    found, _ = fleet(world, ahead=actors.AHEAD)
+    found.grow(100)
+    assert len(found.hands) == 2 + actors.AHEAD
+    working = list(found.hands)[:2]
+    for hand in working:
+        hand.node, hand.ready, hand.held = "n0", True, 1
+    found.grow(5)
+    assert len(found.hands) == 5
+    found.grow(1)
+    assert list(found.hands) == working, "those that work end by themselves"
+    assert found.nodes.records == {}

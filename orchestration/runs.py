@@ -1,0 +1,37 @@
+"""What a run's folder has: whether it is one, and its folders of shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shards import storage
+from shards.layout import RunPaths
+from shards.settings import ConfigError
+
+# What stands in a run's folder, whatever stage was begun first (shards/layout.py).
+NAMES = {name for name, value in vars(RunPaths).items() if isinstance(value, property)} | {"scores", "captions"}
+
+
+def existing(run: str) -> RunPaths:
+    """The paths of a run that is there. Raises ConfigError where nothing of a run lies at this path or URL."""
+    try:
+        found = storage.list_names(run)
+    except NotADirectoryError:
+        found = []
+    if NAMES.isdisjoint(found):
+        raise ConfigError(f"{run}: there is no run here; give the folder that 'run' names in its configuration")
+    return RunPaths(run)
+
+
+def shard_folders(paths: RunPaths) -> Iterator[tuple[str, str, str]]:
+    """(the stage as its status and lease are named, folder, the command that makes it) of every folder of shards, in
+    the order of the stages."""
+    yield "ingest", paths.images, "ingest"
+    yield "heldout", paths.heldout, "ingest"
+    for kind, stage in (("scores", "score"), ("captions", "caption")):
+        root = storage.join(paths.run, kind)
+        yield from ((f"{stage}-{name}", storage.join(root, name), stage) for name in storage.list_names(root))
+    yield "latents", paths.latents, "latents"
+    prior = RunPaths(paths.prior)
+    yield "prior", prior.images, "prior"
+    yield "prior-latents", prior.latents, "prior"

@@ -1,0 +1,198 @@
+"""Ray's own autoscaler, of which nodes on this machine are asked: from none, while one of them is drained and another
+killed. The ingest is real; which pictures its server gives, and when, the test decides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from aiohttp import web
+
+from orchestration.cluster import Cluster, _marked
+from shards.dataset import Dataset
+from tests.faults.test_engine_on_two_nodes import drain
+from tests.faults.test_two_nodes import first_node
+from tests.ingest.site import Site, picture
+from tests.orchestration.head import ROOT, ended, folder_bytes
+
+ROWS, SHARD, FREE = 48, 2, 8  # pictures; in a shard; so many are given before the gate opens
+HEAD = "f" * 51 + "00000"  # the id that Ray's provider of nodes on one machine has for the head
+FIRST = {"CPU": 1, "object_store_memory": 80_000_000}
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    server = Site()
+    yield server
+    server.close()
+
+
+@contextlib.contextmanager
+def autoscaled(kinds: dict[str, dict[str, float]]) -> Iterator[Cluster]:
+    """A head without CPUs, and an autoscaler that makes up to three nodes of each kind. kinds: their resources."""
+    types = {k: {"resources": {**FIRST, **more}, "node_config": {}, "max_workers": 3} for k, more in kinds.items()}
+    types["ray.head.default"] = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    config = {
+        "cluster_name": "carrara",
+        "max_workers": 8,
+        "provider": {
+            "type": "external",  # fake_multinode's defaults are a file that Ray's wheel does not have
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "launch_multiple": True,
+            "head_node_id": HEAD,
+            "disable_node_updaters": True,
+        },
+        "available_node_types": types,
+        "head_node_type": "ray.head.default",
+        "idle_timeout_minutes": 5,
+        "auth": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+        **{f"{name}_commands": [] for name in ("initialization", "setup", "head_setup", "worker_setup")},
+        **{f"{name}_start_ray_commands": [] for name in ("head", "worker")},
+    }
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:  # which address would be used; nothing is sent
+        s.connect(("10.255.255.255", 1))
+        address = s.getsockname()[0]
+    names = ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING")
+    more = {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    with first_node(address, 0, config, {**more, **dict.fromkeys(names, HEAD)}) as cluster:
+        yield cluster
+
+
+def raylets(cluster: Cluster) -> dict[str, psutil.Process]:
+    """The nodes' own processes, by the ids that the autoscaler gave them."""
+    found = {}
+    for process in _marked(cluster.id):
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "raylet" and (node := process.environ().get("RAY_OVERRIDE_NODE_ID_FOR_TESTING")):
+                found[node] = process
+    return found
+
+
+class Gate:
+    """Gives the first pictures of a site at once, and the others once it is open. asked: who asked for those."""
+
+    def __init__(self, site: Site) -> None:
+        self.open = False
+        self.asked: set[int] = set()  # pictures, by number
+        self.bodies = [picture(i) for i in range(ROWS)]
+        for i in range(ROWS):
+            site.pages[f"/{i}.png"] = self._answer
+
+    async def _answer(self, request: web.Request) -> Any:
+        i = int(Path(request.path).stem)
+        if i >= FREE:
+            self.asked.add(i)
+        while i >= FREE and not self.open:
+            await asyncio.sleep(0.05)
+        return web.Response(body=self.bodies[i], content_type="image/png")
+
+    @property
+    def shards(self) -> set[int]:
+        """The shards that are under way behind the gate."""
+        return {i // SHARD for i in self.asked}
+
+
+def prepare(site: Site, folder: Path, name: str, pool: dict[str, Any]) -> Path:
+    """The configuration of a run of its own."""
+    pq.write_table(
+        pa.table({"url": [site.url(f"/{i}.png") for i in range(ROWS)], "caption": [f"text {i}" for i in range(ROWS)]}),
+        folder / "table.parquet",
+    )
+    fetch = {"allow_addresses": ["127.0.0.1/32"], "timeout": 300}
+    config = {
+        "run": str(folder / name),
+        "ray": {"ingest": pool, "back_off_s": 0.05},
+        "ingest": {
+            "table": str(folder / "table.parquet"),
+            "samples_per_shard": SHARD,
+            "image_size": 32,
+            "encode_format": "png",
+            "fetch": fetch,
+        },
+        "autoencoder": {"pretrained": str(folder)},
+        "clip": {"pretrained": str(folder)},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def committed(run: Path) -> dict[str, int]:
+    """When each shard's stats were written."""
+    return {p.name: p.stat().st_mtime_ns for p in (run / "images").glob("*_stats.json")}
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], said: Path) -> None:
+    deadline = time.monotonic() + 150
+    while not condition():
+        assert process.poll() is None, said.read_text()
+        assert time.monotonic() < deadline, said.read_text()
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_nodes_come_from_none_and_go_in_mid_run_and_no_row_is_lost_or_twice(site: Site, tmp_path: Path) -> None:
+    gate = Gate(site)
+    gate.open = True
+    local = prepare(site, tmp_path, "local", {})
+    command = [sys.executable, "orchestration/run_stage.py", "ingest", "--config"]
+    ended(subprocess.Popen([*command, str(local), "--local"], cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    expected = folder_bytes(tmp_path / "local/images")
+
+    with autoscaled({"plain": {}, "own": {"own": 1}}) as cluster:
+        env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address}
+
+        @contextlib.contextmanager
+        def under_way(name: str, pool: dict[str, Any]) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+            """A run of its own; at the end its bytes are those of the run in one process."""
+            gate.open, said = False, tmp_path / f"{name}.txt"
+            gate.asked.clear()
+            site.hits.clear()
+            config = prepare(site, tmp_path, name, pool)
+            with said.open("w") as stderr:
+                process = subprocess.Popen([*command, str(config)], cwd=ROOT, env=env, stderr=stderr, text=True)
+            try:
+                yield process, said
+                assert process.wait(200) == 0, said.read_text()
+            finally:
+                process.kill()
+                process.wait()
+            assert folder_bytes(tmp_path / name / "images") == expected
+            keys = [
+                k
+                for f in sorted((tmp_path / name / "images").glob("0*.parquet"))
+                for k in pq.read_table(f)["key"].to_pylist()
+            ]
+            assert len(keys) == len(set(keys)) == len(Dataset.open(str(tmp_path / name / "images"))) == ROWS
+            assert "failed" not in said.read_text()
+
+        with under_way("span", {"workers": {"min": 1, "max": 3}, "resources": {"own": 0.1}}) as (process, said):
+            wait_for(lambda: len(gate.shards) == 3, process, said)  # one on each of the three nodes there may be
+            first, second = sorted(n for n in raylets(cluster) if n != HEAD)[:2]
+            drain(cluster, first, 120)
+            wait_for(lambda: "is being drained; its workers get no more shards" in said.read_text(), process, said)
+            os.kill(raylets(cluster)[second].pid, signal.SIGKILL)
+            gate.open = True
+        assert max(site.hits.values()) <= 2  # what was in hand on the node that was killed
+
+        with under_way("null", {"workers": None}) as (process, said):
+            wait_for(lambda: len(gate.shards) >= 4, process, said)
+            gate.open = True

@@ -1,0 +1,78 @@
+"""`verify`, `why`, `status` and `serve` on what is no run, and on runs that are damaged beside their shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestration.run_stage import main
+from shards.dataset import MANIFEST
+from shards.stage import open_folder
+from tests.orchestration.test_engine import local
+from tests.orchestration.toy import ToyStage
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with image shards of the toy stage, and a column beside them."""
+    for root, name in (("images", "ingest"), ("scores/nice", "score-nice")):
+        local(ToyStage(str(tmp_path / root), str(tmp_path / "calls"), shards=3, name=name))
+    return tmp_path
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object, code: int) -> str:
+    assert main([str(a) for a in arguments]) == code, capsys.readouterr()
+    found = capsys.readouterr()
+    assert "Traceback" not in found.err
+    return found.out + found.err
+
+
+@pytest.mark.parametrize("command", [("verify",), ("verify", "--deep"), ("why", "0"), ("status",), ("serve",)])
+def test_what_is_no_run_is_not_said_to_be_well(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/1.png").write_bytes(b"x")
+    (tmp_path / "carrara.yaml").write_text("run: x")
+    (tmp_path / "empty").mkdir()
+    for name in ("nowhere", "empty", "photos", "carrara.yaml", "carrara.yaml/deeper"):
+        name = str(tmp_path / name)
+        line = said(capsys, command[0], name, *command[1:], code=2)
+        assert line == (
+            f"carrara: {name}: there is no run here; give the folder that 'run' names in its configuration\n"
+        )
+
+
+def test_verify_looks_at_columns_too_and_names_the_command_that_makes_them(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "scores/nice: 3 of 3 shards are as they were committed" in said(capsys, "verify", run, code=0)
+    (run / "scores/nice/00001.txt").unlink()
+    assert "run `carrara score` to make them again" in said(capsys, "verify", run, code=1)
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("made_with.json", "images/made_with.json: cannot be read; it is not a file of Carrara, or was damaged"),
+        ("plan/00000.parquet", "images/plan/00000.parquet: this part of the plan is damaged"),
+        (MANIFEST, f"images/{MANIFEST}: not a manifest"),
+    ],
+)
+def test_what_is_damaged_beside_the_shards_is_told_and_no_shard_is_to_be_deleted_for_it(
+    run: Path, capsys: pytest.CaptureFixture[str], file: str, told: str
+) -> None:
+    (run / "images" / file).parent.mkdir(exist_ok=True)
+    (run / "images" / file).write_text("{torn")
+    line = said(capsys, "verify", run, code=1)
+    assert told in line
+    assert "--discard" not in line
+    assert "00001: committed" in said(capsys, "why", run, "1", code=0)
+
+
+def test_why_tells_of_a_shard_whose_sidecar_is_damaged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = ToyStage(str(run / "latents"), str(run / "calls"), name="latents", data=".parquet")
+    open_folder(stage).commit(7, {".parquet": b"PAR1"}, {"count": 1, "rows": 1}, None)
+    (run / "latents/00007.parquet").write_bytes(b"x")
+    assert "00007.parquet (1 bytes; 4 WERE COMMITTED)" in said(capsys, "why", run, "7", code=0)
