@@ -75,13 +75,13 @@ def autoscaled(kinds: dict[str, dict[str, float]]) -> Iterator[Cluster]:
         yield cluster
 
 
-def raylets(cluster: Cluster) -> dict[str, psutil.Process]:
-    """The nodes' own processes, by the ids that the autoscaler gave them."""
+def raylets(cluster: Cluster, kind: str) -> dict[str, psutil.Process]:
+    """The own processes of the nodes of a kind, by the ids that the autoscaler gave them."""
     found = {}
     for process in _marked(cluster.id):
         with contextlib.suppress(psutil.Error):
-            if process.name() == "raylet" and (node := process.environ().get("RAY_OVERRIDE_NODE_ID_FOR_TESTING")):
-                found[node] = process
+            if process.name() == "raylet" and (env := process.environ()).get("RAY_NODE_TYPE_NAME") == kind:
+                found[env["RAY_OVERRIDE_NODE_ID_FOR_TESTING"]] = process
     return found
 
 
@@ -186,10 +186,10 @@ def test_nodes_come_from_none_and_go_in_mid_run_and_no_row_is_lost_or_twice(site
 
         with under_way("span", {"workers": {"min": 1, "max": 3}, "resources": {"own": 0.1}}) as (process, said):
             wait_for(lambda: len(gate.shards) == 3, process, said)  # one on each of the three nodes there may be
-            first, second = sorted(n for n in raylets(cluster) if n != HEAD)[:2]
+            (first, _), (_, raylet), *_ = raylets(cluster, "own").items()
             drain(cluster, first, 120)
             wait_for(lambda: "is being drained; its workers get no more shards" in said.read_text(), process, said)
-            os.kill(raylets(cluster)[second].pid, signal.SIGKILL)
+            os.kill(raylet.pid, signal.SIGKILL)
             gate.open = True
         assert max(site.hits.values()) <= 2  # what was in hand on the node that was killed
 

@@ -1,5 +1,5 @@
-"""The head's global control store (GCS) dies in mid-stage and is started again, with its tables in Redis: the driver and
-its workers live through it, and what the run needs of Ray afterwards, a new worker, is there."""
+"""The head's control store (GCS) dies in mid-stage and is started again, with its tables in Redis: the driver and its
+workers live through it, and what the run needs of Ray afterwards, a new worker, comes."""
 
 from __future__ import annotations
 

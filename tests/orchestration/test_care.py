@@ -76,3 +76,14 @@ def test_why_tells_of_a_shard_whose_sidecar_is_damaged(run: Path, capsys: pytest
     open_folder(stage).commit(7, {".parquet": b"PAR1"}, {"count": 1, "rows": 1}, None)
     (run / "latents/00007.parquet").write_bytes(b"x")
     assert "00007.parquet (1 bytes; 4 WERE COMMITTED)" in said(capsys, "why", run, "7", code=0)
+
+
+@pytest.mark.parametrize("command", [("verify",), ("why", "0"), ("status",), ("serve",)])
+def test_a_store_that_is_not_reached_is_one_sentence(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = said(capsys, command[0], "nostore://bucket/run", *command[1:], code=2)
+    assert line == (
+        "carrara: nostore://bucket/run: cannot be looked at (ValueError: Protocol not known: nostore); correct the URL "
+        "or the credentials, of which `carrara doctor --run nostore://bucket/run` says more\n"
+    )
