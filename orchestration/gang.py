@@ -75,6 +75,7 @@ class Gang:
         self.options = {"num_cpus": ranks.num_cpus, "num_gpus": gpus, "resources": ranks.resources}
         self.patience_s = patience_s
         self.group: PlacementGroup | None = None
+        self.wanted: PlacementGroup | None = None  # places of ranks that there was no room for
         self.actors: list[Any] = []
         self.places: list[_Place] = []
         self.began: float | None = None  # by the monotonic clock, once all are there
@@ -136,13 +137,13 @@ class Gang:
         return f"the node {gone[0]} of its ranks is about to go" if gone else ""
 
     def room_for(self, more: int) -> str:
-        """That there is room for so many ranks more, as a sentence; else empty."""
+        """That there is room for so many ranks more, as a sentence; else empty. From the first call on their places are
+        asked of Ray, so that an autoscaler brings nodes for them."""
         if more <= 0:
             return ""
-        free = ray.available_resources()
-        if all(free.get(name, 0.0) >= amount * more for name, amount in self.bundle.items()):
-            return f"there is room for {more} ranks more"
-        return ""
+        if self.wanted is None:
+            self.wanted = placement_group([self.bundle] * more, strategy="PACK")
+        return f"there is room for {more} ranks more" if self.wanted.wait(0.1) else ""
 
     def _place(self) -> None:
         group = self.group = placement_group([self.bundle] * self.count, strategy="PACK")
@@ -181,10 +182,10 @@ class Gang:
         for actor in self.actors:
             with contextlib.suppress(Exception):
                 ray.kill(actor)
-        if self.group is not None:
+        for group in filter(None, (self.group, self.wanted)):
             with contextlib.suppress(Exception):
-                remove_placement_group(self.group)
-        self.actors, self.group = [], None
+                remove_placement_group(group)
+        self.actors, self.group, self.wanted = [], None, None
 
 
 class NoRoom(StageError):

@@ -20,8 +20,8 @@ def existing(run: str) -> RunPaths:
         found = []
     except Exception as e:  # whatever a store may raise: no such protocol, no credentials, no network
         raise ConfigError(
-            f"{run}: cannot be looked at ({type(e).__name__}: {' '.join(str(e).split())[:300]}); correct the URL or the "
-            f"credentials, of which `carrara doctor --run {run}` says more"
+            f"{run}: cannot be looked at ({type(e).__name__}: {' '.join(str(e).split())[:300]}); correct the URL or "
+            f"the credentials, of which `carrara doctor --run {run}` says more"
         ) from e
     if NAMES.isdisjoint(found):
         raise ConfigError(f"{run}: there is no run here; give the folder that 'run' names in its configuration")

@@ -25,8 +25,6 @@ from tests.faults.test_autoscaling import ROWS, Gate, committed, prepare
 from tests.ingest.site import Site
 from tests.orchestration.head import ROOT, head
 
-pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl renders the manifests; it is not here")
-
 # As pods differ; and with a shorter patience than 90 seconds.
 ELSEWHERE = """
 import os
@@ -67,6 +65,9 @@ def until(attempt: str, condition: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl renders the manifests; it is not here")
 def test_of_two_attempts_one_works_and_once_it_is_killed_the_next_goes_on(site: Site, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/sitecustomize.py").write_text(ELSEWHERE)

@@ -16,7 +16,7 @@ import yaml
 from orchestration.gang import RankDied, environments, told_by
 from shards.settings import ConfigError, StageError
 from tests.faults import test_two_nodes as two_nodes
-from tests.orchestration.head import ROOT, actors, ended, run_stage, wait_for
+from tests.orchestration.head import ROOT, actors, ended, head, run_stage, wait_for
 from tests.train import forked, tiny
 from train.checkpoint import load_weights
 from train.folders import folders, latest_complete, name_of, read_manifest
@@ -139,3 +139,34 @@ def test_the_reason_is_found_among_what_follows_from_it() -> None:
     died = told_by([lost, lost])
     assert isinstance(died, RankDied)
     assert "Connection closed" in str(died)
+
+
+GROWS = """
+import time
+from ray.util import placement_group_table
+from orchestration.config import RayConfig, Ranks
+from orchestration.connection import connected
+from orchestration.gang import Gang
+
+def waiting():
+    return [len(g["bundles"]) for g in placement_group_table().values() if g["state"] == "PENDING"]
+
+with connected(RayConfig()):
+    with Gang("train", 1, Ranks(), 60, lambda: None) as gang:
+        print([gang.room_for(0), gang.room_for(5), gang.room_for(5)], waiting(), flush=True)
+    while waiting():
+        time.sleep(0.1)
+    with Gang("train", 1, Ranks(), 60, lambda: None) as gang:
+        while not (told := gang.room_for(1)):
+            time.sleep(0.1)
+        print(told, flush=True)
+    with Gang("train", 2, Ranks(), 60, lambda: None) as gang:  # nothing of what was asked for is left in its way
+        print(len(gang.places), flush=True)
+"""
+
+
+def test_the_places_of_missing_ranks_are_asked_for_where_an_autoscaler_sees_it() -> None:
+    cluster = head()
+    env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address}
+    done = subprocess.run([sys.executable, "-c", GROWS], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert done.stdout.splitlines() == ["['', '', ''] [5]", "there is room for 1 ranks more", "2"], done.stderr
