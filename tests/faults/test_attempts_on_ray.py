@@ -1,7 +1,7 @@
 """Attempts of one RayJob that overlap: KubeRay begins the next while the one before still runs somewhere.
 
-Both are started as the manifests have it, by `ray job submit` with their very entrypoint. Each is told that it is on a
-host of its own, as it is on Kubernetes, where every attempt has a cluster of its own.
+Both are jobs of Ray with the very entrypoint that the manifests have. Each is told that it is on a host of its own, as
+it is on Kubernetes, where every attempt has a cluster of its own.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,16 +40,14 @@ def site() -> Iterator[Site]:
 
 
 def submit(attempt: str, config: Path) -> None:
-    """What KubeRay's submitter calls."""
+    """The request that `ray job submit` of KubeRay's submitter makes."""
     [job] = [spec for resource in rendered("stages/ingest") if (spec := job_spec(resource))]
     entrypoint = shlex.split(job["entrypoint"])
     assert entrypoint == ["carrara", "ingest", "--config", "/etc/carrara/run.yaml"]
     cluster, words = head(), [str(config) if w == "/etc/carrara/run.yaml" else w for w in entrypoint]
     variables = {"TEST_POD": attempt, "PYTHONPATH": os.pathsep.join([str(config.parent / "elsewhere"), str(ROOT)])}
-    command = [str(Path(sys.executable).parent / "ray"), "job", "submit", f"--address={cluster.url}", "--no-wait"]
-    command += [f"--submission-id={attempt}", f"--runtime-env-json={json.dumps({'env_vars': variables})}"]
-    done = subprocess.run([*command, "--", *words], env=cluster.environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    job = {"submission_id": attempt, "entrypoint": shlex.join(words), "runtime_env": {"env_vars": variables}}
+    assert cluster.request("/api/jobs/", job)["submission_id"] == attempt
 
 
 def log(attempt: str) -> str:
