@@ -13,6 +13,7 @@ from orchestration.lease import Lease
 from orchestration.runs import existing, shard_folders
 from shards import plan, storage
 from shards.dataset import MANIFEST, Dataset
+from shards.listing import listed
 from shards.made_with import read_made_with
 from shards.settings import ConfigError, StageError
 from shards.verify import discard as discard_shard
@@ -66,23 +67,26 @@ def verify(run: str, deep: bool = False, discard: bool = False) -> None:
 
 
 def _shards(root: str, deep: bool) -> Iterator[tuple[int | None, str]]:
-    """(number, what is wrong) of each damaged shard; number None: the dataset as a whole."""
+    """(number, what is wrong) of each damaged shard; number None: the dataset as a whole. One that is not finished is
+    looked at as far as it is committed."""
+    if not storage.list_names(root):
+        return
     for look in (read_made_with, plan.read):
         try:
             look(root)
         except (ConfigError, StageError) as e:
             yield None, str(e)
-    try:
-        dataset = Dataset.open(root)
-    except StageError as e:
-        if storage.exists(storage.join(root, MANIFEST)):
+    finished = storage.exists(storage.join(root, MANIFEST))
+    if finished:
+        try:
+            Dataset.open(root)
+        except StageError as e:
             yield None, str(e)
-        elif storage.list_names(root):
-            print(f"{root}: not finished, so it is not looked at")
-        return
     faults = list(verify_shards(root, deep))
     yield from faults
-    print(f"{root}: {len(dataset.shards) - len(faults)} of {len(dataset.shards)} shards are as they were committed")
+    count = len(listed(root).committed)
+    rest = "" if finished else "; it is not finished"
+    print(f"{root}: {count - len(faults)} of {count} shards are as they were committed{rest}")
 
 
 def _checkpoints(root: str, deep: bool) -> Iterator[str]:

@@ -65,7 +65,8 @@ def commands_of(document: Path, word: str = "carrara") -> Iterator[tuple[int, li
     """(line number, words, whether in a block of code) of each command line of a document that calls `word`; comments
     and what a shell does to the output are left out, and what stands in [brackets] is taken as given."""
     for number, text, block in code(document):
-        for line in text.split("; "):
+        parts = text.split("; ")
+        for line in [text] if any(part.count('"') % 2 for part in parts) else parts:  # between quotes it ends nothing
             line = re.sub(r"^\$\s+", "", line)
             if not re.match(rf"{re.escape(word)}(\s|$)", line):
                 continue

@@ -52,6 +52,20 @@ def test_verify_looks_at_columns_too_and_names_the_command_that_makes_them(
     assert "run `carrara score` to make them again" in said(capsys, "verify", run, code=1)
 
 
+def test_a_dataset_that_is_not_finished_is_looked_at_as_far_as_it_is_committed(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "images" / MANIFEST).unlink()
+    (run / "images/00002_stats.json").unlink()  # begun, and not committed
+    line = said(capsys, "verify", run, code=0)
+    assert f"{run}/images: 2 of 2 shards are as they were committed; it is not finished" in line
+    (run / "images/00001.txt").write_bytes((run / "images/00001.txt").read_bytes()[::-1])
+    assert "nothing is damaged" in said(capsys, "verify", run, code=0)
+    assert "images/00001.txt does not have the sha256 that was committed" in said(
+        capsys, "verify", run, "--deep", code=1
+    )
+
+
 @pytest.mark.parametrize(
     ("file", "told"),
     [
