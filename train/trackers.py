@@ -120,7 +120,7 @@ class _Thread:
     def __init__(self, name: str, make: Callable[[_About, str], Tracker], about: _About, told: _Told | None) -> None:
         self.name, self._make, self._about, self._told = name, make, about, told
         self._todo: queue.SimpleQueue[tuple[str, int, Callable[[Tracker], None]] | None] = queue.SimpleQueue()
-        self._failed = False
+        self._failed = self._given_up = False
         self._thread = threading.Thread(target=self._run, name=f"tracker-{name}", daemon=True)
         self._thread.start()
 
@@ -136,11 +136,14 @@ class _Thread:
     def wait(self, seconds: float) -> None:
         self._thread.join(max(seconds, 0.0))
         if self._thread.is_alive():
+            self._given_up = True  # else what goes on in its run would be told beside it
             self._warn(f"what it was still to be told is given up after {CLOSE_S:.0f} s")
 
     def _run(self) -> None:
         tracker: Tracker | None = None
         while (work := self._todo.get()) is not None:
+            if self._given_up:
+                return
             series, images, send = work
             try:
                 tracker = tracker or self._make(self._about, self._told.id if self._told else "")

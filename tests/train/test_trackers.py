@@ -209,6 +209,39 @@ def test_a_tracker_that_does_not_keep_up_is_still_told_of_the_end(
     ]
 
 
+def test_what_was_given_up_is_not_told_behind_the_back_of_who_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+    did: list[int] = []
+
+    class Slow:
+        def __init__(self, *_: Any) -> None: ...
+
+        def scalars(self, images: int, values: Any) -> None:
+            begun.set()
+            go.wait(20)
+            did.append(images)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setitem(trackers._MAKERS, "wandb", Slow)
+    monkeypatch.setattr(trackers, "CLOSE_S", 0.2)
+    found = made(tmp_path, ("wandb",), 0)
+    for images in (1, 2, 3):
+        found.scalars("line", images, {"loss": 1.0})
+    assert begun.wait(20)
+    found.close()
+    again = made(tmp_path, ("wandb",), 0)
+    go.set()
+    for images in (2, 3):
+        again.scalars("line", images, {"loss": 1.0})
+    for told in (found, again):
+        told._threads[0]._thread.join(0.5)
+    again.close()
+    assert sorted(did) == [1, 2, 3]
+
+
 def test_what_a_tracker_lacks_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_MODE", "WANDB_API_KEY", "MLFLOW_TRACKING_URI"):
