@@ -128,10 +128,10 @@ class Index:
         found: list[tuple[str, list[int]]] = []
         while True:
             folder = storage.join(self.root, f"{len(found):04d}")
-            told = storage.read_json(storage.join(folder, "generation.json"))
-            if told is None:
+            manifest = storage.read_json(storage.join(folder, "generation.json"))
+            if manifest is None:
                 return found
-            found.append((folder, list(told["shards"])))
+            found.append((folder, list(manifest["shards"])))
 
     def build(self, source: Source) -> None:
         """Tell all images that no generation covers; goes on where a pass before was killed."""
@@ -215,10 +215,10 @@ def _compare(scratch: Path, group: int, width: int, late: Sequence[int]) -> byte
     if len(entries):  # left in the file: one cluster may be larger than the memory that is granted
         vectors = np.memmap(scratch / f"{group}.vectors", np.float16, "r", shape=(len(entries), width))
     order = np.lexsort((entries["row"], entries["shard"], -entries["first"], entries["late"], entries["cluster"]))
-    told = np.full(len(entries), -1, np.float32)
+    similarity = np.full(len(entries), -1, np.float32)
     for some in np.split(order, np.flatnonzero(np.diff(entries["cluster"][order])) + 1):
         first = int((~entries["late"][some]).sum())
-        told[some[first:]] = nearest(vectors, first, some)
+        similarity[some[first:]] = nearest(vectors, first, some)
     kept = np.flatnonzero(entries["late"])
     place = {shard: n for n, shard in enumerate(late)}
     shard = np.array([place[s] for s in entries["shard"][kept].tolist()], np.int64)
@@ -226,7 +226,7 @@ def _compare(scratch: Path, group: int, width: int, late: Sequence[int]) -> byte
     end = np.cumsum(np.bincount(shard, minlength=len(late)))
     columns = {
         "row": entries["row"][kept],
-        "nearest": told[kept],
+        "nearest": similarity[kept],
         "centroid": entries["centroid"][kept],
         "cluster": entries["cluster"][kept],
         "end": end.astype(np.int64),
@@ -235,7 +235,7 @@ def _compare(scratch: Path, group: int, width: int, late: Sequence[int]) -> byte
     return pack_columns(columns, {})
 
 
-class Told:
+class FinishedIndex:
     """What a finished index says, shard by shard."""
 
     def __init__(self, index: Index) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from curate import pixels
 from curate.config import CaptionScore, ClassifierScore, ClipScore, DuplicateScore, HeadScore, PixelScore, Score
-from curate.duplicates import Index, Told
+from curate.duplicates import FinishedIndex, Index
 from curate.embeddings import read_embeddings
 from latents.pictures import ahead
 from shards import images
@@ -79,8 +79,8 @@ def build(score: Score, weights: Weights | None, embeddings: Callable[[], Datase
         return lambda shard: _pixels(score, shard)
     if isinstance(score, DuplicateScore):
         assert index is not None
-        told = Told(index)
-        return lambda shard: _duplicates(told, shard)
+        finished = FinishedIndex(index)
+        return lambda shard: _duplicates(finished, shard)
     assert isinstance(score, CaptionScore)
     return _captions
 
@@ -307,8 +307,8 @@ def _pixels(score: PixelScore, shard: images.ImageShard) -> tuple[Columns, Embed
     return {name: table[:, i] for i, name in enumerate(pixels.COLUMNS)}, {}
 
 
-def _duplicates(told: Told, shard: images.ImageShard) -> tuple[Columns, Embeddings]:
-    return {**told.columns(shard.info.index, shard.rows)}, {}
+def _duplicates(finished: FinishedIndex, shard: images.ImageShard) -> tuple[Columns, Embeddings]:
+    return {**finished.columns(shard.info.index, shard.rows)}, {}
 
 
 def _captions(shard: images.ImageShard) -> tuple[Columns, Embeddings]:

@@ -38,8 +38,8 @@ def take_out(root: str, images: str, each: Callable[[int], Any] = lambda n: None
         gone = taken_down_rows(storage.join(images, name))
         if gone:
             table = storage.read_parquet(storage.join(root, name))
-            places, told = column_rows(table), _told(table)
-            rows = [i for i in gone if places[i] >= 0 and told[i]]
+            places, filled = column_rows(table), _has_values(table)
+            rows = [i for i in gone if places[i] >= 0 and filled[i]]
             if rows:
                 blank(root, index, rows, _edit(rows))
                 changed.append(index)
@@ -62,13 +62,13 @@ def amend(root: str) -> None:
     amend_manifest(root, dataset.manifest, dataset.shards, dataset.manifest.get("exclusions"), extra)
 
 
-def _told(table: pa.Table) -> np.ndarray:
+def _has_values(table: pa.Table) -> np.ndarray:
     """bool [rows]: whether a row says anything still."""
-    told = np.zeros(table.num_rows, bool)
+    filled = np.zeros(table.num_rows, bool)
     for name in table.column_names:
         if name not in PLACES:
-            told |= np.asarray(table[name].is_valid())
-    return told
+            filled |= np.asarray(table[name].is_valid())
+    return filled
 
 
 def _edit(rows: Iterable[int]) -> Any:

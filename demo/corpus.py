@@ -208,8 +208,8 @@ def _existing(folder: Path, settings: dict[str, Any]) -> CorpusSummary:
     summary = load_summary(folder)
     differing = [name for name in settings if summary.settings.get(name) != settings[name]]
     if differing:
-        told = ", ".join(f"{name} {summary.settings.get(name)} and not {settings[name]}" for name in differing)
-        raise CorpusError(f"the corpus in {folder} was drawn with {told}; remove the folder or give another")
+        listed = ", ".join(f"{name} {summary.settings.get(name)} and not {settings[name]}" for name in differing)
+        raise CorpusError(f"the corpus in {folder} was drawn with {listed}; remove the folder or give another")
     return summary
 
 
@@ -442,9 +442,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=int, default=6000)
     parser.add_argument("--heldout", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    told = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        summary = draw_corpus(told.folder, told.base_url, told.pictures, told.heldout, told.seed)
+        summary = draw_corpus(args.folder, args.base_url, args.pictures, args.heldout, args.seed)
     except CorpusError as error:
         print(error, file=sys.stderr)
         return 2

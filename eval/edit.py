@@ -205,7 +205,7 @@ class Artist:
 
         c = self.request = request
         pipeline = models.build_pipeline(run, model)
-        if models.told_picture(pipeline):
+        if models.takes_image(pipeline):
             raise ConfigError("edit: this model is told a picture beside each prompt; use `carrara sample --image`")
         pipeline = models.from_prompts(pipeline)
         if type(pipeline).__name__ != PIPELINE:

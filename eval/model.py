@@ -185,7 +185,7 @@ def from_prompts(pipeline: Any) -> Any:
     """
     import diffusers
 
-    if told_picture(pipeline):
+    if takes_image(pipeline):
         raise StageError(
             f"a {type(pipeline).__name__} is told a picture beside each prompt, and cannot be judged by prompts alone; "
             "draw with `carrara sample RUN --image ...`"
@@ -195,7 +195,7 @@ def from_prompts(pipeline: Any) -> Any:
     return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=None)
 
 
-def told_picture(pipeline: Any) -> bool:
+def takes_image(pipeline: Any) -> bool:
     """Whether the UNet has input channels for a picture beside those of the latents."""
     unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
     return unet is not None and vae is not None and unet.config.in_channels != vae.config.latent_channels

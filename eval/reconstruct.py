@@ -238,8 +238,8 @@ def page(found: Found, title: str) -> str:
     figures = []
     for s in found.shown:
         pair = "".join(f'<img alt="" src="{data_uri(p)}">' for p in (s.original, s.decoded))
-        told = " &middot; ".join(f"{html.escape(TITLES[k])} {v:.3g}" for k, v in s.figures.items())
-        figures.append(f"<figure>{pair}<figcaption>{html.escape(s.key)} &middot; {told}</figcaption></figure>")
+        scores = " &middot; ".join(f"{html.escape(TITLES[k])} {v:.3g}" for k, v in s.figures.items())
+        figures.append(f"<figure>{pair}<figcaption>{html.escape(s.key)} &middot; {scores}</figcaption></figure>")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '

@@ -297,7 +297,7 @@ class _Worker:
             return {"image": self._small(stage.image, pipeline), "noise_level": self.config.noise_level}
         if name == EDITS:
             return {**found, "image_guidance_scale": self.config.image_guidance_scale}
-        found["strength"] = self.config.strength or (1.0 if models.told_picture(pipeline) else 0.6)
+        found["strength"] = self.config.strength or (1.0 if models.takes_image(pipeline) else 0.6)
         if stage.mask is not None:
             grey = self._fitted(stage.mask).convert("L").point(lambda v: 255 if v >= 128 else 0)
             found |= {"mask_image": grey, **size}
@@ -357,7 +357,7 @@ def _kind(base: Any, given: set[str]) -> Any:
     control. Raises ConfigError where the model takes something else."""
     import diffusers
 
-    if models.told_picture(base):
+    if models.takes_image(base):
         needs = NEEDS.get(type(base).__name__, set())
         if given != needs:
             wanted = " and ".join(f"--{n}" for n in sorted(needs))

@@ -115,10 +115,10 @@ class _Process:
         self.pipe.send_bytes(data)
         answer = self._answer(timeout)
         length = int.from_bytes(answer[:_HEAD])
-        told = json.loads(answer[_HEAD : _HEAD + length])
-        if "code" in told:
-            raise Rejected(str(told["code"]), str(told["message"]))
-        return Picture(data=answer[_HEAD + length :], **told)
+        header = json.loads(answer[_HEAD : _HEAD + length])
+        if "code" in header:
+            raise Rejected(str(header["code"]), str(header["message"]))
+        return Picture(data=answer[_HEAD + length :], **header)
 
     def end(self) -> None:
         """Kill it."""
@@ -137,14 +137,14 @@ class _Process:
 def main(descriptor: int) -> None:
     """The process: a line of settings, then picture after picture, until the other end is closed."""
     pipe = Connection(descriptor)
-    told = json.loads(pipe.recv_bytes())
-    memory = int(told["memory"])
+    request = json.loads(pipe.recv_bytes())
+    memory = int(request["memory"])
     # With what is mapped already: the libraries, of which little is really held.
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    settings = PixelSettings(**told["settings"] | {"background": tuple(told["settings"]["background"])})
+    settings = PixelSettings(**request["settings"] | {"background": tuple(request["settings"]["background"])})
     pipe.send_bytes(b"ready")
     while True:
         try:

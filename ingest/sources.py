@@ -211,7 +211,7 @@ def _schema(rows: Sequence[Row], wanted: Wanted) -> pa.Schema:
     types = {"string": pa.string(), "int": pa.int64(), "float": pa.float64()}
     for name in wanted.columns:
         kinds = {type(row[name]) for row in rows if row.get(name) is not None}
-        told = types.get(wanted.given.types.get(name, ""))
+        declared = types.get(wanted.given.types.get(name, ""))
         kind = pa.string()
         if kinds and kinds <= {bool}:
             kind = pa.bool_()
@@ -219,7 +219,7 @@ def _schema(rows: Sequence[Row], wanted: Wanted) -> pa.Schema:
             kind = pa.int64()
         elif kinds and kinds <= {int, float}:
             kind = pa.float64()
-        fields.append(pa.field(name, told or kind))
+        fields.append(pa.field(name, declared or kind))
     return pa.schema(fields)
 
 
@@ -264,7 +264,7 @@ def is_listed(root: str, table: str, kind: Kind) -> bool:
     return set(_files(table, TARS if kind == "webdataset" else BINARY.pattern)) <= listing.files.keys()
 
 
-Told = Callable[[int], Any]
+OnListed = Callable[[int], Any]
 
 
 # ---- files that hold many ----------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ Told = Callable[[int], Any]
 def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> Callable[..., list[str]]:
     """Lists tars or tables: each is looked through once, whole; one that was written again keeps its old rows."""
 
-    def list_new(listing: Listing, table: str, wanted: Wanted, told: Told) -> list[str]:
+    def list_new(listing: Listing, table: str, wanted: Wanted, on_listed: OnListed) -> list[str]:
         files = _files(table, TARS if rows_of is _tar_rows else BINARY.pattern)
         marks = stamps(files)
         said = []
@@ -295,7 +295,7 @@ def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> C
             for row in rows_of(file, wanted, said):
                 rows.append(row)
                 count += 1
-                told(1)
+                on_listed(1)
             done[file] = marks[file]
             if not count:
                 said.append(f"{file}: no images in it")
@@ -401,8 +401,8 @@ def _members(stream: IO[bytes], file: str, said: list[str]) -> Iterator[tuple[st
 def _tar_row(file: str, sample: Mapping[str, Any], wanted: Wanted) -> Row:
     facts = _json(sample.get("json"))
     texts = [_text(sample[k]) for k in ("txt", "caption") if k in sample]
-    told = _captions_in(facts, wanted.given.caption)
-    captions = told or texts or ([_text(sample["cls"])] if "cls" in sample else [])
+    stored = _captions_in(facts, wanted.given.caption)
+    captions = stored or texts or ([_text(sample["cls"])] if "cls" in sample else [])
     url = facts.get(wanted.given.url or "url")
     image = sample.get("image")
     own = image or places.member(file, sample["key"], 0, 0)
@@ -452,9 +452,9 @@ def _table_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
     for batch in batches:
         for facts in batch.to_pylist():
             place = places.value(file, image, number)
-            told = facts.get(url) if url else None
+            given_url = facts.get(url) if url else None
             row: Row = {
-                "url": told if isinstance(told, str) and told else place,
+                "url": given_url if isinstance(given_url, str) and given_url else place,
                 "place": place,
                 "fault": None,
                 "caption": _texts(facts.get(caption)) if caption else [],
@@ -482,7 +482,7 @@ def image_column(schema: pa.Schema, given: str | None) -> str | None:
 # ---- folders -----------------------------------------------------------------------------------------------
 
 
-def _list_folder(listing: Listing, table: str, wanted: Wanted, told: Told) -> list[str]:
+def _list_folder(listing: Listing, table: str, wanted: Wanted, on_listed: OnListed) -> list[str]:
     """Lists the images below a folder that are not listed yet, with their captions."""
     images, found = _images(table)
     fs, _ = _open_fs(table)
@@ -494,11 +494,11 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, told: Told) -> li
     if gone:
         said.append(f"{table}: {gone:,} images that were listed are gone; those that are stored stay")
     there = set(found) if new else set()
-    told_by_table = _metadata(fs, [p for p in found if METADATA.search(p)], wanted) if new else {}
+    metadata = _metadata(fs, [p for p in found if METADATA.search(p)], wanted) if new else {}
     rows: list[Row] = []
     bare = 0
     for url, image in new:
-        facts = told_by_table.get(image, {})
+        facts = metadata.get(image, {})
         captions = _captions_in(facts, wanted.given.caption)
         if not captions:
             captions, beside = _beside(fs, image, there, wanted)
@@ -510,7 +510,7 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, told: Told) -> li
             {"url": url, "place": url, "fault": None, "caption": captions}
             | {name: facts.get(name) for name in wanted.columns}
         )
-        told(1)
+        on_listed(1)
         if len(rows) >= _PART_ROWS:
             listing.add(rows, {}, True, wanted)
             rows = []

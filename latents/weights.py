@@ -233,8 +233,8 @@ class SequenceWeights:
         places = _number(self.config, ("max_position_embeddings",))
         if places is None or not (file := self.tokenizer / "tokenizer_config.json").is_file():
             return places
-        told = _read_config(file, "the tokenizer").get("model_max_length")  # RoBERTa has two fewer than its places
-        return min(places, int(told)) if isinstance(told, int | float) and told > 0 else places
+        limit = _read_config(file, "the tokenizer").get("model_max_length")  # RoBERTa has two fewer than its places
+        return min(places, int(limit)) if isinstance(limit, int | float) and limit > 0 else places
 
     def facts(self, max_length: int) -> dict[str, Any]:
         """As `text_facts`; raises ConfigError where it has no places for so many tokens."""

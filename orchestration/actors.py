@@ -224,9 +224,8 @@ class Fleet:
     def _complain(self, now: float, needs: dict[str, float]) -> None:
         have = ray.cluster_resources()
         held = {k: v for k, v in have.items() if k in {"CPU", "GPU", *needs}}
-        text = (
-            f"{self.stage.name}: no node has room for a worker (it needs {told(needs)}, the cluster has {told(held)})"
-        )
+        sizes = f"it needs {readable(needs)}, the cluster has {readable(held)}"
+        text = f"{self.stage.name}: no node has room for a worker ({sizes})"
         if self.nodes.left_out():
             text += "; left out: " + ", ".join(self.nodes.name(n) for n in self.nodes.left_out())
         if now - self.working_at > self.config.wait_for_nodes_s:
@@ -277,23 +276,23 @@ class Fleet:
                 job.exporter.left(job.ledger.remaining, job.workers)
             self._judge_ages(job, now)
 
-    def _answer(self, job: Job, call: _Call, told: Any) -> None:
+    def _answer(self, job: Job, call: _Call, answer: Any) -> None:
         task, hand = call.task, call.hand
         if task is not None:
             hand.held, self.busy = hand.held - 1, self.busy - 1
-        if isinstance(told, RayError):
-            self._failed(job, call, told)
+        if isinstance(answer, RayError):
+            self._failed(job, call, answer)
             return
         self.working_at = time.monotonic()
         if task is not None:
-            stats, peak = told
+            stats, peak = answer
             self.seconds.append(time.monotonic() - call.began)
             self._measured(job, peak)
             self.nodes.commit(hand.node)
             self._free(hand)
             job.done(task, stats)
         elif hand.node is None:
-            hand.node = told
+            hand.node = answer
             if self.nodes.rests(hand.node) or hand.node in self.nodes.draining:  # it was on its way there
                 self._retire(hand)
             elif hand in self.hands:
@@ -433,6 +432,6 @@ def _answer_of(ref: Any) -> Any:
         return error
 
 
-def told(amounts: dict[str, float]) -> dict[str, Any]:
+def readable(amounts: dict[str, float]) -> dict[str, Any]:
     """Resources for people: memory in GB."""
     return {k: f"{v / 1e9:.1f} GB" if k == "memory" else v for k, v in amounts.items()}

@@ -248,9 +248,9 @@ def _headline(metrics: dict[str, Any] | None) -> list[str]:
     lines = [_measured(label, *figures) for label, figures in headline(metrics).items() if figures[0]]
     for kind in KINDS.values():
         found = metrics["by_tag"].get(kind, {})
-        told = [_measured(e["label"], *spread(e)) for name, e in found.items() if name.startswith("shows_all")]
-        if told:
-            lines.append(f"{kind}: " + ", ".join(told))
+        measured = [_measured(e["label"], *spread(e)) for name, e in found.items() if name.startswith("shows_all")]
+        if measured:
+            lines.append(f"{kind}: " + ", ".join(measured))
     return lines
 
 

@@ -134,7 +134,7 @@ def _store(run: str) -> list[str]:
             "a file that was removed is still there",
         )
         print(f"             one file at a time: {BLOCK / up / 1e6:.0f} MB/s up, {BLOCK / down / 1e6:.0f} MB/s down")
-        problems += [f"{run}: {told}" for told in _clock(written, before, after)]
+        problems += [f"{run}: {problem}" for problem in _clock(written, before, after)]
     except ConfigError as e:
         problems.append(str(e))
     except Exception as e:

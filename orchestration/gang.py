@@ -50,10 +50,10 @@ class Rank:
             port = s.getsockname()[1]
         return ray.get_runtime_context().get_node_id(), address, port, os.getpid()
 
-    def fit(self, work: Callable[[Any], Any], told: Any, environment: dict[str, str]) -> Any:
+    def fit(self, work: Callable[[Any], Any], argument: Any, environment: dict[str, str]) -> Any:
         """Run the loop, in this process's main thread, as one of the ranks that the environment describes."""
         os.environ.update(environment)
-        return work(told)
+        return work(argument)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +101,13 @@ class Gang:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def run(self, work: Callable[[Any], Any], told: Any) -> list[Any]:
-        """What `work(told)` returns in each rank.
+    def run(self, work: Callable[[Any], Any], argument: Any) -> list[Any]:
+        """What `work(argument)` returns in each rank.
 
         Raises what a rank raised for people (ConfigError, StageError), else RankDied.
         """
-        calls = [a.fit.remote(work, told, env) for a, env in zip(self.actors, environments(self.places), strict=True)]
+        pairs = zip(self.actors, environments(self.places), strict=True)
+        calls = [a.fit.remote(work, argument, env) for a, env in pairs]
         waiting = list(calls)
         while waiting:
             self.check()
@@ -115,7 +116,7 @@ class Gang:
                 if self._failure(call) is not None:
                     # The others fail too, for lack of this one; the one with the reason may not be the first to end.
                     ended, _ = ray.wait(calls, num_returns=len(calls), timeout=LAST_WORDS_S)
-                    raise told_by([f for c in ended if (f := self._failure(c)) is not None])
+                    raise root_cause([f for c in ended if (f := self._failure(c)) is not None])
         return list(ray.get(calls))
 
     def signal(self, number: int) -> None:
@@ -213,7 +214,7 @@ def environments(places: Sequence[Any]) -> list[dict[str, str]]:
     return result
 
 
-def told_by(failures: Sequence[BaseException]) -> BaseException:
+def root_cause(failures: Sequence[BaseException]) -> BaseException:
     """Of what the ranks died of: the one that is for people, else RankDied with the first."""
     for failure in failures:
         if isinstance(failure, ConfigError | StageError):

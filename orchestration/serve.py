@@ -139,10 +139,10 @@ class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # with the five of the library, some dozen at once wait for seconds
 
-    def __init__(self, *told: Any) -> None:
+    def __init__(self, *args: Any) -> None:
         self._silent: dict[Any, float] = {}  # connections by when they came, the oldest first
         self._guard = threading.Lock()
-        super().__init__(*told)
+        super().__init__(*args)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._guard:
@@ -352,8 +352,8 @@ class Look:
             names = [n for n in storage.list_names(root) if n.endswith(".json")][: SHOWN["failures"] - len(found)]
             for name, data in zip(names, storage.read_many([storage.join(root, n) for n in names]), strict=True):
                 record = json.loads(data) if data else {}
-                told = {k: str(record.get(k, ""))[-LONGEST:] for k in ("error", "host", "attempts", "traceback")}
-                found.append({"stage": folder.removesuffix("-failed"), "shard": name.removesuffix(".json"), **told})
+                texts = {k: str(record.get(k, ""))[-LONGEST:] for k in ("error", "host", "attempts", "traceback")}
+                found.append({"stage": folder.removesuffix("-failed"), "shard": name.removesuffix(".json"), **texts})
         return found
 
 

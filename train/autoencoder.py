@@ -111,9 +111,9 @@ class Autoencoder(Objective):
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         output = self.model.decode(mean + torch.exp(0.5 * logvar) * batch["noise"], return_dict=False)[0].float()
         adversarial = torch.zeros((), device=x.device)
-        told: list[torch.Tensor] = []
+        adversarial_figures: list[torch.Tensor] = []
         if c.adversarial:
-            output, adversarial, told = self._adversarial(c.adversarial, x, output, batch["adversarial"])
+            output, adversarial, adversarial_figures = self._adversarial(c.adversarial, x, output, batch["adversarial"])
         l1, mse = (output - x).abs().mean(), (output - x).square().mean(dim=(1, 2, 3))
         # KL(N(mean, var) | N(0, 1)) summed over the latent (Kingma & Welling 2013, appendix B), per picture value.
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum() / x.numel()
@@ -125,7 +125,7 @@ class Autoencoder(Objective):
             loss = loss + c.perceptual.weight * distance
             figures.append(distance)
         loss = loss + adversarial - adversarial.detach()
-        return loss, torch.stack([f.detach().float() for f in (*figures, *told)])
+        return loss, torch.stack([f.detach().float() for f in (*figures, *adversarial_figures)])
 
     def _adversarial(
         self, config: AdversarialConfig, x: torch.Tensor, output: torch.Tensor, counts: torch.Tensor

@@ -140,11 +140,11 @@ class Saver:
         try:
             everyone: list[Any] = [None] * self.ranks.world
             dist.all_gather_object(everyone, records, group=self._group)
-            told = [record for rank in everyone for record in rank]
-            errors = [r["error"] for r in told if "error" in r]
+            all_records = [record for rank in everyone for record in rank]
+            errors = [r["error"] for r in all_records if "error" in r]
             outcome = ["; ".join(errors)]
             if self.ranks.first and not errors:
-                outcome = [self._commit(folder, aside if further else None, manifest, told)]
+                outcome = [self._commit(folder, aside if further else None, manifest, all_records)]
             dist.broadcast_object_list(outcome, 0, group=self._group)
             if outcome[0]:
                 self.error = f"{folder}: the checkpoint cannot be written: {outcome[0]}"

@@ -559,7 +559,7 @@ class SamplesConfig(Strict):
     seed: int = Field(default=0, ge=0)
 
 
-TOLD = ("inpaint", "edit", "upscale", "control")  # fields of TrainConfig
+IMAGE_CONDITIONS = ("inpaint", "edit", "upscale", "control")  # fields of TrainConfig
 
 
 class TrainConfig(FitConfig):
@@ -681,13 +681,13 @@ class TrainConfig(FitConfig):
         return (self.resolution,) if isinstance(self.resolution, int) else self.resolution
 
     @property
-    def told(self) -> str | None:
+    def conditioned_by(self) -> str | None:
         """The field by which the UNet is told a picture (pictures.py); None where it is told none."""
-        return next((name for name in TOLD if getattr(self, name)), None)
+        return next((name for name in IMAGE_CONDITIONS if getattr(self, name)), None)
 
     @model_validator(mode="after")
     def _pictures(self) -> Self:
-        names = [name for name in TOLD if getattr(self, name)]
+        names = [name for name in IMAGE_CONDITIONS if getattr(self, name)]
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} are two ways to be told a picture; set one of them")
         if not names:

@@ -223,7 +223,7 @@ class _Source:
             parts["controlnet"] = self._control(unet, vae, learned)
         if self.config.upscale:
             parts |= {"low_res_scheduler": low_res_scheduler(), "max_noise_level": self.config.upscale.max_noise_level}
-        kind = WAYS[self.config.told].pipeline if self.config.told else STABLE_DIFFUSION.name
+        kind = WAYS[self.config.conditioned_by].pipeline if self.config.conditioned_by else STABLE_DIFFUSION.name
         if isinstance(text, ClipPair):
             first = {"text_encoder": clip_text_model(text.first, first_of_two=True), "tokenizer": tokenizer(text.first)}
             pipeline = _sdxl(text.second, encoder, parts | first)

@@ -17,7 +17,7 @@ from torch import nn
 from latents.encoders import TextEncoder, has_final_norm, kept_blocks
 from latents.text import Text
 from shards.settings import ConfigError
-from train.conditioning import Conditioning, Told
+from train.conditioning import Condition, Conditioning
 from train.config import InversionConfig
 from train.data import Batch
 from train.randomness import Randomness
@@ -98,7 +98,7 @@ class Word(Conditioning):
         tokens, place = (torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True))
         return {"tokens": tokens, "place": place}
 
-    def told(self, batch: Batch) -> Told:
+    def condition(self, batch: Batch) -> Condition:
         """The frozen CLIP's features of captions that hold the learned word."""
         assert self.module is not None
         return self.module(batch["tokens"], batch["place"]), None

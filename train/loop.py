@@ -71,14 +71,14 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
             saves = ends or run.crossed(config.checkpoint_every_images, config)
 
             # ---- what became of the step before, and of this one where something is due -----------------
-            for told in late.read(outcome, run, engine.rate, everything=bool(saves or validates)):
+            for result in late.read(outcome, run, engine.rate, everything=bool(saves or validates)):
                 if run.exhausted(config.max_skips):
                     break
-                run.count(told)
-                journal.step(told, ahead.waited)
-                if not (told.applied or told.overflow):
-                    journal.skipped(told, run, guard, objective)
-                if told.unsaved:
+                run.count(result)
+                journal.step(result, ahead.waited)
+                if not (result.applied or result.overflow):
+                    journal.skipped(result, run, guard, objective)
+                if result.unsaved:
                     saver.finish()  # raises
             if run.exhausted(config.max_skips):
                 saver.finish()

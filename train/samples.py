@@ -65,7 +65,7 @@ class Samples:
         try:
             with cast:
                 batch = {k: v.to(device) for k, v in self.batch.items()}
-                text, added = objective.conditioning.told(batch)
+                text, added = objective.conditioning.condition(batch)
                 latents = self._latents(text, added, objective.conditioning.mask(batch, text))
         finally:
             objective.train(training)

@@ -164,8 +164,9 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     most = MOST_STREAMS if datasets[0].kind == "latents" else MOST_STREAMS // 4  # a tar's sidecar is kept for each
     streams = config.streams or int(np.clip(fitting, FEWEST_STREAMS, most))
     select = selected(config, datasets)
-    told = tuple(_pictures(s, d) for s, d in zip(names(config), beside, strict=False))
-    record = Record(0, 0, config.batch_size, batch_sizes(config, datasets), tuple(ranges), select=select, pictures=told)
+    images = tuple(_pictures(s, d) for s, d in zip(names(config), beside, strict=False))
+    sizes = batch_sizes(config, datasets)
+    record = Record(0, 0, config.batch_size, sizes, tuple(ranges), select=select, pictures=images)
     return History(streams, window, (record,))
 
 
@@ -212,7 +213,7 @@ def resume(
     last = history.segments[-1]
     ranges: list[Range] = []
     notes: list[str] = []
-    told: list[str] = []  # what is adopted
+    adopted: list[str] = []
     refusal = ""
     for source, weight, dataset, key in zip(names(config), _weights(config), datasets, _keys(datasets), strict=True):
         laid = rows_laid(dataset)
@@ -228,16 +229,16 @@ def resume(
                     f"{dataset.root} holds other samples than this training began with ({int(found.sum()):,} where it "
                     f"had {sum(r.rows):,} in the same shards); give --adopt to go on with these"
                 )
-            told.append(
+            adopted.append(
                 f"{dataset.root}: {int(found.sum()):,} samples in place of {sum(r.rows):,}, in an order of their own"
             )
-            notes.append(told[-1])
+            notes.append(adopted[-1])
             kept.append(_range(source, dataset, laid[: r.end], r.first, f"{key}:{r.first}:{images}", 0.0))
         end = max((r.end for r in own), default=0)
         more = int(laid[end:].sum())
         if more and (adopt or not own):
             kept.append(_range(source, dataset, laid, end, f"{key}:{end}" if end else key, 0.0))
-            told.append(f"{dataset.root}: {more:,} samples more")
+            adopted.append(f"{dataset.root}: {more:,} samples more")
         elif more:
             notes.append(f"{dataset.root} holds {more:,} samples more by now; --adopt takes them in")
         total = sum(sum(r.rows) for r in kept)
@@ -256,11 +257,11 @@ def resume(
             f"the pictures in {root} are others than those this training was told until now; put them back, or give "
             "--adopt to go on with these"
         )
-        told.append(f"{root}: other pictures")
+        adopted.append(f"{root}: other pictures")
     select = selected(config, datasets, last.select)
     sizes = batch_sizes(config, datasets)
     pictures = tuple(_pictures(s, d) for s, d in zip(names(config), beside, strict=False))
-    record = Record(images, step, config.batch_size, sizes, tuple(ranges), (*changes, *told), select, pictures)
+    record = Record(images, step, config.batch_size, sizes, tuple(ranges), (*changes, *adopted), select, pictures)
     if _same(record, last) and not changes and not others:
         return Taken(history, tuple(notes), "" if adopt else refusal)
     before = history.segments if last.images < images else history.segments[:-1]
@@ -306,7 +307,7 @@ def picture_sets(config: FitConfig, datasets: Sequence[Dataset], folder: str = "
 
     folder: `images`, or `heldout`.
     """
-    if not isinstance(config, TrainConfig) or not config.told:
+    if not isinstance(config, TrainConfig) or not config.conditioned_by:
         return []
     return [Dataset.open(storage.join(pictures_run(config, run_of(d)), folder)) for d in datasets]
 

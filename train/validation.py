@@ -27,7 +27,7 @@ from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from shards.stage import begin
 from train import segments
-from train.config import TOLD, SourceConfig, TrainConfig, ValidationConfig
+from train.config import IMAGE_CONDITIONS, SourceConfig, TrainConfig, ValidationConfig
 from train.data import Batch, Latents
 from train.denoising import Diffusion
 from train.order import permute
@@ -58,8 +58,8 @@ class Validator:
         count, steps = len(latents.buckets), objective.process.steps
         t = (permute(rows, count, 0) * 2 + 1) * steps // (2 * count)
         batch = objective.latent_batch(latents, rows, t, FIRST)
-        if objective.told:
-            batch |= objective.told.batch(latents, rows, np.ones(len(rows)), FIRST)
+        if objective.image_conditioning:
+            batch |= objective.image_conditioning.batch(latents, rows, np.ones(len(rows)), FIRST)
         return batch | objective.text_batch(latents, rows, np.zeros(len(rows), bool))
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class Chosen(Latents):
 
     def __init__(self, config: TrainConfig, dataset: Dataset, count: int, beside: Sequence[ByKey] = ()) -> None:
         plain = {"sources": (SourceConfig(),), "resolution": config.resolutions[:1] or None, "batch_by_area": None}
-        plain |= dict.fromkeys(TOLD)  # the pictures are those of `beside`
+        plain |= dict.fromkeys(IMAGE_CONDITIONS)  # the pictures are those of `beside`
         plain["prior"] = None
         plain["select"] = ()  # scores are of what is trained on
         super().__init__(config.model_copy(update=plain), [dataset], 0, beside=beside)
@@ -164,7 +164,7 @@ def _open(root: str, objective: Diffusion) -> Dataset:
 def _beside(config: ValidationConfig, objective: Diffusion, run: RunPaths) -> list[ByKey]:
     """The pictures that the UNet is told of the samples that it is validated on; none where it is told none."""
     train = objective.config
-    if not train.told:
+    if not train.conditioned_by:
         return []
     if config.latents:
         return [ByKey(d) for d in segments.picture_sets(train, [Dataset.open(config.latents)])]

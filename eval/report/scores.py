@@ -54,8 +54,8 @@ def histograms(run: RunPaths, checkpoint: str) -> list[Histogram]:
     columns = [
         f"{name}.{column}"
         for name, dataset in opened.items()
-        for column, told in dataset.manifest.get("columns", {}).items()
-        if told.get("sketch")
+        for column, settings in dataset.manifest.get("columns", {}).items()
+        if settings.get("sketch")
     ]
     columns = sorted(columns, key=lambda c: c not in ends)[:MOST]
     sketches = {c: opened[c.partition(".")[0]].manifest["columns"][c.partition(".")[2]]["sketch"] for c in columns}

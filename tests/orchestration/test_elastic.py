@@ -38,7 +38,7 @@ class FakeGang:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def run(self, work: Any, told: Any) -> list[str | None]:
+    def run(self, work: Any, argument: Any) -> list[str | None]:
         for _ in range(10):
             self.check()
             if self.signals:
@@ -70,7 +70,7 @@ def once(asked: Any) -> bool:
     fit = FitConfig(images=1000, batch_size=64, ranks=8)
     lease = SimpleNamespace(check=lambda: None)
     told = {"sections": {"run": asked.run}}
-    return trainer._fit_once("train", told, fit, RanksConfig(min_ranks=2), RayConfig(), asked, lease)
+    return trainer._fit_once("train", request, fit, RanksConfig(min_ranks=2), RayConfig(), asked, lease)
 
 
 def test_a_node_that_is_about_to_go_saves_first_and_the_rest_goes_on(
@@ -90,9 +90,9 @@ def test_it_grows_again_when_ranks_come_back(asked: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(FakeGang, "room", 4)
     run = FakeGang.run
 
-    def come_back(self: FakeGang, work: Any, told: Any) -> list[str | None]:
+    def come_back(self: FakeGang, work: Any, argument: Any) -> list[str | None]:
         FakeGang.room = 8
-        return run(self, work, told)
+        return run(self, work, argument)
 
     monkeypatch.setattr(FakeGang, "run", come_back)
     monkeypatch.setattr(trainer, "GROW_AFTER_S", -1.0)

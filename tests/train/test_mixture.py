@@ -278,7 +278,7 @@ def test_captions_of_several_columns_are_drawn_anew_each_epoch_and_encoded(tmp_p
     shown = ["" if d else c for c, d in zip(chosen, dropped, strict=False)]
     batch = objective.batch(positions[:33])
     assert torch.equal(batch["tokens"], text.tokenize(shown)), "nothing is encoded in the loader's thread"
-    assert torch.equal(objective.conditioning.told(batch)[0], text.encode(text.tokenize(shown)))
+    assert torch.equal(objective.conditioning.condition(batch)[0], text.encode(text.tokenize(shown)))
     with pytest.raises(
         StageError, match=r"no column 'other' in its \.parquet; carry it there with ingest.keep_columns"
     ):

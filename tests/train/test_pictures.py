@@ -108,11 +108,11 @@ def objective_of(config: Path) -> Diffusion:
 
 
 def called_with(objective: Diffusion, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
-    assert objective.told is not None
-    text, added = objective.conditioning.told(batch)
+    assert objective.image_conditioning is not None
+    text, added = objective.conditioning.condition(batch)
     xt = batch["x0"] * 0.5
     with torch.no_grad():
-        return objective.told.inputs(objective, xt, batch, text, added)
+        return objective.image_conditioning.inputs(objective, xt, batch, text, added)
 
 
 def test_inpainting_is_told_what_diffusers_inpainting_pipeline_tells(base: Any, tmp_path: Path) -> None:
@@ -308,9 +308,9 @@ def test_captions_and_pictures_are_left_out_as_often_as_asked(base: Any, tmp_pat
     objective = objective_of(configured(base, tmp_path / "r", "edit", caption_dropout=0.4))
     positions = np.arange(800)
     u = objective.random.uniform("caption", positions)
-    assert objective.told is not None
+    assert objective.image_conditioning is not None
     blank = np.zeros((800, SIDE, SIDE, 3), np.uint8)
-    kept = WAYS["edit"].batch(objective.told, blank, positions, (u - 0.2) % 1)["kept"].numpy()
+    kept = WAYS["edit"].batch(objective.image_conditioning, blank, positions, (u - 0.2) % 1)["kept"].numpy()
     dropped = u < 0.4
     assert abs((kept == 0).mean() - 0.3) < 0.05
     assert abs((dropped & (kept == 0)).mean() - 0.2) < 0.05  # InstructPix2Pix: some lose both
