@@ -161,14 +161,14 @@ def image_shards(root: str, count: int, side: int, per_shard: int) -> None:
             small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
             small.resize((side, side), Image.Resampling.BICUBIC).save(sink, "PNG", compress_level=1)
             samples.append((f"{index * per_shard + i:08d}", {"png": sink.getvalue()}))
-        tar, places = pack_tar(samples)
+        tar, extents = pack_tar(samples)
         table = pa.table(
             {
                 "key": [k for k, _ in samples],
                 "caption": [""] * per_shard,
                 "status": ["success"] * per_shard,
-                "image_offset": [p["png"][0] for p in places],
-                "image_size": [p["png"][1] for p in places],
+                "image_offset": [p["png"][0] for p in extents],
+                "image_size": [p["png"][1] for p in extents],
             }
         )
         sink = io.BytesIO()

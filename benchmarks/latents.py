@@ -133,9 +133,9 @@ def image_run(run: RunPaths, shards: int, rows: int, side: int, distinct: int = 
                     "image_ext": "jpg",
                 }
             )
-        tar, places = pack_tar(samples)
-        for line, place in zip(lines, places, strict=True):
-            line["image_offset"], line["image_size"] = place["jpg"]
+        tar, extents = pack_tar(samples)
+        for line, extent in zip(lines, extents, strict=True):
+            line["image_offset"], line["image_size"] = extent["jpg"]
         schema = pa.Table.from_pylist(lines).schema
         for name in ("error", "error_message"):
             schema = schema.set(schema.get_field_index(name), pa.field(name, pa.string()))

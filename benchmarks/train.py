@@ -538,12 +538,12 @@ def bench_resume() -> None:
 
     counts = np.full(200_000, 10_000)
     seconds = {}
-    for name, place in (("start", 0), ("end", int(counts.sum()) - 4096)):
+    for name, begin in (("start", 0), ("end", int(counts.sum()) - 4096)):
         best = np.inf
         for _ in range(3):
             order = Order(counts, "x", 1024, 256)  # nothing held over from the turn before
             began = time.perf_counter()
-            order.locate(np.arange(place, place + 256))
+            order.locate(np.arange(begin, begin + 256))
             best = min(best, time.perf_counter() - began)
         seconds[name] = best
     a, b = seconds["start"], seconds["end"]
@@ -558,10 +558,10 @@ def bench_resume() -> None:
         latent_shards(Path(folder) / "latents", size, 32, 96)
         first: dict[str, list[float]] = {"start": [], "end": []}
         for _ in range(7):
-            for name, place in (("start", 0), ("end", size - batch)):
+            for name, begin in (("start", 0), ("end", size - batch)):
                 began = time.perf_counter()
                 latents = Latents(config, [Dataset.open(folder + "/latents")], 0)
-                positions = np.arange(place, place + batch)
+                positions = np.arange(begin, begin + batch)
                 latents.moments(positions)
                 latents.embeddings(positions)
                 first[name].append(time.perf_counter() - began)

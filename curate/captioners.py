@@ -106,9 +106,9 @@ class Server:
         limit = aiohttp.ClientTimeout(total=self.endpoint.timeout_s)
         async with aiohttp.ClientSession(timeout=limit, headers=self.headers) as session:
 
-            async def one(place: int, image: np.ndarray, prompt: str) -> Answer:
+            async def one(index: int, image: np.ndarray, prompt: str) -> Answer:
                 async with gate:
-                    return await self._ask(session, image, prompt, seed + place)
+                    return await self._ask(session, image, prompt, seed + index)
 
             return list(await asyncio.gather(*(one(n, i, p) for n, (i, p) in enumerate(requests))))
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from shards import storage
 from shards.dataset import Dataset
-from shards.images import PLACE, ImageShard, decode_rgb
+from shards.images import LOCATION, ImageShard, decode_rgb
 from shards.progress import Progress
 from shards.selection import Rule, Selection
 
@@ -55,7 +55,7 @@ def funnel(images: str, run: str, rules: Sequence[Rule], shown: int, seed: int =
     drawn: list[list[tuple[float, int, int, Any]]] = [[] for _ in rules]  # (-chance, shard position, sample, value)
     bar = Progress("select", len(dataset.shards), "shards")
     for position, info in enumerate(dataset.shards):
-        rows = ImageShard(dataset, position, ("key", "status", *PLACE)).rows
+        rows = ImageShard(dataset, position, ("key", "status", *LOCATION)).rows
         left = np.ones(len(rows), bool)
         for n, (passes, values) in enumerate(selection.by_rule(info.index, rows)):
             before[n] += left.sum()

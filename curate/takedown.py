@@ -38,8 +38,8 @@ def take_out(root: str, images: str, each: Callable[[int], Any] = lambda n: None
         gone = taken_down_rows(storage.join(images, name))
         if gone:
             table = storage.read_parquet(storage.join(root, name))
-            places, filled = column_rows(table), _has_values(table)
-            rows = [i for i in gone if places[i] >= 0 and filled[i]]
+            stored_rows, filled = column_rows(table), _has_values(table)
+            rows = [i for i in gone if stored_rows[i] >= 0 and filled[i]]
             if rows:
                 blank(root, index, rows, _edit(rows))
                 changed.append(index)

@@ -283,8 +283,8 @@ def _row(number: int, images: np.ndarray, maps: Maps, prompts: tuple[Prompt, Pro
         found = maps.of(branch)
         height, width = images.shape[1:3]
         tiles = []
-        for place, token in enumerate(prompts[branch].tokens, 1):
-            grey = (found[place] / found[place].max().clamp(min=1e-12)).clamp(0, 1) * 255
+        for position, token in enumerate(prompts[branch].tokens, 1):
+            grey = (found[position] / found[position].max().clamp(min=1e-12)).clamp(0, 1) * 255
             image = Image.fromarray(grey.round().byte().numpy()).resize((width, height), Image.Resampling.BILINEAR)
             tiles.append({"token": token, "map": data_uri(np.repeat(np.asarray(image)[..., None], 3, axis=2))})
         return tiles

@@ -176,8 +176,8 @@ class FeaturesWorker:
 
         def load(batch: int) -> list[tuple[list[int], Any]]:
             """The images of one batch as the network wants them; several groups where they keep their own sizes."""
-            places = range(batch * size, min(len(shard), (batch + 1) * size))
-            whole = [(i, pixels) for i in places if (pixels := decoded(i)) is not None]
+            members = range(batch * size, min(len(shard), (batch + 1) * size))
+            whole = [(i, pixels) for i in members if (pixels := decoded(i)) is not None]
             groups = []
             for _, group in itertools.groupby(whole, lambda item: item[1].shape):
                 indices, pictures = zip(*group, strict=True)
@@ -229,7 +229,7 @@ class FeaturesWorker:
         }
         files = {".safetensors": pack_columns(arrays, self.stage.weights)}
         if sheet:
-            tar, places = tar_of([(k, {"png": sheet[i]}) if i in sheet else None for i, k in enumerate(keys)])
-            files[".tar"], table = tar, table | places
+            tar, located = tar_of([(k, {"png": sheet[i]}) if i in sheet else None for i, k in enumerate(keys)])
+            files[".tar"], table = tar, table | located
         files[".parquet"] = parquet(table, converted=pa.bool_())
         return files, {**counted(status), "converted": sum(converted)}

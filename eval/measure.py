@@ -96,20 +96,20 @@ class Images:
         whole = live({name: [values[i] for i in self.all] for name, values in rows.items()})
         self.failed = len(self.all) - len(whole.get("key", ()))
         self.features: dict[str, Dataset] = {}
-        places: dict[str, dict[str, int]] = {}
+        index_of: dict[str, dict[str, int]] = {}
         usable = set(whole.get("key", ()))
         for stage in evaluation.generate.features():
             dataset = stage.committed(generated)
             if dataset is not None and len(dataset):
                 keys = live(table(dataset, "key", "status"))["key"]
-                places[stage.found.name] = {k: i for i, k in enumerate(keys)}
-                usable &= places[stage.found.name].keys()
+                index_of[stage.found.name] = {k: i for i, k in enumerate(keys)}
+                usable &= index_of[stage.found.name].keys()
                 self.features[stage.found.name] = dataset
         kept = [i for i, k in enumerate(whole.get("key", ())) if k in usable]
         self.failed += len(whole.get("key", ())) - len(kept)
         self.rows = {name: [values[i] for i in kept] for name, values in whole.items()}
         self.keys: list[str] = self.rows.get("key", [])
-        self.places = {n: np.array([place[k] for k in self.keys], np.int64) for n, place in places.items()}
+        self.feature_rows = {n: np.array([index[k] for k in self.keys], np.int64) for n, index in index_of.items()}
         self._columns: dict[tuple[str, str], np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -118,7 +118,7 @@ class Images:
     def column(self, network: str, name: str) -> np.ndarray:
         """[n, d] of the measured images."""
         if (network, name) not in self._columns:
-            self._columns[network, name] = column(self.features[network], name)[self.places[network]]
+            self._columns[network, name] = column(self.features[network], name)[self.feature_rows[network]]
         return self._columns[network, name]
 
 
@@ -445,8 +445,8 @@ def _memorisation(
     stages = evaluation.nearest() if evaluation.config.memorisation else {}
     if len(stages) < 2 or not all(storage.exists(storage.join(s.root, "dataset.json")) for s in stages.values()):
         return None
-    places = images.places["clip"]
-    return memorisation.measure(stages["generated"], stages["real"], images.rows["prompt_id"], images.keys, places)
+    rows = images.feature_rows["clip"]
+    return memorisation.measure(stages["generated"], stages["real"], images.rows["prompt_id"], images.keys, rows)
 
 
 def _candidates(wanted: int, captions: Sequence[str], meaning: Callable[[str], Hashable] | None) -> int:

@@ -252,14 +252,14 @@ def _weights_digest(run: RunPaths, folder: str, manifest: dict[str, Any], weight
 
     state, there = weights_state(weights), folders.states(manifest)
     if state is None:  # from the snapshots up to this checkpoint: which ones there are, of which training
-        place, images = storage.join(run.checkpoints, folders.POSTHOC), int(manifest.get("images") or 0)
+        root, images = storage.join(run.checkpoints, folders.POSTHOC), int(manifest.get("images") or 0)
         used = {}
-        for name in storage.list_names(place):
-            snapshot = storage.read_json(storage.join(place, name, folders.MANIFEST)) if "." not in name else None
+        for name in storage.list_names(root):
+            snapshot = storage.read_json(storage.join(root, name, folders.MANIFEST)) if "." not in name else None
             if snapshot is not None and snapshot["images"] <= images:
                 used[name] = digest_json(snapshot["files"])
             elif (at := name.removesuffix(".safetensors").rpartition("-")[2]).isdigit() and int(at) <= images:
-                used[name] = str(storage.size(storage.join(place, name)))
+                used[name] = str(storage.size(storage.join(root, name)))
         raw = folders.weights_digest(manifest, "weights")
         return digest_json({"weights": weights, "snapshots": used, "raw": raw})
     if state not in there:

@@ -162,8 +162,8 @@ class SampleStage:
         """One task a shard; the images of a prompt lie side by side."""
         c = self.config
         for index, start in enumerate(range(0, self.total, c.shard_size)):
-            places = range(start, min(start + c.shard_size, self.total))
-            yield Task(index, payload=[(c.requests[i // c.count], i % c.count) for i in places])
+            numbers = range(start, min(start + c.shard_size, self.total))
+            yield Task(index, payload=[(c.requests[i // c.count], i % c.count) for i in numbers])
 
     def columns(self, images: list[np.ndarray]) -> dict[str, list[Any]]:
         """Further columns of integers of a shard's sidecar, by its images."""
@@ -244,7 +244,7 @@ class _Worker:
             images += list(made)
             finite += fine.tolist()
         keys = [sample_key(index, row, self.config.shard_size) for row in range(len(items))]
-        tar, places = tar_of(
+        tar, located = tar_of(
             [
                 (key, {"png": png(image), "txt": request.prompt.encode()}) if fine else None
                 for key, image, fine, (request, _) in zip(keys, images, finite, items, strict=True)
@@ -259,7 +259,7 @@ class _Worker:
             "number": [n for _, n in items],
             "status": status,
             "error": [None if f else "the image is not finite" for f in finite],
-            **places,
+            **located,
         }
         more = self.stage.columns(images)
         types = dict.fromkeys(("seed", "number", *more), pa.int64())

@@ -197,7 +197,7 @@ class _Worker:
             encoded = dict(zip(live, pool.map(png, [images[i] for i in live]), strict=True))
         keys, most = self._keys(index, len(items)), self.config.keep_images
         stays = set(live if most is None else [i for i in live if i < most])
-        tar, places = tar_of(
+        tar, located = tar_of(
             [
                 (k, {"png": encoded[i], "txt": items[i][0].text.encode()}) if i in stays else None
                 for i, k in enumerate(keys)
@@ -224,7 +224,7 @@ class _Worker:
                 bool(np.ptp(images[i].reshape(-1, 3), axis=0).max() < BLANK) if f else None for i, f in enumerate(fine)
             ],
             **{name: [_row(p)[name] for p, _ in items] for name in ("caption", "prompt_id", "questions")},
-            **places,
+            **located,
         }
         integers = dict.fromkeys(("replicate", "source_shard", "source_row", "width", "height"), pa.int64())
         sidecar = parquet(table, blank=pa.bool_(), tags=pa.list_(pa.string()), **integers)

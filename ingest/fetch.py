@@ -153,7 +153,7 @@ class Fetcher:
         self.names = Names(config, self.guard, self.health.looked_up)
         self.room = Room(config.body_memory, config.max_bytes)
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._places = asyncio.Semaphore(config.concurrency)
+        self._bodies = asyncio.Semaphore(config.concurrency)
         self._tls: ssl.SSLContext | None = None
         self._robots: OrderedDict[str, tuple[Protego | None, int]] = OrderedDict()
         self._robots_bytes = 0
@@ -195,11 +195,11 @@ class Fetcher:
         try:
             yield fetched
         finally:
-            self._places.release()
+            self._bodies.release()
             self.room.end(fetched.held)
 
     async def _with_retries(self, url: URL) -> Fetched:
-        """With a place in `_places` taken, which the caller gives back."""
+        """With a place in `_bodies` taken, which the caller gives back."""
         rejected: Rejected | None = None
         name = url.raw_host or ""
         attempt, stalls = 1, 0
@@ -222,7 +222,7 @@ class Fetcher:
                             self.desk.quieten(name, min(wait, self.config.max_backoff))
                     else:
                         try:
-                            await self._places.acquire()
+                            await self._bodies.acquire()
                         except BaseException:
                             self.room.end(fetched.held)
                             raise

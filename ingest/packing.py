@@ -80,14 +80,14 @@ class Sidecar:
                 "txt": columns["caption"][i].encode("utf-8", "replace"),
             }
             samples.append((columns["key"][i], members))
-        tar, places = pack_tar(samples)
+        tar, extents = pack_tar(samples)
         columns["error"] = [o.error for o in outcomes]
         columns["caption_raw"] = self.columns["caption_raw"]
         for name in ("pixel_hash", "phash"):
             columns[name] = [getattr(o.picture, name) if o.picture else None for o in outcomes]
         offsets, sizes, extensions = ([None] * len(outcomes) for _ in range(3))
-        for (i, picture), place in zip(live, places, strict=True):
-            offsets[i], sizes[i] = place[picture.extension]  # type: ignore[call-overload]
+        for (i, picture), extent in zip(live, extents, strict=True):
+            offsets[i], sizes[i] = extent[picture.extension]  # type: ignore[call-overload]
             extensions[i] = picture.extension  # type: ignore[call-overload]
         for i, o in enumerate(outcomes):
             if o.lies is not None:

@@ -24,8 +24,8 @@ from ingest.errors import ERRORS, Rejected
 from ingest.fetch import Fetched, Fetcher
 from ingest.files import Files
 from ingest.hosts import Exchange
+from ingest.locations import is_web
 from ingest.pixels import Picture, PixelSettings, is_quick, process
-from ingest.places import is_web
 from ingest.takedown import TakenDown
 from ingest.trouble import own_fault, raise_limits
 from shards.settings import NodeTrouble

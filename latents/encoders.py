@@ -73,7 +73,7 @@ class Vae:
         self.channels = int(weights.config["latent_channels"])
         self.has_posterior = weights.kind == "AutoencoderKL"
         self.device, self.precision = device, precision
-        self.model: Any = _placed(_build_vae(weights), device, precision)
+        self.model: Any = _moved(_build_vae(weights), device, precision)
         require_digest("the VAE", weights.digest, self.digest, self.ref)  # it may have been exchanged meanwhile
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
@@ -184,7 +184,7 @@ class TextEncoder:
         self.weights, self.layer, self.pad = weights, layer, pad
         self.ref, self.digest = weights.ref, weights.digest
         self.device, self.precision = device, precision
-        self.model: Any = _placed(build_clip(weights), device, precision)
+        self.model: Any = _moved(build_clip(weights), device, precision)
         require_digest("the CLIP", weights.digest, self.digest, self.ref)
         self.tower: Any = plain_text_tower(self.model, weights.ref)
         self._exact: Any = self.tower if precision == "float32" else None
@@ -477,7 +477,7 @@ def _tensors(file: Path, prefix: str) -> dict[str, torch.Tensor]:
         return {k.removeprefix(prefix): f.get_tensor(k) for k in f.keys() if k.startswith(prefix)}  # noqa: SIM118
 
 
-def _placed(model: Any, device: str, precision: str) -> Any:
+def _moved(model: Any, device: str, precision: str) -> Any:
     model = model.to(device)
     # Not diffusers' own `to`, which warns of modules to be kept in float32 even where there are none.
     return model if precision == "float32" else torch.nn.Module.to(model, dtype=DTYPES[precision])

@@ -147,10 +147,10 @@ def _draw(dataset: Dataset, count: int, rng: np.random.Generator) -> list[tuple[
     full = np.flatnonzero(dataset.counts)
     some = np.sort(rng.permutation(full)[:SHARDS_LOOKED_AT])
     ends = np.cumsum(dataset.counts[some])
-    places = np.sort(rng.choice(int(ends[-1]), min(count, int(ends[-1])), replace=False))
-    which = np.searchsorted(ends, places, side="right")
+    chosen = np.sort(rng.choice(int(ends[-1]), min(count, int(ends[-1])), replace=False))
+    which = np.searchsorted(ends, chosen, side="right")
     starts = ends - dataset.counts[some]
-    return [(int(some[w]), [int(p - starts[w]) for p in places[which == w]]) for w in np.unique(which).tolist()]
+    return [(int(some[w]), [int(p - starts[w]) for p in chosen[which == w]]) for w in np.unique(which).tolist()]
 
 
 def _image_shard(source: Dataset, index: int) -> images.ImageShard:
@@ -210,8 +210,8 @@ def _text(
         return [columns.arrays["embeddings"][i] for i in index], now, differ
     then = np.zeros((len(index), *now[0].shape), np.float16) if now else np.zeros(0)
     for row, i in zip(then, index, strict=True):
-        places = packed_rows(columns.arrays[ENDS], np.array([int(i)]))  # type: ignore[arg-type]
-        row[: len(places)] = columns.arrays["embeddings"][places]
+        packed = packed_rows(columns.arrays[ENDS], np.array([int(i)]))  # type: ignore[arg-type]
+        row[: len(packed)] = columns.arrays["embeddings"][packed]
     return list(then), now, differ
 
 

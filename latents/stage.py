@@ -66,7 +66,7 @@ ERRORS = ("decode_error", "not_finite_latent", "not_finite_text")
 
 FIT_COLUMNS = ("bucket_width", "bucket_height", "scaled_width", "scaled_height", "crop_left", "crop_top")
 # Where an image lies, in its tar or in another; it means nothing beside a latent.
-_IMAGE_PLACE = ("image_offset", "image_size", "image_ext", "image_file", "place")
+_IMAGE_LOCATION = ("image_offset", "image_size", "image_ext", "image_file", "place")
 
 
 @dataclasses.dataclass
@@ -81,11 +81,11 @@ class _Sample:
 @dataclasses.dataclass
 class _Plan:
     """How the pictures of a shard are cut. sizes: int64 [N,2], width and height as they lie in the tar; bucket: int64
-    [N,R]; place: int64 [N,R], which of its bucket's pictures it is; order: int64 [N], in which they are encoded."""
+    [N,R]; index: int64 [N,R], which of its bucket's pictures it is; order: int64 [N], in which they are encoded."""
 
     sizes: np.ndarray
     bucket: np.ndarray
-    place: np.ndarray
+    index: np.ndarray
     order: np.ndarray
 
 
@@ -507,13 +507,13 @@ class _Worker:
         for r, resolution in enumerate(resolutions):
             mine = [i for i, b in enumerate(self.buckets) if b.resolution == resolution]
             bucket[:, r] = mine[0] + nearest([self.buckets[i] for i in mine], sizes[:, 0], sizes[:, 1])
-        place = np.zeros_like(bucket)
+        index = np.zeros_like(bucket)
         for b in range(len(self.buckets)):
             members = bucket == b
-            place[members] = np.arange(members.sum())
+            index[members] = np.arange(members.sum())
         # By rising aspect ratio every bucket of every resolution is one stretch; else, in the order of the rows.
         order = np.argsort(np.log(sizes[:, 0]) - np.log(sizes[:, 1]), kind="stable")
-        return _Plan(sizes, bucket, place, order)
+        return _Plan(sizes, bucket, index, order)
 
     def _encode_pictures(
         self, plan: _Plan, decoded: Iterator[_Sample], samples: list[_Sample]
@@ -588,7 +588,7 @@ class _Worker:
                         samples[i].error = ("not_finite_latent", "the latent is not finite in float16")
                         continue
                     half, codes = exact
-                at = plan.place[i, resolution]
+                at = plan.index[i, resolution]
                 arrays[mean][at] = half
                 if logstd in arrays:
                     arrays[logstd][at] = codes
@@ -663,11 +663,11 @@ class _Worker:
             length = tokens["text_length"][some].astype(np.int64)
             order = np.argsort(length, kind="stable")  # those of about one length together
 
-        def encode(places: np.ndarray, exact: bool = False) -> None:
-            full = np.concatenate([places, np.repeat(places[-1:], (1 if exact else size) - len(places))])
+        def encode(indices: np.ndarray, exact: bool = False) -> None:
+            full = np.concatenate([indices, np.repeat(indices[-1:], (1 if exact else size) - len(indices))])
             found, end = self.text.encode_tokens({n: ids[some[full]] for n, ids in tokens.items()}, pooled, exact)
             half, end_half = to_half(found.numpy()), to_half(end.numpy())
-            for k, j in enumerate(places.tolist()):
+            for k, j in enumerate(indices.tolist()):
                 rows[j], ends[j] = half[k, : length[j]].copy(), end_half[k]
 
         for i in range(0, len(some), size):
@@ -696,7 +696,7 @@ class _Worker:
         self, shard: images.ImageShard, plan: _Plan, samples: list[_Sample], excluded: dict[int, str]
     ) -> pa.Table:
         """The image shard's rows, all of them, with what became of each here and how its picture was cut."""
-        table = shard.table.drop_columns([c for c in _IMAGE_PLACE if c in shard.table.column_names])
+        table = shard.table.drop_columns([c for c in _IMAGE_LOCATION if c in shard.table.column_names])
         number: list[int | None] = [None] * table.num_rows  # of each row among the columns' samples, for ever
         kept = [row for row, sample in zip(shard.rows.tolist(), samples, strict=True) if sample.error is None]
         for n, row in enumerate(kept):
@@ -783,10 +783,10 @@ def _by_first_use(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]
     """The distinct values of several arrays in the order in which they first come, and the arrays as places in it."""
     values, first, inverse = np.unique(np.concatenate(parts), return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")
-    place = np.empty(len(order), np.int32)
-    place[order] = np.arange(len(order))
+    position = np.empty(len(order), np.int32)
+    position[order] = np.arange(len(order))
     ends = np.cumsum([len(p) for p in parts])[:-1]
-    return values[order], np.split(place[inverse.reshape(-1)], ends)
+    return values[order], np.split(position[inverse.reshape(-1)], ends)
 
 
 # What an image shard's sidecar says in words besides captions.
@@ -893,8 +893,8 @@ def _texts(table: pa.Table, name: str) -> list[Any]:
 
 
 def _with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
-    place = table.column_names.index(name) if name in table.column_names else -1
-    return table.set_column(place, name, values) if place >= 0 else table.append_column(name, values)
+    at = table.column_names.index(name) if name in table.column_names else -1
+    return table.set_column(at, name, values) if at >= 0 else table.append_column(name, values)
 
 
 @contextlib.contextmanager

@@ -240,10 +240,10 @@ def _count(manifest: dict[str, Any], dataset: Dataset, samples: dict[int, list[i
     """How many of these samples a checkpoint saw; None where its order cannot be told."""
     try:
         account = Account(manifest, dataset)
-        places = [p for shard, some in samples.items() for p in account.first(shard, some)]
+        positions = [p for shard, some in samples.items() for p in account.first(shard, some)]
     except Unknown:
         return None
-    return sum(p is not None and p < manifest["images"] for p in places)
+    return sum(p is not None and p < manifest["images"] for p in positions)
 
 
 def _samples(dataset: Dataset, shard: int, rows: list[int]) -> list[int]:
@@ -254,7 +254,7 @@ def _samples(dataset: Dataset, shard: int, rows: list[int]) -> list[int]:
     except FileNotFoundError:
         return []
     if dataset.kind == "latents":
-        places = column_rows(table)
+        stored_rows = column_rows(table)
     else:
         stored = np.array(
             [
@@ -263,8 +263,8 @@ def _samples(dataset: Dataset, shard: int, rows: list[int]) -> list[int]:
             ]
         )
         stored[dataset.excluded_rows(shard)] = False
-        places = np.where(stored, np.cumsum(stored) - 1, -1)
-    return [int(places[r]) for r in rows if places[r] >= 0]
+        stored_rows = np.where(stored, np.cumsum(stored) - 1, -1)
+    return [int(stored_rows[r]) for r in rows if stored_rows[r] >= 0]
 
 
 def _manifest(folder: str) -> dict[str, Any] | None:

@@ -125,7 +125,7 @@ def _page(run: str) -> tuple[bytes, str]:
     environment.loader = jinja2.ChoiceLoader([jinja2.FileSystemLoader(TEMPLATES), environment.loader])
     script = page.script("live.js", TEMPLATES)
     name = gather.plain(run.rstrip("/").rsplit("/", 1)[-1], 80)
-    body = environment.get_template("live.html.j2").render(run=name, place=run, every_ms=int(EVERY_S * 1000), **script)
+    body = environment.get_template("live.html.j2").render(run=name, folder=run, every_ms=int(EVERY_S * 1000), **script)
     policy = (
         f"default-src 'none'; script-src '{script['script_hash']}'; style-src 'unsafe-inline'; img-src 'self' data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -269,8 +269,8 @@ class Look:
             return None
         url = storage.join(folder, name)
         if storage.is_local(folder):
-            place = storage.local_path(url)
-            if place.resolve().parent != storage.local_path(folder).resolve() or not place.is_file():
+            path = storage.local_path(url)
+            if path.resolve().parent != storage.local_path(folder).resolve() or not path.is_file():
                 return None  # a link to somewhere else
         try:
             return storage.read_bytes(url)

@@ -150,7 +150,7 @@ def _fit_once(
     def check() -> None:
         nonlocal passed_on, regroup, looked
         lease.check()
-        if gang is not None and gang.places and not regroup and time.monotonic() - looked > LOOK_EVERY_S:
+        if gang is not None and gang.processes and not regroup and time.monotonic() - looked > LOOK_EVERY_S:
             looked = time.monotonic()
             more = gang.began is not None and looked - gang.began > GROW_AFTER_S
             regroup = gang.leaving() or (gang.room_for(counts[0] - gang.count) if more else "")
@@ -158,7 +158,7 @@ def _fit_once(
                 log.warning("%s: %s; saving, to go on with other ranks", stage, regroup)
                 gang.signal(signal.SIGTERM)
         if asked.is_set():
-            if gang is None or not gang.places or time.monotonic() - passed_on > config.grace_s:
+            if gang is None or not gang.processes or time.monotonic() - passed_on > config.grace_s:
                 raise _stopped(stage)
             if passed_on == math.inf:
                 gang.signal(signal.SIGTERM)
@@ -172,7 +172,7 @@ def _fit_once(
         gang = Gang(stage, count, ranks, patience, check)
         try:
             with gang:
-                where = [{"address": p.address, "pid": p.pid} for p in gang.places]
+                where = [{"address": p.address, "pid": p.pid} for p in gang.processes]
                 attempts.note(status, stage, attempts.RANKS, "started", f"{len(where)} ranks", ranks=where)
                 stopped = [s for s in gang.run(_rank, request) if s]
         except NoRoom as e:

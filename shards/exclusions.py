@@ -31,26 +31,26 @@ SCHEMA = pa.schema(
     ]
 )
 GROUP = 65_536
-ROW_BITS = 20  # of a place; a shard of 10,000 rows needs 14
+ROW_BITS = 20  # of an id; a shard of 10,000 rows needs 14
 
 
-def place(shard: int, row: int) -> int:
-    """A sample's place as one number: the shard above the row's 20 bits."""
+def sample_id(shard: int, row: int) -> int:
+    """A sample's id, one number: the shard above the row's 20 bits."""
     if not 0 <= row < 1 << ROW_BITS:
-        raise ValueError(f"row {row} does not fit into a place")
+        raise ValueError(f"row {row} does not fit into an id")
     return shard << ROW_BITS | row
 
 
-def shard_row(place: int) -> tuple[int, int]:
-    """(shard, row) of a place."""
-    return place >> ROW_BITS, place & (1 << ROW_BITS) - 1
+def shard_row(sample_id: int) -> tuple[int, int]:
+    """(shard, row) of an id."""
+    return sample_id >> ROW_BITS, sample_id & (1 << ROW_BITS) - 1
 
 
 def write_exclusions(root: str, tables: Iterable[pa.Table]) -> str | None:
     """Write the exclusions of a dataset as a new file; returns its name, for `write_manifest`, None without any.
 
     tables: columns of SCHEMA, all together in the order of (shard, row), each sample once; they are written as they
-    come. winner: the place of the sample that is used instead, -1 where there is none. Raises ValueError where the
+    come. winner: the id of the sample that is used instead, -1 where there is none. Raises ValueError where the
     order is another one.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -62,10 +62,10 @@ def write_exclusions(root: str, tables: Iterable[pa.Table]) -> str | None:
                 if not table.num_rows:
                     continue
                 table = table.select(SCHEMA.names).cast(SCHEMA)
-                places = table["shard"].to_numpy().astype(np.int64) << ROW_BITS | table["row"].to_numpy()
-                if places[0] <= last or (np.diff(places) <= 0).any():
+                sample_ids = table["shard"].to_numpy().astype(np.int64) << ROW_BITS | table["row"].to_numpy()
+                if sample_ids[0] <= last or (np.diff(sample_ids) <= 0).any():
                     raise ValueError("exclusions must come in the order of shard and row, each sample once")
-                last, rows = int(places[-1]), rows + table.num_rows
+                last, rows = int(sample_ids[-1]), rows + table.num_rows
                 held.append(table)
                 if sum(t.num_rows for t in held) >= GROUP:
                     joined = pa.concat_tables(held).unify_dictionaries()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 STATUSES = ("success", "failed_to_download", "failed_to_resize", "filtered", "duplicate", "opted_out")
 
 MAX_PIXELS = 64_000_000
-PLACE = ("image_offset", "image_size", "image_file")  # of the sidecar: where a picture lies
+LOCATION = ("image_offset", "image_size", "image_file")  # of the sidecar: where a picture lies
 _GAP = 16 << 10  # what may lie between two pictures that are read at once: headers, a caption, its JSON
 
 
@@ -39,22 +39,22 @@ def pack_tar(samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[bytes, li
     members' (offset, size) by extension.
     """
     pieces: list[bytes] = []
-    places: list[dict[str, tuple[int, int]]] = []
+    extents: list[dict[str, tuple[int, int]]] = []
     offset = 0
     for key, members in samples:
         if "." in key or "/" in key or not key:
             raise ValueError(f"the key '{key}' may have neither a dot nor a slash")
-        place = {}
+        extent = {}
         for extension in sorted(members):  # the order in which webdataset writes them
             data = members[extension]
             padding = -len(data) % tarfile.BLOCKSIZE
             pieces += (_tar_header(f"{key}.{extension}", len(data)), data, bytes(padding))
-            place[extension] = (offset + tarfile.BLOCKSIZE, len(data))
+            extent[extension] = (offset + tarfile.BLOCKSIZE, len(data))
             offset += tarfile.BLOCKSIZE + len(data) + padding
-        places.append(place)
+        extents.append(extent)
     end = 2 * tarfile.BLOCKSIZE
     pieces.append(bytes(end + -(offset + end) % tarfile.RECORDSIZE))
-    return b"".join(pieces), places
+    return b"".join(pieces), extents
 
 
 def _tar_header(name: str, size: int) -> bytes:

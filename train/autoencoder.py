@@ -34,7 +34,7 @@ class Autoencoder(Objective):
     """
 
     def __init__(self, config: AutoencoderConfig, dataset: Dataset, seed: int, history: History | None = None) -> None:
-        placement = segments.place(config, [dataset], seed, history)
+        placement = segments.placement_of(config, [dataset], seed, history)
         vae = begun(config) if config.start_from else constructed(config, seed)
         super().__init__(vae, public_config(vae), placement)
         self.shrink = 2 ** (len(vae.config.block_out_channels) - 1)

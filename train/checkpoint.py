@@ -168,8 +168,8 @@ class Saver:
         at = 0
         for (flat, state), values in arrays.items():
             kind = "F16" if values.dtype == torch.float16 else "F32"
-            place = [at, at + values.nbytes]
-            header[f"{flat}.{state}"] = {"dtype": kind, "shape": [len(values)], "data_offsets": place}
+            span = [at, at + values.nbytes]
+            header[f"{flat}.{state}"] = {"dtype": kind, "shape": [len(values)], "data_offsets": span}
             at += values.nbytes
         head = json.dumps(header).encode()
         head += b" " * (-len(head) % 8)
@@ -282,8 +282,8 @@ class Index:
             width = _TYPES[kind].itemsize
             for number, offset, length, flat, start in entry["pieces"]:
                 for state, begin in states.get(flat, ()):
-                    place = (offset, length, f"{self.path}/{file}", begin + width * start, kind)
-                    self._found.setdefault((state, named[number][0]), []).append(place)
+                    piece = (offset, length, f"{self.path}/{file}", begin + width * start, kind)
+                    self._found.setdefault((state, named[number][0]), []).append(piece)
 
     def _index_first_format(self) -> None:
         """A file a state, keyed by parameter: what the moments' files hold is trained, what else there is is not."""

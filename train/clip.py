@@ -42,7 +42,7 @@ class Clip(Objective):
         # open_clip calls a gather that this PyTorch calls deprecated; nobody here can act on that.
         warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
         check_clip_config(config.model)
-        placement = segments.place(config, [dataset], seed, history)
+        placement = segments.placement_of(config, [dataset], seed, history)
         # A logit scale of shape [1], since DeepSpeed cannot broadcast a scalar parameter.
         clip = construct(open_clip.CLIP, {**config.model, "nonscalar_logit_scale": True}, "clip.model", seed)
         if config.initialisation == "spread":
@@ -77,7 +77,7 @@ class Clip(Objective):
     def batch(self, positions: np.ndarray) -> Batch:
         """pixels uint8 [B,S,S,3] and tokens int64 [B,context].
 
-        Where there are wrong captions, M in all and at most K of an image, tokens are [B+M,context], and `place`, int64
+        Where there are wrong captions, M in all and at most K of an image, tokens are [B+M,context], and `cell`, int64
         [M], says where each belongs in a table [B,K], which is of the shape of `wrong`, bool.
         """
         captions = self.pictures.captions(positions)
@@ -85,11 +85,11 @@ class Clip(Objective):
         if self.config.wrong_captions:
             wrong = self.pictures.texts(self.config.wrong_captions, positions)
             most = max(map(len, wrong))
-            places = [i * most + k for i, texts in enumerate(wrong) for k in range(len(texts))]
+            cells = [i * most + k for i, texts in enumerate(wrong) for k in range(len(texts))]
             captions += [text for texts in wrong for text in texts]
-            batch["place"] = torch.tensor(places, dtype=torch.int64)
+            batch["cell"] = torch.tensor(cells, dtype=torch.int64)
             batch["wrong"] = torch.zeros(len(wrong), most, dtype=torch.bool)
-            batch["wrong"].view(-1)[batch["place"]] = True
+            batch["wrong"].view(-1)[batch["cell"]] = True
         return {**batch, "tokens": torch.stack([self._tokens(c) for c in captions])}
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,10 +167,10 @@ def require_column(dataset: Dataset, name: str) -> None:
 
 def _to_wrong(image: torch.Tensor, wrong: torch.Tensor, scale: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Logits of images [B,D] with their own wrong captions [M,D]: float32 [B,K], minus infinity where there is none."""
-    table, place = batch["wrong"], batch["place"]
-    own = scale * (image[place // max(1, table.shape[1])] * wrong).sum(dim=1)
+    table, cell = batch["wrong"], batch["cell"]
+    own = scale * (image[cell // max(1, table.shape[1])] * wrong).sum(dim=1)
     empty = torch.full((table.numel(),), -torch.inf, device=image.device)
-    return empty.scatter(0, place, own).view(table.shape)
+    return empty.scatter(0, cell, own).view(table.shape)
 
 
 def check_clip_config(model: dict[str, Any]) -> None:

@@ -473,7 +473,7 @@ class InversionConfig(Strict):
 
     @field_validator("templates")
     @classmethod
-    def _places(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _has_placeholder(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not all(t.count("{}") == 1 for t in value):
             raise ValueError("each of templates must have one {} for the token")
         return value

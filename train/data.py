@@ -23,7 +23,7 @@ from latents.stage import FLIPPED, texts_in
 from shards import storage
 from shards.columns import COLUMN_ROW, ENDS, ColumnFile, Columns, column, column_rows, members, packed_rows
 from shards.dataset import Dataset
-from shards.images import PLACE, ImageShard, decode_rgb, is_picture
+from shards.images import LOCATION, ImageShard, decode_rgb, is_picture
 from shards.selection import Selection
 from shards.settings import ConfigError, StageError
 from train import segments
@@ -164,23 +164,23 @@ class Pictures:
 
     def _one(self, fit: Callable[[np.ndarray], np.ndarray], found: tuple[Window, int]) -> np.ndarray:
         window, at = found
-        place = (fit, int(window.shard[at]), int(window.row[at]))
-        picture = self._cache.get(place)
+        sample = (fit, int(window.shard[at]), int(window.row[at]))
+        picture = self._cache.get(sample)
         if picture is None:
             try:
                 picture = np.ascontiguousarray(fit(decode_rgb(window.columns["image"][at])))
             except (OSError, ValueError) as e:
-                shard = self.dataset.shards[place[1]]
+                shard = self.dataset.shards[sample[1]]
                 raise StageError(
                     f"{self.dataset.root}: sample {window.columns['key'][at]} of shard {shard.name} cannot be read: {e}"
                 ) from e
             if picture.nbytes <= self._room:
                 self._room -= picture.nbytes
-                self._cache[place] = picture
+                self._cache[sample] = picture
         return picture
 
     def _open(self, position: int) -> ImageShard:
-        return ImageShard(self.dataset, position, ("status", *self._texts, *PLACE))
+        return ImageShard(self.dataset, position, ("status", *self._texts, *LOCATION))
 
     def _load(self, source: int, bucket: int, runs: list[tuple[int, int, int]]) -> Window:
         columns: dict[str, list[Any]] = {"image": [], **{name: [] for name in self._texts}}
@@ -241,7 +241,7 @@ class Latents:
         # By number of a source in the placement: which dataset, and the first of its shards.
         by_name = {r.key: r for r in history.segments[-1].ranges}
         names = segments.names(config)
-        self._place = {
+        self._shard_of = {
             n: (names.index(by_name[x.key].source), by_name[x.key].first)
             for n, x in enumerate(self.placement.sources)
             if x.key in by_name
@@ -285,7 +285,7 @@ class Latents:
         """Which of the datasets each sample comes from, int64 [B]."""
         out = np.empty(len(positions), np.int64)
         for part in self.placement.locate(positions):
-            out[part.here] = self._place[part.source][0]
+            out[part.here] = self._shard_of[part.source][0]
         return out
 
     def shape(self, positions: np.ndarray) -> tuple[int, int, int]:
@@ -416,7 +416,7 @@ class Latents:
     def _load(
         self, source: int, bucket: int, runs: list[tuple[int, int, int]], wants: set[str] | None = None
     ) -> Window:
-        which, offset = self._place[source]
+        which, offset = self._shard_of[source]
         dataset, wants = self.datasets[which], set(wants or self.wants)
         wants |= {"key"} if "picture" in wants else set()
         parts, shards, rows, alive = [], [], [], []

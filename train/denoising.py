@@ -174,12 +174,12 @@ class Diffusion(Objective):
         if config.stratified:
             # Which stratum is whose changes from batch to batch, so that no rank keeps to one end.
             stratum, strata = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
-            begins, places = self.placement.split(positions)
+            begins, slots = self.placement.split(positions)
             for begin in np.unique(begins).tolist():
                 here = np.flatnonzero(begins == begin)
                 key = derive_key("strata", self.random.seed, begin)
                 strata[here] = samples = self.placement.samples(begin)
-                stratum[here] = permute(places[here], samples, key)
+                stratum[here] = permute(slots[here], samples, key)
             u = diffusion.stratified(self.random.uniform("timestep", positions), stratum, strata)
             if not normal:
                 return diffusion.uniform_timesteps(u, steps)
@@ -210,8 +210,8 @@ class Diffusion(Objective):
         if "weight" in batch:
             each = each * batch["weight"]
         # Summed by elements, since autocast would make a matrix product one of half precision.
-        place = torch.nn.functional.one_hot(t * BINS // self.process.steps, BINS).to(error.dtype)
-        details += [(error.detach()[:, None] * place).mean(dim=0), place.mean(dim=0)]
+        one_hot = torch.nn.functional.one_hot(t * BINS // self.process.steps, BINS).to(error.dtype)
+        details += [(error.detach()[:, None] * one_hot).mean(dim=0), one_hot.mean(dim=0)]
         return each.mean(), torch.cat(details)
 
     def errors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -384,8 +384,8 @@ def choose_caption(columns: Sequence[Sequence[str]], weights: Sequence[float], u
     if not texts:
         return ""
     share = np.array([w / len(column) for column, w in zip(columns, weights, strict=True) for _ in column])
-    place = int(np.searchsorted(np.cumsum(share), u * share.sum(), side="right"))
-    return texts[min(place, len(texts) - 1)]
+    index = int(np.searchsorted(np.cumsum(share), u * share.sum(), side="right"))
+    return texts[min(index, len(texts) - 1)]
 
 
 def process_of(config: TrainConfig) -> diffusion.Process:

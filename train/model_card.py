@@ -12,7 +12,7 @@ pipeline_tag: {task}
 
 # {title}
 
-A latent diffusion model that was trained with Carrara. It draws pictures of {resolution} x {resolution} pixels{told}.
+A latent diffusion model that was trained with Carrara. It draws pictures of {resolution} x {resolution} pixels{described}.
 
 ```python
 from diffusers import DiffusionPipeline

@@ -132,8 +132,8 @@ class Muon(AdamW):
         asked = [[every[r][i] for i in to[me]] for r, to in enumerate(self._back)]
         given = [[whole[n][offset : offset + length] for n, _, offset, length in rank] for rank in asked]
         got = _exchange(given, [[every[me][i][3] for i in to] for to in self._back[me]], like.view(-1))
-        places = (i for to in self._back[me] for i in to)
-        return [part for _, part in sorted(zip(places, got, strict=True), key=lambda x: x[0])]
+        order = (i for to in self._back[me] for i in to)
+        return [part for _, part in sorted(zip(order, got, strict=True), key=lambda x: x[0])]
 
 
 def _exchange(send: list[list[torch.Tensor]], receive: list[list[int]], like: torch.Tensor) -> tuple[torch.Tensor, ...]:

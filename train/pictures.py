@@ -30,7 +30,7 @@ from latents.encoders import Vae, load_vae, require_digest
 from latents.pictures import resize_crop_to
 from latents.weights import find_vae
 from shards.dataset import Dataset
-from shards.images import PLACE, ImageShard, decode_rgb, is_picture
+from shards.images import LOCATION, ImageShard, decode_rgb, is_picture
 from shards.layout import shard_name
 from shards.settings import ConfigError, StageError
 from train.config import ControlConfig, TrainConfig
@@ -144,7 +144,7 @@ class ByKey:
 
     def _open(self, index: int) -> tuple[ImageShard, np.ndarray, np.ndarray]:
         """The shard, its keys in their order as text, and of each of these which sample it is."""
-        shard = ImageShard(self.dataset, self._position[index], ("key", "status", *PLACE))
+        shard = ImageShard(self.dataset, self._position[index], ("key", "status", *LOCATION))
         keys = np.array(shard.keys, np.str_)
         order = np.argsort(keys, kind="stable")
         return shard, keys[order], order
@@ -162,8 +162,8 @@ class ByKey:
         try:
             shard, known, order = self._shard(index)
             wanted = np.array(keys, np.str_)
-            place = np.searchsorted(known, wanted).clip(max=max(len(known) - 1, 0))
-            at = np.where(known[place] == wanted, order[place], -1) if len(known) else np.full(len(keys), -1)
+            slot = np.searchsorted(known, wanted).clip(max=max(len(known) - 1, 0))
+            at = np.where(known[slot] == wanted, order[slot], -1) if len(known) else np.full(len(keys), -1)
             for i, data in zip(np.flatnonzero(at >= 0).tolist(), shard.pictures(at[at >= 0]), strict=True):
                 found[i] = data
                 if not is_picture(data):  # taken down since the sidecar was read

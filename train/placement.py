@@ -49,8 +49,8 @@ class Ring:
 
     def had(self, kind: int, turn: np.ndarray | int) -> np.ndarray:
         """How many of the turns before `turn` were of a kind."""
-        lap, place = np.divmod(np.asarray(turn), self.length)
-        result: np.ndarray = lap * self.counts[kind] + self.before[kind, place]
+        lap, offset = np.divmod(np.asarray(turn), self.length)
+        result: np.ndarray = lap * self.counts[kind] + self.before[kind, offset]
         return result
 
     def when(self, kind: int, nth: int) -> int:
@@ -82,12 +82,12 @@ class Segment:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
     """Samples of one source and bucket in a batch. source: its number in Placement.sources; here: int64, which of the
-    batch's samples they are; places: int64, in the source's order of that bucket."""
+    batch's samples they are; indices: int64, in the source's order of that bucket."""
 
     source: int
     bucket: int
     here: np.ndarray
-    places: np.ndarray
+    indices: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,15 +140,15 @@ class Placement:
         return next(h for h in reversed(self._held) if h.segment.images <= position)
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions int64 [B] -> (position at which their batch begins, place within the batch), int64 [B] each."""
+        """Positions int64 [B] -> (position at which their batch begins, slot within the batch), int64 [B] each."""
         positions = np.asarray(positions, np.int64)
-        begin, place = np.empty_like(positions), np.empty_like(positions)
+        begin, slot = np.empty_like(positions), np.empty_like(positions)
         for n, held in enumerate(self._held):
             first = held.segment.images
             mine = positions >= first if n else slice(None)  # later segments overwrite what lies in them
-            place[mine] = (positions[mine] - first) % held.segment.batch_size
-            begin[mine] = positions[mine] - place[mine]
-        return begin, place
+            slot[mine] = (positions[mine] - first) % held.segment.batch_size
+            begin[mine] = positions[mine] - slot[mine]
+        return begin, slot
 
     def bucket(self, position: int) -> int:
         """The bucket of the batch that a position belongs to."""
@@ -198,18 +198,18 @@ class Placement:
         return parts
 
     def order(self, part: Part) -> Order:
-        """The order that a part's places are places of."""
+        """The order that a part's indices are of."""
         return self.orders[self.sources[part.source].key, part.bucket]
 
     def position(self, key: str, bucket: int, shard: int, row: int, epoch: int) -> int | None:
         """The position at which a sample comes in an epoch of its source; None where no segment lets it come.
 
-        shard: its place in the source's counts; row: within the shard's bucket.
+        shard: its position in the source's counts; row: within the shard's bucket.
         """
         if (key, bucket) not in self.orders:
             return None
-        place = int(self.orders[key, bucket].place(epoch, np.array([shard]), np.array([row]))[0])
-        nth, v = divmod(place, self.streams)
+        index = int(self.orders[key, bucket].index(epoch, np.array([shard]), np.array([row]))[0])
+        nth, v = divmod(index, self.streams)
         for held, after in zip(self._held, [*self._held[1:], None], strict=True):
             keys = [x.key for x in held.sources.get(bucket, [])]
             if key not in keys or (after and nth >= after.given[key, bucket][v]):

@@ -181,7 +181,9 @@ def too_few(config: FitConfig, datasets: Sequence[Dataset]) -> list[str]:
     return found
 
 
-def place(config: FitConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None) -> Placement:
+def placement_of(
+    config: FitConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None
+) -> Placement:
     """Where the samples of a run come from; history: None for one that begins now."""
     history = history or begin(config, datasets)
     return history.placement(tables(history, config, datasets), seed)
@@ -357,10 +359,10 @@ def names(config: FitConfig) -> list[tuple[str | None, int]]:
 
 def _row_bytes(dataset: Dataset, laid: np.ndarray) -> int:
     """About how much a sample takes up, by the first shard that has some."""
-    place = int(np.flatnonzero(laid.sum(axis=1))[0])
+    position = int(np.flatnonzero(laid.sum(axis=1))[0])
     suffix = ".safetensors" if dataset.kind == "latents" else ".tar"
-    size = storage.size(storage.join(dataset.root, dataset.shards[place].name + suffix)) or 0
-    return max(1, size // int(laid[place].sum()))
+    size = storage.size(storage.join(dataset.root, dataset.shards[position].name + suffix)) or 0
+    return max(1, size // int(laid[position].sum()))
 
 
 def batch_sizes(config: FitConfig, datasets: Sequence[Dataset]) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from latents.encoders import other_encoder
 from latents.stage import LatentsStage
 from latents.weights import clips_of
 from shards.dataset import Dataset
-from shards.images import PLACE, ImageShard
+from shards.images import LOCATION, ImageShard
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from shards.stage import begin
@@ -216,7 +216,7 @@ def _first(dataset: Dataset, count: int) -> Dataset:
     for position, info in enumerate(dataset.shards):
         if count <= 0:
             break
-        rows = ImageShard(dataset, position, ("status", *PLACE)).rows
+        rows = ImageShard(dataset, position, ("status", *LOCATION)).rows
         shards.append({**dataclasses.asdict(info), "count": min(count, len(rows))})
         beyond[info.index] = rows[count:]
         count -= len(rows)

@@ -118,8 +118,8 @@ def _given(
     chosen = np.unique(np.linspace(0, len(latents.shards) - 1, min(SHARDS, len(latents.shards))).round().astype(int))
     for info in (latents.shards[i] for i in chosen):
         table = latents.sidecar(info.index)
-        places = column_rows(table)
-        usable = np.array([s == "success" for s in table["status"].to_pylist()], bool) & (places >= 0)
+        stored_rows = column_rows(table)
+        usable = np.array([s == "success" for s in table["status"].to_pylist()], bool) & (stored_rows >= 0)
         usable[latents.excluded_rows(info.index)] = False
         rows = np.flatnonzero(usable)
         try:

@@ -47,8 +47,8 @@ def write_images(run: RunPaths, shards: int = 3, rows: int = 9, broken: tuple[in
             lines.append({"key": key, "caption": caption, "status": "success" if ok else "failed_to_download"})
             if ok:
                 samples.append((key, {"jpg": data, "txt": caption.encode()}))
-        tar, places = pack_tar(samples)
-        found = {key: place["jpg"] for (key, _), place in zip(samples, places, strict=True)}
+        tar, extents = pack_tar(samples)
+        found = {key: extent["jpg"] for (key, _), extent in zip(samples, extents, strict=True)}
         for line in lines:
             line["image_offset"], line["image_size"] = found.get(line["key"], (None, None))
         sink = io.BytesIO()

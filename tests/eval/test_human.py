@@ -107,12 +107,12 @@ def test_no_pair_comes_twice_and_pairings_come_equally_often(
 
     class Fake:
         def __init__(self, run: RunPaths, name: str) -> None:
-            self.place = {(f"{i:04d}", 0): (0, i) for i in range(7)}
+            self.positions = {(f"{i:04d}", 0): (0, i) for i in range(7)}
 
-        def prompt(self, place: tuple[str, int]) -> str:
-            return place[0]
+        def prompt(self, image: tuple[str, int]) -> str:
+            return image[0]
 
-        def picture(self, place: tuple[str, int]) -> str:
+        def picture(self, image: tuple[str, int]) -> str:
             return ""
 
     monkeypatch.setattr(human, "_Result", Fake)

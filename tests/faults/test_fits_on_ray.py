@@ -118,11 +118,11 @@ def test_a_node_lost_in_mid_run_leaves_fewer_ranks_that_go_on(run: Path, tmp_pat
 
 
 def test_ranks_get_what_a_launcher_would_set() -> None:
-    places = [
+    processes = [
         SimpleNamespace(node=n, address=a, port=p)
         for n, a, p in (("x", "10.0.0.1", 5), ("x", "10.0.0.1", 6), ("y", "10.0.0.2", 7))
     ]
-    found = environments(places)
+    found = environments(processes)
     assert [(e["RANK"], e["LOCAL_RANK"], e["LOCAL_WORLD_SIZE"], e["WORLD_SIZE"]) for e in found] == [
         ("0", "0", "2", "3"),
         ("1", "1", "2", "3"),

@@ -148,7 +148,7 @@ def test_latents_and_the_fits_read_them_where_they_lie(tmp_path: Path) -> None:
     assert not {"place", "image_file"} & set(dataset.sidecar(0).column_names)
     kinds = Dataset.open(paths.images)
     config = AutoencoderConfig(images=100, batch_size=2, streams=2, window=4)
-    pictures = Pictures(kinds, segments.place(config, [kinds], 0), lambda p: p[:32, :32], 0)
+    pictures = Pictures(kinds, segments.placement_of(config, [kinds], 0), lambda p: p[:32, :32], 0)
     positions = np.arange(10)
     assert set(pictures.captions(positions)) == images.keys()
     first = np.asarray(Image.open(io.BytesIO(images[pictures.captions(positions)[0]])).convert("RGB"))

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ingest.config import IngestConfig
-from ingest.places import Reader
+from ingest.locations import Reader
 from ingest.stage import IngestStage
 from ingest.takedown import requested
 from shards.dataset import Dataset, read_stats
@@ -213,8 +213,8 @@ def test_what_could_not_be_read_is_tried_again_from_its_place(tmp_path: Path, mo
     stage = stage_of(webdataset, own, own, tmp_path / "run")
     real = Reader._bytes
 
-    def read(self: Reader, place: Any) -> bytes:
-        data = real(self, place)
+    def read(self: Reader, location: Any) -> bytes:
+        data = real(self, location)
         if data in (picture(3), picture(7)):
             raise PermissionError
         return data

@@ -55,9 +55,9 @@ def stored(run: RunPaths, **settings: Any) -> None:
                 "image_ext": "png",
             }
         )
-    tar, places = pack_tar(samples)
-    for row, place in zip(rows, places, strict=True):
-        row["image_offset"], row["image_size"] = place["png"]
+    tar, extents = pack_tar(samples)
+    for row, extent in zip(rows, extents, strict=True):
+        row["image_offset"], row["image_size"] = extent["png"]
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), sink)
     stats = {"rows": len(rows), "count": len(rows)}

@@ -26,7 +26,7 @@ class FakeGang:
 
     def __init__(self, stage: str, count: int, ranks: Any, patience_s: float, check: Any) -> None:
         self.count, self.check, self.began = count, check, 0.0
-        self.places: list[Any] = [SimpleNamespace(address="10.0.0.1", pid=1)]
+        self.processes: list[Any] = [SimpleNamespace(address="10.0.0.1", pid=1)]
         self.signals: list[int] = []
 
     def __enter__(self) -> FakeGang:
@@ -69,7 +69,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def once(asked: Any) -> bool:
     fit = FitConfig(images=1000, batch_size=64, ranks=8)
     lease = SimpleNamespace(check=lambda: None)
-    told = {"sections": {"run": asked.run}}
+    request = {"sections": {"run": asked.run}}
     return trainer._fit_once("train", request, fit, RanksConfig(min_ranks=2), RayConfig(), asked, lease)
 
 

@@ -27,7 +27,7 @@ CONFIG = TrainConfig(images=100, batch_size=8, streams=4, window=3)
 
 def where(placement: Placement, position: int) -> tuple[int, int]:
     (part,) = placement.locate(np.array([position]))
-    shard, row = placement.order(part).locate(part.places)
+    shard, row = placement.order(part).locate(part.indices)
     return int(shard[0]), int(row[0])
 
 
@@ -50,7 +50,7 @@ def test_latents_by_position(run: Path) -> None:
 @pytest.mark.parametrize("cache", [0, 3000, 1 << 20])
 def test_pictures_by_position(run: Path, cache: int) -> None:
     dataset = Dataset.open(str(run / "images"))
-    placement = segments.place(AutoencoderConfig(images=100, batch_size=8, streams=4, window=3), [dataset], 0)
+    placement = segments.placement_of(AutoencoderConfig(images=100, batch_size=8, streams=4, window=3), [dataset], 0)
     pictures = Pictures(dataset, placement, lambda p: p, cache)
     for _ in range(2):
         positions = np.arange(40)

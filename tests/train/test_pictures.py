@@ -66,9 +66,9 @@ def write_before(run: RunPaths, folder: str, left_out: int | None = None) -> Non
         image = Image.fromarray(decode_rgb(source.image_bytes(i))[::-1])
         samples.append((source.keys[i], {"png": world.encoded(image, "png")}))
         rows.append({"key": source.keys[i], "caption": "", "status": "success", "image_ext": "png"})
-    tar, places = pack_tar(samples)
-    for row, place in zip(rows, places, strict=True):
-        row["image_offset"], row["image_size"] = place["png"]
+    tar, extents = pack_tar(samples)
+    for row, extent in zip(rows, extents, strict=True):
+        row["image_offset"], row["image_size"] = extent["png"]
     files = {".tar": tar, ".parquet": tiny.parquet(tiny.pa.Table.from_pylist(rows))}
     stats = commit_shard(root, 0, files, {"count": len(rows), "rows": len(rows)}, Fingerprint("ingest", 1, {}, "0"))
     write_manifest(root, "images", [stats], {})
@@ -411,11 +411,11 @@ def test_no_sample_with_a_picture_comes_before_the_account_says(base: Any, tmp_p
     order = begun(objective.config, [dataset]).to_json()
     keys = objective.keys(np.arange(12)).copy()
     known = Account({"order": order, "seed": 5, "config": objective.config.model_dump(mode="json")}, dataset)
-    places = column_rows(dataset.sidecar(0))
-    stored = [k for k, n in zip(dataset.sidecar(0)["key"].to_pylist(), places, strict=True) if n >= 0]
-    for key, place in zip(stored, known.first(0, places[places >= 0].tolist()), strict=True):
-        assert place is not None
-        assert key not in keys or place <= keys.index(key)
+    stored_rows = column_rows(dataset.sidecar(0))
+    stored = [k for k, n in zip(dataset.sidecar(0)["key"].to_pylist(), stored_rows, strict=True) if n >= 0]
+    for key, position in zip(stored, known.first(0, stored_rows[stored_rows >= 0].tolist()), strict=True):
+        assert position is not None
+        assert key not in keys or position <= keys.index(key)
 
 
 def test_a_picture_that_is_taken_down_while_it_is_read_comes_no_more(base: Any, tmp_path: Path) -> None:

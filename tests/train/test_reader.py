@@ -182,7 +182,7 @@ def test_a_shards_layout_is_asked_for_as_patiently_as_its_rows(monkeypatch: pyte
 def test_a_picture_window_is_one_read_of_the_tar(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = Dataset.open(str(run / "images"))
     config = AutoencoderConfig(images=1000, batch_size=7, streams=2, window=5)
-    placement = segments.place(config, [dataset], 0)
+    placement = segments.placement_of(config, [dataset], 0)
     with bucket() as url:
         for file in (run / "images").iterdir():
             if file.is_file():
