@@ -12,7 +12,7 @@ pipeline_tag: {task}
 
 # {title}
 
-A latent diffusion model that was trained with Carrara. It draws pictures of {resolution} x {resolution} pixels{described}.
+A latent diffusion model that was trained with Carrara. It draws pictures of {resolution} x {resolution} pixels{more}.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -98,16 +98,16 @@ def model_card(provenance: dict[str, Any]) -> str:
     p, data, training = provenance, provenance["latents"], provenance["training"]
     lost = {k: v for k, v in data["status"].items() if k != "success" and v}
     way = next((n for n in _KINDS if n and training.get(n)), None)
-    task, title, described, given = _KINDS[way]
+    task, title, more, given = _KINDS[way]
     if way == "control":
         control = training["control"]
-        described = described.format(made="brought with the pictures" if control["images"] else control["kind"])
+        more = more.format(made="brought with the pictures" if control["images"] else control["kind"])
     own = p["text"].get("kind") == "transformers"
     left_out = ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in sorted(lost.items()))
     return _CARD.format(
         task=task,
         title=title,
-        described=described,
+        more=more,
         imports="from diffusers.utils import load_image\n" if given else "",
         given=given,
         resolution=data["resolution"],
