@@ -57,7 +57,7 @@ def test_the_same_rows_give_the_same_name_and_others_another(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == names
 
 
-@pytest.mark.parametrize("places", [[(1, 0), (0, 0)], [(0, 5), (0, 4)], [(0, 1), (0, 1)]])
+@pytest.mark.parametrize("samples", [[(1, 0), (0, 0)], [(0, 5), (0, 4)], [(0, 1), (0, 1)]])
 def test_another_order_is_refused_within_a_piece_and_across(tmp_path, samples):
     for pieces in ([samples], [[p] for p in samples]):
         with pytest.raises(ValueError, match="in the order of shard and row"):
