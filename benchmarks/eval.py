@@ -402,12 +402,12 @@ def bench_tail(n: int = 4000, real: int = 8000, d: int = 1024) -> None:
         seconds = []
         for seed in (1, 2):
             x = np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
-            owner = np.arange(n) % 20
+            group = np.arange(n) % 20
             side, began = RealSide(Dataset.open(folder), "x"), time.perf_counter()
             real_side = side.frechet, side.kernel("polynomial"), side.radii
             apart = time.perf_counter() - began
-            frechet.estimate(real_side[0], {g: moments.of(x[owner == g]) for g in range(20)})
-            kernel.kid(x, side.features, owner, real_side[1])
+            frechet.estimate(real_side[0], {g: moments.of(x[group == g]) for g in range(20)})
+            kernel.kid(x, side.features, group, real_side[1])
             neighbours.prdc(side.features, x, range(n), real_side[2])
             seconds.append((apart, time.perf_counter() - began))
     (first, whole), (second, again) = seconds

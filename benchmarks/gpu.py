@@ -628,7 +628,7 @@ def one_speed(
     tokens: bool,
     checkpointing: bool,
 ) -> dict[str, Any]:
-    from train.data import Ahead
+    from train.data import Prefetcher
     from train.guard import Guard
     from train.plan import peak_flops
     from train.run import Late, Run
@@ -658,10 +658,10 @@ def one_speed(
             yield {k: v.pin_memory() for k, v in found.items()} if CUDA else found
 
     steps, seconds = (11 if CUDA else 4), []
-    with Ahead(batches(), 3) as ahead:
+    with Prefetcher(batches(), 3) as prefetcher:
         first = None
         for step in range(steps):
-            engine.backward(next(ahead))
+            engine.backward(next(prefetcher))
             engine.rates(RATE, {"ema": DECAY})
             outcome = engine.step(judge, False, False)
             results += list(late.read(outcome, Run(step, step), RATE, step == steps - 1))
@@ -675,7 +675,7 @@ def one_speed(
         "step_s": each,
         "first_step_s": first,
         "tflops": batch * flops / each / 1e12,
-        "data_wait_s": ahead.waited,
+        "data_wait_s": prefetcher.waited,
         "loss": results[-1].figures[0],
     }
     if CUDA:

@@ -213,7 +213,7 @@ def encode(given: argparse.Namespace, folder: Path) -> None:
         worker.root = this.root
         tasks = list(this.tasks())
         began = time.perf_counter()
-        with ThreadPoolExecutor(this.in_hand) as pool:  # as many shards in hand as on Ray
+        with ThreadPoolExecutor(this.max_in_flight) as pool:  # as many shards in hand as on Ray
             stats = list(pool.map(worker, tasks))
         this.finish(stats)
         return time.perf_counter() - began

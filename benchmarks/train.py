@@ -417,7 +417,7 @@ def steps_of(run: str, settings: dict[str, Any]) -> dict[str, Any]:
             seconds["save"].append(synchronised() - began)
             seconds["beside a save"].append(one())
             saver.finish()
-        kept = max(ranks.gather(sum(t.nbytes for t in saver._held.values())))
+        kept = max(ranks.gather(sum(t.nbytes for t in saver._copies.values())))
         ranks.gather(None)
     # The optimizer alone, on gradients like its own.
     for flat in engine.flats:

@@ -19,7 +19,7 @@ from curate import pixels
 from curate.config import CaptionScore, ClassifierScore, ClipScore, DuplicateScore, HeadScore, PixelScore, Score
 from curate.duplicates import FinishedIndex, Index
 from curate.embeddings import read_embeddings
-from latents.pictures import ahead
+from latents.pictures import prefetch
 from shards import images
 from shards.dataset import Dataset
 from shards.fingerprint import digest_file, digest_json
@@ -99,7 +99,7 @@ def decoded(shard: images.ImageShard, threads: int, window: int) -> Iterator[tup
         except ValueError:
             return data, None
 
-    yield from ahead(load, len(shard), threads, window)
+    yield from prefetch(load, len(shard), threads, window)
 
 
 def _in_batches(

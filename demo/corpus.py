@@ -324,8 +324,8 @@ def _write(folder: Path, settings: dict[str, Any], progress: bool) -> None:
         writer = _Writer(folder, settings, bar)
         rows = _train_rows(writer, pictures, planted, seed)
         train_formats = dict(sorted(writer.formats.items()))
-        held = [writer.picture(random.Random(f"{seed}/heldout/{i}"), "heldout")[2] for i in range(heldout)]
-    tables = {"table.parquet": rows, "heldout.parquet": held}
+        heldout_rows = [writer.picture(random.Random(f"{seed}/heldout/{i}"), "heldout")[2] for i in range(heldout)]
+    tables = {"table.parquet": rows, "heldout.parquet": heldout_rows}
     for name, content in tables.items():
         pq.write_table(pa.Table.from_pylist(content, schema=SCHEMA), folder / name, compression="zstd")
     _write_json(folder / "server.json", dict(sorted(writer.behaviours.items())))
@@ -344,7 +344,7 @@ def _write(folder: Path, settings: dict[str, Any], progress: bool) -> None:
             **{name: dict(sorted(c.items())) for name, c in counts.items()},
             "filters": FILTERS,
         },
-        heldout={"rows": len(held), "captions": len({row["TEXT"] for row in held})},
+        heldout={"rows": len(heldout_rows), "captions": len({row["TEXT"] for row in heldout_rows})},
         planted=planted,
         formats=train_formats,
         sha256={name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (*tables, "server.json")},

@@ -136,8 +136,8 @@ def _regions(distance: np.ndarray) -> list[np.ndarray]:
             if len(large) > 1:  # each pixel of the region goes to the nearest part
                 seeds = np.where(np.isin(parts, large), parts, 0)
                 _, (rows, columns) = ndimage.distance_transform_edt(seeds == 0, return_indices=True)
-                owner = seeds[rows, columns]
-                regions += [region & (owner == i) for i in large]
+                part_of = seeds[rows, columns]
+                regions += [region & (part_of == i) for i in large]
                 break
         else:
             regions.append(region)
@@ -189,8 +189,8 @@ def detect(picture: np.ndarray) -> Detection:
     if len(things) == 2:
         a, b = things
         first, second = ("left", "right") if abs(a.x - b.x) >= abs(a.y - b.y) else ("top", "bottom")
-        ahead = a.x < b.x if first == "left" else a.y < b.y
-        things = [_of_two(a, first if ahead else second), _of_two(b, second if ahead else first)]
+        a_first = a.x < b.x if first == "left" else a.y < b.y
+        things = [_of_two(a, first if a_first else second), _of_two(b, second if a_first else first)]
     return Detection(tuple(things), nearest_word(ground, GROUNDS))
 
 

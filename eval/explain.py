@@ -21,7 +21,7 @@ from eval.inputs import read_image
 from eval.metrics import frechet
 from eval.metrics.moments import Accumulator
 from eval.networks import resize
-from latents.pictures import ahead
+from latents.pictures import prefetch
 from shards import storage
 from shards.dataset import MANIFEST, Dataset
 from shards.images import ImageShard, decode_rgb
@@ -141,7 +141,7 @@ def _pictures(source: str) -> tuple[int, Iterator[np.ndarray]]:
             len(found) - len(files),
             len(found),
         )
-    return len(files), ahead(
+    return len(files), prefetch(
         lambda i: read_image(files[i], "explain-fid", "take it out of the folder"), len(files), 2, 32
     )
 

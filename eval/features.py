@@ -21,7 +21,7 @@ import pyarrow as pa
 from eval import networks
 from eval.rows import dataset_of
 from eval.shardwork import Made, accounted, commit, committed_stats, counted, parquet, png, tar_of
-from latents.pictures import ahead, resize_crop
+from latents.pictures import prefetch, resize_crop
 from shards import images, storage
 from shards.columns import pack_columns
 from shards.dataset import Dataset, ShardInfo, write_manifest
@@ -184,7 +184,7 @@ class FeaturesWorker:
                 groups.append((list(indices), self.network.prepare(np.stack(pictures), [rows[i] for i in indices])))
             return groups
 
-        batches = (group for groups in ahead(load, -(-len(shard) // size), 2, 3) for group in groups)
+        batches = (group for groups in prefetch(load, -(-len(shard) // size), 2, 3) for group in groups)
         return self._made(shard.keys, rows, batches, errors, converted)
 
     def _rows(self, shard: images.ImageShard) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ class FirstPart:
     """The first `shards` shards of a cell as a stage of its own, which leaves no manifest: the cell is not finished."""
 
     unit = "images"
-    in_hand = GenerateStage.in_hand
+    max_in_flight = GenerateStage.max_in_flight
 
     def __init__(self, evaluation: Evaluation, shards: int) -> None:
         self.evaluation, self.stage, self.shards = evaluation, evaluation.generate, shards

@@ -49,7 +49,7 @@ class GenerateStage:
     name = "eval"
     unit = "images"
     data = ".tar"
-    in_hand = 2
+    max_in_flight = 2
 
     def __init__(self, evaluation: Evaluation) -> None:
         self.evaluation, self.config, self.run = evaluation, evaluation.config, evaluation.run

@@ -153,7 +153,7 @@ class _Values:
 
     def __init__(self, file: str, column: str) -> None:
         self.column = column
-        self._held: dict[int, pa.ChunkedArray | pa.Array] = {}  # by the first row
+        self._batches: dict[int, pa.ChunkedArray | pa.Array] = {}  # by the first row
         self._stream: Iterator[pa.RecordBatch] | None = None
         self._whole: pa.ChunkedArray | None = None
         self._next = 0
@@ -172,7 +172,7 @@ class _Values:
             if row >= len(self._whole):
                 raise Rejected("source_missing")
             return image_bytes(self._whole[row].as_py())
-        for first, values in self._held.items():
+        for first, values in self._batches.items():
             if first <= row < first + len(values):
                 return image_bytes(values[row - first].as_py())
         if row >= self._begins[-1]:
@@ -184,9 +184,9 @@ class _Values:
             self._stream = self._reader.iter_batches(_BATCH, groups, [self.column], use_threads=False)
         for batch in self._stream:
             first, self._next = self._next, self._next + batch.num_rows
-            self._held[first] = batch.column(0)
-            while len(self._held) > _HELD:
-                self._held.pop(next(iter(self._held)))
+            self._batches[first] = batch.column(0)
+            while len(self._batches) > _HELD:
+                self._batches.pop(next(iter(self._batches)))
             if first <= row < self._next:
                 return image_bytes(batch.column(0)[row - first].as_py())
         self._stream = None

@@ -138,7 +138,7 @@ class Vae:
         model = self.model
         if hasattr(pixels, "fake_mode"):  # memory and FLOPs are counted, and the weights stay as they are
             model = _as_fake(model, pixels, dtype)
-        elif (held := next(model.encoder.parameters())).device != pixels.device or held.dtype != dtype:
+        elif (weight := next(model.encoder.parameters())).device != pixels.device or weight.dtype != dtype:
             model.decoder = torch.nn.Identity()
             torch.nn.Module.to(model, pixels.device, dtype)
             self.device, self._exact = str(pixels.device), None
@@ -249,10 +249,10 @@ class TextEncoder:
 
         The tower moves there and to that type at the first call, and stays; the CLIP's other half is let go.
         """
-        tower, held = self.tower, self.tower.token_embedding.weight
+        tower, weight = self.tower, self.tower.token_embedding.weight
         if hasattr(tokens, "fake_mode"):  # memory and FLOPs are counted, and the weights stay as they are
             tower = _as_fake(tower, tokens, dtype)
-        elif held.device != tokens.device or held.dtype != dtype:
+        elif weight.device != tokens.device or weight.dtype != dtype:
             self.model.visual = torch.nn.Identity()  # it would take more of a GPU's memory than the text tower
             torch.nn.Module.to(self.model, tokens.device, dtype)
             self.device, self._exact = str(tokens.device), None

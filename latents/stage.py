@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from latents.buckets import nearest
 from latents.config import LatentsConfig
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
-from latents.pictures import Fit, ahead, crop_before, resize_crop_to
+from latents.pictures import Fit, crop_before, prefetch, resize_crop_to
 from latents.takedown import NOT_SELECTED
 from latents.weights import PADS, VaeWeights, clips_of, find_vae, text_facts
 from shards import images, storage
@@ -108,7 +108,7 @@ class LatentsStage:
     name = "latents"
     unit = "images"
     data = ".safetensors"
-    in_hand = 2  # shards a worker is given at a time
+    max_in_flight = 2  # shards a worker is given at a time
 
     def __init__(self, config: LatentsConfig, run: RunPaths, vae_ref: str, text_ref: str, seed: int = 0) -> None:
         self.config, self.run = config, run
@@ -397,7 +397,7 @@ class _Worker:
         plan = self._plan(shard)
         samples: list[_Sample] = [_Sample() for _ in range(count)]
         # Two batches ahead: one that the encoder takes next and one that is being decoded.
-        decoded = ahead(self._loader(shard, plan), count, self.config.decode_threads, 2 * self.config.batch_size)
+        decoded = prefetch(self._loader(shard, plan), count, self.config.decode_threads, 2 * self.config.batch_size)
         first = list(itertools.islice(decoded, 1))  # decoding goes on from here, whoever has the encoders
         tokens, text_index = self._tokenise(shard.captions)
         with self._encoders, fixed_arithmetic(self.config.threads):

@@ -97,7 +97,7 @@ class ImageShard:
         # Pictures that were adopted lie in tars of others, which are only read.
         files = self.table["image_file"].to_pylist() if "image_file" in self.table.column_names else None
         self._elsewhere = None if files is None else np.array(files, object)[self.rows]
-        self._held: dict[int, bytes] = {}
+        self._fetched: dict[int, bytes] = {}
         self._file: IO[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -149,8 +149,8 @@ class ImageShard:
         """The encoded picture of sample `i`."""
         if self._elsewhere is not None:
             with self._lock:
-                held = self._held.pop(i, None)
-            return held if held is not None else self._from_elsewhere(np.array([i]))[0]
+                fetched = self._fetched.pop(i, None)
+            return fetched if fetched is not None else self._from_elsewhere(np.array([i]))[0]
         offset, size = int(self._offsets[i]), int(self._sizes[i])
         if self._file is None and not storage.is_local(self.url):
             # A file object of an object store reads ahead by many times a picture.
@@ -173,7 +173,7 @@ class ImageShard:
             if any(not storage.is_local(f) for f in set(self._elsewhere.tolist())):
                 found = self._from_elsewhere(np.arange(len(self)))
                 with self._lock:
-                    self._held = dict(enumerate(found))
+                    self._fetched = dict(enumerate(found))
             return
         if not storage.is_local(self.url):
             data = storage.read_bytes(self.url)
@@ -183,7 +183,7 @@ class ImageShard:
     def close(self) -> None:
         """Close the tar; it is opened again when needed."""
         with self._lock:
-            self._held = {}
+            self._fetched = {}
             if self._file is not None:
                 self._file.close()
                 self._file = None

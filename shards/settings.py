@@ -225,8 +225,8 @@ def _sentence(model: type[pydantic.BaseModel], error: pydantic.ValidationError, 
     where = ".".join(str(x) for x in first["loc"]) or "top level"
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     if first["type"] == "extra_forbidden":
-        owner = _model_at(model, first["loc"][:-1])
-        names = list(owner.model_fields) if owner else []
+        section = _model_at(model, first["loc"][:-1])
+        names = list(section.model_fields) if section else []
         return f"{source}: unknown key '{where}'{_nearest(str(first['loc'][-1]), names) if names else ''}{more}"
     if first["type"] == "missing":
         return f"{source}: '{where}' is missing and has no default{more}"

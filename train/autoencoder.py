@@ -18,7 +18,7 @@ from latents.weights import find_vae
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, perceptual, segments
-from train.adversarial import Balance, Discriminator, held, hinge
+from train.adversarial import Balance, Discriminator, frozen, hinge
 from train.config import AdversarialConfig, AutoencoderConfig
 from train.data import Batch, Pictures
 from train.objective import Objective, construct, public_config
@@ -137,7 +137,7 @@ class Autoencoder(Objective):
         output, seen = Balance.apply(output, hidden if config.adaptive else None, kernel, config.weight * counts)
         real, fake = discriminator(torch.cat([x, output.detach()])).float().chunk(2)
         learns = hinge(real, fake)
-        with held(discriminator):
+        with frozen(discriminator):
             wanted = -discriminator(seen).float().mean(dim=(1, 2, 3))
         return output, (counts * learns + wanted).mean(), [learns.mean(), real.mean(), fake.mean()]
 

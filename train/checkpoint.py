@@ -61,7 +61,7 @@ class Saver:
         self._group = dist.new_group(backend="gloo")
         self.attempt: str = ranks.from_first(secrets.token_hex(4))
         self._name = f"rank-{ranks.rank:05d}-of-{ranks.world:05d}-{self.attempt}.safetensors"
-        self._held: dict[tuple[int, str], torch.Tensor] = {}
+        self._copies: dict[tuple[int, str], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self.error: str | None = None
 
@@ -87,9 +87,9 @@ class Saver:
             if flat not in used:
                 continue
             first, end = used[flat]
-            if (flat, state) not in self._held:  # kept: fresh pages would cost more than the copy
-                self._held[flat, state] = torch.empty(end - first, pin_memory=pinned)
-            self._held[flat, state].copy_(values[first:end], non_blocking=True)
+            if (flat, state) not in self._copies:  # kept: fresh pages would cost more than the copy
+                self._copies[flat, state] = torch.empty(end - first, pin_memory=pinned)
+            self._copies[flat, state].copy_(values[first:end], non_blocking=True)
         others = self._others() if self.ranks.first else {}
         if pinned:
             torch.cuda.current_stream().synchronize()
@@ -129,9 +129,9 @@ class Saver:
         aside = storage.join(self.root, POSTHOC, folders.name_of(folder))
         records: list[dict[str, Any]] = []
         try:
-            records.append(self._rank_file(folder, dict(self._held), rows))
+            records.append(self._rank_file(folder, dict(self._copies), rows))
             if further:
-                halves = {k: v.half() for k, v in self._held.items() if k[1] in further}
+                halves = {k: v.half() for k, v in self._copies.items() if k[1] in further}
                 records.append(self._rank_file(aside, halves, rows))
             if others:
                 records += [self._others_file(where, others) for where in ((folder, aside) if further else (folder,))]

@@ -44,7 +44,7 @@ TOKENS = ("tokens", "tokens_2", "text_length")  # columns of what a caption's en
 DECODERS = 4  # threads that decode pictures for one rank
 # Steps whose windows are asked for before their batches are made: at least, and at most where a quarter of what the
 # streams hold lasts that long. A step of 50 ms then leaves a store more than a second to answer.
-AHEAD, FAR_AHEAD = 4, 32
+LEAST_PREFETCH, MOST_PREFETCH = 4, 32
 
 
 def batch_slots(samples: int, rank: int, world: int, micro_step: int, accumulation: int) -> np.ndarray:
@@ -65,9 +65,9 @@ def micro_batches(objective: Objective, config: FitConfig, ranks: Ranks, images:
     share = config.batch_size // ranks.world
     micro = min(config.micro_batch_size or share, share)
     accumulation = share // micro
-    held = objective.placement.streams * objective.placement.window
-    least = max(AHEAD, -(-objective.placement.streams // config.batch_size))
-    steps = max(least, min(FAR_AHEAD, held // (4 * config.batch_size)))
+    capacity = objective.placement.streams * objective.placement.window
+    least = max(LEAST_PREFETCH, -(-objective.placement.streams // config.batch_size))
+    steps = max(least, min(MOST_PREFETCH, capacity // (4 * config.batch_size)))
 
     def made(positions: np.ndarray) -> Batch:
         batch = objective.batch(positions)
@@ -704,7 +704,7 @@ def _refuse_other_kind(one: Dataset, first: _LatentFile, other: Dataset, file: _
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """An iterator that a thread runs at most `depth` items ahead; `waited` is the seconds its consumer waited.
 
     device: the rank's; where it is a GPU, that of the thread too, which would begin with the first one.
@@ -739,7 +739,7 @@ class Ahead(Generic[T]):
                 continue
         return False
 
-    def __enter__(self) -> Ahead[T]:
+    def __enter__(self) -> Prefetcher[T]:
         self._thread.start()
         return self
 
@@ -747,7 +747,7 @@ class Ahead(Generic[T]):
         self._stop.set()
         self._thread.join()
 
-    def __iter__(self) -> Ahead[T]:
+    def __iter__(self) -> Prefetcher[T]:
         return self
 
     def __next__(self) -> T:

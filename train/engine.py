@@ -306,9 +306,9 @@ class Engine:
         elif self.stage == 3:
             for group in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
-            if held := list(zero.persistent_parameters):
-                held[0].partition(held)
-                held[0].all_gather(held)
+            if persistent := list(zero.persistent_parameters):
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
 
 
 # ---- how it is set up ------------------------------------------------------------------------------

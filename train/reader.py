@@ -53,7 +53,7 @@ class Reader:
 
     def __init__(self, placement: Placement, load: Load) -> None:
         self.placement, self._load = placement, load
-        self._held: dict[tuple[int, int, int], dict[int, Future[Window]]] = {}
+        self._windows: dict[tuple[int, int, int], dict[int, Future[Window]]] = {}
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
 
@@ -74,7 +74,7 @@ class Reader:
         """Let go of the threads and of what was read."""
         with self._lock:
             pool, self._pool = self._pool, None
-            self._held.clear()
+            self._windows.clear()
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -88,11 +88,11 @@ class Reader:
                 # Indices are given out stream by stream of the run; an epoch's own streams begin anew with each.
                 stream, number = (part.source, part.bucket, index % order.streams), e * order.windows + n
                 with self._lock:
-                    held = self._held.setdefault(stream, {})
-                    if number not in held:
+                    windows = self._windows.setdefault(stream, {})
+                    if number not in windows:
                         if self._pool is None:
                             self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="reader")
-                        held[number] = self._pool.submit(self._read, part.source, part.bucket, e, s, n)
+                        windows[number] = self._pool.submit(self._read, part.source, part.bucket, e, s, n)
                 asked[i] = (stream, number, row, (part.source, part.bucket, index))
         return asked
 
@@ -102,16 +102,16 @@ class Reader:
 
     def _wait(self, stream: tuple[int, int, int], number: int) -> Window:
         with self._lock:
-            held = self._held.setdefault(stream, {})
-            future = held.get(number)
-            for other in [n for n in held if n < number]:  # a stream goes forward
-                del held[other]
+            windows = self._windows.setdefault(stream, {})
+            future = windows.get(number)
+            for other in [n for n in windows if n < number]:  # a stream goes forward
+                del windows[other]
         assert future is not None
         try:
             return future.result()
         except BaseException:
             with self._lock:
-                held.pop(number, None)  # whoever asks again tries again
+                windows.pop(number, None)  # whoever asks again tries again
             raise
 
     def _elsewhere(self, source: int, bucket: int, index: int) -> tuple[Window, int]:

@@ -100,11 +100,11 @@ def test_every_format_is_there_and_named_rightly(tmp_path: Path) -> None:
 
 
 def test_heldout_combinations_are_never_trained_on(corpus: CorpusSummary) -> None:
-    held = pq.read_table(corpus.heldout_table)
-    assert held.column_names == COLUMNS
-    assert held.num_rows == 60 == corpus.heldout["rows"]
-    assert len(set(held["TEXT"].to_pylist())) == corpus.heldout["captions"] > 50
-    held_scenes = {parse(text) for text in held["TEXT"].to_pylist()}
+    heldout = pq.read_table(corpus.heldout_table)
+    assert heldout.column_names == COLUMNS
+    assert heldout.num_rows == 60 == corpus.heldout["rows"]
+    assert len(set(heldout["TEXT"].to_pylist())) == corpus.heldout["captions"] > 50
+    held_scenes = {parse(text) for text in heldout["TEXT"].to_pylist()}
     assert {split(scene) for scene in held_scenes} == {"heldout"}
     train_scenes, others = set(), []
     for row in pq.read_table(corpus.table).to_pylist():
@@ -121,8 +121,8 @@ def test_heldout_combinations_are_never_trained_on(corpus: CorpusSummary) -> Non
 
 
 def test_urls_do_not_overlap_between_the_splits(corpus: CorpusSummary) -> None:
-    train, held = (set(pq.read_table(t)["URL"].to_pylist()) for t in (corpus.table, corpus.heldout_table))
-    assert not train & held
+    train, heldout = (set(pq.read_table(t)["URL"].to_pylist()) for t in (corpus.table, corpus.heldout_table))
+    assert not train & heldout
 
 
 def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:

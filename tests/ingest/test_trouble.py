@@ -439,7 +439,7 @@ def test_bodies_in_flight_have_a_budget(crew: Any, site: Site) -> None:
     assert least[0] >= 0
     assert least[0] < 4_000_000, "or the room was never full"
     assert room.free == 8_000_000, "all of it came back"
-    assert not room._held
+    assert not room._taken
 
 
 def test_in_a_full_room_the_first_body_grows_and_the_others_wait() -> None:

@@ -18,7 +18,7 @@ from shards.settings import StageError, load_sections
 from tests.train import tiny
 from train import segments
 from train.config import AutoencoderConfig, TrainConfig, TrainingSections
-from train.data import Ahead, Latents, Pictures
+from train.data import Latents, Pictures, Prefetcher
 from train.objectives import build
 from train.placement import Placement
 
@@ -100,15 +100,15 @@ def test_working_ahead_is_bounded_in_order_and_passes_errors_on() -> None:
             yield i
         raise ValueError("broken")
 
-    with Ahead(items(), 3) as ahead:
-        assert next(ahead) == 0
+    with Prefetcher(items(), 3) as prefetcher:
+        assert next(prefetcher) == 0
         time.sleep(0.3)
         assert len(made) <= 6  # one taken, three queued, one in hand, one being made
-        assert [next(ahead) for _ in range(19)] == list(range(1, 20))
+        assert [next(prefetcher) for _ in range(19)] == list(range(1, 20))
         with pytest.raises(ValueError, match="broken"):
-            next(ahead)
-    with Ahead(iter(range(10**9)), 2) as ahead:
-        next(ahead)
+            next(prefetcher)
+    with Prefetcher(iter(range(10**9)), 2) as prefetcher:
+        next(prefetcher)
     assert not any(t.name == "data" for t in threading.enumerate())
 
 
@@ -118,6 +118,6 @@ def test_waiting_is_measured() -> None:
             time.sleep(0.1)
             yield i
 
-    with Ahead(slow(), 2) as ahead:
-        assert list(ahead) == [0, 1, 2]
-        assert 0.2 < ahead.waited < 5.0
+    with Prefetcher(slow(), 2) as prefetcher:
+        assert list(prefetcher) == [0, 1, 2]
+        assert 0.2 < prefetcher.waited < 5.0
