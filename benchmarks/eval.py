@@ -357,7 +357,7 @@ def bench_generate(images: int = 32, side: int = 128, steps: int = 12, batch: in
         for name, seen in (("step-00000004", 256), ("step-00000008", 512)):
             (Path(run.model) / "carrara.json").write_text(json.dumps({"checkpoint": name, "images_seen": seen}))
             own = Evaluation(config, run, *refs)
-            began, drawn = time.perf_counter(), 0.0
+            began, sampled_s = time.perf_counter(), 0.0
             for stage in own.stages():
                 begin(stage)
                 todo = list(stage.tasks())
@@ -365,7 +365,7 @@ def bench_generate(images: int = 32, side: int = 128, steps: int = 12, batch: in
                     since = time.perf_counter()
                     work = stage.worker()
                     stage.finish([work(t) for t in todo])
-                    drawn += time.perf_counter() - since
+                    sampled_s += time.perf_counter() - since
                     continue
                 from eval.shardwork import committed_stats
 
@@ -374,7 +374,7 @@ def bench_generate(images: int = 32, side: int = 128, steps: int = 12, batch: in
                 work = stage.worker()
                 stage.finish([work(t) for t in todo])
             own.measure()
-            tails.append(time.perf_counter() - began - drawn)
+            tails.append(time.perf_counter() - began - sampled_s)
         print(f"  beside making images: {tails[0]:.1f} s for the first checkpoint, {tails[1]:.1f} s for the second")
 
 

@@ -319,8 +319,8 @@ def _write(folder: Path, settings: dict[str, Any], progress: bool) -> None:
     pictures, heldout, seed = settings["pictures"], settings["heldout"], settings["seed"]
     planted = {kind: max(1, round(pictures * share)) for kind, share in (DIRT | ODD).items()}
     undrawn = ("not_found", "gone", "refused", "html", "repeated", "copied")
-    drawn = pictures + heldout + sum(planted[kind] for kind in DIRT if kind not in undrawn)
-    with tqdm(total=drawn, desc="corpus", unit="pictures", disable=None if progress else True) as bar:
+    total = pictures + heldout + sum(planted[kind] for kind in DIRT if kind not in undrawn)
+    with tqdm(total=total, desc="corpus", unit="pictures", disable=None if progress else True) as bar:
         writer = _Writer(folder, settings, bar)
         rows = _train_rows(writer, pictures, planted, seed)
         train_formats = dict(sorted(writer.formats.items()))

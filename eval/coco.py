@@ -39,19 +39,19 @@ def reference(annotations: str, folder: str, out: str, count: int, seed: int = 0
     captions, names = _read(annotations)
     if not 1 <= count <= len(captions):
         raise ConfigError(f"reference: --count is {count}; {annotations} has {len(captions)} images with captions")
-    drawn = random.Random(seed).sample(sorted(captions), count)
-    chosen = sorted(captions) if everything else drawn
+    sampled = random.Random(seed).sample(sorted(captions), count)
+    chosen = sorted(captions) if everything else sampled
     source = Path(folder)
     absent = [names[i] for i in chosen if not (source / names[i]).is_file()]
     if absent:
         raise ConfigError(f"reference: {folder} lacks {len(absent)} of {len(chosen)} images, the first is {absent[0]}")
     root = storage.join(out, "images")
-    lines = [json.dumps({"prompt": captions[i], "id": str(i)}, ensure_ascii=False) for i in drawn]
+    lines = [json.dumps({"prompt": captions[i], "id": str(i)}, ensure_ascii=False) for i in sampled]
     prompts, url = ("\n".join(lines) + "\n").encode(), storage.join(out, "prompts.jsonl")
     if storage.exists(url) and storage.read_bytes(url) != prompts:
         raise ConfigError(f"reference: {url} is there with other prompts; name a new --out")
-    drawn_from = digest_json([[i, names[i], captions[i], (source / names[i]).stat().st_size] for i in chosen])
-    begun = Folder.begin(root, Fingerprint("reference", VERSION, {}, drawn_from), take_over=True)
+    source_digest = digest_json([[i, names[i], captions[i], (source / names[i]).stat().st_size] for i in chosen])
+    begun = Folder.begin(root, Fingerprint("reference", VERSION, {}, source_digest), take_over=True)
     stats = []
     progress = Progress("reference", len(chosen), "images")
     for index in range(0, len(chosen), PER_SHARD):

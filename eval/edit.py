@@ -149,7 +149,7 @@ class Editor:
     def _draw(self, out: str, were: int) -> None:
         """were: how many pairs of images another edit may have left there."""
         c = self.request
-        artist = Artist(c, self.model, self.run, self.given)
+        generator = PairGenerator(c, self.model, self.run, self.given)
         storage.remove(storage.join(out, SHEET))
         for number in range(c.count, were):
             for name in NAMES:
@@ -159,14 +159,14 @@ class Editor:
         rows = []
         bar = Progress("edit", c.steps * (c.count + (self.given is not None)), "steps")
         for number in range(c.count):
-            images, maps = artist.draw(number, bar.update)
+            images, maps = generator.draw(number, bar.update)
             for name, pixels in zip(NAMES, images, strict=True):
                 storage.write_atomic(storage.join(out, f"{number:03d}-{name}.png"), png(pixels))
-            rows.append(_row(number, images, maps, artist.prompts))
+            rows.append(_row(number, images, maps, generator.prompts))
         bar.close()
-        storage.write_atomic(storage.join(out, SHEET), self._sheet(rows, artist).encode())
+        storage.write_atomic(storage.join(out, SHEET), self._sheet(rows, generator).encode())
 
-    def _sheet(self, rows: list[dict[str, Any]], artist: Artist) -> str:
+    def _sheet(self, rows: list[dict[str, Any]], generator: PairGenerator) -> str:
         """The page: images before and after, and where each of their tokens looks."""
         from eval.report.gather import data_uri
         from eval.report.page import environment
@@ -180,7 +180,7 @@ class Editor:
             "self_attention": f"{c.self_attention:g}",
             **{f"weight of {word}": f"{factor:g}" for word, factor in c.weight.items()},
         }
-        given = None if artist.given is None else data_uri(np.asarray(artist.given))
+        given = None if generator.given is None else data_uri(np.asarray(generator.given))
         return (
             environment()
             .get_template("edit.html.j2")
@@ -195,7 +195,7 @@ class Editor:
         )
 
 
-class Artist:
+class PairGenerator:
     """The pipeline, what it is told, and the noise of a given image."""
 
     def __init__(self, request: EditRequest, model: models.Model, run: RunPaths, given: np.ndarray | None) -> None:

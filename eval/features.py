@@ -208,12 +208,12 @@ class FeaturesWorker:
                 parts = self.network(ready)
                 if isinstance(self.network, networks.Reconstruction) and len(sheet) < SHEET:
                     sheet |= {i: png(p) for i, p in zip(indices, self.network.images, strict=True) if i < SHEET}
-            fine = np.logical_and.reduce([np.isfinite(v).all(axis=1) | scores for v in parts.values()])
-            kept += [i for i, good in zip(indices, fine, strict=True) if good]
-            for i, good in zip(indices, fine, strict=True):
+            finite = np.logical_and.reduce([np.isfinite(v).all(axis=1) | scores for v in parts.values()])
+            kept += [i for i, good in zip(indices, finite, strict=True) if good]
+            for i, good in zip(indices, finite, strict=True):
                 errors[i] = None if good else "its features are not finite"
             for name, part in parts.items():
-                columns.setdefault(name, []).append(part[fine].astype(np.float32, copy=False))
+                columns.setdefault(name, []).append(part[finite].astype(np.float32, copy=False))
         order = np.argsort(kept, kind="stable")
         arrays = {name: np.concatenate(parts)[order] for name, parts in columns.items()}
         if not arrays:  # a shard without one usable image still has every column

@@ -216,7 +216,7 @@ def complete(run: RunPaths) -> list[str]:
         return []
     from train.folders import damage, folders, name_of
 
-    return [name_of(f) for f in folders(run.checkpoints) if not damage(f, deep=False)]
+    return [name_of(f) for f in folders(run.checkpoints) if not damage(f, contents=False)]
 
 
 def _newest(run: RunPaths) -> str | None:

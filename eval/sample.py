@@ -240,14 +240,14 @@ class _Worker:
         images: list[np.ndarray] = []
         finite: list[bool] = []
         for start in range(0, len(items), self.config.batch_size):
-            made, fine = self._generate(items[start : start + self.config.batch_size])
+            made, ok = self._generate(items[start : start + self.config.batch_size])
             images += list(made)
-            finite += fine.tolist()
+            finite += ok.tolist()
         keys = [sample_key(index, row, self.config.shard_size) for row in range(len(items))]
         tar, located = tar_of(
             [
-                (key, {"png": png(image), "txt": request.prompt.encode()}) if fine else None
-                for key, image, fine, (request, _) in zip(keys, images, finite, items, strict=True)
+                (key, {"png": png(image), "txt": request.prompt.encode()}) if ok else None
+                for key, image, ok, (request, _) in zip(keys, images, finite, items, strict=True)
             ]
         )
         status = ["success" if f else "failed_to_generate" for f in finite]
@@ -278,8 +278,8 @@ class _Worker:
         if self.upscaler is not None:
             small = [Image.fromarray(image) for image in images]
             more = {"negative_prompt": given["negative_prompt"], "noise_level": self.config.noise_level}
-            images, fine = self.upscaler(samples, image=small, **more)
-            finite &= fine
+            images, upscaled = self.upscaler(samples, image=small, **more)
+            finite &= upscaled
         return images, finite
 
     def _pictures(self, pipeline: Any) -> dict[str, Any]:

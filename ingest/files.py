@@ -1,4 +1,4 @@
-"""Images of one's own for the crew: what `Fetcher` is for the web, `Files` is for locations (ingest/locations.py)."""
+"""Images of one's own for the pool: what `Fetcher` is for the web, `Files` is for locations (ingest/locations.py)."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def require() -> None:
         raise ConfigError("ingest.engine is img2dataset, which is not installed; pip install 'carrara[img2dataset]'")
 
 
-class Img2datasetCrew:
+class Img2datasetPool:
     """What work.Crew is, by img2dataset."""
 
     def __init__(self, config: IngestConfig, taken_down: TakenDown | None = None) -> None:

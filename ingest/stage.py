@@ -26,14 +26,14 @@ from ingest.digests import has_digests
 from ingest.duplicates import Sidecars, find_duplicates
 from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE, Rejected
 from ingest.hosts import Exchange
-from ingest.img2dataset_engine import Img2datasetCrew
+from ingest.img2dataset_engine import Img2datasetPool
 from ingest.img2dataset_engine import require as require_img2dataset
 from ingest.locations import Below, Location
 from ingest.packing import kept_columns, new_sidecar, rows_again
 from ingest.statistics import Lines, RunCounts
 from ingest.tables import HeldoutRule, Layout, TableSource
 from ingest.takedown import TakenDown
-from ingest.work import Crew, Lies, Outcome
+from ingest.work import FetchPool, Lies, Outcome
 from shards import plan, storage
 from shards.commit import Folder
 from shards.dataset import MANIFEST, Dataset, ShardInfo, amend_manifest, read_stats, read_stats_of, write_manifest
@@ -653,7 +653,7 @@ class IngestWorker:
         self.rule = stage.heldout_rule(self.layout)
         self.cursor = tables.Cursor()
         self.taken_down = TakenDown.read(stage.run)
-        self.crew = make_crew(stage.config, self.taken_down, stage.hosts, stage.below())
+        self.pool = make_pool(stage.config, self.taken_down, stage.hosts, stage.below())
         self.below = Below(stage.below())
         self._packed: tuple[int, dict[str, bytes], dict[str, Any]] | None = None
 
@@ -663,14 +663,14 @@ class IngestWorker:
         if found is not None:
             return found
         if takedown.length(self.stage.run) != self.taken_down.parts:
-            self.taken_down = self.crew.taken_down = TakenDown.read(self.stage.run)
+            self.taken_down = self.pool.taken_down = TakenDown.read(self.stage.run)
         files, stats = self._again(task) if isinstance(task.payload, Retry) else self._first(task)
         stats |= {"digests": True, "list": self.taken_down.parts}
         return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
 
     def close(self) -> None:
         """Close connections, threads and files."""
-        self.crew.close()
+        self.pool.close()
         self.cursor.close()
 
     def _first(self, task: Task) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -763,7 +763,7 @@ class IngestWorker:
     def _fetch(self, task: Task, urls: Sequence[str | None], outcomes: list[Outcome | None]) -> list[Outcome]:
         """Fetch what is not decided yet; raises StageError unless every row came to an end."""
         todo = {i: url or "" for i, url in enumerate(urls) if outcomes[i] is None}
-        for i, outcome in self.crew.fetch_all(todo).items():
+        for i, outcome in self.pool.fetch_all(todo).items():
             outcomes[i] = outcome
         done = [o for o in outcomes if o is not None]
         if len(done) != len(urls):
@@ -809,10 +809,10 @@ def judge_rows(
     return filters.judge(config.filters, columns, cleaned)
 
 
-def make_crew(
+def make_pool(
     config: IngestConfig, taken_down: TakenDown, hosts: Exchange | None = None, below: Sequence[str] = ()
-) -> Crew | Img2datasetCrew:
+) -> FetchPool | Img2datasetPool:
     """What fetches: our own client, or img2dataset in a process of its own."""
     if config.engine == "img2dataset":
-        return Img2datasetCrew(config, taken_down)
-    return Crew(config, taken_down, hosts, below)
+        return Img2datasetPool(config, taken_down)
+    return FetchPool(config, taken_down, hosts, below)

@@ -89,7 +89,7 @@ def pixel_settings(config: IngestConfig) -> PixelSettings:
     )
 
 
-class Crew:
+class FetchPool:
     """A process's event loop, client and decoders.
 
     hosts: how the run's ledger of hosts is reached (ingest/hosts.py); without it this process keeps its own. below: the

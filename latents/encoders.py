@@ -48,11 +48,11 @@ def pick_device(name: str = "auto") -> str:
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """Moments as they are stored. mean: float16 [B,C,h,w]; codes: uint8 [B,C,h,w], None without a posterior;
-    fine: bool [B], whether all of a picture's moments are finite in half precision."""
+    finite: bool [B], whether all of a picture's moments are finite in half precision."""
 
     mean: np.ndarray
     codes: np.ndarray | None
-    fine: np.ndarray
+    finite: np.ndarray
 
 
 class Vae:
@@ -109,8 +109,8 @@ class Vae:
                 x = x.pin_memory().to("cuda", non_blocking=True)
             mean, logstd = self._moments(self.model, x)
             half = mean.to(torch.float16)
-            fine = torch.isfinite(half).flatten(1).all(dim=1)
-            found = [half, fine]
+            finite = torch.isfinite(half).flatten(1).all(dim=1)
+            found = [half, finite]
             if self.has_posterior:
                 found[1] &= torch.isfinite(logstd).flatten(1).all(dim=1)
                 # As moments.quantise_logstd: to the nearest code in float64; halves go to the even one.

@@ -404,13 +404,13 @@ class _Worker:
             busy = time.perf_counter()
             clock = _Clock()
             moments = self._encode_pictures(plan, clock.timed(itertools.chain(first, decoded)), samples)
-            text = fine = None
+            text = finite = None
             if self.config.text == "embeddings":
-                text, fine = self._embed_captions(tokens, text_index)
+                text, finite = self._embed_captions(tokens, text_index)
             busy = time.perf_counter() - busy - clock.waited
-        if fine is not None:
+        if finite is not None:
             for i in range(count):
-                if samples[i].error is None and not fine[text_index[i]]:
+                if samples[i].error is None and not finite[text_index[i]]:
                     samples[i].error = ("not_finite_text", "the caption's embedding is not finite in float16")
         kept = np.array([i for i in range(count) if samples[i].error is None], np.int64)
         each = {name: ids[kept] for name, ids in tokens.items()} | {"alive": np.ones(len(kept), np.uint8)}
@@ -582,7 +582,7 @@ class _Worker:
             mean, logstd = (column(name + end, bucket, len(self.buckets)) for name in ("mean", "logstd"))
             for j, (i, picture) in enumerate(batch):
                 half, codes = found.mean[j], None if found.codes is None else found.codes[j]
-                if not found.fine[j]:
+                if not found.finite[j]:
                     exact = self._exact(picture[:, way])
                     if exact is None:
                         samples[i].error = ("not_finite_latent", "the latent is not finite in float16")
@@ -599,8 +599,8 @@ class _Worker:
         """One picture's moments from float32 arithmetic; None where even those are not finite in half precision."""
         mean, logstd = (x.numpy() for x in self.vae.encode_exact(picture[None].copy()))
         half = to_half(mean)
-        fine = finite_rows(half)[0] and (not self.vae.has_posterior or finite_rows(logstd)[0])
-        return (half[0], quantise_logstd(logstd)[0]) if fine else None
+        finite = finite_rows(half)[0] and (not self.vae.has_posterior or finite_rows(logstd)[0])
+        return (half[0], quantise_logstd(logstd)[0]) if finite else None
 
     def _loader(self, shard: images.ImageShard, plan: _Plan) -> Callable[[int], _Sample]:
         order, targets = plan.order.tolist(), [[self.buckets[b] for b in row] for row in plan.bucket.tolist()]
@@ -672,11 +672,11 @@ class _Worker:
 
         for i in range(0, len(some), size):
             encode(order[i : i + size])
-        fine = np.array([np.isfinite(row).all() for row in rows]) & finite_rows(ends)
-        for j in np.flatnonzero(~fine):
+        finite = np.array([np.isfinite(row).all() for row in rows]) & finite_rows(ends)
+        for j in np.flatnonzero(~finite):
             encode(np.array([j]), exact=True)
-            fine[j] = np.isfinite(rows[j]).all() and np.isfinite(ends[j]).all()
-        if not fine[index[-1]]:
+            finite[j] = np.isfinite(rows[j]).all() and np.isfinite(ends[j]).all()
+        if not finite[index[-1]]:
             raise StageError(
                 f"{self.text.called} '{self.text.ref}': the empty caption's embedding is not finite in float16"
             )
@@ -688,7 +688,7 @@ class _Worker:
                 ENDS: np.cumsum(length),
             }
         )
-        return arrays | ({"pooled": ends} if pooled else {}), fine
+        return arrays | ({"pooled": ends} if pooled else {}), finite
 
     # ---- sidecar ---------------------------------------------------------------------------------
 

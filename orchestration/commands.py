@@ -390,7 +390,7 @@ def serve(
 @app.command(rich_help_panel="A run")
 def verify(
     run: Run,
-    deep: Annotated[
+    contents: Annotated[
         bool, typer.Option("--deep", help="read every file and compare its sha256; else sizes alone")
     ] = False,
     discard: Annotated[
@@ -401,7 +401,7 @@ def verify(
     """Check every shard and checkpoint against what was committed, and say what to run where one is damaged."""
     from orchestration.care import verify as work
 
-    work(run, deep, discard)
+    work(run, contents, discard)
 
 
 @app.command(rich_help_panel="A run")

@@ -102,7 +102,7 @@ def _rows(layout: tables.Layout) -> tuple[int | None, list[str], list[str]]:
 
 
 def _images(path: str, kind: sources.Kind) -> Found:
-    drawn: list[tuple[float, str]] = []  # (-chance, location): LOOKED_AT of the images, each with the same chance
+    sampled: list[tuple[float, str]] = []  # (-chance, location): LOOKED_AT of the images, each with the same chance
     rng = np.random.default_rng(0)
     images = captioned = captions = 0
     firsts: list[str] = []  # captions, of a few images
@@ -118,12 +118,12 @@ def _images(path: str, kind: sources.Kind) -> Found:
                 firsts += [next(iter(r["caption"]), "") for r in good[: FEW - len(firsts)]]
                 for row, chance in zip(good, rng.random(len(good)).tolist(), strict=True):
                     entry = (-chance, row["place"])
-                    (heapq.heappush if len(drawn) < LOOKED_AT else heapq.heappushpop)(drawn, entry)
+                    (heapq.heappush if len(sampled) < LOOKED_AT else heapq.heappushpop)(sampled, entry)
     if not images:
         raise ConfigError(f"init: there are no images in '{path}'; {'; '.join(said)}")
     reader = Reader(Below([sources.folder_of(path)]), 50_000_000)
     sizes = []
-    for _, location in drawn:
+    for _, location in sampled:
         try:
             sizes.append(picture_size(reader.read(location)))
         except (Rejected, OSError, ValueError):

@@ -215,7 +215,7 @@ def _images(stage: str, paths: RunPaths) -> int:
     from train.folders import latest_complete, read_manifest
     from train.state import stage_paths
 
-    newest = latest_complete(stage_paths(stage, paths).checkpoints, deep=False)
+    newest = latest_complete(stage_paths(stage, paths).checkpoints, contents=False)
     return int(read_manifest(newest)["images"]) if newest else 0
 
 

@@ -249,11 +249,11 @@ def neighbours(run: RunPaths, metrics: dict[str, Any], images: Images) -> list[N
         p, i = here[pair["key"]]
         try:
             original = resize_crop(decode_rgb(shard.image_bytes(j)), images.resolution)[0]
-            drawn = decode_rgb(images.shards[p].image_bytes(i))
+            generated = decode_rgb(images.shards[p].image_bytes(i))
         except ValueError:
             continue
         prompt, caption = plain(images.rows[p][i]["caption"]), plain(shard.captions[j])
-        found.append(Neighbour(prompt, data_uri(drawn), data_uri(original), caption, pair["cosine"], pair["near"]))
+        found.append(Neighbour(prompt, data_uri(generated), data_uri(original), caption, pair["cosine"], pair["near"]))
         shard.close()
     return found
 
@@ -317,15 +317,15 @@ CURVES = (  # folder, key of the log's lines, title, logarithmic
 
 def curves(run: RunPaths) -> list[charts.Chart]:
     """Loss, learning rate and a figure of merit of each fit, from its log.jsonl; what was not fitted has no curve."""
-    drawn = []
+    found = []
     for folder, key, title, log_scale in CURVES:
         points = [
             (line["images"], line[key]) for line in log_lines(storage.join(run.run, folder)) if is_number(line, key)
         ]
         if len(points) >= 2:
             x, y = zip(*points, strict=True)
-            drawn.append(charts.draw(charts.Line(title, x, y, log_scale=log_scale, noisy=key != "lr")))
-    return drawn
+            found.append(charts.draw(charts.Line(title, x, y, log_scale=log_scale, noisy=key != "lr")))
+    return found
 
 
 def log_lines(folder: str) -> list[dict[str, Any]]:

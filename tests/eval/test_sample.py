@@ -36,8 +36,8 @@ def test_a_picture_depends_on_its_seed_and_number_alone(run: RunPaths, tmp_path:
     assert together[0].shape == (SIDE, SIDE, 3)
     assert all(apart(x, y) <= 1 for x, y in zip(together, apart_, strict=True))
     assert all(apart(together[0], x) > 1 for x in together[1:])
-    artist = ImageGenerator(checkpoints.build_pipeline(run, checkpoints.find(run)), "ddim", 2, 3.0)
-    direct = artist([Sample("seed 7", 3, "a red circle")])[0][0]
+    generator = ImageGenerator(checkpoints.build_pipeline(run, checkpoints.find(run)), "ddim", 2, 3.0)
+    direct = generator([Sample("seed 7", 3, "a red circle")])[0][0]
     assert apart(direct, together[3]) <= 1
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from ingest import img2dataset_engine
 from ingest.config import IngestConfig
-from ingest.img2dataset_engine import Img2datasetCrew
+from ingest.img2dataset_engine import Img2datasetPool
 from ingest.stage import IngestStage
 from ingest.takedown import TakenDown, url_digest
 from shards.dataset import Dataset
@@ -86,6 +86,6 @@ def test_a_shard_by_img2dataset_is_committed_like_ours(site: Site, tmp_path: Pat
 
 
 def test_what_it_lost_is_an_error(tmp_path: Path, site: Site) -> None:
-    crew = Img2datasetCrew(make_config(tmp_path / "t.csv", engine="img2dataset"))
+    pool = Img2datasetPool(make_config(tmp_path / "t.csv", engine="img2dataset"))
     with pytest.raises(StageError, match="cannot be read"):
-        crew._read(tmp_path, 3)
+        pool._read(tmp_path, 3)

@@ -160,4 +160,4 @@ def test_a_take_down_that_was_killed_in_the_latents_is_ended(
     assert main([command, "--config", "run.yaml", "--local"]) == 0
     table = pq.read_table("run/latents/00000.parquet")
     assert table["error"][table["key"].to_pylist().index(row["key"])].as_py() == "taken_down"
-    assert not list(verify("run/latents", deep=True))
+    assert not list(verify("run/latents", contents=True))

@@ -395,11 +395,11 @@ def test_a_manifest_is_not_written_over_files_that_are_gone_or_cut(tmp_path, nam
 
 def test_verify_finds_what_is_gone_cut_or_changed_and_discard_makes_room(tmp_path):
     three(tmp_path)
-    assert list(verify(str(tmp_path), deep=True)) == []
+    assert list(verify(str(tmp_path), contents=True)) == []
     (tmp_path / "00002.tar").write_bytes(b"\x07" * 102)
     (tmp_path / "00001_stats.json").write_text("{}")
     assert [i for i, _ in verify(str(tmp_path))] == [1]
-    found = dict(verify(str(tmp_path), deep=True))
+    found = dict(verify(str(tmp_path), contents=True))
     assert sorted(found) == [1, 2]
     assert "sha256" in found[2]
     assert "sha256" in verify_shard(str(tmp_path), 2)
@@ -462,4 +462,4 @@ def test_shards_beyond_99_999_stay_in_the_order_of_their_numbers(tmp_path):
     assert [s.name for s in Dataset.open(str(tmp_path)).shards] == ["00007", "99999", "100000"]
     assert listed(str(tmp_path)).committed.tolist() == [7, 99_999, 100_000]
     assert [i for i, _ in read_stats_of(str(tmp_path), [7, 99_999, 100_000])] == [7, 99_999, 100_000]
-    assert list(verify(str(tmp_path), deep=True)) == []
+    assert list(verify(str(tmp_path), contents=True)) == []

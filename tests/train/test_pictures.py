@@ -515,7 +515,7 @@ def test_killed_resumed_exported_and_drawn(base: Any, tmp_path: Path, way: str) 
     forked.fit(configured(base, tmp_path / "a", way, **more), 2)
     config = configured(base, tmp_path / "b", way, **more)
     ranks = forked.start(2, forked.run_stage, str(config))
-    forked.wait_for(lambda: folders.latest_complete(tmp_path / "b" / "checkpoints", deep=False) is not None)
+    forked.wait_for(lambda: folders.latest_complete(tmp_path / "b" / "checkpoints", contents=False) is not None)
     ranks[1].kill()
     for rank in ranks:
         with pytest.raises(forked.RankError):

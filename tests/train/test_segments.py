@@ -276,7 +276,7 @@ def test_a_bucket_that_a_batch_exhausts_is_told(tmp_path: Path) -> None:
 
 
 def manifest_of(run: Path) -> dict[str, Any]:
-    newest = folders.latest_complete(str(run / "checkpoints"), deep=False)
+    newest = folders.latest_complete(str(run / "checkpoints"), contents=False)
     assert newest is not None
     return folders.read_manifest(newest)
 

@@ -511,9 +511,9 @@ def evaluated(run: RunPaths, folder: Path) -> None:
     samples = [Sample("a", 0, PROMPTS[0]), Sample("b", 0, PROMPTS[2])]
     found = []
     for model in (checkpoints.find(run), checkpoints.of_pipeline(run.model)):
-        artist = ImageGenerator(checkpoints.build_pipeline(run, model), "ddim", 2, 3.0, guidance_interval=(0.0, 0.9))
-        found.append(artist(samples)[0].astype(int))
-        one = np.concatenate([artist([s])[0] for s in samples]).astype(int)
+        generator = ImageGenerator(checkpoints.build_pipeline(run, model), "ddim", 2, 3.0, guidance_interval=(0.0, 0.9))
+        found.append(generator(samples)[0].astype(int))
+        one = np.concatenate([generator([s])[0] for s in samples]).astype(int)
         assert np.abs(one - found[-1]).max() <= 1, "a picture depends on its prompt alone"
     assert np.abs(found[0] - found[1]).max() <= 1
     given = validate(
