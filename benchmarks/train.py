@@ -274,15 +274,15 @@ def bench_loop(steps: int, threads: int, width: float) -> None:
 # ---- diffusers' script -----------------------------------------------------------------------------
 
 
-def make_pictures(folder: Path, count: int, side: int) -> None:
+def make_images(folder: Path, count: int, side: int) -> None:
     from PIL import Image
 
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(count):
         small = rng.integers(0, 256, (8, 8, 3), np.uint8)
-        picture = Image.fromarray(small).resize((side + side // 4, side), Image.Resampling.BICUBIC)
-        picture.save(folder / f"{i:05d}.jpg", quality=92)
+        image = Image.fromarray(small).resize((side + side // 4, side), Image.Resampling.BICUBIC)
+        image.save(folder / f"{i:05d}.jpg", quality=92)
 
 
 def peer(run: str, settings: dict[str, Any], side: int) -> list[float]:
@@ -321,7 +321,7 @@ def peer(run: str, settings: dict[str, Any], side: int) -> list[float]:
     )
     files = sorted(Path(run, "pictures").iterdir())
 
-    class Pictures(torch.utils.data.Dataset):
+    class Images(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return 10**6
 
@@ -329,7 +329,7 @@ def peer(run: str, settings: dict[str, Any], side: int) -> list[float]:
             pixels = transform(Image.open(files[i % len(files)]).convert("RGB"))
             return pixels, torch.randint(0, 49000, (CONTEXT,))
 
-    batches = iter(torch.utils.data.DataLoader(Pictures(), batch_size, shuffle=False))
+    batches = iter(torch.utils.data.DataLoader(Images(), batch_size, shuffle=False))
     for _ in range(steps):
         turns.next()
         pixels, ids = next(batches)
@@ -351,7 +351,7 @@ def peer(run: str, settings: dict[str, Any], side: int) -> list[float]:
 def bench_diffusers(steps: int, threads: int, side: int, compiled: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         latent_shards(Path(folder) / "latents", 1024, side // 8, 96)
-        make_pictures(Path(folder) / "pictures", 64, side)
+        make_images(Path(folder) / "pictures", 64, side)
         settings = {
             "images": 4 * steps,
             "batch_size": 4,

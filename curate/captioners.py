@@ -115,8 +115,8 @@ class Server:
     async def _ask(self, session: aiohttp.ClientSession, image: np.ndarray, prompt: str, seed: int) -> Answer:
         sink = io.BytesIO()
         Image.fromarray(image).save(sink, "JPEG", quality=92)
-        picture = "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()
-        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt}]
+        image_url = "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()
+        content = [{"type": "image_url", "image_url": {"url": image_url}}, {"type": "text", "text": prompt}]
         body = {
             "model": self.endpoint.model,
             "messages": [{"role": "user", "content": content}],

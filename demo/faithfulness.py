@@ -144,17 +144,15 @@ def _regions(distance: np.ndarray) -> list[np.ndarray]:
     return regions
 
 
-def _read(
-    picture: np.ndarray, ground: np.ndarray, distance: np.ndarray, region: np.ndarray, others: np.ndarray
-) -> Found:
+def _read(image: np.ndarray, ground: np.ndarray, distance: np.ndarray, region: np.ndarray, others: np.ndarray) -> Found:
     """Measure one thing. `picture` float [H, W, 3], `region` its pixels, `others` pixels of other things."""
     height, width = region.shape
     side = min(height, width)
     # The ink: the pixels of the region that are furthest from the ground are those that no edge has mixed with it.
     far = distance[region]
-    ink = np.median(picture[region][far >= np.quantile(far, 0.65)], axis=0)
+    ink = np.median(image[region][far >= np.quantile(far, 0.65)], axis=0)
     # Coverage by projection onto the line from ground to ink, in the region and just around it.
-    alpha = (picture - ground) @ (ink - ground) / max(float(np.square(ink - ground).sum()), 1.0)
+    alpha = (image - ground) @ (ink - ground) / max(float(np.square(ink - ground).sum()), 1.0)
     reach = ndimage.binary_dilation(region, iterations=max(1, round(side / 32))) & ~others
     alpha = np.where(reach, alpha.clip(0, 1), 0)
     (rows, columns) = (np.flatnonzero(reach.any(axis)) for axis in (1, 0))
@@ -167,16 +165,16 @@ def _read(
     return Found(nearest_word(ink, COLOURS), shape, size, position, x, y, radius, fit)
 
 
-def detect(picture: np.ndarray) -> Detection:
+def detect(image: np.ndarray) -> Detection:
     """The things in a picture, uint8 [H, W, 3] of at least 16 x 16 pixels.
 
     Where there are two, each one's position is relative to the other (left and right, or top and bottom), and both are
     measured by the sizes that two things have.
     """
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or min(picture.shape[:2]) < 16:
-        raise ValueError(f"a picture is uint8 [H, W, 3] of 16 x 16 or more, not {picture.dtype} {picture.shape}")
-    pixels = picture.astype(np.float32)
-    height, width = picture.shape[:2]
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape[:2]) < 16:
+        raise ValueError(f"a picture is uint8 [H, W, 3] of 16 x 16 or more, not {image.dtype} {image.shape}")
+    pixels = image.astype(np.float32)
+    height, width = image.shape[:2]
     rim = max(1, round(min(height, width) / 32))
     inner = np.zeros((height, width), bool)
     inner[rim:-rim, rim:-rim] = True
@@ -202,9 +200,9 @@ def _size(radius: float, sizes: dict[str, float]) -> str:
     return min(sizes, key=lambda word: abs(sizes[word] - radius))
 
 
-def judge(picture: np.ndarray, scene: Scene, limits: Mapping[str, float] = PRESENT) -> dict[str, bool]:
+def judge(image: np.ndarray, scene: Scene, limits: Mapping[str, float] = PRESENT) -> dict[str, bool]:
     """Whether a picture, uint8 [H, W, 3], shows a scene: one boolean for each of ATTRIBUTES."""
-    return compare(detect(picture), scene, limits)
+    return compare(detect(image), scene, limits)
 
 
 def compare(found: Detection, scene: Scene, limits: Mapping[str, float] = PRESENT) -> dict[str, bool]:

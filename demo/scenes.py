@@ -210,8 +210,8 @@ def draw(scene: Scene, rng: random.Random, width: int, height: int, transparent:
 
     ground = shade(GROUNDS[scene.ground], GROUND_JITTER)
     size = (width * over, height * over)
-    picture, mask = Image.new("RGB", size, ground), Image.new("L", size if transparent else (0, 0))
-    pen, mask_pen = ImageDraw.Draw(picture), ImageDraw.Draw(mask)
+    image, mask = Image.new("RGB", size, ground), Image.new("L", size if transparent else (0, 0))
+    pen, mask_pen = ImageDraw.Draw(image), ImageDraw.Draw(mask)
     for thing, (x, y, radius) in zip(scene.things, _spots(scene, rng), strict=True):
         ink = shade(COLOURS[thing.colour], COLOUR_JITTER)
         points = outline(thing.shape, x, y, radius, rng.uniform(-TURN_JITTER, TURN_JITTER))
@@ -219,10 +219,10 @@ def draw(scene: Scene, rng: random.Random, width: int, height: int, transparent:
         pen.polygon(corners, fill=ink)
         if transparent:
             mask_pen.polygon(corners, fill=255)
-    picture = picture.reduce(over)
+    image = image.reduce(over)
     if transparent:
-        picture.putalpha(mask.reduce(over))
-    return picture
+        image.putalpha(mask.reduce(over))
+    return image
 
 
 # ---------------------------------------------------------------- captions

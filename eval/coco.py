@@ -102,7 +102,7 @@ def _made(part: Sequence[tuple[int, Path, str]]) -> Made:
     for i, file, caption in part:
         data, error = file.read_bytes(), None
         try:
-            images.picture_size(data)
+            images.pixel_size(data)
             samples.append((f"{i:012d}", {_extension(file): data}))
         except ValueError as e:
             error = " ".join(str(e).split())[:300]

@@ -21,7 +21,7 @@ import pyarrow as pa
 from eval import networks
 from eval.rows import dataset_of
 from eval.shardwork import Made, accounted, commit, committed_stats, counted, parquet, png, tar_of
-from latents.pictures import prefetch, resize_crop
+from latents.resize import prefetch, resize_crop
 from shards import images, storage
 from shards.columns import pack_columns
 from shards.dataset import Dataset, ShardInfo, write_manifest
@@ -180,8 +180,8 @@ class FeaturesWorker:
             whole = [(i, pixels) for i in members if (pixels := decoded(i)) is not None]
             groups = []
             for _, group in itertools.groupby(whole, lambda item: item[1].shape):
-                indices, pictures = zip(*group, strict=True)
-                groups.append((list(indices), self.network.prepare(np.stack(pictures), [rows[i] for i in indices])))
+                indices, arrays = zip(*group, strict=True)
+                groups.append((list(indices), self.network.prepare(np.stack(arrays), [rows[i] for i in indices])))
             return groups
 
         batches = (group for groups in prefetch(load, -(-len(shard) // size), 2, 3) for group in groups)

@@ -52,8 +52,8 @@ class Pair:
     prompt: str
     left: int
     right: int
-    left_picture: str
-    right_picture: str
+    left_image: str
+    right_image: str
 
 
 class Vote(NamedTuple):
@@ -100,12 +100,12 @@ def pairs(run: RunPaths, names: Sequence[str], count: int, seed: int = 0) -> lis
     found = []
     for n in range(count):
         # Each prompt begins at another pairing and meets the next one at every round: all come up, none twice.
-        image = order[n % len(order)]
+        key = order[n % len(order)]
         i, j = pairings[(n % len(order) + n // len(order)) % len(pairings)]
-        identity = digest_json([seed, *image, i, j])
+        identity = digest_json([seed, *key, i, j])
         if int(identity[:8], 16) % 2:
             i, j = j, i
-        found.append(Pair(identity[:12], sets[i].prompt(image), i, j, sets[i].picture(image), sets[j].picture(image)))
+        found.append(Pair(identity[:12], sets[i].prompt(key), i, j, sets[i].image(key), sets[j].image(key)))
     return found
 
 
@@ -131,11 +131,11 @@ class _Result:
                     self.positions[row["prompt_id"], row["replicate"]] = (p, i)
                     self.captions[row["prompt_id"], row["replicate"]] = row["caption"]
 
-    def prompt(self, image: tuple[str, int]) -> str:
-        return gather.plain(self.captions[image])
+    def prompt(self, key: tuple[str, int]) -> str:
+        return gather.plain(self.captions[key])
 
-    def picture(self, image: tuple[str, int]) -> str:
-        shard, i = self.positions[image]
+    def image(self, key: tuple[str, int]) -> str:
+        shard, i = self.positions[key]
         return gather.data_uri(decode_rgb(self.shards[shard].image_bytes(i)))
 
 
@@ -144,7 +144,7 @@ def write_pack(out: str, names: Sequence[str], found: Sequence[Pair], run: RunPa
     from eval.report import page as report
 
     pack = digest_json([list(names), [p.id for p in found]])[:12]
-    small = all("image/png" in p.left_picture for p in found)
+    small = all("image/png" in p.left_image for p in found)
     page = (
         report.environment()
         .get_template("judge.html.j2")

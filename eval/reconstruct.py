@@ -28,7 +28,7 @@ from eval.metrics.definitions import FEW
 from eval.metrics.estimate import mean_by_cluster
 from latents.encoders import load_vae, pick_device
 from latents.inspection import data_uri
-from latents.pictures import resize_crop
+from latents.resize import resize_crop
 from shards import storage
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
@@ -107,13 +107,13 @@ def measure(
                 pair = [to_unit(torch.from_numpy(p).to(device)) for p in (decoded, pixels)]
                 row[name] = distance(*pair).double().cpu().numpy()
         for measured, one in (("gradient_energy", gradient_energy), ("high_frequencies", high_frequencies)):
-            for which, pictures in ((f"_{measured}", decoded), (f"_{measured}_of", pixels)):
-                row[which] = one(pictures)
+            for which, images in ((f"_{measured}", decoded), (f"_{measured}_of", pixels)):
+                row[which] = one(images)
         for k, column in row.items():
             values.setdefault(k, []).append(column)
         if network is not None:
-            for side, pictures in zip(features, (pixels, decoded), strict=True):
-                side.append(network.features(networks.resize.tf(pictures)).cpu().numpy())
+            for side, images in zip(features, (pixels, decoded), strict=True):
+                side.append(network.features(networks.resize.tf(images)).cpu().numpy())
         for i in range(min(len(keys), SHOWN - len(shown))):
             shown.append(Shown(keys[i], pixels[i], decoded[i], {k: float(v[i]) for k, v in row.items() if k[0] != "_"}))
         progress.update(len(keys))
@@ -136,24 +136,24 @@ def measure(
 def _batches(dataset: Dataset, resolution: int, count: int) -> Iterator[tuple[list[str], np.ndarray]]:
     """(keys, uint8 [B,R,R,3]) of the first `count` pictures."""
     keys: list[str] = []
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     left = count
     for position in range(len(dataset.shards)):
         shard = ImageShard(dataset, position)
         try:
             for i in range(min(len(shard), left)):
                 keys.append(shard.keys[i])
-                pictures.append(resize_crop(decode_rgb(shard.image_bytes(i)), resolution)[0])
+                images.append(resize_crop(decode_rgb(shard.image_bytes(i)), resolution)[0])
                 if len(keys) == BATCH:
-                    yield keys, np.stack(pictures)
-                    keys, pictures = [], []
+                    yield keys, np.stack(images)
+                    keys, images = [], []
             left -= min(len(shard), left)
         finally:
             shard.close()
         if left == 0:
             break
     if keys:
-        yield keys, np.stack(pictures)
+        yield keys, np.stack(images)
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -217,13 +217,13 @@ def summary(found: Found) -> str:
 def sheet(found: Found, columns: int = 4, cell: int = 192) -> Image.Image:
     """Pairs of original and reconstruction."""
     gap, rows = 8, -(-len(found.shown) // columns)
-    picture = Image.new("RGB", (columns * (2 * cell + gap) + gap, rows * (cell + gap) + gap), "white")
+    canvas = Image.new("RGB", (columns * (2 * cell + gap) + gap, rows * (cell + gap) + gap), "white")
     way = Image.Resampling.NEAREST if found.resolution < cell else Image.Resampling.LANCZOS
     for k, s in enumerate(found.shown):
         for j, pixels in enumerate((s.original, s.decoded)):
             left, top = gap + k % columns * (2 * cell + gap) + j * cell, gap + k // columns * (cell + gap)
-            picture.paste(Image.fromarray(pixels).resize((cell, cell), way), (left, top))
-    return picture
+            canvas.paste(Image.fromarray(pixels).resize((cell, cell), way), (left, top))
+    return canvas
 
 
 _STYLE = (

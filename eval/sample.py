@@ -32,7 +32,7 @@ from eval.generate import ImageGenerator, Sample
 from eval.inputs import fitted, read_image, read_lines, require_size
 from eval.prompts import MAX_CHARS
 from eval.shardwork import Made, accounted, commit, counted, parquet, png, tar_of
-from latents.pictures import resize_crop_to
+from latents.resize import resize_crop_to
 from shards import storage
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
@@ -211,7 +211,7 @@ class _Worker:
             given = {name for name in ("image", "mask") if getattr(stage, name) is not None}
             given |= {"control"} if c.control or c.control_of else set()
             pipeline = _kind(base, given)
-            self.pictures = self._pictures(pipeline)
+            self.inputs = self._inputs(pipeline)
             device = pick_device(c.device)
             self.generator = ImageGenerator(
                 pipeline, c.sampler, c.steps, c.guidance_scale, precision=c.precision, device=device
@@ -268,13 +268,13 @@ class _Worker:
     def _generate(self, items: list[tuple[Request, int]]) -> tuple[np.ndarray, np.ndarray]:
         samples = [Sample(f"seed {r.seed}", n, r.prompt) for r, n in items]
         given: dict[str, Any] = {"negative_prompt": [r.negative for r, _ in items]}
-        for name, value in self.pictures.items():
+        for name, value in self.inputs.items():
             given[name] = [value] * len(items) if isinstance(value, Image.Image) else value
         images, finite = self.generator(samples, **given)
-        if "mask_image" in self.pictures:
+        if "mask_image" in self.inputs:
             # What lies outside of the mask has been through the VAE, and is to be what it was.
-            painted = np.asarray(self.pictures["mask_image"])[..., None] > 0
-            images = np.where(painted, images, np.asarray(self.pictures["image"]))
+            painted = np.asarray(self.inputs["mask_image"])[..., None] > 0
+            images = np.where(painted, images, np.asarray(self.inputs["image"]))
         if self.upscaler is not None:
             small = [Image.fromarray(image) for image in images]
             more = {"negative_prompt": given["negative_prompt"], "noise_level": self.config.noise_level}
@@ -282,7 +282,7 @@ class _Worker:
             finite &= upscaled
         return images, finite
 
-    def _pictures(self, pipeline: Any) -> dict[str, Any]:
+    def _inputs(self, pipeline: Any) -> dict[str, Any]:
         """The pipeline's arguments beside prompts and seeds."""
         stage, name = self.stage, type(pipeline).__name__
         size = {"width": self.width, "height": self.height}
@@ -324,7 +324,7 @@ class _Worker:
         if stage.control is not None:
             return self._fitted(stage.control)
         from train.config import ControlConfig
-        from train.pictures import control_image
+        from train.image_conditioning import control_image
 
         settings = ControlConfig(**(models.control_settings(stage.run, stage.model) or {}))
         if settings.images:

@@ -68,14 +68,14 @@ class Sidecar:
         columns["status"] = [o.status for o in outcomes]
         columns["error_message"] = [o.message for o in outcomes]
         for name in _PICTURE:
-            columns[name] = [getattr(o.picture or o.lies, name, None) for o in outcomes]
+            columns[name] = [getattr(o.image or o.lies, name, None) for o in outcomes]
         columns["sha256"] = [o.sha256 for o in outcomes]
-        live = [(i, o.picture) for i, o in enumerate(outcomes) if o.picture is not None]
+        live = [(i, o.image) for i, o in enumerate(outcomes) if o.image is not None]
         samples = []
-        for i, picture in live:
+        for i, image in live:
             meta = {name: values[i] for name, values in columns.items()}
             members = {
-                picture.extension: picture.data,
+                image.extension: image.data,
                 "json": _indented(meta),
                 "txt": columns["caption"][i].encode("utf-8", "replace"),
             }
@@ -84,11 +84,11 @@ class Sidecar:
         columns["error"] = [o.error for o in outcomes]
         columns["caption_raw"] = self.columns["caption_raw"]
         for name in ("pixel_hash", "phash"):
-            columns[name] = [getattr(o.picture, name) if o.picture else None for o in outcomes]
+            columns[name] = [getattr(o.image, name) if o.image else None for o in outcomes]
         offsets, sizes, extensions = ([None] * len(outcomes) for _ in range(3))
-        for (i, picture), extent in zip(live, extents, strict=True):
-            offsets[i], sizes[i] = extent[picture.extension]  # type: ignore[call-overload]
-            extensions[i] = picture.extension  # type: ignore[call-overload]
+        for (i, image), extent in zip(live, extents, strict=True):
+            offsets[i], sizes[i] = extent[image.extension]  # type: ignore[call-overload]
+            extensions[i] = image.extension  # type: ignore[call-overload]
         for i, o in enumerate(outcomes):
             if o.lies is not None:
                 offsets[i], sizes[i], extensions[i] = o.lies.offset, o.lies.size, o.lies.extension  # type: ignore[call-overload]

@@ -84,7 +84,7 @@ class PixelSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class EncodedImage:
     """A stored picture. Sizes in pixels; the original ones as seen upright. exif: JSON of its plain tags.
 
     pixel_hash: XXH3 (128 bits) of width, height and RGB bytes before encoding. phash: see `perceptual_hash`.
@@ -114,7 +114,7 @@ class Decoded(NamedTuple):
     kept_as: str | None
 
 
-def process(data: bytes, settings: PixelSettings) -> Picture:
+def process(data: bytes, settings: PixelSettings) -> EncodedImage:
     """Fetched bytes to a Picture; raises Rejected (not_an_image, image_*, animation_refused)."""
     decoded = decode(data, settings)
     pixels = resize(decoded.pixels, settings)
@@ -124,7 +124,7 @@ def process(data: bytes, settings: PixelSettings) -> Picture:
         stored, extension = data, decoded.kept_as
     else:
         stored, extension = encode(pixels, settings), settings.encode_format
-    return Picture(stored, extension, width, height, *decoded.size, decoded.exif, *hashes(pixels))
+    return EncodedImage(stored, extension, width, height, *decoded.size, decoded.exif, *hashes(pixels))
 
 
 def hashes(pixels: np.ndarray) -> tuple[str, str]:

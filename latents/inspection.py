@@ -21,7 +21,7 @@ from PIL import Image
 from latents.buckets import Bucket
 from latents.encoders import Vae, load_text_of, load_vae, pick_device, require_digest
 from latents.moments import dequantise_logstd
-from latents.pictures import resize_crop_to
+from latents.resize import resize_crop_to
 from latents.stage import LatentsStage, fixed_arithmetic
 from latents.text import Text
 from latents.weights import text_facts
@@ -115,9 +115,9 @@ def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
             if damage := verify_shard(dataset.root, info.index):
                 damaged.append(damage)
                 continue
-            columns, pictures = ColumnShard(dataset, position), _image_shard(source, info.index)
-            own = {key: i for i, key in enumerate(pictures.keys)}
-            keys, captions = columns.keys, pictures.captions
+            columns, image_shard = ColumnShard(dataset, position), _image_shard(source, info.index)
+            own = {key: i for i, key in enumerate(image_shard.keys)}
+            keys, captions = columns.keys, image_shard.captions
             chosen = [n for n in chosen if value_of(columns.arrays, "alive", n) != 0]  # not those taken down since
             for n in chosen:
                 if keys[n] not in own:
@@ -126,11 +126,11 @@ def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
                     )
                 i = own[keys[n]]
                 for r in range(columns.arrays["bucket"].shape[1] if "bucket" in columns.arrays else 1):
-                    seen.append(_look(vae, columns, pictures, i, n, r, buckets, (keys[n], captions[i])))
+                    seen.append(_look(vae, columns, image_shard, i, n, r, buckets, (keys[n], captions[i])))
             then, now, others = _text(text, columns, [captions[own[keys[n]]] for n in chosen], chosen)
             differ += others
             rows_then, rows_now = [*rows_then, *then], [*rows_now, *now]
-            pictures.close()
+            image_shard.close()
     return Inspection(
         seen,
         _relative(np.stack(rows_then), np.stack(rows_now)) if rows_then else None,
@@ -163,7 +163,7 @@ def _image_shard(source: Dataset, index: int) -> images.ImageShard:
 def _look(
     vae: Vae,
     columns: ColumnShard,
-    pictures: images.ImageShard,
+    image_shard: images.ImageShard,
     i: int,
     n: int,
     r: int,
@@ -173,7 +173,7 @@ def _look(
     mean, codes = (value_of(columns.arrays, name, n, r) for name in ("mean", "logstd"))
     assert mean is not None
     bucket = buckets[int(columns.arrays["bucket"][n, r]) if "bucket" in columns.arrays else r]
-    cut = resize_crop_to(images.decode_rgb(pictures.image_bytes(i)), bucket.width, bucket.height)[0].copy()
+    cut = resize_crop_to(images.decode_rgb(image_shard.image_bytes(i)), bucket.width, bucket.height)[0].copy()
     now, logstd = (x.numpy()[0] for x in vae.encode(cut[None]))
     drift = _relative(mean, now)
     if codes is not None and np.abs(dequantise_logstd(codes) - logstd).max() > 0.5:

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from latents.buckets import nearest
 from latents.config import LatentsConfig
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
-from latents.pictures import Fit, crop_before, prefetch, resize_crop_to
+from latents.resize import Fit, crop_before, prefetch, resize_crop_to
 from latents.takedown import NOT_SELECTED
 from latents.weights import PADS, VaeWeights, clips_of, find_vae, text_facts
 from shards import images, storage
@@ -199,7 +199,7 @@ class LatentsStage:
 
     def _refuse_void(self, dataset: Dataset) -> None:
         """Raises ConfigError where the pictures have lost already what these settings are about."""
-        how = picture_settings(dataset)
+        how = image_settings(dataset)
         mode, size = how.get("resize_mode"), how.get("image_size")
         if self.config.buckets is not None and mode in ("center_crop", "border"):
             raise ConfigError(
@@ -322,7 +322,7 @@ class _Worker:
         self.buckets = stage.config.bucket_list()
         self.device = pick_device(stage.config.device)
         self.dataset = stage.images()
-        self.cropped = picture_settings(self.dataset).get("resize_mode") == "center_crop"
+        self.cropped = image_settings(self.dataset).get("resize_mode") == "center_crop"
         self.made_with = stage.made_with()
         self.folder = open_folder(stage)
         self.captions = {n: storage.join(stage.run.run, "captions", n) for n in self.config.captions}
@@ -403,7 +403,7 @@ class _Worker:
         with self._encoders, fixed_arithmetic(self.config.threads):
             busy = time.perf_counter()
             clock = _Clock()
-            moments = self._encode_pictures(plan, clock.timed(itertools.chain(first, decoded)), samples)
+            moments = self._encode_images(plan, clock.timed(itertools.chain(first, decoded)), samples)
             text = finite = None
             if self.config.text == "embeddings":
                 text, finite = self._embed_captions(tokens, text_index)
@@ -515,9 +515,7 @@ class _Worker:
         order = np.argsort(np.log(sizes[:, 0]) - np.log(sizes[:, 1]), kind="stable")
         return _Plan(sizes, bucket, index, order)
 
-    def _encode_pictures(
-        self, plan: _Plan, decoded: Iterator[_Sample], samples: list[_Sample]
-    ) -> dict[str, np.ndarray]:
+    def _encode_images(self, plan: _Plan, decoded: Iterator[_Sample], samples: list[_Sample]) -> dict[str, np.ndarray]:
         """All pictures of a shard: their fates, into `samples`, and the moments' columns.
 
         Rows of pictures that were set aside are zero here and are dropped by the caller.
@@ -580,10 +578,10 @@ class _Worker:
 
         def put(end: str, way: slice, found: Any) -> None:
             mean, logstd = (column(name + end, bucket, len(self.buckets)) for name in ("mean", "logstd"))
-            for j, (i, picture) in enumerate(batch):
+            for j, (i, image) in enumerate(batch):
                 half, codes = found.mean[j], None if found.codes is None else found.codes[j]
                 if not found.finite[j]:
-                    exact = self._exact(picture[:, way])
+                    exact = self._exact(image[:, way])
                     if exact is None:
                         samples[i].error = ("not_finite_latent", "the latent is not finite in float16")
                         continue
@@ -595,9 +593,9 @@ class _Worker:
 
         return collect
 
-    def _exact(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    def _exact(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """One picture's moments from float32 arithmetic; None where even those are not finite in half precision."""
-        mean, logstd = (x.numpy() for x in self.vae.encode_exact(picture[None].copy()))
+        mean, logstd = (x.numpy() for x in self.vae.encode_exact(image[None].copy()))
         half = to_half(mean)
         finite = finite_rows(half)[0] and (not self.vae.has_posterior or finite_rows(logstd)[0])
         return (half[0], quantise_logstd(logstd)[0]) if finite else None
@@ -764,7 +762,7 @@ def _sizes(shard: images.ImageShard) -> np.ndarray:
 
 def _header(shard: images.ImageShard, i: int) -> tuple[int, int]:
     try:
-        return images.picture_size(shard.image_bytes(i))
+        return images.pixel_size(shard.image_bytes(i))
     except ValueError:
         return 1, 1  # it will not decode either, and is set aside then
 
@@ -838,7 +836,7 @@ def texts_in(value: Any) -> list[str]:
     return [t for t in texts if t and t.strip()]
 
 
-def picture_settings(dataset: Dataset) -> dict[str, Any]:
+def image_settings(dataset: Dataset) -> dict[str, Any]:
     """The settings that a dataset's pictures were stored with; nothing where it does not say."""
     if not dataset.shards:
         return {}

@@ -57,7 +57,8 @@ def verify(run: str, contents: bool = False, discard: bool = False) -> None:
         raise StageError(f"{run}: {len(damage)} damaged, of which {gone} shards were deleted; run {again}")
     raise StageError(
         f"{run}: {len(damage)} damaged; put the files back from a copy, or delete damaged shards by "
-        f"`carrara verify {run} {'--deep ' if contents else ''}--discard` while nothing else runs there, and run {again} to make them again"
+        f"`carrara verify {run} {'--deep ' if contents else ''}--discard` while nothing else runs there, "
+        f"and run {again} to make them again"
     )
 
 

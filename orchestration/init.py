@@ -21,7 +21,7 @@ from ingest.captions import DEFAULT_STEPS
 from ingest.config import ColumnsConfig, SourceConfig
 from ingest.errors import Rejected
 from ingest.locations import Below, Reader
-from shards.images import picture_size
+from shards.images import pixel_size
 from shards.settings import ConfigError
 
 LOOKED_AT = 200  # images whose sizes are looked at
@@ -125,7 +125,7 @@ def _images(path: str, kind: sources.Kind) -> Found:
     sizes = []
     for _, location in sampled:
         try:
-            sizes.append(picture_size(reader.read(location)))
+            sizes.append(pixel_size(reader.read(location)))
         except (Rejected, OSError, ValueError):
             continue
     counted = f"{images:,} image{'s' * (images > 1)}, {captioned:,} of them with {captions:,} captions"

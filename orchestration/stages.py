@@ -146,7 +146,7 @@ def dry_run(config: RunConfig, rows: int | None = None) -> str:
     for stage, pool in shard_stages("ingest", config):
         stage.check()  # type: ignore[attr-defined]
         funnel = dryrun.funnel(stage, rows)  # type: ignore[arg-type]
-        cost = dryrun.picture_cost(stage)  # type: ignore[arg-type]
+        cost = dryrun.image_cost(stage)  # type: ignore[arg-type]
         workers = pool.most_workers or os.cpu_count() or 1
         parts.append(f"{stage.name}\n{funnel.text()}\n\n{cost.text(funnel.to_fetch, workers)}\n")
     return "\n".join(parts)

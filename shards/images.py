@@ -125,7 +125,7 @@ class ImageShard:
             return [None] * len(samples)
         return list(self.table[name].take(pa.array(self.rows[samples])).to_pylist())
 
-    def pictures(self, samples: np.ndarray) -> list[bytes]:
+    def encoded_images(self, samples: np.ndarray) -> list[bytes]:
         """The encoded pictures of these samples; where they lie together, by one read."""
         if len(samples) == 0:
             return []
@@ -213,7 +213,7 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise ValueError(_undecodable(e)) from None
 
 
-def is_picture(data: bytes) -> bool:
+def is_image(data: bytes) -> bool:
     """Whether this begins as JPEG, PNG and WebP do. A picture that is taken down is a comment of the tar, or zeros."""
     return data.startswith((b"\xff\xd8", b"\x89PNG", b"RIFF"))
 
@@ -227,7 +227,7 @@ def is_rgb(data: bytes) -> bool:
         raise ValueError(_undecodable(e)) from None
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
+def pixel_size(data: bytes) -> tuple[int, int]:
     """Width and height of a picture as `decode_rgb` gives it, from its header; raises ValueError where it has none."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from latents.encoders import Vae
-from latents.pictures import resize_crop
+from latents.resize import resize_crop
 from latents.weights import find_vae
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, perceptual, segments
 from train.adversarial import Balance, Discriminator, frozen, hinge
 from train.config import AdversarialConfig, AutoencoderConfig
-from train.data import Batch, Pictures
+from train.data import Batch, ImageSamples
 from train.objective import Objective, construct, public_config
 from train.randomness import Randomness
 from train.segments import History
@@ -47,7 +47,7 @@ class Autoencoder(Objective):
         self.config, self.random = config, Randomness(seed)
         self.channels = int(vae.config.latent_channels)
         self._fits = {side: functools.partial(_fitted, side) for side in config.resolutions}
-        self.pictures = Pictures(dataset, placement, self._fits[config.resolutions[0]], config.cache_bytes)
+        self.image_samples = ImageSamples(dataset, placement, self._fits[config.resolutions[0]], config.cache_bytes)
         self.perceptual = perceptual.load(config.perceptual.weights) if config.perceptual else None
         if self.perceptual:
             self.perceptual.require(config.resolutions[-1], "autoencoder.resolution")
@@ -73,7 +73,7 @@ class Autoencoder(Objective):
         side = self.side(int(positions[0]))
         shape = (self.channels, side // self.shrink, side // self.shrink)
         found = {
-            "pixels": torch.from_numpy(self.pictures.pixels(positions, self._fits[side])),
+            "pixels": torch.from_numpy(self.image_samples.pixels(positions, self._fits[side])),
             "noise": torch.from_numpy(self.random.normal("autoencoder", positions, shape)),
         }
         if self.config.adversarial:
@@ -83,15 +83,15 @@ class Autoencoder(Objective):
 
     def expect(self, positions: np.ndarray) -> None:
         """Begin to read these pictures."""
-        self.pictures.expect(positions)
+        self.image_samples.expect(positions)
 
     def close(self) -> None:
         """Let go of what reads ahead."""
-        self.pictures.close()
+        self.image_samples.close()
 
     def keys(self, positions: np.ndarray) -> list[str]:
         """The pictures' keys."""
-        return self.pictures.keys(positions)
+        return self.image_samples.keys(positions)
 
     def networks(self) -> list[torch.nn.Module]:
         """The two halves, which are what is called."""

@@ -18,7 +18,7 @@ from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, segments
 from train.config import ClipConfig
-from train.data import Batch, Pictures
+from train.data import Batch, ImageSamples
 from train.objective import Objective, construct, refuse_unknown
 from train.segments import History
 
@@ -57,7 +57,7 @@ class Clip(Objective):
         self._tokens = functools.lru_cache(maxsize=100_000)(lambda caption: self._tokenizer(caption)[0])
         if config.wrong_captions:
             require_column(dataset, config.wrong_captions)
-        self.pictures = Pictures(dataset, placement, self._fit(), config.cache_bytes, config.wrong_captions)
+        self.image_samples = ImageSamples(dataset, placement, self._fit(), config.cache_bytes, config.wrong_captions)
         mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
         self._mean, self._std = mean, std
 
@@ -80,10 +80,10 @@ class Clip(Objective):
         Where there are wrong captions, M in all and at most K of an image, tokens are [B+M,context], and `cell`, int64
         [M], says where each belongs in a table [B,K], which is of the shape of `wrong`, bool.
         """
-        captions = self.pictures.captions(positions)
-        batch = {"pixels": torch.from_numpy(self.pictures.pixels(positions))}
+        captions = self.image_samples.captions(positions)
+        batch = {"pixels": torch.from_numpy(self.image_samples.pixels(positions))}
         if self.config.wrong_captions:
-            wrong = self.pictures.texts(self.config.wrong_captions, positions)
+            wrong = self.image_samples.texts(self.config.wrong_captions, positions)
             most = max(map(len, wrong))
             cells = [i * most + k for i, texts in enumerate(wrong) for k in range(len(texts))]
             captions += [text for texts in wrong for text in texts]
@@ -109,15 +109,15 @@ class Clip(Objective):
 
     def expect(self, positions: np.ndarray) -> None:
         """Begin to read these pictures."""
-        self.pictures.expect(positions)
+        self.image_samples.expect(positions)
 
     def close(self) -> None:
         """Let go of what reads ahead."""
-        self.pictures.close()
+        self.image_samples.close()
 
     def keys(self, positions: np.ndarray) -> list[str]:
         """The pictures' keys."""
-        return self.pictures.keys(positions)
+        return self.image_samples.keys(positions)
 
     def checkpoint_activations(self) -> None:
         """open_clip's own name for it."""

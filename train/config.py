@@ -682,11 +682,11 @@ class TrainConfig(FitConfig):
 
     @property
     def conditioned_by(self) -> str | None:
-        """The field by which the UNet is told a picture (pictures.py); None where it is told none."""
+        """The field by which the UNet is told a picture (image_conditioning.py); None where it is told none."""
         return next((name for name in IMAGE_CONDITIONS if getattr(self, name)), None)
 
     @model_validator(mode="after")
-    def _pictures(self) -> Self:
+    def _image_conditions(self) -> Self:
         names = [name for name in IMAGE_CONDITIONS if getattr(self, name)]
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} are two ways to be told a picture; set one of them")

@@ -23,7 +23,7 @@ from latents.stage import FLIPPED, texts_in
 from shards import storage
 from shards.columns import COLUMN_ROW, ENDS, ColumnFile, Columns, column, column_rows, members, packed_rows
 from shards.dataset import Dataset
-from shards.images import LOCATION, ImageShard, decode_rgb, is_picture
+from shards.images import LOCATION, ImageShard, decode_rgb, is_image
 from shards.selection import Selection
 from shards.settings import ConfigError, StageError
 from train import segments
@@ -33,8 +33,8 @@ from train.reader import Reader, Window
 from train.segments import History
 
 if TYPE_CHECKING:
+    from train.image_conditioning import ByKey
     from train.objective import Objective
-    from train.pictures import ByKey
     from train.ranks import Ranks
 
 Batch = dict[str, torch.Tensor]
@@ -107,7 +107,7 @@ class Kept(Generic[K]):
         return value[0]
 
 
-class Pictures:
+class ImageSamples:
     """Pictures and captions of image shards, by position.
 
     fit: uint8 [H,W,3] -> uint8 [R,R,3], where `pixels` is told no other. cache_bytes: fitted pictures are kept in
@@ -165,19 +165,19 @@ class Pictures:
     def _one(self, fit: Callable[[np.ndarray], np.ndarray], found: tuple[Window, int]) -> np.ndarray:
         window, at = found
         sample = (fit, int(window.shard[at]), int(window.row[at]))
-        picture = self._cache.get(sample)
-        if picture is None:
+        image = self._cache.get(sample)
+        if image is None:
             try:
-                picture = np.ascontiguousarray(fit(decode_rgb(window.columns["image"][at])))
+                image = np.ascontiguousarray(fit(decode_rgb(window.columns["image"][at])))
             except (OSError, ValueError) as e:
                 shard = self.dataset.shards[sample[1]]
                 raise StageError(
                     f"{self.dataset.root}: sample {window.columns['key'][at]} of shard {shard.name} cannot be read: {e}"
                 ) from e
-            if picture.nbytes <= self._room:
-                self._room -= picture.nbytes
-                self._cache[sample] = picture
-        return picture
+            if image.nbytes <= self._room:
+                self._room -= image.nbytes
+                self._cache[sample] = image
+        return image
 
     def _open(self, position: int) -> ImageShard:
         return ImageShard(self.dataset, position, ("status", *self._texts, *LOCATION))
@@ -193,13 +193,13 @@ class Pictures:
                 # Where samples were taken out since the run began, others of the shard come in their place.
                 wanted = np.arange(first, end) % max(1, len(shard))
                 there = len(shard) > 0
-                images = shard.pictures(wanted) if there else [b""] * len(wanted)
+                images = shard.encoded_images(wanted) if there else [b""] * len(wanted)
                 columns["image"] += images
                 for name in self._texts:
                     columns[name] += [v or "" for v in shard.values(name, wanted)] if there else [""] * len(wanted)
             shards += [position] * len(wanted)
             rows += wanted.tolist()
-            alive += map(is_picture, images)  # one may have been taken down since the sidecar was read
+            alive += map(is_image, images)  # one may have been taken down since the sidecar was read
         return Window(np.array(shards), np.array(rows), np.array(alive), dict(columns))
 
 
@@ -256,7 +256,7 @@ class Latents:
         self.wants = {"mean", *(("logstd",) if self.has_spread else ())}
         self.wants |= {"embeddings"} if self.has_embeddings else set(self.token_names)
         self.context_length = int(arrays.columns["empty_tokens"][1][0])
-        self.wants |= {"picture"} if beside else set()
+        self.wants |= {"image"} if beside else set()
         self._reader = Reader(self.placement, self._load)
         self._taken: tuple[bytes, list[tuple[Window, int]]] = (b"", [])
         self.channels, height, _ = arrays.shape_of_mean()
@@ -360,7 +360,7 @@ class Latents:
                     "those of the pictures; make the latents again with latents.flip true (carrara latents --redo)"
                 )
 
-    def require_pictures(self) -> None:
+    def require_images(self) -> None:
         """Raises StageError where beside the first shard of a dataset there is not one picture of its samples."""
         for file, beside in zip(self._first, self._beside, strict=False):
             keys = file.keys
@@ -383,10 +383,10 @@ class Latents:
         rows = self._rows(positions)
         return [str(self._column(window, "key")[at]) for window, at in rows]
 
-    def pictures(self, positions: np.ndarray) -> list[tuple[str, bytes]]:
+    def images(self, positions: np.ndarray) -> list[tuple[str, bytes]]:
         """The samples' keys, and the encoded pictures that lie beside their latents."""
         rows = self._rows(positions)
-        return [(str(self._column(window, "key")[at]), self._column(window, "picture")[at]) for window, at in rows]
+        return [(str(self._column(window, "key")[at]), self._column(window, "image")[at]) for window, at in rows]
 
     def _rows(self, positions: np.ndarray) -> list[tuple[Window, int]]:
         """Where these samples lie in memory; a batch asks for the same ones several times."""
@@ -418,7 +418,7 @@ class Latents:
     ) -> Window:
         which, offset = self._shard_of[source]
         dataset, wants = self.datasets[which], set(wants or self.wants)
-        wants |= {"key"} if "picture" in wants else set()
+        wants |= {"key"} if "image" in wants else set()
         parts, shards, rows, alive = [], [], [], []
         for shard, first, end in runs:
             position = offset + shard
@@ -426,8 +426,8 @@ class Latents:
                 file = self._file(which, position)
                 parts.append(file.read(bucket, first, end, wants))
             alive.append(parts[-1].pop("alive"))
-            if "picture" in wants:
-                parts[-1]["picture"], there = self._beside[which].read(file.info.index, parts[-1]["key"])
+            if "image" in wants:
+                parts[-1]["image"], there = self._beside[which].read(file.info.index, parts[-1]["key"])
                 alive[-1] = alive[-1] & there
             shards.append(np.full(end - first, position))
             rows.append(np.arange(first, end))

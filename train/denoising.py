@@ -18,10 +18,10 @@ from train import adapters, diffusion, initial, segments
 from train.conditioning import Conditioning, Encoded, Joint, Learning, Stored, require_added_width
 from train.config import TrainConfig
 from train.data import Batch, Latents
+from train.image_conditioning import LEVELS, WAYS, ByKey, Controlled, ImageConditioning, add_levels, control_net, widen
 from train.inversion import Word
 from train.objective import Objective, construct, public_config
 from train.order import derive_key, permute
-from train.pictures import LEVELS, WAYS, ByKey, Controlled, ImageConditioning, add_levels, control_net, widen
 from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of, require_layer
 from train.randomness import Randomness
 from train.segments import History
@@ -39,9 +39,9 @@ class Diffusion(Objective):
     ) -> None:
         vae, text = datasets[0].manifest["vae"], datasets[0].manifest["text"]
         image_conditioning = ImageConditioning(config, vae, Randomness(seed)) if config.conditioned_by else None
-        beside = [ByKey(d) for d in segments.picture_sets(config, datasets)]
+        beside = [ByKey(d) for d in segments.image_sets(config, datasets)]
         latents = Latents(config, datasets, seed, history, beside)
-        latents.require_pictures()
+        latents.require_images()
         unet = build_unet(config, latents, text["width"], seed)
         model_config = public_config(unet)
         if config.start_from and text.get("kind") != SEQUENCE:
@@ -73,8 +73,8 @@ class Diffusion(Objective):
             self.register_buffer(name, table, persistent=False)
         self.facts = {"encoders": {"vae": vae, "text": text}, "resolution": latents.resolution}
         if beside:
-            pictures = [{"root": b.dataset.root, "fingerprint": b.dataset.fingerprint} for b in beside]
-            self.facts = {**self.facts, "pictures": pictures}
+            sets = [{"root": b.dataset.root, "fingerprint": b.dataset.fingerprint} for b in beside]
+            self.facts = {**self.facts, "pictures": sets}
 
     @property
     def unet(self) -> Any:
@@ -103,7 +103,7 @@ class Diffusion(Objective):
 
         x0 [B,C,h,w], noise [B,C,h,w], t int64 [B]; text float32 [B,context,width] or tokens int64 [B,context], a
         dropped caption being the stored empty one; with several sources, weight [B]; for a UNet that is told sizes,
-        sizes [B,6] and beside stored embeddings pooled [B,width]; what it is told of a picture (pictures.py).
+        sizes [B,6] and beside stored embeddings pooled [B,width]; what it is told of a picture (image_conditioning.py).
         """
         flipped = self.random.uniform("flip", positions) < 0.5 if self.config.flip else None
         t = self._timesteps(positions)
@@ -321,7 +321,7 @@ def conditioning_of(
 def wanted_columns(config: TrainConfig, latents: Latents, conditioning: Conditioning) -> set[str]:
     """The columns of the latents that batches are made of."""
     found = {"mean", *(("logstd",) if latents.has_spread else ()), *(("micro",) if conditioning.sized else ())}
-    found |= {"picture"} if config.conditioned_by else set()
+    found |= {"image"} if config.conditioned_by else set()
     found |= {name + FLIPPED for name in found & {"mean", "logstd"}} if config.flip else set()
     if isinstance(conditioning, Stored):
         found |= {"text_length"} & set(latents.token_names)

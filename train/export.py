@@ -40,9 +40,9 @@ from train import adapters, posthoc, sequence_pipeline
 from train.checkpoint import load_weights, put_file
 from train.config import TrainConfig, stored_config
 from train.folders import CHUNK, MANIFEST, POSTHOC, latest_complete, name_of, read_manifest
+from train.image_conditioning import WAYS, control_net, low_res_scheduler
 from train.model_card import model_card
 from train.objective import public_config
-from train.pictures import WAYS, control_net, low_res_scheduler
 from train.pipelines import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, pipeline_of
 from train.schedulers import scheduler
 from train.sequence_pipeline import SequencePipeline
@@ -191,7 +191,7 @@ class _Source:
 
     def pipeline(self) -> Any:
         """The StableDiffusionPipeline, the StableDiffusionXLPipeline of a UNet that is told sizes, the class for the
-        way in which it is told a picture (pictures.py), or our own for an encoder of transformers
+        way in which it is told a picture (image_conditioning.py), or our own for an encoder of transformers
         (sequence_pipeline.py).
         """
         vae = self._vae()

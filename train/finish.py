@@ -94,7 +94,7 @@ def measure_latents(objective: Autoencoder, ranks: Ranks) -> tuple[float, float]
     sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     for begin in range(ranks.rank * SCALE_BATCH, count, ranks.world * SCALE_BATCH):
         positions = first + np.arange(begin, min(begin + SCALE_BATCH, count))
-        pixels = torch.from_numpy(np.ascontiguousarray(objective.pictures.pixels(positions))).to(ranks.device)
+        pixels = torch.from_numpy(np.ascontiguousarray(objective.image_samples.pixels(positions))).to(ranks.device)
         posterior = objective.model.encode(to_unit(pixels)).latent_dist
         mean, var = posterior.mean.double(), posterior.var.double()
         sums += torch.stack([mean.sum(), (mean.square() + var).sum(), torch.tensor(float(mean.numel())).to(mean)])

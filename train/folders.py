@@ -74,7 +74,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def damage(folder: str | Path, contents: bool = True) -> str:
-    """What is wrong with a checkpoint, as one sentence; empty where it is complete. contents: read and hash the files."""
+    """What is wrong with a checkpoint, as one sentence; empty where it is complete. contents: hash the files."""
     try:
         manifest = read_manifest(folder)
     except StageError as e:

@@ -138,10 +138,10 @@ class Journal:
         if self._writer is not None:
             self._writer.event(images, kind, facts)
 
-    def grid(self, images: int, pictures: np.ndarray | None) -> None:
+    def grid(self, images: int, pixels: np.ndarray | None) -> None:
         """A grid of samples, uint8 [H,W,3], on rank 0; nothing where there is none."""
-        if self._writer is not None and pictures is not None:
-            self._writer.grid(images, pictures)
+        if self._writer is not None and pixels is not None:
+            self._writer.grid(images, pixels)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -237,7 +237,7 @@ class _Writer:
 
         self._todo.put(write)
 
-    def grid(self, images: int, pictures: np.ndarray) -> None:
+    def grid(self, images: int, pixels: np.ndarray) -> None:
         """A grid of samples, uint8 [H,W,3]."""
 
         def write() -> None:
@@ -245,8 +245,8 @@ class _Writer:
 
             folder = self.folder / "samples"
             folder.mkdir(exist_ok=True)
-            Image.fromarray(pictures).save(folder / f"{images:012d}.png")
-            self._trackers.image("samples", images, pictures)
+            Image.fromarray(pixels).save(folder / f"{images:012d}.png")
+            self._trackers.image("samples", images, pixels)
 
         self._todo.put(write)
 

@@ -49,7 +49,7 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
+class ImageSet:
     """The image shards whose pictures the UNet is told beside one source's latents. given, again: the source, as
     Range's. shards: how many there were; digest: of which they were, whatever was taken down in them since; empty where
     their format does not say."""
@@ -73,7 +73,7 @@ class Record:
     ranges: tuple[Range, ...]
     changes: tuple[str, ...] = ()
     select: tuple[tuple[dict[str, Any], ...], ...] = ()  # by source, the rules with their thresholds; none: all pass
-    pictures: tuple[Pictures, ...] = ()  # by source, where the UNet is told pictures; none: it is not, or no record
+    pictures: tuple[ImageSet, ...] = ()  # by source, where the UNet is told pictures; none: it is not, or no record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class History:
                         "ranges": ranges,
                         "changes": tuple(s["changes"]),
                         "select": tuple(map(tuple, s.get("select", ()))),
-                        "pictures": tuple(Pictures(**p) for p in s.get("pictures", ())),
+                        "pictures": tuple(ImageSet(**p) for p in s.get("pictures", ())),
                     }
                 )
             )
@@ -157,14 +157,14 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     ):
         ranges.append(_range(source, dataset, table, 0, key, weight))
     total = sum(int(t.sum()) for t in laid)
-    beside = picture_sets(config, datasets)
+    beside = image_sets(config, datasets)
     row = _row_bytes(datasets[0], laid[0]) + sum(_row_bytes(d, rows_laid(d)) for d in beside[:1])
     window = config.window or int(np.clip(WINDOW_BYTES // row, FEWEST_ROWS, MOST_ROWS))
     fitting = 1 << max(0, total // window - 1).bit_length()
     most = MOST_STREAMS if datasets[0].kind == "latents" else MOST_STREAMS // 4  # a tar's sidecar is kept for each
     streams = config.streams or int(np.clip(fitting, FEWEST_STREAMS, most))
     select = selected(config, datasets)
-    images = tuple(_pictures(s, d) for s, d in zip(names(config), beside, strict=False))
+    images = tuple(_image_set(s, d) for s, d in zip(names(config), beside, strict=False))
     sizes = batch_sizes(config, datasets)
     record = Record(0, 0, config.batch_size, sizes, tuple(ranges), select=select, pictures=images)
     return History(streams, window, (record,))
@@ -247,11 +247,11 @@ def resume(
         ranges += [
             dataclasses.replace(r, weight=weight * sum(r.rows) / total, root=dataset.root) for r in kept if total
         ]
-    beside = picture_sets(config, datasets)
+    beside = image_sets(config, datasets)
     # Sources may have changed their places, and new ones have come.
     stood = {(p.given, p.again): p for p in last.pictures}
     pairs = [
-        (stood[s], _pictures(s, d, stood[s].shards)) for s, d in zip(names(config), beside, strict=False) if s in stood
+        (stood[s], _image_set(s, d, stood[s].shards)) for s, d in zip(names(config), beside, strict=False) if s in stood
     ]
     others = [now.root for then, now in pairs if then.digest and now.digest and then.digest != now.digest]
     for root in others:
@@ -262,7 +262,7 @@ def resume(
         adopted.append(f"{root}: other pictures")
     select = selected(config, datasets, last.select)
     sizes = batch_sizes(config, datasets)
-    pictures = tuple(_pictures(s, d) for s, d in zip(names(config), beside, strict=False))
+    pictures = tuple(_image_set(s, d) for s, d in zip(names(config), beside, strict=False))
     record = Record(images, step, config.batch_size, sizes, tuple(ranges), (*changes, *adopted), select, pictures)
     if _same(record, last) and not changes and not others:
         return Taken(history, tuple(notes), "" if adopt else refusal)
@@ -304,17 +304,17 @@ def run_of(dataset: Dataset) -> str:
     return dataset.root.rstrip("/").rpartition("/")[0]
 
 
-def picture_sets(config: FitConfig, datasets: Sequence[Dataset], folder: str = "images") -> list[Dataset]:
+def image_sets(config: FitConfig, datasets: Sequence[Dataset], folder: str = "images") -> list[Dataset]:
     """Of each data set of latents, the image shards whose pictures the UNet is told by key; none where it is told none.
 
     folder: `images`, or `heldout`.
     """
     if not isinstance(config, TrainConfig) or not config.conditioned_by:
         return []
-    return [Dataset.open(storage.join(pictures_run(config, run_of(d)), folder)) for d in datasets]
+    return [Dataset.open(storage.join(run_of_images(config, run_of(d)), folder)) for d in datasets]
 
 
-def pictures_run(config: TrainConfig, run: str) -> str:
+def run_of_images(config: TrainConfig, run: str) -> str:
     """The run that has the pictures which latents of `run` are told."""
     other = config.edit.before if config.edit else config.control.images if config.control else None
     if other is None:
@@ -322,11 +322,11 @@ def pictures_run(config: TrainConfig, run: str) -> str:
     return other if "://" in other or other.startswith("/") else storage.join(run, other)
 
 
-def _pictures(source: tuple[str | None, int], dataset: Dataset, shards: int | None = None) -> Pictures:
+def _image_set(source: tuple[str | None, int], dataset: Dataset, shards: int | None = None) -> ImageSet:
     """Which pictures the first `shards` shards hold, or all; more may come, and some be taken down."""
     some = dataset.shards[:shards]
     lines = [f"{s.index} {s.born}" for s in some]
-    return Pictures(*source, dataset.root, len(lines), "" if dataset.format == 1 else digest_json(lines)[:32])
+    return ImageSet(*source, dataset.root, len(lines), "" if dataset.format == 1 else digest_json(lines)[:32])
 
 
 def _range(

@@ -30,8 +30,8 @@ from train import segments
 from train.config import IMAGE_CONDITIONS, SourceConfig, TrainConfig, ValidationConfig
 from train.data import Batch, Latents
 from train.denoising import Diffusion
+from train.image_conditioning import ByKey
 from train.order import permute
-from train.pictures import ByKey
 from train.ranks import Ranks
 from train.reader import Window
 
@@ -167,8 +167,8 @@ def _beside(config: ValidationConfig, objective: Diffusion, run: RunPaths) -> li
     if not train.conditioned_by:
         return []
     if config.latents:
-        return [ByKey(d) for d in segments.picture_sets(train, [Dataset.open(config.latents)])]
-    return [ByKey(Dataset.open(RunPaths(segments.pictures_run(train, run.run)).heldout))]
+        return [ByKey(d) for d in segments.image_sets(train, [Dataset.open(config.latents)])]
+    return [ByKey(Dataset.open(RunPaths(segments.run_of_images(train, run.run)).heldout))]
 
 
 def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, device: str, folder: str) -> str:
@@ -178,7 +178,7 @@ def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, dev
     """
     facts = objective.latents.dataset.manifest
     try:
-        pictures = Dataset.open(run.heldout)
+        heldout = Dataset.open(run.heldout)
     except StageError:
         raise ConfigError(
             f"train.validation: {run.heldout} holds no pictures; give ingest.heldout_table, or name a folder of "
@@ -190,11 +190,11 @@ def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, dev
     known |= {"device": device, "resolution": objective.latents.resolution, "more_resolutions": [], "enlarge": True}
     known["flip"] = False  # it is measured on pictures as they are
     settings = LatentsConfig(**known)
-    few = _first(pictures, config.images)
+    few = _first(heldout, config.images)
     if len(few) == 0:
-        raise StageError(f"{pictures.root}: there is not one held-out picture to validate on")
+        raise StageError(f"{heldout.root}: there is not one held-out picture to validate on")
     stage = _Stage(settings, RunPaths(folder), facts["vae"]["ref"], clips_of(facts["text"])[0]["ref"])
-    stage.pictures = few
+    stage.image_dataset = few
     begin(stage)
     work = stage.worker()
     stage.finish([work(task) for task in stage.tasks()])
@@ -204,10 +204,10 @@ def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, dev
 class _Stage(LatentsStage):
     """The latents of a dataset that is at hand."""
 
-    pictures: Dataset
+    image_dataset: Dataset
 
     def images(self) -> Dataset:
-        return self.pictures
+        return self.image_dataset
 
 
 def _first(dataset: Dataset, count: int) -> Dataset:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from eval.report import charts, scores
-from latents.pictures import resize_crop
+from latents.resize import resize_crop
 from shards import storage
 from shards.columns import ColumnShard
 from shards.dataset import MANIFEST, Dataset

@@ -66,7 +66,7 @@ def test_image_to_image_stays_near_and_inpainting_keeps_the_rest(run: RunPaths, 
     assert painted[0].shape == (SIDE, SIDE, 3)
     change = np.abs(painted[0].astype(float) - painted[1]).mean(axis=(0, 2))
     assert change[SIDE // 2 + 1 :].mean() > 1  # the other noise shows under the mask
-    from latents.pictures import resize_crop
+    from latents.resize import resize_crop
 
     photo, covered = (
         resize_crop(np.asarray(Image.open(tmp_path / f).convert("RGB")), SIDE)[0] for f in ("photo.png", "mask.png")

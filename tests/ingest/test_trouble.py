@@ -32,7 +32,7 @@ from ingest.takedown import TakenDown
 from ingest.work import FetchPool
 from shards.settings import ConfigError, NodeTrouble, validate
 from tests.ingest.conftest import make_config
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_an_error_that_nobody_foresaw_ends_its_row(pool: Any, site: Site, monkey
     monkeypatch.setattr(work, "is_quick", lambda data, settings: data == b"odd")
     c = pool()
     c.fetch_all({0: "http://127.0.0.1:1/"})
-    found = c.fetch_all({0: site.add("/odd", b"odd"), 1: site.add("/1.png", picture(1))})
+    found = c.fetch_all({0: site.add("/odd", b"odd"), 1: site.add("/1.png", image_bytes(1))})
     assert codes(found) == ["unforeseen", None]
     assert found[0].message == "ZeroDivisionError"
     monkeypatch.setattr(c._fetcher, "_check_opt_out", odd)
@@ -473,7 +473,7 @@ def test_slow_bodies_that_fill_the_room_do_not_end_their_neighbours(pool: Any, s
 
     for i in range(12):
         site.raw[f"/{i}"] = all_but_one
-    urls = {i: site.raw_url(f"/{i}") for i in range(12)} | {12: site.add("/good.png", picture(1))}
+    urls = {i: site.raw_url(f"/{i}") for i in range(12)} | {12: site.add("/good.png", image_bytes(1))}
     limits = {"max_bytes": 1_000_000, "body_memory": 2_000_000, "timeout": 2.0, "min_speed": 0, "host_failures": 0}
     began = time.monotonic()
     found = pool(fetch=limits).fetch_all(urls)
@@ -536,7 +536,7 @@ def hostile() -> dict[str, bytes]:
 def test_no_picture_stops_the_event_loop(pool: Any, site: Site) -> None:
     """While they are decoded the loop turns: the longest stop is told by a clock in the loop itself."""
     urls = {i: site.add(f"/{name}", data) for i, (name, data) in enumerate(hostile().items())}
-    urls |= {100 + i: site.add(f"/small{i}.jpg", picture(i, 640, 480, "JPEG")) for i in range(20)}
+    urls |= {100 + i: site.add(f"/small{i}.jpg", image_bytes(i, 640, 480, "JPEG")) for i in range(20)}
     c = pool(encode_format="jpg", image_size=256)
     c.fetch_all({0: "http://127.0.0.1:1/"})
     stops: list[float] = []
@@ -587,8 +587,8 @@ def test_a_decoder_that_dies_hangs_or_wants_the_world_ends_one_row(
     settings = work.pixel_settings(make_config("t.csv"))
     pool = decoders.Decoders(settings, 600_000_000, 1.0)
     try:
-        good = pool.process(picture(1))
-        assert good == ingest.pixels.process(picture(1), settings)
+        good = pool.process(image_bytes(1))
+        assert good == ingest.pixels.process(image_bytes(1), settings)
         first = pool._mine.child
         for data, code, words in (
             (b"crash", "image_corrupt", "ended"),
@@ -599,7 +599,7 @@ def test_a_decoder_that_dies_hangs_or_wants_the_world_ends_one_row(
                 pool.process(data)
             assert caught.value.code == code
             assert words in caught.value.message
-            assert pool.process(picture(1)) == good
+            assert pool.process(image_bytes(1)) == good
         assert pool._mine.child is not first
         with pytest.raises(Rejected, match="not_an_image"):
             pool.process(b"<html>")
@@ -627,7 +627,7 @@ if "ingest.decoders" in sys.orig_argv:
 
 def test_a_decoder_ends_with_its_worker(pool: Any, site: Site) -> None:
     c = pool()
-    assert codes(c.fetch_all({0: site.add("/1.png", picture(1))})) == [None]
+    assert codes(c.fetch_all({0: site.add("/1.png", image_bytes(1))})) == [None]
     [child] = c._others._all
     c.close()
     assert child.child.returncode is not None

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ingest.pixels import PixelSettings, resize
 from latents.config import LatentsConfig
-from latents.pictures import crop_before, fit_cover
+from latents.resize import crop_before, fit_cover
 from latents.stage import LatentsStage
 from shards.columns import ColumnShard
 from shards.dataset import Dataset, commit_shard, write_manifest

@@ -17,7 +17,7 @@ import torch
 from latents.config import LatentsConfig
 from latents.encoders import load_text, load_vae
 from latents.moments import dequantise_logstd
-from latents.pictures import resize_crop
+from latents.resize import resize_crop
 from latents.stage import LatentsStage
 from shards.columns import ColumnShard
 from shards.dataset import Dataset, write_manifest

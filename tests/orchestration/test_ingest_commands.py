@@ -23,7 +23,7 @@ from shards.columns import ColumnShard, keep_rows, unpack_columns
 from shards.dataset import Dataset
 from shards.layout import RunPaths
 from shards.settings import validate
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 from tests.latents import world
 from tests.train import tiny
 from train import segments
@@ -43,7 +43,7 @@ def site():
 @pytest.fixture
 def config(site: Site, tmp_path: Path) -> Path:
     """A run of three shards of 8 rows; rows 3 and 17 are one picture under two URLs and captions."""
-    rows = [(site.add(f"/{i}.png", picture(3 if i == 17 else i, 32, 32)), f"caption {i}") for i in range(ROWS)]
+    rows = [(site.add(f"/{i}.png", image_bytes(3 if i == 17 else i, 32, 32)), f"caption {i}") for i in range(ROWS)]
     urls, texts = zip(*rows, strict=True)
     pq.write_table(pa.table({"url": urls, "caption": texts}), tmp_path / "table.parquet")
     settings = {

@@ -18,7 +18,7 @@ from PIL import Image
 from shards import exclusions
 from shards.dataset import Dataset, commit_shard, read_stats, write_manifest
 from shards.fingerprint import Fingerprint
-from shards.images import ImageShard, decode_rgb, is_rgb, pack_tar, picture_size
+from shards.images import ImageShard, decode_rgb, is_rgb, pack_tar, pixel_size
 
 SAMPLES = st.lists(
     st.tuples(
@@ -150,10 +150,10 @@ def test_pictures_are_upright_whatever_their_exif_says(kind):
         found = decode_rgb(data)
         assert found.shape == expected.shape
         assert np.abs(found.astype(int) - expected).max() <= (8 if kind == "JPEG" else 0), orientation
-        assert picture_size(data) == found.shape[1::-1]
+        assert pixel_size(data) == found.shape[1::-1]
     for damaged in (b"Exif\x00\x00MM\x00*\xff\xff\xff\xff", b"Exif\x00\x00no block of any kind"):
         assert decode_rgb(stored(damaged)).shape == (16, 24, 3)
-        assert picture_size(stored(damaged)) == (24, 16)
+        assert pixel_size(stored(damaged)) == (24, 16)
 
 
 def test_colours_that_would_be_converted_are_known():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from latents.pictures import resize_crop
+from latents.resize import resize_crop
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.settings import ConfigError, validate

@@ -18,7 +18,7 @@ from shards.settings import StageError, load_sections
 from tests.train import tiny
 from train import segments
 from train.config import AutoencoderConfig, TrainConfig, TrainingSections
-from train.data import Latents, Pictures, Prefetcher
+from train.data import ImageSamples, Latents, Prefetcher
 from train.objectives import build
 from train.placement import Placement
 
@@ -51,7 +51,7 @@ def test_latents_by_position(run: Path) -> None:
 def test_pictures_by_position(run: Path, cache: int) -> None:
     dataset = Dataset.open(str(run / "images"))
     placement = segments.placement_of(AutoencoderConfig(images=100, batch_size=8, streams=4, window=3), [dataset], 0)
-    pictures = Pictures(dataset, placement, lambda p: p, cache)
+    pictures = ImageSamples(dataset, placement, lambda p: p, cache)
     for _ in range(2):
         positions = np.arange(40)
         pixels, captions = pictures.pixels(positions), pictures.captions(positions)

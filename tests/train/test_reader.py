@@ -22,7 +22,7 @@ from tests.train import tiny
 from tests.train.test_mixture import bucketed, latents_of
 from train import segments
 from train.config import AutoencoderConfig, TrainConfig
-from train.data import Latents, Pictures, Prefetcher, batch_slots, micro_batches
+from train.data import ImageSamples, Latents, Prefetcher, batch_slots, micro_batches
 from train.placement import Placement, Segment, Source
 from train.ranks import Ranks
 from train.reader import Reader, Window
@@ -189,10 +189,10 @@ def test_a_picture_window_is_one_read_of_the_tar(run: Path, monkeypatch: pytest.
                 storage.write_atomic(f"{url}/images/{file.name}", file.read_bytes())
         for remote in (False, True):
             source = Dataset.open(f"{url}/images") if remote else dataset
-            pictures = Pictures(source, placement, lambda p: p, 0)
+            samples = ImageSamples(source, placement, lambda p: p, 0)
             with watched(monkeypatch) as ranges:
-                found = np.concatenate([pictures.pixels(np.arange(7 * b, 7 * b + 7)) for b in range(4)])
-                pictures.close()
+                found = np.concatenate([samples.pixels(np.arange(7 * b, 7 * b + 7)) for b in range(4)])
+                samples.close()
             assert len(found) == len({p.tobytes() for p in found}) == 28
             tars = [r for r in ranges if r[0].endswith(".tar")]
             order = next(iter(placement.orders.values()))

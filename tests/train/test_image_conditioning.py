@@ -36,11 +36,11 @@ from tests.train.test_tuning import make_run
 from tests.train.test_zero import assert_same, step_folder, tensors
 from train import folders, segments
 from train.config import ClipConfig, ControlConfig, TrainConfig, TrainingSections
-from train.data import Pictures
+from train.data import ImageSamples
 from train.denoising import Diffusion
 from train.export import build_pipeline, export, fold_shift
+from train.image_conditioning import WAYS, ByKey, control_image, control_net, draw_mask, low_res_scheduler, widen
 from train.objectives import build
-from train.pictures import WAYS, ByKey, control_image, control_net, draw_mask, low_res_scheduler, widen
 from train.randomness import Randomness
 from train.seen import Account
 from train.segments import History, Taken, resume
@@ -128,7 +128,7 @@ def test_inpainting_is_told_what_diffusers_inpainting_pipeline_tells(base: Any, 
 
     parts = StableDiffusionPipeline.from_pretrained(base[1], safety_checker=None).components
     theirs = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
-    pixels, masks = batch["picture"].numpy(), batch["mask"].numpy()
+    pixels, masks = batch["image"].numpy(), batch["mask"].numpy()
     image = theirs.image_processor.preprocess([Image.fromarray(p) for p in pixels], height=SIDE, width=SIDE)
     mask = theirs.mask_processor.preprocess([Image.fromarray(m[0] * 255) for m in masks], height=SIDE, width=SIDE)
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
@@ -424,7 +424,7 @@ def test_a_picture_that_is_taken_down_while_it_is_read_comes_no_more(base: Any, 
     pictures, keys = ByKey(dataset), ImageShard(dataset, 0).keys
     history = segments.begin(ClipConfig(), [dataset])
     placement = history.placement(segments.tables(history, ClipConfig(), [dataset]), 0)
-    clip = Pictures(dataset, placement, lambda pixels: pixels, 0)
+    clip = ImageSamples(dataset, placement, lambda pixels: pixels, 0)
     assert pictures.read(0, keys)[1].all()
     assert clip._load(0, 0, [(0, 0, len(keys))]).alive.all()
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from latents.pictures import fit_cover, prefetch, resize_crop
+from latents.resize import fit_cover, prefetch, resize_crop
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([8, 32, 256]))
@@ -89,7 +89,7 @@ def test_a_strip_is_scaled_no_further_than_it_is_kept(width, height, monkeypatch
     )
     pixels = np.ascontiguousarray(pixels.astype(np.uint8))
     whole, fit = resize_crop(pixels, 32)
-    monkeypatch.setattr("latents.pictures.MAX_SCALED", 0)
+    monkeypatch.setattr("latents.resize.MAX_SCALED", 0)
     calls: list[tuple[int, int]] = []
     resize = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a: calls.append(size) or resize(self, size, *a))

@@ -27,10 +27,10 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import nn
 
 from latents.encoders import Vae, load_vae, require_digest
-from latents.pictures import resize_crop_to
+from latents.resize import resize_crop_to
 from latents.weights import find_vae
 from shards.dataset import Dataset
-from shards.images import LOCATION, ImageShard, decode_rgb, is_picture
+from shards.images import LOCATION, ImageShard, decode_rgb, is_image
 from shards.layout import shard_name
 from shards.settings import ConfigError, StageError
 from train.config import ControlConfig, TrainConfig
@@ -91,7 +91,7 @@ class ImageConditioning:
         def one(found: tuple[str, bytes]) -> np.ndarray:
             return self._fitted(*found, size)
 
-        pixels = np.stack(list(self._decoders.map(one, latents.pictures(positions))))
+        pixels = np.stack(list(self._decoders.map(one, latents.images(positions))))
         return self.way.batch(self, pixels, positions + first, u)
 
     def inputs(
@@ -164,9 +164,9 @@ class ByKey:
             wanted = np.array(keys, np.str_)
             slot = np.searchsorted(known, wanted).clip(max=max(len(known) - 1, 0))
             at = np.where(known[slot] == wanted, order[slot], -1) if len(known) else np.full(len(keys), -1)
-            for i, data in zip(np.flatnonzero(at >= 0).tolist(), shard.pictures(at[at >= 0]), strict=True):
+            for i, data in zip(np.flatnonzero(at >= 0).tolist(), shard.encoded_images(at[at >= 0]), strict=True):
                 found[i] = data
-                if not is_picture(data):  # taken down since the sidecar was read
+                if not is_image(data):  # taken down since the sidecar was read
                     at[i] = -1
         except (OSError, ValueError, KeyError) as e:
             raise StageError(
@@ -206,7 +206,7 @@ def draw_mask(random: np.random.Generator, height: int, width: int, whole: float
 
 
 def _inpaint_batch(conditioning: ImageConditioning, pixels: np.ndarray, positions: np.ndarray, u: np.ndarray) -> Batch:
-    """picture uint8 [B,H,W,3], mask uint8 [B,1,H,W], and the posterior's draw masked_noise float32 [B,C,h,w]."""
+    """image uint8 [B,H,W,3], mask uint8 [B,1,H,W], and the posterior's draw masked_noise float32 [B,C,h,w]."""
     assert conditioning.config.inpaint is not None
     assert conditioning.vae is not None
     height, width = pixels.shape[1:3]
@@ -214,7 +214,7 @@ def _inpaint_batch(conditioning: ImageConditioning, pixels: np.ndarray, position
     masks = [draw_mask(r, height, width, whole) for r in conditioning.random.each("mask", positions)]
     shape = (conditioning.vae.channels, height // conditioning.downscale, width // conditioning.downscale)
     return {
-        "picture": torch.from_numpy(pixels),
+        "image": torch.from_numpy(pixels),
         "mask": torch.from_numpy(np.stack(masks)[:, None]),
         "masked_noise": torch.from_numpy(conditioning.random.normal("masked", positions, shape)),
     }
@@ -230,7 +230,7 @@ def _inpaint_inputs(
 ) -> Inputs:
     """x_t, the mask at the latents' places, and the latents of the picture that is grey under the mask."""
     mask = batch["mask"].to(xt.dtype)
-    mean, logstd = conditioning.posterior(_unit(batch["picture"]) * (1 - mask))
+    mean, logstd = conditioning.posterior(_unit(batch["image"]) * (1 - mask))
     around = (mean + logstd.exp() * batch["masked_noise"]) * conditioning.scale
     f = conditioning.downscale
     return torch.cat([xt, mask[:, :, ::f, ::f], around.to(xt.dtype)], dim=1), {}
