@@ -1,4 +1,4 @@
-"""Prompt-to-prompt: where one prompt's words look while an image is drawn, told to another's (Hertz et al. 2022).
+"""Prompt-to-prompt: where one prompt's words look while an image is drawn, given to another's (Hertz et al. 2022).
 
 Two images are drawn side by side from the same noise, one of each prompt. In every cross-attention of diffusers' UNet
 the first image's map of a word becomes the second's map of the word in its place (arXiv:2208.01626): a word exchanged
@@ -310,7 +310,7 @@ def invert(
     iterations: int,
     tick: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """The noise [1,C,h,w] from which `steps` steps of the pipeline's scheduler draw `latents`, told `text` [1,L,D].
+    """The noise [1,C,h,w] from which `steps` steps of the pipeline's scheduler draw `latents`, given `text` [1,L,D].
 
     DDIM inversion (Song et al. 2020, arXiv:2010.02502; Dhariwal & Nichol 2021, arXiv:2105.05233, appendix F) without
     guidance. Each step is linear in the sample and in what the UNet says of it, and what the UNet says of the noisier

@@ -7,7 +7,7 @@
     carrara edit path/to/stable-diffusion --from "..." --to "..." --out edited
 
 The image before is, to the bit, what `carrara sample` draws of --from with the same seed, sampler and steps; with
---image it is the given one, inverted: DDIM inversion told --from, and then negative-prompt inversion (Miyake et al.
+--image it is the given one, inverted: DDIM inversion given --from, and then negative-prompt inversion (Miyake et al.
 2023, arXiv:2305.16807), where guidance leads away from --from in place of the empty prompt. So the given image is drawn
 again whatever the guidance scale, and nothing is optimised as null-text inversion does.
 
@@ -196,7 +196,7 @@ class Editor:
 
 
 class PairGenerator:
-    """The pipeline, what it is told, and the noise of a given image."""
+    """The pipeline, what it is given, and the noise of a given image."""
 
     def __init__(self, request: EditRequest, model: models.Model, run: RunPaths, given: np.ndarray | None) -> None:
         import torch
@@ -206,7 +206,7 @@ class PairGenerator:
         c = self.request = request
         pipeline = models.build_pipeline(run, model)
         if models.takes_image(pipeline):
-            raise ConfigError("edit: this model is told a picture beside each prompt; use `carrara sample --image`")
+            raise ConfigError("edit: this model is given a picture beside each prompt; use `carrara sample --image`")
         pipeline = models.from_prompts(pipeline)
         if type(pipeline).__name__ != PIPELINE:
             raise ConfigError(f"edit: the model is a {type(pipeline).__name__}, and what is edited is a {PIPELINE}")

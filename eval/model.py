@@ -187,8 +187,8 @@ def from_prompts(pipeline: Any) -> Any:
 
     if takes_image(pipeline):
         raise StageError(
-            f"a {type(pipeline).__name__} is told a picture beside each prompt, and cannot be judged by prompts alone; "
-            "draw with `carrara sample RUN --image ...`"
+            f"a {type(pipeline).__name__} is given a picture beside each prompt, and cannot be judged by prompts "
+            "alone; draw with `carrara sample RUN --image ...`"
         )
     if getattr(pipeline, "controlnet", None) is None:
         return pipeline

@@ -348,7 +348,7 @@ def require_level(upscaler: Any, level: int) -> None:
 
 EDITS = "StableDiffusionInstructPix2PixPipeline"
 UPSCALES = "StableDiffusionUpscalePipeline"
-# What a model is told that cannot do without a picture, by its pipeline.
+# What a model is given that cannot do without a picture, by its pipeline.
 NEEDS = {EDITS: {"image"}, UPSCALES: {"image"}, "StableDiffusionInpaintPipeline": {"image", "mask"}}
 
 
@@ -361,7 +361,7 @@ def _kind(base: Any, given: set[str]) -> Any:
         needs = NEEDS.get(type(base).__name__, set())
         if given != needs:
             wanted = " and ".join(f"--{n}" for n in sorted(needs))
-            raise ConfigError(f"sample: this model is told a picture beside each prompt; give {wanted} and no other")
+            raise ConfigError(f"sample: this model is given a picture beside each prompt; give {wanted} and no other")
         return base
     if "control" in given:
         if getattr(base, "controlnet", None) is None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Features(NamedTuple):
-    """What a UNet is told of captions. rows: [B,L,width]; pooled: [B,P], None where it was not asked for."""
+    """What a UNet is given of captions. rows: [B,L,width]; pooled: [B,P], None where it was not asked for."""
 
     rows: torch.Tensor
     pooled: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""What a UNet is told beside x_t and the timestep: captions, and for SDXL their pooled embedding and sizes.
+"""What a UNet is given beside x_t and the timestep: captions, and for SDXL their pooled embedding and sizes.
 
     Stored     the embeddings lie in the latent shards
     Encoded    tokens lie there, or captions are drawn; the frozen CLIP runs within the step, where the UNet runs
@@ -24,14 +24,14 @@ from latents.text import Text, mask_of
 from shards.settings import ConfigError
 from train.data import Batch
 
-# The text [B,context,width], and for a UNet that is told sizes what else it is called with.
+# The text [B,context,width], and for a UNet that is given sizes what else it is called with.
 Condition = tuple[torch.Tensor, dict[str, torch.Tensor] | None]
 
 
 class Conditioning:
     """Captions as the shards hold them, and how they reach the UNet.
 
-    sized: the UNet is told sizes and pooled text, as SDXL's is. module: what of this learns; None where nothing does.
+    sized: the UNet is given sizes and pooled text, as SDXL's is. module: what of this learns; None where nothing does.
     stored: the embeddings lie in the shards, so that no encoder is at hand.
     """
 
@@ -76,7 +76,7 @@ class Conditioning:
 
 
 class Stored(Conditioning):
-    """text float32 [B,context,width] from the shards; for a UNet that is told sizes, pooled [B,width] too."""
+    """text float32 [B,context,width] from the shards; for a UNet that is given sizes, pooled [B,width] too."""
 
     stored = True
 
@@ -188,10 +188,10 @@ class Joint(nn.Module):
 
 
 def require_added_width(unet: dict[str, Any], pooled: int, field: str) -> None:
-    """Raises ConfigError where a UNet that is told sizes expects something else beside the time than these."""
+    """Raises ConfigError where a UNet that is given sizes expects something else beside the time than these."""
     width, one = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
     if one is None or width != pooled + 6 * one:
         raise ConfigError(
             f"{field}: its projection_class_embeddings_input_dim is {width}, but {pooled} values of pooled text and "
-            f"six sizes of addition_time_embed_dim {one} each are what it is told beside the time"
+            f"six sizes of addition_time_embed_dim {one} each are what it is given beside the time"
         )

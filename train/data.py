@@ -110,7 +110,7 @@ class Kept(Generic[K]):
 class ImageSamples:
     """Pictures and captions of image shards, by position.
 
-    fit: uint8 [H,W,3] -> uint8 [R,R,3], where `pixels` is told no other. cache_bytes: fitted pictures are kept in
+    fit: uint8 [H,W,3] -> uint8 [R,R,3], where `pixels` is given no other. cache_bytes: fitted pictures are kept in
     memory up to this size; there is no eviction, since an order in which each sample comes once an epoch gains nothing
     from it.
     more: a column of the sidecar that is read too, for `texts`.
@@ -520,7 +520,7 @@ class _LatentFile:
         if "micro" in wants and "micro" not in self.kinds:
             raise StageError(
                 f"{self.dataset.root}: shard {self.info.name} has no column 'micro', which a UNet with "
-                "addition_embed_type text_time is told; make the latents again"
+                "addition_embed_type text_time is given; make the latents again"
             )
         got = self._rows(bucket, first, end, [*asked, *(["alive"] if "alive" in self.kinds else [])])
         for name in plain:

@@ -102,8 +102,8 @@ class Diffusion(Objective):
         """What the samples at `positions` (int64 [B]) need.
 
         x0 [B,C,h,w], noise [B,C,h,w], t int64 [B]; text float32 [B,context,width] or tokens int64 [B,context], a
-        dropped caption being the stored empty one; with several sources, weight [B]; for a UNet that is told sizes,
-        sizes [B,6] and beside stored embeddings pooled [B,width]; what it is told of a picture (image_conditioning.py).
+        dropped caption being the stored empty one; with several sources, weight [B]; for a UNet that is given sizes,
+        sizes [B,6] and with stored embeddings pooled [B,width]; what it is given of an image (image_conditioning.py).
         """
         flipped = self.random.uniform("flip", positions) < 0.5 if self.config.flip else None
         t = self._timesteps(positions)
@@ -287,20 +287,20 @@ def conditioning_of(
     field = "train.start_from" if config.start_from else "train.unet"
     if sized and config.conditioned_by:
         raise ConfigError(
-            f"train.{config.conditioned_by}: a UNet that is told sizes (SDXL's) cannot be told a picture here; {field}"
+            f"train.{config.conditioned_by}: a UNet given sizes (SDXL's) cannot be given a picture here; {field}"
         )
     if config.textual_inversion:
         if sized:
             raise ConfigError(
-                "train.textual_inversion: this UNet is also told the captions' pooled embeddings (SDXL), through which "
-                "the word cannot be learned here; choose a UNet without addition_embed_type text_time"
+                "train.textual_inversion: this UNet is also given the captions' pooled embeddings (SDXL), through "
+                "which the word cannot be learned here; choose a UNet without addition_embed_type text_time"
             )
         return Word(config.textual_inversion, load_clip_of(text), Randomness(seed))
     if not config.captions and not config.text_encoder and latents.has_embeddings:
         if sized:
             if latents.empty_pooled is None:
                 raise ConfigError(
-                    "train.unet: addition_embed_type text_time is told the captions' pooled embeddings, which these "
+                    "train.unet: addition_embed_type text_time is given the captions' pooled embeddings, which these "
                     "latents lack; make them with latents.text_pooled true, or with latents.text tokens"
                 )
             require_added_width(unet, len(latents.empty_pooled), field)

@@ -6,7 +6,7 @@
     carrara export runs/demo [--checkpoint step-00001000] [--weights raw] [--precision float16] [--out FOLDER]
 
 The UNet's weights come from the checkpoint, the VAE and the CLIP from where the latents were made that it was trained
-on, as its manifest says, and are refused where they are not the same ones. A UNet that is told sizes becomes a
+on, as its manifest says, and are refused where they are not the same ones. A UNet that is given sizes becomes a
 StableDiffusionXLPipeline. What was fine-tuned with an adapter is merged, and lies beside it in the form that diffusers'
 load_lora_weights (or peft) reads; a learned word lies there as load_textual_inversion reads it. The text encoder and
 its tokenizer are transformers' own (text_export.py).
@@ -190,8 +190,8 @@ class _Source:
         return Fingerprint("export", VERSION, settings, digest_json(self.manifest), digests)
 
     def pipeline(self) -> Any:
-        """The StableDiffusionPipeline, the StableDiffusionXLPipeline of a UNet that is told sizes, the class for the
-        way in which it is told a picture (image_conditioning.py), or our own for an encoder of transformers
+        """The StableDiffusionPipeline, the StableDiffusionXLPipeline of a UNet that is given sizes, the class for the
+        way in which it is given a picture (image_conditioning.py), or our own for an encoder of transformers
         (sequence_pipeline.py).
         """
         vae = self._vae()

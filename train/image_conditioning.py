@@ -1,10 +1,10 @@
-"""What a UNet is told of a picture, beside x_t, the time and the caption: a table with a row for each way.
+"""What a UNet is given of a picture, beside x_t, the time and the caption: a table with a row for each way.
 
     inpaint   a mask, and the latents of what lies around it, as further input channels (Stable Diffusion's inpainting)
     edit      the latents of the picture before, as further input channels (Brooks et al. 2023, arXiv:2211.09800)
     upscale   the picture made small, with noise, as further input channels; the noise's level as its class
               (Stable Diffusion's x4 upscaler)
-    control   a control image, told to a second network whose outputs are added to the frozen UNet's
+    control   a control image, given to a second network whose outputs are added to the frozen UNet's
               (ControlNet; Zhang et al. 2023, arXiv:2302.05543)
 
 A row has two halves, as captions have (conditioning.py): `batch` makes what one micro-batch needs of the pictures, on
@@ -48,7 +48,7 @@ Inputs = tuple[torch.Tensor, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a UNet is told a picture. channels: its input channels beside x_t's, by those of a latent. pipeline: the
+    """How a UNet is given a picture. channels: its input channels beside x_t's, by those of a latent. pipeline: the
     class in diffusers. encodes: whether the frozen VAE runs within the step."""
 
     channels: Callable[[int], int]
@@ -61,7 +61,7 @@ class Way:
 
 
 class ImageConditioning:
-    """The pictures of a run that its UNet is told, in the way that `config.conditioned_by` names.
+    """The pictures of a run that its UNet is given, in the way that `config.conditioned_by` names.
 
     vae: facts of the latents' VAE. Raises StageError where it is not that one any more.
     """
@@ -295,7 +295,7 @@ def low_res_scheduler() -> Any:
 
 @torch.no_grad()
 def add_levels(unet: Any) -> Any:
-    """A UNet that is told a level of noise as its class, and begins by passing it over, in place."""
+    """A UNet that is given a level of noise as its class, and begins by passing it over, in place."""
     width = unet.time_embedding.linear_2.out_features
     unet.class_embedding = nn.Embedding(LEVELS, width)
     unet.class_embedding.weight.zero_()

@@ -50,7 +50,7 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """The image shards whose pictures the UNet is told beside one source's latents. given, again: the source, as
+    """The image shards whose pictures the UNet is given beside one source's latents. given, again: the source, as
     Range's. shards: how many there were; digest: of which they were, whatever was taken down in them since; empty where
     their format does not say."""
 
@@ -73,7 +73,7 @@ class Record:
     ranges: tuple[Range, ...]
     changes: tuple[str, ...] = ()
     select: tuple[tuple[dict[str, Any], ...], ...] = ()  # by source, the rules with their thresholds; none: all pass
-    pictures: tuple[ImageSet, ...] = ()  # by source, where the UNet is told pictures; none: it is not, or no record
+    pictures: tuple[ImageSet, ...] = ()  # by source, where the UNet is given pictures; none: it is not, or no record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +256,7 @@ def resume(
     others = [now.root for then, now in pairs if then.digest and now.digest and then.digest != now.digest]
     for root in others:
         refusal = refusal or (
-            f"the pictures in {root} are others than those this training was told until now; put them back, or give "
+            f"the pictures in {root} are others than those this training was given until now; put them back, or give "
             "--adopt to go on with these"
         )
         adopted.append(f"{root}: other pictures")
@@ -305,7 +305,7 @@ def run_of(dataset: Dataset) -> str:
 
 
 def image_sets(config: FitConfig, datasets: Sequence[Dataset], folder: str = "images") -> list[Dataset]:
-    """Of each data set of latents, the image shards whose pictures the UNet is told by key; none where it is told none.
+    """Of each data set of latents, the image shards whose pictures the UNet is given by key; none without.
 
     folder: `images`, or `heldout`.
     """
@@ -315,7 +315,7 @@ def image_sets(config: FitConfig, datasets: Sequence[Dataset], folder: str = "im
 
 
 def run_of_images(config: TrainConfig, run: str) -> str:
-    """The run that has the pictures which latents of `run` are told."""
+    """The run that has the pictures which latents of `run` are given."""
     other = config.edit.before if config.edit else config.control.images if config.control else None
     if other is None:
         return run

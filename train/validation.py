@@ -162,7 +162,7 @@ def _open(root: str, objective: Diffusion) -> Dataset:
 
 
 def _beside(config: ValidationConfig, objective: Diffusion, run: RunPaths) -> list[ByKey]:
-    """The pictures that the UNet is told of the samples that it is validated on; none where it is told none."""
+    """The pictures that the UNet is given of the samples that it is validated on; none where it is given none."""
     train = objective.config
     if not train.conditioned_by:
         return []

@@ -1,4 +1,4 @@
-"""What a UNet is told of a picture's size and crop, over every way in which ingest stores pictures; what is refused."""
+"""What a UNet is given of a picture's size and crop, over all ways in which ingest stores pictures; what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a UNet is told of a picture: what diffusers' pipelines make of it, by key, resumed, exported, drawn."""
+"""What a UNet is given of a picture: what diffusers' pipelines make of it, by key, resumed, exported, drawn."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_a_controlnet_begins_as_diffusers_from_unet_and_adds_nothing() -> None:
     with torch.no_grad():
         down, mid = ours(x, t, text, controlnet_cond=torch.rand(2, 3, 64, 64), return_dict=False)
     assert all(not d.any() for d in (*down, mid))
-    # diffusers' own takes neither another VAE nor this embedding of the text, with which the demo's UNet is told it.
+    # diffusers' own takes neither another VAE nor this embedding of the text, with which the demo's UNet is given it.
     other = small_unet(addition_embed_type="text", addition_embed_type_num_heads=4)
     small = control_net(other, 2)
     assert small.config.addition_embed_type_num_heads == 4
