@@ -18,7 +18,7 @@ which the folder is known again: the same command finishes it, and does nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,17 +26,16 @@ from pydantic import Field, field_validator, model_validator
 
 from eval import model as models
 from eval.attention import Control, Maps, Prompt, edit_of, invert, pairs, read_prompt, require_attention
-from eval.config import Sampler, Weights
 from eval.generate import ImageGenerator, Sample, generators, to_uint8
 from eval.inputs import fitted, read_image, require_size
 from eval.prompts import MAX_CHARS
-from eval.sample import ADVICE, MAX_SIDE
+from eval.sample import ADVICE, GenerationConfig
 from eval.shardwork import png
 from shards import storage
 from shards.fingerprint import Fingerprint, digest_bytes
 from shards.layout import RunPaths
 from shards.progress import Progress
-from shards.settings import ConfigError, StageError, Strict
+from shards.settings import ConfigError, StageError
 
 VERSION = 1
 ABOUT, SHEET = "edit.json", "sheet.html"
@@ -45,8 +44,8 @@ INVERTIBLE = ("ddim", "flow-euler")  # deterministic, and of first order
 PIPELINE = "StableDiffusionPipeline"
 
 
-class EditRequest(Strict):
-    """What is changed, and how images are drawn."""
+class EditRequest(GenerationConfig):
+    """What is changed, and how images are generated."""
 
     source: str = Field(max_length=MAX_CHARS, description="the prompt of the image before (--from)")
     target: str = Field(max_length=MAX_CHARS, description="the prompt of the image after (--to)")
@@ -63,16 +62,6 @@ class EditRequest(Strict):
     )
     seed: int = Field(default=0, ge=0, lt=2**63)
     count: int = Field(default=1, ge=1, le=1000, description="images, each from another noise")
-    checkpoint: str = "latest"
-    weights: Weights = "ema"
-    sampler: Sampler = "ddim"
-    steps: int = Field(default=25, ge=1, le=1000)
-    guidance_scale: float = Field(default=3.0, ge=0.0, le=100.0)
-    width: int | None = Field(default=None, ge=8, le=MAX_SIDE)
-    height: int | None = Field(default=None, ge=8, le=MAX_SIDE)
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(default=1, ge=1, le=256)
 
     @field_validator("weight")
     @classmethod

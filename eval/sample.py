@@ -56,11 +56,9 @@ class Request(Strict):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
-class SampleConfig(Strict):
-    """How images are drawn."""
+class GenerationConfig(Strict):
+    """From which weights images are generated, and how."""
 
-    requests: list[Request] = Field(min_length=1)
-    count: int = Field(default=1, ge=1, le=100_000, description="images a prompt")
     checkpoint: str = "latest"
     weights: Weights = "ema"
     sampler: Sampler = "ddim"
@@ -68,6 +66,16 @@ class SampleConfig(Strict):
     guidance_scale: float = Field(default=3.0, ge=0.0, le=100.0)
     width: int | None = Field(default=None, ge=8, le=MAX_SIDE)
     height: int | None = Field(default=None, ge=8, le=MAX_SIDE)
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(default=1, ge=1, le=256)
+
+
+class SampleConfig(GenerationConfig):
+    """What is asked for, and of what beside prompts."""
+
+    requests: list[Request] = Field(min_length=1)
+    count: int = Field(default=1, ge=1, le=100_000, description="images a prompt")
     image: str | None = None
     mask: str | None = None
     control: str | None = Field(default=None, description="a control image, for a ControlNet")
@@ -85,9 +93,6 @@ class SampleConfig(Strict):
     upscale: str | None = Field(default=None, description="a run of train.upscale that draws the images larger")
     batch_size: int = Field(default=8, ge=1, le=4096)
     shard_size: int = Field(default=64, ge=1, le=100_000)
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(default=1, ge=1, le=256)
 
     @model_validator(mode="after")
     def _together(self) -> SampleConfig:

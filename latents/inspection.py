@@ -13,6 +13,7 @@ import dataclasses
 import html
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -248,14 +249,14 @@ def summary(found: Inspection) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(found: Inspection, columns: int = 4, cell: int = 192) -> Image.Image:
-    """Pairs of original and decoded picture, left to right, each fitted into `cell` pixels."""
-    rows = max(1, math.ceil(len(found.samples) / columns))
+def pairs_sheet(pairs: Sequence[tuple[np.ndarray, np.ndarray]], columns: int = 4, cell: int = 192) -> Image.Image:
+    """Pairs of original and decoded image, uint8 [H,W,3], left to right, each fitted into `cell` pixels."""
+    rows = max(1, math.ceil(len(pairs) / columns))
     gap = 8
     sheet = Image.new("RGB", (columns * (2 * cell + gap) + gap, rows * (cell + gap) + gap), "white")
-    for k, s in enumerate(found.samples):
+    for k, pair in enumerate(pairs):
         left, top = gap + (k % columns) * (2 * cell + gap), gap + (k // columns) * (cell + gap)
-        for j, pixels in enumerate((s.original, s.decoded)):
+        for j, pixels in enumerate(pair):
             image = Image.fromarray(pixels)
             scale = cell / max(image.size)
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -268,30 +269,43 @@ def contact_sheet(found: Inspection, columns: int = 4, cell: int = 192) -> Image
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}"
     "pre{background:#f5f4f1;padding:1rem;overflow-x:auto}figure{display:inline-block;margin:.5rem;width:21rem;"
-    "vertical-align:top}figure img{width:49%;image-rendering:auto}figcaption{font-size:13px;color:#444;"
-    "overflow-wrap:anywhere}.bad{color:#a11}"
+    "vertical-align:top}figure img{width:49%}figcaption{font-size:13px;color:#444;overflow-wrap:anywhere}"
+    ".bad{color:#a11}"
 )
 
 
-def page(found: Inspection, title: str) -> str:
-    """The HTML page. Captions are other people's text: everything is escaped, and nothing may run."""
-    figures = []
-    for s in found.samples:
-        pair = "".join(f'<img alt="" src="{data_uri(p)}">' for p in (s.original, s.decoded))
-        bad = ' class="bad"' if s in found.drifted else ""
-        figures.append(
-            f"<figure>{pair}<figcaption{bad}>{html.escape(s.key)} &middot; {s.bucket.width}&times;{s.bucket.height} "
-            f"&middot; {s.psnr:.1f} dB &middot; drift {100 * s.drift:.2g} %<br>{html.escape(s.caption[:200])}"
-            "</figcaption></figure>"
-        )
-    verdict = f'<p class="bad">{html.escape(found.complaint)}</p>' if found.complaint else "<p>Nothing is wrong.</p>"
+def page_of(title: str, body: str, style: str = "") -> str:
+    """An HTML page with further `style`, which needs no other file; nothing on it may run. title: escaped here."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}{style}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"{body}</body></html>\n"
+    )
+
+
+def figure_of(original: np.ndarray, decoded: np.ndarray, caption: str, bad: bool = False) -> str:
+    """A figure of a page. original, decoded: uint8 [H,W,3]; caption: HTML."""
+    pair = "".join(f'<img alt="" src="{data_uri(pixels)}">' for pixels in (original, decoded))
+    marked = ' class="bad"' if bad else ""
+    return f"<figure>{pair}<figcaption{marked}>{caption}</figcaption></figure>"
+
+
+def page(found: Inspection, title: str) -> str:
+    """The HTML page. Captions are other people's text: everything is escaped."""
+    figures = []
+    for s in found.samples:
+        caption = (
+            f"{html.escape(s.key)} &middot; {s.bucket.width}&times;{s.bucket.height} &middot; {s.psnr:.1f} dB "
+            f"&middot; drift {100 * s.drift:.2g} %<br>{html.escape(s.caption[:200])}"
+        )
+        figures.append(figure_of(s.original, s.decoded, caption, s in found.drifted))
+    verdict = f'<p class="bad">{html.escape(found.complaint)}</p>' if found.complaint else "<p>Nothing is wrong.</p>"
+    return page_of(
+        title,
         f"{verdict}<pre>{html.escape(summary(found))}</pre><p>Left: the original as it was cut. Right: what the VAE "
-        f"makes of its latent.</p>{''.join(figures)}</body></html>\n"
+        f"makes of its latent.</p>{''.join(figures)}",
     )
 
 
@@ -304,9 +318,14 @@ def data_uri(pixels: np.ndarray) -> str:
 
 def write(found: Inspection, reports: str, title: str) -> str:
     """Write the page and the contact sheet into a folder; returns where the page is."""
+    return write_page(reports, "latents", page(found, title), [(s.original, s.decoded) for s in found.samples])
+
+
+def write_page(reports: str, name: str, text: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+    """Write a page and the contact sheet of its pairs as `name`.html and .png; returns where the page is."""
     sink = io.BytesIO()
-    contact_sheet(found).save(sink, "PNG")
-    storage.write_atomic(storage.join(reports, "latents.png"), sink.getvalue())
-    url = storage.join(reports, "latents.html")
-    storage.write_atomic(url, page(found, title).encode("utf-8", "replace"))
+    pairs_sheet(pairs).save(sink, "PNG")
+    storage.write_atomic(storage.join(reports, f"{name}.png"), sink.getvalue())
+    url = storage.join(reports, f"{name}.html")
+    storage.write_atomic(url, text.encode("utf-8", "replace"))
     return url
