@@ -23,7 +23,7 @@ from shards.layout import shard_name
 from shards.listing import listed
 from shards.sketch import sketch
 
-PLACES = ("key", COLUMN_ROW)  # columns that stay: which row it was, and where its zeros lie
+KEPT = ("key", COLUMN_ROW)  # columns that stay: which row it was, and where its zeros lie
 
 
 def take_out(root: str, images: str, each: Callable[[int], Any] = lambda n: None) -> list[int]:
@@ -66,7 +66,7 @@ def _has_values(table: pa.Table) -> np.ndarray:
     """bool [rows]: whether a row says anything still."""
     filled = np.zeros(table.num_rows, bool)
     for name in table.column_names:
-        if name not in PLACES:
+        if name not in KEPT:
             filled |= np.asarray(table[name].is_valid())
     return filled
 
@@ -78,7 +78,7 @@ def _edit(rows: Iterable[int]) -> Any:
         gone_rows = pa.array([i in gone for i in range(table.num_rows)])
         stats = dict(stats)
         for name in table.column_names:
-            if name in PLACES:
+            if name in KEPT:
                 continue
             at = table.schema.get_field_index(name)
             field = table.schema.field(at)

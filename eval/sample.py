@@ -42,7 +42,7 @@ from shards.settings import ConfigError, Strict, validate
 from shards.stage import Task, open_folder
 
 VERSION = 1
-PICTURES = ("image", "mask", "control", "control_of")  # options that are files
+IMAGE_OPTIONS = ("image", "mask", "control", "control_of")  # options that are files
 MAX_SIDE = 8192  # px
 UNPACKED = 20_000  # images; beyond that the shards are the result
 ADVICE = "give a PNG, JPEG or WebP of a sensible size"
@@ -155,8 +155,8 @@ class SampleStage:
     def made_with(self) -> Fingerprint:
         """Settings, weights and what is to be generated."""
         c = self.config
-        settings = c.model_dump(exclude={"requests", "device", "checkpoint", *PICTURES})
-        for name in PICTURES:
+        settings = c.model_dump(exclude={"requests", "device", "checkpoint", *IMAGE_OPTIONS})
+        for name in IMAGE_OPTIONS:
             pixels: np.ndarray | None = getattr(self, name)
             settings[name] = None if pixels is None else digest_bytes(pixels.tobytes())
         wanted = digest_json([[r.prompt, r.negative, r.seed] for r in c.requests])

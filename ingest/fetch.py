@@ -49,7 +49,7 @@ _INFLATED, _DEFLATED = 1 << 20, 1 << 14  # bytes out of and into the decompresso
 _MEMBERS = 4096  # of a gzip body; each costs a copy of what follows it, however little it holds
 _HEADER_BYTES, _HEADERS = 1 << 15, 256  # the client's own limits, 8190 and 128, lose pictures of wordy servers
 _OPT_OUT_BYTES = 1 << 13  # of headers that say what may be done with a picture
-_LEAST_HELD = 1 << 14  # bytes that a body counts at least
+_LEAST_COUNTED = 1 << 14  # bytes that a body counts at least
 _MOST_STALLS = 20  # attempts of a row that end since there is no room for its body, and do not count
 
 # Failures that are the host's rather than the picture's.
@@ -418,9 +418,9 @@ class Fetcher:
                             raise Rejected("body_too_large", f"more than {limit} bytes once decompressed")
                         if trip is not None:
                             trip.body = trip.body or self.room.begin()
-                            if not self.room.take(trip.body, max(len(piece), _LEAST_HELD)):
+                            if not self.room.take(trip.body, max(len(piece), _LEAST_COUNTED)):
                                 silence.reschedule(None)
-                                began += await self._wait_for_room(trip, max(len(piece), _LEAST_HELD))
+                                began += await self._wait_for_room(trip, max(len(piece), _LEAST_COUNTED))
                         digest.update(piece)
                         pieces.append(piece)
                         if cut and size >= limit:

@@ -30,7 +30,7 @@ _VALUE = re.compile(r"(.+)#column=([^#&]+)&row=(\d{1,18})\Z", re.DOTALL)
 _WEB = re.compile(r"\s*https?:", re.IGNORECASE)
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _BATCH = 64  # rows of a parquet file that are read together
-_HELD = 8  # batches that a worker keeps, since rows are asked for nearly in order
+_KEPT = 8  # batches that a worker keeps, since rows are asked for nearly in order
 
 
 def is_web(url: str) -> bool:
@@ -185,7 +185,7 @@ class _Values:
         for batch in self._stream:
             first, self._next = self._next, self._next + batch.num_rows
             self._batches[first] = batch.column(0)
-            while len(self._batches) > _HELD:
+            while len(self._batches) > _KEPT:
                 self._batches.pop(next(iter(self._batches)))
             if first <= row < self._next:
                 return image_bytes(batch.column(0)[row - first].as_py())

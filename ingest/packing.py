@@ -51,7 +51,7 @@ _ADOPTED = [("image_file", pa.string())]  # which tar an image lies in, where th
 RESERVED = {name for name, _ in _IMG2DATASET + _OURS + _ADOPTED}
 CAPTIONS = "captions"  # the column with all captions of a row, where the table has lists of them
 _ROW = ("caption", "url", "key", "caption_raw")  # known before anything is fetched, as are the kept columns
-_PICTURE = ("width", "height", "original_width", "original_height", "exif")
+_OF_IMAGE = ("width", "height", "original_width", "original_height", "exif")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Sidecar:
         columns |= {name: self.columns[name] for name in ("caption", "url", "key")}
         columns["status"] = [o.status for o in outcomes]
         columns["error_message"] = [o.message for o in outcomes]
-        for name in _PICTURE:
+        for name in _OF_IMAGE:
             columns[name] = [getattr(o.image or o.lies, name, None) for o in outcomes]
         columns["sha256"] = [o.sha256 for o in outcomes]
         live = [(i, o.image) for i, o in enumerate(outcomes) if o.image is not None]

@@ -145,7 +145,7 @@ def decode(data: bytes, settings: PixelSettings) -> Decoded:
         rejected = e
     # What browsers show: a PNG with damaged or overlong texts, or with such a profile, is whole all the same.
     if data.startswith(_PNG) and rejected.code in ("not_an_image", "image_corrupt"):
-        for kept in (_PNG_DRAWN | {b"iCCP"}, _PNG_DRAWN):
+        for kept in (_PNG_RENDERED | {b"iCCP"}, _PNG_RENDERED):
             with contextlib.suppress(Rejected):
                 return _decode(_png_chunks(data, kept), settings)._replace(kept_as=None)
     raise rejected
@@ -273,7 +273,7 @@ def perceptual_hash(image: Image.Image) -> str:
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_DRAWN = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
+_PNG_RENDERED = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
 
 
 def _png_chunks(data: bytes, kept: set[bytes]) -> bytes:

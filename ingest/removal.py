@@ -34,8 +34,8 @@ log = logging.getLogger("carrara.ingest")
 MEMORY = "512MB"
 _OF_URLS, _OF_BYTES = ("url_digest", "final_url_digest"), ("bytes_digest",)
 _TEXTS = ("url", "final_origin")  # what hosts are found by
-_PICTURE = ("width", "height", "original_width", "original_height", "exif", "pixel_hash")
-_PLACE_IN_TAR = ("image_offset", "image_size", "image_ext", "image_file")
+_OF_IMAGE = ("width", "height", "original_width", "original_height", "exif", "pixel_hash")
+_LOCATION = ("image_offset", "image_size", "image_ext", "image_file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _edit(rows: Sequence[int], parts: int) -> Any:
     def edit(table: pa.Table, stats: dict[str, Any]) -> tuple[pa.Table, dict[str, Any]]:
         table = with_digests(table)
         fates = {"status": "opted_out", "error": "taken_down", "error_message": ERRORS["taken_down"].meaning}
-        for column in (*fates, *_PICTURE, *_PLACE_IN_TAR):
+        for column in (*fates, *_OF_IMAGE, *_LOCATION):
             if column in table.column_names:
                 values = table[column].to_pylist()
                 values = [fates.get(column) if i in gone else v for i, v in enumerate(values)]

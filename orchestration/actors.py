@@ -48,7 +48,7 @@ SLOW = 3.0  # a shard that takes so many times the 95th percentile is named in a
 KNOWN = 20  # so many shards must be done before their times tell how long one may take
 LEAST_DEADLINE_S = 60.0  # however quick the others are
 SPARE = 1.25  # memory claimed, times the most that was measured
-AHEAD = 8  # workers asked of an autoscaler beyond the room there is; and as many again as there are
+BEYOND_ROOM = 8  # workers asked of an autoscaler beyond the room there is; and as many again as there are
 
 
 class ShardWorker:
@@ -197,7 +197,7 @@ class Fleet:
             return workers
         wanted = self.room
         if autoscaled > self.room:  # workers that wait for a node are what makes an autoscaler add one
-            wanted = int(min(autoscaled, self.room + max(AHEAD, self.room)))
+            wanted = int(min(autoscaled, self.room + max(BEYOND_ROOM, self.room)))
         return max(workers.min, min(wanted, workers.max)) if isinstance(workers, Span) else wanted
 
     def _needs(self) -> dict[str, float]:
