@@ -189,10 +189,10 @@ def test_one_that_was_alarming_is_nobodys_best() -> None:
     for i, (name, (far, points)) in enumerate(levels.items()):
         values = [v + luck * s + 0.01 * rng.standard_normal(200) for v, s in ((far, 0.01), (points, 1.0))]
         run.append(result(name, i + 1, dict(zip(("fd_clip_unit", "clip_score"), map(score, values), strict=True))))
-    told = [[a.metric for a in compare.alarms(run, name)] for name in levels]
-    assert told == [[], ["fd_clip_unit"], [], ["fd_clip_unit"]]
+    alarmed = [[a.metric for a in compare.alarms(run, name)] for name in levels]
+    assert alarmed == [[], ["fd_clip_unit"], [], ["fd_clip_unit"]]
     assert all(a.best != "step-2" for a in compare.alarms(run, "step-4"))
-    assert told == [[a.metric for a in compare.alarms(run[::-1], n)] for n in levels]
+    assert alarmed == [[a.metric for a in compare.alarms(run[::-1], n)] for n in levels]
 
 
 def test_groups_of_a_mean_are_means_without_them() -> None:

@@ -233,8 +233,8 @@ def test_new_tars_are_added_and_one_that_was_written_again_keeps_its_rows(tmp_pa
     assert "b.tar: written again since listed" in said
     assert [Path(r["place"].partition("#")[0]).name for r in rows(listing)] == ["b.tar", "a.tar"]
     (tmp_path / "a.tar").unlink()
-    told = refresh(listing, str(tmp_path), "webdataset", wanted())
-    assert any("a.tar: gone; the images that are stored stay" in t for t in told)
+    notes = refresh(listing, str(tmp_path), "webdataset", wanted())
+    assert any("a.tar: gone; the images that are stored stay" in t for t in notes)
 
 
 def test_what_img2dataset_made_is_listed_with_the_urls_of_then(tmp_path) -> None:

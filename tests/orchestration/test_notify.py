@@ -203,8 +203,8 @@ def test_a_webhook_that_is_not_there(
 def test_a_command_gets_the_sentence_and_the_payload(tmp_path: Path) -> None:
     code = "import os, sys; open(sys.argv[1], 'w').write(sys.argv[2] + chr(10) + os.environ['CARRARA_NOTIFICATION'])"
     command = [sys.executable, "-c", code, str(tmp_path / "told")]
-    told = validate(NotifyConfig, {"command": command, "timeout_s": 60}, "test")
-    notify.send(told, "report", "runs/mine", "eval", "eval: the report is there; $(touch hacked)\n", report="x.html")
+    chosen = validate(NotifyConfig, {"command": command, "timeout_s": 60}, "test")
+    notify.send(chosen, "report", "runs/mine", "eval", "eval: the report is there; $(touch hacked)\n", report="x.html")
     first, second = (tmp_path / "told").read_text().split("\n", 1)
     assert first == "runs/mine: eval: the report is there; $(touch hacked)"
     assert json.loads(second)["report"] == "x.html"

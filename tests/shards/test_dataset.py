@@ -218,16 +218,16 @@ def test_a_writer_of_before_a_redo_reaches_the_new_folder_at_no_moment(tmp_path,
         monkeypatch.setattr(module, name, redo(getattr(module, name)))
     try:
         zombie.commit(0, FILES, STATS)
-        told = "committed"
+        outcome = "committed"
     except StageError as e:
-        told = str(e)
-        assert "set aside" in told
+        outcome = str(e)
+        assert "set aside" in outcome
     monkeypatch.undo()
     if when > 8:
-        assert told == "committed"
+        assert outcome == "committed"
         return
     new = [n for n in content(root) if n != MADE_WITH]
-    assert new == [], told
+    assert new == [], outcome
     assert json.loads((root / MADE_WITH).read_text())["version"] == 2
 
 

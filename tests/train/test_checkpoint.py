@@ -205,8 +205,8 @@ def full(config: str, root: str) -> str:
 
 
 def test_a_full_disk_on_one_rank_is_told_on_all(run: Path, tmp_path: Path) -> None:
-    told = forked.on_ranks(2, full, str(settings(run)), str(tmp_path / "c"))
-    assert all("rank-00001-of-00002" in t and "No space left" in t for t in told), told
+    errors = forked.on_ranks(2, full, str(settings(run)), str(tmp_path / "c"))
+    assert all("rank-00001-of-00002" in t and "No space left" in t for t in errors), errors
     assert steps_of(tmp_path / "c") == [1]
 
 

@@ -406,8 +406,8 @@ def test_the_exported_scheduler_undoes_what_training_did(options: dict[str, Any]
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     found.set_timesteps(50)
     for t in found.timesteps:
-        told = float(found.scale_model_input(x, t).sub(x).abs().max())
-        assert told == 0
+        change = float(found.scale_model_input(x, t).sub(x).abs().max())
+        assert change == 0
         place = int((p.time.double() - float(t)).abs().argmin())  # the nearest timestep that training had
         at = torch.tensor([place])
         noise = (x - p.signal[place] * x0) / p.noise[place]

@@ -81,5 +81,5 @@ def test_a_checkpoint_of_before_goes_on_in_an_order_of_its_own_and_the_journal_s
     assert manifest["images"] == 88
     (segment,) = manifest["order"]["segments"]
     assert (segment["images"], segment["step"], segment["changes"]) == (40, 5, ["train.images: 40 -> 88"])
-    (told,) = events(old / "run", "order")
-    assert "a new order of samples begins at 40 images" in told["note"]
+    (event,) = events(old / "run", "order")
+    assert "a new order of samples begins at 40 images" in event["note"]

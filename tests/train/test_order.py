@@ -300,8 +300,8 @@ SCALE = """
 
 def test_two_thousand_million_samples_open_in_a_second_and_a_hundred_mebibytes() -> None:
     command = [sys.executable, "-c", textwrap.dedent(SCALE)]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    opened, first, later, inverse, grew, mixed, samples = (float(x) for x in told.split())
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    opened, first, later, inverse, grew, mixed, samples = (float(x) for x in output.split())
     assert samples == 2e9
     assert opened < 1.0
     assert grew < 100

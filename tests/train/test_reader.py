@@ -36,13 +36,13 @@ def watched(patch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, int]]]:
     ranges: list[tuple[str, int, int]] = []
     read, lock = storage.read_ranges, threading.Lock()
 
-    def told(url: str, asked: Any) -> list[bytes]:
+    def recorded(url: str, asked: Any) -> list[bytes]:
         with lock:
             ranges.extend((url, begin, end) for begin, end in asked)
         return read(url, asked)
 
     for module in (columns, images):
-        patch.setattr(module.storage, "read_ranges", told)
+        patch.setattr(module.storage, "read_ranges", recorded)
     yield ranges
     patch.undo()
 
@@ -303,12 +303,12 @@ def test_an_error_of_reading_ahead_is_raised_where_the_sample_is_needed_and_can_
 
 def test_the_loaders_thread_is_on_the_ranks_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's current device is a thread's own: without this, all ranks of a node would begin on the first GPU."""
-    told: list[tuple[str, torch.device]] = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda d: told.append((threading.current_thread().name, d)))
+    recorded: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: recorded.append((threading.current_thread().name, d)))
     with Prefetcher(iter([1]), 1, torch.device("cuda", 3)) as prefetcher:
         assert next(prefetcher) == 1
-    assert told == [("data", torch.device("cuda", 3))]
-    told.clear()
+    assert recorded == [("data", torch.device("cuda", 3))]
+    recorded.clear()
     with Prefetcher(iter([1]), 1, torch.device("cpu")) as prefetcher:
         assert next(prefetcher) == 1
-    assert not told
+    assert not recorded
