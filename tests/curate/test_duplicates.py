@@ -120,9 +120,7 @@ def test_what_is_told_is_the_definition(run: RunPaths, keep: str, clusters: int)
         sign = {"farthest": found[shard, row][1], "nearest": -found[shard, row][1], "beauty.value": -(values[row] or 0)}
         first[shard, row] = (sign[keep], shard, row)
     expected = brute_force(run, found, first)
-    assert (
-        max(abs(found[one][0] - highest) for one, highest in expected.items()) < 2e-3
-    )  # embeddings are kept in float16
+    assert max(abs(found[one][0] - best) for one, best in expected.items()) < 2e-3  # embeddings are kept in float16
     # Clusters are by the nearest centre, whose cosine is told.
     unit = embeddings(run)
     centres, _ = duplicates.unpack_columns(

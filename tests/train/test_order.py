@@ -280,19 +280,19 @@ SCALE = """
     for step in steps.values():
         began = time.process_time()
         for part in big.locate(2048 * step + np.arange(0, 2048, 8)):
-            big.order(part).locate(part.places)
+            big.order(part).locate(part.indices)
         firsts.append(time.process_time() - began)
     for step in range(10**5, 10**5 + 60):
         began = time.process_time()
         for part in big.locate(2048 * step + np.arange(0, 2048, 8)):
-            big.order(part).locate(part.places)
+            big.order(part).locate(part.indices)
         times.append(time.process_time() - began)
     began = time.process_time()
     for s in range(0, 200_000, 2_000):
         assert big.position("big", 0, s, 5, 0) is not None
     inverse = (time.process_time() - began) / 100
     grew = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
-    mixed = np.mean([len(np.unique(np.concatenate([big.order(p).locate(p.places)[0] for p in
+    mixed = np.mean([len(np.unique(np.concatenate([big.order(p).locate(p.indices)[0] for p in
                      big.locate(2048 * t + np.arange(2048))]))) for t in range(10**5, 10**5 + 8)])
     print(opened, max(firsts), sorted(times)[30], inverse, grew, mixed, counts.sum())
 """
