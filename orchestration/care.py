@@ -25,8 +25,8 @@ SHOWN = 20
 OLD_S = 3600.0  # a temporary file of another machine goes once it is so old
 
 
-def verify(run: str, deep: bool = False, discard: bool = False) -> None:
-    """Compare every shard with its stats and every checkpoint with its manifest, by size or (deep) by sha256.
+def verify(run: str, contents: bool = False, discard: bool = False) -> None:
+    """Compare every shard with its stats and every checkpoint with its manifest, by size or (contents) by sha256.
 
     discard: delete damaged shards, so that their stage makes them again; while nothing else works on the run. Prints
     what was looked at; raises StageError that names what is damaged and the commands that mend it.
@@ -36,7 +36,7 @@ def verify(run: str, deep: bool = False, discard: bool = False) -> None:
     gone = 0
     discardable = False
     for name, root, stage in shard_folders(paths):
-        faults = list(_shards(root, deep))
+        faults = list(_shards(root, contents))
         damage += [(text, stage) for _, text in faults]
         discardable |= any(index is not None for index, _ in faults)
         if discard and any(index is not None for index, _ in faults):
@@ -46,7 +46,7 @@ def verify(run: str, deep: bool = False, discard: bool = False) -> None:
                         discard_shard(root, index)
                         gone += 1
     for stage, root in (("autoencoder", paths.autoencoder), ("clip", paths.clip), ("train", paths.run)):
-        damage += [(text, stage) for text in _checkpoints(storage.join(root, "checkpoints"), deep)]
+        damage += [(text, stage) for text in _checkpoints(storage.join(root, "checkpoints"), contents)]
     if not damage:
         print("nothing is damaged")
         return
@@ -60,13 +60,13 @@ def verify(run: str, deep: bool = False, discard: bool = False) -> None:
     otherwise = f"run {again}"
     if discardable:
         otherwise = (
-            f"delete damaged shards by `carrara verify {run} {'--deep ' if deep else ''}--discard` while nothing else "
-            f"runs there, and run {again} to make them again"
+            f"delete damaged shards by `carrara verify {run} {'--deep ' if contents else ''}--discard` while nothing "
+            f"else runs there, and run {again} to make them again"
         )
     raise StageError(f"{run}: {len(damage)} damaged; put the files back from a copy, or {otherwise}")
 
 
-def _shards(root: str, deep: bool) -> Iterator[tuple[int | None, str]]:
+def _shards(root: str, contents: bool) -> Iterator[tuple[int | None, str]]:
     """(number, what is wrong) of each damaged shard; number None: the dataset as a whole. One that is not finished is
     looked at as far as it is committed."""
     if not storage.list_names(root):
@@ -82,18 +82,18 @@ def _shards(root: str, deep: bool) -> Iterator[tuple[int | None, str]]:
             Dataset.open(root)
         except StageError as e:
             yield None, str(e)
-    faults = list(verify_shards(root, deep))
+    faults = list(verify_shards(root, contents))
     yield from faults
     count = len(listed(root).committed)
     rest = "" if finished else "; it is not finished"
     print(f"{root}: {count - len(faults)} of {count} shards are as they were committed{rest}")
 
 
-def _checkpoints(root: str, deep: bool) -> Iterator[str]:
+def _checkpoints(root: str, contents: bool) -> Iterator[str]:
     from train import folders
 
     found = folders.folders(root)
-    faults = [f"{folder}: {fault}" for folder in found if (fault := folders.damage(folder, deep))]
+    faults = [f"{folder}: {fault}" for folder in found if (fault := folders.damage(folder, contents))]
     if found:
         print(f"{root}: {len(found) - len(faults)} of {len(found)} checkpoints are whole")
     yield from faults

@@ -26,7 +26,7 @@ from orchestration.cluster import Cluster, _marked
 from shards.dataset import Dataset
 from tests.faults.test_engine_on_two_nodes import drain
 from tests.faults.test_two_nodes import first_node
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 from tests.orchestration.head import ROOT, ended, folder_bytes
 
 ROWS, SHARD, FREE = 48, 2, 8  # pictures; in a shard; so many are given before the gate opens
@@ -91,7 +91,7 @@ class Gate:
     def __init__(self, site: Site) -> None:
         self.open = False
         self.asked: set[int] = set()  # pictures, by number
-        self.bodies = [picture(i) for i in range(ROWS)]
+        self.bodies = [image_bytes(i) for i in range(ROWS)]
         for i in range(ROWS):
             site.pages[f"/{i}.png"] = self._answer
 
