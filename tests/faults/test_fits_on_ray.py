@@ -165,6 +165,7 @@ with connected(RayConfig()):
 """
 
 
+@pytest.mark.slow
 def test_the_places_of_missing_ranks_are_asked_for_where_an_autoscaler_sees_it() -> None:
     cluster = head()
     env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address}
