@@ -36,7 +36,7 @@ from shards.dataset import Dataset
 from shards.fingerprint import Fingerprint, digest_json
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
-from train import adapters, posthoc, sequence_pipeline
+from train import adapters, alignment, posthoc, sequence_pipeline
 from train.checkpoint import load_weights, put_file
 from train.config import TrainConfig, stored_config
 from train.folders import CHUNK, MANIFEST, POSTHOC, latest_complete, name_of, read_manifest
@@ -265,7 +265,7 @@ class _Source:
         """The UNet, and what else the checkpoint holds: values of a learned text encoder, word, or ControlNet."""
         from diffusers import UNet2DConditionModel
 
-        values = self._weights()
+        values = {k: v for k, v in self._weights().items() if not k.startswith(f"{alignment.NAME}.")}
         if self.config.control:
             unet, values = self._base(), {k.removeprefix("control."): v for k, v in values.items()}
             if self.config.learned_variance:
