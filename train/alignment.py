@@ -1,8 +1,8 @@
 """A UNet's features brought near to those of a frozen vision tower (U-REPA; Tian et al. 2025, arXiv:2503.18414).
 
 After REPA (Yu et al. 2024, arXiv:2410.06940), for UNets: the features are those of the middle block, where no skip
-passes them by; a projector brings them to the tower's width place by place, and what it gives is enlarged to the grid of
-the tower. Two losses, and what is added to that of the prediction is
+passes them by; a projector brings them to the tower's width place by place, and what it gives is enlarged to the grid
+of the tower. Two losses, and what is added to that of the prediction is
 
     weight * (-similarity + manifold_weight * manifold)
 
@@ -11,8 +11,8 @@ the tower. Two losses, and what is added to that of the prediction is
                  of (sim(y_i, y_j) - sim(h_i, h_j))^2 over all i of a sample, all j of that sample and of its partner
 
 The paper writes the second as a squared norm over pairs; here it is their mean, so that its weight means the same on
-any grid. A sample's partner is the one half a global batch away, as for the contrastive term (diffusion.other_targets): so
-what is learned does not depend on ranks or micro-batches.
+any grid. A sample's partner is the one half a global batch away, as for the contrastive term (diffusion.other_targets):
+so what is learned does not depend on ranks or micro-batches.
 
 The projector is a part of the model, so that its weights and moments are shared out, saved and gone on from like all
 others; it has no averages, and what is exported is without it.
