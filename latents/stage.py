@@ -135,9 +135,9 @@ class LatentsStage:
                 raise ConfigError(
                     f"latents.{field} is {value}, which this VAE cannot encode: make it a multiple of {vae.downscale}"
                 )
-        if self.config.moments and vae.kind == "AutoencoderTiny":
+        if self.config.moments and not vae.has_posterior:
             raise ConfigError(
-                f"the VAE '{vae.ref}' is an AutoencoderTiny, which has no posterior to draw from: "
+                f"the VAE '{vae.ref}' is an {vae.kind}, which has no posterior to draw from: "
                 "set latents.moments to false"
             )
         weights = {"vae": vae.digest, "text": text["digest"]}

@@ -48,7 +48,7 @@ TEXT_ALONE = "text encoder alone"  # the name of a CLIP of which there is no mor
 SEQUENCE = "transformers"  # and of an encoder of transformers, whose captions have as many rows as tokens
 # Formats that are read without running code from the file: safetensors, or torch.load(weights_only=True).
 SAFE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-# The arguments of the two kinds of autoencoder, all of which diffusers' save_pretrained writes (a test compares them
+# The arguments of the kinds of autoencoder, all of which diffusers' save_pretrained writes (a test compares them
 # with its own).
 VAE_ARGUMENTS = (
     "in_channels",
@@ -87,7 +87,28 @@ TINY_ARGUMENTS = (
     "scaling_factor",
     "shift_factor",
 )
-ARGUMENTS = {"AutoencoderKL": VAE_ARGUMENTS, "AutoencoderTiny": TINY_ARGUMENTS}
+DC_ARGUMENTS = (
+    "in_channels",
+    "latent_channels",
+    "attention_head_dim",
+    "encoder_block_types",
+    "decoder_block_types",
+    "encoder_block_out_channels",
+    "decoder_block_out_channels",
+    "encoder_layers_per_block",
+    "decoder_layers_per_block",
+    "encoder_qkv_multiscales",
+    "decoder_qkv_multiscales",
+    "upsample_block_type",
+    "downsample_block_type",
+    "decoder_norm_types",
+    "decoder_act_fns",
+    "encoder_out_shortcut",
+    "decoder_in_shortcut",
+    "decoder_conv_act_fn",
+    "scaling_factor",
+)
+ARGUMENTS = {"AutoencoderKL": VAE_ARGUMENTS, "AutoencoderTiny": TINY_ARGUMENTS, "AutoencoderDC": DC_ARGUMENTS}
 # What follows a caption's end token: id 0, as open_clip pads (Stable Diffusion 2, SDXL's second encoder), or the end
 # token again, as Stable Diffusion 1's tokenizer pads.
 PADS = ("zero", "end")
@@ -106,7 +127,7 @@ class VaeWeights:
     """A VAE that was found. kind: diffusers' class; config: its arguments; layout: whose names the tensors have, and
     prefix what stands before each of them; file: the weights, or the index of several files.
 
-    An AutoencoderTiny (TAESD) gives latents alone, no posterior: there is no spread to store.
+    An AutoencoderTiny (TAESD) or AutoencoderDC gives latents alone, no posterior: there is no spread to store.
     """
 
     ref: str
@@ -117,7 +138,7 @@ class VaeWeights:
     prefix: str = ""
 
     def __post_init__(self) -> None:
-        levels = "block_out_channels" if self.kind == "AutoencoderKL" else "encoder_block_out_channels"
+        levels = self._levels
         widths = self.config[levels]
         listed = isinstance(widths, list) and widths and all(_positive(w, int) for w in widths)
         wrong = {
@@ -160,8 +181,17 @@ class VaeWeights:
     @property
     def downscale(self) -> int:
         """Pixels per latent place along one side."""
-        levels = "block_out_channels" if self.kind == "AutoencoderKL" else "encoder_block_out_channels"
-        return int(2 ** (len(self.config[levels]) - 1))
+        return int(2 ** (len(self.config[self._levels]) - 1))
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether a latent has a spread from which draws are taken."""
+        return self.kind == "AutoencoderKL"
+
+    @property
+    def _levels(self) -> str:
+        """The argument with a width for each level, between which the encoder halves."""
+        return "block_out_channels" if self.has_posterior else "encoder_block_out_channels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +295,7 @@ def find_vae(ref: str) -> VaeWeights:
         return _vae_folder(ref, hub_folder(ref, "the VAE", _VAE_HUB_FILES))
     raise ConfigError(
         f"the VAE '{ref}' is neither a folder nor a file here, nor a hub name such as stabilityai/sd-vae-ft-mse; "
-        "give the path of a diffusers AutoencoderKL or AutoencoderTiny"
+        f"give the path of a diffusers {' or '.join(ARGUMENTS)}"
     )
 
 

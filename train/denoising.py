@@ -39,6 +39,7 @@ class Diffusion(Objective):
         self, config: TrainConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None
     ) -> None:
         vae, text = datasets[0].manifest["vae"], datasets[0].manifest["text"]
+        require_decoder(config, vae)
         told = Told(config, vae, Randomness(seed)) if config.told else None
         beside = [ByKey(d) for d in segments.picture_sets(config, datasets)]
         latents = Latents(config, datasets, seed, history, beside)
@@ -288,6 +289,17 @@ class Diffusion(Objective):
         self.conditioning.checkpoint_activations()
 
 
+def require_decoder(config: TrainConfig, vae: dict[str, Any]) -> None:
+    """Raises ConfigError where diffusers' pipeline for what the UNet is told cannot decode with the latents' VAE."""
+    kind = vae.get("kind", "AutoencoderKL")
+    wrong = kind == "AutoencoderDC" or (kind == "AutoencoderTiny" and config.upscale)
+    if config.told and wrong:
+        raise ConfigError(
+            f"train.{config.told}: diffusers' {WAYS[config.told].pipeline} cannot decode with an {kind}, of which the "
+            "latents are; make them with an AutoencoderKL"
+        )
+
+
 def conditioning_of(
     config: TrainConfig, latents: Latents, text: dict[str, Any], unet: dict[str, Any], seed: int
 ) -> Conditioning:
@@ -296,6 +308,11 @@ def conditioning_of(
     text: the facts of what read the latents' captions.
     """
     pipeline = pipeline_of(unet)
+    if pipeline is STABLE_DIFFUSION_XL and latents.dataset.manifest["vae"].get("kind") == "AutoencoderDC":
+        raise ConfigError(
+            f"this UNet is told sizes and is exported as a {pipeline.name}, which cannot decode with an AutoencoderDC; "
+            "leave addition_embed_type text_time out, or make the latents with another VAE"
+        )
     pair = text.get("kind") == PAIR
     if pair and pipeline is not STABLE_DIFFUSION_XL:
         raise ConfigError(
