@@ -57,7 +57,8 @@ class Stored:
 
 class Vae:
     """A diffusers AutoencoderKL, AutoencoderTiny or AutoencoderDC: `model`, `digest`, `scaling_factor`, `config`,
-    `channels`, `downscale`; `has_posterior` is False for the latter two. channels_last, compile: how the encoder is run."""
+    `channels`, `downscale`; `has_posterior` is False for the latter two. channels_last, compile: how the encoder
+    runs."""
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ so it imports nothing but torch, transformers and diffusers.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class AutoencoderDCPipeline(StableDiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @torch.no_grad()
+    @functools.wraps(StableDiffusionPipeline.__call__)  # whoever asks which arguments there are gets that one's
     def __call__(self, *args: Any, output_type: str = "pil", return_dict: bool = True, **kwargs: Any) -> Any:
         """As StableDiffusionPipeline's; no safety checker looks at the images."""
         latents = super().__call__(*args, output_type="latent", return_dict=False, **kwargs)[0]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval.generate import ImageGenerator, Sample
 from eval.model import build_pipeline, of_pipeline
 from eval.sample import _kind
 from latents.config import LatentsConfig
@@ -98,6 +99,10 @@ def test_from_images_to_what_opens_in_diffusers(tmp_path: Path, kind: str) -> No
     ).images
     np.testing.assert_allclose(again, drawn["pixels"], atol=1e-5)
     assert ("trust_remote_code=True" in (tmp_path / "alone" / "model" / "README.md").read_text()) == own
+    # Evaluation, whose images may be of another size.
+    made, finite = ImageGenerator(pipeline, "ddim", 2, 3.0, size=48)([Sample("k", 0, "a red circle")])
+    assert made.shape == (1, 48, 48, 3)
+    assert finite.all()
     if own:
         with pytest.raises(ConfigError, match="a model with an AutoencoderDC draws from prompts alone"):
             _kind(pipeline, {"image"})
