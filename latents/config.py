@@ -76,6 +76,11 @@ class LatentsConfig(Strict):
         default=False,
         description="store the moments of the mirrored picture too, for train.flip: twice the encoding and the bytes",
     )
+    crop: Literal["center", "random"] = Field(
+        default="center",
+        description="which part of an image is kept where not all of it fits: the middle, or one drawn by its key, the "
+        "same at every resolution and whenever it is made",
+    )
     features: FeaturesConfig | None = Field(
         default=None, description="store a vision tower's features too, for train.alignment; null: none"
     )
@@ -170,6 +175,8 @@ class LatentsConfig(Strict):
             del found["text_pad"]
         if not self.flip:
             del found["flip"]
+        if self.crop == "center":
+            del found["crop"]
         if self.features is None:
             del found["features"]
         else:

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from latents.buckets import nearest
 from latents.config import LatentsConfig
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
-from latents.pictures import Fit, ahead, crop_before, resize_crop_to
+from latents.pictures import Fit, ahead, crop_before, crop_place, resize_crop_to
 from latents.takedown import NOT_SELECTED
 from latents.weights import PADS, VaeWeights, clips_of, find_vae, text_facts
 from shards import images, storage
@@ -650,13 +650,14 @@ class _Worker:
 
     def _loader(self, shard: images.ImageShard, plan: _Plan) -> Callable[[int], _Sample]:
         order, targets = plan.order.tolist(), [[self.buckets[b] for b in row] for row in plan.bucket.tolist()]
+        places = [crop_place(k) if self.config.crop == "random" else None for k in shard.keys]
 
         def load(k: int) -> _Sample:
             i = order[k]
             data = shard.image_bytes(i)  # a tar that cannot be read is the shard's fault, and is raised
             try:
                 pixels = images.decode_rgb(data)
-                cuts = [resize_crop_to(pixels, b.width, b.height) for b in targets[i]]
+                cuts = [resize_crop_to(pixels, b.width, b.height, places[i]) for b in targets[i]]
             except Exception as e:  # decoders raise many things for broken data; it costs this picture alone
                 return _Sample(error=("decode_error", " ".join(str(e).split())[:500]))
             return _Sample([p for p, _ in cuts], [f for _, f in cuts])

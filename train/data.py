@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 
 from latents.encoders import other_encoder
+from latents.pictures import crop_place
 from latents.stage import FEATURES, FLIPPED, texts_in
 from shards import storage
 from shards.columns import COLUMN_ROW, ENDS, ColumnFile, Columns, column, column_rows, members, packed_rows
@@ -404,10 +405,16 @@ class Latents:
         rows = self._rows(positions)
         return [str(self._column(window, "key")[at]) for window, at in rows]
 
-    def pictures(self, positions: np.ndarray) -> list[tuple[str, bytes]]:
-        """The samples' keys, and the encoded pictures that lie beside their latents."""
-        rows = self._rows(positions)
-        return [(str(self._column(window, "key")[at]), self._column(window, "picture")[at]) for window, at in rows]
+    def pictures(self, positions: np.ndarray) -> list[tuple[str, bytes, tuple[float, float] | None]]:
+        """The samples' keys, the encoded pictures that lie beside their latents, and where their images were cropped
+        for these (latents.pictures.fit_cover)."""
+        found = []
+        for window, at in self._rows(positions):
+            key = str(self._column(window, "key")[at])
+            settings = self.datasets[self._place[window.columns["runs"][0]][0]].manifest.get("settings") or {}
+            place = crop_place(key) if settings.get("crop") == "random" else None
+            found.append((key, self._column(window, "picture")[at], place))
+        return found
 
     def _rows(self, positions: np.ndarray) -> list[tuple[Window, int]]:
         """Where these samples lie in memory; a batch asks for the same ones several times."""

@@ -86,7 +86,7 @@ class Told:
         if self._decoders is None:
             self._decoders = ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1), thread_name_prefix="decode")
 
-        def one(found: tuple[str, bytes]) -> np.ndarray:
+        def one(found: tuple[str, bytes, tuple[float, float] | None]) -> np.ndarray:
             return self._fitted(*found, size)
 
         pixels = np.stack(list(self._decoders.map(one, latents.pictures(positions))))
@@ -118,9 +118,9 @@ class Told:
             self._decoders.shutdown(wait=False, cancel_futures=True)
             self._decoders = None
 
-    def _fitted(self, key: str, data: bytes, size: tuple[int, int]) -> np.ndarray:
+    def _fitted(self, key: str, data: bytes, place: tuple[float, float] | None, size: tuple[int, int]) -> np.ndarray:
         try:
-            pixels = np.ascontiguousarray(resize_crop_to(decode_rgb(data), *size)[0])
+            pixels = np.ascontiguousarray(resize_crop_to(decode_rgb(data), *size, place)[0])
         except (OSError, ValueError) as e:
             raise StageError(f"train.{self.config.told}: the picture of sample {key} cannot be read: {e}") from e
         control = self.config.control
