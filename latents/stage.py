@@ -557,9 +557,10 @@ class _Worker:
                 for end in self._ends:
                     rows = np.zeros((count, self.vae.channels, *side), dtype)
                     arrays[column(name + end, b, len(self.buckets))] = rows
-            for end in self._ends if self.vision is not None else ():
-                rows = np.zeros((count, self.vision.grid, self.vision.grid, self.vision.width), np.float16)
-                arrays[column(FEATURES + end, b, len(self.buckets))] = rows
+            if (vision := self.vision) is not None:
+                for end in self._ends:
+                    shape = (count, vision.grid, vision.grid, vision.width)
+                    arrays[column(FEATURES + end, b, len(self.buckets))] = np.zeros(shape, np.float16)
         under_way: list[Callable[[], None]] = []  # at most one batch, besides the one that is being filled
 
         def flush(bucket: int, batch: list[tuple[int, np.ndarray]]) -> None:
@@ -609,8 +610,8 @@ class _Worker:
         def collect() -> None:
             for (end, way), result in zip(ways, results, strict=True):
                 put(end, way, result())
-            for (end, way), result in zip(ways, seen, strict=self.vision is not None):
-                put_features(end, way, result())
+            for (end, way), features in zip(ways, seen, strict=self.vision is not None):
+                put_features(end, way, features())
 
         def put(end: str, way: slice, found: Any) -> None:
             mean, logstd = (column(name + end, bucket, len(self.buckets)) for name in ("mean", "logstd"))

@@ -26,6 +26,7 @@ from shards.fingerprint import digest_json
 from shards.settings import ConfigError, StageError
 
 WHAT = "the vision tower"
+_SIZES = ("image_size", "patch_size", "hidden_size")
 _HUB_FILES = ("config.json", "preprocessor_config.json", "model*.safetensors*")
 
 
@@ -100,23 +101,24 @@ def _of_transformers(ref: str, folder: Path) -> VisionWeights:
         raise ConfigError(f"{what}: {folder} has no config.json; give the folder that transformers saved a model in")
     config = read_config(folder / "config.json", WHAT)
     vision = config.get("vision_config", config)
-    sizes = [vision.get(n) if isinstance(vision, dict) else None for n in ("image_size", "patch_size", "hidden_size")]
-    if not all(isinstance(s, int) and s > 0 for s in sizes):
+    told_sizes = [vision.get(n) if isinstance(vision, dict) else None for n in _SIZES]
+    sizes = [s for s in told_sizes if isinstance(s, int) and s > 0]
+    if len(sizes) < len(_SIZES):
         raise ConfigError(
             f"{what}: its config.json names no image_size, patch_size and hidden_size, one number each; give a vision "
             "transformer, such as DINOv2, SigLIP or CLIP"
         )
     told = folder / "preprocessor_config.json"
     known = read_config(told, WHAT) if told.is_file() else {}
-    mean, std = (known.get(n) for n in ("image_mean", "image_std"))
-    if not all(isinstance(v, list) and len(v) == 3 for v in (mean, std)):
+    values = [v for n in ("image_mean", "image_std") if isinstance(v := known.get(n), list) and len(v) == 3]
+    if len(values) < 2:
         raise ConfigError(
             f"{what}: {folder} has no preprocessor_config.json with image_mean and image_std; save the model's image "
             "processor there, beside the model"
         )
     size, patch, width = sizes
     files = tuple(model_files(what, WHAT, folder))
-    return VisionWeights(ref, size, patch, width, tuple(mean), tuple(std), folder, files, config)
+    return VisionWeights(ref, size, patch, width, tuple(values[0]), tuple(values[1]), folder, files, config)
 
 
 def _of_open_clip(ref: str) -> VisionWeights:

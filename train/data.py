@@ -368,9 +368,9 @@ class Latents:
     def require_features(self) -> dict[str, Any]:
         """The facts of the vision tower whose features lie beside the latents; raises ConfigError where a dataset has
         none, or those of another one."""
-        facts = [d.manifest.get(FEATURES) for d in self.datasets]
+        facts: list[dict[str, Any]] = [d.manifest.get(FEATURES) or {} for d in self.datasets]
         for dataset, one in zip(self.datasets, facts, strict=True):
-            if one is None:
+            if not one:
                 raise ConfigError(
                     f"train.alignment: {dataset.root} has no features of a vision tower; make the latents again with "
                     "latents.features (carrara latents --redo)"
@@ -380,7 +380,7 @@ class Latents:
                     f"train.alignment: the features of {dataset.root} are of another vision tower, or of another size "
                     f"or grid, than those of {self.dataset.root}; make the latents of all sources with the same"
                 )
-        return dict(facts[0])
+        return facts[0]
 
     def require_pictures(self) -> None:
         """Raises StageError where beside the first shard of a dataset there is not one picture of its samples."""

@@ -141,7 +141,7 @@ def _write(pipeline: Any, provenance: dict[str, Any], pads: list[str], folder: P
     if isinstance(pipeline, SequencePipeline):  # transformers' own files are as they should be
         suffixes = []
     if (source := OWN_PIPELINES.get(type(pipeline))) is not None:  # its class goes along
-        shutil.copyfile(source.__file__, folder / "pipeline.py")
+        shutil.copyfile(str(source.__file__), folder / "pipeline.py")
         index = json.loads((folder / "model_index.json").read_bytes())
         index["_class_name"] = ["pipeline", type(pipeline).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

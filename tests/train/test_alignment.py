@@ -14,13 +14,17 @@ from shards.columns import ColumnShard
 from shards.dataset import Dataset
 from shards.settings import ConfigError, validate
 from tests.train import forked, tiny
+from tests.train.test_export import save_checkpoint
 from tests.train.test_resume import config_of, state_of
+from tests.train.test_tuning import make_run
 from tests.train.test_zero import assert_same, step_folder, tensors
 from train import folders
 from train.alignment import losses
 from train.config import TrainConfig, layout
 from train.data import batch_slots
+from train.export import _Source, build_pipeline
 from train.objectives import build
+from train.optimizer import parameter_groups
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -152,6 +156,27 @@ def test_another_block(latents: Path, block: str) -> None:
 
 
 # ---- training ------------------------------------------------------------------------------------------
+
+
+def test_the_projector_has_neither_averages_nor_decay(latents: Path) -> None:
+    """Nor is it Muon's: it is the training's alone, as a discriminator is."""
+    objective = objective_of(latents, alignment=ALIGNMENT)
+    groups = parameter_groups(objective.model, 0.01, "muon", objective.beside)
+    (beside,) = (g for g in groups if g.get("beside"))
+    own = {id(p) for p in objective.model.projector.parameters()}
+    assert {id(p) for p in beside["params"]} == own
+    assert beside["weight_decay"] == 0
+    assert not own & {id(p) for g in groups if g is not beside for p in g["params"]}
+
+
+def test_the_projector_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "r")
+    unet = save_checkpoint(run, 10, seed=2)
+    stored = _Source._weights
+    more = {"projector.layers.0.bias": torch.zeros(3)}
+    monkeypatch.setattr(_Source, "_weights", lambda self: stored(self) | more)
+    found = build_pipeline(run.run, weights="raw").unet.state_dict()
+    assert found.keys() == unet.state_dict().keys()
 
 
 @pytest.mark.slow

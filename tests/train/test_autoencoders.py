@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from eval.generate import ImageGenerator, Sample
 from eval.model import build_pipeline, of_pipeline
 from eval.sample import _kind
 from latents.config import LatentsConfig
 from latents.stage import LatentsStage
+from latents.weights import find_vae
 from shards.columns import ColumnShard
 from shards.dataset import Dataset
 from shards.layout import RunPaths
@@ -25,8 +27,11 @@ from shards.stage import begin
 from tests.latents import world
 from tests.latents.test_encoders import save_dc, save_tiny
 from tests.train import forked, tiny
+from tests.train.test_export import save_checkpoint
 from tests.train.test_resume import config_of
+from train.autoencoder_dc_pipeline import AutoencoderDCPipeline
 from train.config import TrainConfig
+from train.export import build_pipeline as checkpoint_pipeline
 from train.export import fold_shift
 from train.objectives import build
 
@@ -106,6 +111,16 @@ def test_from_images_to_what_opens_in_diffusers(tmp_path: Path, kind: str) -> No
     if own:
         with pytest.raises(ConfigError, match="a model with an AutoencoderDC draws from prompts alone"):
             _kind(pipeline, {"image"})
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderDC", "AutoencoderTiny"])
+def test_the_pipeline_is_one_that_decodes_with_the_vae(tmp_path: Path, kind: str) -> None:
+    run = make_run(tmp_path / "run", kind)
+    save_checkpoint(run, 10, seed=2)
+    found = checkpoint_pipeline(run.run)
+    wanted = AutoencoderDCPipeline if kind == "AutoencoderDC" else StableDiffusionPipeline
+    assert type(found) is wanted
+    assert found.vae_scale_factor == find_vae(str(tmp_path / "run" / "vae")).downscale
 
 
 @pytest.mark.parametrize(
