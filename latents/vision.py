@@ -99,9 +99,15 @@ def _of_transformers(ref: str, folder: Path) -> VisionWeights:
     what = f"{WHAT} '{ref}'"
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{what}: {folder} has no config.json; give the folder that transformers saved a model in")
+    from transformers import AutoConfig
+
     config = read_config(folder / "config.json", WHAT)
-    vision = config.get("vision_config", config)
-    told_sizes = [vision.get(n) if isinstance(vision, dict) else None for n in _SIZES]
+    try:  # a config.json leaves out what is as its class has it
+        filled = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as e:
+        line = " ".join(str(e).split())[:200]
+        raise ConfigError(f"{what}: {folder / 'config.json'} is of no model of transformers: {line}") from None
+    told_sizes = [getattr(getattr(filled, "vision_config", filled), n, None) for n in _SIZES]
     sizes = [s for s in told_sizes if isinstance(s, int) and s > 0]
     if len(sizes) < len(_SIZES):
         raise ConfigError(

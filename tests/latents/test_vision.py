@@ -225,7 +225,8 @@ def test_the_plan_counts_them(stage_of: Any, tower: Path) -> None:
         ({"size": 36}, None, "sees patches of 8 pixels; make it a multiple of 8"),
         ({"grid": 5}, None, "has 4 places along a side at 32 pixels; lower it"),
         ({}, ("preprocessor_config.json", None), "save the model's image processor there"),
-        ({}, ("config.json", {"model_type": "swin", "image_size": 32}), "names no image_size, patch_size and"),
+        ({}, ("config.json", {"model_type": "convnextv2", "image_size": 32}), "names no image_size, patch_size and"),
+        ({}, ("config.json", {"model_type": "unheard-of"}), "is of no model of transformers"),
         ({}, ("model.safetensors", None), "a pickle may run anything, and is not opened"),
     ],
 )
@@ -240,6 +241,15 @@ def test_towers_that_cannot_be_used_are_refused(
             (folder / name).write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=sentence):
         stage_of({"pretrained": str(folder), **given}).made_with()
+
+
+def test_what_a_configuration_leaves_out_is_as_its_class_has_it(tower: Path, tmp_path: Path) -> None:
+    """As SigLIP's and CLIP's on the hub do."""
+    folder = Path(shutil.copytree(tower, tmp_path / "tower"))
+    vision = {"model_type": "siglip_vision_model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": vision}))
+    found = find_vision(str(folder))
+    assert (found.size, found.patch, found.width) == (224, 16, 768)
 
 
 def test_a_reference_that_leads_nowhere_is_one_sentence(clip_folder: Path) -> None:

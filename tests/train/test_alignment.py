@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from orchestration.checks import check_static
+from orchestration.config import RunConfig
 from shards.columns import ColumnShard
 from shards.dataset import Dataset
 from shards.settings import ConfigError, validate
@@ -260,6 +262,17 @@ def test_latents_without_features_cannot_align(run: Path, latents: Path) -> None
         objective_of(run / "latents", alignment=ALIGNMENT)
     with pytest.raises(ConfigError, match=r"no block 'down_blocks\.7'; it has mid_block, down_blocks\.0, down_"):
         objective_of(latents, alignment={**ALIGNMENT, "block": "down_blocks.7"})
+
+
+@pytest.mark.parametrize(("asked", "needed"), [({"alignment": {}}, "features"), ({"flip": True}, "flip")])
+def test_what_the_latents_would_lack_is_said_before_any_work(
+    tmp_path: Path, asked: dict[str, Any], needed: str
+) -> None:
+    given = {"run": str(tmp_path / "r"), "ingest": {"table": "table.csv"}, "train": asked}
+    with pytest.raises(ConfigError, match=f"train.{next(iter(asked))} needs latents.{needed}, which is not set"):
+        check_static("train", validate(RunConfig, given, "x.yaml"))
+    tiny.make_latents(tmp_path / "r" / "latents")  # what is there says for itself what it has
+    check_static("train", validate(RunConfig, given, "x.yaml"))
 
 
 def test_sources_with_features_of_two_towers_cannot_be_mixed(latents: Path, tmp_path: Path) -> None:
