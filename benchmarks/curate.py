@@ -44,7 +44,7 @@ def write_run(run: RunPaths, images: int, width: int) -> np.ndarray:
     centres = rng.standard_normal((max(8, images // 2000), width)).astype(np.float32)
     common = rng.standard_normal(width).astype(np.float32)  # embeddings of images lie in a cone
     planted = []
-    made, told = [], []
+    made, committed = [], []
     for index in range(-(-images // A_SHARD)):
         rows = min(A_SHARD, images - index * A_SHARD)
         own = centres[rng.integers(0, len(centres), rows)] + common + 1.2 * rng.standard_normal((rows, width))
@@ -67,8 +67,8 @@ def write_run(run: RunPaths, images: int, width: int) -> np.ndarray:
         write_manifest(run.images, "images", made)
         shard = ImageShard(Dataset.open(run.images), index)
         files, stats = pack(shard, {}, {"image": own.astype(np.float16)})
-        told.append(scores.commit(index, files, stats))
-    write_manifest(score_root(run, "clip"), "scores", told, {"scored_with": "", "columns": {}})
+        committed.append(scores.commit(index, files, stats))
+    write_manifest(score_root(run, "clip"), "scores", committed, {"scored_with": "", "columns": {}})
     return np.concatenate(planted)
 
 

@@ -42,7 +42,7 @@ HOSTS = 2  # processes that answer for all workers
 class Simulated:
     """A stage whose shards are made nowhere."""
 
-    name, unit, data, in_hand = "ingest", "images", ".tar", 1
+    name, unit, data, max_in_flight = "ingest", "images", ".tar", 1
 
     def __init__(self, root: str, shards: int) -> None:
         self.root, self.shards = root, shards
@@ -117,7 +117,7 @@ def driver(workers: int = 4800, request_ms: float = 30.0, seconds: float = 4.0, 
                 super().__init__(*arguments)
                 self.actor = _Hosted(hosts)
 
-            def _kill(self, hand: Any) -> None:
+            def _kill(self, worker: Any) -> None:
                 pass
 
         actors.Fleet = Fleet

@@ -161,14 +161,14 @@ def image_shards(root: str, count: int, side: int, per_shard: int) -> None:
             small = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
             small.resize((side, side), Image.Resampling.BICUBIC).save(sink, "PNG", compress_level=1)
             samples.append((f"{index * per_shard + i:08d}", {"png": sink.getvalue()}))
-        tar, places = pack_tar(samples)
+        tar, extents = pack_tar(samples)
         table = pa.table(
             {
                 "key": [k for k, _ in samples],
                 "caption": [""] * per_shard,
                 "status": ["success"] * per_shard,
-                "image_offset": [p["png"][0] for p in places],
-                "image_size": [p["png"][1] for p in places],
+                "image_offset": [p["png"][0] for p in extents],
+                "image_size": [p["png"][1] for p in extents],
             }
         )
         sink = io.BytesIO()
@@ -357,7 +357,7 @@ def bench_generate(images: int = 32, side: int = 128, steps: int = 12, batch: in
         for name, seen in (("step-00000004", 256), ("step-00000008", 512)):
             (Path(run.model) / "carrara.json").write_text(json.dumps({"checkpoint": name, "images_seen": seen}))
             own = Evaluation(config, run, *refs)
-            began, drawn = time.perf_counter(), 0.0
+            began, sampled_s = time.perf_counter(), 0.0
             for stage in own.stages():
                 begin(stage)
                 todo = list(stage.tasks())
@@ -365,7 +365,7 @@ def bench_generate(images: int = 32, side: int = 128, steps: int = 12, batch: in
                     since = time.perf_counter()
                     work = stage.worker()
                     stage.finish([work(t) for t in todo])
-                    drawn += time.perf_counter() - since
+                    sampled_s += time.perf_counter() - since
                     continue
                 from eval.shardwork import committed_stats
 
@@ -374,7 +374,7 @@ def bench_generate(images: int = 32, side: int = 128, steps: int = 12, batch: in
                 work = stage.worker()
                 stage.finish([work(t) for t in todo])
             own.measure()
-            tails.append(time.perf_counter() - began - drawn)
+            tails.append(time.perf_counter() - began - sampled_s)
         print(f"  beside making images: {tails[0]:.1f} s for the first checkpoint, {tails[1]:.1f} s for the second")
 
 
@@ -402,12 +402,12 @@ def bench_tail(n: int = 4000, real: int = 8000, d: int = 1024) -> None:
         seconds = []
         for seed in (1, 2):
             x = np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
-            owner = np.arange(n) % 20
+            group = np.arange(n) % 20
             side, began = RealSide(Dataset.open(folder), "x"), time.perf_counter()
             real_side = side.frechet, side.kernel("polynomial"), side.radii
             apart = time.perf_counter() - began
-            frechet.estimate(real_side[0], {g: moments.of(x[owner == g]) for g in range(20)})
-            kernel.kid(x, side.features, owner, real_side[1])
+            frechet.estimate(real_side[0], {g: moments.of(x[group == g]) for g in range(20)})
+            kernel.kid(x, side.features, group, real_side[1])
             neighbours.prdc(side.features, x, range(n), real_side[2])
             seconds.append((apart, time.perf_counter() - began))
     (first, whole), (second, again) = seconds

@@ -133,8 +133,8 @@ def objective_of(
             else:
                 with torch.no_grad():
                     text = encode(self.tower[0], batch["tokens"])
-            told = {"text_embeds": batch["pooled"], "time_ids": batch["sizes"]} if self.sized else None
-            output = self.model(xt, batch["t"], text, added_cond_kwargs=told, return_dict=False)[0]
+            added_cond = {"text_embeds": batch["pooled"], "time_ids": batch["sizes"]} if self.sized else None
+            output = self.model(xt, batch["t"], text, added_cond_kwargs=added_cond, return_dict=False)[0]
             loss = (output.float() - batch["noise"]).square().mean() * batch["times"][0]
             return loss, loss.detach()[None]
 
@@ -628,7 +628,7 @@ def one_speed(
     tokens: bool,
     checkpointing: bool,
 ) -> dict[str, Any]:
-    from train.data import Ahead
+    from train.data import Prefetcher
     from train.guard import Guard
     from train.plan import peak_flops
     from train.run import Late, Run
@@ -647,7 +647,7 @@ def one_speed(
         activation_checkpointing=checkpointing,
         **({"zero_stage": 0} | changes),  # one rank has nothing to share out
     )
-    judge, late, told = Guard(None, RANKS.device), Late(RANKS.device), []
+    judge, late, results = Guard(None, RANKS.device), Late(RANKS.device), []
     pool = [objective.batch(np.arange(i * batch, (i + 1) * batch)) for i in range(2)]
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
@@ -658,13 +658,13 @@ def one_speed(
             yield {k: v.pin_memory() for k, v in found.items()} if CUDA else found
 
     steps, seconds = (11 if CUDA else 4), []
-    with Ahead(batches(), 3) as ahead:
+    with Prefetcher(batches(), 3) as prefetcher:
         first = None
         for step in range(steps):
-            engine.backward(next(ahead))
+            engine.backward(next(prefetcher))
             engine.rates(RATE, {"ema": DECAY})
             outcome = engine.step(judge, False, False)
-            told += list(late.read(outcome, Run(step, step), RATE, step == steps - 1))
+            results += list(late.read(outcome, Run(step, step), RATE, step == steps - 1))
             if step == 0:
                 first = synchronised() - began
             if step in (3, steps - 1) or not CUDA:
@@ -675,8 +675,8 @@ def one_speed(
         "step_s": each,
         "first_step_s": first,
         "tflops": batch * flops / each / 1e12,
-        "data_wait_s": ahead.waited,
-        "loss": told[-1].figures[0],
+        "data_wait_s": prefetcher.waited,
+        "loss": results[-1].figures[0],
     }
     if CUDA:
         result["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -128,12 +128,12 @@ WARM_UP = 32
 
 def table(folder: Path, url: str, rows: int) -> Path:
     """A folder of two tables, the first of them to warm up on; a shard never spans two."""
-    place = folder / f"rows-{rows}"
-    place.mkdir()
+    target = folder / f"rows-{rows}"
+    target.mkdir()
     for name, count in (("a", WARM_UP), ("b", rows)):
         lines = "".join(f"{url}/{i}.jpg,picture number {i}\n" for i in range(count))
-        (place / f"{name}.csv").write_text("url,caption\n" + lines)
-    return place
+        (target / f"{name}.csv").write_text("url,caption\n" + lines)
+    return target
 
 
 def own_memory() -> float:

@@ -133,9 +133,9 @@ def image_run(run: RunPaths, shards: int, rows: int, side: int, distinct: int = 
                     "image_ext": "jpg",
                 }
             )
-        tar, places = pack_tar(samples)
-        for line, place in zip(lines, places, strict=True):
-            line["image_offset"], line["image_size"] = place["jpg"]
+        tar, extents = pack_tar(samples)
+        for line, extent in zip(lines, extents, strict=True):
+            line["image_offset"], line["image_size"] = extent["jpg"]
         schema = pa.Table.from_pylist(lines).schema
         for name in ("error", "error_message"):
             schema = schema.set(schema.get_field_index(name), pa.field(name, pa.string()))
@@ -165,11 +165,11 @@ def stage_of(folder: Path, name: str, images: Path, vae: Path, clip: Path, **set
 def encode(given: argparse.Namespace, folder: Path) -> None:
     import torch
 
-    from latents.pictures import resize_crop
+    from latents.resize import resize_crop
     from latents.stage import fixed_arithmetic
     from shards.images import decode_rgb
 
-    side, per_shard = given.side, max(given.batch, given.pictures // given.shards)
+    side, per_shard = given.side, max(given.batch, given.images // given.shards)
     on_gpu = given.device == "cuda"
     how: dict[str, Any] = {"resolution": side, "batch_size": given.batch, "device": given.device, "text": given.text}
     how["decode_threads"] = given.decode_threads
@@ -213,7 +213,7 @@ def encode(given: argparse.Namespace, folder: Path) -> None:
         worker.root = this.root
         tasks = list(this.tasks())
         began = time.perf_counter()
-        with ThreadPoolExecutor(this.in_hand) as pool:  # as many shards in hand as on Ray
+        with ThreadPoolExecutor(this.max_in_flight) as pool:  # as many shards in hand as on Ray
             stats = list(pool.map(worker, tasks))
         this.finish(stats)
         return time.perf_counter() - began
@@ -461,7 +461,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--vae", default="quarter", choices=VAES)
     parser.add_argument("--text", default="embeddings", choices=("tokens", "embeddings"))
-    parser.add_argument("--pictures", type=int, default=48)
+    parser.add_argument("--pictures", dest="images", type=int, default=48)
     parser.add_argument("--shards", type=int, default=3)
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="after which no further seed is begun")
     parser.add_argument("--images", type=int, default=4000, help="to train on, in all epochs")
     parser.add_argument("--count", type=int, default=200, help="of the pictures that there are")
-    parser.add_argument("--pictures", type=int, default=300, help="to draw")
+    parser.add_argument("--pictures", dest="generated", type=int, default=300, help="to draw")
     parser.add_argument("--steps", type=int, default=10, help="of the sampler")
     given = parser.parse_args()
     began = time.monotonic()
@@ -61,7 +61,7 @@ def main() -> None:
             small_world.share_latents(run, base)
             flow = {"prediction_type": "flow_prediction", "unet": small_world.UNET, "beta_schedule": "scaled_linear"}
             small_world.fit(run, given.images, seed, optimizer="adamw", learning_rate=2e-3, **flow, **lever)
-            (judged,) = forked.on_ranks(1, judge, str(run / "model"), given.pictures, given.steps)
+            (judged,) = forked.on_ranks(1, judge, str(run / "model"), given.generated, given.steps)
             found[name].append(judged)
             print(f"seed {seed}, {name}: error {judged[0]:.2f}, colour {judged[1]:.1%}", flush=True)
             shutil.rmtree(run)

@@ -47,7 +47,7 @@ class Link:
 # NVLink 4 (450 GB/s each way) and PCIe 5 x16 (63 GB/s) at two thirds of their data sheets; a node's 400 Gbit/s, which
 # its 8 GPUs share.
 LINKS = {"NVLink": Link(300e9, 300e9), "PCIe": Link(42e9, 42e9), "network": Link(6.25e9, 50e9)}
-HELD = 78 * GIB  # of an 80 GB card
+AVAILABLE = 78 * GIB  # of an 80 GB card
 
 
 def small(width: int) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def largest_model(zero_stage: int, gpus: int) -> float:
     low, high = 0, 10**12
     while high - low > 10**6:
         middle = (low + high) // 2
-        low, high = (middle, high) if kept(middle, zero_stage, gpus) <= HELD else (low, middle)
+        low, high = (middle, high) if kept(middle, zero_stage, gpus) <= AVAILABLE else (low, middle)
     return float(low)
 
 

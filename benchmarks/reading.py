@@ -117,7 +117,7 @@ def on_s3(root: Path, delay: float) -> Iterator[str]:
 def walk(url: str, batch: int, step: float, steps: int) -> dict[str, Any]:
     """Take `steps` batches, each `step` seconds after the one before; what was waited is of all but the first."""
     from train.config import TrainConfig
-    from train.data import Ahead, Latents, micro_batches
+    from train.data import Latents, Prefetcher, micro_batches
     from train.ranks import Ranks
 
     config = TrainConfig(images=batch * (steps + 1), batch_size=batch)
@@ -140,19 +140,19 @@ def walk(url: str, batch: int, step: float, steps: int) -> dict[str, Any]:
 
     ranks = Ranks(0, 1, torch.device("cpu"), False)
     began = time.perf_counter()
-    with Ahead(micro_batches(Loop(), config, ranks, 0), config.prefetch) as ahead:
-        next(ahead)
-        first, ahead.waited = time.perf_counter() - began, 0.0
+    with Prefetcher(micro_batches(Loop(), config, ranks, 0), config.prefetch) as prefetcher:
+        next(prefetcher)
+        first, prefetcher.waited = time.perf_counter() - began, 0.0
         began = time.perf_counter()
         for _ in range(steps):
-            next(ahead)
+            next(prefetcher)
             time.sleep(step)
     seconds = time.perf_counter() - began
     latents.close()
     return {
         "first_s": round(first, 3),
         "samples_per_s": round(batch * steps / seconds),
-        "waited": round(ahead.waited / seconds, 4),
+        "waited": round(prefetcher.waited / seconds, 4),
         "streams": latents.placement.streams,
         "steps": steps,
     }

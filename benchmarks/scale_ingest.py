@@ -315,13 +315,13 @@ def retry() -> None:
     from ingest.errors import RETRYABLE
     from ingest.stage import IngestStage
     from shards.dataset import read_stats
-    from tests.ingest.site import Site, picture
+    from tests.ingest.site import Site, image_bytes
 
     site, shards, rows = Site(), 20, 200
     try:
         with tempfile.TemporaryDirectory() as name:
             bad = [i for i in range(shards * rows) if i % 100 == 7]
-            urls = [site.add(f"/{i}.png", picture(i % 500, 64, 64)) for i in range(shards * rows)]
+            urls = [site.add(f"/{i}.png", image_bytes(i % 500, 64, 64)) for i in range(shards * rows)]
             for i in bad:
                 site.pages[f"/{i}.png"] = (503, {}, b"")
             pq.write_table(pa.table({"url": urls, "caption": urls}), f"{name}/table.parquet")
@@ -345,7 +345,7 @@ def retry() -> None:
             run(stage)
             first = stored()
             for i in bad:
-                site.add(f"/{i}.png", picture(i % 500, 64, 64))
+                site.add(f"/{i}.png", image_bytes(i % 500, 64, 64))
             run(replace(stage, retry=RETRYABLE))
             more = {n: s for n, s in stored().items() if n not in first}
             share = sum(more.values()) / sum(first.values())

@@ -274,15 +274,15 @@ def bench_loop(steps: int, threads: int, width: float) -> None:
 # ---- diffusers' script -----------------------------------------------------------------------------
 
 
-def make_pictures(folder: Path, count: int, side: int) -> None:
+def make_images(folder: Path, count: int, side: int) -> None:
     from PIL import Image
 
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(count):
         small = rng.integers(0, 256, (8, 8, 3), np.uint8)
-        picture = Image.fromarray(small).resize((side + side // 4, side), Image.Resampling.BICUBIC)
-        picture.save(folder / f"{i:05d}.jpg", quality=92)
+        image = Image.fromarray(small).resize((side + side // 4, side), Image.Resampling.BICUBIC)
+        image.save(folder / f"{i:05d}.jpg", quality=92)
 
 
 def peer(run: str, settings: dict[str, Any], side: int) -> list[float]:
@@ -321,7 +321,7 @@ def peer(run: str, settings: dict[str, Any], side: int) -> list[float]:
     )
     files = sorted(Path(run, "pictures").iterdir())
 
-    class Pictures(torch.utils.data.Dataset):
+    class Images(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return 10**6
 
@@ -329,7 +329,7 @@ def peer(run: str, settings: dict[str, Any], side: int) -> list[float]:
             pixels = transform(Image.open(files[i % len(files)]).convert("RGB"))
             return pixels, torch.randint(0, 49000, (CONTEXT,))
 
-    batches = iter(torch.utils.data.DataLoader(Pictures(), batch_size, shuffle=False))
+    batches = iter(torch.utils.data.DataLoader(Images(), batch_size, shuffle=False))
     for _ in range(steps):
         turns.next()
         pixels, ids = next(batches)
@@ -351,7 +351,7 @@ def peer(run: str, settings: dict[str, Any], side: int) -> list[float]:
 def bench_diffusers(steps: int, threads: int, side: int, compiled: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         latent_shards(Path(folder) / "latents", 1024, side // 8, 96)
-        make_pictures(Path(folder) / "pictures", 64, side)
+        make_images(Path(folder) / "pictures", 64, side)
         settings = {
             "images": 4 * steps,
             "batch_size": 4,
@@ -417,7 +417,7 @@ def steps_of(run: str, settings: dict[str, Any]) -> dict[str, Any]:
             seconds["save"].append(synchronised() - began)
             seconds["beside a save"].append(one())
             saver.finish()
-        kept = max(ranks.gather(sum(t.nbytes for t in saver._held.values())))
+        kept = max(ranks.gather(sum(t.nbytes for t in saver._copies.values())))
         ranks.gather(None)
     # The optimizer alone, on gradients like its own.
     for flat in engine.flats:
@@ -538,12 +538,12 @@ def bench_resume() -> None:
 
     counts = np.full(200_000, 10_000)
     seconds = {}
-    for name, place in (("start", 0), ("end", int(counts.sum()) - 4096)):
+    for name, begin in (("start", 0), ("end", int(counts.sum()) - 4096)):
         best = np.inf
         for _ in range(3):
             order = Order(counts, "x", 1024, 256)  # nothing held over from the turn before
             began = time.perf_counter()
-            order.locate(np.arange(place, place + 256))
+            order.locate(np.arange(begin, begin + 256))
             best = min(best, time.perf_counter() - began)
         seconds[name] = best
     a, b = seconds["start"], seconds["end"]
@@ -558,10 +558,10 @@ def bench_resume() -> None:
         latent_shards(Path(folder) / "latents", size, 32, 96)
         first: dict[str, list[float]] = {"start": [], "end": []}
         for _ in range(7):
-            for name, place in (("start", 0), ("end", size - batch)):
+            for name, begin in (("start", 0), ("end", size - batch)):
                 began = time.perf_counter()
                 latents = Latents(config, [Dataset.open(folder + "/latents")], 0)
-                positions = np.arange(place, place + batch)
+                positions = np.arange(begin, begin + batch)
                 latents.moments(positions)
                 latents.embeddings(positions)
                 first[name].append(time.perf_counter() - began)

@@ -106,17 +106,17 @@ class Server:
         limit = aiohttp.ClientTimeout(total=self.endpoint.timeout_s)
         async with aiohttp.ClientSession(timeout=limit, headers=self.headers) as session:
 
-            async def one(place: int, image: np.ndarray, prompt: str) -> Answer:
+            async def one(index: int, image: np.ndarray, prompt: str) -> Answer:
                 async with gate:
-                    return await self._ask(session, image, prompt, seed + place)
+                    return await self._ask(session, image, prompt, seed + index)
 
             return list(await asyncio.gather(*(one(n, i, p) for n, (i, p) in enumerate(requests))))
 
     async def _ask(self, session: aiohttp.ClientSession, image: np.ndarray, prompt: str, seed: int) -> Answer:
         sink = io.BytesIO()
         Image.fromarray(image).save(sink, "JPEG", quality=92)
-        picture = "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()
-        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": prompt}]
+        image_url = "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()
+        content = [{"type": "image_url", "image_url": {"url": image_url}}, {"type": "text", "text": prompt}]
         body = {
             "model": self.endpoint.model,
             "messages": [{"role": "user", "content": content}],

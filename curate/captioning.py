@@ -179,12 +179,12 @@ class _Worker:
             kept[row] = list(dict.fromkeys(good))
             fates[row] = "captioned" if good else judged[0]
             tokens[row] = sum(a.tokens for a in said)
-        place = np.full(rows, -1, np.int32)
-        place[shard.rows] = np.arange(len(shard), dtype=np.int32)
+        column_row = np.full(rows, -1, np.int32)
+        column_row[shard.rows] = np.arange(len(shard), dtype=np.int32)
         table = pa.table(
             {
                 "key": shard.table["key"].combine_chunks(),
-                "column_row": pa.array(place),
+                "column_row": pa.array(column_row),
                 "captions": pa.array(kept, pa.list_(pa.string())),
                 "fate": pa.array(fates, pa.string()),
                 "tokens": pa.array(tokens),

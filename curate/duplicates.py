@@ -128,10 +128,10 @@ class Index:
         found: list[tuple[str, list[int]]] = []
         while True:
             folder = storage.join(self.root, f"{len(found):04d}")
-            told = storage.read_json(storage.join(folder, "generation.json"))
-            if told is None:
+            manifest = storage.read_json(storage.join(folder, "generation.json"))
+            if manifest is None:
                 return found
-            found.append((folder, list(told["shards"])))
+            found.append((folder, list(manifest["shards"])))
 
     def build(self, source: Source) -> None:
         """Tell all images that no generation covers; goes on where a pass before was killed."""
@@ -215,18 +215,18 @@ def _compare(scratch: Path, group: int, width: int, late: Sequence[int]) -> byte
     if len(entries):  # left in the file: one cluster may be larger than the memory that is granted
         vectors = np.memmap(scratch / f"{group}.vectors", np.float16, "r", shape=(len(entries), width))
     order = np.lexsort((entries["row"], entries["shard"], -entries["first"], entries["late"], entries["cluster"]))
-    told = np.full(len(entries), -1, np.float32)
+    similarity = np.full(len(entries), -1, np.float32)
     for some in np.split(order, np.flatnonzero(np.diff(entries["cluster"][order])) + 1):
         first = int((~entries["late"][some]).sum())
-        told[some[first:]] = nearest(vectors, first, some)
+        similarity[some[first:]] = nearest(vectors, first, some)
     kept = np.flatnonzero(entries["late"])
-    place = {shard: n for n, shard in enumerate(late)}
-    shard = np.array([place[s] for s in entries["shard"][kept].tolist()], np.int64)
+    number = {shard: n for n, shard in enumerate(late)}
+    shard = np.array([number[s] for s in entries["shard"][kept].tolist()], np.int64)
     kept = kept[np.lexsort((entries["row"][kept], shard))]
     end = np.cumsum(np.bincount(shard, minlength=len(late)))
     columns = {
         "row": entries["row"][kept],
-        "nearest": told[kept],
+        "nearest": similarity[kept],
         "centroid": entries["centroid"][kept],
         "cluster": entries["cluster"][kept],
         "end": end.astype(np.int64),
@@ -235,26 +235,26 @@ def _compare(scratch: Path, group: int, width: int, late: Sequence[int]) -> byte
     return pack_columns(columns, {})
 
 
-class Told:
+class FinishedIndex:
     """What a finished index says, shard by shard."""
 
     def __init__(self, index: Index) -> None:
-        self._place: dict[int, tuple[int, int]] = {}  # shard -> generation, place in it
+        self._position: dict[int, tuple[int, int]] = {}  # shard -> generation, position in it
         self._files: list[list[tuple[ColumnFile, np.ndarray]]] = []
         for generation, (folder, shards) in enumerate(index.generations()):
-            self._place |= {s: (generation, n) for n, s in enumerate(shards)}
+            self._position |= {s: (generation, n) for n, s in enumerate(shards)}
             names = sorted(n for n in storage.list_names(folder) if n.startswith("group-"))
             files = [ColumnFile(storage.join(folder, n)) for n in names]
             self._files.append([(f, f.whole("end")) for f in files])
 
     def columns(self, shard: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """By name float32 [len(rows)] for rows of a shard, NaN for one without an embedding. Raises StageError."""
-        if shard not in self._place:
+        if shard not in self._position:
             raise StageError(f"shard {shard} came after the duplicates were looked for; run 'carrara score' again")
-        generation, place = self._place[shard]
+        generation, position = self._position[shard]
         found = {name: np.full(int(rows.max(initial=-1)) + 1, np.nan, np.float32) for name in COLUMNS}
         for file, end in self._files[generation]:
-            first, last = int(end[place - 1]) if place else 0, int(end[place])
+            first, last = int(end[position - 1]) if position else 0, int(end[position])
             if last > first:
                 at, *values = file.rows([(n, first, last) for n in ("row", *COLUMNS)])
                 there = at < len(found["nearest"])

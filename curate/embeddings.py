@@ -21,9 +21,9 @@ def read_embeddings(dataset: Dataset, index: int, rows: np.ndarray, name: str) -
     arrays, _ = unpack_columns(storage.read_bytes(storage.join(dataset.root, shard_name(index) + ".safetensors")))
     stored, lies = arrays[name], arrays["row"].astype(np.int64)
     lies[1:][lies[1:] == 0] = -1  # what was taken out is zero; only the first can be of row 0
-    place = np.full(max(int(lies.max(initial=0)), int(rows.max(initial=0))) + 1, -1, np.int64)
-    place[lies[lies >= 0]] = np.flatnonzero(lies >= 0)
+    stored_row = np.full(max(int(lies.max(initial=0)), int(rows.max(initial=0))) + 1, -1, np.int64)
+    stored_row[lies[lies >= 0]] = np.flatnonzero(lies >= 0)
     found = np.full((len(rows), stored.shape[1]), np.nan, stored.dtype)
-    there = place[rows] >= 0
-    found[there] = stored[place[rows[there]]]
+    there = stored_row[rows] >= 0
+    found[there] = stored[stored_row[rows[there]]]
     return found

@@ -18,7 +18,7 @@ from PIL import Image
 
 from shards import storage
 from shards.dataset import Dataset
-from shards.images import PLACE, ImageShard, decode_rgb
+from shards.images import LOCATION, ImageShard, decode_rgb
 from shards.progress import Progress
 from shards.selection import Rule, Selection
 
@@ -52,24 +52,24 @@ def funnel(images: str, run: str, rules: Sequence[Rule], shown: int, seed: int =
     """
     dataset, selection = Dataset.open(images), Selection(run, rules)
     before, after = np.zeros(len(rules), np.int64), np.zeros(len(rules), np.int64)
-    drawn: list[list[tuple[float, int, int, Any]]] = [[] for _ in rules]  # (-chance, shard position, sample, value)
+    sampled: list[list[tuple[float, int, int, Any]]] = [[] for _ in rules]  # (-chance, shard position, sample, value)
     bar = Progress("select", len(dataset.shards), "shards")
     for position, info in enumerate(dataset.shards):
-        rows = ImageShard(dataset, position, ("key", "status", *PLACE)).rows
+        rows = ImageShard(dataset, position, ("key", "status", *LOCATION)).rows
         left = np.ones(len(rows), bool)
         for n, (passes, values) in enumerate(selection.by_rule(info.index, rows)):
             before[n] += left.sum()
             chances = np.random.default_rng((seed, n, info.index)).random(len(rows))
             for sample in np.flatnonzero(left & ~passes).tolist():
                 entry = (-float(chances[sample]), position, sample, values[int(rows[sample])].as_py())
-                (heapq.heappush if len(drawn[n]) < shown else heapq.heappushpop)(drawn[n], entry)
+                (heapq.heappush if len(sampled[n]) < shown else heapq.heappushpop)(sampled[n], entry)
             left &= passes
             after[n] += left.sum()
         bar.update(1)
     bar.close()
     steps = []
     for n, bound in enumerate(selection.bounds):
-        taken = [_taken(dataset, p, s, value) for _, p, s, value in sorted(drawn[n], key=lambda e: e[1:3])]
+        taken = [_taken(dataset, p, s, value) for _, p, s, value in sorted(sampled[n], key=lambda e: e[1:3])]
         steps.append(Step(bound.rule.label, int(before[n]), int(after[n]), tuple(taken)))
     return steps
 

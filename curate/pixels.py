@@ -137,13 +137,13 @@ def text_free(image: np.ndarray) -> float:
     joined = ndimage.binary_opening(joined, np.ones((5, 9), bool))
     labels, count = ndimage.label(joined)
     area = 0
-    for place in ndimage.find_objects(labels, count):
-        height, width = place[0].stop - place[0].start, place[1].stop - place[1].start
+    for box in ndimage.find_objects(labels, count):
+        height, width = box[0].stop - box[0].start, box[1].stop - box[1].start
         if width < 2 * height or height > image.shape[0] // 3:
             continue
-        inside = edges[place]
+        inside = edges[box]
         strokes = float(np.diff(inside.astype(np.int8), axis=1).clip(min=0).sum(axis=1).mean())
-        if strokes >= max(4.0, width / height) and joined[place].mean() > 0.5:
+        if strokes >= max(4.0, width / height) and joined[box].mean() > 0.5:
             area += height * width
     return 1.0 - min(1.0, area / image.size)
 

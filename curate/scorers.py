@@ -17,9 +17,9 @@ import numpy as np
 
 from curate import pixels
 from curate.config import CaptionScore, ClassifierScore, ClipScore, DuplicateScore, HeadScore, PixelScore, Score
-from curate.duplicates import Index, Told
+from curate.duplicates import FinishedIndex, Index
 from curate.embeddings import read_embeddings
-from latents.pictures import ahead
+from latents.resize import prefetch
 from shards import images
 from shards.dataset import Dataset
 from shards.fingerprint import digest_file, digest_json
@@ -79,8 +79,8 @@ def build(score: Score, weights: Weights | None, embeddings: Callable[[], Datase
         return lambda shard: _pixels(score, shard)
     if isinstance(score, DuplicateScore):
         assert index is not None
-        told = Told(index)
-        return lambda shard: _duplicates(told, shard)
+        finished = FinishedIndex(index)
+        return lambda shard: _duplicates(finished, shard)
     assert isinstance(score, CaptionScore)
     return _captions
 
@@ -99,7 +99,7 @@ def decoded(shard: images.ImageShard, threads: int, window: int) -> Iterator[tup
         except ValueError:
             return data, None
 
-    yield from ahead(load, len(shard), threads, window)
+    yield from prefetch(load, len(shard), threads, window)
 
 
 def _in_batches(
@@ -108,19 +108,19 @@ def _in_batches(
     """float32 [N,D] of `run` over the pictures, rows of NaN where one cannot be decoded."""
     found: list[tuple[np.ndarray, np.ndarray]] = []
     members: list[int] = []
-    pictures: list[np.ndarray] = []
+    batch: list[np.ndarray] = []
 
     def flush() -> None:
-        if pictures:
-            found.append((np.array(members), run(pictures)))
+        if batch:
+            found.append((np.array(members), run(batch)))
             members.clear()
-            pictures.clear()
+            batch.clear()
 
-    for i, (_, picture) in enumerate(decoded(shard, score.decode_threads, 2 * score.batch_size)):
-        if picture is not None:
+    for i, (_, image) in enumerate(decoded(shard, score.decode_threads, 2 * score.batch_size)):
+        if image is not None:
             members.append(i)
-            pictures.append(picture)
-        if len(pictures) == score.batch_size:
+            batch.append(image)
+        if len(batch) == score.batch_size:
             flush()
     flush()
     width = found[0][1].shape[1] if found else 0
@@ -177,9 +177,9 @@ class _Classifier:
             values = np.full((len(shard), len(self.labels)), np.nan, np.float32)
         return {label: values[:, i] for i, label in enumerate(self.labels)}, {}
 
-    def _run(self, pictures: list[np.ndarray]) -> np.ndarray:
+    def _run(self, arrays: list[np.ndarray]) -> np.ndarray:
         with self.torch.inference_mode():
-            batch = self.processor(images=pictures, return_tensors="pt").to(self.device)
+            batch = self.processor(images=arrays, return_tensors="pt").to(self.device)
             logits = self.model(**batch).logits.float()
             probability = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(-1)
             return probability.cpu().numpy()
@@ -300,15 +300,15 @@ def load_head(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _pixels(score: PixelScore, shard: images.ImageShard) -> tuple[Columns, Embeddings]:
     rows = [
-        pixels.measure(data, picture) if picture is not None else (np.nan,) * len(pixels.COLUMNS)
-        for data, picture in decoded(shard, score.decode_threads, 32)
+        pixels.measure(data, image) if image is not None else (np.nan,) * len(pixels.COLUMNS)
+        for data, image in decoded(shard, score.decode_threads, 32)
     ]
     table = np.array(rows, np.float32).reshape(len(rows), len(pixels.COLUMNS))
     return {name: table[:, i] for i, name in enumerate(pixels.COLUMNS)}, {}
 
 
-def _duplicates(told: Told, shard: images.ImageShard) -> tuple[Columns, Embeddings]:
-    return {**told.columns(shard.info.index, shard.rows)}, {}
+def _duplicates(finished: FinishedIndex, shard: images.ImageShard) -> tuple[Columns, Embeddings]:
+    return {**finished.columns(shard.info.index, shard.rows)}, {}
 
 
 def _captions(shard: images.ImageShard) -> tuple[Columns, Embeddings]:

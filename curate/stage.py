@@ -29,7 +29,7 @@ from shards.columns import pack_columns
 from shards.commit import Folder
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint
-from shards.images import PLACE, ImageShard
+from shards.images import LOCATION, ImageShard
 from shards.layout import RunPaths, shard_name
 from shards.listing import listed
 from shards.settings import ConfigError, StageError
@@ -143,10 +143,10 @@ class DuplicatesStage(ScoreStage):
         shards = [info.index for info in images.shards]
         if listed(folder.root, self.data).is_committed(shards).all():
             return
-        places = {index: n for n, index in enumerate(shards)}
+        positions = {index: n for n, index in enumerate(shards)}
 
         def rows(index: int) -> np.ndarray:
-            return ImageShard(images, places[index], ("status", *PLACE)).rows
+            return ImageShard(images, positions[index], ("status", *LOCATION)).rows
 
         counts = [info.count for info in images.shards]
         source = duplicates.Source(self._embeddings(), rows, shards, counts, self._rank)
@@ -257,12 +257,12 @@ def pack(
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The files of a shard of scores, and its stats. columns, embeddings: one value or row a sample of the shard."""
     rows = shard.table.num_rows
-    place = np.full(rows, -1, np.int32)
-    place[shard.rows] = np.arange(len(shard), dtype=np.int32)
-    table = {"key": shard.table["key"].combine_chunks(), "column_row": pa.array(place, pa.int32())}
+    column_row = np.full(rows, -1, np.int32)
+    column_row[shard.rows] = np.arange(len(shard), dtype=np.int32)
+    table = {"key": shard.table["key"].combine_chunks(), "column_row": pa.array(column_row, pa.int32())}
     stats: dict[str, Any] = {"rows": rows, "count": len(shard), "sketch": {}, "values": {}, "missing": {}}
-    order = np.where(place >= 0, place, 0)
-    absent = place < 0
+    order = np.where(column_row >= 0, column_row, 0)
+    absent = column_row < 0
     for name, values in columns.items():
         if isinstance(values, list):
             texts = [None if gone else values[i] for i, gone in zip(order.tolist(), absent.tolist(), strict=True)]

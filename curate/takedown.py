@@ -23,7 +23,7 @@ from shards.layout import shard_name
 from shards.listing import listed
 from shards.sketch import sketch
 
-PLACES = ("key", COLUMN_ROW)  # columns that stay: which row it was, and where its zeros lie
+KEPT = ("key", COLUMN_ROW)  # columns that stay: which row it was, and where its zeros lie
 
 
 def take_out(root: str, images: str, each: Callable[[int], Any] = lambda n: None) -> list[int]:
@@ -38,8 +38,8 @@ def take_out(root: str, images: str, each: Callable[[int], Any] = lambda n: None
         gone = taken_down_rows(storage.join(images, name))
         if gone:
             table = storage.read_parquet(storage.join(root, name))
-            places, told = column_rows(table), _told(table)
-            rows = [i for i in gone if places[i] >= 0 and told[i]]
+            stored_rows, filled = column_rows(table), _has_values(table)
+            rows = [i for i in gone if stored_rows[i] >= 0 and filled[i]]
             if rows:
                 blank(root, index, rows, _edit(rows))
                 changed.append(index)
@@ -62,13 +62,13 @@ def amend(root: str) -> None:
     amend_manifest(root, dataset.manifest, dataset.shards, dataset.manifest.get("exclusions"), extra)
 
 
-def _told(table: pa.Table) -> np.ndarray:
+def _has_values(table: pa.Table) -> np.ndarray:
     """bool [rows]: whether a row says anything still."""
-    told = np.zeros(table.num_rows, bool)
+    filled = np.zeros(table.num_rows, bool)
     for name in table.column_names:
-        if name not in PLACES:
-            told |= np.asarray(table[name].is_valid())
-    return told
+        if name not in KEPT:
+            filled |= np.asarray(table[name].is_valid())
+    return filled
 
 
 def _edit(rows: Iterable[int]) -> Any:
@@ -78,7 +78,7 @@ def _edit(rows: Iterable[int]) -> Any:
         gone_rows = pa.array([i in gone for i in range(table.num_rows)])
         stats = dict(stats)
         for name in table.column_names:
-            if name in PLACES:
+            if name in KEPT:
                 continue
             at = table.schema.get_field_index(name)
             field = table.schema.field(at)

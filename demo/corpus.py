@@ -154,25 +154,25 @@ class CorpusSummary:
 def draw_corpus(
     folder: str | Path,
     base_url: str,
-    pictures: int = 6000,
+    images: int = 6000,
     heldout: int = 600,
     seed: int = 0,
     progress: bool = True,
 ) -> CorpusSummary:
     """Draw the corpus into `folder`, or do nothing where it is there already, and say what it holds.
 
-    pictures: clean rows of the table (all dirt comes on top); heldout: rows of the held-out table; base_url: where the
+    images: clean rows of the table (all dirt comes on top); heldout: rows of the held-out table; base_url: where the
     server will be, e.g. http://127.0.0.1:8090. Raises CorpusError where the folder holds something else.
     """
     settings = {
         "version": VERSION,
         "base_url": base_url.rstrip("/"),
-        "pictures": pictures,
+        "pictures": images,
         "heldout": heldout,
         "seed": seed,
     }
-    if pictures < 10 or heldout < 1:
-        raise CorpusError(f"a corpus has at least 10 pictures and 1 held-out picture, not {pictures} and {heldout}")
+    if images < 10 or heldout < 1:
+        raise CorpusError(f"a corpus has at least 10 pictures and 1 held-out picture, not {images} and {heldout}")
     folder = Path(folder).absolute()
     if folder.exists():
         return _existing(folder, settings)
@@ -208,8 +208,8 @@ def _existing(folder: Path, settings: dict[str, Any]) -> CorpusSummary:
     summary = load_summary(folder)
     differing = [name for name in settings if summary.settings.get(name) != settings[name]]
     if differing:
-        told = ", ".join(f"{name} {summary.settings.get(name)} and not {settings[name]}" for name in differing)
-        raise CorpusError(f"the corpus in {folder} was drawn with {told}; remove the folder or give another")
+        listed = ", ".join(f"{name} {summary.settings.get(name)} and not {settings[name]}" for name in differing)
+        raise CorpusError(f"the corpus in {folder} was drawn with {listed}; remove the folder or give another")
     return summary
 
 
@@ -234,24 +234,24 @@ def encode(scene: Scene, rng: random.Random, width: int, height: int, kind: str)
     if kind == "png_alpha":
         draw(scene, rng, width, height, transparent=True).save(out, "PNG", compress_level=4)
         return out.getvalue()
-    picture = draw(scene, rng, width, height)
+    image = draw(scene, rng, width, height)
     if kind.startswith("jpeg"):
         options: dict[str, Any] = {"quality": rng.randint(88, 96), "progressive": kind == "jpeg_progressive"}
         if kind == "jpeg_turned":
             # Orientation 6: what is stored must be turned by 90 degrees clockwise to stand upright.
-            picture = picture.transpose(Image.Transpose.ROTATE_90)
+            image = image.transpose(Image.Transpose.ROTATE_90)
             exif = Image.Exif()
             exif[0x0112] = 6
             options["exif"] = exif.tobytes()
         if kind == "jpeg_cmyk":
-            picture = picture.convert("CMYK")
-        picture.save(out, "JPEG", **options)
+            image = image.convert("CMYK")
+        image.save(out, "JPEG", **options)
     elif kind == "png_palette":
-        picture.quantize(64, dither=Image.Dither.NONE).save(out, "PNG", compress_level=4)
+        image.quantize(64, dither=Image.Dither.NONE).save(out, "PNG", compress_level=4)
     elif kind == "png":
-        picture.save(out, "PNG", compress_level=4)
+        image.save(out, "PNG", compress_level=4)
     elif kind in ("webp", "webp_lossless"):
-        picture.save(out, "WEBP", quality=rng.randint(88, 96), lossless=kind == "webp_lossless", method=1)
+        image.save(out, "WEBP", quality=rng.randint(88, 96), lossless=kind == "webp_lossless", method=1)
     else:
         raise ValueError(f"a format is one of {', '.join(FORMATS)}, not {kind!r}")
     return out.getvalue()
@@ -277,7 +277,7 @@ class _Writer:
         self.files += 1
         return path
 
-    def picture(
+    def image(
         self,
         rng: random.Random,
         of: str = "train",
@@ -316,16 +316,16 @@ class _Writer:
 
 def _write(folder: Path, settings: dict[str, Any], progress: bool) -> None:
     """Everything, into an empty folder."""
-    pictures, heldout, seed = settings["pictures"], settings["heldout"], settings["seed"]
-    planted = {kind: max(1, round(pictures * share)) for kind, share in (DIRT | ODD).items()}
+    images, heldout, seed = settings["pictures"], settings["heldout"], settings["seed"]
+    planted = {kind: max(1, round(images * share)) for kind, share in (DIRT | ODD).items()}
     undrawn = ("not_found", "gone", "refused", "html", "repeated", "copied")
-    drawn = pictures + heldout + sum(planted[kind] for kind in DIRT if kind not in undrawn)
-    with tqdm(total=drawn, desc="corpus", unit="pictures", disable=None if progress else True) as bar:
+    total = images + heldout + sum(planted[kind] for kind in DIRT if kind not in undrawn)
+    with tqdm(total=total, desc="corpus", unit="pictures", disable=None if progress else True) as bar:
         writer = _Writer(folder, settings, bar)
-        rows = _train_rows(writer, pictures, planted, seed)
+        rows = _train_rows(writer, images, planted, seed)
         train_formats = dict(sorted(writer.formats.items()))
-        held = [writer.picture(random.Random(f"{seed}/heldout/{i}"), "heldout")[2] for i in range(heldout)]
-    tables = {"table.parquet": rows, "heldout.parquet": held}
+        heldout_rows = [writer.image(random.Random(f"{seed}/heldout/{i}"), "heldout")[2] for i in range(heldout)]
+    tables = {"table.parquet": rows, "heldout.parquet": heldout_rows}
     for name, content in tables.items():
         pq.write_table(pa.Table.from_pylist(content, schema=SCHEMA), folder / name, compression="zstd")
     _write_json(folder / "server.json", dict(sorted(writer.behaviours.items())))
@@ -344,7 +344,7 @@ def _write(folder: Path, settings: dict[str, Any], progress: bool) -> None:
             **{name: dict(sorted(c.items())) for name, c in counts.items()},
             "filters": FILTERS,
         },
-        heldout={"rows": len(held), "captions": len({row["TEXT"] for row in held})},
+        heldout={"rows": len(heldout_rows), "captions": len({row["TEXT"] for row in heldout_rows})},
         planted=planted,
         formats=train_formats,
         sha256={name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (*tables, "server.json")},
@@ -358,11 +358,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _train_rows(writer: _Writer, pictures: int, planted: dict[str, int], seed: int) -> list[dict[str, Any]]:
-    """The training table: `pictures` clean rows (some of them odd) and the planted dirt, shuffled."""
+def _train_rows(writer: _Writer, images: int, planted: dict[str, int], seed: int) -> list[dict[str, Any]]:
+    """The training table: `images` clean rows (some of them odd) and the planted dirt, shuffled."""
     clean: list[tuple[dict[str, Any], bytes]] = []
     odd = [kind for kind in ODD for _ in range(planted[kind])]
-    for i in range(pictures):
+    for i in range(images):
         rng = random.Random(f"{seed}/train/{i}")
         kind = odd[i] if i < len(odd) else ""
         scene, text = None, None
@@ -371,7 +371,7 @@ def _train_rows(writer: _Writer, pictures: int, planted: dict[str, int], seed: i
                 scene = sample(rng, "train", pair_share=1.0)
                 text = caption(scene, rng)
             text = html.escape(text)
-        path, scene, row, data = writer.picture(rng, scene=scene)
+        path, scene, row, data = writer.image(rng, scene=scene)
         if text is not None:
             row |= {"TEXT": text, "WRONG": exchanged(text)}
         if kind == "hostile":
@@ -415,11 +415,11 @@ def _dirty_row(
         writer.behaviours[path] = {"headers": {"Content-Type": "text/html; charset=utf-8"}}
         return writer.row(path, text, width, height, rng)
     if kind == "truncated":
-        path, _, row, data = writer.picture(rng, kind="jpeg")
+        path, _, row, data = writer.image(rng, kind="jpeg")
         (writer.folder / path[1:]).write_bytes(data[: len(data) * 3 // 5])
         return row
     size = {"narrow": (TINY, 64), "flat": (96, TINY)}.get(kind)
-    path, _, row, _ = writer.picture(rng, size=size)
+    path, _, row, _ = writer.image(rng, size=size)
     if kind == "short_body":
         writer.behaviours[path] = {"short": True}
     elif kind == "opted_out":
@@ -439,12 +439,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw the demo's corpus.")
     parser.add_argument("folder")
     parser.add_argument("--base-url", default="http://127.0.0.1:8090", help="where demo.server will serve it")
-    parser.add_argument("--pictures", type=int, default=6000)
+    parser.add_argument("--pictures", dest="images", type=int, default=6000)
     parser.add_argument("--heldout", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    told = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        summary = draw_corpus(told.folder, told.base_url, told.pictures, told.heldout, told.seed)
+        summary = draw_corpus(args.folder, args.base_url, args.images, args.heldout, args.seed)
     except CorpusError as error:
         print(error, file=sys.stderr)
         return 2

@@ -80,12 +80,12 @@ def unpack(data: bytes, folder: Path) -> int:
                 stream = tar.extractfile(member)
                 assert stream is not None
                 members[Path(path).name] = stream.read()
-    told = {n: c for n, c in captions(json.loads(members["emoji.json"])).items() if n in members}
-    for name in ("LICENSE", *told):
+    captioned = {n: c for n, c in captions(json.loads(members["emoji.json"])).items() if n in members}
+    for name in ("LICENSE", *captioned):
         (folder / name).write_bytes(members[name])
-    lines = (json.dumps({"file_name": name, "text": caption}) + "\n" for name, caption in told.items())
+    lines = (json.dumps({"file_name": name, "text": caption}) + "\n" for name, caption in captioned.items())
     (folder / "metadata.jsonl").write_text("".join(lines))
-    return len(told)
+    return len(captioned)
 
 
 def main() -> int:

@@ -1,11 +1,11 @@
-"""Does a picture show what its caption says? Plain image processing reads colour, shape, size, place and ground back.
+"""Does a picture show what its caption says? Image processing reads colour, shape, size, position and ground back.
 
 Nothing here is learned. The ground is the colour of the picture's rim; a thing is a connected region away from it; its
 soft coverage (the alpha that compositing it onto the ground would need) gives its area and centroid to a fraction of a
 pixel; its shape is the outline that, drawn with that area at that centroid, fits the coverage best.
 
     >>> found = detect(picture)         # Detection(things=(Found(colour="red", shape="star", ...),), ground="gray")
-    >>> compare(found, parse(caption))  # {"colour": True, "shape": True, "size": True, "place": True, ...}
+    >>> compare(found, parse(caption))  # {"colour": True, "shape": True, "size": True, "position": True, ...}
     >>> compare(found, parse(caption), TIGHT)
 
 The nearest of four shapes is always one of four, also of a blob. So a shape counts only where its outline explains the
@@ -28,9 +28,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from demo.scenes import COLOURS, GROUNDS, PAIR_SIZES, PLACES, SHAPES, SIZES, Scene, outline
+from demo.scenes import COLOURS, GROUNDS, PAIR_SIZES, POSITIONS, SHAPES, SIZES, Scene, outline
 
-ATTRIBUTES = ("colour", "shape", "size", "place", "ground", "count")
+ATTRIBUTES = ("colour", "shape", "size", "position", "ground", "count")
 
 AWAY = 30.0  # a pixel this far from the ground (Euclidean, of 255) may belong to a thing
 LEVELS = 8  # how many rising thresholds try to part two things that a blur has joined
@@ -54,7 +54,7 @@ class Found:
     colour: str
     shape: str
     size: str
-    place: str
+    position: str
     x: float
     y: float
     radius: float
@@ -96,7 +96,7 @@ def _coverage(points: list[tuple[float, float]], height: int, width: int) -> np.
 def _best_outline(alpha: np.ndarray) -> tuple[float, str, float, float, float]:
     """(unexplained share, shape, x, y, radius) of the outline that fits a coverage float [H, W] best, in pixels.
 
-    Area and centroid fix an outline's radius and place, so only shape, turn and softness are tried.
+    Area and centroid fix an outline's radius and position, so only shape, turn and softness are tried.
     """
     area = float(alpha.sum())
     height, width = alpha.shape
@@ -136,25 +136,23 @@ def _regions(distance: np.ndarray) -> list[np.ndarray]:
             if len(large) > 1:  # each pixel of the region goes to the nearest part
                 seeds = np.where(np.isin(parts, large), parts, 0)
                 _, (rows, columns) = ndimage.distance_transform_edt(seeds == 0, return_indices=True)
-                owner = seeds[rows, columns]
-                regions += [region & (owner == i) for i in large]
+                part_of = seeds[rows, columns]
+                regions += [region & (part_of == i) for i in large]
                 break
         else:
             regions.append(region)
     return regions
 
 
-def _read(
-    picture: np.ndarray, ground: np.ndarray, distance: np.ndarray, region: np.ndarray, others: np.ndarray
-) -> Found:
+def _read(image: np.ndarray, ground: np.ndarray, distance: np.ndarray, region: np.ndarray, others: np.ndarray) -> Found:
     """Measure one thing. `picture` float [H, W, 3], `region` its pixels, `others` pixels of other things."""
     height, width = region.shape
     side = min(height, width)
     # The ink: the pixels of the region that are furthest from the ground are those that no edge has mixed with it.
     far = distance[region]
-    ink = np.median(picture[region][far >= np.quantile(far, 0.65)], axis=0)
+    ink = np.median(image[region][far >= np.quantile(far, 0.65)], axis=0)
     # Coverage by projection onto the line from ground to ink, in the region and just around it.
-    alpha = (picture - ground) @ (ink - ground) / max(float(np.square(ink - ground).sum()), 1.0)
+    alpha = (image - ground) @ (ink - ground) / max(float(np.square(ink - ground).sum()), 1.0)
     reach = ndimage.binary_dilation(region, iterations=max(1, round(side / 32))) & ~others
     alpha = np.where(reach, alpha.clip(0, 1), 0)
     (rows, columns) = (np.flatnonzero(reach.any(axis)) for axis in (1, 0))
@@ -163,20 +161,20 @@ def _read(
     x, y = x + left, y + top
     x, y, radius = (x - (width - side) / 2) / side, (y - (height - side) / 2) / side, radius / side
     size = _size(radius, SIZES)
-    place = min(PLACES, key=lambda word: math.dist(PLACES[word], (x, y)))
-    return Found(nearest_word(ink, COLOURS), shape, size, place, x, y, radius, fit)
+    position = min(POSITIONS, key=lambda word: math.dist(POSITIONS[word], (x, y)))
+    return Found(nearest_word(ink, COLOURS), shape, size, position, x, y, radius, fit)
 
 
-def detect(picture: np.ndarray) -> Detection:
+def detect(image: np.ndarray) -> Detection:
     """The things in a picture, uint8 [H, W, 3] of at least 16 x 16 pixels.
 
-    Where there are two, each one's place is told by the other (left and right, or top and bottom), and both are
+    Where there are two, each one's position is relative to the other (left and right, or top and bottom), and both are
     measured by the sizes that two things have.
     """
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or min(picture.shape[:2]) < 16:
-        raise ValueError(f"a picture is uint8 [H, W, 3] of 16 x 16 or more, not {picture.dtype} {picture.shape}")
-    pixels = picture.astype(np.float32)
-    height, width = picture.shape[:2]
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape[:2]) < 16:
+        raise ValueError(f"a picture is uint8 [H, W, 3] of 16 x 16 or more, not {image.dtype} {image.shape}")
+    pixels = image.astype(np.float32)
+    height, width = image.shape[:2]
     rim = max(1, round(min(height, width) / 32))
     inner = np.zeros((height, width), bool)
     inner[rim:-rim, rim:-rim] = True
@@ -189,22 +187,22 @@ def detect(picture: np.ndarray) -> Detection:
     if len(things) == 2:
         a, b = things
         first, second = ("left", "right") if abs(a.x - b.x) >= abs(a.y - b.y) else ("top", "bottom")
-        ahead = a.x < b.x if first == "left" else a.y < b.y
-        things = [_of_two(a, first if ahead else second), _of_two(b, second if ahead else first)]
+        a_first = a.x < b.x if first == "left" else a.y < b.y
+        things = [_of_two(a, first if a_first else second), _of_two(b, second if a_first else first)]
     return Detection(tuple(things), nearest_word(ground, GROUNDS))
 
 
-def _of_two(thing: Found, place: str) -> Found:
-    return dataclasses.replace(thing, place=place, size=_size(thing.radius, PAIR_SIZES))
+def _of_two(thing: Found, position: str) -> Found:
+    return dataclasses.replace(thing, position=position, size=_size(thing.radius, PAIR_SIZES))
 
 
 def _size(radius: float, sizes: dict[str, float]) -> str:
     return min(sizes, key=lambda word: abs(sizes[word] - radius))
 
 
-def judge(picture: np.ndarray, scene: Scene, limits: Mapping[str, float] = PRESENT) -> dict[str, bool]:
+def judge(image: np.ndarray, scene: Scene, limits: Mapping[str, float] = PRESENT) -> dict[str, bool]:
     """Whether a picture, uint8 [H, W, 3], shows a scene: one boolean for each of ATTRIBUTES."""
-    return compare(detect(picture), scene, limits)
+    return compare(detect(image), scene, limits)
 
 
 def compare(found: Detection, scene: Scene, limits: Mapping[str, float] = PRESENT) -> dict[str, bool]:
@@ -220,13 +218,13 @@ def compare(found: Detection, scene: Scene, limits: Mapping[str, float] = PRESEN
     if len(things) < wanted:
         return {name: verdict.get(name, False) for name in ATTRIBUTES}
     if wanted == 2:
-        across = scene.things[0].place == "left"
+        across = scene.things[0].position == "left"
         things.sort(key=lambda thing: thing.x if across else thing.y)
         same_axis = (abs(things[0].x - things[1].x) >= abs(things[0].y - things[1].y)) == across
-        verdict["place"] = same_axis
+        verdict["position"] = same_axis
     else:
-        places = min(PLACES, key=lambda word: math.dist(PLACES[word], (things[0].x, things[0].y)))
-        verdict["place"] = places == scene.things[0].place
+        position = min(POSITIONS, key=lambda word: math.dist(POSITIONS[word], (things[0].x, things[0].y)))
+        verdict["position"] = position == scene.things[0].position
     for name in ("colour", "shape", "size"):
         verdict[name] = all(getattr(f, name) == getattr(t, name) for f, t in zip(things, scene.things, strict=True))
     verdict["shape"] &= all(f.fit <= limits[f.shape] for f in things)

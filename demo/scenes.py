@@ -46,7 +46,7 @@ GROUNDS: dict[str, tuple[int, int, int]] = {
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star")
 SIZES: dict[str, float] = {"small": 0.21, "large": 0.30}  # radius of a thing alone, in sides of the centred square
 PAIR_SIZES: dict[str, float] = {"small": 0.18, "large": 0.26}  # of each of two, which must share the room
-PLACES: dict[str, tuple[float, float]] = {  # centre (x, y) of a thing that stands alone
+POSITIONS: dict[str, tuple[float, float]] = {  # centre (x, y) of a thing that stands alone
     "left": (0.345, 0.5),
     "center": (0.5, 0.5),
     "right": (0.655, 0.5),
@@ -58,7 +58,7 @@ PAIR_SHARE = 0.50  # of the pictures that `sample` draws; it takes many to learn
 HELDOUT_SHARE = 0.12  # of the combinations
 
 RADIUS_JITTER = 0.015
-PLACE_JITTER = 0.03
+OFFSET_JITTER = 0.03
 COLOUR_JITTER = 12  # of 255, each channel of a thing
 GROUND_JITTER = 5
 TURN_JITTER = 4.0  # degrees
@@ -67,15 +67,15 @@ PAIR_GAP = 0.04  # the least clear ground between two things
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: a colour, a shape, a size and a place, each a word of the vocabulary."""
+    """One object: a colour, a shape, a size and a position, each a word of the vocabulary."""
 
     colour: str
     shape: str
     size: str
-    place: str
+    position: str
 
     def __post_init__(self) -> None:
-        for field, words in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES), ("place", PLACES)):
+        for field, words in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES), ("position", POSITIONS)):
             if getattr(self, field) not in words:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(words)}")
 
@@ -95,8 +95,10 @@ class Scene:
             raise ValueError(f"a scene has one or two things, not {len(self.things)}")
         if len(self.things) == 2:
             a, b = self.things
-            if (a.place, b.place) not in PAIRS:
-                raise ValueError(f"two things stand left and right or top and bottom, not {a.place} and {b.place}")
+            if (a.position, b.position) not in PAIRS:
+                raise ValueError(
+                    f"two things stand left and right or top and bottom, not {a.position} and {b.position}"
+                )
             if a.colour == b.colour:
                 raise ValueError(f"two things have two colours, here both are {a.colour}")
             if a.size == b.size == "large":
@@ -105,15 +107,15 @@ class Scene:
 
 def pair(first: Thing, second: Thing, ground: str) -> Scene:
     """The scene of two things given in either order."""
-    order = list(PLACES)
-    a, b = sorted((first, second), key=lambda thing: order.index(thing.place))
+    order = list(POSITIONS)
+    a, b = sorted((first, second), key=lambda thing: order.index(thing.position))
     return Scene((a, b), ground)
 
 
 def single_scenes() -> Iterator[Scene]:
     """Every scene of one thing, in a fixed order."""
-    for colour, shape, size, place, ground in itertools.product(COLOURS, SHAPES, SIZES, PLACES, GROUNDS):
-        yield Scene((Thing(colour, shape, size, place),), ground)
+    for colour, shape, size, position, ground in itertools.product(COLOURS, SHAPES, SIZES, POSITIONS, GROUNDS):
+        yield Scene((Thing(colour, shape, size, position),), ground)
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -122,7 +124,7 @@ def split(scene: Scene) -> str:
 
     By a hash, so that it needs no list, depends on no seed and is the same on every machine.
     """
-    key = "|".join([scene.ground, *(f"{t.colour} {t.shape} {t.size} {t.place}" for t in scene.things)])
+    key = "|".join([scene.ground, *(f"{t.colour} {t.shape} {t.size} {t.position}" for t in scene.things)])
     lot = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
     return "heldout" if lot < HELDOUT_SHARE else "train"
 
@@ -136,11 +138,13 @@ def sample(rng: random.Random, of: str | None = None, pair_share: float = PAIR_S
         if rng.random() < pair_share:
             colours = rng.sample(list(COLOURS), 2)
             sizes = rng.choice((("small", "small"), ("small", "large"), ("large", "small")))
-            places = rng.choice(PAIRS)
-            things = tuple(Thing(c, rng.choice(SHAPES), s, p) for c, s, p in zip(colours, sizes, places, strict=True))
+            positions = rng.choice(PAIRS)
+            things = tuple(
+                Thing(c, rng.choice(SHAPES), s, p) for c, s, p in zip(colours, sizes, positions, strict=True)
+            )
         else:
             shape, size = rng.choice(SHAPES), rng.choice(list(SIZES))
-            things = (Thing(rng.choice(list(COLOURS)), shape, size, rng.choice(list(PLACES))),)
+            things = (Thing(rng.choice(list(COLOURS)), shape, size, rng.choice(list(POSITIONS))),)
         scene = Scene(things, ground)
         if of is None or split(scene) == of:
             return scene
@@ -177,20 +181,21 @@ def _spots(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]
     sizes = SIZES if len(scene.things) == 1 else PAIR_SIZES
     radii = [sizes[thing.size] + rng.uniform(-RADIUS_JITTER, RADIUS_JITTER) for thing in scene.things]
     if len(radii) == 1:
-        x, y = PLACES[scene.things[0].place]
-        return [(x + rng.uniform(-PLACE_JITTER, PLACE_JITTER), y + rng.uniform(-PLACE_JITTER, PLACE_JITTER), radii[0])]
+        x, y = POSITIONS[scene.things[0].position]
+        dx, dy = (rng.uniform(-OFFSET_JITTER, OFFSET_JITTER) for _ in "xy")
+        return [(x + dx, y + dy, radii[0])]
     # Two things share what room is left, so that they never touch and never leave the square.
     slack = 1 - PAIR_GAP - 2 * sum(radii)
     before, after = (rng.uniform(0.1, 0.45) * slack for _ in radii)
     along = (before + radii[0], 1 - after - radii[1])
-    across = [0.5 + rng.uniform(-PLACE_JITTER, PLACE_JITTER) for _ in radii]
-    if scene.things[0].place == "left":
+    across = [0.5 + rng.uniform(-OFFSET_JITTER, OFFSET_JITTER) for _ in radii]
+    if scene.things[0].position == "left":
         return [(a, c, r) for a, c, r in zip(along, across, radii, strict=True)]
     return [(c, a, r) for a, c, r in zip(along, across, radii, strict=True)]
 
 
 def draw(scene: Scene, rng: random.Random, width: int, height: int, transparent: bool = False) -> Image.Image:
-    """The scene as an RGB picture of width x height pixels, with jitter in place, size, turn and colour from `rng`.
+    """The scene as an RGB picture of width x height pixels, with jitter in position, size, turn and colour from `rng`.
 
     Everything stands inside the centred square. With `transparent`, an RGBA picture whose ground has alpha 0 (and still
     its colour): laid over the ground's colour it shows the scene.
@@ -205,8 +210,8 @@ def draw(scene: Scene, rng: random.Random, width: int, height: int, transparent:
 
     ground = shade(GROUNDS[scene.ground], GROUND_JITTER)
     size = (width * over, height * over)
-    picture, mask = Image.new("RGB", size, ground), Image.new("L", size if transparent else (0, 0))
-    pen, mask_pen = ImageDraw.Draw(picture), ImageDraw.Draw(mask)
+    image, mask = Image.new("RGB", size, ground), Image.new("L", size if transparent else (0, 0))
+    pen, mask_pen = ImageDraw.Draw(image), ImageDraw.Draw(mask)
     for thing, (x, y, radius) in zip(scene.things, _spots(scene, rng), strict=True):
         ink = shade(COLOURS[thing.colour], COLOUR_JITTER)
         points = outline(thing.shape, x, y, radius, rng.uniform(-TURN_JITTER, TURN_JITTER))
@@ -214,10 +219,10 @@ def draw(scene: Scene, rng: random.Random, width: int, height: int, transparent:
         pen.polygon(corners, fill=ink)
         if transparent:
             mask_pen.polygon(corners, fill=255)
-    picture = picture.reduce(over)
+    image = image.reduce(over)
     if transparent:
-        picture.putalpha(mask.reduce(over))
-    return picture
+        image.putalpha(mask.reduce(over))
+    return image
 
 
 # ---------------------------------------------------------------- captions
@@ -281,13 +286,13 @@ def caption(scene: Scene, rng: random.Random) -> str:
     if len(scene.things) == 1:
         thing = scene.things[0]
         words |= {"colour": thing.colour, "shape": thing.shape}
-        words |= {"size": rng.choice(SIZE_WORDS[thing.size]), "at": rng.choice(AT[thing.place])}
+        words |= {"size": rng.choice(SIZE_WORDS[thing.size]), "at": rng.choice(AT[thing.position])}
         return rng.choice(SINGLE).format(**words)
     first, second = rng.sample(scene.things, 2)
     for name, thing in (("first", first), ("second", second)):
         words[name] = f"{rng.choice(SIZE_WORDS[thing.size])} {thing.colour} {thing.shape}"
-    words |= {"at1": rng.choice(AT[first.place]), "at2": rng.choice(AT[second.place])}
-    words["beside"] = rng.choice(BESIDE[first.place])
+    words |= {"at1": rng.choice(AT[first.position]), "at2": rng.choice(AT[second.position])}
+    words["beside"] = rng.choice(BESIDE[first.position])
     return rng.choice(DOUBLE).format(**words)
 
 
@@ -368,17 +373,17 @@ def parse(text: str) -> Scene:
         slots = found.groupdict()
         ground = slots.get("ground") or _MEANING["back"][slots["back"]]
         if not double:
-            size, place = _MEANING["size"][slots["size"]], _MEANING["at"][slots["at"]]
-            return Scene((Thing(slots["colour"], slots["shape"], size, place),), ground)
+            size, position = _MEANING["size"][slots["size"]], _MEANING["at"][slots["at"]]
+            return Scene((Thing(slots["colour"], slots["shape"], size, position),), ground)
         if "beside" in slots:
-            place1 = _MEANING["beside"][slots["beside"]]
-            place2 = OPPOSITE[place1]
+            position1 = _MEANING["beside"][slots["beside"]]
+            position2 = OPPOSITE[position1]
         else:
-            place1, place2 = _MEANING["at"][slots["at1"]], _MEANING["at"][slots["at2"]]
+            position1, position2 = _MEANING["at"][slots["at1"]], _MEANING["at"][slots["at2"]]
         sizes = [_MEANING["size"][slots[f"size{i}"]] for i in (1, 2)]
         return pair(
-            Thing(slots["colour1"], slots["shape1"], sizes[0], place1),
-            Thing(slots["colour2"], slots["shape2"], sizes[1], place2),
+            Thing(slots["colour1"], slots["shape1"], sizes[0], position1),
+            Thing(slots["colour2"], slots["shape2"], sizes[1], position2),
             ground,
         )
     raise ValueError(f"{text[:120]!r} is no caption of this world")

@@ -177,9 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder")
     parser.add_argument("--port", type=int, default=8090, help="0 takes a free one")
     parser.add_argument("--with-stdin", action="store_true", help="end when standard input closes")
-    told = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        asyncio.run(_run(Path(told.folder), told.port, told.with_stdin))
+        asyncio.run(_run(Path(args.folder), args.port, args.with_stdin))
     except ServerError as error:
         print(error, file=sys.stderr)
         return 2

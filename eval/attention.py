@@ -1,4 +1,4 @@
-"""Prompt-to-prompt: where one prompt's words look while an image is drawn, told to another's (Hertz et al. 2022).
+"""Prompt-to-prompt: where one prompt's words look while an image is drawn, given to another's (Hertz et al. 2022).
 
 Two images are drawn side by side from the same noise, one of each prompt. In every cross-attention of diffusers' UNet
 the first image's map of a word becomes the second's map of the word in its place (arXiv:2208.01626): a word exchanged
@@ -152,10 +152,10 @@ def edit_of(
     elif len(fill):
         put(fill, range(target.end, target.end + 1))
     for word, factor in (weights or {}).items():
-        places = [i for w, s in zip(target.words, target.spans, strict=True) if w.lower() == word.lower() for i in s]
-        if not places:
+        positions = [i for w, s in zip(target.words, target.spans, strict=True) if w.lower() == word.lower() for i in s]
+        if not positions:
             raise ConfigError(f"--weight: '{word}' is no word of '{target.text}'; name one of its words")
-        weight[places] = factor
+        weight[positions] = factor
     return Edit(move, own, weight, cross_steps, self_steps)
 
 
@@ -195,13 +195,13 @@ class Maps:
         self._sums[branch] = maps if before is None else before + maps
         self._counts[branch] += 1
 
-    def _shape(self, places: int) -> tuple[int, int]:
+    def _shape(self, count: int) -> tuple[int, int]:
         """The height and width of a layer, which the UNet halves, rounding up."""
         h, w = self.size
-        while h * w > places:
+        while h * w > count:
             h, w = -(-h // 2), -(-w // 2)
-        if h * w != places:
-            raise ConfigError(f"edit: a cross-attention of this model has {places} places, which halving does not give")
+        if h * w != count:
+            raise ConfigError(f"edit: a cross-attention of this model has {count} places, which halving does not give")
         return h, w
 
     def of(self, branch: int) -> torch.Tensor:
@@ -310,7 +310,7 @@ def invert(
     iterations: int,
     tick: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """The noise [1,C,h,w] from which `steps` steps of the pipeline's scheduler draw `latents`, told `text` [1,L,D].
+    """The noise [1,C,h,w] from which `steps` steps of the pipeline's scheduler draw `latents`, given `text` [1,L,D].
 
     DDIM inversion (Song et al. 2020, arXiv:2010.02502; Dhariwal & Nichol 2021, arXiv:2105.05233, appendix F) without
     guidance. Each step is linear in the sample and in what the UNet says of it, and what the UNet says of the noisier

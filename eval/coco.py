@@ -39,23 +39,23 @@ def reference(annotations: str, folder: str, out: str, count: int, seed: int = 0
     captions, names = _read(annotations)
     if not 1 <= count <= len(captions):
         raise ConfigError(f"reference: --count is {count}; {annotations} has {len(captions)} images with captions")
-    drawn = random.Random(seed).sample(sorted(captions), count)
-    chosen = sorted(captions) if everything else drawn
-    place = Path(folder)
-    absent = [names[i] for i in chosen if not (place / names[i]).is_file()]
+    sampled = random.Random(seed).sample(sorted(captions), count)
+    chosen = sorted(captions) if everything else sampled
+    source = Path(folder)
+    absent = [names[i] for i in chosen if not (source / names[i]).is_file()]
     if absent:
         raise ConfigError(f"reference: {folder} lacks {len(absent)} of {len(chosen)} images, the first is {absent[0]}")
     root = storage.join(out, "images")
-    lines = [json.dumps({"prompt": captions[i], "id": str(i)}, ensure_ascii=False) for i in drawn]
+    lines = [json.dumps({"prompt": captions[i], "id": str(i)}, ensure_ascii=False) for i in sampled]
     prompts, url = ("\n".join(lines) + "\n").encode(), storage.join(out, "prompts.jsonl")
     if storage.exists(url) and storage.read_bytes(url) != prompts:
         raise ConfigError(f"reference: {url} is there with other prompts; name a new --out")
-    drawn_from = digest_json([[i, names[i], captions[i], (place / names[i]).stat().st_size] for i in chosen])
-    begun = Folder.begin(root, Fingerprint("reference", VERSION, {}, drawn_from), take_over=True)
+    source_digest = digest_json([[i, names[i], captions[i], (source / names[i]).stat().st_size] for i in chosen])
+    begun = Folder.begin(root, Fingerprint("reference", VERSION, {}, source_digest), take_over=True)
     stats = []
     progress = Progress("reference", len(chosen), "images")
     for index in range(0, len(chosen), PER_SHARD):
-        part = [(i, place / names[i], captions[i]) for i in chosen[index : index + PER_SHARD]]
+        part = [(i, source / names[i], captions[i]) for i in chosen[index : index + PER_SHARD]]
         stats.append(commit(begun, Task(index // PER_SHARD), functools.partial(_made, part)))
         progress.update(len(part))
     progress.close()
@@ -102,7 +102,7 @@ def _made(part: Sequence[tuple[int, Path, str]]) -> Made:
     for i, file, caption in part:
         data, error = file.read_bytes(), None
         try:
-            images.picture_size(data)
+            images.pixel_size(data)
             samples.append((f"{i:012d}", {_extension(file): data}))
         except ValueError as e:
             error = " ".join(str(e).split())[:300]
@@ -116,8 +116,8 @@ def _made(part: Sequence[tuple[int, Path, str]]) -> Made:
                 "image_ext": None if error else _extension(file),
             }
         )
-    tar, places = images.pack_tar(samples)
-    where = {key: next(iter(p.values())) for (key, _), p in zip(samples, places, strict=True)}
+    tar, extents = images.pack_tar(samples)
+    where = {key: next(iter(p.values())) for (key, _), p in zip(samples, extents, strict=True)}
     table = {name: [r[name] for r in rows] for name in rows[0]}
     table["image_offset"] = [where[r["key"]][0] if r["key"] in where else None for r in rows]
     table["image_size"] = [where[r["key"]][1] if r["key"] in where else None for r in rows]

@@ -99,7 +99,7 @@ class JudgeConfig(Strict):
 
     @field_validator("question")
     @classmethod
-    def _has_a_place(cls, question: str) -> str:
+    def _has_placeholder(cls, question: str) -> str:
         if question.count("{prompt}") != 1:
             raise ValueError("it must hold {prompt} once")
         return question

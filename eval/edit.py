@@ -7,7 +7,7 @@
     carrara edit path/to/stable-diffusion --from "..." --to "..." --out edited
 
 The image before is, to the bit, what `carrara sample` draws of --from with the same seed, sampler and steps; with
---image it is the given one, inverted: DDIM inversion told --from, and then negative-prompt inversion (Miyake et al.
+--image it is the given one, inverted: DDIM inversion given --from, and then negative-prompt inversion (Miyake et al.
 2023, arXiv:2305.16807), where guidance leads away from --from in place of the empty prompt. So the given image is drawn
 again whatever the guidance scale, and nothing is optimised as null-text inversion does.
 
@@ -18,7 +18,7 @@ which the folder is known again: the same command finishes it, and does nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,17 +26,16 @@ from pydantic import Field, field_validator, model_validator
 
 from eval import model as models
 from eval.attention import Control, Maps, Prompt, edit_of, invert, pairs, read_prompt, require_attention
-from eval.config import Sampler, Weights
 from eval.generate import ImageGenerator, Sample, generators, to_uint8
 from eval.inputs import fitted, read_image, require_size
 from eval.prompts import MAX_CHARS
-from eval.sample import ADVICE, MAX_SIDE
+from eval.sample import ADVICE, GenerationConfig
 from eval.shardwork import png
 from shards import storage
 from shards.fingerprint import Fingerprint, digest_bytes
 from shards.layout import RunPaths
 from shards.progress import Progress
-from shards.settings import ConfigError, StageError, Strict
+from shards.settings import ConfigError, StageError
 
 VERSION = 1
 ABOUT, SHEET = "edit.json", "sheet.html"
@@ -45,8 +44,8 @@ INVERTIBLE = ("ddim", "flow-euler")  # deterministic, and of first order
 PIPELINE = "StableDiffusionPipeline"
 
 
-class EditRequest(Strict):
-    """What is changed, and how images are drawn."""
+class EditRequest(GenerationConfig):
+    """What is changed, and how images are generated."""
 
     source: str = Field(max_length=MAX_CHARS, description="the prompt of the image before (--from)")
     target: str = Field(max_length=MAX_CHARS, description="the prompt of the image after (--to)")
@@ -63,16 +62,6 @@ class EditRequest(Strict):
     )
     seed: int = Field(default=0, ge=0, lt=2**63)
     count: int = Field(default=1, ge=1, le=1000, description="images, each from another noise")
-    checkpoint: str = "latest"
-    weights: Weights = "ema"
-    sampler: Sampler = "ddim"
-    steps: int = Field(default=25, ge=1, le=1000)
-    guidance_scale: float = Field(default=3.0, ge=0.0, le=100.0)
-    width: int | None = Field(default=None, ge=8, le=MAX_SIDE)
-    height: int | None = Field(default=None, ge=8, le=MAX_SIDE)
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(default=1, ge=1, le=256)
 
     @field_validator("weight")
     @classmethod
@@ -149,7 +138,7 @@ class Editor:
     def _draw(self, out: str, were: int) -> None:
         """were: how many pairs of images another edit may have left there."""
         c = self.request
-        artist = Artist(c, self.model, self.run, self.given)
+        generator = PairGenerator(c, self.model, self.run, self.given)
         storage.remove(storage.join(out, SHEET))
         for number in range(c.count, were):
             for name in NAMES:
@@ -159,14 +148,14 @@ class Editor:
         rows = []
         bar = Progress("edit", c.steps * (c.count + (self.given is not None)), "steps")
         for number in range(c.count):
-            images, maps = artist.draw(number, bar.update)
+            images, maps = generator.draw(number, bar.update)
             for name, pixels in zip(NAMES, images, strict=True):
                 storage.write_atomic(storage.join(out, f"{number:03d}-{name}.png"), png(pixels))
-            rows.append(_row(number, images, maps, artist.prompts))
+            rows.append(_row(number, images, maps, generator.prompts))
         bar.close()
-        storage.write_atomic(storage.join(out, SHEET), self._sheet(rows, artist).encode())
+        storage.write_atomic(storage.join(out, SHEET), self._sheet(rows, generator).encode())
 
-    def _sheet(self, rows: list[dict[str, Any]], artist: Artist) -> str:
+    def _sheet(self, rows: list[dict[str, Any]], generator: PairGenerator) -> str:
         """The page: images before and after, and where each of their tokens looks."""
         from eval.report.gather import data_uri
         from eval.report.page import environment
@@ -180,7 +169,7 @@ class Editor:
             "self_attention": f"{c.self_attention:g}",
             **{f"weight of {word}": f"{factor:g}" for word, factor in c.weight.items()},
         }
-        given = None if artist.given is None else data_uri(np.asarray(artist.given))
+        given = None if generator.given is None else data_uri(np.asarray(generator.given))
         return (
             environment()
             .get_template("edit.html.j2")
@@ -195,8 +184,8 @@ class Editor:
         )
 
 
-class Artist:
-    """The pipeline, what it is told, and the noise of a given image."""
+class PairGenerator:
+    """The pipeline, what it is given, and the noise of a given image."""
 
     def __init__(self, request: EditRequest, model: models.Model, run: RunPaths, given: np.ndarray | None) -> None:
         import torch
@@ -205,8 +194,8 @@ class Artist:
 
         c = self.request = request
         pipeline = models.build_pipeline(run, model)
-        if models.told_picture(pipeline):
-            raise ConfigError("edit: this model is told a picture beside each prompt; use `carrara sample --image`")
+        if models.takes_image(pipeline):
+            raise ConfigError("edit: this model is given a picture beside each prompt; use `carrara sample --image`")
         pipeline = models.from_prompts(pipeline)
         if type(pipeline).__name__ != PIPELINE:
             raise ConfigError(f"edit: the model is a {type(pipeline).__name__}, and what is edited is a {PIPELINE}")
@@ -284,8 +273,8 @@ def _row(number: int, images: np.ndarray, maps: Maps, prompts: tuple[Prompt, Pro
         found = maps.of(branch)
         height, width = images.shape[1:3]
         tiles = []
-        for place, token in enumerate(prompts[branch].tokens, 1):
-            grey = (found[place] / found[place].max().clamp(min=1e-12)).clamp(0, 1) * 255
+        for position, token in enumerate(prompts[branch].tokens, 1):
+            grey = (found[position] / found[position].max().clamp(min=1e-12)).clamp(0, 1) * 255
             image = Image.fromarray(grey.round().byte().numpy()).resize((width, height), Image.Resampling.BILINEAR)
             tiles.append({"token": token, "map": data_uri(np.repeat(np.asarray(image)[..., None], 3, axis=2))})
         return tiles

@@ -21,7 +21,7 @@ from eval.inputs import read_image
 from eval.metrics import frechet
 from eval.metrics.moments import Accumulator
 from eval.networks import resize
-from latents.pictures import ahead
+from latents.resize import prefetch
 from shards import storage
 from shards.dataset import MANIFEST, Dataset
 from shards.images import ImageShard, decode_rgb
@@ -92,7 +92,7 @@ def _statistics(
     network: networks.Inception, source: str, batch_size: int
 ) -> dict[str, tuple[np.ndarray | None, Accumulator]]:
     """By protocol: the features where there are at most 2048, and moments in any case."""
-    count, pictures = _pictures(source)
+    count, images = _images(source)
     if count < 2:
         raise ConfigError(f"explain-fid: {source} has {count} pictures; a distance needs at least 2 on either side")
     kept: dict[str, list[np.ndarray]] = {name: [] for name in PROTOCOLS}
@@ -111,8 +111,8 @@ def _statistics(
                 kept[name].append(features)
         progress.update(len(batch))
 
-    for picture in pictures:
-        batch.append(picture)
+    for image in images:
+        batch.append(image)
         if len(batch) == batch_size:
             take()
             batch = []
@@ -122,7 +122,7 @@ def _statistics(
     return {name: (np.concatenate(parts) if parts else None, moments[name]) for name, parts in kept.items()}
 
 
-def _pictures(source: str) -> tuple[int, Iterator[np.ndarray]]:
+def _images(source: str) -> tuple[int, Iterator[np.ndarray]]:
     """Number of pictures of a dataset of shards or of a folder, and the pictures uint8 [H, W, 3] in their order."""
     if storage.exists(storage.join(source, MANIFEST)):
         dataset = Dataset.open(source)
@@ -141,7 +141,7 @@ def _pictures(source: str) -> tuple[int, Iterator[np.ndarray]]:
             len(found) - len(files),
             len(found),
         )
-    return len(files), ahead(
+    return len(files), prefetch(
         lambda i: read_image(files[i], "explain-fid", "take it out of the folder"), len(files), 2, 32
     )
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 from eval import networks
 from eval.rows import dataset_of
 from eval.shardwork import Made, accounted, commit, committed_stats, counted, parquet, png, tar_of
-from latents.pictures import ahead, resize_crop
+from latents.resize import prefetch, resize_crop
 from shards import images, storage
 from shards.columns import pack_columns
 from shards.dataset import Dataset, ShardInfo, write_manifest
@@ -176,15 +176,15 @@ class FeaturesWorker:
 
         def load(batch: int) -> list[tuple[list[int], Any]]:
             """The images of one batch as the network wants them; several groups where they keep their own sizes."""
-            places = range(batch * size, min(len(shard), (batch + 1) * size))
-            whole = [(i, pixels) for i in places if (pixels := decoded(i)) is not None]
+            members = range(batch * size, min(len(shard), (batch + 1) * size))
+            whole = [(i, pixels) for i in members if (pixels := decoded(i)) is not None]
             groups = []
             for _, group in itertools.groupby(whole, lambda item: item[1].shape):
-                indices, pictures = zip(*group, strict=True)
-                groups.append((list(indices), self.network.prepare(np.stack(pictures), [rows[i] for i in indices])))
+                indices, arrays = zip(*group, strict=True)
+                groups.append((list(indices), self.network.prepare(np.stack(arrays), [rows[i] for i in indices])))
             return groups
 
-        batches = (group for groups in ahead(load, -(-len(shard) // size), 2, 3) for group in groups)
+        batches = (group for groups in prefetch(load, -(-len(shard) // size), 2, 3) for group in groups)
         return self._made(shard.keys, rows, batches, errors, converted)
 
     def _rows(self, shard: images.ImageShard) -> list[dict[str, Any]]:
@@ -208,12 +208,12 @@ class FeaturesWorker:
                 parts = self.network(ready)
                 if isinstance(self.network, networks.Reconstruction) and len(sheet) < SHEET:
                     sheet |= {i: png(p) for i, p in zip(indices, self.network.images, strict=True) if i < SHEET}
-            fine = np.logical_and.reduce([np.isfinite(v).all(axis=1) | scores for v in parts.values()])
-            kept += [i for i, good in zip(indices, fine, strict=True) if good]
-            for i, good in zip(indices, fine, strict=True):
+            finite = np.logical_and.reduce([np.isfinite(v).all(axis=1) | scores for v in parts.values()])
+            kept += [i for i, good in zip(indices, finite, strict=True) if good]
+            for i, good in zip(indices, finite, strict=True):
                 errors[i] = None if good else "its features are not finite"
             for name, part in parts.items():
-                columns.setdefault(name, []).append(part[fine].astype(np.float32, copy=False))
+                columns.setdefault(name, []).append(part[finite].astype(np.float32, copy=False))
         order = np.argsort(kept, kind="stable")
         arrays = {name: np.concatenate(parts)[order] for name, parts in columns.items()}
         if not arrays:  # a shard without one usable image still has every column
@@ -229,7 +229,7 @@ class FeaturesWorker:
         }
         files = {".safetensors": pack_columns(arrays, self.stage.weights)}
         if sheet:
-            tar, places = tar_of([(k, {"png": sheet[i]}) if i in sheet else None for i, k in enumerate(keys)])
-            files[".tar"], table = tar, table | places
+            tar, located = tar_of([(k, {"png": sheet[i]}) if i in sheet else None for i, k in enumerate(keys)])
+            files[".tar"], table = tar, table | located
         files[".parquet"] = parquet(table, converted=pa.bool_())
         return files, {**counted(status), "converted": sum(converted)}

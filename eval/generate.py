@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("carrara.eval")
 
-# diffusers' scheduler class and what it is told beyond the exported scheduler's own configuration; None: the model's.
+# diffusers' scheduler class and what it is given beyond the exported scheduler's own configuration; None: the model's.
 SAMPLERS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "model": None,
     "ddpm": ("DDPMScheduler", {}),

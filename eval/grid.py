@@ -54,7 +54,7 @@ class FirstPart:
     """The first `shards` shards of a cell as a stage of its own, which leaves no manifest: the cell is not finished."""
 
     unit = "images"
-    in_hand = GenerateStage.in_hand
+    max_in_flight = GenerateStage.max_in_flight
 
     def __init__(self, evaluation: Evaluation, shards: int) -> None:
         self.evaluation, self.stage, self.shards = evaluation, evaluation.generate, shards
@@ -228,10 +228,10 @@ def record(
         if evaluation.config.cell not in gone and metrics is not None:
             found.append((evaluation.config, metrics, seconds_an_image(evaluation.generate)))
             ids[evaluation.config.cell] = evaluation.folder.rsplit("/", 1)[-1]
-    name, placed = points(found)
+    name, plotted = points(found)
     outcome = {
         "distance": name,
-        "points": [{**dataclasses.asdict(p), "folder": ids[p.cell]} for p in placed],
+        "points": [{**dataclasses.asdict(p), "folder": ids[p.cell]} for p in plotted],
         "given_up": [{**dataclasses.asdict(g), "images": first[g.cell]} for g in given_up],
     }
     storage.write_json(record_file(run, done[0].model.name), outcome)

@@ -52,8 +52,8 @@ class Pair:
     prompt: str
     left: int
     right: int
-    left_picture: str
-    right_picture: str
+    left_image: str
+    right_image: str
 
 
 class Vote(NamedTuple):
@@ -90,7 +90,7 @@ def pairs(run: RunPaths, names: Sequence[str], count: int, seed: int = 0) -> lis
     if not 1 <= count <= MAX_PAIRS:
         raise ConfigError(f"judge: --pairs is {count}; ask for 1 to {MAX_PAIRS} on a page")
     sets = [_Result(run, name) for name in names]
-    shared = sorted(set.intersection(*(set(s.place) for s in sets)))
+    shared = sorted(set.intersection(*(set(s.positions) for s in sets)))
     if not shared:
         raise StageError(f"judge: {', '.join(names)} have no prompt in common; evaluate them with the same prompts")
     order = sorted(shared, key=lambda p: digest_json(["prompt", seed, *p]))
@@ -100,12 +100,12 @@ def pairs(run: RunPaths, names: Sequence[str], count: int, seed: int = 0) -> lis
     found = []
     for n in range(count):
         # Each prompt begins at another pairing and meets the next one at every round: all come up, none twice.
-        place = order[n % len(order)]
+        key = order[n % len(order)]
         i, j = pairings[(n % len(order) + n // len(order)) % len(pairings)]
-        identity = digest_json([seed, *place, i, j])
+        identity = digest_json([seed, *key, i, j])
         if int(identity[:8], 16) % 2:
             i, j = j, i
-        found.append(Pair(identity[:12], sets[i].prompt(place), i, j, sets[i].picture(place), sets[j].picture(place)))
+        found.append(Pair(identity[:12], sets[i].prompt(key), i, j, sets[i].image(key), sets[j].image(key)))
     return found
 
 
@@ -123,19 +123,19 @@ class _Result:
             raise ConfigError(f"judge: there is no result {name}; the report says which there are")
         dataset = Dataset.open(storage.join(paths.eval, parts[0], found["images"]))
         self.shards = [ImageShard(dataset, p) for p in range(len(dataset.shards))]
-        self.place: dict[tuple[str, int], tuple[int, int]] = {}
+        self.positions: dict[tuple[str, int], tuple[int, int]] = {}
         self.captions: dict[tuple[str, int], str] = {}
         for p, shard in enumerate(self.shards):
             for i, row in enumerate(shard.table.take(shard.rows).to_pylist()):
                 if row["image_offset"] is not None:
-                    self.place[row["prompt_id"], row["replicate"]] = (p, i)
+                    self.positions[row["prompt_id"], row["replicate"]] = (p, i)
                     self.captions[row["prompt_id"], row["replicate"]] = row["caption"]
 
-    def prompt(self, place: tuple[str, int]) -> str:
-        return gather.plain(self.captions[place])
+    def prompt(self, key: tuple[str, int]) -> str:
+        return gather.plain(self.captions[key])
 
-    def picture(self, place: tuple[str, int]) -> str:
-        shard, i = self.place[place]
+    def image(self, key: tuple[str, int]) -> str:
+        shard, i = self.positions[key]
         return gather.data_uri(decode_rgb(self.shards[shard].image_bytes(i)))
 
 
@@ -144,7 +144,7 @@ def write_pack(out: str, names: Sequence[str], found: Sequence[Pair], run: RunPa
     from eval.report import page as report
 
     pack = digest_json([list(names), [p.id for p in found]])[:12]
-    small = all("image/png" in p.left_picture for p in found)
+    small = all("image/png" in p.left_image for p in found)
     page = (
         report.environment()
         .get_template("judge.html.j2")
@@ -239,10 +239,10 @@ def _covariance(
     scores = design * residual[:, None]
 
     def summed(clusters: Sequence[Hashable]) -> npt.NDArray[np.float64]:
-        places = {c: i for i, c in enumerate(dict.fromkeys(clusters))}
-        sums = np.zeros((len(places), design.shape[1]))
-        np.add.at(sums, [places[c] for c in clusters], scores)
-        return (sums.T @ sums) * (len(places) / max(1, len(places) - 1))
+        index_of = {c: i for i, c in enumerate(dict.fromkeys(clusters))}
+        sums = np.zeros((len(index_of), design.shape[1]))
+        np.add.at(sums, [index_of[c] for c in clusters], scores)
+        return (sums.T @ sums) * (len(index_of) / max(1, len(index_of) - 1))
 
     prompts, voters = [v.prompt for v in votes], [v.voter for v in votes]
     centre = np.eye(len(information)) - 1 / len(information)

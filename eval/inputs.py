@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from latents.pictures import resize_crop
+from latents.resize import resize_crop
 from shards.images import decode_rgb
 from shards.settings import ConfigError
 

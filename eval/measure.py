@@ -96,20 +96,20 @@ class Images:
         whole = live({name: [values[i] for i in self.all] for name, values in rows.items()})
         self.failed = len(self.all) - len(whole.get("key", ()))
         self.features: dict[str, Dataset] = {}
-        places: dict[str, dict[str, int]] = {}
+        index_of: dict[str, dict[str, int]] = {}
         usable = set(whole.get("key", ()))
         for stage in evaluation.generate.features():
             dataset = stage.committed(generated)
             if dataset is not None and len(dataset):
                 keys = live(table(dataset, "key", "status"))["key"]
-                places[stage.found.name] = {k: i for i, k in enumerate(keys)}
-                usable &= places[stage.found.name].keys()
+                index_of[stage.found.name] = {k: i for i, k in enumerate(keys)}
+                usable &= index_of[stage.found.name].keys()
                 self.features[stage.found.name] = dataset
         kept = [i for i, k in enumerate(whole.get("key", ())) if k in usable]
         self.failed += len(whole.get("key", ())) - len(kept)
         self.rows = {name: [values[i] for i in kept] for name, values in whole.items()}
         self.keys: list[str] = self.rows.get("key", [])
-        self.places = {n: np.array([place[k] for k in self.keys], np.int64) for n, place in places.items()}
+        self.feature_rows = {n: np.array([index[k] for k in self.keys], np.int64) for n, index in index_of.items()}
         self._columns: dict[tuple[str, str], np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -118,7 +118,7 @@ class Images:
     def column(self, network: str, name: str) -> np.ndarray:
         """[n, d] of the measured images."""
         if (network, name) not in self._columns:
-            self._columns[network, name] = column(self.features[network], name)[self.places[network]]
+            self._columns[network, name] = column(self.features[network], name)[self.feature_rows[network]]
         return self._columns[network, name]
 
 
@@ -250,9 +250,9 @@ def _sides(evaluation: Evaluation, real: dict[str, Dataset]) -> dict[str, RealSi
     }
 
 
-def _jackknifes(owner: np.ndarray) -> bool:
+def _jackknifes(groups: np.ndarray) -> bool:
     """Whether there are two groups, and two images without any one of them."""
-    sizes = np.bincount(owner) if len(owner) else np.zeros(0, np.int64)
+    sizes = np.bincount(groups) if len(groups) else np.zeros(0, np.int64)
     filled = sizes[sizes > 0]
     return len(filled) >= 2 and int(filled.sum() - filled.max()) >= 2
 
@@ -270,7 +270,7 @@ def _generated(
     config = evaluation.config
     rows = {name: [values[i] for i in chosen] for name, values in images.rows.items()}
     prompts: list[str] = rows["prompt_id"]
-    owner = group_of(prompts, config.jackknife_groups)
+    groups = group_of(prompts, config.jackknife_groups)
     found: dict[str, Estimate | None] = {}
     counts = {
         "prompts": len(set(prompts)),
@@ -287,14 +287,16 @@ def _generated(
         who = [p for p, t in zip(prompts, there, strict=True) if t]
         x = values[there].astype(np.float64)
         yes_no = bool(np.isin(x, (0.0, 1.0)).all())
-        return with_groups((proportion if yes_no else mean_by_cluster)(x, who), x, owner[there])
+        return with_groups((proportion if yes_no else mean_by_cluster)(x, who), x, groups[there])
 
     if "clip" in images.features:
         x, texts = images.column("clip", "images")[chosen], images.column("clip", "captions")[chosen]
         cosine = clip_score.cosines(x, texts)
-        found["clip_score"] = with_groups(clip_score.clip_score(cosine, prompts)[0], 100 * np.maximum(cosine, 0), owner)
-        found["clip_cosine"] = with_groups(clip_score.clip_score(cosine, prompts)[1], cosine, owner)
-        found["diversity_clip"] = _diversity(x, prompts, owner)
+        found["clip_score"] = with_groups(
+            clip_score.clip_score(cosine, prompts)[0], 100 * np.maximum(cosine, 0), groups
+        )
+        found["clip_cosine"] = with_groups(clip_score.clip_score(cosine, prompts)[1], cosine, groups)
+        found["diversity_clip"] = _diversity(x, prompts, groups)
         if not tag:
             truncated = images.column("clip", "truncated")[chosen][:, 0]
             counts["truncated_prompts"] = len({p for p, t in zip(prompts, truncated, strict=True) if t})
@@ -308,11 +310,11 @@ def _generated(
                 a, b = (list(side) for side in zip(*pairs, strict=True))
                 cosines = clip_score.cosines(x[a], texts[b])
                 found["clip_score_control"] = clip_score.clip_score(cosines, [prompts[i] for i in a])[0]
-        if "images" in sides and _jackknifes(owner):
+        if "images" in sides and _jackknifes(groups):
             side = sides["images"]
-            found["cmmd"] = kernel.cmmd(x, side.features, owner, side.kernel("gaussian"), side.device)
+            found["cmmd"] = kernel.cmmd(x, side.features, groups, side.kernel("gaussian"), side.device)
             if not tag or len(chosen) >= FEW:
-                found["fd_clip_unit"] = _distance(side, x, owner)
+                found["fd_clip_unit"] = _distance(side, x, groups)
     for network in ("judge", "preference", "scorer"):
         if network in images.features:
             for name in _columns_of(images.features[network]):
@@ -320,8 +322,8 @@ def _generated(
                     found[name] = mean(images.column(network, name)[chosen][:, 0])
     for name, scores in imported.items():
         found[name] = mean(scores.of(prompts, rows["replicate"]))
-    if _jackknifes(owner):
-        found |= _of_networks(evaluation, images, sides, owner, prompts, chosen, tag)
+    if _jackknifes(groups):
+        found |= _of_networks(evaluation, images, sides, groups, prompts, chosen, tag)
     return found, counts
 
 
@@ -329,7 +331,7 @@ def _of_networks(
     evaluation: Evaluation,
     images: Images,
     sides: dict[str, RealSide],
-    owner: np.ndarray,
+    groups: np.ndarray,
     prompts: list[str],
     chosen: np.ndarray,
     tag: bool,
@@ -338,7 +340,7 @@ def _of_networks(
     found: dict[str, Estimate | None] = {}
     many = not tag or len(chosen) >= FEW
     if "inception" in images.features and not tag:
-        found["inception_score"] = inception_score(images.column("inception", "inception_tf_logits")[chosen], owner)
+        found["inception_score"] = inception_score(images.column("inception", "inception_tf_logits")[chosen], groups)
     columns = (
         ("inception", "inception_tf", "fid_tf"),
         ("inception", "inception_clean", "fid_clean"),
@@ -350,31 +352,31 @@ def _of_networks(
         x, side = images.column(network, name)[chosen], sides.get(name)
         file = evaluation.config.fid_statistics.get(distance)  # type: ignore[call-overload]
         if many and file is not None:
-            found[distance] = _distance_to(from_npz(file, f"eval.fid_statistics.{distance}", x.shape[1]), x, owner)
+            found[distance] = _distance_to(from_npz(file, f"eval.fid_statistics.{distance}", x.shape[1]), x, groups)
         elif many and side is not None:
-            found[distance] = _distance(side, x, owner)
+            found[distance] = _distance(side, x, groups)
         if side is None or name == "inception_clean":
             continue
         kernel_name = "kid_tf" if network == "inception" else "kd_dinov2_pil"
-        found[kernel_name] = kernel.kid(x, side.features, owner, side.kernel("polynomial"), side.device)
+        found[kernel_name] = kernel.kid(x, side.features, groups, side.kernel("polynomial"), side.device)
         if not tag and min(len(x), len(side)) > neighbours.NEIGHBOURS:
             shares = neighbours.prdc(side.features, x, prompts, side.radii, device=side.device)
             found |= {f"{share}_{network}": e for share, e in shares.items()}
     return found
 
 
-def _distance(side: RealSide, x: np.ndarray, owner: np.ndarray) -> Estimate | None:
-    return _distance_to(side.frechet, x, owner)
+def _distance(side: RealSide, x: np.ndarray, groups: np.ndarray) -> Estimate | None:
+    return _distance_to(side.frechet, x, groups)
 
 
-def _distance_to(ref: frechet.Reference, x: np.ndarray, owner: np.ndarray) -> Estimate | None:
+def _distance_to(ref: frechet.Reference, x: np.ndarray, groups: np.ndarray) -> Estimate | None:
     """Frechet distance; a prompt's images stay in one jackknife group."""
     if len(x) <= ref.dim:
-        return frechet.estimate_of(ref, x, owner)
-    return frechet.estimate(ref, {int(g): moments.of(x[owner == g]) for g in np.unique(owner)})
+        return frechet.estimate_of(ref, x, groups)
+    return frechet.estimate(ref, {int(g): moments.of(x[groups == g]) for g in np.unique(groups)})
 
 
-def _diversity(x: np.ndarray, prompts: Sequence[str], owner: np.ndarray) -> Estimate | None:
+def _diversity(x: np.ndarray, prompts: Sequence[str], groups: np.ndarray) -> Estimate | None:
     """Mean of 1 - cosine over the pairs of each prompt's images, a prompt being one draw; None without replicates.
 
     The mean over pairs of n unit vectors is (|sum|^2 - n) / (n (n - 1)).
@@ -390,7 +392,7 @@ def _diversity(x: np.ndarray, prompts: Sequence[str], owner: np.ndarray) -> Esti
     n = counts[several]
     values = 1 - ((sums[several] ** 2).sum(1) - n) / (n * (n - 1))
     group = np.zeros(len(counts), np.int64)
-    group[index] = owner
+    group[index] = groups
     return with_groups(mean_by_cluster(values, range(len(values))), values, group[several])
 
 
@@ -445,8 +447,8 @@ def _memorisation(
     stages = evaluation.nearest() if evaluation.config.memorisation else {}
     if len(stages) < 2 or not all(storage.exists(storage.join(s.root, "dataset.json")) for s in stages.values()):
         return None
-    places = images.places["clip"]
-    return memorisation.measure(stages["generated"], stages["real"], images.rows["prompt_id"], images.keys, places)
+    rows = images.feature_rows["clip"]
+    return memorisation.measure(stages["generated"], stages["real"], images.rows["prompt_id"], images.keys, rows)
 
 
 def _candidates(wanted: int, captions: Sequence[str], meaning: Callable[[str], Hashable] | None) -> int:

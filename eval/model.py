@@ -194,17 +194,17 @@ def from_prompts(pipeline: Any) -> Any:
     """
     import diffusers
 
-    if told_picture(pipeline):
+    if takes_image(pipeline):
         raise StageError(
-            f"a {type(pipeline).__name__} is told a picture beside each prompt, and cannot be judged by prompts alone; "
-            "draw with `carrara sample RUN --image ...`"
+            f"a {type(pipeline).__name__} is given a picture beside each prompt, and cannot be judged by prompts "
+            "alone; draw with `carrara sample RUN --image ...`"
         )
     if getattr(pipeline, "controlnet", None) is None:
         return pipeline
     return diffusers.AutoPipelineForText2Image.from_pipe(pipeline, controlnet=None)
 
 
-def told_picture(pipeline: Any) -> bool:
+def takes_image(pipeline: Any) -> bool:
     """Whether the UNet has input channels for a picture beside those of the latents."""
     unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
     return unet is not None and vae is not None and unet.config.in_channels != vae.config.latent_channels
@@ -225,7 +225,7 @@ def complete(run: RunPaths) -> list[str]:
         return []
     from train.folders import damage, folders, name_of
 
-    return [name_of(f) for f in folders(run.checkpoints) if not damage(f, deep=False)]
+    return [name_of(f) for f in folders(run.checkpoints) if not damage(f, contents=False)]
 
 
 def _newest(run: RunPaths) -> str | None:
@@ -261,14 +261,14 @@ def _weights_digest(run: RunPaths, folder: str, manifest: dict[str, Any], weight
 
     state, there = weights_state(weights), folders.states(manifest)
     if state is None:  # from the snapshots up to this checkpoint: which ones there are, of which training
-        place, images = storage.join(run.checkpoints, folders.POSTHOC), int(manifest.get("images") or 0)
+        root, images = storage.join(run.checkpoints, folders.POSTHOC), int(manifest.get("images") or 0)
         used = {}
-        for name in storage.list_names(place):
-            snapshot = storage.read_json(storage.join(place, name, folders.MANIFEST)) if "." not in name else None
+        for name in storage.list_names(root):
+            snapshot = storage.read_json(storage.join(root, name, folders.MANIFEST)) if "." not in name else None
             if snapshot is not None and snapshot["images"] <= images:
                 used[name] = digest_json(snapshot["files"])
             elif (at := name.removesuffix(".safetensors").rpartition("-")[2]).isdigit() and int(at) <= images:
-                used[name] = str(storage.size(storage.join(place, name)))
+                used[name] = str(storage.size(storage.join(root, name)))
         raw = folders.weights_digest(manifest, "weights")
         return digest_json({"weights": weights, "snapshots": used, "raw": raw})
     if state not in there:

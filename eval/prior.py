@@ -36,7 +36,7 @@ class PriorImages(SampleStage):
         self.root = RunPaths(run.prior).images
 
     def columns(self, images: list[np.ndarray]) -> dict[str, list[Any]]:
-        """What the latents are told of an image beside its caption: its width and height."""
+        """What the latents are given of an image beside its caption: its width and height."""
         return {"width": [i.shape[1] for i in images], "height": [i.shape[0] for i in images]}
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -158,9 +158,9 @@ def controls(prompts: list[str]) -> list[int | None]:
     Prompt i gets i + M/2 (round the end), or the next one with other words; None where all are alike. Linear in M.
     """
     count = len(prompts)
-    ahead: list[int] = [0] * (2 * count)  # how far it is from place i to the next prompt with other words
+    steps: list[int] = [0] * (2 * count)  # how far it is from place i to the next prompt with other words
     for i in reversed(range(2 * count - 1)):
-        ahead[i] = ahead[i + 1] + 1 if prompts[i % count] == prompts[(i + 1) % count] else 1
+        steps[i] = steps[i + 1] + 1 if prompts[i % count] == prompts[(i + 1) % count] else 1
     result: list[int | None] = []
     alike = len(set(prompts)) < 2
     for i, text in enumerate(prompts):
@@ -168,7 +168,7 @@ def controls(prompts: list[str]) -> list[int | None]:
         if alike:
             result.append(None)
         else:
-            result.append(j if prompts[j] != text else (j + ahead[j]) % count)
+            result.append(j if prompts[j] != text else (j + steps[j]) % count)
     return result
 
 

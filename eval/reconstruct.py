@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import io
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from eval import networks
 from eval.metrics import frechet
 from eval.metrics.definitions import FEW
 from eval.metrics.estimate import mean_by_cluster
 from latents.encoders import load_vae, pick_device
-from latents.inspection import data_uri
-from latents.pictures import resize_crop
+from latents.inspection import figure_of, page_of, write_page
+from latents.resize import resize_crop
 from shards import storage
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
@@ -107,13 +105,13 @@ def measure(
                 pair = [to_unit(torch.from_numpy(p).to(device)) for p in (decoded, pixels)]
                 row[name] = distance(*pair).double().cpu().numpy()
         for measured, one in (("gradient_energy", gradient_energy), ("high_frequencies", high_frequencies)):
-            for which, pictures in ((f"_{measured}", decoded), (f"_{measured}_of", pixels)):
-                row[which] = one(pictures)
+            for which, images in ((f"_{measured}", decoded), (f"_{measured}_of", pixels)):
+                row[which] = one(images)
         for k, column in row.items():
             values.setdefault(k, []).append(column)
         if network is not None:
-            for side, pictures in zip(features, (pixels, decoded), strict=True):
-                side.append(network.features(networks.resize.tf(pictures)).cpu().numpy())
+            for side, images in zip(features, (pixels, decoded), strict=True):
+                side.append(network.features(networks.resize.tf(images)).cpu().numpy())
         for i in range(min(len(keys), SHOWN - len(shown))):
             shown.append(Shown(keys[i], pixels[i], decoded[i], {k: float(v[i]) for k, v in row.items() if k[0] != "_"}))
         progress.update(len(keys))
@@ -136,24 +134,24 @@ def measure(
 def _batches(dataset: Dataset, resolution: int, count: int) -> Iterator[tuple[list[str], np.ndarray]]:
     """(keys, uint8 [B,R,R,3]) of the first `count` pictures."""
     keys: list[str] = []
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     left = count
     for position in range(len(dataset.shards)):
         shard = ImageShard(dataset, position)
         try:
             for i in range(min(len(shard), left)):
                 keys.append(shard.keys[i])
-                pictures.append(resize_crop(decode_rgb(shard.image_bytes(i)), resolution)[0])
+                images.append(resize_crop(decode_rgb(shard.image_bytes(i)), resolution)[0])
                 if len(keys) == BATCH:
-                    yield keys, np.stack(pictures)
-                    keys, pictures = [], []
+                    yield keys, np.stack(images)
+                    keys, images = [], []
             left -= min(len(shard), left)
         finally:
             shard.close()
         if left == 0:
             break
     if keys:
-        yield keys, np.stack(pictures)
+        yield keys, np.stack(images)
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -214,39 +212,17 @@ def summary(found: Found) -> str:
     return "\n".join([*lines, *found.notes])
 
 
-def sheet(found: Found, columns: int = 4, cell: int = 192) -> Image.Image:
-    """Pairs of original and reconstruction."""
-    gap, rows = 8, -(-len(found.shown) // columns)
-    picture = Image.new("RGB", (columns * (2 * cell + gap) + gap, rows * (cell + gap) + gap), "white")
-    way = Image.Resampling.NEAREST if found.resolution < cell else Image.Resampling.LANCZOS
-    for k, s in enumerate(found.shown):
-        for j, pixels in enumerate((s.original, s.decoded)):
-            left, top = gap + k % columns * (2 * cell + gap) + j * cell, gap + k // columns * (cell + gap)
-            picture.paste(Image.fromarray(pixels).resize((cell, cell), way), (left, top))
-    return picture
-
-
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}"
-    "pre{background:#f5f4f1;padding:1rem;overflow-x:auto}figure{display:inline-block;margin:.5rem;width:21rem;"
-    "vertical-align:top}figure img{width:49%;image-rendering:pixelated}figcaption{font-size:13px;color:#444}"
-)
-
-
 def page(found: Found, title: str) -> str:
     """The HTML page, which needs no other file; nothing on it may run."""
     figures = []
     for s in found.shown:
-        pair = "".join(f'<img alt="" src="{data_uri(p)}">' for p in (s.original, s.decoded))
-        told = " &middot; ".join(f"{html.escape(TITLES[k])} {v:.3g}" for k, v in s.figures.items())
-        figures.append(f"<figure>{pair}<figcaption>{html.escape(s.key)} &middot; {told}</figcaption></figure>")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        scores = " &middot; ".join(f"{html.escape(TITLES[k])} {v:.3g}" for k, v in s.figures.items())
+        figures.append(figure_of(s.original, s.decoded, f"{html.escape(s.key)} &middot; {scores}"))
+    return page_of(
+        title,
         f"<pre>{html.escape(summary(found))}</pre><p>Left: the original. Right: its reconstruction.</p>"
-        f"{''.join(figures)}</body></html>\n"
+        f"{''.join(figures)}",
+        "figure img{image-rendering:pixelated}",
     )
 
 
@@ -254,9 +230,4 @@ def write(found: Found, reports: str, title: str) -> str:
     """Write page, sheet and figures into a folder; returns where the page is."""
     figures = {"resolution": found.resolution, "weights": found.weights, "metrics": found.metrics}
     storage.write_json(storage.join(reports, "vae.json"), figures)
-    sink = io.BytesIO()
-    sheet(found).save(sink, "PNG")
-    storage.write_atomic(storage.join(reports, "vae.png"), sink.getvalue())
-    url = storage.join(reports, "vae.html")
-    storage.write_atomic(url, page(found, title).encode("utf-8", "replace"))
-    return url
+    return write_page(reports, "vae", page(found, title), [(s.original, s.decoded) for s in found.shown])

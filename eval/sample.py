@@ -32,7 +32,7 @@ from eval.generate import ImageGenerator, Sample
 from eval.inputs import fitted, read_image, read_lines, require_size
 from eval.prompts import MAX_CHARS
 from eval.shardwork import Made, accounted, commit, counted, parquet, png, tar_of
-from latents.pictures import resize_crop_to
+from latents.resize import resize_crop_to
 from shards import storage
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
@@ -42,7 +42,7 @@ from shards.settings import ConfigError, Strict, validate
 from shards.stage import Task, open_folder
 
 VERSION = 1
-PICTURES = ("image", "mask", "control", "control_of")  # options that are files
+IMAGE_OPTIONS = ("image", "mask", "control", "control_of")  # options that are files
 MAX_SIDE = 8192  # px
 UNPACKED = 20_000  # images; beyond that the shards are the result
 ADVICE = "give a PNG, JPEG or WebP of a sensible size"
@@ -56,11 +56,9 @@ class Request(Strict):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
-class SampleConfig(Strict):
-    """How images are drawn."""
+class GenerationConfig(Strict):
+    """From which weights images are generated, and how."""
 
-    requests: list[Request] = Field(min_length=1)
-    count: int = Field(default=1, ge=1, le=100_000, description="images a prompt")
     checkpoint: str = "latest"
     weights: Weights = "ema"
     sampler: Sampler = "ddim"
@@ -68,6 +66,16 @@ class SampleConfig(Strict):
     guidance_scale: float = Field(default=3.0, ge=0.0, le=100.0)
     width: int | None = Field(default=None, ge=8, le=MAX_SIDE)
     height: int | None = Field(default=None, ge=8, le=MAX_SIDE)
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(default=1, ge=1, le=256)
+
+
+class SampleConfig(GenerationConfig):
+    """What is asked for, and of what beside prompts."""
+
+    requests: list[Request] = Field(min_length=1)
+    count: int = Field(default=1, ge=1, le=100_000, description="images a prompt")
     image: str | None = None
     mask: str | None = None
     control: str | None = Field(default=None, description="a control image, for a ControlNet")
@@ -85,9 +93,6 @@ class SampleConfig(Strict):
     upscale: str | None = Field(default=None, description="a run of train.upscale that draws the images larger")
     batch_size: int = Field(default=8, ge=1, le=4096)
     shard_size: int = Field(default=64, ge=1, le=100_000)
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(default=1, ge=1, le=256)
 
     @model_validator(mode="after")
     def _together(self) -> SampleConfig:
@@ -150,8 +155,8 @@ class SampleStage:
     def made_with(self) -> Fingerprint:
         """Settings, weights and what is to be generated."""
         c = self.config
-        settings = c.model_dump(exclude={"requests", "device", "checkpoint", *PICTURES})
-        for name in PICTURES:
+        settings = c.model_dump(exclude={"requests", "device", "checkpoint", *IMAGE_OPTIONS})
+        for name in IMAGE_OPTIONS:
             pixels: np.ndarray | None = getattr(self, name)
             settings[name] = None if pixels is None else digest_bytes(pixels.tobytes())
         wanted = digest_json([[r.prompt, r.negative, r.seed] for r in c.requests])
@@ -162,8 +167,8 @@ class SampleStage:
         """One task a shard; the images of a prompt lie side by side."""
         c = self.config
         for index, start in enumerate(range(0, self.total, c.shard_size)):
-            places = range(start, min(start + c.shard_size, self.total))
-            yield Task(index, payload=[(c.requests[i // c.count], i % c.count) for i in places])
+            numbers = range(start, min(start + c.shard_size, self.total))
+            yield Task(index, payload=[(c.requests[i // c.count], i % c.count) for i in numbers])
 
     def columns(self, images: list[np.ndarray]) -> dict[str, list[Any]]:
         """Further columns of integers of a shard's sidecar, by its images."""
@@ -211,7 +216,7 @@ class _Worker:
             given = {name for name in ("image", "mask") if getattr(stage, name) is not None}
             given |= {"control"} if c.control or c.control_of else set()
             pipeline = _kind(base, given)
-            self.pictures = self._pictures(pipeline)
+            self.inputs = self._inputs(pipeline)
             device = pick_device(c.device)
             self.generator = ImageGenerator(
                 pipeline, c.sampler, c.steps, c.guidance_scale, precision=c.precision, device=device
@@ -240,14 +245,14 @@ class _Worker:
         images: list[np.ndarray] = []
         finite: list[bool] = []
         for start in range(0, len(items), self.config.batch_size):
-            made, fine = self._generate(items[start : start + self.config.batch_size])
+            made, ok = self._generate(items[start : start + self.config.batch_size])
             images += list(made)
-            finite += fine.tolist()
+            finite += ok.tolist()
         keys = [sample_key(index, row, self.config.shard_size) for row in range(len(items))]
-        tar, places = tar_of(
+        tar, located = tar_of(
             [
-                (key, {"png": png(image), "txt": request.prompt.encode()}) if fine else None
-                for key, image, fine, (request, _) in zip(keys, images, finite, items, strict=True)
+                (key, {"png": png(image), "txt": request.prompt.encode()}) if ok else None
+                for key, image, ok, (request, _) in zip(keys, images, finite, items, strict=True)
             ]
         )
         status = ["success" if f else "failed_to_generate" for f in finite]
@@ -259,7 +264,7 @@ class _Worker:
             "number": [n for _, n in items],
             "status": status,
             "error": [None if f else "the image is not finite" for f in finite],
-            **places,
+            **located,
         }
         more = self.stage.columns(images)
         types = dict.fromkeys(("seed", "number", *more), pa.int64())
@@ -268,21 +273,21 @@ class _Worker:
     def _generate(self, items: list[tuple[Request, int]]) -> tuple[np.ndarray, np.ndarray]:
         samples = [Sample(f"seed {r.seed}", n, r.prompt) for r, n in items]
         given: dict[str, Any] = {"negative_prompt": [r.negative for r, _ in items]}
-        for name, value in self.pictures.items():
+        for name, value in self.inputs.items():
             given[name] = [value] * len(items) if isinstance(value, Image.Image) else value
         images, finite = self.generator(samples, **given)
-        if "mask_image" in self.pictures:
+        if "mask_image" in self.inputs:
             # What lies outside of the mask has been through the VAE, and is to be what it was.
-            painted = np.asarray(self.pictures["mask_image"])[..., None] > 0
-            images = np.where(painted, images, np.asarray(self.pictures["image"]))
+            painted = np.asarray(self.inputs["mask_image"])[..., None] > 0
+            images = np.where(painted, images, np.asarray(self.inputs["image"]))
         if self.upscaler is not None:
             small = [Image.fromarray(image) for image in images]
             more = {"negative_prompt": given["negative_prompt"], "noise_level": self.config.noise_level}
-            images, fine = self.upscaler(samples, image=small, **more)
-            finite &= fine
+            images, upscaled = self.upscaler(samples, image=small, **more)
+            finite &= upscaled
         return images, finite
 
-    def _pictures(self, pipeline: Any) -> dict[str, Any]:
+    def _inputs(self, pipeline: Any) -> dict[str, Any]:
         """The pipeline's arguments beside prompts and seeds."""
         stage, name = self.stage, type(pipeline).__name__
         size = {"width": self.width, "height": self.height}
@@ -297,7 +302,7 @@ class _Worker:
             return {"image": self._small(stage.image, pipeline), "noise_level": self.config.noise_level}
         if name == EDITS:
             return {**found, "image_guidance_scale": self.config.image_guidance_scale}
-        found["strength"] = self.config.strength or (1.0 if models.told_picture(pipeline) else 0.6)
+        found["strength"] = self.config.strength or (1.0 if models.takes_image(pipeline) else 0.6)
         if stage.mask is not None:
             grey = self._fitted(stage.mask).convert("L").point(lambda v: 255 if v >= 128 else 0)
             found |= {"mask_image": grey, **size}
@@ -324,7 +329,7 @@ class _Worker:
         if stage.control is not None:
             return self._fitted(stage.control)
         from train.config import ControlConfig
-        from train.pictures import control_image
+        from train.image_conditioning import control_image
 
         settings = ControlConfig(**(models.control_settings(stage.run, stage.model) or {}))
         if settings.images:
@@ -348,7 +353,7 @@ def require_level(upscaler: Any, level: int) -> None:
 
 EDITS = "StableDiffusionInstructPix2PixPipeline"
 UPSCALES = "StableDiffusionUpscalePipeline"
-# What a model is told that cannot do without a picture, by its pipeline.
+# What a model is given that cannot do without a picture, by its pipeline.
 NEEDS = {EDITS: {"image"}, UPSCALES: {"image"}, "StableDiffusionInpaintPipeline": {"image", "mask"}}
 
 
@@ -357,11 +362,11 @@ def _kind(base: Any, given: set[str]) -> Any:
     control. Raises ConfigError where the model takes something else."""
     import diffusers
 
-    if models.told_picture(base):
+    if models.takes_image(base):
         needs = NEEDS.get(type(base).__name__, set())
         if given != needs:
             wanted = " and ".join(f"--{n}" for n in sorted(needs))
-            raise ConfigError(f"sample: this model is told a picture beside each prompt; give {wanted} and no other")
+            raise ConfigError(f"sample: this model is given a picture beside each prompt; give {wanted} and no other")
         return base
     if "control" in given:
         if getattr(base, "controlnet", None) is None:

@@ -56,12 +56,12 @@ def png(image: np.ndarray) -> bytes:
 
 def tar_of(rows: list[tuple[str, dict[str, bytes]] | None]) -> tuple[bytes, dict[str, list[Any]]]:
     """A tar of (key, members with a png) and the columns that say where each row's image lies; None: has none."""
-    tar, places = pack_tar([row for row in rows if row is not None])
-    following = iter(places)
-    place = [None if row is None else next(following)["png"] for row in rows]
+    tar, extents = pack_tar([row for row in rows if row is not None])
+    following = iter(extents)
+    extent = [None if row is None else next(following)["png"] for row in rows]
     return tar, {
-        "image_offset": [None if p is None else p[0] for p in place],
-        "image_size": [None if p is None else p[1] for p in place],
+        "image_offset": [None if p is None else p[0] for p in extent],
+        "image_size": [None if p is None else p[1] for p in extent],
     }
 
 

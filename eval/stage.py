@@ -49,7 +49,7 @@ class GenerateStage:
     name = "eval"
     unit = "images"
     data = ".tar"
-    in_hand = 2
+    max_in_flight = 2
 
     def __init__(self, evaluation: Evaluation) -> None:
         self.evaluation, self.config, self.run = evaluation, evaluation.config, evaluation.run
@@ -168,16 +168,16 @@ class _Worker:
         if (found := self.folder.adopt(task.index)) is not None:
             return found
         images: list[np.ndarray] = []
-        fine: list[bool] = []
+        ok: list[bool] = []
         with self.lock, self.fixed(self.config.threads):
             size = self.config.batch_size
             for start in range(0, len(items), size):
                 made, finite = self.generator([Sample(p.id, r, p.text) for p, r in items[start : start + size]])
                 images += list(made)
-                fine += finite.tolist()
-        committed = commit(self.folder, task, lambda: self._made(task.index, items, images, fine))
+                ok += finite.tolist()
+        committed = commit(self.folder, task, lambda: self._made(task.index, items, images, ok))
         one = dataset_of(self.stage.root, [committed])
-        live = [i for i, f in enumerate(fine) if f]
+        live = [i for i, f in enumerate(ok) if f]
         keys, rows = self._keys(task.index, len(items)), [_row(p) for p, _ in items]
         for worker in self.features:
             of = worker.stage.task(0, one.shards[0])
@@ -187,23 +187,23 @@ class _Worker:
     def _keys(self, index: int, count: int) -> list[str]:
         return [sample_key(index, row, max(self.config.shard_size, count)) for row in range(count)]
 
-    def _made(self, index: int, items: list[Item], images: list[np.ndarray], fine: list[bool]) -> Made:
-        if not any(fine):
+    def _made(self, index: int, items: list[Item], images: list[np.ndarray], ok: list[bool]) -> Made:
+        if not any(ok):
             raise StageError(
                 f"{self.stage.root}: shard {index} has not one finite image; the model's weights are broken"
             )
-        live = [i for i, f in enumerate(fine) if f]
+        live = [i for i, f in enumerate(ok) if f]
         with ThreadPoolExecutor(ENCODERS) as pool:
             encoded = dict(zip(live, pool.map(png, [images[i] for i in live]), strict=True))
         keys, most = self._keys(index, len(items)), self.config.keep_images
         stays = set(live if most is None else [i for i in live if i < most])
-        tar, places = tar_of(
+        tar, located = tar_of(
             [
                 (k, {"png": encoded[i], "txt": items[i][0].text.encode()}) if i in stays else None
                 for i, k in enumerate(keys)
             ]
         )
-        status = [STATUSES[0] if f else STATUSES[1] for f in fine]
+        status = [STATUSES[0] if f else STATUSES[1] for f in ok]
         table: dict[str, list[Any]] = {
             "key": keys,
             "replicate": [r for _, r in items],
@@ -215,16 +215,16 @@ class _Worker:
             "tags": [list(p.tags) for p, _ in items],
             "extra": [p.extra or None for p, _ in items],
             "status": status,
-            "error": [None if f else "the image is not finite" for f in fine],
+            "error": [None if f else "the image is not finite" for f in ok],
             "width": [self.generator.size] * len(items),
             "height": [self.generator.size] * len(items),
             "sha256": [digest_bytes(encoded[i]) if i in encoded else None for i in range(len(items))],
             "image_ext": ["png" if i in stays else None for i in range(len(items))],
             "blank": [
-                bool(np.ptp(images[i].reshape(-1, 3), axis=0).max() < BLANK) if f else None for i, f in enumerate(fine)
+                bool(np.ptp(images[i].reshape(-1, 3), axis=0).max() < BLANK) if f else None for i, f in enumerate(ok)
             ],
             **{name: [_row(p)[name] for p, _ in items] for name in ("caption", "prompt_id", "questions")},
-            **places,
+            **located,
         }
         integers = dict.fromkeys(("replicate", "source_shard", "source_row", "width", "height"), pa.int64())
         sidecar = parquet(table, blank=pa.bool_(), tags=pa.list_(pa.string()), **integers)

@@ -65,24 +65,24 @@ def _tell(names: Sequence[Name], run: RunPaths, result: dict[str, Any], folder: 
 
 def contact_sheet(run: RunPaths, result: dict[str, Any]) -> np.ndarray | None:
     """The first 24 prompts' images as one, uint8 [H,W,3], in the order of the report; None where they are not kept."""
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     try:
         dataset = Dataset.open(storage.join(run.eval, result["checkpoint"], result["images"]))
         for position in range(len(dataset.shards)):
             shard = ImageShard(dataset, position)
             for i, row in enumerate(shard.table.take(shard.rows).to_pylist()):
-                if row["image_offset"] is not None and row["replicate"] == 0 and len(pictures) < COLUMNS * ROWS:
-                    pictures.append(decode_rgb(shard.image_bytes(i)))
+                if row["image_offset"] is not None and row["replicate"] == 0 and len(images) < COLUMNS * ROWS:
+                    images.append(decode_rgb(shard.image_bytes(i)))
             shard.close()
-            if len(pictures) == COLUMNS * ROWS:
+            if len(images) == COLUMNS * ROWS:
                 break
     except (StageError, OSError, ValueError):
         return None
-    if not pictures:
+    if not images:
         return None
-    side = min(SIDE, max(p.shape[0] for p in pictures))
-    sheet = Image.new("RGB", (COLUMNS * side, -(-len(pictures) // COLUMNS) * side))
-    for i, pixels in enumerate(pictures):
+    side = min(SIDE, max(p.shape[0] for p in images))
+    sheet = Image.new("RGB", (COLUMNS * side, -(-len(images) // COLUMNS) * side))
+    for i, pixels in enumerate(images):
         small = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
         sheet.paste(small, ((i % COLUMNS) * side, i // COLUMNS * side))
     return np.asarray(sheet)

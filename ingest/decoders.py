@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from ingest.errors import Rejected
-from ingest.pixels import Picture, PixelSettings, is_light, process
+from ingest.pixels import EncodedImage, PixelSettings, is_light, process
 from ingest.trouble import short_of_memory
 from shards.settings import NodeTrouble
 
@@ -44,7 +44,7 @@ class Decoders:
         self._all: set[_Process] = set()
         self._lock = threading.Lock()
 
-    def process(self, data: bytes) -> Picture:
+    def process(self, data: bytes) -> EncodedImage:
         """As ingest.pixels.process; raises Rejected, or NodeTrouble where no process can be started."""
         if is_light(data, self.settings):
             return process(data, self.settings)
@@ -110,15 +110,15 @@ class _Process:
             self.end()
             raise
 
-    def process(self, data: bytes, timeout: float) -> Picture:
+    def process(self, data: bytes, timeout: float) -> EncodedImage:
         """Raises Rejected; EOFError, OSError or ValueError where the process died; TimeoutError."""
         self.pipe.send_bytes(data)
         answer = self._answer(timeout)
         length = int.from_bytes(answer[:_HEAD])
-        told = json.loads(answer[_HEAD : _HEAD + length])
-        if "code" in told:
-            raise Rejected(str(told["code"]), str(told["message"]))
-        return Picture(data=answer[_HEAD + length :], **told)
+        header = json.loads(answer[_HEAD : _HEAD + length])
+        if "code" in header:
+            raise Rejected(str(header["code"]), str(header["message"]))
+        return EncodedImage(data=answer[_HEAD + length :], **header)
 
     def end(self) -> None:
         """Kill it."""
@@ -137,14 +137,14 @@ class _Process:
 def main(descriptor: int) -> None:
     """The process: a line of settings, then picture after picture, until the other end is closed."""
     pipe = Connection(descriptor)
-    told = json.loads(pipe.recv_bytes())
-    memory = int(told["memory"])
+    request = json.loads(pipe.recv_bytes())
+    memory = int(request["memory"])
     # With what is mapped already: the libraries, of which little is really held.
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (mapped + memory, mapped + memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    settings = PixelSettings(**told["settings"] | {"background": tuple(told["settings"]["background"])})
+    settings = PixelSettings(**request["settings"] | {"background": tuple(request["settings"]["background"])})
     pipe.send_bytes(b"ready")
     while True:
         try:
@@ -153,13 +153,13 @@ def main(descriptor: int) -> None:
             return
         rest = b""
         try:
-            picture = process(data, settings)
+            image = process(data, settings)
         except Rejected as e:
             answer: dict[str, object] = {"code": e.code, "message": e.message}
         except MemoryError:
             answer = {"code": "image_too_large", "message": "more memory than decode_memory to decode it"}
         else:
-            fields = dataclasses.asdict(picture)
+            fields = dataclasses.asdict(image)
             rest = fields.pop("data")
             answer = fields
         text = json.dumps(answer).encode()

@@ -35,8 +35,8 @@ DIGESTS = [
 ROW_BITS = 20  # samples_per_shard is at most 1,000,000
 FILES_AT_ONCE = 1000
 
-# The place of a row in the run: its shard and its row, as one number.
-PLACE = f"(regexp_extract(filename, '(\\d+)\\.parquet$', 1)::BIGINT << {ROW_BITS}) | file_row_number"
+# The id of a row in the run: its shard and its row, as one number.
+SAMPLE_ID = f"(regexp_extract(filename, '(\\d+)\\.parquet$', 1)::BIGINT << {ROW_BITS}) | file_row_number"
 
 
 def of_texts(

@@ -64,7 +64,7 @@ class Funnel:
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureCost:
+class ImageCost:
     """What one row to be fetched costs on average: success rate, bytes, CPU-seconds; and where it is known from."""
 
     success: float
@@ -135,7 +135,7 @@ def funnel(stage: IngestStage, limit: int | None = None, progress: bool = True) 
     return Funnel(rows, mine, shown)
 
 
-def picture_cost(stage: IngestStage) -> PictureCost:
+def image_cost(stage: IngestStage) -> ImageCost:
     """From this run's own shards, or measured and assumed."""
     names = ("rows", "filtered", "count", "bytes_fetched", "bytes_stored", "cpu_seconds", "duration")
     sums = dict.fromkeys(names, 0.0)
@@ -145,7 +145,7 @@ def picture_cost(stage: IngestStage) -> PictureCost:
                 sums[name] += stats[name]
     asked = round(sums["rows"] - sums["filtered"])
     if asked:
-        return PictureCost(
+        return ImageCost(
             sums["count"] / asked,
             sums["bytes_fetched"] / asked,
             sums["bytes_stored"] / asked,
@@ -154,18 +154,18 @@ def picture_cost(stage: IngestStage) -> PictureCost:
             f"measured on {asked:,} requests of this run",
         )
     size = stage.config.image_size
-    return PictureCost(
+    return ImageCost(
         ASSUMED_SUCCESS,
         ASSUMED_SUCCESS * ASSUMED_BODY,
         ASSUMED_SUCCESS * ASSUMED_STORED_256 * (size / 256) ** 2,
-        ASSUMED_SUCCESS * ASSUMED_REST * _seconds_a_picture(stage),
+        ASSUMED_SUCCESS * ASSUMED_REST * _seconds_an_image(stage),
         None,
         f"CPU measured here on a drawn 640x480 JPEG; assumed are {ASSUMED_BODY // 1000} KB a picture and "
         f"{100 * ASSUMED_SUCCESS:.0f} % success; run a pilot on a small table to have them measured",
     )
 
 
-def _seconds_a_picture(stage: IngestStage) -> float:
+def _seconds_an_image(stage: IngestStage) -> float:
     """CPU-seconds to decode, resize and encode a 640x480 JPEG of about 160 KB, the best of a few."""
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)

@@ -1,12 +1,12 @@
 """Duplicates over a whole run: a pass over the sidecars, once every shard is there.
 
-A sample is a duplicate where an older one (by its place: shard, then row) has the same URL and caption, the same
+A sample is a duplicate where an older one (by its id: shard, then row) has the same URL and caption, the same
 fetched bytes and caption, or (if so configured) a picture that looks alike. One picture under several captions is no
 duplicate, unless the configuration says so. A sample whose bytes the other split holds is left out as well, so that
 train and held-out share none. Then samples beyond the permitted number of one caption go.
 
-The older place wins, so neither growth nor a retry changes what is excluded in a shard that was there before. What was
-taken down keeps its digests and its place: what it excluded stays excluded.
+The older one wins, so neither growth nor a retry changes what is excluded in a shard that was there before. What was
+taken down keeps its digests and its id: what it excluded stays excluded.
 
 The digests of the sidecars go into a database (duckdb) that spills to disk beyond its limit of memory. Perceptual
 hashes within a distance d share at least one of d + 1 bands of their bits (pigeonhole), so only hashes with a common
@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from ingest.config import DuplicatesConfig
-from ingest.digests import PLACE, connect, quietly, readable, run, sql_files, stream
+from ingest.digests import SAMPLE_ID, connect, quietly, readable, run, sql_files, stream
 from shards import exclusions
 
 MEMORY = "1GB"
@@ -38,31 +38,31 @@ PARTITION_RECORDS = 4_000_000
 # In the order in which they are looked for; of several that hold for a sample the oldest winner counts.
 REASONS = ("duplicate_url", "duplicate_bytes", "duplicate_picture", "in_other_split", "caption_repeated")
 
-_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<i8")])
+_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("id", "<i8")])
 _HASH_BITS = 64
 _COMPARED_AT_ONCE = 1 << 22  # pairs of hashes, a few times 32 MB
 
 # Rows that were taken down win against others, but they are nobody's duplicates.
-_ROWS = """INSERT INTO rows SELECT {place}, status = 'success', url_digest, bytes_digest, caption_digest, {phash}
+_ROWS = """INSERT INTO rows SELECT {id}, status = 'success', url_digest, bytes_digest, caption_digest, {phash}
   FROM read_parquet({files}, filename = true, file_row_number = true)
   WHERE status = 'success' OR (error = 'taken_down' AND bytes_digest IS NOT NULL)"""
-_SAME = """INSERT INTO found SELECT place, winner, {reason} FROM rows JOIN
-    (SELECT {by}, min(place) AS winner FROM rows GROUP BY {by} HAVING count(*) > 1) USING ({by})
-  WHERE live AND place <> winner"""
-_REPEATS = """INSERT INTO found SELECT place, first, {reason} FROM
-    (SELECT place, live, row_number() OVER w AS n, min(place) OVER (PARTITION BY c) AS first FROM rows
-     SEMI JOIN (SELECT c FROM rows GROUP BY c HAVING count(*) > {most}) USING (c) ANTI JOIN found USING (place)
-     WINDOW w AS (PARTITION BY c ORDER BY place)) WHERE n > {most} AND live"""
+_SAME = """INSERT INTO found SELECT id, winner, {reason} FROM rows JOIN
+    (SELECT {by}, min(id) AS winner FROM rows GROUP BY {by} HAVING count(*) > 1) USING ({by})
+  WHERE live AND id <> winner"""
+_REPEATS = """INSERT INTO found SELECT id, first, {reason} FROM
+    (SELECT id, live, row_number() OVER w AS n, min(id) OVER (PARTITION BY c) AS first FROM rows
+     SEMI JOIN (SELECT c FROM rows GROUP BY c HAVING count(*) > {most}) USING (c) ANTI JOIN found USING (id)
+     WINDOW w AS (PARTITION BY c ORDER BY id)) WHERE n > {most} AND live"""
 _ELSEWHERE = """INSERT INTO shared SELECT DISTINCT bytes_digest FROM
-    (SELECT {place} AS place, bytes_digest FROM read_parquet({files}, filename = true, file_row_number = true)
-     WHERE status = 'success') ANTI JOIN gone USING (place)
+    (SELECT {id} AS id, bytes_digest FROM read_parquet({files}, filename = true, file_row_number = true)
+     WHERE status = 'success') ANTI JOIN gone USING (id)
   WHERE bytes_digest IN (SELECT b FROM rows WHERE live)"""
-# One line a place: the oldest winner and its reason.
-_LEFT_OUT = """CREATE TABLE out AS SELECT place, min(winner) AS winner,
-    arg_min(reason, coalesce(winner, place) * 8 + reason) AS reason FROM found GROUP BY place"""
-# The winner by one rule may be out by another; places only go down.
+# One line a sample: the oldest winner and its reason.
+_LEFT_OUT = """CREATE TABLE out AS SELECT id, min(winner) AS winner,
+    arg_min(reason, coalesce(winner, id) * 8 + reason) AS reason FROM found GROUP BY id"""
+# The winner by one rule may be out by another; ids only go down.
 _CHAIN = """UPDATE out SET winner = other.winner FROM out AS other
-  WHERE out.winner = other.place AND other.winner IS NOT NULL"""
+  WHERE out.winner = other.id AND other.winner IS NOT NULL"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,14 +120,14 @@ def find_duplicates(
 def _load(
     db: duckdb.DuckDBPyConnection, mine: Sidecars, scratch: str, hashes: bool, progress: Callable[[int], Any] | None
 ) -> Counter[str]:
-    run(db, "CREATE TABLE rows (place BIGINT, live BOOLEAN, u UBIGINT, b UBIGINT, c UBIGINT, p UBIGINT)")
-    run(db, "CREATE TABLE found (place BIGINT, winner BIGINT, reason TINYINT)")
+    run(db, "CREATE TABLE rows (id BIGINT, live BOOLEAN, u UBIGINT, b UBIGINT, c UBIGINT, p UBIGINT)")
+    run(db, "CREATE TABLE found (id BIGINT, winner BIGINT, reason TINYINT)")
     columns = ["status", "error", "url_digest", "bytes_digest", "caption_digest", *(["phash"] if hashes else [])]
     phash = "('0x' || phash)::UBIGINT" if hashes else "NULL"
     statuses: Counter[str] = Counter()
     for files in readable(mine.root, mine.shards(), columns, scratch):
         listed = sql_files(files)
-        run(db, _ROWS.format(place=PLACE, phash=phash, files=listed))
+        run(db, _ROWS.format(id=SAMPLE_ID, phash=phash, files=listed))
         for status, count in run(db, f"SELECT status, count(*) FROM read_parquet({listed}) GROUP BY status"):
             statuses[status] += count
         quietly(progress, len(files))
@@ -146,13 +146,13 @@ def _find(db: duckdb.DuckDBPyConnection, rules: DuplicatesConfig, scratch: str) 
     run(db, _SAME.format(reason=reason, by=by))
     if rules.distance:
         # What holds for a hash holds for its repeats, so only the first of each goes on.
-        run(db, f"CREATE TABLE firsts AS SELECT min(place) AS place, {by} FROM rows WHERE p IS NOT NULL GROUP BY {by}")
+        run(db, f"CREATE TABLE firsts AS SELECT min(id) AS id, {by} FROM rows WHERE p IS NOT NULL GROUP BY {by}")
         for pairs in _alike(db, "c" if "c" in by else "0::UBIGINT", rules.distance, scratch):
             db.register("pairs", pairs)
             same = " AND ".join(f"rows.{n} = firsts.{n}" for n in by.split(", "))
             run(
                 db,
-                f"INSERT INTO found SELECT rows.place, pairs.winner, {reason} FROM pairs JOIN firsts USING (place) "
+                f"INSERT INTO found SELECT rows.id, pairs.winner, {reason} FROM pairs JOIN firsts USING (id) "
                 f"JOIN rows ON {same} WHERE rows.live",
             )
             db.unregister("pairs")
@@ -165,26 +165,26 @@ def _find_elsewhere(
     scratch: str,
     progress: Callable[[int], Any] | None,
 ) -> None:
-    run(db, "CREATE TABLE gone (place BIGINT)")
+    run(db, "CREATE TABLE gone (id BIGINT)")
     run(db, "CREATE TABLE shared (b UBIGINT)")
     for table in left_out.tables() if left_out is not None else ():
         shards, rows = (table[n].cast(pa.int64()).to_numpy() for n in ("shard", "row"))
-        db.register("more", pa.table({"place": (shards << 20) | rows}))
-        run(db, "INSERT INTO gone SELECT place FROM more")
+        db.register("more", pa.table({"id": (shards << 20) | rows}))
+        run(db, "INSERT INTO gone SELECT id FROM more")
         db.unregister("more")
     for files in readable(other.root, other.shards(), ["status", "bytes_digest"], scratch):
-        run(db, _ELSEWHERE.format(place=PLACE, files=sql_files(files)))
+        run(db, _ELSEWHERE.format(id=SAMPLE_ID, files=sql_files(files)))
         quietly(progress, len(files))
     reason = REASONS.index("in_other_split")
-    run(db, f"INSERT INTO found SELECT place, NULL, {reason} FROM rows SEMI JOIN shared USING (b) WHERE live")
+    run(db, f"INSERT INTO found SELECT id, NULL, {reason} FROM rows SEMI JOIN shared USING (b) WHERE live")
 
 
 def _tables(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
-    for batch in stream(db, "SELECT place, winner, reason FROM out ORDER BY place", 1 << 16):
-        places = batch.column("place").to_numpy()
+    for batch in stream(db, "SELECT id, winner, reason FROM out ORDER BY id", 1 << 16):
+        sample_ids = batch.column("id").to_numpy()
         columns = {
-            "shard": pa.array(places >> 20, pa.int32()),
-            "row": pa.array(places & 0xFFFFF, pa.int32()),
+            "shard": pa.array(sample_ids >> 20, pa.int32()),
+            "row": pa.array(sample_ids & 0xFFFFF, pa.int32()),
             "reason": pa.DictionaryArray.from_arrays(batch.column("reason").cast(pa.int8()), pa.array(REASONS)),
             "winner": batch.column("winner").fill_null(-1),
         }
@@ -195,7 +195,7 @@ def _tables(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
 
 
 def _alike(db: duckdb.DuckDBPyConnection, caption: str, distance: int, scratch: str) -> Iterator[pa.Table]:
-    """(place, winner) of every first of a hash that has an older one within `distance`, a table a partition.
+    """(id, winner) of every first of a hash that has an older one within `distance`, a table a partition.
 
     24 bytes a hash and band go to partition files by band; one file is open and one partition in memory at a time.
     """
@@ -204,9 +204,9 @@ def _alike(db: duckdb.DuckDBPyConnection, caption: str, distance: int, scratch: 
     files = [Path(scratch, f"band-{p}") for p in range(partitions)]
     for file in files:
         file.touch()
-    for batch in stream(db, f"SELECT place, p, {caption} AS c FROM firsts", 1 << 20):
-        hashes, captions, places = (batch.column(n).to_numpy() for n in ("p", "c", "place"))
-        records = _band_records(hashes, captions, places, distance)
+    for batch in stream(db, f"SELECT id, p, {caption} AS c FROM firsts", 1 << 20):
+        hashes, captions, sample_ids = (batch.column(n).to_numpy() for n in ("p", "c", "id"))
+        records = _band_records(hashes, captions, sample_ids, distance)
         home = records["high"] % np.uint64(partitions)
         records = records[np.argsort(home, kind="stable")]
         ends = np.cumsum(np.bincount(home.astype(np.int64), minlength=partitions))
@@ -218,19 +218,19 @@ def _alike(db: duckdb.DuckDBPyConnection, caption: str, distance: int, scratch: 
         pairs = np.array(list(_near(np.fromfile(file, _RECORD), distance)), np.int64).reshape(-1, 2)
         file.unlink()
         if len(pairs):
-            yield pa.table({"place": pairs[:, 0], "winner": pairs[:, 1]})
+            yield pa.table({"id": pairs[:, 0], "winner": pairs[:, 1]})
 
 
-def _band_records(bits: np.ndarray, captions: np.ndarray, places: np.ndarray, distance: int) -> np.ndarray:
+def _band_records(bits: np.ndarray, captions: np.ndarray, sample_ids: np.ndarray, distance: int) -> np.ndarray:
     """distance + 1 records a sample: `high` stands for a band's bits and the caption, `low` is the hash."""
     parts = []
     edges = np.linspace(0, _HASH_BITS, distance + 2).astype(int)
     for band, (low, high) in enumerate(itertools.pairwise(edges)):
         value = (bits >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-        part = np.zeros(len(places), _RECORD)
+        part = np.zeros(len(sample_ids), _RECORD)
         with np.errstate(over="ignore"):
             part["high"] = _mix(_mix(value + np.uint64(band << 60)) ^ captions)
-        part["low"], part["place"] = bits, places
+        part["low"], part["id"] = bits, sample_ids
         parts.append(part)
     return np.concatenate(parts)
 
@@ -243,18 +243,18 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _near(records: np.ndarray, distance: int) -> Iterator[tuple[int, int]]:
-    """(place, place of the oldest within `distance` bits that shares `high`) of every record that has one."""
-    records = records[np.lexsort((records["place"], records["high"]))]
+    """(id, id of the oldest within `distance` bits that shares `high`) of every record that has one."""
+    records = records[np.lexsort((records["id"], records["high"]))]
     groups = np.flatnonzero(np.concatenate([[True], records["high"][1:] != records["high"][:-1]]))
     for start, stop in zip(groups, np.append(groups[1:], len(records)), strict=True):
         if stop - start < 2:
             continue
-        hashes, places = records["low"][start:stop], records["place"][start:stop]
+        hashes, sample_ids = records["low"][start:stop], records["id"][start:stop]
         step = max(1, _COMPARED_AT_ONCE // len(hashes))
         for begin in range(0, len(hashes), step):
             some = slice(begin, begin + step)
             # Row by row of the block, the oldest of those before it that is near.
             near = np.bitwise_count(hashes[some, None] ^ hashes[None, :]) <= distance
-            near &= places[None, :] < places[some, None]
+            near &= sample_ids[None, :] < sample_ids[some, None]
             for i in np.flatnonzero(near.any(axis=1)):
-                yield int(places[begin + i]), int(places[near[i].argmax()])
+                yield int(sample_ids[begin + i]), int(sample_ids[near[i].argmax()])

@@ -49,7 +49,7 @@ _INFLATED, _DEFLATED = 1 << 20, 1 << 14  # bytes out of and into the decompresso
 _MEMBERS = 4096  # of a gzip body; each costs a copy of what follows it, however little it holds
 _HEADER_BYTES, _HEADERS = 1 << 15, 256  # the client's own limits, 8190 and 128, lose pictures of wordy servers
 _OPT_OUT_BYTES = 1 << 13  # of headers that say what may be done with a picture
-_LEAST_HELD = 1 << 14  # bytes that a body counts at least
+_LEAST_COUNTED = 1 << 14  # bytes that a body counts at least
 _MOST_STALLS = 20  # attempts of a row that end since there is no room for its body, and do not count
 
 # Failures that are the host's rather than the picture's.
@@ -66,14 +66,14 @@ _LONG_ROBOTS = 1 << 14  # bytes of rules from which on a thread reads them
 class Fetched:
     """A body as the server means it (content encoding undone), and how many attempts it took.
 
-    final_url: where redirects led; None where there were none. held: its number in the Room.
+    final_url: where redirects led; None where there were none. body_number: its number in the Room.
     """
 
     body: bytes
     sha256: str
     attempts: int
     final_url: str | None = None
-    held: int = 0
+    body_number: int = 0
 
 
 class Room:
@@ -85,7 +85,7 @@ class Room:
 
     def __init__(self, size: int, largest: int) -> None:
         self.free, self.largest = max(size, largest), largest
-        self._held: dict[int, int] = {}
+        self._taken: dict[int, int] = {}
         self._growing: dict[int, None] = {}  # those that are still coming in, in the order in which they began
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._next = 0
@@ -93,18 +93,18 @@ class Room:
     def begin(self) -> int:
         """A new body's number."""
         self._next += 1
-        self._held[self._next] = 0
+        self._taken[self._next] = 0
         self._growing[self._next] = None
         return self._next
 
     def take(self, body: int, size: int) -> bool:
         """Whether a body may take so many bytes more, and then it has them."""
         first = next(iter(self._growing))
-        kept = 0 if body == first else max(0, self.largest - self._held[first])
+        kept = 0 if body == first else max(0, self.largest - self._taken[first])
         if self.free - size < kept:
             return False
         self.free -= size
-        self._held[body] += size
+        self._taken[body] += size
         return True
 
     async def wait(self, body: int, size: int) -> None:
@@ -124,7 +124,7 @@ class Room:
 
     def end(self, body: int) -> None:
         """The body is no more."""
-        self.free += self._held.pop(body)
+        self.free += self._taken.pop(body)
         self._growing.pop(body, None)
         self._serve()
 
@@ -148,12 +148,12 @@ class Fetcher:
         self.config, self.opt_out = config, opt_out
         self.guard = Guard(config.allow_addresses)
         self.agents = (product_name(config.user_agent), *opt_out.agents)
-        self.desk = Desk(config, name, hosts, ahead=2 * config.concurrency)
+        self.desk = Desk(config, name, hosts, early=2 * config.concurrency)
         self.health = Health(config.canaries, self._look_up, self._reach, lambda: self.desk.success_rate)
         self.names = Names(config, self.guard, self.health.looked_up)
         self.room = Room(config.body_memory, config.max_bytes)
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._places = asyncio.Semaphore(config.concurrency)
+        self._bodies = asyncio.Semaphore(config.concurrency)
         self._tls: ssl.SSLContext | None = None
         self._robots: OrderedDict[str, tuple[Protego | None, int]] = OrderedDict()
         self._robots_bytes = 0
@@ -195,25 +195,25 @@ class Fetcher:
         try:
             yield fetched
         finally:
-            self._places.release()
-            self.room.end(fetched.held)
+            self._bodies.release()
+            self.room.end(fetched.body_number)
 
     async def _with_retries(self, url: URL) -> Fetched:
-        """With a place in `_places` taken, which the caller gives back."""
+        """With a place in `_bodies` taken, which the caller gives back."""
         rejected: Rejected | None = None
         name = url.raw_host or ""
         attempt, stalls = 1, 0
         while True:
             try:
-                ahead = await self.desk.enter(name)
+                early = await self.desk.enter(name)
             except Rejected as closed:
                 rejected = rejected or closed
                 rejected.attempts = attempt - 1
                 raise rejected from None
             try:
                 async with self._slots:
-                    self.desk.begun(ahead)
-                    ahead = False
+                    self.desk.begun(early)
+                    early = False
                     try:
                         fetched = await self._attempt(url, attempt, name)
                     except _Failed as failed:
@@ -222,13 +222,13 @@ class Fetcher:
                             self.desk.quieten(name, min(wait, self.config.max_backoff))
                     else:
                         try:
-                            await self._places.acquire()
+                            await self._bodies.acquire()
                         except BaseException:
-                            self.room.end(fetched.held)
+                            self.room.end(fetched.body_number)
                             raise
                         return fetched
             finally:
-                self.desk.begun(ahead)
+                self.desk.begun(early)
                 self.desk.leave(name)
             await self.health.judge()
             if stalled and stalls < _MOST_STALLS:
@@ -418,9 +418,9 @@ class Fetcher:
                             raise Rejected("body_too_large", f"more than {limit} bytes once decompressed")
                         if trip is not None:
                             trip.body = trip.body or self.room.begin()
-                            if not self.room.take(trip.body, max(len(piece), _LEAST_HELD)):
+                            if not self.room.take(trip.body, max(len(piece), _LEAST_COUNTED)):
                                 silence.reschedule(None)
-                                began += await self._wait_for_room(trip, max(len(piece), _LEAST_HELD))
+                                began += await self._wait_for_room(trip, max(len(piece), _LEAST_COUNTED))
                         digest.update(piece)
                         pieces.append(piece)
                         if cut and size >= limit:

@@ -1,4 +1,4 @@
-"""Images of one's own for the crew: what `Fetcher` is for the web, `Files` is for places (ingest/places.py)."""
+"""Images of one's own for the pool: what `Fetcher` is for the web, `Files` is for locations (ingest/locations.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from ingest.errors import Rejected
 from ingest.fetch import Fetched
-from ingest.places import Below, Reader
+from ingest.locations import Below, Reader
 from ingest.trouble import own_fault
 from shards.settings import NodeTrouble
 
@@ -24,11 +24,11 @@ class Files:
         self._gate = asyncio.Semaphore(AT_ONCE)
 
     @contextlib.asynccontextmanager
-    async def fetch(self, place: str) -> AsyncIterator[Fetched]:
-        """The bytes at a place; raises Rejected, or NodeTrouble where this machine is at fault."""
+    async def fetch(self, location: str) -> AsyncIterator[Fetched]:
+        """The bytes at a location; raises Rejected, or NodeTrouble where this machine is at fault."""
         async with self._gate:
             try:
-                body = await asyncio.get_running_loop().run_in_executor(None, self._reader.read, place)
+                body = await asyncio.get_running_loop().run_in_executor(None, self._reader.read, location)
             except OSError as e:
                 if fault := own_fault(e):
                     raise NodeTrouble(fault) from None

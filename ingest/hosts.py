@@ -44,7 +44,7 @@ NONE: Mapping[str, Any] = {}
 
 
 class Message(NamedTuple):
-    """From a worker. ask, give: places by host. held: all places, where the ledger does not know the worker.
+    """From a worker. ask, give: places by host. leased: all places, where the ledger does not know the worker.
 
     gone: it is the worker's last, and all that it holds is free.
     """
@@ -58,7 +58,7 @@ class Message(NamedTuple):
     robots_found: Mapping[str, Robots] = NONE
     rows: int = 0
     successes: int = 0
-    held: dict[str, int] | None = None
+    leased: dict[str, int] | None = None
     epoch: str = ""
     gone: bool = False
 
@@ -97,7 +97,7 @@ def parted(message: Message, parts: int) -> list[Message]:
                 robots_found={o: r for o, r in message.robots_found.items() if mine(o)},
                 rows=message.rows if part == 0 else 0,
                 successes=message.successes if part == 0 else 0,
-                held=None if message.held is None else {h: n for h, n in message.held.items() if mine(h)},
+                leased=None if message.leased is None else {h: n for h, n in message.leased.items() if mine(h)},
                 epoch=epoch,
                 gone=message.gone,
             )
@@ -123,11 +123,11 @@ def joined(answers: Sequence[Answer]) -> Answer:
 class _Host:
     """What a ledger knows of a host."""
 
-    __slots__ = ("closed_until", "code", "failures", "held", "queue", "quiet_until", "recalled", "used")
+    __slots__ = ("closed_until", "code", "failures", "leased", "queue", "quiet_until", "recalled", "used")
 
     def __init__(self) -> None:
-        self.used = 0  # the sum of held
-        self.held: dict[str, int] = {}
+        self.used = 0  # the sum of leased
+        self.leased: dict[str, int] = {}
         self.queue: deque[str] = deque()
         self.recalled = self.failures = 0
         self.quiet_until = self.closed_until = 0.0
@@ -139,7 +139,7 @@ class _Worker:
     """What a ledger has to tell a worker, and what the worker holds."""
 
     seen: float
-    held: Counter[str] = dataclasses.field(default_factory=Counter)
+    leased: Counter[str] = dataclasses.field(default_factory=Counter)
     queued: Counter[str] = dataclasses.field(default_factory=Counter)
     granted: Counter[str] = dataclasses.field(default_factory=Counter)
     refused: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
@@ -176,8 +176,8 @@ class Ledger:
         if worker is None:
             worker = self.workers[name] = _Worker(now)
         worker.seen = now
-        if message.held is not None and message.epoch != self.epoch:  # it knew another ledger
-            for host, n in message.held.items():
+        if message.leased is not None and message.epoch != self.epoch:  # it knew another ledger
+            for host, n in message.leased.items():
                 self._hold(self._host(host), host, name, worker, n)
         self.rows += message.rows
         self.successes += message.successes
@@ -231,9 +231,9 @@ class Ledger:
         return host
 
     def _hold(self, host: _Host, name: str, by: str, worker: _Worker, n: int) -> None:
-        host.held[by] = host.held.get(by, 0) + n
+        host.leased[by] = host.leased.get(by, 0) + n
         host.used += n
-        worker.held[name] += n
+        worker.leased[name] += n
 
     def _ask(self, name: str, by: str, worker: _Worker, n: int, now: float) -> bool:
         """Whether all of it was granted or refused at once."""
@@ -249,7 +249,7 @@ class Ledger:
         self._serve(host, name, now)
         if worker.queued[name]:
             for _ in range(min(len(host.queue), host.used) - host.recalled):
-                other = max(host.held, key=lambda w: host.held[w] - self.workers[w].recalled[name])
+                other = max(host.leased, key=lambda w: host.leased[w] - self.workers[w].recalled[name])
                 if other == by:
                     break
                 self.workers[other].recalled[name] += 1
@@ -258,17 +258,17 @@ class Ledger:
 
     def _give(self, name: str, by: str, worker: _Worker, n: int, now: float) -> None:
         host = self.hosts.get(name)
-        n = min(n, host.held.get(by, 0)) if host is not None else 0
+        n = min(n, host.leased.get(by, 0)) if host is not None else 0
         if host is None or not n:
             return
-        host.held[by] -= n
-        if not host.held[by]:
-            del host.held[by]
+        host.leased[by] -= n
+        if not host.leased[by]:
+            del host.leased[by]
         host.used -= n
         host.recalled = max(0, host.recalled - n)
-        worker.held[name] -= n
-        if not worker.held[name]:
-            del worker.held[name]
+        worker.leased[name] -= n
+        if not worker.leased[name]:
+            del worker.leased[name]
         self._serve(host, name, now)
 
     def _serve(self, host: _Host, name: str, now: float) -> None:
@@ -318,7 +318,7 @@ class Ledger:
         host.code = "host_unavailable" if ERRORS[code].retryable else code
         host.closed_until = now + self.pause
         if self.failures and host.failures >= self.failures:
-            for by in host.held:  # whose rows wait there for the places that it has
+            for by in host.leased:  # whose rows wait there for the places that it has
                 self.workers[by].refused.setdefault(name, (0, host.code))
         self._serve(host, name, now)
 
@@ -326,7 +326,7 @@ class Ledger:
         host = self._host(name)
         if until > host.quiet_until:
             host.quiet_until = until
-            for by in {*host.held, *host.queue}:
+            for by in {*host.leased, *host.queue}:
                 self.workers[by].quiet[name] = until
             heapq.heappush(self._due, (until, name))
 
@@ -363,7 +363,7 @@ class Ledger:
         for name in queued:
             self.hosts[name].queue = deque(w for w in self.hosts[name].queue if w != by)
             self._serve(self.hosts[name], name, now)
-        for name, n in list(worker.held.items()):
+        for name, n in list(worker.leased.items()):
             self._give(name, by, worker, n, now)
         del self.workers[by]
 
@@ -387,12 +387,12 @@ def _weight(rules: Robots | None) -> int:
 
 
 class _Waiting:
-    """A row that waits for a place. ahead: it is one of the few that may ask for one before its turn."""
+    """A row that waits for a place. early: it is one of the few that may ask for one before its turn."""
 
-    __slots__ = ("ahead", "future")
+    __slots__ = ("early", "future")
 
-    def __init__(self, ahead: bool) -> None:
-        self.ahead = ahead
+    def __init__(self, early: bool) -> None:
+        self.early = early
         self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
@@ -414,10 +414,10 @@ class Desk:
     """A worker's places at hosts. To be used within one event loop; `await close()` at the end.
 
     exchange: how the run's ledger is reached, called in a thread; without it the ledger is this process's own.
-    ahead: requests that may hold or ask for a place before they are under way.
+    early: requests that may hold or ask for a place before they are under way.
     """
 
-    def __init__(self, config: FetchConfig, name: str = "", exchange: Exchange | None = None, ahead: int = 256) -> None:
+    def __init__(self, config: FetchConfig, name: str = "", exchange: Exchange | None = None, early: int = 256) -> None:
         self.config, self.name = config, name or "here"
         self.success_rate: float | None = None
         self._own: Ledger | None = None
@@ -434,7 +434,7 @@ class Desk:
         self._robots_wanted: list[str] = []
         self._robots_found: dict[str, Robots] = {}
         self._rows = self._successes = 0
-        self._ahead = asyncio.Semaphore(ahead)
+        self._early = asyncio.Semaphore(early)
         self._epoch = ""
         self._ticking: asyncio.Task[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -449,24 +449,24 @@ class Desk:
         seat = self._seats.get(host)
         if seat is None:
             seat = self._seats[host] = _Seat()
-        ahead = False
+        early = False
         if seat.owned > seat.used and not seat.waiting:
             seat.used += 1
         else:
-            ahead = await self._wait(host, seat)
+            early = await self._wait(host, seat)
         try:
             while (pause := seat.quiet_until - time.monotonic()) > 0:
                 await asyncio.sleep(pause)
         except asyncio.CancelledError:
-            self.begun(ahead)
+            self.begun(early)
             self.leave(host)
             raise
-        return ahead
+        return early
 
-    def begun(self, ahead: bool) -> None:
-        """The request goes out, so another row may ask ahead."""
-        if ahead:
-            self._ahead.release()
+    def begun(self, early: bool) -> None:
+        """The request goes out, so another row may ask early."""
+        if early:
+            self._early.release()
 
     def leave(self, host: str) -> None:
         """The request is over."""
@@ -476,7 +476,7 @@ class Desk:
             self._give_back(host, seat)
             self._ask_more(host, seat)
         else:
-            self._hand_over(host, seat)
+            self._assign(host, seat)
 
     def answered(self, host: str) -> None:
         """It lives."""
@@ -557,25 +557,25 @@ class Desk:
             self._thread.shutdown(wait=False)
 
     async def _wait(self, host: str, seat: _Seat) -> bool:
-        ahead = self._own is None and seat.asked + seat.owned < self.config.host_concurrency
-        if ahead:
-            await self._ahead.acquire()
+        early = self._own is None and seat.asked + seat.owned < self.config.host_concurrency
+        if early:
+            await self._early.acquire()
         seat = self._seats.setdefault(host, seat)
-        waiting = _Waiting(ahead)
+        waiting = _Waiting(early)
         seat.waiting.append(waiting)
         self._ask_more(host, seat)
         try:
             await waiting.future
         except BaseException as e:
-            self.begun(waiting.ahead)
+            self.begun(waiting.early)
             if isinstance(e, asyncio.CancelledError):
                 if waiting in seat.waiting:
                     seat.waiting.remove(waiting)
                 elif waiting.future.done() and not waiting.future.cancelled() and not waiting.future.exception():
                     seat.used -= 1
-                    self._hand_over(host, seat)
+                    self._assign(host, seat)
             raise
-        return waiting.ahead
+        return waiting.early
 
     def _ask_more(self, host: str, seat: _Seat) -> None:
         more = min(len(seat.waiting), self.config.host_concurrency - seat.owned) - seat.asked
@@ -585,7 +585,7 @@ class Desk:
         if self._ask or self._give:
             self._soon()
 
-    def _hand_over(self, host: str, seat: _Seat) -> None:
+    def _assign(self, host: str, seat: _Seat) -> None:
         """Places that are free go to those who wait here, or back."""
         while seat.owned > seat.used:
             while seat.waiting and seat.waiting[0].future.done():
@@ -659,8 +659,8 @@ class Desk:
                 self._seats[host].quiet_until = now + seconds
         for host in answer.queued:  # others go ahead of those who have to wait
             for waiting in self._seats[host].waiting if host in self._seats else ():
-                self.begun(waiting.ahead)
-                waiting.ahead = False
+                self.begun(waiting.early)
+                waiting.early = False
         for host, n in answer.granted.items():
             seat = self._seats.get(host)
             if seat is None:
@@ -668,7 +668,7 @@ class Desk:
             seat.asked = max(0, seat.asked - n)
             seat.owned += n
             seat.recall_at = now + QUANTUM_S
-            self._hand_over(host, seat)
+            self._assign(host, seat)
         for host, n in answer.recalled.items():
             if host in self._seats:
                 self._seats[host].recalled += n
@@ -712,7 +712,7 @@ class Desk:
             raise
         if self._epoch and answer.epoch != self._epoch:  # a new ledger, which knows nothing of what is held
             self._epoch = answer.epoch
-            again = Message(held={h: s.owned for h, s in self._seats.items() if s.owned}, epoch="")
+            again = Message(leased={h: s.owned for h, s in self._seats.items() if s.owned}, epoch="")
             for host, seat in self._seats.items():
                 seat.asked = 0
                 self._ask.pop(host, None)

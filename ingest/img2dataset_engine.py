@@ -32,7 +32,7 @@ from ingest.addresses import AddressRefused, Guard
 from ingest.config import IngestConfig
 from ingest.errors import Rejected
 from ingest.optout import product_name, robots_refusal, tdm_refusal
-from ingest.pixels import Picture, hashes
+from ingest.pixels import EncodedImage, hashes
 from ingest.takedown import TakenDown
 from ingest.urls import parse_url
 from ingest.work import Outcome
@@ -48,7 +48,7 @@ def require() -> None:
         raise ConfigError("ingest.engine is img2dataset, which is not installed; pip install 'carrara[img2dataset]'")
 
 
-class Img2datasetCrew:
+class Img2datasetPool:
     """What work.Crew is, by img2dataset."""
 
     def __init__(self, config: IngestConfig, taken_down: TakenDown | None = None) -> None:
@@ -132,8 +132,8 @@ class Img2datasetCrew:
             if size != (row["width"], row["height"]):
                 raise StageError(f"img2dataset stored a picture of {size}, its parquet says otherwise")
             sizes = (row["width"], row["height"], row["original_width"], row["original_height"])
-            picture = Picture(data, self.config.encode_format, *sizes, row["exif"] or "{}", *hashes(rgb))
-            return Outcome("success", None, None, picture, row["sha256"], len(data), 1)
+            encoded = EncodedImage(data, self.config.encode_format, *sizes, row["exif"] or "{}", *hashes(rgb))
+            return Outcome("success", None, None, encoded, row["sha256"], len(data), 1)
         if message == _DISALLOWED:
             return Outcome.of("x_robots_tag", message, attempts=1)
         if AddressRefused.__name__ in message:

@@ -35,9 +35,11 @@ Addresses = tuple[tuple[socket.AddressFamily, str], ...]
 class Names(AbstractResolver):
     """What aiohttp asks for addresses; it connects to exactly what this returns. One a process and loop."""
 
-    def __init__(self, config: FetchConfig, guard: Guard, told: Callable[[str, bool], None] = lambda host, found: None):
-        """told: is called with each name that was looked up, and whether there was an answer with an address."""
-        self.guard, self.told = guard, told
+    def __init__(
+        self, config: FetchConfig, guard: Guard, on_lookup: Callable[[str, bool], None] = lambda host, found: None
+    ):
+        """on_lookup: is called with each name that was looked up, and whether there was an answer with an address."""
+        self.guard, self.on_lookup = guard, on_lookup
         self._known: OrderedDict[str, tuple[float, Addresses | Rejected]] = OrderedDict()
         self._asked: dict[str, asyncio.Task[tuple[float, Addresses | Rejected]]] = {}
         self._servers: Any = None
@@ -112,11 +114,11 @@ class Names(AbstractResolver):
         try:
             ttl, found = await (self._ask_servers(host) if self._servers is not None else self._ask_system(host))
         except Rejected as e:
-            self.told(host, False)
+            self.on_lookup(host, False)
             return GONE_TTL_S if e.code == "dns_not_found" else 0.0, e
         except UnicodeError:
             return GONE_TTL_S, Rejected("url_invalid", "the host name is not valid")
-        self.told(host, True)
+        self.on_lookup(host, True)
         return ttl, found
 
     async def _ask_system(self, host: str) -> tuple[float, Addresses]:

@@ -51,7 +51,7 @@ _ADOPTED = [("image_file", pa.string())]  # which tar an image lies in, where th
 RESERVED = {name for name, _ in _IMG2DATASET + _OURS + _ADOPTED}
 CAPTIONS = "captions"  # the column with all captions of a row, where the table has lists of them
 _ROW = ("caption", "url", "key", "caption_raw")  # known before anything is fetched, as are the kept columns
-_PICTURE = ("width", "height", "original_width", "original_height", "exif")
+_OF_IMAGE = ("width", "height", "original_width", "original_height", "exif")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,28 +67,28 @@ class Sidecar:
         columns |= {name: self.columns[name] for name in ("caption", "url", "key")}
         columns["status"] = [o.status for o in outcomes]
         columns["error_message"] = [o.message for o in outcomes]
-        for name in _PICTURE:
-            columns[name] = [getattr(o.picture or o.lies, name, None) for o in outcomes]
+        for name in _OF_IMAGE:
+            columns[name] = [getattr(o.image or o.lies, name, None) for o in outcomes]
         columns["sha256"] = [o.sha256 for o in outcomes]
-        live = [(i, o.picture) for i, o in enumerate(outcomes) if o.picture is not None]
+        live = [(i, o.image) for i, o in enumerate(outcomes) if o.image is not None]
         samples = []
-        for i, picture in live:
+        for i, image in live:
             meta = {name: values[i] for name, values in columns.items()}
             members = {
-                picture.extension: picture.data,
+                image.extension: image.data,
                 "json": _indented(meta),
                 "txt": columns["caption"][i].encode("utf-8", "replace"),
             }
             samples.append((columns["key"][i], members))
-        tar, places = pack_tar(samples)
+        tar, extents = pack_tar(samples)
         columns["error"] = [o.error for o in outcomes]
         columns["caption_raw"] = self.columns["caption_raw"]
         for name in ("pixel_hash", "phash"):
-            columns[name] = [getattr(o.picture, name) if o.picture else None for o in outcomes]
+            columns[name] = [getattr(o.image, name) if o.image else None for o in outcomes]
         offsets, sizes, extensions = ([None] * len(outcomes) for _ in range(3))
-        for (i, picture), place in zip(live, places, strict=True):
-            offsets[i], sizes[i] = place[picture.extension]  # type: ignore[call-overload]
-            extensions[i] = picture.extension  # type: ignore[call-overload]
+        for (i, image), extent in zip(live, extents, strict=True):
+            offsets[i], sizes[i] = extent[image.extension]  # type: ignore[call-overload]
+            extensions[i] = image.extension  # type: ignore[call-overload]
         for i, o in enumerate(outcomes):
             if o.lies is not None:
                 offsets[i], sizes[i], extensions[i] = o.lies.offset, o.lies.size, o.lies.extension  # type: ignore[call-overload]

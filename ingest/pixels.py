@@ -84,7 +84,7 @@ class PixelSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class EncodedImage:
     """A stored picture. Sizes in pixels; the original ones as seen upright. exif: JSON of its plain tags.
 
     pixel_hash: XXH3 (128 bits) of width, height and RGB bytes before encoding. phash: see `perceptual_hash`.
@@ -114,7 +114,7 @@ class Decoded(NamedTuple):
     kept_as: str | None
 
 
-def process(data: bytes, settings: PixelSettings) -> Picture:
+def process(data: bytes, settings: PixelSettings) -> EncodedImage:
     """Fetched bytes to a Picture; raises Rejected (not_an_image, image_*, animation_refused)."""
     decoded = decode(data, settings)
     pixels = resize(decoded.pixels, settings)
@@ -124,7 +124,7 @@ def process(data: bytes, settings: PixelSettings) -> Picture:
         stored, extension = data, decoded.kept_as
     else:
         stored, extension = encode(pixels, settings), settings.encode_format
-    return Picture(stored, extension, width, height, *decoded.size, decoded.exif, *hashes(pixels))
+    return EncodedImage(stored, extension, width, height, *decoded.size, decoded.exif, *hashes(pixels))
 
 
 def hashes(pixels: np.ndarray) -> tuple[str, str]:
@@ -145,7 +145,7 @@ def decode(data: bytes, settings: PixelSettings) -> Decoded:
         rejected = e
     # What browsers show: a PNG with damaged or overlong texts, or with such a profile, is whole all the same.
     if data.startswith(_PNG) and rejected.code in ("not_an_image", "image_corrupt"):
-        for kept in (_PNG_DRAWN | {b"iCCP"}, _PNG_DRAWN):
+        for kept in (_PNG_RENDERED | {b"iCCP"}, _PNG_RENDERED):
             with contextlib.suppress(Rejected):
                 return _decode(_png_chunks(data, kept), settings)._replace(kept_as=None)
     raise rejected
@@ -273,7 +273,7 @@ def perceptual_hash(image: Image.Image) -> str:
 
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_DRAWN = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
+_PNG_RENDERED = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
 
 
 def _png_chunks(data: bytes, kept: set[bytes]) -> bytes:

@@ -20,7 +20,7 @@ import idna
 import pyarrow as pa
 
 from ingest import statistics
-from ingest.digests import PLACE, connect, readable, run, sql_files, with_digests
+from ingest.digests import SAMPLE_ID, connect, readable, run, sql_files, with_digests
 from ingest.errors import ERRORS
 from ingest.takedown import TakenDown
 from shards import storage
@@ -34,8 +34,8 @@ log = logging.getLogger("carrara.ingest")
 MEMORY = "512MB"
 _OF_URLS, _OF_BYTES = ("url_digest", "final_url_digest"), ("bytes_digest",)
 _TEXTS = ("url", "final_origin")  # what hosts are found by
-_PICTURE = ("width", "height", "original_width", "original_height", "exif", "pixel_hash")
-_PLACE_IN_TAR = ("image_offset", "image_size", "image_ext", "image_file")
+_OF_IMAGE = ("width", "height", "original_width", "original_height", "exif", "pixel_hash")
+_LOCATION = ("image_offset", "image_size", "image_ext", "image_file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def find(
             for files in readable(root, shards, columns, scratch):
                 rows = run(
                     db,
-                    f"SELECT {PLACE}, {', '.join(columns)} FROM read_parquet({sql_files(files)}, filename = true, "
+                    f"SELECT {SAMPLE_ID}, {', '.join(columns)} FROM read_parquet({sql_files(files)}, filename = true, "
                     f"file_row_number = true) WHERE {_condition(listed)}",
                 )
                 yield from _hits(root, columns, sorted(rows), listed)
@@ -130,10 +130,10 @@ def _unicode(name: str) -> str:
 
 
 def _hits(root: str, columns: Sequence[str], rows: Iterable[tuple[Any, ...]], listed: TakenDown) -> Iterator[Hit]:
-    """The rows (place, then columns) that are listed indeed. The long columns are read of their shards alone."""
+    """The rows (id, then columns) that are listed indeed. The long columns are read of their shards alone."""
     found = [
-        (*shard_row(place), judged)
-        for place, *values in rows
+        (*shard_row(sample_id), judged)
+        for sample_id, *values in rows
         if (judged := _judge(dict(zip(columns, values, strict=True)), listed)) is not None
     ]
     for shard, some in itertools.groupby(found, key=lambda one: one[0]):
@@ -181,7 +181,7 @@ def _edit(rows: Sequence[int], parts: int) -> Any:
     def edit(table: pa.Table, stats: dict[str, Any]) -> tuple[pa.Table, dict[str, Any]]:
         table = with_digests(table)
         fates = {"status": "opted_out", "error": "taken_down", "error_message": ERRORS["taken_down"].meaning}
-        for column in (*fates, *_PICTURE, *_PLACE_IN_TAR):
+        for column in (*fates, *_OF_IMAGE, *_LOCATION):
             if column in table.column_names:
                 values = table[column].to_pylist()
                 values = [fates.get(column) if i in gone else v for i, v in enumerate(values)]

@@ -1,7 +1,7 @@
 """Images of one's own as a table: folders, WebDataset tars, parquet and Arrow files with the bytes inside.
 
 What `ingest.table` points at is looked through and written down as parquet files of rows,
-`<run>/listing/00000.parquet`, which are then an ordinary table whose rows name places (ingest/places.py). So these
+`<run>/listing/00000.parquet`, then an ordinary table whose rows name locations (ingest/locations.py). So these
 images have the fates, filters, duplicates, hashes and accounts of those from the web.
 
 A listing is only ever added to: a part holds what was not there when the parts before it were written. So new files
@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from ingest import places
+from ingest import locations
 from ingest.config import ColumnsConfig, SourceConfig
 from ingest.tables import CAPTION_NAMES, URL_NAMES
 from shards import storage
@@ -50,10 +50,10 @@ _AHEAD = 32 << 10  # bytes of a tar in a store that are read at a time: headers,
 _PART_ROWS = 200_000
 _LOOKED_AT = 1000  # files of a folder that are looked at to tell what it is
 
-PLACE, FAULT = "place", "fault"  # columns of a listing: where the image lies, and the code of a row that has none
+LOCATION, FAULT = "place", "fault"  # columns of a listing: where the image lies, and the code of a row that has none
 
 # What a listing's rows hold beside the columns that the configuration asks for.
-FIXED = (("url", pa.string()), (PLACE, pa.string()), (FAULT, pa.string()), ("caption", pa.list_(pa.string())))
+FIXED = (("url", pa.string()), (LOCATION, pa.string()), (FAULT, pa.string()), ("caption", pa.list_(pa.string())))
 Row = dict[str, Any]
 
 
@@ -161,7 +161,7 @@ class Listing:
         self.root = root
         self.parts = 0
         self.files: dict[str, str] = {}  # tars and tables that are listed, with their stamps
-        self.hashes: list[np.ndarray] = []  # of the places of single files, uint64
+        self.hashes: list[np.ndarray] = []  # of the locations of single files, uint64
         self.schema: pa.Schema | None = None
         names = {n for n in storage.list_names(root) if n.endswith(".parquet")}
         while f"{self.parts:05d}.parquet" in names:
@@ -211,7 +211,7 @@ def _schema(rows: Sequence[Row], wanted: Wanted) -> pa.Schema:
     types = {"string": pa.string(), "int": pa.int64(), "float": pa.float64()}
     for name in wanted.columns:
         kinds = {type(row[name]) for row in rows if row.get(name) is not None}
-        told = types.get(wanted.given.types.get(name, ""))
+        declared = types.get(wanted.given.types.get(name, ""))
         kind = pa.string()
         if kinds and kinds <= {bool}:
             kind = pa.bool_()
@@ -219,7 +219,7 @@ def _schema(rows: Sequence[Row], wanted: Wanted) -> pa.Schema:
             kind = pa.int64()
         elif kinds and kinds <= {int, float}:
             kind = pa.float64()
-        fields.append(pa.field(name, told or kind))
+        fields.append(pa.field(name, declared or kind))
     return pa.schema(fields)
 
 
@@ -264,7 +264,7 @@ def is_listed(root: str, table: str, kind: Kind) -> bool:
     return set(_files(table, TARS if kind == "webdataset" else BINARY.pattern)) <= listing.files.keys()
 
 
-Told = Callable[[int], Any]
+OnListed = Callable[[int], Any]
 
 
 # ---- files that hold many ----------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ Told = Callable[[int], Any]
 def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> Callable[..., list[str]]:
     """Lists tars or tables: each is looked through once, whole; one that was written again keeps its old rows."""
 
-    def list_new(listing: Listing, table: str, wanted: Wanted, told: Told) -> list[str]:
+    def list_new(listing: Listing, table: str, wanted: Wanted, on_listed: OnListed) -> list[str]:
         files = _files(table, TARS if rows_of is _tar_rows else BINARY.pattern)
         marks = stamps(files)
         said = []
@@ -295,7 +295,7 @@ def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> C
             for row in rows_of(file, wanted, said):
                 rows.append(row)
                 count += 1
-                told(1)
+                on_listed(1)
             done[file] = marks[file]
             if not count:
                 said.append(f"{file}: no images in it")
@@ -360,7 +360,7 @@ def _tar_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
             sample.setdefault("key", key)
             extension = extension.lower()
             if IMAGES.search("." + extension) and "image" not in sample:
-                sample["image"] = places.member(file, base, offset, size)
+                sample["image"] = locations.member(file, base, offset, size)
             elif extension in _TEXTS and size <= _LONGEST_TEXT:
                 sample[extension] = read()
         yield from end()
@@ -401,11 +401,11 @@ def _members(stream: IO[bytes], file: str, said: list[str]) -> Iterator[tuple[st
 def _tar_row(file: str, sample: Mapping[str, Any], wanted: Wanted) -> Row:
     facts = _json(sample.get("json"))
     texts = [_text(sample[k]) for k in ("txt", "caption") if k in sample]
-    told = _captions_in(facts, wanted.given.caption)
-    captions = told or texts or ([_text(sample["cls"])] if "cls" in sample else [])
+    stored = _captions_in(facts, wanted.given.caption)
+    captions = stored or texts or ([_text(sample["cls"])] if "cls" in sample else [])
     url = facts.get(wanted.given.url or "url")
     image = sample.get("image")
-    own = image or places.member(file, sample["key"], 0, 0)
+    own = image or locations.member(file, sample["key"], 0, 0)
     row: Row = {
         "url": url if isinstance(url, str) and url else own,
         "place": image or "",
@@ -420,7 +420,7 @@ def _table_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
     arrow = file.lower().endswith(".arrow")
     try:
         if arrow:
-            table = places.read_arrow(file)
+            table = locations.read_arrow(file)
             schema = table.schema
         else:
             stream = fsspec.open(file, "rb").open()
@@ -451,11 +451,11 @@ def _table_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
     number = 0
     for batch in batches:
         for facts in batch.to_pylist():
-            place = places.value(file, image, number)
-            told = facts.get(url) if url else None
+            location = locations.value(file, image, number)
+            given_url = facts.get(url) if url else None
             row: Row = {
-                "url": told if isinstance(told, str) and told else place,
-                "place": place,
+                "url": given_url if isinstance(given_url, str) and given_url else location,
+                "place": location,
                 "fault": None,
                 "caption": _texts(facts.get(caption)) if caption else [],
             }
@@ -482,7 +482,7 @@ def image_column(schema: pa.Schema, given: str | None) -> str | None:
 # ---- folders -----------------------------------------------------------------------------------------------
 
 
-def _list_folder(listing: Listing, table: str, wanted: Wanted, told: Told) -> list[str]:
+def _list_folder(listing: Listing, table: str, wanted: Wanted, on_listed: OnListed) -> list[str]:
     """Lists the images below a folder that are not listed yet, with their captions."""
     images, found = _images(table)
     fs, _ = _open_fs(table)
@@ -494,11 +494,11 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, told: Told) -> li
     if gone:
         said.append(f"{table}: {gone:,} images that were listed are gone; those that are stored stay")
     there = set(found) if new else set()
-    told_by_table = _metadata(fs, [p for p in found if METADATA.search(p)], wanted) if new else {}
+    metadata = _metadata(fs, [p for p in found if METADATA.search(p)], wanted) if new else {}
     rows: list[Row] = []
     bare = 0
     for url, image in new:
-        facts = told_by_table.get(image, {})
+        facts = metadata.get(image, {})
         captions = _captions_in(facts, wanted.given.caption)
         if not captions:
             captions, beside = _beside(fs, image, there, wanted)
@@ -510,7 +510,7 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, told: Told) -> li
             {"url": url, "place": url, "fault": None, "caption": captions}
             | {name: facts.get(name) for name in wanted.columns}
         )
-        told(1)
+        on_listed(1)
         if len(rows) >= _PART_ROWS:
             listing.add(rows, {}, True, wanted)
             rows = []

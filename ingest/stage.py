@@ -26,14 +26,14 @@ from ingest.digests import has_digests
 from ingest.duplicates import Sidecars, find_duplicates
 from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE, Rejected
 from ingest.hosts import Exchange
-from ingest.img2dataset_engine import Img2datasetCrew
+from ingest.img2dataset_engine import Img2datasetPool
 from ingest.img2dataset_engine import require as require_img2dataset
+from ingest.locations import Below, Location
 from ingest.packing import kept_columns, new_sidecar, rows_again
-from ingest.places import Below, Place
 from ingest.statistics import Lines, RunCounts
 from ingest.tables import HeldoutRule, Layout, TableSource
 from ingest.takedown import TakenDown
-from ingest.work import Crew, Lies, Outcome
+from ingest.work import FetchPool, Lies, Outcome
 from shards import plan, storage
 from shards.commit import Folder
 from shards.dataset import MANIFEST, Dataset, ShardInfo, amend_manifest, read_stats, read_stats_of, write_manifest
@@ -494,7 +494,7 @@ class IngestStage:
 
     def kept(self) -> tuple[str, ...]:
         """The columns that are carried into the sidecar; of a listing the places too, which a retry asks for."""
-        return self.config.keep_columns if self._kind() == "table" else (*self.config.keep_columns, sources.PLACE)
+        return self.config.keep_columns if self._kind() == "table" else (*self.config.keep_columns, sources.LOCATION)
 
     def layout(self) -> Layout:
         """The table's files and the columns that are read; raises ConfigError where they do not fit the settings."""
@@ -653,7 +653,7 @@ class IngestWorker:
         self.rule = stage.heldout_rule(self.layout)
         self.cursor = tables.Cursor()
         self.taken_down = TakenDown.read(stage.run)
-        self.crew = make_crew(stage.config, self.taken_down, stage.hosts, stage.below())
+        self.pool = make_pool(stage.config, self.taken_down, stage.hosts, stage.below())
         self.below = Below(stage.below())
         self._packed: tuple[int, dict[str, bytes], dict[str, Any]] | None = None
 
@@ -663,14 +663,14 @@ class IngestWorker:
         if found is not None:
             return found
         if takedown.length(self.stage.run) != self.taken_down.parts:
-            self.taken_down = self.crew.taken_down = TakenDown.read(self.stage.run)
+            self.taken_down = self.pool.taken_down = TakenDown.read(self.stage.run)
         files, stats = self._again(task) if isinstance(task.payload, Retry) else self._first(task)
         stats |= {"digests": True, "list": self.taken_down.parts}
         return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
 
     def close(self) -> None:
         """Close connections, threads and files."""
-        self.crew.close()
+        self.pool.close()
         self.cursor.close()
 
     def _first(self, task: Task) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -684,11 +684,11 @@ class IngestWorker:
         cleaned = [captions.clean(text or "", config.captions) for text in firsts]
         outcomes = self._judge(rows, cleaned)
         urls = rows["url"].to_pylist()
-        places = rows[sources.PLACE].to_pylist() if sources.PLACE in rows.column_names else urls
+        locations = rows[sources.LOCATION].to_pylist() if sources.LOCATION in rows.column_names else urls
         if config.source.adopt:
-            done = [o or a for o, a in zip(outcomes, self._adopt(rows, places, outcomes), strict=True)]
+            done = [o or a for o, a in zip(outcomes, self._adopt(rows, locations, outcomes), strict=True)]
         else:
-            done = self._fetch(task, places, outcomes)
+            done = self._fetch(task, locations, outcomes)
         sidecar = new_sidecar(task.index, rows, self.layout, config, raw, cleaned, self.stage.kept())
         files = sidecar.pack(done, config.source.adopt)
         stats = statistics.of_shard(done, urls, began)
@@ -696,19 +696,19 @@ class IngestWorker:
         stats["checks"] = statistics.checks(rows, self.layout, done, config.swapped_sizes)
         return files, stats
 
-    def _adopt(self, rows: pa.Table, places: Sequence[str], known: Sequence[Outcome | None]) -> Iterator[Outcome]:
+    def _adopt(self, rows: pa.Table, locations: Sequence[str], known: Sequence[Outcome | None]) -> Iterator[Outcome]:
         """What becomes of images that stay where they are; nothing of them is read."""
         facts = {name: rows[name].to_pylist() for name in ADOPTED if name in rows.column_names}
         inside = ""  # the file that was last found to be below the folders: many images in a row are of one
-        for i, text in enumerate(places):
+        for i, text in enumerate(locations):
             if known[i] is not None:
                 yield known[i]  # type: ignore[misc]
                 continue
             try:
-                place = Place.parse(text)
-                if place.file != inside:
-                    self.below.require(place.file)
-                    inside = place.file
+                location = Location.parse(text)
+                if location.file != inside:
+                    self.below.require(location.file)
+                    inside = location.file
             except Rejected as e:
                 yield Outcome.of(e.code)
                 continue
@@ -716,10 +716,10 @@ class IngestWorker:
             sha256 = said.pop("sha256", None)
             sha256 = sha256 if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) else None
             extension = text.partition("&offset=")[0].rpartition(".")[2].lower()
-            size = place.size or 0
+            size = location.size or 0
             if sha256 and self.taken_down.has_bytes(sha256):
                 yield Outcome.of("taken_down", sha256=sha256)
-            elif place.offset is None or size == 0:
+            elif location.offset is None or size == 0:
                 yield Outcome.of("body_empty")
             elif size > self.stage.config.fetch.max_bytes:
                 yield Outcome.of("body_too_large")
@@ -729,7 +729,7 @@ class IngestWorker:
                 sides: dict[str, Any] = {
                     n: int(v) if isinstance(v, int) and 0 < v < 1 << 20 else None for n, v in said.items()
                 }
-                lies = Lies(place.file, place.offset, size, extension, **sides)
+                lies = Lies(location.file, location.offset, size, extension, **sides)
                 yield Outcome("success", sha256=sha256, lies=lies)
 
     def _again(self, task: Task) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -751,7 +751,7 @@ class IngestWorker:
         outcomes: list[Outcome | None] = [
             Outcome.of("taken_down") if self.taken_down.has_url(url or "") else None for url in urls
         ]
-        done = self._fetch(task, sidecar.columns.get(sources.PLACE, urls), outcomes)
+        done = self._fetch(task, sidecar.columns.get(sources.LOCATION, urls), outcomes)
         files = sidecar.pack(done)
         stats = statistics.of_shard(done, urls, began)
         return files, stats | {
@@ -763,7 +763,7 @@ class IngestWorker:
     def _fetch(self, task: Task, urls: Sequence[str | None], outcomes: list[Outcome | None]) -> list[Outcome]:
         """Fetch what is not decided yet; raises StageError unless every row came to an end."""
         todo = {i: url or "" for i, url in enumerate(urls) if outcomes[i] is None}
-        for i, outcome in self.crew.fetch_all(todo).items():
+        for i, outcome in self.pool.fetch_all(todo).items():
             outcomes[i] = outcome
         done = [o for o in outcomes if o is not None]
         if len(done) != len(urls):
@@ -809,10 +809,10 @@ def judge_rows(
     return filters.judge(config.filters, columns, cleaned)
 
 
-def make_crew(
+def make_pool(
     config: IngestConfig, taken_down: TakenDown, hosts: Exchange | None = None, below: Sequence[str] = ()
-) -> Crew | Img2datasetCrew:
+) -> FetchPool | Img2datasetPool:
     """What fetches: our own client, or img2dataset in a process of its own."""
     if config.engine == "img2dataset":
-        return Img2datasetCrew(config, taken_down)
-    return Crew(config, taken_down, hosts, below)
+        return Img2datasetPool(config, taken_down)
+    return FetchPool(config, taken_down, hosts, below)

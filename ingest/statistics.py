@@ -37,7 +37,7 @@ def of_shard(outcomes: Sequence[Outcome], urls: Sequence[str | None], began: flo
         "smaller_sides": dict(_sides(outcomes)),
         "body_sizes": dict(Counter(_power(o.bytes_fetched) for o in outcomes if o.bytes_fetched)),
         "bytes_fetched": sum(o.bytes_fetched for o in outcomes),
-        "bytes_stored": sum(len(o.picture.data) for o in outcomes if o.picture),
+        "bytes_stored": sum(len(o.image.data) for o in outcomes if o.image),
         "retries": sum(max(o.attempts - 1, 0) for o in outcomes),
         "start_time": began,
         "end_time": ended,
@@ -75,9 +75,9 @@ def checks(rows: pa.Table, layout: tables.Layout, outcomes: Sequence[Outcome], s
     if all(n is not None for n in names):
         widths, heights = (rows[n].to_pylist() for n in (reversed(names) if swapped else names))
         for width, height, o in zip(widths, heights, outcomes, strict=True):
-            if o.picture is None or width is None or height is None:
+            if o.image is None or width is None or height is None:
                 continue
-            is_size = (o.picture.original_width, o.picture.original_height)
+            is_size = (o.image.original_width, o.image.original_height)
             try:
                 said = (int(width), int(height))
             except (ValueError, OverflowError):  # not a number
@@ -236,8 +236,8 @@ def _sides(outcomes: Sequence[Outcome]) -> Counter[str]:
     """Successes by their smaller side as fetched: `256` counts those of 256 to 511 pixels."""
     found: Counter[str] = Counter()
     for o in outcomes:
-        if o.picture is not None:
-            side = min(o.picture.original_width, o.picture.original_height)
+        if o.image is not None:
+            side = min(o.image.original_width, o.image.original_height)
             found[str(max((s for s in _SIDES if s <= side), default=0))] += 1
     return found
 

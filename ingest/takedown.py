@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from yarl import URL
 
-from ingest.places import is_web
+from ingest.locations import is_web
 from shards import storage
 from shards.settings import ConfigError
 

@@ -120,9 +120,9 @@ class Health:
     def answered(self, host: str, port: int) -> None:
         """A server answered, whatever it said."""
         self._doubts["net"].clear()
-        place = (host, port)
-        if place not in self.answered_by:
-            self.answered_by[place] = None
+        endpoint = (host, port)
+        if endpoint not in self.answered_by:
+            self.answered_by[endpoint] = None
             if len(self.answered_by) > MANY_ANSWERED:
                 self.answered_by.popitem(last=False)
 
@@ -158,11 +158,11 @@ class Health:
         async with self._turn:
             if time.monotonic() - self._eased[kind] < EASE_S:
                 return
-            places = [*self.canaries, *reversed(self.answered_by)]
+            endpoints = [*self.canaries, *reversed(self.answered_by)]
             if kind == "dns":
-                places = [p for p in places if not _numeric(p[0])]
+                endpoints = [p for p in endpoints if not _numeric(p[0])]
             tried = []
-            for host, port in places[: 2 * MANY_ANSWERED]:
+            for host, port in endpoints[: 2 * MANY_ANSWERED]:
                 try:
                     async with asyncio.timeout(10):
                         await (self.look_up(host) if kind == "dns" else self.reach(host, port))

@@ -56,26 +56,26 @@ def redirect(url: URL, location: str | None) -> URL:
 
     Dot segments go where a relative path is joined to the old one; a path of its own stays as it stands.
     """
-    place = (location or "").strip(_AROUND).translate(_WITHIN)
-    if not place or len(place) > LONGEST:
+    target = (location or "").strip(_AROUND).translate(_WITHIN)
+    if not target or len(target) > LONGEST:
         raise Rejected("redirect_invalid")
-    found = _SCHEME.match(place)
+    found = _SCHEME.match(target)
     if found and found[1].lower() not in ("http", "https"):
         raise Rejected("scheme_refused", "a redirect to neither http nor https")
     if not found:
         origin = f"{url.scheme}://{url.raw_authority}"
-        if place.startswith("//"):
-            place = f"{url.scheme}:{place}"
-        elif place.startswith("/"):
-            place = origin + place
-        elif place.startswith(("?", "#")):
-            query = "" if place.startswith("?") or not url.raw_query_string else "?" + url.raw_query_string
-            place = origin + url.raw_path + query + place
+        if target.startswith("//"):
+            target = f"{url.scheme}:{target}"
+        elif target.startswith("/"):
+            target = origin + target
+        elif target.startswith(("?", "#")):
+            query = "" if target.startswith("?") or not url.raw_query_string else "?" + url.raw_query_string
+            target = origin + url.raw_path + query + target
         else:
-            path, mark, more = re.split(r"([?#]|\Z)", place, maxsplit=1)
-            place = origin + _without_dots(url.raw_path.rpartition("/")[0] + "/" + path) + mark + more
+            path, mark, more = re.split(r"([?#]|\Z)", target, maxsplit=1)
+            target = origin + _without_dots(url.raw_path.rpartition("/")[0] + "/" + path) + mark + more
     try:
-        return parse_url(place)
+        return parse_url(target)
     except Rejected:
         raise Rejected("redirect_invalid") from None
 

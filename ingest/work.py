@@ -24,8 +24,8 @@ from ingest.errors import ERRORS, Rejected
 from ingest.fetch import Fetched, Fetcher
 from ingest.files import Files
 from ingest.hosts import Exchange
-from ingest.pixels import Picture, PixelSettings, is_quick, process
-from ingest.places import is_web
+from ingest.locations import is_web
+from ingest.pixels import EncodedImage, PixelSettings, is_quick, process
 from ingest.takedown import TakenDown
 from ingest.trouble import own_fault, raise_limits
 from shards.settings import NodeTrouble
@@ -60,7 +60,7 @@ class Outcome:
     status: str
     error: str | None = None
     message: str | None = None
-    picture: Picture | None = None
+    image: EncodedImage | None = None
     sha256: str | None = None
     bytes_fetched: int = 0
     attempts: int = 0
@@ -89,7 +89,7 @@ def pixel_settings(config: IngestConfig) -> PixelSettings:
     )
 
 
-class Crew:
+class FetchPool:
     """A process's event loop, client and decoders.
 
     hosts: how the run's ledger of hosts is reached (ingest/hosts.py); without it this process keeps its own. below: the
@@ -193,17 +193,17 @@ class Crew:
                 # threads want the interpreter, and a thread's own memory is given back after each
                 # picture. One a turn of the loop, so that requests are looked after in between.
                 async with self._turn:
-                    picture = process(fetched.body, self.pixels)
+                    image = process(fetched.body, self.pixels)
                     await asyncio.sleep(0)
             else:
-                picture = await self._loop.run_in_executor(self._decoders, self._others.process, fetched.body)
+                image = await self._loop.run_in_executor(self._decoders, self._others.process, fetched.body)
         except Rejected as e:
             return Outcome.of(e.code, e.message, **known)
         except NodeTrouble:
             raise
         except Exception as e:
             return _unforeseen(e, **known)
-        return Outcome("success", None, None, picture, **known)  # type: ignore[arg-type]
+        return Outcome("success", None, None, image, **known)  # type: ignore[arg-type]
 
 
 def _unforeseen(error: Exception, **known: object) -> Outcome:

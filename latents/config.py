@@ -23,7 +23,7 @@ class BucketsConfig(Strict):
 
 class SecondClipConfig(Strict):
     """A CLIP beside the run's own, as SDXL's base model has it: the UNet reads what both make of a caption, side by
-    side, and is told the text embedding of this one."""
+    side, and is given the text embedding of this one."""
 
     kind: Literal["second_clip"]
     pretrained: str = Field(min_length=1, description="as clip.pretrained names one")

@@ -48,11 +48,11 @@ def pick_device(name: str = "auto") -> str:
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """Moments as they are stored. mean: float16 [B,C,h,w]; codes: uint8 [B,C,h,w], None without a posterior;
-    fine: bool [B], whether all of a picture's moments are finite in half precision."""
+    finite: bool [B], whether all of a picture's moments are finite in half precision."""
 
     mean: np.ndarray
     codes: np.ndarray | None
-    fine: np.ndarray
+    finite: np.ndarray
 
 
 class Vae:
@@ -74,7 +74,7 @@ class Vae:
         self.channels = int(weights.config["latent_channels"])
         self.has_posterior = weights.has_posterior
         self.device, self.precision = device, precision
-        self.model: Any = _placed(_build_vae(weights), device, precision)
+        self.model: Any = _moved(_build_vae(weights), device, precision)
         require_digest("the VAE", weights.digest, self.digest, self.ref)  # it may have been exchanged meanwhile
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
@@ -110,8 +110,8 @@ class Vae:
                 x = x.pin_memory().to("cuda", non_blocking=True)
             mean, logstd = self._moments(self.model, x)
             half = mean.to(torch.float16)
-            fine = torch.isfinite(half).flatten(1).all(dim=1)
-            found = [half, fine]
+            finite = torch.isfinite(half).flatten(1).all(dim=1)
+            found = [half, finite]
             if self.has_posterior:
                 found[1] &= torch.isfinite(logstd).flatten(1).all(dim=1)
                 # As moments.quantise_logstd: to the nearest code in float64; halves go to the even one.
@@ -139,7 +139,7 @@ class Vae:
         model = self.model
         if hasattr(pixels, "fake_mode"):  # memory and FLOPs are counted, and the weights stay as they are
             model = _as_fake(model, pixels, dtype)
-        elif (held := next(model.encoder.parameters())).device != pixels.device or held.dtype != dtype:
+        elif (weight := next(model.encoder.parameters())).device != pixels.device or weight.dtype != dtype:
             model.decoder = torch.nn.Identity()
             torch.nn.Module.to(model, pixels.device, dtype)
             self.device, self._exact = str(pixels.device), None
@@ -185,7 +185,7 @@ class TextEncoder:
         self.weights, self.layer, self.pad = weights, layer, pad
         self.ref, self.digest = weights.ref, weights.digest
         self.device, self.precision = device, precision
-        self.model: Any = _placed(build_clip(weights), device, precision)
+        self.model: Any = _moved(build_clip(weights), device, precision)
         require_digest("the CLIP", weights.digest, self.digest, self.ref)
         self.tower: Any = plain_text_tower(self.model, weights.ref)
         self._exact: Any = self.tower if precision == "float32" else None
@@ -250,10 +250,10 @@ class TextEncoder:
 
         The tower moves there and to that type at the first call, and stays; the CLIP's other half is let go.
         """
-        tower, held = self.tower, self.tower.token_embedding.weight
+        tower, weight = self.tower, self.tower.token_embedding.weight
         if hasattr(tokens, "fake_mode"):  # memory and FLOPs are counted, and the weights stay as they are
             tower = _as_fake(tower, tokens, dtype)
-        elif held.device != tokens.device or held.dtype != dtype:
+        elif weight.device != tokens.device or weight.dtype != dtype:
             self.model.visual = torch.nn.Identity()  # it would take more of a GPU's memory than the text tower
             torch.nn.Module.to(self.model, tokens.device, dtype)
             self.device, self._exact = str(tokens.device), None
@@ -478,7 +478,7 @@ def _tensors(file: Path, prefix: str) -> dict[str, torch.Tensor]:
         return {k.removeprefix(prefix): f.get_tensor(k) for k in f.keys() if k.startswith(prefix)}  # noqa: SIM118
 
 
-def _placed(model: Any, device: str, precision: str) -> Any:
+def _moved(model: Any, device: str, precision: str) -> Any:
     model = model.to(device)
     # Not diffusers' own `to`, which warns of modules to be kept in float32 even where there are none.
     return model if precision == "float32" else torch.nn.Module.to(model, dtype=DTYPES[precision])

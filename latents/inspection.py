@@ -13,6 +13,7 @@ import dataclasses
 import html
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 from latents.buckets import Bucket
 from latents.encoders import Vae, load_text_of, load_vae, pick_device, require_digest
 from latents.moments import dequantise_logstd
-from latents.pictures import crop_place, resize_crop_to
+from latents.resize import crop_place, resize_crop_to
 from latents.stage import LatentsStage, fixed_arithmetic
 from latents.text import Text
 from latents.weights import text_facts
@@ -115,9 +116,9 @@ def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
             if damage := verify_shard(dataset.root, info.index):
                 damaged.append(damage)
                 continue
-            columns, pictures = ColumnShard(dataset, position), _image_shard(source, info.index)
-            own = {key: i for i, key in enumerate(pictures.keys)}
-            keys, captions = columns.keys, pictures.captions
+            columns, image_shard = ColumnShard(dataset, position), _image_shard(source, info.index)
+            own = {key: i for i, key in enumerate(image_shard.keys)}
+            keys, captions = columns.keys, image_shard.captions
             chosen = [n for n in chosen if value_of(columns.arrays, "alive", n) != 0]  # not those taken down since
             for n in chosen:
                 if keys[n] not in own:
@@ -128,11 +129,11 @@ def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
                 for r in range(columns.arrays["bucket"].shape[1] if "bucket" in columns.arrays else 1):
                     drawn = manifest["settings"].get("crop") == "random"
                     place = crop_place(keys[n]) if drawn else None
-                    seen.append(_look(vae, columns, pictures, i, n, r, buckets, (keys[n], captions[i]), place))
+                    seen.append(_look(vae, columns, image_shard, i, n, r, buckets, (keys[n], captions[i]), place))
             then, now, others = _text(text, columns, [captions[own[keys[n]]] for n in chosen], chosen)
             differ += others
             rows_then, rows_now = [*rows_then, *then], [*rows_now, *now]
-            pictures.close()
+            image_shard.close()
     return Inspection(
         seen,
         _relative(np.stack(rows_then), np.stack(rows_now)) if rows_then else None,
@@ -149,10 +150,10 @@ def _draw(dataset: Dataset, count: int, rng: np.random.Generator) -> list[tuple[
     full = np.flatnonzero(dataset.counts)
     some = np.sort(rng.permutation(full)[:SHARDS_LOOKED_AT])
     ends = np.cumsum(dataset.counts[some])
-    places = np.sort(rng.choice(int(ends[-1]), min(count, int(ends[-1])), replace=False))
-    which = np.searchsorted(ends, places, side="right")
+    chosen = np.sort(rng.choice(int(ends[-1]), min(count, int(ends[-1])), replace=False))
+    which = np.searchsorted(ends, chosen, side="right")
     starts = ends - dataset.counts[some]
-    return [(int(some[w]), [int(p - starts[w]) for p in places[which == w]]) for w in np.unique(which).tolist()]
+    return [(int(some[w]), [int(p - starts[w]) for p in chosen[which == w]]) for w in np.unique(which).tolist()]
 
 
 def _image_shard(source: Dataset, index: int) -> images.ImageShard:
@@ -165,7 +166,7 @@ def _image_shard(source: Dataset, index: int) -> images.ImageShard:
 def _look(
     vae: Vae,
     columns: ColumnShard,
-    pictures: images.ImageShard,
+    image_shard: images.ImageShard,
     i: int,
     n: int,
     r: int,
@@ -176,7 +177,7 @@ def _look(
     mean, codes = (value_of(columns.arrays, name, n, r) for name in ("mean", "logstd"))
     assert mean is not None
     bucket = buckets[int(columns.arrays["bucket"][n, r]) if "bucket" in columns.arrays else r]
-    cut = resize_crop_to(images.decode_rgb(pictures.image_bytes(i)), bucket.width, bucket.height, place)[0].copy()
+    cut = resize_crop_to(images.decode_rgb(image_shard.image_bytes(i)), bucket.width, bucket.height, place)[0].copy()
     now, logstd = (x.numpy()[0] for x in vae.encode(cut[None]))
     drift = _relative(mean, now)
     if codes is not None and np.abs(dequantise_logstd(codes) - logstd).max() > 0.5:
@@ -213,8 +214,8 @@ def _text(
         return [columns.arrays["embeddings"][i] for i in index], now, differ
     then = np.zeros((len(index), *now[0].shape), np.float16) if now else np.zeros(0)
     for row, i in zip(then, index, strict=True):
-        places = packed_rows(columns.arrays[ENDS], np.array([int(i)]))  # type: ignore[arg-type]
-        row[: len(places)] = columns.arrays["embeddings"][places]
+        packed = packed_rows(columns.arrays[ENDS], np.array([int(i)]))  # type: ignore[arg-type]
+        row[: len(packed)] = columns.arrays["embeddings"][packed]
     return list(then), now, differ
 
 
@@ -251,14 +252,14 @@ def summary(found: Inspection) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(found: Inspection, columns: int = 4, cell: int = 192) -> Image.Image:
-    """Pairs of original and decoded picture, left to right, each fitted into `cell` pixels."""
-    rows = max(1, math.ceil(len(found.samples) / columns))
+def pairs_sheet(pairs: Sequence[tuple[np.ndarray, np.ndarray]], columns: int = 4, cell: int = 192) -> Image.Image:
+    """Pairs of original and decoded image, uint8 [H,W,3], left to right, each fitted into `cell` pixels."""
+    rows = max(1, math.ceil(len(pairs) / columns))
     gap = 8
     sheet = Image.new("RGB", (columns * (2 * cell + gap) + gap, rows * (cell + gap) + gap), "white")
-    for k, s in enumerate(found.samples):
+    for k, pair in enumerate(pairs):
         left, top = gap + (k % columns) * (2 * cell + gap), gap + (k // columns) * (cell + gap)
-        for j, pixels in enumerate((s.original, s.decoded)):
+        for j, pixels in enumerate(pair):
             image = Image.fromarray(pixels)
             scale = cell / max(image.size)
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -271,30 +272,43 @@ def contact_sheet(found: Inspection, columns: int = 4, cell: int = 192) -> Image
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}"
     "pre{background:#f5f4f1;padding:1rem;overflow-x:auto}figure{display:inline-block;margin:.5rem;width:21rem;"
-    "vertical-align:top}figure img{width:49%;image-rendering:auto}figcaption{font-size:13px;color:#444;"
-    "overflow-wrap:anywhere}.bad{color:#a11}"
+    "vertical-align:top}figure img{width:49%}figcaption{font-size:13px;color:#444;overflow-wrap:anywhere}"
+    ".bad{color:#a11}"
 )
 
 
-def page(found: Inspection, title: str) -> str:
-    """The HTML page. Captions are other people's text: everything is escaped, and nothing may run."""
-    figures = []
-    for s in found.samples:
-        pair = "".join(f'<img alt="" src="{data_uri(p)}">' for p in (s.original, s.decoded))
-        bad = ' class="bad"' if s in found.drifted else ""
-        figures.append(
-            f"<figure>{pair}<figcaption{bad}>{html.escape(s.key)} &middot; {s.bucket.width}&times;{s.bucket.height} "
-            f"&middot; {s.psnr:.1f} dB &middot; drift {100 * s.drift:.2g} %<br>{html.escape(s.caption[:200])}"
-            "</figcaption></figure>"
-        )
-    verdict = f'<p class="bad">{html.escape(found.complaint)}</p>' if found.complaint else "<p>Nothing is wrong.</p>"
+def page_of(title: str, body: str, style: str = "") -> str:
+    """An HTML page with further `style`, which needs no other file; nothing on it may run. title: escaped here."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}{style}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"{body}</body></html>\n"
+    )
+
+
+def figure_of(original: np.ndarray, decoded: np.ndarray, caption: str, bad: bool = False) -> str:
+    """A figure of a page. original, decoded: uint8 [H,W,3]; caption: HTML."""
+    pair = "".join(f'<img alt="" src="{data_uri(pixels)}">' for pixels in (original, decoded))
+    marked = ' class="bad"' if bad else ""
+    return f"<figure>{pair}<figcaption{marked}>{caption}</figcaption></figure>"
+
+
+def page(found: Inspection, title: str) -> str:
+    """The HTML page. Captions are other people's text: everything is escaped."""
+    figures = []
+    for s in found.samples:
+        caption = (
+            f"{html.escape(s.key)} &middot; {s.bucket.width}&times;{s.bucket.height} &middot; {s.psnr:.1f} dB "
+            f"&middot; drift {100 * s.drift:.2g} %<br>{html.escape(s.caption[:200])}"
+        )
+        figures.append(figure_of(s.original, s.decoded, caption, s in found.drifted))
+    verdict = f'<p class="bad">{html.escape(found.complaint)}</p>' if found.complaint else "<p>Nothing is wrong.</p>"
+    return page_of(
+        title,
         f"{verdict}<pre>{html.escape(summary(found))}</pre><p>Left: the original as it was cut. Right: what the VAE "
-        f"makes of its latent.</p>{''.join(figures)}</body></html>\n"
+        f"makes of its latent.</p>{''.join(figures)}",
     )
 
 
@@ -307,9 +321,14 @@ def data_uri(pixels: np.ndarray) -> str:
 
 def write(found: Inspection, reports: str, title: str) -> str:
     """Write the page and the contact sheet into a folder; returns where the page is."""
+    return write_page(reports, "latents", page(found, title), [(s.original, s.decoded) for s in found.samples])
+
+
+def write_page(reports: str, name: str, text: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+    """Write a page and the contact sheet of its pairs as `name`.html and .png; returns where the page is."""
     sink = io.BytesIO()
-    contact_sheet(found).save(sink, "PNG")
-    storage.write_atomic(storage.join(reports, "latents.png"), sink.getvalue())
-    url = storage.join(reports, "latents.html")
-    storage.write_atomic(url, page(found, title).encode("utf-8", "replace"))
+    pairs_sheet(pairs).save(sink, "PNG")
+    storage.write_atomic(storage.join(reports, f"{name}.png"), sink.getvalue())
+    url = storage.join(reports, f"{name}.html")
+    storage.write_atomic(url, text.encode("utf-8", "replace"))
     return url

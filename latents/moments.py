@@ -108,8 +108,8 @@ class ChannelStats:
     def summary(self) -> dict[str, Any]:
         """What a manifest states: mean, std, min, max of the means, and the std of posterior draws."""
         std = np.sqrt(self.m2 / self.count)
-        drawn = np.sqrt(self.m2 / self.count + self.variance)
-        values = {"mean": self.mean, "std": std, "min": self.minimum, "max": self.maximum, "sample_std": drawn}
+        sample_std = np.sqrt(self.m2 / self.count + self.variance)
+        values = {"mean": self.mean, "std": std, "min": self.minimum, "max": self.maximum, "sample_std": sample_std}
         return {"count": self.count, **{k: [float(x) for x in v] for k, v in values.items()}}
 
 

@@ -185,14 +185,14 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
     began = time.thread_time()
     loaded = [(int(plan.order[k]), load(k)) for k in range(count)]
     decode = (time.thread_time() - began) / count
-    pictures = [(i, s) for i, s in loaded if s.error is None]
-    if not pictures:
+    live = [(i, s) for i, s in loaded if s.error is None]
+    if not live:
         raise StageError(f"{shard.url}: not one of the first {count} pictures can be decoded")
     seconds = features = 0.0
     with fixed_arithmetic(stage.config.threads):
         for r in range(len(stage.config.resolutions)):
             batches: dict[int, list[np.ndarray]] = {}
-            for i, s in pictures:
+            for i, s in live:
                 batches.setdefault(int(plan.bucket[i, r]), []).append(s.pixels[r])
             size = stage.config.batch_size
             for batch in batches.values():
@@ -222,15 +222,15 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
     device = torch.cuda.get_device_name() if worker.device == "cuda" else f"CPU, {stage.config.threads} threads"
     return Rates(
         decode=decode,
-        vae=seconds / len(pictures),
+        vae=seconds / len(live),
         text=text,
-        features=features / len(pictures),
+        features=features / len(live),
         tokens=float(tokens["text_length"][:-1].mean()) if "text_length" in tokens else 0.0,
         distinct=distinct / len(shard),
         sidecar=sidecar / max(shard.info.count, 1) + 2500 / max(shard.info.count, 1),  # and the stats file
         area=float(area[plan.bucket].sum(axis=1).mean()),
         where=f"{platform.node()} ({device})",
-        samples=len(pictures),
+        samples=len(live),
     )
 
 
@@ -276,7 +276,7 @@ def report(
     return "\n".join(lines)
 
 
-def pictures_of(stage: LatentsStage, rows: int | None) -> int:
+def image_count(stage: LatentsStage, rows: int | None) -> int:
     """How many pictures there are to plan for: those of the run, or `rows` times the share that was a success there."""
     try:
         dataset = stage.images()

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from latents.buckets import nearest
 from latents.config import LatentsConfig
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
-from latents.pictures import Fit, ahead, crop_before, crop_place, resize_crop_to
+from latents.resize import Fit, crop_before, crop_place, prefetch, resize_crop_to
 from latents.takedown import NOT_SELECTED
 from latents.weights import PADS, VaeWeights, clips_of, find_vae, text_facts
 from shards import images, storage
@@ -68,7 +68,7 @@ ERRORS = ("decode_error", "not_finite_latent", "not_finite_text", "not_finite_fe
 
 FIT_COLUMNS = ("bucket_width", "bucket_height", "scaled_width", "scaled_height", "crop_left", "crop_top")
 # Where an image lies, in its tar or in another; it means nothing beside a latent.
-_IMAGE_PLACE = ("image_offset", "image_size", "image_ext", "image_file", "place")
+_IMAGE_LOCATION = ("image_offset", "image_size", "image_ext", "image_file", "place")
 
 
 @dataclasses.dataclass
@@ -83,11 +83,11 @@ class _Sample:
 @dataclasses.dataclass
 class _Plan:
     """How the pictures of a shard are cut. sizes: int64 [N,2], width and height as they lie in the tar; bucket: int64
-    [N,R]; place: int64 [N,R], which of its bucket's pictures it is; order: int64 [N], in which they are encoded."""
+    [N,R]; index: int64 [N,R], which of its bucket's pictures it is; order: int64 [N], in which they are encoded."""
 
     sizes: np.ndarray
     bucket: np.ndarray
-    place: np.ndarray
+    index: np.ndarray
     order: np.ndarray
 
 
@@ -110,7 +110,7 @@ class LatentsStage:
     name = "latents"
     unit = "images"
     data = ".safetensors"
-    in_hand = 2  # shards a worker is given at a time
+    max_in_flight = 2  # shards a worker is given at a time
 
     def __init__(self, config: LatentsConfig, run: RunPaths, vae_ref: str, text_ref: str, seed: int = 0) -> None:
         self.config, self.run = config, run
@@ -211,7 +211,7 @@ class LatentsStage:
 
     def _refuse_void(self, dataset: Dataset) -> None:
         """Raises ConfigError where the pictures have lost already what these settings are about."""
-        how = picture_settings(dataset)
+        how = image_settings(dataset)
         mode, size = how.get("resize_mode"), how.get("image_size")
         if self.config.buckets is not None and mode in ("center_crop", "border"):
             raise ConfigError(
@@ -335,7 +335,7 @@ class _Worker:
         self.buckets = stage.config.bucket_list()
         self.device = pick_device(stage.config.device)
         self.dataset = stage.images()
-        self.cropped = picture_settings(self.dataset).get("resize_mode") == "center_crop"
+        self.cropped = image_settings(self.dataset).get("resize_mode") == "center_crop"
         self.made_with = stage.made_with()
         self.folder = open_folder(stage)
         self.captions = {n: storage.join(stage.run.run, "captions", n) for n in self.config.captions}
@@ -417,20 +417,20 @@ class _Worker:
         plan = self._plan(shard)
         samples: list[_Sample] = [_Sample() for _ in range(count)]
         # Two batches ahead: one that the encoder takes next and one that is being decoded.
-        decoded = ahead(self._loader(shard, plan), count, self.config.decode_threads, 2 * self.config.batch_size)
+        decoded = prefetch(self._loader(shard, plan), count, self.config.decode_threads, 2 * self.config.batch_size)
         first = list(itertools.islice(decoded, 1))  # decoding goes on from here, whoever has the encoders
         tokens, text_index = self._tokenise(shard.captions)
         with self._encoders, fixed_arithmetic(self.config.threads):
             busy = time.perf_counter()
             clock = _Clock()
-            moments = self._encode_pictures(plan, clock.timed(itertools.chain(first, decoded)), samples)
-            text = fine = None
+            moments = self._encode_images(plan, clock.timed(itertools.chain(first, decoded)), samples)
+            text = finite = None
             if self.config.text == "embeddings":
-                text, fine = self._embed_captions(tokens, text_index)
+                text, finite = self._embed_captions(tokens, text_index)
             busy = time.perf_counter() - busy - clock.waited
-        if fine is not None:
+        if finite is not None:
             for i in range(count):
-                if samples[i].error is None and not fine[text_index[i]]:
+                if samples[i].error is None and not finite[text_index[i]]:
                     samples[i].error = ("not_finite_text", "the caption's embedding is not finite in float16")
         kept = np.array([i for i in range(count) if samples[i].error is None], np.int64)
         each = {name: ids[kept] for name, ids in tokens.items()} | {"alive": np.ones(len(kept), np.uint8)}
@@ -534,17 +534,15 @@ class _Worker:
         for r, resolution in enumerate(resolutions):
             mine = [i for i, b in enumerate(self.buckets) if b.resolution == resolution]
             bucket[:, r] = mine[0] + nearest([self.buckets[i] for i in mine], sizes[:, 0], sizes[:, 1])
-        place = np.zeros_like(bucket)
+        index = np.zeros_like(bucket)
         for b in range(len(self.buckets)):
             members = bucket == b
-            place[members] = np.arange(members.sum())
+            index[members] = np.arange(members.sum())
         # By rising aspect ratio every bucket of every resolution is one stretch; else, in the order of the rows.
         order = np.argsort(np.log(sizes[:, 0]) - np.log(sizes[:, 1]), kind="stable")
-        return _Plan(sizes, bucket, place, order)
+        return _Plan(sizes, bucket, index, order)
 
-    def _encode_pictures(
-        self, plan: _Plan, decoded: Iterator[_Sample], samples: list[_Sample]
-    ) -> dict[str, np.ndarray]:
+    def _encode_images(self, plan: _Plan, decoded: Iterator[_Sample], samples: list[_Sample]) -> dict[str, np.ndarray]:
         """All pictures of a shard: their fates, into `samples`, and the moments' columns.
 
         Rows of pictures that were set aside are zero here and are dropped by the caller.
@@ -615,39 +613,39 @@ class _Worker:
 
         def put(end: str, way: slice, found: Any) -> None:
             mean, logstd = (column(name + end, bucket, len(self.buckets)) for name in ("mean", "logstd"))
-            for j, (i, picture) in enumerate(batch):
+            for j, (i, image) in enumerate(batch):
                 half, codes = found.mean[j], None if found.codes is None else found.codes[j]
-                if not found.fine[j]:
-                    exact = self._exact(picture[:, way])
+                if not found.finite[j]:
+                    exact = self._exact(image[:, way])
                     if exact is None:
                         samples[i].error = ("not_finite_latent", "the latent is not finite in float16")
                         continue
                     half, codes = exact
-                at = plan.place[i, resolution]
+                at = plan.index[i, resolution]
                 arrays[mean][at] = half
                 if logstd in arrays:
                     arrays[logstd][at] = codes
 
         def put_features(end: str, way: slice, found: np.ndarray) -> None:
             rows = arrays[column(FEATURES + end, bucket, len(self.buckets))]
-            for j, (i, picture) in enumerate(batch):
+            for j, (i, image) in enumerate(batch):
                 half = found[j]
                 if not np.isfinite(half).all():
                     assert self.vision is not None
-                    half = to_half(self.vision.encode_exact(picture[None, :, way].copy()).numpy())[0]
+                    half = to_half(self.vision.encode_exact(image[None, :, way].copy()).numpy())[0]
                     if not np.isfinite(half).all():
                         samples[i].error = ("not_finite_features", "the features are not finite in float16")
                         continue
-                rows[plan.place[i, resolution]] = half
+                rows[plan.index[i, resolution]] = half
 
         return collect
 
-    def _exact(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    def _exact(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """One picture's moments from float32 arithmetic; None where even those are not finite in half precision."""
-        mean, logstd = (x.numpy() for x in self.vae.encode_exact(picture[None].copy()))
+        mean, logstd = (x.numpy() for x in self.vae.encode_exact(image[None].copy()))
         half = to_half(mean)
-        fine = finite_rows(half)[0] and (not self.vae.has_posterior or finite_rows(logstd)[0])
-        return (half[0], quantise_logstd(logstd)[0]) if fine else None
+        finite = finite_rows(half)[0] and (not self.vae.has_posterior or finite_rows(logstd)[0])
+        return (half[0], quantise_logstd(logstd)[0]) if finite else None
 
     def _loader(self, shard: images.ImageShard, plan: _Plan) -> Callable[[int], _Sample]:
         order, targets = plan.order.tolist(), [[self.buckets[b] for b in row] for row in plan.bucket.tolist()]
@@ -711,20 +709,20 @@ class _Worker:
             length = tokens["text_length"][some].astype(np.int64)
             order = np.argsort(length, kind="stable")  # those of about one length together
 
-        def encode(places: np.ndarray, exact: bool = False) -> None:
-            full = np.concatenate([places, np.repeat(places[-1:], (1 if exact else size) - len(places))])
+        def encode(indices: np.ndarray, exact: bool = False) -> None:
+            full = np.concatenate([indices, np.repeat(indices[-1:], (1 if exact else size) - len(indices))])
             found, end = self.text.encode_tokens({n: ids[some[full]] for n, ids in tokens.items()}, pooled, exact)
             half, end_half = to_half(found.numpy()), to_half(end.numpy())
-            for k, j in enumerate(places.tolist()):
+            for k, j in enumerate(indices.tolist()):
                 rows[j], ends[j] = half[k, : length[j]].copy(), end_half[k]
 
         for i in range(0, len(some), size):
             encode(order[i : i + size])
-        fine = np.array([np.isfinite(row).all() for row in rows]) & finite_rows(ends)
-        for j in np.flatnonzero(~fine):
+        finite = np.array([np.isfinite(row).all() for row in rows]) & finite_rows(ends)
+        for j in np.flatnonzero(~finite):
             encode(np.array([j]), exact=True)
-            fine[j] = np.isfinite(rows[j]).all() and np.isfinite(ends[j]).all()
-        if not fine[index[-1]]:
+            finite[j] = np.isfinite(rows[j]).all() and np.isfinite(ends[j]).all()
+        if not finite[index[-1]]:
             raise StageError(
                 f"{self.text.called} '{self.text.ref}': the empty caption's embedding is not finite in float16"
             )
@@ -736,7 +734,7 @@ class _Worker:
                 ENDS: np.cumsum(length),
             }
         )
-        return arrays | ({"pooled": ends} if pooled else {}), fine
+        return arrays | ({"pooled": ends} if pooled else {}), finite
 
     # ---- sidecar ---------------------------------------------------------------------------------
 
@@ -744,7 +742,7 @@ class _Worker:
         self, shard: images.ImageShard, plan: _Plan, samples: list[_Sample], excluded: dict[int, str]
     ) -> pa.Table:
         """The image shard's rows, all of them, with what became of each here and how its picture was cut."""
-        table = shard.table.drop_columns([c for c in _IMAGE_PLACE if c in shard.table.column_names])
+        table = shard.table.drop_columns([c for c in _IMAGE_LOCATION if c in shard.table.column_names])
         number: list[int | None] = [None] * table.num_rows  # of each row among the columns' samples, for ever
         kept = [row for row, sample in zip(shard.rows.tolist(), samples, strict=True) if sample.error is None]
         for n, row in enumerate(kept):
@@ -812,7 +810,7 @@ def _sizes(shard: images.ImageShard) -> np.ndarray:
 
 def _header(shard: images.ImageShard, i: int) -> tuple[int, int]:
     try:
-        return images.picture_size(shard.image_bytes(i))
+        return images.pixel_size(shard.image_bytes(i))
     except ValueError:
         return 1, 1  # it will not decode either, and is set aside then
 
@@ -831,10 +829,10 @@ def _by_first_use(parts: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]
     """The distinct values of several arrays in the order in which they first come, and the arrays as places in it."""
     values, first, inverse = np.unique(np.concatenate(parts), return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")
-    place = np.empty(len(order), np.int32)
-    place[order] = np.arange(len(order))
+    position = np.empty(len(order), np.int32)
+    position[order] = np.arange(len(order))
     ends = np.cumsum([len(p) for p in parts])[:-1]
-    return values[order], np.split(place[inverse.reshape(-1)], ends)
+    return values[order], np.split(position[inverse.reshape(-1)], ends)
 
 
 # What an image shard's sidecar says in words besides captions.
@@ -886,7 +884,7 @@ def texts_in(value: Any) -> list[str]:
     return [t for t in texts if t and t.strip()]
 
 
-def picture_settings(dataset: Dataset) -> dict[str, Any]:
+def image_settings(dataset: Dataset) -> dict[str, Any]:
     """The settings that a dataset's pictures were stored with; nothing where it does not say."""
     if not dataset.shards:
         return {}
@@ -941,8 +939,8 @@ def _texts(table: pa.Table, name: str) -> list[Any]:
 
 
 def _with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
-    place = table.column_names.index(name) if name in table.column_names else -1
-    return table.set_column(place, name, values) if place >= 0 else table.append_column(name, values)
+    at = table.column_names.index(name) if name in table.column_names else -1
+    return table.set_column(at, name, values) if at >= 0 else table.append_column(name, values)
 
 
 @contextlib.contextmanager

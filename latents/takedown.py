@@ -30,8 +30,8 @@ def take_out(root: str, images: str, each: Callable[[int], Any] = lambda n: None
         gone = taken_down_rows(storage.join(images, name))
         if gone:
             table = storage.read_parquet(storage.join(root, name))
-            places, status = column_rows(table), table["error"].to_pylist()
-            rows = [i for i in gone if (places[i] >= 0 or status[i] == NOT_SELECTED) and status[i] != TAKEN_DOWN]
+            stored_rows, status = column_rows(table), table["error"].to_pylist()
+            rows = [i for i in gone if (stored_rows[i] >= 0 or status[i] == NOT_SELECTED) and status[i] != TAKEN_DOWN]
             if rows:
                 blank(root, index, rows, _edit(rows))
                 changed[index] = rows

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Features(NamedTuple):
-    """What a UNet is told of captions. rows: [B,L,width]; pooled: [B,P], None where it was not asked for."""
+    """What a UNet is given of captions. rows: [B,L,width]; pooled: [B,P], None where it was not asked for."""
 
     rows: torch.Tensor
     pooled: torch.Tensor | None
@@ -185,9 +185,9 @@ def _own_type(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
-def mask_of(length: torch.Tensor, places: int) -> torch.Tensor:
-    """int64 [B,places]: 1 where a caption of `length` (int64 [B]) tokens has one, else 0."""
-    return (torch.arange(places, device=length.device) < length[:, None]).long()
+def mask_of(length: torch.Tensor, context: int) -> torch.Tensor:
+    """int64 [B,context]: 1 where a caption of `length` (int64 [B]) tokens has one, else 0."""
+    return (torch.arange(context, device=length.device) < length[:, None]).long()
 
 
 def _states(model: Any, ids: torch.Tensor, length: torch.Tensor) -> torch.Tensor:

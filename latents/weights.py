@@ -159,8 +159,8 @@ class VaeWeights:
         there."""
         if INDEX not in self.file.name:
             return [self.file]
-        places = read_config(self.file, f"the VAE '{self.ref}'").get("weight_map")
-        names = sorted(set(places.values())) if isinstance(places, dict) else []
+        weight_map = read_config(self.file, f"the VAE '{self.ref}'").get("weight_map")
+        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
         missing = next((n for n in names if not (self.file.parent / Path(n).name).is_file()), None)
         if not names or missing:
             what = f"names {missing}, which is not there" if missing else "has no weight_map"
@@ -260,11 +260,11 @@ class SequenceWeights:
     @property
     def longest(self) -> int | None:
         """How many tokens it has places for; None where these are relative to each other, as T5's."""
-        places = _number(self.config, ("max_position_embeddings",))
-        if places is None or not (file := self.tokenizer / "tokenizer_config.json").is_file():
-            return places
-        told = read_config(file, "the tokenizer").get("model_max_length")  # RoBERTa has two fewer than its places
-        return min(places, int(told)) if isinstance(told, int | float) and told > 0 else places
+        positions = _number(self.config, ("max_position_embeddings",))
+        if positions is None or not (file := self.tokenizer / "tokenizer_config.json").is_file():
+            return positions
+        limit = read_config(file, "the tokenizer").get("model_max_length")  # RoBERTa has two fewer than its places
+        return min(positions, int(limit)) if isinstance(limit, int | float) and limit > 0 else positions
 
     def facts(self, max_length: int) -> dict[str, Any]:
         """As `text_facts`; raises ConfigError where it has no places for so many tokens."""

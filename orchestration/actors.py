@@ -12,7 +12,7 @@ The rules, each found by breaking it:
 - Only task descriptions and stats go through Ray, so that the object store stays empty; and for a committed shard
   this process asks no store anything, so that it keeps up with thousands of workers. Ray is asked for all answers that
   are there at once, and a task goes as bytes, which Ray sends without looking into it.
-- A stage may want its workers to have more than one shard in hand (`in_hand`), so that one is read while another is
+- A stage may want its workers to have several shards in flight (`max_in_flight`), so that one is read while another is
   computed and a third committed. When such a worker dies, each of them may have killed it: they are tried again one
   at a time, and only a shard that dies alone is blamed.
 """
@@ -48,7 +48,7 @@ SLOW = 3.0  # a shard that takes so many times the 95th percentile is named in a
 KNOWN = 20  # so many shards must be done before their times tell how long one may take
 LEAST_DEADLINE_S = 60.0  # however quick the others are
 SPARE = 1.25  # memory claimed, times the most that was measured
-AHEAD = 8  # workers asked of an autoscaler beyond the room there is; and as many again as there are
+BEYOND_ROOM = 8  # workers asked of an autoscaler beyond the room there is; and as many again as there are
 
 
 class ShardWorker:
@@ -72,15 +72,15 @@ class ShardWorker:
 
 
 @dataclasses.dataclass(eq=False)
-class _Hand:
+class _Worker:
     """A worker, as the driver sees it: where it is, how many shards it has, and whether it may have another."""
 
     actor: Any
     node: str | None = None
     ready: bool = False
-    held: int = 0
+    in_flight: int = 0
     alone: bool = False  # it has a suspect, which is to have no company
-    crowded: bool = False  # it died with several shards in hand
+    crowded: bool = False  # it died with several shards in flight
     ended: bool = False  # by us: what its other calls say is no news
     leaving: bool = False  # its node is being drained
     kept_off: frozenset[str] = frozenset()  # nodes that it may not be placed on
@@ -88,7 +88,7 @@ class _Hand:
 
 @dataclasses.dataclass
 class _Call:
-    hand: _Hand
+    worker: _Worker
     task: Task | None  # None: a new worker's first words
     began: float
     named: bool = False
@@ -109,7 +109,7 @@ def _drive(job: Job, stage: Stage, pool: Pool, config: RayConfig) -> None:
                 fleet.grow(job.ledger.remaining)
                 fleet.feed(job)
             elif fleet.out_of_grace():
-                log.warning("%s: %d shards in hand are left unfinished", job.stage.name, fleet.busy)
+                log.warning("%s: %d shards in flight are left unfinished", job.stage.name, fleet.busy)
                 break
             fleet.wait(job)
         if job.ledger.remaining:
@@ -127,7 +127,7 @@ class Fleet:
         if gpus is None:
             gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0))
         self.needs = {k: v for k, v in {"CPU": pool.num_cpus, "GPU": gpus, **pool.resources}.items() if v > 0}
-        self.in_hand = int(getattr(stage, "in_hand", 1))
+        self.max_in_flight = int(getattr(stage, "max_in_flight", 1))
         self.options = {
             "num_cpus": pool.num_cpus,
             "num_gpus": gpus,
@@ -135,13 +135,13 @@ class Fleet:
             "scheduling_strategy": "SPREAD" if pool.placement == "SPREAD" else "DEFAULT",
             "max_restarts": 0,
             "max_task_retries": 0,
-            "max_concurrency": self.in_hand,
+            "max_concurrency": self.max_in_flight,
         }
         self.actor = ray.remote(ShardWorker)
         self.nodes = Nodes(stage.name, config)
         self.calls: dict[Any, _Call] = {}
-        self.hands: dict[_Hand, None] = {}  # in the order of their making
-        self.free: dict[_Hand, None] = {}  # those that may be given a shard
+        self.workers: dict[_Worker, None] = {}  # in the order of their making
+        self.free: dict[_Worker, None] = {}  # those that may be given a shard
         self.busy = 0  # shards under way
         self.seconds: collections.deque[float] = collections.deque(maxlen=500)
         self.room = self.target = 0
@@ -158,14 +158,14 @@ class Fleet:
             self._ask(now)
         if self.nodes.unknown_rests:
             return
-        count = min(self.target, remaining) - len(self.hands)
+        count = min(self.target, remaining) - len(self.workers)
         if count > 0:
             kept_off = frozenset(self.nodes.left_out())
             actor = self.actor.options(**self._options(kept_off))
             for _ in range(count):
-                hand = _Hand(actor.remote(self.stage, self.pool.threads), kept_off=kept_off)
-                self.hands[hand] = None
-                self.calls[hand.actor.where.remote()] = _Call(hand, None, now)
+                worker = _Worker(actor.remote(self.stage, self.pool.threads), kept_off=kept_off)
+                self.workers[worker] = None
+                self.calls[worker.actor.where.remote()] = _Call(worker, None, now)
 
     def _ask(self, now: float) -> None:
         """How many workers are wanted as things are, and which nodes are being drained."""
@@ -177,19 +177,19 @@ class Fleet:
         if self.room < 1:
             self._complain(now, needs)
         left_out = set(self.nodes.left_out())
-        for hand in [h for h in self.hands if h.node is None and not h.kept_off <= left_out]:
-            self._retire(hand, ended=True)  # it waits for room elsewhere, and a node has had its rest
-        for hand in [h for h in self.hands if h.node in self.nodes.draining]:
-            if not hand.leaving:
+        for worker in [w for w in self.workers if w.node is None and not w.kept_off <= left_out]:
+            self._retire(worker, ended=True)  # it waits for room elsewhere, and a node has had its rest
+        for worker in [w for w in self.workers if w.node in self.nodes.draining]:
+            if not worker.leaving:
                 log.info(
                     "%s: %s is being drained; its workers get no more shards",
                     self.stage.name,
-                    self.nodes.name(hand.node),
+                    self.nodes.name(worker.node),
                 )
-            hand.leaving = True
-            self.free.pop(hand, None)
-            if not hand.held:
-                self._retire(hand)
+            worker.leaving = True
+            self.free.pop(worker, None)
+            if not worker.in_flight:
+                self._retire(worker)
 
     def _target(self, autoscaled: float) -> int:
         workers = self.pool.workers
@@ -197,7 +197,7 @@ class Fleet:
             return workers
         wanted = self.room
         if autoscaled > self.room:  # workers that wait for a node are what makes an autoscaler add one
-            wanted = int(min(autoscaled, self.room + max(AHEAD, self.room)))
+            wanted = int(min(autoscaled, self.room + max(BEYOND_ROOM, self.room)))
         return max(workers.min, min(wanted, workers.max)) if isinstance(workers, Span) else wanted
 
     def _needs(self) -> dict[str, float]:
@@ -223,10 +223,9 @@ class Fleet:
 
     def _complain(self, now: float, needs: dict[str, float]) -> None:
         have = ray.cluster_resources()
-        held = {k: v for k, v in have.items() if k in {"CPU", "GPU", *needs}}
-        text = (
-            f"{self.stage.name}: no node has room for a worker (it needs {told(needs)}, the cluster has {told(held)})"
-        )
+        cluster = {k: v for k, v in have.items() if k in {"CPU", "GPU", *needs}}
+        sizes = f"it needs {readable(needs)}, the cluster has {readable(cluster)}"
+        text = f"{self.stage.name}: no node has room for a worker ({sizes})"
         if self.nodes.left_out():
             text += "; left out: " + ", ".join(self.nodes.name(n) for n in self.nodes.left_out())
         if now - self.working_at > self.config.wait_for_nodes_s:
@@ -237,24 +236,24 @@ class Fleet:
 
     def feed(self, job: Job) -> None:
         """Give shards to whoever has room for one, first to those who have none."""
-        for held in range(self.in_hand):
-            for hand in [h for h in self.free if h.held == held]:
-                task = job.ledger.take_suspect() if held == 0 else None
-                hand.alone = task is not None
+        for load in range(self.max_in_flight):
+            for worker in [w for w in self.free if w.in_flight == load]:
+                task = job.ledger.take_suspect() if load == 0 else None
+                worker.alone = task is not None
                 task = task or job.ledger.take()
                 if task is None:
                     return self._let_go(job)
-                hand.held, self.busy = hand.held + 1, self.busy + 1
-                if hand.alone or hand.held == self.in_hand:
-                    del self.free[hand]
-                self.calls[hand.actor.process.remote(pickle.dumps(task))] = _Call(hand, task, time.monotonic())
+                worker.in_flight, self.busy = worker.in_flight + 1, self.busy + 1
+                if worker.alone or worker.in_flight == self.max_in_flight:
+                    del self.free[worker]
+                self.calls[worker.actor.process.remote(pickle.dumps(task))] = _Call(worker, task, time.monotonic())
         return None
 
     def _let_go(self, job: Job) -> None:
         """End workers that nothing is left for, so that nodes may go."""
-        surplus = len(self.hands) - max(job.ledger.remaining, 1)
-        for hand in [h for h in self.free if not h.held][: max(surplus, 0)]:
-            self._retire(hand)
+        surplus = len(self.workers) - max(job.ledger.remaining, 1)
+        for worker in [w for w in self.free if not w.in_flight][: max(surplus, 0)]:
+            self._retire(worker)
 
     def wait(self, job: Job) -> None:
         """Wait for answers, at most a moment, and act on all that are there."""
@@ -271,74 +270,74 @@ class Fleet:
         now = time.monotonic()
         if now - self.judged_at >= TICK_S:
             self.judged_at = now
-            job.workers = sum(h.ready for h in self.hands)
+            job.workers = sum(w.ready for w in self.workers)
             job.progress.update(0, workers=job.workers)
             if job.exporter is not None:
                 job.exporter.left(job.ledger.remaining, job.workers)
             self._judge_ages(job, now)
 
-    def _answer(self, job: Job, call: _Call, told: Any) -> None:
-        task, hand = call.task, call.hand
+    def _answer(self, job: Job, call: _Call, answer: Any) -> None:
+        task, worker = call.task, call.worker
         if task is not None:
-            hand.held, self.busy = hand.held - 1, self.busy - 1
-        if isinstance(told, RayError):
-            self._failed(job, call, told)
+            worker.in_flight, self.busy = worker.in_flight - 1, self.busy - 1
+        if isinstance(answer, RayError):
+            self._failed(job, call, answer)
             return
         self.working_at = time.monotonic()
         if task is not None:
-            stats, peak = told
+            stats, peak = answer
             self.seconds.append(time.monotonic() - call.began)
             self._measured(job, peak)
-            self.nodes.commit(hand.node)
-            self._free(hand)
+            self.nodes.commit(worker.node)
+            self._free(worker)
             job.done(task, stats)
-        elif hand.node is None:
-            hand.node = told
-            if self.nodes.rests(hand.node) or hand.node in self.nodes.draining:  # it was on its way there
-                self._retire(hand)
-            elif hand in self.hands:
-                self.calls[hand.actor.hello.remote()] = _Call(hand, None, time.monotonic())
-        elif hand in self.hands:
-            hand.ready = self.nodes.started = True
-            self._free(hand)
+        elif worker.node is None:
+            worker.node = answer
+            if self.nodes.rests(worker.node) or worker.node in self.nodes.draining:  # it was on its way there
+                self._retire(worker)
+            elif worker in self.workers:
+                self.calls[worker.actor.hello.remote()] = _Call(worker, None, time.monotonic())
+        elif worker in self.workers:
+            worker.ready = self.nodes.started = True
+            self._free(worker)
 
     def _failed(self, job: Job, call: _Call, error: RayError) -> None:
         """A call came to nothing: whose fault is it?"""
-        task, hand = call.task, call.hand
+        task, worker = call.task, call.worker
         cause: BaseException = error
         if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
             cause = error.cause
         if task is None:
-            self._retire(hand)
-            if not hand.ended and not self.nodes.is_leaving(hand.node):
-                self._did_not_start(hand, cause)
+            self._retire(worker)
+            if not worker.ended and not self.nodes.is_leaving(worker.node):
+                self._did_not_start(worker, cause)
         elif isinstance(cause, NodeTrouble):
-            self._retire(hand, ended=True)
+            self._retire(worker, ended=True)
             job.ledger.trouble(task, cause, str(error))
-            if not self.nodes.is_leaving(hand.node):
-                self.nodes.strike(hand.node, sentence(cause), cause, self._needs())
+            if not self.nodes.is_leaving(worker.node):
+                self.nodes.strike(worker.node, sentence(cause), cause, self._needs())
         elif isinstance(error, RayTaskError):  # raised by the stage's code
-            self._free(hand)
+            self._free(worker)
             job.blame(task, cause, str(error))
         else:  # the process is gone: killed, out of memory, its node lost, or the shard is poison
-            self._retire(hand, held=hand.held + 1, ended=isinstance(error, ActorUnavailableError))
-            innocent = hand.ended or self.nodes.is_leaving(hand.node)
+            self._retire(worker, in_flight=worker.in_flight + 1, ended=isinstance(error, ActorUnavailableError))
+            innocent = worker.ended or self.nodes.is_leaving(worker.node)
             if job.ledger.committed(task):
                 job.done(task, None)
             elif innocent:
                 job.ledger.give_back(task)
-            elif hand.crowded:
+            elif worker.crowded:
                 job.ledger.suspect(task)
             else:
                 died = StageError("the worker process died while making it (killed, out of memory, or a crash)")
                 job.blame(task, died, str(error))
 
-    def _free(self, hand: _Hand) -> None:
-        hand.alone = False
-        if hand.leaving and not hand.held:
-            self._retire(hand)
-        elif hand in self.hands and hand.ready and not hand.leaving:
-            self.free[hand] = None
+    def _free(self, worker: _Worker) -> None:
+        worker.alone = False
+        if worker.leaving and not worker.in_flight:
+            self._retire(worker)
+        elif worker in self.workers and worker.ready and not worker.leaving:
+            self.free[worker] = None
 
     def _measured(self, job: Job, peak: int) -> None:
         if peak > self.peak_bytes:
@@ -347,21 +346,21 @@ class Fleet:
 
     # --- and go -----------------------------------------------------------------------------------------------
 
-    def _did_not_start(self, hand: _Hand, error: BaseException) -> None:
+    def _did_not_start(self, worker: _Worker, error: BaseException) -> None:
         text = str(error) if isinstance(error, NodeTrouble) else sentence(error)
-        self.nodes.strike(hand.node, f"a worker did not start: {text}", error, self._needs())
+        self.nodes.strike(worker.node, f"a worker did not start: {text}", error, self._needs())
 
-    def _retire(self, hand: _Hand, held: int = 0, ended: bool = False) -> None:
+    def _retire(self, worker: _Worker, in_flight: int = 0, ended: bool = False) -> None:
         """Strike a worker off; with its first failure it is known how many shards it had. ended: by our own doing."""
-        if hand in self.hands:
-            del self.hands[hand]
-            self.free.pop(hand, None)
-            hand.crowded, hand.ended = held > 1, ended
-            self._kill(hand)
+        if worker in self.workers:
+            del self.workers[worker]
+            self.free.pop(worker, None)
+            worker.crowded, worker.ended = in_flight > 1, ended
+            self._kill(worker)
 
-    def _kill(self, hand: _Hand) -> None:
+    def _kill(self, worker: _Worker) -> None:
         with contextlib.suppress(Exception):  # it may be gone
-            ray.kill(hand.actor)
+            ray.kill(worker.actor)
 
     def _judge_ages(self, job: Job, now: float) -> None:
         """Name what is slow, and end what hangs."""
@@ -370,13 +369,13 @@ class Fleet:
         if self.pool.deadline_factor is not None and len(self.seconds) >= KNOWN:
             limit = min(limit, max(LEAST_DEADLINE_S, self.pool.deadline_factor * p95))
         for ref, call in list(self.calls.items()):
-            age, task, hand = now - call.began, call.task, call.hand
+            age, task, worker = now - call.began, call.task, call.worker
             if task is None:
-                if hand.node is not None and age > self.pool.start_deadline_s:
+                if worker.node is not None and age > self.pool.start_deadline_s:
                     del self.calls[ref]
-                    self._retire(hand, ended=True)
+                    self._retire(worker, ended=True)
                     late = StageError(f"it was not ready after {age:.0f} s (ray.{self.stage.name}.start_deadline_s)")
-                    self._did_not_start(hand, late)
+                    self._did_not_start(worker, late)
             elif age > limit:
                 self._end_hung(job, ref, call, age)
             elif age > slow and not call.named:
@@ -386,18 +385,18 @@ class Fleet:
                     self.stage.name,
                     shard_name(task.index),
                     age,
-                    self.nodes.name(hand.node),
+                    self.nodes.name(worker.node),
                 )
 
     def _end_hung(self, job: Job, ref: Any, call: _Call, age: float) -> None:
         assert call.task is not None
         del self.calls[ref]
-        call.hand.held, self.busy = call.hand.held - 1, self.busy - 1
-        self._retire(call.hand, ended=True)
+        call.worker.in_flight, self.busy = call.worker.in_flight - 1, self.busy - 1
+        self._retire(call.worker, ended=True)
         if job.ledger.committed(call.task):  # it hangs after its work was done
             job.done(call.task, None)
             return
-        where = self.nodes.name(call.hand.node)
+        where = self.nodes.name(call.worker.node)
         job.blame(
             call.task,
             StageError(
@@ -408,14 +407,14 @@ class Fleet:
         )
 
     def out_of_grace(self) -> bool:
-        """Whether a stop was asked for longer ago than shards in hand are waited for."""
+        """Whether a stop was asked for longer ago than shards in flight are waited for."""
         self.deadline = self.deadline or time.monotonic() + self.config.grace_s
         return time.monotonic() > self.deadline
 
     def dismiss(self) -> None:
         """End all workers."""
-        for hand in self.hands:
-            self._kill(hand)
+        for worker in self.workers:
+            self._kill(worker)
 
 
 def _answers(refs: Sequence[Any]) -> list[Any]:
@@ -433,6 +432,6 @@ def _answer_of(ref: Any) -> Any:
         return error
 
 
-def told(amounts: dict[str, float]) -> dict[str, Any]:
+def readable(amounts: dict[str, float]) -> dict[str, Any]:
     """Resources for people: memory in GB."""
     return {k: f"{v / 1e9:.1f} GB" if k == "memory" else v for k, v in amounts.items()}

@@ -23,8 +23,8 @@ SHOWN = 20
 OLD_S = 3600.0  # a temporary file of another machine goes once it is so old
 
 
-def verify(run: str, deep: bool = False, discard: bool = False) -> None:
-    """Compare every shard with its stats and every checkpoint with its manifest, by size or (deep) by sha256.
+def verify(run: str, contents: bool = False, discard: bool = False) -> None:
+    """Compare every shard with its stats and every checkpoint with its manifest, by size or (contents) by sha256.
 
     discard: delete damaged shards, so that their stage makes them again; while nothing else works on the run. Prints
     what was looked at; raises StageError that names what is damaged and the commands that mend it.
@@ -35,7 +35,7 @@ def verify(run: str, deep: bool = False, discard: bool = False) -> None:
     damage: list[tuple[str, str]] = []  # (what is wrong, the stage that mends it)
     gone = 0
     for name, root in (("ingest", paths.images), ("heldout", paths.heldout), ("latents", paths.latents)):
-        stage, faults = "latents" if name == "latents" else "ingest", list(_shards(root, deep))
+        stage, faults = "latents" if name == "latents" else "ingest", list(_shards(root, contents))
         damage += [(text, stage) for _, text in faults]
         if discard and any(index is not None for index, _ in faults):
             with Lease(paths.status, name, root):
@@ -44,7 +44,7 @@ def verify(run: str, deep: bool = False, discard: bool = False) -> None:
                         discard_shard(root, index)
                         gone += 1
     for stage, root in (("autoencoder", paths.autoencoder), ("clip", paths.clip), ("train", paths.run)):
-        damage += [(text, stage) for text in _checkpoints(storage.join(root, "checkpoints"), deep)]
+        damage += [(text, stage) for text in _checkpoints(storage.join(root, "checkpoints"), contents)]
     if not damage:
         print("nothing is damaged")
         return
@@ -56,12 +56,13 @@ def verify(run: str, deep: bool = False, discard: bool = False) -> None:
     if discard:
         raise StageError(f"{run}: {len(damage)} damaged, of which {gone} shards were deleted; run {again}")
     raise StageError(
-        f"{run}: {len(damage)} damaged; put the files back from a copy, or delete damaged shards by `carrara verify "
-        f"{run} {'--deep ' if deep else ''}--discard` while nothing else runs there, and run {again} to make them again"
+        f"{run}: {len(damage)} damaged; put the files back from a copy, or delete damaged shards by "
+        f"`carrara verify {run} {'--deep ' if contents else ''}--discard` while nothing else runs there, "
+        f"and run {again} to make them again"
     )
 
 
-def _shards(root: str, deep: bool) -> Iterator[tuple[int | None, str]]:
+def _shards(root: str, contents: bool) -> Iterator[tuple[int | None, str]]:
     """(number, what is wrong) of each damaged shard; number None: the dataset as a whole."""
     try:
         dataset = Dataset.open(root)
@@ -71,16 +72,16 @@ def _shards(root: str, deep: bool) -> Iterator[tuple[int | None, str]]:
         elif storage.list_names(root):
             print(f"{root}: not finished, so it is not looked at")
         return
-    faults = list(verify_shards(root, deep))
+    faults = list(verify_shards(root, contents))
     yield from faults
     print(f"{root}: {len(dataset.shards) - len(faults)} of {len(dataset.shards)} shards are as they were committed")
 
 
-def _checkpoints(root: str, deep: bool) -> Iterator[str]:
+def _checkpoints(root: str, contents: bool) -> Iterator[str]:
     from train import folders
 
     found = folders.folders(root)
-    faults = [f"{folder}: {fault}" for folder in found if (fault := folders.damage(folder, deep))]
+    faults = [f"{folder}: {fault}" for folder in found if (fault := folders.damage(folder, contents))]
     if found:
         print(f"{root}: {len(found) - len(faults)} of {len(found)} checkpoints are whole")
     yield from faults

@@ -390,7 +390,7 @@ def serve(
 @app.command(rich_help_panel="A run")
 def verify(
     run: Run,
-    deep: Annotated[
+    contents: Annotated[
         bool, typer.Option("--deep", help="read every file and compare its sha256; else sizes alone")
     ] = False,
     discard: Annotated[
@@ -401,7 +401,7 @@ def verify(
     """Check every shard and checkpoint against what was committed, and say what to run where one is damaged."""
     from orchestration.care import verify as work
 
-    work(run, deep, discard)
+    work(run, contents, discard)
 
 
 @app.command(rich_help_panel="A run")
@@ -473,7 +473,7 @@ def plan(
         worker_speed=worker_speed,
         trainer_speed=trainer_speed,
     )
-    counted = planning.pictures_of(stage, rows)  # type: ignore[arg-type]
+    counted = planning.image_count(stage, rows)  # type: ignore[arg-type]
     rates = planning.rates_of(stage, samples, again)  # type: ignore[arg-type]
     facts = planning.facts_of(stage)  # type: ignore[arg-type]
     print(planning.report(found.latents, counted, workers or pool.most_workers or 1, rates, prices, facts))
@@ -932,10 +932,10 @@ def submit(
 def demo(
     overrides: Overrides = None,
     config: Config = "configs/demo.yaml",
-    pictures: Annotated[int, typer.Option("--pictures", help="size of the corpus, dirt apart")] = 6000,
+    images: Annotated[int, typer.Option("--pictures", help="size of the corpus, dirt apart")] = 6000,
     heldout: Annotated[int, typer.Option("--heldout", help="size of the held-out split")] = 600,
 ) -> None:
     """The whole pipeline on a corpus that is drawn here; what `make demo` runs."""
     from orchestration.demo import run as work
 
-    work(str(config), _refuse_run(overrides), pictures, heldout)
+    work(str(config), _refuse_run(overrides), images, heldout)

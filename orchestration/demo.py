@@ -47,13 +47,13 @@ class Wanted:
 
     config: str
     overrides: list[str]
-    pictures: int
+    images: int
     heldout: int
 
 
-def run(config_file: str, overrides: list[str], pictures: int, heldout: int) -> None:
+def run(config_file: str, overrides: list[str], images: int, heldout: int) -> None:
     """The demo from the first incomplete stage on. pictures, heldout: size of the corpus, dirt apart."""
-    args = Wanted(config_file, overrides, pictures, heldout)
+    args = Wanted(config_file, overrides, images, heldout)
     began = time.monotonic()
     config = load(args.config, args.overrides, os.getcwd(), tables=False)
     run = storage.local_path(config.run)
@@ -63,13 +63,13 @@ def run(config_file: str, overrides: list[str], pictures: int, heldout: int) -> 
             _say(f"everything in {run} is complete, nothing to do")
         else:
             corpus = Path(config.ingest.table).parent
-            needs_pictures = "ingest" in open_stages
+            needs_images = "ingest" in open_stages
             url = _base_url(corpus)
-            _say(f"[0/{len(stages.STAGES)}] corpus: {args.pictures} pictures and {args.heldout} held out, in {corpus}")
+            _say(f"[0/{len(stages.STAGES)}] corpus: {args.images} pictures and {args.heldout} held out, in {corpus}")
             try:
-                draw_corpus(corpus, url, args.pictures, args.heldout, config.seed)
+                draw_corpus(corpus, url, args.images, args.heldout, config.seed)
                 with contextlib.ExitStack() as stack:
-                    server = stack.enter_context(serve(corpus, urlsplit(url).port or PORT)) if needs_pictures else None
+                    server = stack.enter_context(serve(corpus, urlsplit(url).port or PORT)) if needs_images else None
                     _say("starting a Ray head on loopback, with token authentication")
                     cluster = stack.enter_context(Cluster(record=run / "status" / "cluster.json"))
                     for name in open_stages:
@@ -248,9 +248,9 @@ def _headline(metrics: dict[str, Any] | None) -> list[str]:
     lines = [_measured(label, *figures) for label, figures in headline(metrics).items() if figures[0]]
     for kind in KINDS.values():
         found = metrics["by_tag"].get(kind, {})
-        told = [_measured(e["label"], *spread(e)) for name, e in found.items() if name.startswith("shows_all")]
-        if told:
-            lines.append(f"{kind}: " + ", ".join(told))
+        measured = [_measured(e["label"], *spread(e)) for name, e in found.items() if name.startswith("shows_all")]
+        if measured:
+            lines.append(f"{kind}: " + ", ".join(measured))
     return lines
 
 

@@ -134,7 +134,7 @@ def _store(run: str) -> list[str]:
             "a file that was removed is still there",
         )
         print(f"             one file at a time: {BLOCK / up / 1e6:.0f} MB/s up, {BLOCK / down / 1e6:.0f} MB/s down")
-        problems += [f"{run}: {told}" for told in _clock(written, before, after)]
+        problems += [f"{run}: {problem}" for problem in _clock(written, before, after)]
     except ConfigError as e:
         problems.append(str(e))
     except Exception as e:
@@ -150,11 +150,11 @@ def _clock(written: float | None, before: float, after: float) -> list[str]:
     if written is None:
         print("             clock: this store does not tell when a file was written")
         return []
-    ahead = 0.0 if before - 1 <= written <= after + 1 else written - (before + after) / 2  # stores tell whole seconds
-    print(f"             clock: {abs(ahead):.0f} s {'behind' if ahead < 0 else 'ahead of'} this machine's")
-    if abs(ahead) <= CLOCK_S:
+    skew = 0.0 if before - 1 <= written <= after + 1 else written - (before + after) / 2  # stores tell whole seconds
+    print(f"             clock: {abs(skew):.0f} s {'behind' if skew < 0 else 'ahead of'} this machine's")
+    if abs(skew) <= CLOCK_S:
         return []
     return [
-        f"its clock is {abs(ahead):.0f} s {'behind' if ahead < 0 else 'ahead of'} this machine's; signed requests are "
+        f"its clock is {abs(skew):.0f} s {'behind' if skew < 0 else 'ahead of'} this machine's; signed requests are "
         "refused from a quarter of an hour on, and what dead processes left is told by its age: set the clock (NTP)"
     ]

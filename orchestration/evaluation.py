@@ -66,7 +66,7 @@ def evaluate_model(
     own = clip if storage.exists(os.path.join(clip, "open_clip_config.json")) else None
     found = Evaluation(chosen.eval, paths, None, own, chosen.seed)
     log.info("eval: %s as %s: %s", model, found.model.name, found.label)
-    with notify.told(chosen.notify, chosen.run, "eval") as outcome:
+    with notify.notified(chosen.notify, chosen.run, "eval") as outcome:
         if local:
             outcome.report = stages.run_evaluation(found, chosen, local, redo)  # type: ignore[arg-type]
             return outcome.report

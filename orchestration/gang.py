@@ -50,14 +50,14 @@ class Rank:
             port = s.getsockname()[1]
         return ray.get_runtime_context().get_node_id(), address, port, os.getpid()
 
-    def fit(self, work: Callable[[Any], Any], told: Any, environment: dict[str, str]) -> Any:
+    def fit(self, work: Callable[[Any], Any], argument: Any, environment: dict[str, str]) -> Any:
         """Run the loop, in this process's main thread, as one of the ranks that the environment describes."""
         os.environ.update(environment)
-        return work(told)
+        return work(argument)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class _RankProcess:
     node: str
     address: str
     port: int
@@ -76,37 +76,38 @@ class Gang:
         self.patience_s = patience_s
         self.group: PlacementGroup | None = None
         self.actors: list[Any] = []
-        self.places: list[_Place] = []
+        self.processes: list[_RankProcess] = []
         self.began: float | None = None  # by the monotonic clock, once all are there
 
     def __enter__(self) -> Gang:
         try:
-            self._place()
+            self._reserve()
             actor = ray.remote(max_restarts=0, max_task_retries=0, **self.options)(Rank)
             self.actors = [
                 actor.options(scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, i)).remote()
                 for i in range(self.count)
             ]
-            places = [_Place(*p) for p in self._get([a.whereabouts.remote() for a in self.actors])]
+            processes = [_RankProcess(*p) for p in self._get([a.whereabouts.remote() for a in self.actors])]
         except BaseException:
             self._end()
             raise
         # Ranks of one node are neighbours, and rank 0 is the first of the first node.
-        nodes = list(dict.fromkeys(p.node for p in places))
-        order = sorted(range(self.count), key=lambda i: (nodes.index(places[i].node), i))
-        self.actors, self.places = [self.actors[i] for i in order], [places[i] for i in order]
+        nodes = list(dict.fromkeys(p.node for p in processes))
+        order = sorted(range(self.count), key=lambda i: (nodes.index(processes[i].node), i))
+        self.actors, self.processes = [self.actors[i] for i in order], [processes[i] for i in order]
         self.began = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def run(self, work: Callable[[Any], Any], told: Any) -> list[Any]:
-        """What `work(told)` returns in each rank.
+    def run(self, work: Callable[[Any], Any], argument: Any) -> list[Any]:
+        """What `work(argument)` returns in each rank.
 
         Raises what a rank raised for people (ConfigError, StageError), else RankDied.
         """
-        calls = [a.fit.remote(work, told, env) for a, env in zip(self.actors, environments(self.places), strict=True)]
+        pairs = zip(self.actors, environments(self.processes), strict=True)
+        calls = [a.fit.remote(work, argument, env) for a, env in pairs]
         waiting = list(calls)
         while waiting:
             self.check()
@@ -115,7 +116,7 @@ class Gang:
                 if self._failure(call) is not None:
                     # The others fail too, for lack of this one; the one with the reason may not be the first to end.
                     ended, _ = ray.wait(calls, num_returns=len(calls), timeout=LAST_WORDS_S)
-                    raise told_by([f for c in ended if (f := self._failure(c)) is not None])
+                    raise root_cause([f for c in ended if (f := self._failure(c)) is not None])
         return list(ray.get(calls))
 
     def signal(self, number: int) -> None:
@@ -123,7 +124,7 @@ class Gang:
 
         Not to every one: the last might get it when all have ended on account of the first, and would die of it.
         """
-        first = self.places[0]
+        first = self.processes[0]
         there = NodeAffinitySchedulingStrategy(first.node, soft=False)
         sent = ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=there).remote(first.pid, number)
         with contextlib.suppress(RayError):
@@ -132,7 +133,7 @@ class Gang:
     def leaving(self) -> str:
         """Which node of the ranks is about to go (preempted, or drained), as a sentence; else empty."""
         draining = ray_state.state.get_draining_nodes()
-        gone = [p.address for p in self.places if p.node in draining]
+        gone = [p.address for p in self.processes if p.node in draining]
         return f"the node {gone[0]} of its ranks is about to go" if gone else ""
 
     def room_for(self, more: int) -> str:
@@ -144,7 +145,7 @@ class Gang:
             return f"there is room for {more} ranks more"
         return ""
 
-    def _place(self) -> None:
+    def _reserve(self) -> None:
         group = self.group = placement_group([self.bundle] * self.count, strategy="PACK")
         began = said = time.monotonic()
         wants = f"{self.count} times {_resources(self.bundle)}"
@@ -191,29 +192,29 @@ class NoRoom(StageError):
     """The cluster has no room for the ranks."""
 
 
-def environments(places: Sequence[Any]) -> list[dict[str, str]]:
+def environments(processes: Sequence[Any]) -> list[dict[str, str]]:
     """What torch's and DeepSpeed's launchers would set for each rank (each has `node`, `address`, `port`)."""
-    first = places[0]
-    here = collections.Counter(p.node for p in places)
+    first = processes[0]
+    here = collections.Counter(p.node for p in processes)
     seen: collections.Counter[str] = collections.Counter()
     result = []
-    for rank, place in enumerate(places):
+    for rank, process in enumerate(processes):
         env = {
             "RANK": str(rank),
-            "WORLD_SIZE": str(len(places)),
-            "LOCAL_RANK": str(seen[place.node]),
-            "LOCAL_WORLD_SIZE": str(here[place.node]),
+            "WORLD_SIZE": str(len(processes)),
+            "LOCAL_RANK": str(seen[process.node]),
+            "LOCAL_WORLD_SIZE": str(here[process.node]),
             "MASTER_ADDR": first.address,
             "MASTER_PORT": str(first.port),
         }
         if first.address.startswith("127."):
             env["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would look up the host's name, which may lead elsewhere
-        seen[place.node] += 1
+        seen[process.node] += 1
         result.append(env)
     return result
 
 
-def told_by(failures: Sequence[BaseException]) -> BaseException:
+def root_cause(failures: Sequence[BaseException]) -> BaseException:
     """Of what the ranks died of: the one that is for people, else RankDied with the first."""
     for failure in failures:
         if isinstance(failure, ConfigError | StageError):

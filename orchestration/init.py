@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from ingest import formats, places, sources, tables
+from ingest import formats, locations, sources, tables
 from ingest.captions import DEFAULT_STEPS
 from ingest.config import ColumnsConfig, SourceConfig
 from ingest.errors import Rejected
-from ingest.places import Below, Reader
-from shards.images import picture_size
+from ingest.locations import Below, Reader
+from shards.images import pixel_size
 from shards.settings import ConfigError
 
 LOOKED_AT = 200  # images whose sizes are looked at
@@ -76,7 +76,7 @@ def _table(path: str) -> Found:
     said = [f"{len(layout.files):,} file{'s' * (len(layout.files) > 1)}; {columns}"]
     rows, urls, captions = _rows(layout)
     said[0] += f"; about {rows:,} rows" if rows is not None else ""
-    own = [u.removeprefix("file://") for u in urls if not places.is_web(u)]
+    own = [u.removeprefix("file://") for u in urls if not locations.is_web(u)]
     below = None
     if urls and len(own) == len(urls):
         levels = zip(*(o.split("/")[:-1] for o in own), strict=False)
@@ -102,7 +102,7 @@ def _rows(layout: tables.Layout) -> tuple[int | None, list[str], list[str]]:
 
 
 def _images(path: str, kind: sources.Kind) -> Found:
-    drawn: list[tuple[float, str]] = []  # (-chance, place): LOOKED_AT of the images, each with the same chance
+    sampled: list[tuple[float, str]] = []  # (-chance, location): LOOKED_AT of the images, each with the same chance
     rng = np.random.default_rng(0)
     images = captioned = captions = 0
     firsts: list[str] = []  # captions, of a few images
@@ -118,14 +118,14 @@ def _images(path: str, kind: sources.Kind) -> Found:
                 firsts += [next(iter(r["caption"]), "") for r in good[: FEW - len(firsts)]]
                 for row, chance in zip(good, rng.random(len(good)).tolist(), strict=True):
                     entry = (-chance, row["place"])
-                    (heapq.heappush if len(drawn) < LOOKED_AT else heapq.heappushpop)(drawn, entry)
+                    (heapq.heappush if len(sampled) < LOOKED_AT else heapq.heappushpop)(sampled, entry)
     if not images:
         raise ConfigError(f"init: there are no images in '{path}'; {'; '.join(said)}")
     reader = Reader(Below([sources.folder_of(path)]), 50_000_000)
     sizes = []
-    for _, place in drawn:
+    for _, location in sampled:
         try:
-            sizes.append(picture_size(reader.read(place)))
+            sizes.append(pixel_size(reader.read(location)))
         except (Rejected, OSError, ValueError):
             continue
     counted = f"{images:,} image{'s' * (images > 1)}, {captioned:,} of them with {captions:,} captions"

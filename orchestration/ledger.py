@@ -82,14 +82,14 @@ class Ledger:
         self._troubles: Counter[int] = Counter()
         self._old_failures = set(storage.list_names(self.failures))  # of an earlier run
         self._in_a_row = 0
-        self._ahead: Task | None = None
+        self._next: Task | None = None
         self._lazy: Iterator[Task] = iter(())
         if self.skipped < self.total:  # or it would be walked through to its end
             self._lazy = (t for t, todo in zip(stage.tasks(), self._open, strict=True) if todo)
         self._advance()
 
     def _advance(self) -> None:
-        self._ahead = next(self._lazy, None)
+        self._next = next(self._lazy, None)
 
     @property
     def complete(self) -> bool:
@@ -107,7 +107,7 @@ class Ledger:
     @property
     def empty(self) -> bool:
         """Whether every shard is handed out, those to be tried again included."""
-        return self._ahead is None and not self._waiting and not self._suspects
+        return self._next is None and not self._waiting and not self._suspects
 
     @property
     def remaining(self) -> int:
@@ -118,7 +118,7 @@ class Ledger:
         """The next task whose time has come, None where there is none right now."""
         if self._due() and self._waiting[0][1] not in self._alone:
             return heapq.heappop(self._waiting)[2]
-        task = self._ahead
+        task = self._next
         if task is not None:
             self._advance()
         return task

@@ -94,7 +94,7 @@ def check(config: NotifyConfig) -> None:
 
 
 @contextlib.contextmanager
-def told(config: NotifyConfig, run: str, stage: str) -> Iterator[Outcome]:
+def notified(config: NotifyConfig, run: str, stage: str) -> Iterator[Outcome]:
     """Context of one stage, whose end, failure or stop is told; nothing where there was nothing to do, where another
     job is at it already (which will tell), or on Ctrl-C (whoever pressed it knows)."""
     if not config.wanted:
@@ -162,19 +162,19 @@ def send(
     """Tell whom the configuration names, if this event is wanted. Raises nothing: what fails is one warning each."""
     if not config.wanted or event not in config.events:
         return
-    told = payload(event, run, stage, sentence, exit_code, report, seconds)
-    if config.command and (why := _call(config.command, told, config.timeout_s)):
+    message = payload(event, run, stage, sentence, exit_code, report, seconds)
+    if config.command and (why := _call(config.command, message, config.timeout_s)):
         log.warning("notify: the command for '%s' failed: %s", event, why)
-    if config.url_env and (why := _post(config, told, attempts)):
+    if config.url_env and (why := _post(config, message, attempts)):
         log.warning("notify: the webhook for '%s' failed: %s", event, why)
 
 
-def _call(command: tuple[str, ...], told: dict[str, Any], timeout_s: float) -> str | None:
+def _call(command: tuple[str, ...], message: dict[str, Any], timeout_s: float) -> str | None:
     """Run it; why it failed, or None. What it prints is not mixed into what this command prints."""
     try:
         process = subprocess.Popen(
-            [*command, told["text"]],
-            env={**os.environ, "CARRARA_NOTIFICATION": json.dumps(told)},
+            [*command, message["text"]],
+            env={**os.environ, "CARRARA_NOTIFICATION": json.dumps(message)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # so that it can be ended with what it has started
@@ -200,7 +200,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _post(config: NotifyConfig, told: dict[str, Any], attempts: int) -> str | None:
+def _post(config: NotifyConfig, message: dict[str, Any], attempts: int) -> str | None:
     """Post it, again after a pause where that may help; why it failed in the end, or None. In a thread: a server that
     answers a byte a minute keeps every timeout of a socket waiting."""
     why: str | None = None
@@ -208,7 +208,7 @@ def _post(config: NotifyConfig, told: dict[str, Any], attempts: int) -> str | No
         if attempt:
             time.sleep(PAUSES_S[min(attempt, len(PAUSES_S)) - 1])
         answer: list[tuple[str | None, bool]] = []
-        thread = threading.Thread(target=lambda: answer.append(_post_once(config, told)), name="notify", daemon=True)  # noqa: B023
+        thread = threading.Thread(target=lambda: answer.append(_post_once(config, message)), name="notify", daemon=True)  # noqa: B023
         thread.start()
         thread.join(config.timeout_s + 1)
         why, again = answer[0] if answer else (f"no answer within {config.timeout_s:g} s", True)
@@ -217,7 +217,7 @@ def _post(config: NotifyConfig, told: dict[str, Any], attempts: int) -> str | No
     return f"{why} ({attempts} attempts)"
 
 
-def _post_once(config: NotifyConfig, told: dict[str, Any]) -> tuple[str | None, bool]:
+def _post_once(config: NotifyConfig, message: dict[str, Any]) -> tuple[str | None, bool]:
     """(why it failed or None, whether another attempt may help). No text of an error is passed on but the operating
     system's: others quote the URL, which is a secret."""
     try:
@@ -226,7 +226,7 @@ def _post_once(config: NotifyConfig, told: dict[str, Any]) -> tuple[str | None, 
             token = os.environ[config.token_env].strip()  # a secret out of a file often ends with a newline
             headers["Authorization"] = f"Bearer {token}"
         url = os.environ[config.url_env or ""]
-        request = urllib.request.Request(url, json.dumps(told).encode(), headers, method="POST")
+        request = urllib.request.Request(url, json.dumps(message).encode(), headers, method="POST")
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=config.timeout_s) as answer:
             return (None, False) if 200 <= answer.status < 300 else (f"it answered {answer.status}", False)
     except urllib.error.HTTPError as e:

@@ -122,8 +122,8 @@ def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
         from eval import prior
 
         given = latents_settings(config)
-        drawn, encoded = prior.stages(config.train, given, paths, vae_ref(config), text_ref(config), config.seed)
-        return [(drawn, config.ray.eval), (encoded, config.ray.latents)]
+        generated, encoded = prior.stages(config.train, given, paths, vae_ref(config), text_ref(config), config.seed)
+        return [(generated, config.ray.eval), (encoded, config.ray.latents)]
     if name == "score":
         from curate.stage import score_stages
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-AHEAD = 4  # tasks under way for each CPU of the cluster: the driver takes their results in order
+TASKS_A_CPU = 4  # tasks under way for each CPU of the cluster: the driver takes their results in order
 
 
 def _call(function: Callable[[Any], Any], unit: Any) -> Any:
@@ -19,7 +19,7 @@ def on_ray(function: Callable[[Any], Any], units: Iterable[Any]) -> Iterator[Any
 
     remote = ray.remote(num_cpus=1, max_retries=3)(_call)
     shared = ray.put(function)
-    at_once = max(AHEAD, AHEAD * int(ray.cluster_resources().get("CPU", 1)))
+    at_once = max(TASKS_A_CPU, TASKS_A_CPU * int(ray.cluster_resources().get("CPU", 1)))
     under_way: deque[Any] = deque()
     try:
         for unit in units:

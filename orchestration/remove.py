@@ -83,24 +83,24 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
     storage.write_json(
         account_url, {"keys": keys, "checkpoints": saw, "unknown": unknown, "pages": pages, "models": models}
     )
-    told = [f"taken down: {sum(map(len, keys.values())):,} pictures"]
+    lines = [f"taken down: {sum(map(len, keys.values())):,} pictures"]
     for stage in ingests:
         done = _apply(stage, paths, looked[stage.split], len(keys[stage.split]))
-        told.append(f"  {'images' if stage.split == 'train' else 'heldout':9} {done}")
-    told.append(f"  latents   {settle_latents(config)}")
-    told += [f"  {name} {done}" for name, done in settle_curated(paths).items()]
-    told.append("checkpoints that saw them:" if saw else "no checkpoint saw them")
-    told += [f"  {c['folder']}: {_how_many(c)}" for c in saw]
-    told += [f"the model {m} was exported from one that saw them; export another" for m in models]
-    told += [f"{p} shows some of them; delete it, or make it anew" for p in pages]
+        lines.append(f"  {'images' if stage.split == 'train' else 'heldout':9} {done}")
+    lines.append(f"  latents   {settle_latents(config)}")
+    lines += [f"  {name} {done}" for name, done in settle_curated(paths).items()]
+    lines.append("checkpoints that saw them:" if saw else "no checkpoint saw them")
+    lines += [f"  {c['folder']}: {_how_many(c)}" for c in saw]
+    lines += [f"the model {m} was exported from one that saw them; export another" for m in models]
+    lines += [f"{p} shows some of them; delete it, or make it anew" for p in pages]
     if unknown:
         shown = ", ".join(unknown[:SHOWN]) + (f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else "")
-        told.append(
+        lines.append(
             f"{len(unknown)} of {len(asked.entries)} entries are not in this run: {shown}; none will be fetched"
         )
-    told.append("captions, URLs and digests of these rows stay in the sidecars, so that they can be told again")
-    told.append(f"the account is in {account_url}")
-    return "\n".join(told)
+    lines.append("captions, URLs and digests of these rows stay in the sidecars, so that they can be told again")
+    lines.append(f"the account is in {account_url}")
+    return "\n".join(lines)
 
 
 def _find(stage: IngestStage, shards: list[int], wanted: TakenDown) -> list[removal.Hit]:
@@ -179,7 +179,7 @@ def settle_latents(config: RunConfig, again: bool = True) -> str:
 
 def settle_curated(paths: RunPaths, again: bool = True) -> dict[str, str]:
     """The same for scores and captions; by `scores/<name>`, what was done."""
-    told, known = {}, _known(paths)
+    outcome, known = {}, _known(paths)
     for kind, prefix in (("scores", "score"), ("captions", "caption")):
         for name in storage.list_names(storage.join(paths.run, kind)):
             root, stage = storage.join(paths.run, kind, name), f"{prefix}-{name}"
@@ -197,10 +197,10 @@ def settle_curated(paths: RunPaths, again: bool = True) -> dict[str, str]:
                     if storage.exists(storage.join(root, MANIFEST)):
                         curate_takedown.amend(root)
                     storage.write_json(mark, known)
-                told[f"{kind}/{name}"] = f"{len(changed):,} shards blanked" if changed else "hold none of them"
+                outcome[f"{kind}/{name}"] = f"{len(changed):,} shards blanked" if changed else "hold none of them"
             except Busy:
-                told[f"{kind}/{name}"] = "another job is at work on them; give this command again when it has ended"
-    return told
+                outcome[f"{kind}/{name}"] = "another job is at work on them; give this command again when it has ended"
+    return outcome
 
 
 # ---- who saw them ------------------------------------------------------------------------------------------
@@ -240,10 +240,10 @@ def _count(manifest: dict[str, Any], dataset: Dataset, samples: dict[int, list[i
     """How many of these samples a checkpoint saw; None where its order cannot be told."""
     try:
         account = Account(manifest, dataset)
-        places = [p for shard, some in samples.items() for p in account.first(shard, some)]
+        positions = [p for shard, some in samples.items() for p in account.first(shard, some)]
     except Unknown:
         return None
-    return sum(p is not None and p < manifest["images"] for p in places)
+    return sum(p is not None and p < manifest["images"] for p in positions)
 
 
 def _samples(dataset: Dataset, shard: int, rows: list[int]) -> list[int]:
@@ -254,7 +254,7 @@ def _samples(dataset: Dataset, shard: int, rows: list[int]) -> list[int]:
     except FileNotFoundError:
         return []
     if dataset.kind == "latents":
-        places = column_rows(table)
+        stored_rows = column_rows(table)
     else:
         stored = np.array(
             [
@@ -263,8 +263,8 @@ def _samples(dataset: Dataset, shard: int, rows: list[int]) -> list[int]:
             ]
         )
         stored[dataset.excluded_rows(shard)] = False
-        places = np.where(stored, np.cumsum(stored) - 1, -1)
-    return [int(places[r]) for r in rows if places[r] >= 0]
+        stored_rows = np.where(stored, np.cumsum(stored) - 1, -1)
+    return [int(stored_rows[r]) for r in rows if stored_rows[r] >= 0]
 
 
 def _manifest(folder: str) -> dict[str, Any] | None:

@@ -125,7 +125,7 @@ def _page(run: str) -> tuple[bytes, str]:
     environment.loader = jinja2.ChoiceLoader([jinja2.FileSystemLoader(TEMPLATES), environment.loader])
     script = page.script("live.js", TEMPLATES)
     name = gather.plain(run.rstrip("/").rsplit("/", 1)[-1], 80)
-    body = environment.get_template("live.html.j2").render(run=name, place=run, every_ms=int(EVERY_S * 1000), **script)
+    body = environment.get_template("live.html.j2").render(run=name, folder=run, every_ms=int(EVERY_S * 1000), **script)
     policy = (
         f"default-src 'none'; script-src '{script['script_hash']}'; style-src 'unsafe-inline'; img-src 'self' data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -139,10 +139,10 @@ class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # with the five of the library, some dozen at once wait for seconds
 
-    def __init__(self, *told: Any) -> None:
+    def __init__(self, *args: Any) -> None:
         self._silent: dict[Any, float] = {}  # connections by when they came, the oldest first
         self._guard = threading.Lock()
-        super().__init__(*told)
+        super().__init__(*args)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._guard:
@@ -269,8 +269,8 @@ class Look:
             return None
         url = storage.join(folder, name)
         if storage.is_local(folder):
-            place = storage.local_path(url)
-            if place.resolve().parent != storage.local_path(folder).resolve() or not place.is_file():
+            path = storage.local_path(url)
+            if path.resolve().parent != storage.local_path(folder).resolve() or not path.is_file():
                 return None  # a link to somewhere else
         try:
             return storage.read_bytes(url)
@@ -352,8 +352,8 @@ class Look:
             names = [n for n in storage.list_names(root) if n.endswith(".json")][: SHOWN["failures"] - len(found)]
             for name, data in zip(names, storage.read_many([storage.join(root, n) for n in names]), strict=True):
                 record = json.loads(data) if data else {}
-                told = {k: str(record.get(k, ""))[-LONGEST:] for k in ("error", "host", "attempts", "traceback")}
-                found.append({"stage": folder.removesuffix("-failed"), "shard": name.removesuffix(".json"), **told})
+                texts = {k: str(record.get(k, ""))[-LONGEST:] for k in ("error", "host", "attempts", "traceback")}
+                found.append({"stage": folder.removesuffix("-failed"), "shard": name.removesuffix(".json"), **texts})
         return found
 
 

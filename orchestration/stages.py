@@ -71,7 +71,7 @@ def run(
     """
     if name == "train" and config.train.prior is not None:
         run("prior", config, local, redo)
-    with notify.told(config.notify, config.run, name) as outcome:
+    with notify.notified(config.notify, config.run, name) as outcome:
         outcome.worked = False
         if pretrained(name, config):
             why = "because the configuration names pretrained weights"
@@ -128,7 +128,7 @@ def retry_ingest(config: RunConfig, codes: str, local: bool = False) -> None:
         for s, pool in shard_stages("ingest", config)
     ]
     checks.claim(config)
-    with notify.told(config.notify, config.run, "ingest"):
+    with notify.notified(config.notify, config.run, "ingest"):
         if local:
             _run_shards("ingest", stages, config, local, False)
             return
@@ -146,7 +146,7 @@ def dry_run(config: RunConfig, rows: int | None = None) -> str:
     for stage, pool in shard_stages("ingest", config):
         stage.check()  # type: ignore[attr-defined]
         funnel = dryrun.funnel(stage, rows)  # type: ignore[arg-type]
-        cost = dryrun.picture_cost(stage)  # type: ignore[arg-type]
+        cost = dryrun.image_cost(stage)  # type: ignore[arg-type]
         workers = pool.most_workers or os.cpu_count() or 1
         parts.append(f"{stage.name}\n{funnel.text()}\n\n{cost.text(funnel.to_fetch, workers)}\n")
     return "\n".join(parts)

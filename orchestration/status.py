@@ -38,7 +38,7 @@ def read(run: str) -> list[dict[str, Any]]:
         if stage in STAGES or stage in failures or "state" in record:
             failed = storage.list_names(storage.join(paths.status, f"{stage}-failed")) if stage in failures else []
             records.append({**record, "stage": stage, "failed": sum(n.endswith(".json") for n in failed)})
-    return sorted(records, key=lambda r: _place(r["stage"]))
+    return sorted(records, key=lambda r: _order(r["stage"]))
 
 
 def _record(url: str) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def _record(url: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _place(stage: str) -> tuple[int, str]:
+def _order(stage: str) -> tuple[int, str]:
     """Where a line stands: what belongs to a stage behind it, and what belongs to none at the end."""
     first = BELONGS.get(stage.removesuffix("-retry"), stage.removesuffix("-retry"))
     if first.startswith(("score-", "caption-")):

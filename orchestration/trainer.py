@@ -84,7 +84,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux's PR_SET_PDEATHSIG
 
 
-def _rank(told: dict[str, Any]) -> str | None:
+def _rank(request: dict[str, Any]) -> str | None:
     """What each rank's process runs; returns where it stopped, if it was asked to."""
     from train.main import run as fit
     from train.ranks import Stopped as FitStopped
@@ -93,11 +93,12 @@ def _rank(told: dict[str, Any]) -> str | None:
     logging.getLogger("carrara").setLevel(logging.INFO)
     try:
         tell = None
-        if told.get("on_ray"):
+        if request.get("on_ray"):
             from orchestration.metrics import Exporter
 
-            tell = Exporter(told["sections"]["run"], told["stage"]).line
-        fit(told["stage"], TrainingSections(**told["sections"]), redo=told["redo"], adopt=told["adopt"], tell=tell)
+            tell = Exporter(request["sections"]["run"], request["stage"]).line
+        sections = TrainingSections(**request["sections"])
+        fit(request["stage"], sections, redo=request["redo"], adopt=request["adopt"], tell=tell)
     except FitStopped as e:
         return str(e)
     return None
@@ -111,9 +112,9 @@ def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: boo
     failures, reached = 0, _images(stage, paths)
     with stop_on_sigterm(StopFlag(stage)) as asked, asked.waits():
         while True:
-            told = {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt, "on_ray": True}
+            request = {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt, "on_ray": True}
             try:
-                if _fit_once(stage, told, getattr(sections, stage), ranks, config.ray, asked, lease):
+                if _fit_once(stage, request, getattr(sections, stage), ranks, config.ray, asked, lease):
                     return
                 redo = False  # saved, to go on with other ranks; the next round begins with all that there is room for
             except RankDied as e:
@@ -133,7 +134,7 @@ def _on_ray(stage: str, sections: TrainingSections, config: RunConfig, redo: boo
 
 
 def _fit_once(
-    stage: str, told: dict[str, Any], fit: FitConfig, ranks: Ranks, config: RayConfig, asked: StopFlag, lease: Lease
+    stage: str, request: dict[str, Any], fit: FitConfig, ranks: Ranks, config: RayConfig, asked: StopFlag, lease: Lease
 ) -> bool:
     """One gang of ranks to its end; with fewer ranks than configured where that is allowed and no room for more.
 
@@ -149,7 +150,7 @@ def _fit_once(
     def check() -> None:
         nonlocal passed_on, regroup, looked
         lease.check()
-        if gang is not None and gang.places and not regroup and time.monotonic() - looked > LOOK_EVERY_S:
+        if gang is not None and gang.processes and not regroup and time.monotonic() - looked > LOOK_EVERY_S:
             looked = time.monotonic()
             more = gang.began is not None and looked - gang.began > GROW_AFTER_S
             regroup = gang.leaving() or (gang.room_for(counts[0] - gang.count) if more else "")
@@ -157,13 +158,13 @@ def _fit_once(
                 log.warning("%s: %s; saving, to go on with other ranks", stage, regroup)
                 gang.signal(signal.SIGTERM)
         if asked.is_set():
-            if gang is None or not gang.places or time.monotonic() - passed_on > config.grace_s:
+            if gang is None or not gang.processes or time.monotonic() - passed_on > config.grace_s:
                 raise _stopped(stage)
             if passed_on == math.inf:
                 gang.signal(signal.SIGTERM)
                 passed_on = time.monotonic()  # only now: on a busy node the signal itself may take its time
 
-    status = RunPaths(told["sections"]["run"]).status
+    status = RunPaths(request["sections"]["run"]).status
     counts = _counts(stage, fit, ranks)
     for count in counts:
         last = count == counts[-1]
@@ -171,9 +172,9 @@ def _fit_once(
         gang = Gang(stage, count, ranks, patience, check)
         try:
             with gang:
-                where = [{"address": p.address, "pid": p.pid} for p in gang.places]
+                where = [{"address": p.address, "pid": p.pid} for p in gang.processes]
                 attempts.note(status, stage, attempts.RANKS, "started", f"{len(where)} ranks", ranks=where)
-                stopped = [s for s in gang.run(_rank, told) if s]
+                stopped = [s for s in gang.run(_rank, request) if s]
         except NoRoom as e:
             if last:
                 raise
@@ -214,7 +215,7 @@ def _images(stage: str, paths: RunPaths) -> int:
     from train.folders import latest_complete, read_manifest
     from train.state import stage_paths
 
-    newest = latest_complete(stage_paths(stage, paths).checkpoints, deep=False)
+    newest = latest_complete(stage_paths(stage, paths).checkpoints, contents=False)
     return int(read_manifest(newest)["images"]) if newest else 0
 
 

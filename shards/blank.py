@@ -78,17 +78,17 @@ def blank(root: str, index: int, rows: Iterable[int], edit: Edit) -> dict[str, A
 
 def _blanked(data: bytes, sidecar: pa.Table, rows: list[int], suffix: str) -> tuple[pa.Table, bytes]:
     if suffix == ".safetensors":
-        places = column_rows(sidecar)
+        stored_rows = column_rows(sidecar)
         if COLUMN_ROW not in sidecar.column_names:
             # From now on the statuses no longer say which rows have a place in the columns.
-            column = pa.array(places, pa.int32(), mask=places < 0)
+            column = pa.array(stored_rows, pa.int32(), mask=stored_rows < 0)
             sidecar = sidecar.append_column(COLUMN_ROW, column)
-        gone = places[rows]
+        gone = stored_rows[rows]
         status = np.ones(sidecar.num_rows, bool)  # columns without a status hold nothing that several samples share
         if "status" in sidecar.column_names:
             status = np.array([s == "success" for s in sidecar["status"].to_pylist()], bool)
         status[rows] = False
-        living = places[status & (places >= 0)]
+        living = stored_rows[status & (stored_rows >= 0)]
         return sidecar, blank_columns(data, gone[gone >= 0], living)
     keys = sidecar["key"].take(pa.array(rows, pa.int64())).to_pylist()
     return sidecar, redact(data, set(keys))

@@ -31,49 +31,49 @@ SCHEMA = pa.schema(
     ]
 )
 GROUP = 65_536
-ROW_BITS = 20  # of a place; a shard of 10,000 rows needs 14
+ROW_BITS = 20  # of an id; a shard of 10,000 rows needs 14
 
 
-def place(shard: int, row: int) -> int:
-    """A sample's place as one number: the shard above the row's 20 bits."""
+def sample_id(shard: int, row: int) -> int:
+    """A sample's id, one number: the shard above the row's 20 bits."""
     if not 0 <= row < 1 << ROW_BITS:
-        raise ValueError(f"row {row} does not fit into a place")
+        raise ValueError(f"row {row} does not fit into an id")
     return shard << ROW_BITS | row
 
 
-def shard_row(place: int) -> tuple[int, int]:
-    """(shard, row) of a place."""
-    return place >> ROW_BITS, place & (1 << ROW_BITS) - 1
+def shard_row(sample_id: int) -> tuple[int, int]:
+    """(shard, row) of an id."""
+    return sample_id >> ROW_BITS, sample_id & (1 << ROW_BITS) - 1
 
 
 def write_exclusions(root: str, tables: Iterable[pa.Table]) -> str | None:
     """Write the exclusions of a dataset as a new file; returns its name, for `write_manifest`, None without any.
 
     tables: columns of SCHEMA, all together in the order of (shard, row), each sample once; they are written as they
-    come. winner: the place of the sample that is used instead, -1 where there is none. Raises ValueError where the
+    come. winner: the id of the sample that is used instead, -1 where there is none. Raises ValueError where the
     order is another one.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "exclusions.parquet")
         last, rows = -1, 0
-        held: list[pa.Table] = []
+        pending: list[pa.Table] = []
         with pq.ParquetWriter(path, SCHEMA, compression="zstd", use_dictionary=["reason"]) as writer:
             for table in tables:
                 if not table.num_rows:
                     continue
                 table = table.select(SCHEMA.names).cast(SCHEMA)
-                places = table["shard"].to_numpy().astype(np.int64) << ROW_BITS | table["row"].to_numpy()
-                if places[0] <= last or (np.diff(places) <= 0).any():
+                sample_ids = table["shard"].to_numpy().astype(np.int64) << ROW_BITS | table["row"].to_numpy()
+                if sample_ids[0] <= last or (np.diff(sample_ids) <= 0).any():
                     raise ValueError("exclusions must come in the order of shard and row, each sample once")
-                last, rows = int(places[-1]), rows + table.num_rows
-                held.append(table)
-                if sum(t.num_rows for t in held) >= GROUP:
-                    joined = pa.concat_tables(held).unify_dictionaries()
+                last, rows = int(sample_ids[-1]), rows + table.num_rows
+                pending.append(table)
+                if sum(t.num_rows for t in pending) >= GROUP:
+                    joined = pa.concat_tables(pending).unify_dictionaries()
                     full = joined.num_rows // GROUP * GROUP
                     writer.write_table(joined.slice(0, full), row_group_size=GROUP)
-                    held = [joined.slice(full)] if full < joined.num_rows else []
-            if held:
-                writer.write_table(pa.concat_tables(held).unify_dictionaries(), row_group_size=GROUP)
+                    pending = [joined.slice(full)] if full < joined.num_rows else []
+            if pending:
+                writer.write_table(pa.concat_tables(pending).unify_dictionaries(), row_group_size=GROUP)
         if not rows:
             return None
         name = f"exclusions-{digest_file(path)[:16]}.parquet"
@@ -89,7 +89,7 @@ class Exclusions:
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
         self._parquet: Any = None
-        self._held: tuple[int, int, pa.Table] | None = None
+        self._cached: tuple[int, int, pa.Table] | None = None
         self._first = self._last = np.zeros(0, np.int64)
 
     def __len__(self) -> int:
@@ -106,10 +106,10 @@ class Exclusions:
             end = int(np.searchsorted(self._first, shard, "right"))
             if first >= end:
                 return SCHEMA.empty_table()
-            if self._held is None or self._held[:2] != (first, end):
-                self._held = None
-                self._held = (first, end, self._parquet.read_row_groups(list(range(first, end)), use_threads=False))
-            table = self._held[2]
+            if self._cached is None or self._cached[:2] != (first, end):
+                self._cached = None
+                self._cached = (first, end, self._parquet.read_row_groups(list(range(first, end)), use_threads=False))
+            table = self._cached[2]
             shards = table["shard"].to_numpy()
             begin = int(np.searchsorted(shards, shard))
             return table.slice(begin, int(np.searchsorted(shards, shard, "right")) - begin)
@@ -146,7 +146,7 @@ class Exclusions:
         with self._lock:
             if self._file is not None:
                 self._file.close()
-            self._file = self._parquet = self._held = None
+            self._file = self._parquet = self._cached = None
 
     def _open(self) -> Any:
         if self.url is None or self._parquet is not None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 STATUSES = ("success", "failed_to_download", "failed_to_resize", "filtered", "duplicate", "opted_out")
 
 MAX_PIXELS = 64_000_000
-PLACE = ("image_offset", "image_size", "image_file")  # of the sidecar: where a picture lies
+LOCATION = ("image_offset", "image_size", "image_file")  # of the sidecar: where a picture lies
 _GAP = 16 << 10  # what may lie between two pictures that are read at once: headers, a caption, its JSON
 
 
@@ -39,22 +39,22 @@ def pack_tar(samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[bytes, li
     members' (offset, size) by extension.
     """
     pieces: list[bytes] = []
-    places: list[dict[str, tuple[int, int]]] = []
+    extents: list[dict[str, tuple[int, int]]] = []
     offset = 0
     for key, members in samples:
         if "." in key or "/" in key or not key:
             raise ValueError(f"the key '{key}' may have neither a dot nor a slash")
-        place = {}
+        extent = {}
         for extension in sorted(members):  # the order in which webdataset writes them
             data = members[extension]
             padding = -len(data) % tarfile.BLOCKSIZE
             pieces += (_tar_header(f"{key}.{extension}", len(data)), data, bytes(padding))
-            place[extension] = (offset + tarfile.BLOCKSIZE, len(data))
+            extent[extension] = (offset + tarfile.BLOCKSIZE, len(data))
             offset += tarfile.BLOCKSIZE + len(data) + padding
-        places.append(place)
+        extents.append(extent)
     end = 2 * tarfile.BLOCKSIZE
     pieces.append(bytes(end + -(offset + end) % tarfile.RECORDSIZE))
-    return b"".join(pieces), places
+    return b"".join(pieces), extents
 
 
 def _tar_header(name: str, size: int) -> bytes:
@@ -97,7 +97,7 @@ class ImageShard:
         # Pictures that were adopted lie in tars of others, which are only read.
         files = self.table["image_file"].to_pylist() if "image_file" in self.table.column_names else None
         self._elsewhere = None if files is None else np.array(files, object)[self.rows]
-        self._held: dict[int, bytes] = {}
+        self._fetched: dict[int, bytes] = {}
         self._file: IO[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -125,7 +125,7 @@ class ImageShard:
             return [None] * len(samples)
         return list(self.table[name].take(pa.array(self.rows[samples])).to_pylist())
 
-    def pictures(self, samples: np.ndarray) -> list[bytes]:
+    def encoded_images(self, samples: np.ndarray) -> list[bytes]:
         """The encoded pictures of these samples; where they lie together, by one read."""
         if len(samples) == 0:
             return []
@@ -149,8 +149,8 @@ class ImageShard:
         """The encoded picture of sample `i`."""
         if self._elsewhere is not None:
             with self._lock:
-                held = self._held.pop(i, None)
-            return held if held is not None else self._from_elsewhere(np.array([i]))[0]
+                fetched = self._fetched.pop(i, None)
+            return fetched if fetched is not None else self._from_elsewhere(np.array([i]))[0]
         offset, size = int(self._offsets[i]), int(self._sizes[i])
         if self._file is None and not storage.is_local(self.url):
             # A file object of an object store reads ahead by many times a picture.
@@ -173,7 +173,7 @@ class ImageShard:
             if any(not storage.is_local(f) for f in set(self._elsewhere.tolist())):
                 found = self._from_elsewhere(np.arange(len(self)))
                 with self._lock:
-                    self._held = dict(enumerate(found))
+                    self._fetched = dict(enumerate(found))
             return
         if not storage.is_local(self.url):
             data = storage.read_bytes(self.url)
@@ -183,7 +183,7 @@ class ImageShard:
     def close(self) -> None:
         """Close the tar; it is opened again when needed."""
         with self._lock:
-            self._held = {}
+            self._fetched = {}
             if self._file is not None:
                 self._file.close()
                 self._file = None
@@ -213,7 +213,7 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise ValueError(_undecodable(e)) from None
 
 
-def is_picture(data: bytes) -> bool:
+def is_image(data: bytes) -> bool:
     """Whether this begins as JPEG, PNG and WebP do. A picture that is taken down is a comment of the tar, or zeros."""
     return data.startswith((b"\xff\xd8", b"\x89PNG", b"RIFF"))
 
@@ -227,7 +227,7 @@ def is_rgb(data: bytes) -> bool:
         raise ValueError(_undecodable(e)) from None
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
+def pixel_size(data: bytes) -> tuple[int, int]:
     """Width and height of a picture as `decode_rgb` gives it, from its header; raises ValueError where it has none."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:

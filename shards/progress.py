@@ -160,7 +160,7 @@ class Progress:
     def _record(self) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         with contextlib.suppress(RuntimeError):  # changed at this very moment; the next record has them
-            figures = {k: v for k, v in self.figures.items() if _can_be_told(v)}
+            figures = {k: v for k, v in self.figures.items() if _fits_json(v)}
         rate, done, total, state = self.rate, self.done, self.total, self.state
         left = (total - done) / rate if rate > 0 and total else None
         return {
@@ -179,5 +179,5 @@ class Progress:
         }
 
 
-def _can_be_told(value: Any) -> bool:
+def _fits_json(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, (int, float)) and math.isfinite(value))  # JSON has no infinity

@@ -127,16 +127,16 @@ def resolved(data: Mapping[str, Any], base: str) -> dict[str, Any]:
 
 def _resolve(here: Any, keys: Sequence[str], change: Callable[[str, str], str], base: str) -> None:
     key, *rest = keys
-    places: Sequence[Any] = ()
+    found: Sequence[Any] = ()
     if isinstance(here, dict):
-        places = list(here) if key == "*" else [key] if key in here else []
+        found = list(here) if key == "*" else [key] if key in here else []
     elif isinstance(here, list) and key == "*":
-        places = range(len(here))
-    for place in places:
+        found = range(len(here))
+    for index in found:
         if rest:
-            _resolve(here[place], rest, change, base)
-        elif isinstance(here[place], str):
-            here[place] = change(here[place], base)
+            _resolve(here[index], rest, change, base)
+        elif isinstance(here[index], str):
+            here[index] = change(here[index], base)
 
 
 def absolute(path: str, base: str) -> str:
@@ -201,18 +201,18 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
                     f"override '{override}': '{where}' is a list of {len(here)}; name one by its place, from "
                     f"{where}.0 to {where}.{max(len(here) - 1, 0)}, or give the whole list"
                 )
-            place: Any = int(key)
+            index: Any = int(key)
         elif isinstance(here, dict):
-            place = key
+            index = key
         else:
             raise ConfigError(f"override '{override}': '{where}' is a single value in the configuration, not a section")
         if last:
-            here[place] = value
-        elif isinstance(here, dict) and here.get(place) is None:
-            here[place] = {}
-            here = here[place]
+            here[index] = value
+        elif isinstance(here, dict) and here.get(index) is None:
+            here[index] = {}
+            here = here[index]
         else:
-            here = here[place]
+            here = here[index]
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
@@ -226,8 +226,8 @@ def _sentence(model: type[pydantic.BaseModel], error: pydantic.ValidationError, 
     where = ".".join(str(x) for x in first["loc"]) or "top level"
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     if first["type"] == "extra_forbidden":
-        owner = _model_at(model, first["loc"][:-1])
-        names = list(owner.model_fields) if owner else []
+        section = _model_at(model, first["loc"][:-1])
+        names = list(section.model_fields) if section else []
         return f"{source}: unknown key '{where}'{_nearest(str(first['loc'][-1]), names) if names else ''}{more}"
     if first["type"] == "missing":
         return f"{source}: '{where}' is missing and has no default{more}"

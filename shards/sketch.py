@@ -55,5 +55,5 @@ def quantile(histogram: Mapping[str, int], q: float) -> float:
     low, _, counts = edges(histogram)
     if not len(counts):
         return float("nan")
-    place = int(np.searchsorted(np.cumsum(counts), q * counts.sum(), side="left"))
-    return float(low[min(place, len(low) - 1)])
+    bin_ = int(np.searchsorted(np.cumsum(counts), q * counts.sum(), side="left"))
+    return float(low[min(bin_, len(low) - 1)])

@@ -38,7 +38,7 @@ PERSIST_PAUSES_S = (1.0, 4.0, 10.0)
 
 def persist(commit: Callable[[], T]) -> T:
     """Call `commit`, and again after a while where it fails: what a store refuses for a moment was costly to make, and
-    is in hand. Raises what the last try raised."""
+    is at hand. Raises what the last try raised."""
     for pause in PERSIST_PAUSES_S:
         try:
             return commit()
@@ -56,8 +56,8 @@ class Stage(Protocol):
     One whose manifest holds what was worked out over the whole run may have two methods more: `is_current() -> bool`,
     whether that was done with the present settings, and `begin(redo: bool)`, called under the lease in the place of
     `begin` below; a stage that `plans` is given `each` too. One whose worker may be called from several threads may
-    say how many shards it wants at a time (`in_hand`). Stats that hold `encode_seconds` and `wait_seconds` are summed
-    up beside the progress bar.
+    say how many shards it wants at a time (`max_in_flight`). Stats that hold `encode_seconds` and `wait_seconds` are
+    summed up beside the progress bar.
     """
 
     @property

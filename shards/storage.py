@@ -269,11 +269,11 @@ def written_at(url: str) -> float | None:
         if isinstance(fs, LocalFileSystem):
             return os.stat(path).st_mtime
         fs.invalidate_cache()
-        told = fs.info(path)
+        info = fs.info(path)
     except FileNotFoundError:
         return None
     for name in ("LastModified", "last_modified", "updated", "mtime"):
-        value = told.get(name)
+        value = info.get(name)
         if isinstance(value, str):
             value = datetime.datetime.fromisoformat(value)
         if isinstance(value, datetime.datetime):
@@ -288,8 +288,8 @@ def _local_mark(info: os.stat_result) -> int:
 def _mark(info: dict[str, Any]) -> int:
     """Of a file on an object store, by whichever of these its file system tells."""
     names = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "updated", "mtime", "created")
-    told = next((str(info[n]) for n in names if info.get(n) is not None), secrets.token_hex(8))
-    return int.from_bytes(hashlib.sha256(told.strip('"').encode()).digest()[:8], "big") % 2**63
+    version = next((str(info[n]) for n in names if info.get(n) is not None), secrets.token_hex(8))
+    return int.from_bytes(hashlib.sha256(version.strip('"').encode()).digest()[:8], "big") % 2**63
 
 
 def read_many(urls: Sequence[str]) -> list[bytes | None]:

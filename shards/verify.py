@@ -10,8 +10,8 @@ from shards.listing import STATS, listed
 from shards.stats import parse_stats, read_stats, read_stats_of
 
 
-def verify(root: str, deep: bool = False) -> Iterator[tuple[int, str]]:
-    """(number, what is wrong) of each damaged shard of a folder, in order. deep: read every file and compare sha256.
+def verify(root: str, contents: bool = False) -> Iterator[tuple[int, str]]:
+    """(number, what is wrong) of each damaged shard of a folder, in order. contents: compare sha256 too.
 
     A shard that was begun and not committed is not damaged: the stage's next run ends it.
     """
@@ -28,12 +28,12 @@ def verify(root: str, deep: bool = False) -> Iterator[tuple[int, str]]:
                 yield index, f"{root}/{name}{suffix} has {lies} where {file['size']} were committed"
                 break
         else:
-            if deep and (problem := verify_shard(root, index)):
+            if contents and (problem := verify_shard(root, index)):
                 yield index, problem
 
 
-def verify_shard(root: str, index: int, deep: bool = True) -> str:
-    """What is wrong with one committed shard, an empty string where all is well. deep: by sha256, else by size."""
+def verify_shard(root: str, index: int, contents: bool = True) -> str:
+    """What is wrong with one committed shard, an empty string where all is well. contents: by sha256, else by size."""
     stats = read_stats(root, index)
     name = shard_name(index)
     if stats is None:
@@ -43,7 +43,7 @@ def verify_shard(root: str, index: int, deep: bool = True) -> str:
         found = storage.size(url)
         if found != file["size"]:
             return f"{url} has {'no file' if found is None else f'{found} bytes'} where {file['size']} were committed"
-        if deep and storage.digest(url) != file["sha256"]:
+        if contents and storage.digest(url) != file["sha256"]:
             return f"{url} does not have the sha256 that was committed"
     return ""
 

@@ -61,7 +61,7 @@ def hinge(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def held(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """Context: what goes through the module gives its parameters no gradient, but goes on to what came in."""
     live = [p for p in module.parameters() if p.requires_grad]
     for p in live:

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from latents.encoders import Vae
-from latents.pictures import resize_crop
+from latents.resize import resize_crop
 from latents.weights import find_vae
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, perceptual, segments
-from train.adversarial import Balance, Discriminator, held, hinge
+from train.adversarial import Balance, Discriminator, frozen, hinge
 from train.config import AdversarialConfig, AutoencoderConfig
-from train.data import Batch, Pictures
+from train.data import Batch, ImageSamples
 from train.objective import Objective, construct, public_config
 from train.randomness import Randomness
 from train.segments import History
@@ -34,7 +34,7 @@ class Autoencoder(Objective):
     """
 
     def __init__(self, config: AutoencoderConfig, dataset: Dataset, seed: int, history: History | None = None) -> None:
-        placement = segments.place(config, [dataset], seed, history)
+        placement = segments.placement_of(config, [dataset], seed, history)
         vae = begun(config) if config.start_from else constructed(config, seed)
         super().__init__(vae, public_config(vae), placement)
         self.shrink = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -47,7 +47,7 @@ class Autoencoder(Objective):
         self.config, self.random = config, Randomness(seed)
         self.channels = int(vae.config.latent_channels)
         self._fits = {side: functools.partial(_fitted, side) for side in config.resolutions}
-        self.pictures = Pictures(dataset, placement, self._fits[config.resolutions[0]], config.cache_bytes)
+        self.image_samples = ImageSamples(dataset, placement, self._fits[config.resolutions[0]], config.cache_bytes)
         self.perceptual = perceptual.load(config.perceptual.weights) if config.perceptual else None
         if self.perceptual:
             self.perceptual.require(config.resolutions[-1], "autoencoder.resolution")
@@ -73,7 +73,7 @@ class Autoencoder(Objective):
         side = self.side(int(positions[0]))
         shape = (self.channels, side // self.shrink, side // self.shrink)
         found = {
-            "pixels": torch.from_numpy(self.pictures.pixels(positions, self._fits[side])),
+            "pixels": torch.from_numpy(self.image_samples.pixels(positions, self._fits[side])),
             "noise": torch.from_numpy(self.random.normal("autoencoder", positions, shape)),
         }
         if self.config.adversarial:
@@ -83,15 +83,15 @@ class Autoencoder(Objective):
 
     def expect(self, positions: np.ndarray) -> None:
         """Begin to read these pictures."""
-        self.pictures.expect(positions)
+        self.image_samples.expect(positions)
 
     def close(self) -> None:
         """Let go of what reads ahead."""
-        self.pictures.close()
+        self.image_samples.close()
 
     def keys(self, positions: np.ndarray) -> list[str]:
         """The pictures' keys."""
-        return self.pictures.keys(positions)
+        return self.image_samples.keys(positions)
 
     def networks(self) -> list[torch.nn.Module]:
         """The two halves, which are what is called."""
@@ -111,9 +111,9 @@ class Autoencoder(Objective):
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         output = self.model.decode(mean + torch.exp(0.5 * logvar) * batch["noise"], return_dict=False)[0].float()
         adversarial = torch.zeros((), device=x.device)
-        told: list[torch.Tensor] = []
+        adversarial_figures: list[torch.Tensor] = []
         if c.adversarial:
-            output, adversarial, told = self._adversarial(c.adversarial, x, output, batch["adversarial"])
+            output, adversarial, adversarial_figures = self._adversarial(c.adversarial, x, output, batch["adversarial"])
         l1, mse = (output - x).abs().mean(), (output - x).square().mean(dim=(1, 2, 3))
         # KL(N(mean, var) | N(0, 1)) summed over the latent (Kingma & Welling 2013, appendix B), per picture value.
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum() / x.numel()
@@ -125,7 +125,7 @@ class Autoencoder(Objective):
             loss = loss + c.perceptual.weight * distance
             figures.append(distance)
         loss = loss + adversarial - adversarial.detach()
-        return loss, torch.stack([f.detach().float() for f in (*figures, *told)])
+        return loss, torch.stack([f.detach().float() for f in (*figures, *adversarial_figures)])
 
     def _adversarial(
         self, config: AdversarialConfig, x: torch.Tensor, output: torch.Tensor, counts: torch.Tensor
@@ -137,7 +137,7 @@ class Autoencoder(Objective):
         output, seen = Balance.apply(output, hidden if config.adaptive else None, kernel, config.weight * counts)
         real, fake = discriminator(torch.cat([x, output.detach()])).float().chunk(2)
         learns = hinge(real, fake)
-        with held(discriminator):
+        with frozen(discriminator):
             wanted = -discriminator(seen).float().mean(dim=(1, 2, 3))
         return output, (counts * learns + wanted).mean(), [learns.mean(), real.mean(), fake.mean()]
 

@@ -61,7 +61,7 @@ class Saver:
         self._group = dist.new_group(backend="gloo")
         self.attempt: str = ranks.from_first(secrets.token_hex(4))
         self._name = f"rank-{ranks.rank:05d}-of-{ranks.world:05d}-{self.attempt}.safetensors"
-        self._held: dict[tuple[int, str], torch.Tensor] = {}
+        self._copies: dict[tuple[int, str], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self.error: str | None = None
 
@@ -87,9 +87,9 @@ class Saver:
             if flat not in used:
                 continue
             first, end = used[flat]
-            if (flat, state) not in self._held:  # kept: fresh pages would cost more than the copy
-                self._held[flat, state] = torch.empty(end - first, pin_memory=pinned)
-            self._held[flat, state].copy_(values[first:end], non_blocking=True)
+            if (flat, state) not in self._copies:  # kept: fresh pages would cost more than the copy
+                self._copies[flat, state] = torch.empty(end - first, pin_memory=pinned)
+            self._copies[flat, state].copy_(values[first:end], non_blocking=True)
         others = self._others() if self.ranks.first else {}
         if pinned:
             torch.cuda.current_stream().synchronize()
@@ -129,9 +129,9 @@ class Saver:
         aside = storage.join(self.root, POSTHOC, folders.name_of(folder))
         records: list[dict[str, Any]] = []
         try:
-            records.append(self._rank_file(folder, dict(self._held), rows))
+            records.append(self._rank_file(folder, dict(self._copies), rows))
             if further:
-                halves = {k: v.half() for k, v in self._held.items() if k[1] in further}
+                halves = {k: v.half() for k, v in self._copies.items() if k[1] in further}
                 records.append(self._rank_file(aside, halves, rows))
             if others:
                 records += [self._others_file(where, others) for where in ((folder, aside) if further else (folder,))]
@@ -140,11 +140,11 @@ class Saver:
         try:
             everyone: list[Any] = [None] * self.ranks.world
             dist.all_gather_object(everyone, records, group=self._group)
-            told = [record for rank in everyone for record in rank]
-            errors = [r["error"] for r in told if "error" in r]
+            all_records = [record for rank in everyone for record in rank]
+            errors = [r["error"] for r in all_records if "error" in r]
             outcome = ["; ".join(errors)]
             if self.ranks.first and not errors:
-                outcome = [self._commit(folder, aside if further else None, manifest, told)]
+                outcome = [self._commit(folder, aside if further else None, manifest, all_records)]
             dist.broadcast_object_list(outcome, 0, group=self._group)
             if outcome[0]:
                 self.error = f"{folder}: the checkpoint cannot be written: {outcome[0]}"
@@ -168,8 +168,8 @@ class Saver:
         at = 0
         for (flat, state), values in arrays.items():
             kind = "F16" if values.dtype == torch.float16 else "F32"
-            place = [at, at + values.nbytes]
-            header[f"{flat}.{state}"] = {"dtype": kind, "shape": [len(values)], "data_offsets": place}
+            span = [at, at + values.nbytes]
+            header[f"{flat}.{state}"] = {"dtype": kind, "shape": [len(values)], "data_offsets": span}
             at += values.nbytes
         head = json.dumps(header).encode()
         head += b" " * (-len(head) % 8)
@@ -282,8 +282,8 @@ class Index:
             width = _TYPES[kind].itemsize
             for number, offset, length, flat, start in entry["pieces"]:
                 for state, begin in states.get(flat, ()):
-                    place = (offset, length, f"{self.path}/{file}", begin + width * start, kind)
-                    self._found.setdefault((state, named[number][0]), []).append(place)
+                    piece = (offset, length, f"{self.path}/{file}", begin + width * start, kind)
+                    self._found.setdefault((state, named[number][0]), []).append(piece)
 
     def _index_first_format(self) -> None:
         """A file a state, keyed by parameter: what the moments' files hold is trained, what else there is is not."""

@@ -18,7 +18,7 @@ from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, segments
 from train.config import ClipConfig
-from train.data import Batch, Pictures
+from train.data import Batch, ImageSamples
 from train.objective import Objective, construct, refuse_unknown
 from train.segments import History
 
@@ -42,7 +42,7 @@ class Clip(Objective):
         # open_clip calls a gather that this PyTorch calls deprecated; nobody here can act on that.
         warnings.filterwarnings("ignore", category=FutureWarning, module="open_clip")
         check_clip_config(config.model)
-        placement = segments.place(config, [dataset], seed, history)
+        placement = segments.placement_of(config, [dataset], seed, history)
         # A logit scale of shape [1], since DeepSpeed cannot broadcast a scalar parameter.
         clip = construct(open_clip.CLIP, {**config.model, "nonscalar_logit_scale": True}, "clip.model", seed)
         if config.initialisation == "spread":
@@ -57,7 +57,7 @@ class Clip(Objective):
         self._tokens = functools.lru_cache(maxsize=100_000)(lambda caption: self._tokenizer(caption)[0])
         if config.wrong_captions:
             require_column(dataset, config.wrong_captions)
-        self.pictures = Pictures(dataset, placement, self._fit(), config.cache_bytes, config.wrong_captions)
+        self.image_samples = ImageSamples(dataset, placement, self._fit(), config.cache_bytes, config.wrong_captions)
         mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (self.preprocess.mean, self.preprocess.std))
         self._mean, self._std = mean, std
 
@@ -77,19 +77,19 @@ class Clip(Objective):
     def batch(self, positions: np.ndarray) -> Batch:
         """pixels uint8 [B,S,S,3] and tokens int64 [B,context].
 
-        Where there are wrong captions, M in all and at most K of an image, tokens are [B+M,context], and `place`, int64
+        Where there are wrong captions, M in all and at most K of an image, tokens are [B+M,context], and `cell`, int64
         [M], says where each belongs in a table [B,K], which is of the shape of `wrong`, bool.
         """
-        captions = self.pictures.captions(positions)
-        batch = {"pixels": torch.from_numpy(self.pictures.pixels(positions))}
+        captions = self.image_samples.captions(positions)
+        batch = {"pixels": torch.from_numpy(self.image_samples.pixels(positions))}
         if self.config.wrong_captions:
-            wrong = self.pictures.texts(self.config.wrong_captions, positions)
+            wrong = self.image_samples.texts(self.config.wrong_captions, positions)
             most = max(map(len, wrong))
-            places = [i * most + k for i, texts in enumerate(wrong) for k in range(len(texts))]
+            cells = [i * most + k for i, texts in enumerate(wrong) for k in range(len(texts))]
             captions += [text for texts in wrong for text in texts]
-            batch["place"] = torch.tensor(places, dtype=torch.int64)
+            batch["cell"] = torch.tensor(cells, dtype=torch.int64)
             batch["wrong"] = torch.zeros(len(wrong), most, dtype=torch.bool)
-            batch["wrong"].view(-1)[batch["place"]] = True
+            batch["wrong"].view(-1)[batch["cell"]] = True
         return {**batch, "tokens": torch.stack([self._tokens(c) for c in captions])}
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,15 +109,15 @@ class Clip(Objective):
 
     def expect(self, positions: np.ndarray) -> None:
         """Begin to read these pictures."""
-        self.pictures.expect(positions)
+        self.image_samples.expect(positions)
 
     def close(self) -> None:
         """Let go of what reads ahead."""
-        self.pictures.close()
+        self.image_samples.close()
 
     def keys(self, positions: np.ndarray) -> list[str]:
         """The pictures' keys."""
-        return self.pictures.keys(positions)
+        return self.image_samples.keys(positions)
 
     def checkpoint_activations(self) -> None:
         """open_clip's own name for it."""
@@ -167,10 +167,10 @@ def require_column(dataset: Dataset, name: str) -> None:
 
 def _to_wrong(image: torch.Tensor, wrong: torch.Tensor, scale: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Logits of images [B,D] with their own wrong captions [M,D]: float32 [B,K], minus infinity where there is none."""
-    table, place = batch["wrong"], batch["place"]
-    own = scale * (image[place // max(1, table.shape[1])] * wrong).sum(dim=1)
+    table, cell = batch["wrong"], batch["cell"]
+    own = scale * (image[cell // max(1, table.shape[1])] * wrong).sum(dim=1)
     empty = torch.full((table.numel(),), -torch.inf, device=image.device)
-    return empty.scatter(0, place, own).view(table.shape)
+    return empty.scatter(0, cell, own).view(table.shape)
 
 
 def check_clip_config(model: dict[str, Any]) -> None:

@@ -1,12 +1,12 @@
-"""What a UNet is told beside x_t and the timestep: captions, and for SDXL their pooled embedding and sizes.
+"""What a UNet is given beside x_t and the timestep: captions, and for SDXL their pooled embedding and sizes.
 
     Stored     the embeddings lie in the latent shards
     Encoded    tokens lie there, or captions are drawn; the frozen CLIP runs within the step, where the UNet runs
     Learning   as Encoded, but the text encoder learns with the UNet (adapters.py says how much of it)
 
 and in inversion.py, where a word alone learns. Each has two halves: `batch` makes what one micro-batch needs, on the
-CPU in the loader's thread, and touches no device; `told` is called within the step and gives what the UNet is called
-with.
+CPU in the loader's thread, and touches no device; `condition` is called within the step and gives what the UNet is
+called with.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from latents.text import Text, mask_of
 from shards.settings import ConfigError
 from train.data import Batch
 
-# The text [B,context,width], and for a UNet that is told sizes what else it is called with.
-Told = tuple[torch.Tensor, dict[str, torch.Tensor] | None]
+# The text [B,context,width], and for a UNet that is given sizes what else it is called with.
+Condition = tuple[torch.Tensor, dict[str, torch.Tensor] | None]
 
 
 class Conditioning:
     """Captions as the shards hold them, and how they reach the UNet.
 
-    sized: the UNet is told sizes and pooled text, as SDXL's is. module: what of this learns; None where nothing does.
+    sized: the UNet is given sizes and pooled text, as SDXL's is. module: what of this learns; None where nothing does.
     stored: the embeddings lie in the shards, so that no encoder is at hand.
     """
 
@@ -63,12 +63,12 @@ class Conditioning:
         """What stands for these prompts, as `captions` gives it for captions; text: the encoder, where `stored`."""
         raise NotImplementedError
 
-    def told(self, batch: Batch) -> Told:
+    def condition(self, batch: Batch) -> Condition:
         """What the UNet is called with, where the batch lies."""
         raise NotImplementedError
 
     def mask(self, batch: Batch, text: torch.Tensor) -> torch.Tensor | None:
-        """Which places of `told`'s text the UNet attends to, int64 [B,context]; None for all, as of a CLIP."""
+        """Which places of `condition`'s text the UNet attends to, int64 [B,context]; None for all, as of a CLIP."""
         return mask_of(batch["text_length"], text.shape[1]) if "text_length" in batch else None
 
     def checkpoint_activations(self) -> None:
@@ -76,7 +76,7 @@ class Conditioning:
 
 
 class Stored(Conditioning):
-    """text float32 [B,context,width] from the shards; for a UNet that is told sizes, pooled [B,width] too."""
+    """text float32 [B,context,width] from the shards; for a UNet that is given sizes, pooled [B,width] too."""
 
     stored = True
 
@@ -108,7 +108,7 @@ class Stored(Conditioning):
             batch["text_length"] = torch.from_numpy(tokens["text_length"])
         return batch
 
-    def told(self, batch: Batch) -> Told:
+    def condition(self, batch: Batch) -> Condition:
         """As the batch holds them."""
         if not self.sized:
             return batch["text"], None
@@ -143,7 +143,7 @@ class Encoded(Conditioning):
         """Their tokens."""
         return {name: torch.from_numpy(ids) for name, ids in self.text.tokens_of(prompts).items()}
 
-    def told(self, batch: Batch) -> Told:
+    def condition(self, batch: Batch) -> Condition:
         """The frozen encoders' features, in the arithmetic that autocast has here (bf16 on a GPU), else in float32."""
         kind = batch["tokens"].device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
@@ -165,7 +165,7 @@ class Learning(Encoded):
         self.depth = len(kept_blocks(text.tower, text.layer))
         del text.model, text.tower  # the same weights a second time
 
-    def told(self, batch: Batch) -> Told:
+    def condition(self, batch: Batch) -> Condition:
         """The learning encoder's features, with their gradient."""
         assert self.module is not None
         if not self.sized:
@@ -187,11 +187,11 @@ class Joint(nn.Module):
         self.unet, self.text = unet, text
 
 
-def require_told(unet: dict[str, Any], pooled: int, field: str) -> None:
-    """Raises ConfigError where a UNet that is told sizes expects something else beside the time than these."""
-    told, one = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
-    if one is None or told != pooled + 6 * one:
+def require_added_width(unet: dict[str, Any], pooled: int, field: str) -> None:
+    """Raises ConfigError where a UNet that is given sizes expects something else beside the time than these."""
+    width, one = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    if one is None or width != pooled + 6 * one:
         raise ConfigError(
-            f"{field}: its projection_class_embeddings_input_dim is {told}, but {pooled} values of pooled text and six "
-            f"sizes of addition_time_embed_dim {one} each are what it is told beside the time"
+            f"{field}: its projection_class_embeddings_input_dim is {width}, but {pooled} values of pooled text and "
+            f"six sizes of addition_time_embed_dim {one} each are what it is given beside the time"
         )

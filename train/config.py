@@ -473,21 +473,21 @@ class InversionConfig(Strict):
 
     @field_validator("templates")
     @classmethod
-    def _places(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _has_placeholder(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not all(t.count("{}") == 1 for t in value):
             raise ValueError("each of templates must have one {} for the token")
         return value
 
 
 class InpaintConfig(Strict):
-    """Inpainting, as Stable Diffusion's: the UNet is told a mask, drawn anew for every sample, and the latents of the
+    """Inpainting, as Stable Diffusion's: the UNet is given a mask, drawn anew for every sample, and the latents of the
     picture without what lies under it."""
 
     whole: float = Field(default=0.25, ge=0, le=1, description="share of masks that cover everything")
 
 
 class EditConfig(Strict):
-    """Editing by instruction (InstructPix2Pix, Brooks 2023): the UNet is told the latents of the picture before."""
+    """Editing by instruction (InstructPix2Pix, Brooks 2023): the UNet is given the latents of the picture before."""
 
     before: str = Field(
         default="before",
@@ -501,8 +501,8 @@ class EditConfig(Strict):
 
 
 class UpscaleConfig(Strict):
-    """A decoder for small pictures, as Stable Diffusion's x4 upscaler: the UNet is told the picture at the latents'
-    size, with noise of a level that it is told too (Ho 2021, arXiv:2106.15282), and draws it as large as the VAE does.
+    """A decoder for small pictures, as Stable Diffusion's x4 upscaler: the UNet is given the picture at the latents'
+    size, with noise of a level that it is given too (Ho 2021, arXiv:2106.15282), and draws it as large as the VAE does.
     """
 
     max_noise_level: int = Field(
@@ -511,7 +511,7 @@ class UpscaleConfig(Strict):
 
 
 class ControlConfig(Strict):
-    """ControlNet (Zhang 2023): a second network, told a control image, steers the frozen UNet of start_from."""
+    """ControlNet (Zhang 2023): a second network, given a control image, steers the frozen UNet of start_from."""
 
     kind: Literal["canny", "sketch", "blur", "gray"] = Field(
         default="canny", description="how control images are made of the pictures that are trained on"
@@ -577,7 +577,7 @@ class SamplesConfig(Strict):
     seed: int = Field(default=0, ge=0)
 
 
-TOLD = ("inpaint", "edit", "upscale", "control")  # fields of TrainConfig
+IMAGE_CONDITIONS = ("inpaint", "edit", "upscale", "control")  # fields of TrainConfig
 
 
 class TrainConfig(FitConfig):
@@ -597,9 +597,9 @@ class TrainConfig(FitConfig):
         default=None, description="the text encoder of the latents learns too; null: it is frozen"
     )
     textual_inversion: InversionConfig | None = Field(default=None, description="learn a word for start_from alone")
-    inpaint: InpaintConfig | None = Field(default=None, description="the UNet is told a mask and what lies around it")
-    edit: EditConfig | None = Field(default=None, description="the UNet is told the picture that a caption changes")
-    upscale: UpscaleConfig | None = Field(default=None, description="the UNet is told the picture made small")
+    inpaint: InpaintConfig | None = Field(default=None, description="the UNet is given a mask and what lies around it")
+    edit: EditConfig | None = Field(default=None, description="the UNet is given the picture that a caption changes")
+    upscale: UpscaleConfig | None = Field(default=None, description="the UNet is given the picture made small")
     control: ControlConfig | None = Field(default=None, description="train a ControlNet beside start_from")
     sources: FromHereOn[tuple[SourceConfig, ...]] = Field(
         default=(SourceConfig(),), min_length=1, description="data sets mixed by weight; by default the run's latents"
@@ -702,27 +702,27 @@ class TrainConfig(FitConfig):
         return (self.resolution,) if isinstance(self.resolution, int) else self.resolution
 
     @property
-    def told(self) -> str | None:
-        """The field by which the UNet is told a picture (pictures.py); None where it is told none."""
-        return next((name for name in TOLD if getattr(self, name)), None)
+    def conditioned_by(self) -> str | None:
+        """The field by which the UNet is given a picture (image_conditioning.py); None where it is given none."""
+        return next((name for name in IMAGE_CONDITIONS if getattr(self, name)), None)
 
     @model_validator(mode="after")
-    def _pictures(self) -> Self:
-        names = [name for name in TOLD if getattr(self, name)]
+    def _image_conditions(self) -> Self:
+        names = [name for name in IMAGE_CONDITIONS if getattr(self, name)]
         if len(names) > 1:
-            raise ValueError(f"{' and '.join(names)} are two ways to be told a picture; set one of them")
+            raise ValueError(f"{' and '.join(names)} are two ways to be given a picture; set one of them")
         if not names:
             return self
         for other in ("textual_inversion", *(("adapter", "text_encoder") if self.control else ())):
             if getattr(self, other):
                 raise ValueError(f"{names[0]} and {other} are two ways to fine-tune; set one of them")
         if self.flip:
-            raise ValueError(f"flip cannot go with {names[0]}, whose pictures are told as they lie; leave it out")
+            raise ValueError(f"flip cannot go with {names[0]}, whose pictures are given as they lie; leave it out")
         if self.control and not self.start_from:
             raise ValueError("control steers a model that is there; name it with start_from")
         if self.samples:
             raise ValueError(
-                f"samples are drawn from prompts alone, and with {names[0]} a picture is told too; leave it out"
+                f"samples are drawn from prompts alone, and with {names[0]} a picture is given too; leave it out"
             )
         return self
 

@@ -19,12 +19,12 @@ import pyarrow as pa
 import torch
 
 from latents.encoders import other_encoder
-from latents.pictures import crop_place
+from latents.resize import crop_place
 from latents.stage import FEATURES, FLIPPED, texts_in
 from shards import storage
 from shards.columns import COLUMN_ROW, ENDS, ColumnFile, Columns, column, column_rows, members, packed_rows
 from shards.dataset import Dataset
-from shards.images import PLACE, ImageShard, decode_rgb, is_picture
+from shards.images import LOCATION, ImageShard, decode_rgb, is_image
 from shards.selection import Selection
 from shards.settings import ConfigError, StageError
 from train import segments
@@ -34,8 +34,8 @@ from train.reader import Reader, Window
 from train.segments import History
 
 if TYPE_CHECKING:
+    from train.image_conditioning import ByKey
     from train.objective import Objective
-    from train.pictures import ByKey
     from train.ranks import Ranks
 
 Batch = dict[str, torch.Tensor]
@@ -45,7 +45,7 @@ TOKENS = ("tokens", "tokens_2", "text_length")  # columns of what a caption's en
 DECODERS = 4  # threads that decode pictures for one rank
 # Steps whose windows are asked for before their batches are made: at least, and at most where a quarter of what the
 # streams hold lasts that long. A step of 50 ms then leaves a store more than a second to answer.
-AHEAD, FAR_AHEAD = 4, 32
+LEAST_PREFETCH, MOST_PREFETCH = 4, 32
 
 
 def batch_slots(samples: int, rank: int, world: int, micro_step: int, accumulation: int) -> np.ndarray:
@@ -66,9 +66,9 @@ def micro_batches(objective: Objective, config: FitConfig, ranks: Ranks, images:
     share = config.batch_size // ranks.world
     micro = min(config.micro_batch_size or share, share)
     accumulation = share // micro
-    held = objective.placement.streams * objective.placement.window
-    least = max(AHEAD, -(-objective.placement.streams // config.batch_size))
-    steps = max(least, min(FAR_AHEAD, held // (4 * config.batch_size)))
+    capacity = objective.placement.streams * objective.placement.window
+    least = max(LEAST_PREFETCH, -(-objective.placement.streams // config.batch_size))
+    steps = max(least, min(MOST_PREFETCH, capacity // (4 * config.batch_size)))
 
     def made(positions: np.ndarray) -> Batch:
         batch = objective.batch(positions)
@@ -108,10 +108,10 @@ class Kept(Generic[K]):
         return value[0]
 
 
-class Pictures:
+class ImageSamples:
     """Pictures and captions of image shards, by position.
 
-    fit: uint8 [H,W,3] -> uint8 [R,R,3], where `pixels` is told no other. cache_bytes: fitted pictures are kept in
+    fit: uint8 [H,W,3] -> uint8 [R,R,3], where `pixels` is given no other. cache_bytes: fitted pictures are kept in
     memory up to this size; there is no eviction, since an order in which each sample comes once an epoch gains nothing
     from it.
     more: a column of the sidecar that is read too, for `texts`.
@@ -165,23 +165,23 @@ class Pictures:
 
     def _one(self, fit: Callable[[np.ndarray], np.ndarray], found: tuple[Window, int]) -> np.ndarray:
         window, at = found
-        place = (fit, int(window.shard[at]), int(window.row[at]))
-        picture = self._cache.get(place)
-        if picture is None:
+        sample = (fit, int(window.shard[at]), int(window.row[at]))
+        image = self._cache.get(sample)
+        if image is None:
             try:
-                picture = np.ascontiguousarray(fit(decode_rgb(window.columns["image"][at])))
+                image = np.ascontiguousarray(fit(decode_rgb(window.columns["image"][at])))
             except (OSError, ValueError) as e:
-                shard = self.dataset.shards[place[1]]
+                shard = self.dataset.shards[sample[1]]
                 raise StageError(
                     f"{self.dataset.root}: sample {window.columns['key'][at]} of shard {shard.name} cannot be read: {e}"
                 ) from e
-            if picture.nbytes <= self._room:
-                self._room -= picture.nbytes
-                self._cache[place] = picture
-        return picture
+            if image.nbytes <= self._room:
+                self._room -= image.nbytes
+                self._cache[sample] = image
+        return image
 
     def _open(self, position: int) -> ImageShard:
-        return ImageShard(self.dataset, position, ("status", *self._texts, *PLACE))
+        return ImageShard(self.dataset, position, ("status", *self._texts, *LOCATION))
 
     def _load(self, source: int, bucket: int, runs: list[tuple[int, int, int]]) -> Window:
         columns: dict[str, list[Any]] = {"image": [], **{name: [] for name in self._texts}}
@@ -194,13 +194,13 @@ class Pictures:
                 # Where samples were taken out since the run began, others of the shard come in their place.
                 wanted = np.arange(first, end) % max(1, len(shard))
                 there = len(shard) > 0
-                images = shard.pictures(wanted) if there else [b""] * len(wanted)
+                images = shard.encoded_images(wanted) if there else [b""] * len(wanted)
                 columns["image"] += images
                 for name in self._texts:
                     columns[name] += [v or "" for v in shard.values(name, wanted)] if there else [""] * len(wanted)
             shards += [position] * len(wanted)
             rows += wanted.tolist()
-            alive += map(is_picture, images)  # one may have been taken down since the sidecar was read
+            alive += map(is_image, images)  # one may have been taken down since the sidecar was read
         return Window(np.array(shards), np.array(rows), np.array(alive), dict(columns))
 
 
@@ -242,7 +242,7 @@ class Latents:
         # By number of a source in the placement: which dataset, and the first of its shards.
         by_name = {r.key: r for r in history.segments[-1].ranges}
         names = segments.names(config)
-        self._place = {
+        self._shard_of = {
             n: (names.index(by_name[x.key].source), by_name[x.key].first)
             for n, x in enumerate(self.placement.sources)
             if x.key in by_name
@@ -257,7 +257,7 @@ class Latents:
         self.wants = {"mean", *(("logstd",) if self.has_spread else ())}
         self.wants |= {"embeddings"} if self.has_embeddings else set(self.token_names)
         self.context_length = int(arrays.columns["empty_tokens"][1][0])
-        self.wants |= {"picture"} if beside else set()
+        self.wants |= {"image"} if beside else set()
         self._reader = Reader(self.placement, self._load)
         self._taken: tuple[bytes, list[tuple[Window, int]]] = (b"", [])
         self.channels, height, _ = arrays.shape_of_mean()
@@ -286,7 +286,7 @@ class Latents:
         """Which of the datasets each sample comes from, int64 [B]."""
         out = np.empty(len(positions), np.int64)
         for part in self.placement.locate(positions):
-            out[part.here] = self._place[part.source][0]
+            out[part.here] = self._shard_of[part.source][0]
         return out
 
     def shape(self, positions: np.ndarray) -> tuple[int, int, int]:
@@ -382,7 +382,7 @@ class Latents:
                 )
         return facts[0]
 
-    def require_pictures(self) -> None:
+    def require_images(self) -> None:
         """Raises StageError where beside the first shard of a dataset there is not one picture of its samples."""
         for file, beside in zip(self._first, self._beside, strict=False):
             keys = file.keys
@@ -405,15 +405,15 @@ class Latents:
         rows = self._rows(positions)
         return [str(self._column(window, "key")[at]) for window, at in rows]
 
-    def pictures(self, positions: np.ndarray) -> list[tuple[str, bytes, tuple[float, float] | None]]:
-        """The samples' keys, the encoded pictures that lie beside their latents, and where their images were cropped
-        for these (latents.pictures.fit_cover)."""
+    def images(self, positions: np.ndarray) -> list[tuple[str, bytes, tuple[float, float] | None]]:
+        """The samples' keys, the encoded images that lie beside their latents, and where their images were cropped
+        for these (latents.resize.fit_cover)."""
         found = []
         for window, at in self._rows(positions):
             key = str(self._column(window, "key")[at])
             settings = self.datasets[self._place[window.columns["runs"][0]][0]].manifest.get("settings") or {}
             place = crop_place(key) if settings.get("crop") == "random" else None
-            found.append((key, self._column(window, "picture")[at], place))
+            found.append((key, self._column(window, "image")[at], place))
         return found
 
     def _rows(self, positions: np.ndarray) -> list[tuple[Window, int]]:
@@ -444,9 +444,9 @@ class Latents:
     def _load(
         self, source: int, bucket: int, runs: list[tuple[int, int, int]], wants: set[str] | None = None
     ) -> Window:
-        which, offset = self._place[source]
+        which, offset = self._shard_of[source]
         dataset, wants = self.datasets[which], set(wants or self.wants)
-        wants |= {"key"} if "picture" in wants else set()
+        wants |= {"key"} if "image" in wants else set()
         parts, shards, rows, alive = [], [], [], []
         for shard, first, end in runs:
             position = offset + shard
@@ -454,8 +454,8 @@ class Latents:
                 file = self._file(which, position)
                 parts.append(file.read(bucket, first, end, wants))
             alive.append(parts[-1].pop("alive"))
-            if "picture" in wants:
-                parts[-1]["picture"], there = self._beside[which].read(file.info.index, parts[-1]["key"])
+            if "image" in wants:
+                parts[-1]["image"], there = self._beside[which].read(file.info.index, parts[-1]["key"])
                 alive[-1] = alive[-1] & there
             shards.append(np.full(end - first, position))
             rows.append(np.arange(first, end))
@@ -548,7 +548,7 @@ class _LatentFile:
         if "micro" in wants and "micro" not in self.kinds:
             raise StageError(
                 f"{self.dataset.root}: shard {self.info.name} has no column 'micro', which a UNet with "
-                "addition_embed_type text_time is told; make the latents again"
+                "addition_embed_type text_time is given; make the latents again"
             )
         got = self._rows(bucket, first, end, [*asked, *(["alive"] if "alive" in self.kinds else [])])
         for name in plain:
@@ -732,7 +732,7 @@ def _refuse_other_kind(one: Dataset, first: _LatentFile, other: Dataset, file: _
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """An iterator that a thread runs at most `depth` items ahead; `waited` is the seconds its consumer waited.
 
     device: the rank's; where it is a GPU, that of the thread too, which would begin with the first one.
@@ -767,7 +767,7 @@ class Ahead(Generic[T]):
                 continue
         return False
 
-    def __enter__(self) -> Ahead[T]:
+    def __enter__(self) -> Prefetcher[T]:
         self._thread.start()
         return self
 
@@ -775,7 +775,7 @@ class Ahead(Generic[T]):
         self._stop.set()
         self._thread.join()
 
-    def __iter__(self) -> Ahead[T]:
+    def __iter__(self) -> Prefetcher[T]:
         return self
 
     def __next__(self) -> T:

@@ -16,13 +16,13 @@ from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import adapters, diffusion, initial, segments
 from train.alignment import NAME, Alignment
-from train.conditioning import Conditioning, Encoded, Joint, Learning, Stored, require_told
+from train.conditioning import Conditioning, Encoded, Joint, Learning, Stored, require_added_width
 from train.config import AlignmentConfig, TrainConfig
 from train.data import Batch, Latents
+from train.image_conditioning import LEVELS, WAYS, ByKey, Controlled, ImageConditioning, add_levels, control_net, widen
 from train.inversion import Word
 from train.objective import Objective, construct, public_config
 from train.order import derive_key, permute
-from train.pictures import LEVELS, WAYS, ByKey, Controlled, Told, add_levels, control_net, widen
 from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of, require_layer
 from train.randomness import Randomness
 from train.segments import History
@@ -40,10 +40,10 @@ class Diffusion(Objective):
     ) -> None:
         vae, text = datasets[0].manifest["vae"], datasets[0].manifest["text"]
         require_decoder(config, vae)
-        told = Told(config, vae, Randomness(seed)) if config.told else None
-        beside = [ByKey(d) for d in segments.picture_sets(config, datasets)]
+        image_conditioning = ImageConditioning(config, vae, Randomness(seed)) if config.conditioned_by else None
+        beside = [ByKey(d) for d in segments.image_sets(config, datasets)]
         latents = Latents(config, datasets, seed, history, beside)
-        latents.require_pictures()
+        latents.require_images()
         unet = build_unet(config, latents, text["width"], seed)
         model_config = public_config(unet)
         if config.start_from and text.get("kind") != SEQUENCE:
@@ -56,15 +56,15 @@ class Diffusion(Objective):
         if config.adapter and config.adapter.start_from:
             adapters.load_lora(config.adapter.start_from, unet, learns)
         model = unet if learns is None else Joint(unet, learns)
-        if told and config.control:
-            model = Controlled(unet, control_net(unet, told.downscale))
+        if image_conditioning and config.control:
+            model = Controlled(unet, control_net(unet, image_conditioning.downscale))
         self.alignment = None
         if config.alignment:
             facts = latents.require_features()
             alignment = Alignment(config.alignment, model, unet, int(facts["width"]), seed)
         super().__init__(model, model_config, latents.placement)
         self.config, self.latents, self.random, self.conditioning = config, latents, Randomness(seed), conditioning
-        self.told = told
+        self.image_conditioning = image_conditioning
         self.sized = conditioning.sized
         latents.wants = wanted_columns(config, latents, conditioning)
         if config.flip:
@@ -82,8 +82,8 @@ class Diffusion(Objective):
             self.register_buffer(name, table, persistent=False)
         self.facts = {"encoders": {"vae": vae, "text": text}, "resolution": latents.resolution}
         if beside:
-            pictures = [{"root": b.dataset.root, "fingerprint": b.dataset.fingerprint} for b in beside]
-            self.facts = {**self.facts, "pictures": pictures}
+            sets = [{"root": b.dataset.root, "fingerprint": b.dataset.fingerprint} for b in beside]
+            self.facts = {**self.facts, "pictures": sets}
 
     @property
     def unet(self) -> Any:
@@ -104,15 +104,15 @@ class Diffusion(Objective):
     def close(self) -> None:
         """Let go of what reads ahead."""
         self.latents.close()
-        if self.told:
-            self.told.close()
+        if self.image_conditioning:
+            self.image_conditioning.close()
 
     def batch(self, positions: np.ndarray) -> Batch:
         """What the samples at `positions` (int64 [B]) need.
 
         x0 [B,C,h,w], noise [B,C,h,w], t int64 [B]; text float32 [B,context,width] or tokens int64 [B,context], a
-        dropped caption being the stored empty one; with several sources, weight [B]; for a UNet that is told sizes,
-        sizes [B,6] and beside stored embeddings pooled [B,width]; what it is told of a picture (pictures.py).
+        dropped caption being the stored empty one; with several sources, weight [B]; for a UNet that is given sizes,
+        sizes [B,6] and with stored embeddings pooled [B,width]; what it is given of an image (image_conditioning.py).
         """
         flipped = self.random.uniform("flip", positions) < 0.5 if self.config.flip else None
         t = self._timesteps(positions)
@@ -121,9 +121,9 @@ class Diffusion(Objective):
             batch |= self._features(self.config.alignment, positions, flipped)
         u = self.random.uniform("caption", positions)
         dropped = u < self.config.caption_dropout
-        if self.told:
+        if self.image_conditioning:
             # Of the captions that are dropped, the second half loses its picture too (InstructPix2Pix's scheme).
-            batch |= self.told.batch(self.latents, positions, (u - self.config.caption_dropout / 2) % 1)
+            batch |= self.image_conditioning.batch(self.latents, positions, (u - self.config.caption_dropout / 2) % 1)
         chosen = None
         if columns := self.config.captions:
             u = self.random.uniform("choice", positions)
@@ -192,12 +192,12 @@ class Diffusion(Objective):
         if config.stratified:
             # Which stratum is whose changes from batch to batch, so that no rank keeps to one end.
             stratum, strata = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
-            begins, places = self.placement.split(positions)
+            begins, slots = self.placement.split(positions)
             for begin in np.unique(begins).tolist():
                 here = np.flatnonzero(begins == begin)
                 key = derive_key("strata", self.random.seed, begin)
                 strata[here] = samples = self.placement.samples(begin)
-                stratum[here] = permute(places[here], samples, key)
+                stratum[here] = permute(slots[here], samples, key)
             u = diffusion.stratified(self.random.uniform("timestep", positions), stratum, strata)
             if not normal:
                 return diffusion.uniform_timesteps(u, steps)
@@ -234,8 +234,8 @@ class Diffusion(Objective):
         if "weight" in batch:
             each = each * batch["weight"]
         # Summed by elements, since autocast would make a matrix product one of half precision.
-        place = torch.nn.functional.one_hot(t * BINS // self.process.steps, BINS).to(error.dtype)
-        details += [(error.detach()[:, None] * place).mean(dim=0), place.mean(dim=0)]
+        one_hot = torch.nn.functional.one_hot(t * BINS // self.process.steps, BINS).to(error.dtype)
+        details += [(error.detach()[:, None] * one_hot).mean(dim=0), one_hot.mean(dim=0)]
         return each.mean(), torch.cat(details)
 
     def errors(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -263,10 +263,10 @@ class Diffusion(Objective):
 
     def predict(self, xt: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The UNet's output at x_t [B,C,h,w]."""
-        text, added = self.conditioning.told(batch)
+        text, added = self.conditioning.condition(batch)
         more: dict[str, Any] = {}
-        if self.told:
-            xt, more = self.told.inputs(self, xt, batch, text, added)
+        if self.image_conditioning:
+            xt, more = self.image_conditioning.inputs(self, xt, batch, text, added)
         if self.config.channels_last:
             xt = xt.contiguous(memory_format=torch.channels_last)
         time = self.process.time[batch["t"]]
@@ -290,13 +290,12 @@ class Diffusion(Objective):
 
 
 def require_decoder(config: TrainConfig, vae: dict[str, Any]) -> None:
-    """Raises ConfigError where diffusers' pipeline for what the UNet is told cannot decode with the latents' VAE."""
-    kind = vae.get("kind", "AutoencoderKL")
-    wrong = kind == "AutoencoderDC" or (kind == "AutoencoderTiny" and config.upscale)
-    if config.told and wrong:
+    """Raises ConfigError where diffusers' pipeline for a UNet given an image cannot decode with the latents' VAE."""
+    kind, way = vae.get("kind", "AutoencoderKL"), config.conditioned_by
+    if way and (kind == "AutoencoderDC" or (kind == "AutoencoderTiny" and config.upscale)):
         raise ConfigError(
-            f"train.{config.told}: diffusers' {WAYS[config.told].pipeline} cannot decode with an {kind}, of which the "
-            "latents are; make them with an AutoencoderKL"
+            f"train.{way}: diffusers' {WAYS[way].pipeline} cannot decode with an {kind}, of which the latents are; "
+            "make them with an AutoencoderKL"
         )
 
 
@@ -310,7 +309,7 @@ def conditioning_of(
     pipeline = pipeline_of(unet)
     if pipeline is STABLE_DIFFUSION_XL and latents.dataset.manifest["vae"].get("kind") == "AutoencoderDC":
         raise ConfigError(
-            f"this UNet is told sizes and is exported as a {pipeline.name}, which cannot decode with an AutoencoderDC; "
+            f"this UNet is given sizes: its {pipeline.name} cannot decode with an AutoencoderDC, of which the latents are; "
             "leave addition_embed_type text_time out, or make the latents with another VAE"
         )
     pair = text.get("kind") == PAIR
@@ -325,25 +324,25 @@ def conditioning_of(
     require_layer(pipeline, text["layer"])
     sized = pipeline is STABLE_DIFFUSION_XL
     field = "train.start_from" if config.start_from else "train.unet"
-    if sized and config.told:
+    if sized and config.conditioned_by:
         raise ConfigError(
-            f"train.{config.told}: a UNet that is told sizes (SDXL's) cannot be told a picture here; {field}"
+            f"train.{config.conditioned_by}: a UNet given sizes (SDXL's) cannot be given a picture here; {field}"
         )
     if config.textual_inversion:
         if sized:
             raise ConfigError(
-                "train.textual_inversion: this UNet is also told the captions' pooled embeddings (SDXL), through which "
-                "the word cannot be learned here; choose a UNet without addition_embed_type text_time"
+                "train.textual_inversion: this UNet is also given the captions' pooled embeddings (SDXL), through "
+                "which the word cannot be learned here; choose a UNet without addition_embed_type text_time"
             )
         return Word(config.textual_inversion, load_clip_of(text), Randomness(seed))
     if not config.captions and not config.text_encoder and latents.has_embeddings:
         if sized:
             if latents.empty_pooled is None:
                 raise ConfigError(
-                    "train.unet: addition_embed_type text_time is told the captions' pooled embeddings, which these "
+                    "train.unet: addition_embed_type text_time is given the captions' pooled embeddings, which these "
                     "latents lack; make them with latents.text_pooled true, or with latents.text tokens"
                 )
-            require_told(unet, len(latents.empty_pooled), field)
+            require_added_width(unet, len(latents.empty_pooled), field)
         return Stored(sized)
     if config.text_encoder and pair:
         raise ConfigError(
@@ -351,7 +350,7 @@ def conditioning_of(
         )
     encoder = load_text_of(text)
     if sized:
-        require_told(unet, encoder.pooled_width, field)
+        require_added_width(unet, encoder.pooled_width, field)
     if config.text_encoder:
         clip = load_clip_of(text)
         return Learning(sized, clip, adapters.learning_text(clip, sized, config.text_encoder, seed))
@@ -361,7 +360,7 @@ def conditioning_of(
 def wanted_columns(config: TrainConfig, latents: Latents, conditioning: Conditioning) -> set[str]:
     """The columns of the latents that batches are made of."""
     found = {"mean", *(("logstd",) if latents.has_spread else ()), *(("micro",) if conditioning.sized else ())}
-    found |= {"picture"} if config.told else set()
+    found |= {"image"} if config.conditioned_by else set()
     found |= {FEATURES} if config.alignment else set()
     found |= {name + FLIPPED for name in found & {"mean", "logstd", FEATURES}} if config.flip else set()
     if isinstance(conditioning, Stored):
@@ -376,7 +375,7 @@ def require_masked(config: TrainConfig, unet: dict[str, Any]) -> None:
     """Raises ConfigError where something would read the states of a transformers encoder without their mask, or asks
     for what that encoder does not give."""
     what = "latents whose text_encoder is one of transformers"
-    for name in ("text_encoder", "textual_inversion", *([config.told] if config.told else [])):
+    for name in ("text_encoder", "textual_inversion", *([config.conditioned_by] if config.conditioned_by else [])):
         if getattr(config, name):
             raise ConfigError(
                 f"train.{name} needs a CLIP, and these are {what}; leave it out, or make latents with a CLIP"
@@ -425,8 +424,8 @@ def choose_caption(columns: Sequence[Sequence[str]], weights: Sequence[float], u
     if not texts:
         return ""
     share = np.array([w / len(column) for column, w in zip(columns, weights, strict=True) for _ in column])
-    place = int(np.searchsorted(np.cumsum(share), u * share.sum(), side="right"))
-    return texts[min(place, len(texts) - 1)]
+    index = int(np.searchsorted(np.cumsum(share), u * share.sum(), side="right"))
+    return texts[min(index, len(texts) - 1)]
 
 
 def process_of(config: TrainConfig) -> diffusion.Process:
@@ -449,7 +448,7 @@ def build_unet(config: TrainConfig, latents: Latents, width: int, seed: int) -> 
     from diffusers import UNet2DConditionModel
 
     out = latents.channels * (2 if config.learned_variance else 1)
-    more = WAYS[config.told].channels(latents.channels) if config.told else 0
+    more = WAYS[config.conditioned_by].channels(latents.channels) if config.conditioned_by else 0
     channels = latents.channels + more
     if config.start_from:
         unet = adapters.load_unet(config.start_from)
@@ -463,7 +462,7 @@ def build_unet(config: TrainConfig, latents: Latents, width: int, seed: int) -> 
                 why = "make the latents with that model's own VAE and CLIP"
                 beside = ""
                 if more and name == "in_channels":
-                    beside = f" ({latents.channels} and {more} for train.{config.told})"
+                    beside = f" ({latents.channels} and {more} for train.{config.conditioned_by})"
                     if unet.config.in_channels == latents.channels:
                         why = "an adapter cannot add them: leave train.adapter out, or start from a model that has them"
                 if name == "cross_attention_dim" and unet.config.addition_embed_type == "text_time":

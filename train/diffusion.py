@@ -1,7 +1,7 @@
 """The forward process of a diffusion in discrete time: noise schedules, targets, loss weights, timesteps.
 
 A process is three tables over the timesteps: x_t = signal[t] x_0 + noise[t] eps, and time[t] is what the
-network is told. Two kinds, one notation:
+network is given. Two kinds, one notation:
 
     variance-preserving   signal = sqrt(alpha_bar_t), noise = sqrt(1 - alpha_bar_t): DDPM (Ho, Jain & Abbeel 2020,
                           arXiv:2006.11239, eq. 4), where alpha_bar_t is the product of (1 - beta)
@@ -78,7 +78,7 @@ def to_betas(alpha_bar: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """signal, noise: float64 [steps]; time: [steps], int64 or float32, what the network is told of each timestep."""
+    """signal, noise: float64 [steps]; time: [steps], int64 or float32, what the network is given of each timestep."""
 
     signal: torch.Tensor
     noise: torch.Tensor
@@ -105,13 +105,13 @@ class Process:
 
 
 def variance_preserving(alpha_bar: torch.Tensor) -> Process:
-    """DDPM's process; the network is told t itself."""
+    """DDPM's process; the network is given t itself."""
     a = alpha_bar.double()
     return Process(a.sqrt(), (1 - a).sqrt(), torch.arange(len(a)))
 
 
 def rectified_flow(steps: int, shift: float = 1.0) -> Process:
-    """sigma = 1/steps .. 1, shifted as in Stable Diffusion 3 (eq. 23); the network is told steps * sigma.
+    """sigma = 1/steps .. 1, shifted as in Stable Diffusion 3 (eq. 23); the network is given steps * sigma.
 
     The shift divides the SNR by shift^2, as `shift_snr` does.
     """

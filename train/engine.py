@@ -144,10 +144,10 @@ class Engine:
         ]
         square = torch.stack(torch._foreach_norm(parts)).double().square().sum().to(device)
         # Filled, not copied: a copy from the host would be waited for.
-        told = [torch.full((1,), float(f), dtype=torch.float64, device=device) for f in flags]
+        extra = [torch.full((1,), float(f), dtype=torch.float64, device=device) for f in flags]
         # Under ZeRO each rank has its share of the gradients, without it all of them.
         square = square if self.stage else square / world
-        totals = torch.cat([self._totals / world, square[None], *told])
+        totals = torch.cat([self._totals / world, square[None], *extra])
         if world > 1:
             dist.all_reduce(totals)
         n = len(self._totals)
@@ -306,9 +306,9 @@ class Engine:
         elif self.stage == 3:
             for group in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
-            if held := list(zero.persistent_parameters):
-                held[0].partition(held)
-                held[0].all_gather(held)
+            if persistent := list(zero.persistent_parameters):
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
 
 
 # ---- how it is set up ------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
     carrara export runs/demo [--checkpoint step-00001000] [--weights raw] [--precision float16] [--out FOLDER]
 
 The UNet's weights come from the checkpoint, the VAE and the CLIP from where the latents were made that it was trained
-on, as its manifest says, and are refused where they are not the same ones. A UNet that is told sizes becomes a
+on, as its manifest says, and are refused where they are not the same ones. A UNet that is given sizes becomes a
 StableDiffusionXLPipeline. What was fine-tuned with an adapter is merged, and lies beside it in the form that diffusers'
 load_lora_weights (or peft) reads; a learned word lies there as load_textual_inversion reads it. The text encoder and
 its tokenizer are transformers' own (text_export.py).
@@ -41,9 +41,9 @@ from train.autoencoder_dc_pipeline import AutoencoderDCPipeline
 from train.checkpoint import load_weights, put_file
 from train.config import TrainConfig, stored_config
 from train.folders import CHUNK, MANIFEST, POSTHOC, latest_complete, name_of, read_manifest
+from train.image_conditioning import WAYS, control_net, low_res_scheduler
 from train.model_card import model_card
 from train.objective import public_config
-from train.pictures import WAYS, control_net, low_res_scheduler
 from train.pipelines import STABLE_DIFFUSION, STABLE_DIFFUSION_XL, pipeline_of
 from train.schedulers import scheduler
 from train.sequence_pipeline import SequencePipeline
@@ -192,8 +192,8 @@ class _Source:
         return Fingerprint("export", VERSION, settings, digest_json(self.manifest), digests)
 
     def pipeline(self) -> Any:
-        """The StableDiffusionPipeline, the StableDiffusionXLPipeline of a UNet that is told sizes, the class for the
-        way in which it is told a picture (pictures.py), or our own for an encoder of transformers
+        """The StableDiffusionPipeline, the StableDiffusionXLPipeline of a UNet that is given sizes, the class for the
+        way in which it is given a picture (image_conditioning.py), or our own for an encoder of transformers
         (sequence_pipeline.py).
         """
         vae = self._vae()
@@ -225,7 +225,9 @@ class _Source:
             parts["controlnet"] = self._control(unet, vae, learned)
         if self.config.upscale:
             parts |= {"low_res_scheduler": low_res_scheduler(), "max_noise_level": self.config.upscale.max_noise_level}
-        kind: str | type = WAYS[self.config.told].pipeline if self.config.told else STABLE_DIFFUSION.name
+        kind: str | type = STABLE_DIFFUSION.name
+        if self.config.conditioned_by:
+            kind = WAYS[self.config.conditioned_by].pipeline
         if vae.weights.kind == "AutoencoderDC":
             kind = AutoencoderDCPipeline
         if isinstance(text, ClipPair):

@@ -29,7 +29,7 @@ from train.ranks import Ranks
 from train.state import MARKER, StagePaths, to_export
 
 # Pictures that the scale of the latents is measured on: its standard error is then far below 1 %.
-SCALE_PICTURES = 2048
+SCALE_IMAGES = 2048
 SCALE_BATCH = 16
 
 
@@ -89,12 +89,12 @@ def measure_latents(objective: Autoencoder, ranks: Ranks) -> tuple[float, float]
     The std is exact for the measured pictures, from the moments: Var = E[mean^2 + var] - E[mean]^2.
     Collective: each rank measures its share.
     """
-    count = min(SCALE_PICTURES, objective.placement.size)
+    count = min(SCALE_IMAGES, objective.placement.size)
     first = objective.placement.segments[-1].images  # of the pictures that are there by now
     sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     for begin in range(ranks.rank * SCALE_BATCH, count, ranks.world * SCALE_BATCH):
         positions = first + np.arange(begin, min(begin + SCALE_BATCH, count))
-        pixels = torch.from_numpy(np.ascontiguousarray(objective.pictures.pixels(positions))).to(ranks.device)
+        pixels = torch.from_numpy(np.ascontiguousarray(objective.image_samples.pixels(positions))).to(ranks.device)
         posterior = objective.model.encode(to_unit(pixels)).latent_dist
         mean, var = posterior.mean.double(), posterior.var.double()
         sums += torch.stack([mean.sum(), (mean.square() + var).sum(), torch.tensor(float(mean.numel())).to(mean)])

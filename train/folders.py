@@ -73,16 +73,16 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def damage(folder: str | Path, deep: bool = True) -> str:
-    """What is wrong with a checkpoint, as one sentence; empty where it is complete. deep: read and hash the files."""
+def damage(folder: str | Path, contents: bool = True) -> str:
+    """What is wrong with a checkpoint, as one sentence; empty where it is complete. contents: hash the files."""
     try:
         manifest = read_manifest(folder)
     except StageError as e:
         return str(e)
-    return damage_of(folder, manifest["files"].items(), deep)
+    return damage_of(folder, manifest["files"].items(), contents)
 
 
-def damage_of(folder: str | Path, files: Iterable[tuple[str, dict[str, Any]]], deep: bool = True) -> str:
+def damage_of(folder: str | Path, files: Iterable[tuple[str, dict[str, Any]]], contents: bool = True) -> str:
     """As `damage`, of some of a manifest's files."""
     for name, expected in files:
         url = storage.join(str(folder), name)
@@ -92,7 +92,7 @@ def damage_of(folder: str | Path, files: Iterable[tuple[str, dict[str, Any]]], d
         if size != expected.get("size"):
             there = "is absent" if size is None else f"has {size} bytes"
             return f"{url} {there} where the manifest says {expected.get('size')} bytes"
-        if deep and digest(url) != expected.get("sha256"):
+        if contents and digest(url) != expected.get("sha256"):
             return f"{url} does not have the sha256 that the manifest says"
     return ""
 
@@ -121,10 +121,10 @@ def weights_digest(manifest: dict[str, Any], state: str) -> str:
     return digest_json([state, sorted(f["sha256"] for f in files.values())])
 
 
-def latest_complete(root: str | Path, deep: bool = True) -> str | None:
+def latest_complete(root: str | Path, contents: bool = True) -> str | None:
     """The newest checkpoint under `root` that is complete; torn ones are skipped with a line in the log."""
     for folder in folders(root):
-        fault = damage(folder, deep)
+        fault = damage(folder, contents)
         if not fault:
             return folder
         log.warning("the checkpoint %s is skipped: %s", name_of(folder), fault)
@@ -144,7 +144,7 @@ class Keep:
 def delete_old(root: str | Path, keep: Keep, named: Iterable[str | None] = ()) -> None:
     """Delete what need not be kept; the newest complete checkpoint and those `named` stay in any case."""
     everything = folders(root)
-    complete = [f for f in everything if not damage(f, deep=False)]
+    complete = [f for f in everything if not damage(f, contents=False)]
     stay = set(complete[: max(keep.newest, 1)]) | {f for f in complete if name_of(f) in set(named)}
     if keep.hours is not None:
         since = time.time() - 3600 * keep.hours

@@ -105,12 +105,12 @@ def spread_words(clip: nn.Module, std: float = 1.0, position_std: float = 0.5) -
     are short) of root mean square `position_std`: beside such words open_clip's 0.01 could not be seen, and the tower
     would not know which of two colours stands before which of two shapes.
     """
-    embedding, places = clip.token_embedding.weight, clip.positional_embedding
+    embedding, positions = clip.token_embedding.weight, clip.positional_embedding
     embedding.mul_(std / 0.02)  # open_clip draws with 0.02 (CLIP.init_parameters)
-    length, width = places.shape
+    length, width = positions.shape
     angle = torch.arange(length)[:, None] * 100.0 ** (-torch.arange(0, width, 2) / width)
     waves = torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]
-    places.copy_(waves * position_std * 2**0.5)  # a sine's own is sqrt(1/2)
+    positions.copy_(waves * position_std * 2**0.5)  # a sine's own is sqrt(1/2)
 
 
 def _copy(conv: nn.Module) -> None:

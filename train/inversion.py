@@ -17,7 +17,7 @@ from torch import nn
 from latents.encoders import TextEncoder, has_final_norm, kept_blocks
 from latents.text import Text
 from shards.settings import ConfigError
-from train.conditioning import Conditioning, Told
+from train.conditioning import Condition, Conditioning
 from train.config import InversionConfig
 from train.data import Batch
 from train.randomness import Randomness
@@ -31,15 +31,15 @@ class LearnedWord(nn.Module):
         self.token_embedding = tower.token_embedding.requires_grad_(False)
         self.blocks = nn.ModuleList(kept_blocks(tower, layer)).requires_grad_(False)
         self.norm = tower.ln_final.requires_grad_(False) if has_final_norm(layer) else nn.Identity()
-        self.register_buffer("places", tower.positional_embedding.detach(), persistent=False)
+        self.register_buffer("positions", tower.positional_embedding.detach(), persistent=False)
         self.register_buffer("mask", tower.attn_mask.detach(), persistent=False)
         self.rows = nn.Parameter(rows)
 
-    def forward(self, tokens: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """Tokens int64 [B,context] -> float32 [B,context,width]; place [B,context]: which learned row, or -1."""
-        learned = torch.nn.functional.embedding(place.clamp(min=0), self.rows)
-        x = torch.where((place >= 0)[..., None], learned, self.token_embedding(tokens))
-        x = x + self.places[: tokens.shape[1]]
+    def forward(self, tokens: torch.Tensor, learned_row: torch.Tensor) -> torch.Tensor:
+        """Tokens int64 [B,context] -> float32 [B,context,width]; learned_row [B,context]: which learned row, or -1."""
+        learned = torch.nn.functional.embedding(learned_row.clamp(min=0), self.rows)
+        x = torch.where((learned_row >= 0)[..., None], learned, self.token_embedding(tokens))
+        x = x + self.positions[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, attn_mask=self.mask.to(x.dtype))
         return self.norm(x)
@@ -62,7 +62,7 @@ class Word(Conditioning):
         self.text = text
 
     def _caption(self, text: TextEncoder, before: str, after: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and places, int64 [context] each, of a caption with the new word in it."""
+        """Tokens and learned rows, int64 [context] each, of a caption with the new word in it."""
         head = text.tokenize([before])[0].numpy()
         tail = text.tokenize([after])[0].numpy()
         end = int(head.argmax())
@@ -73,19 +73,19 @@ class Word(Conditioning):
         tokens = np.full(context, text.pad_id, np.int64)
         line = [*head[:end], *[head[end - 1]] * vectors, *rest, head[end]]
         tokens[: len(line)] = line
-        place = np.full(context, -1, np.int64)
-        place[end : end + vectors] = np.arange(vectors)
-        return tokens, place
+        learned_row = np.full(context, -1, np.int64)
+        learned_row[end : end + vectors] = np.arange(vectors)
+        return tokens, learned_row
 
     def captions(
         self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None
     ) -> Batch:
-        """tokens and place, int64 [B,context] each: a template by the sample's place, or the empty caption."""
+        """tokens and learned_row, int64 [B,context] each: a template by the sample's position, or the empty caption."""
         chosen = self.random.integers("template", positions, len(self.templates))
         tokens = np.stack([self.templates[i][0] for i in chosen])
-        place = np.stack([self.templates[i][1] for i in chosen])
-        tokens[dropped], place[dropped] = latents.empty_tokens, -1
-        return {"tokens": torch.from_numpy(tokens), "place": torch.from_numpy(place)}
+        learned_row = np.stack([self.templates[i][1] for i in chosen])
+        tokens[dropped], learned_row[dropped] = latents.empty_tokens, -1
+        return {"tokens": torch.from_numpy(tokens), "learned_row": torch.from_numpy(learned_row)}
 
     def prompts(self, prompts: Sequence[str], text: Text | None = None) -> Batch:
         """Their tokens; the word is learned where a prompt names its token, once at most."""
@@ -95,10 +95,10 @@ class Word(Conditioning):
             else (self.text.tokenize([prompt])[0].numpy(), np.full(self.text.context_length, -1, np.int64))
             for prompt in prompts
         ]
-        tokens, place = (torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True))
-        return {"tokens": tokens, "place": place}
+        tokens, learned_row = (torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True))
+        return {"tokens": tokens, "learned_row": learned_row}
 
-    def told(self, batch: Batch) -> Told:
+    def condition(self, batch: Batch) -> Condition:
         """The frozen CLIP's features of captions that hold the learned word."""
         assert self.module is not None
-        return self.module(batch["tokens"], batch["place"]), None
+        return self.module(batch["tokens"], batch["learned_row"]), None

@@ -140,8 +140,8 @@ def refuse_equal_draws(batch: Batch, ranks: Ranks) -> None:
 
     Trainers that seed every rank alike do exactly that, and nothing else about them looks wrong.
     """
-    drawn = batch["noise"] if "noise" in batch else batch["pixels"]
-    digest = hashlib.sha256(drawn.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    noise = batch["noise"] if "noise" in batch else batch["pixels"]
+    digest = hashlib.sha256(noise.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
     digests = ranks.gather(digest)
     if len(set(digests)) < len(digests):
         raise StageError("two ranks drew the same noise at step 0; this is a bug in the order or in the generators")

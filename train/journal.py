@@ -35,7 +35,7 @@ from shards.progress import Progress
 from train import folders
 from train.plan import peak_flops
 from train.ranks import Stopped
-from train.run import Run, Told, crossed
+from train.run import Run, StepResult, crossed
 from train.trackers import STATE, Trackers
 
 if TYPE_CHECKING:
@@ -74,35 +74,35 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close("done" if kind is None else "stopped" if issubclass(kind, Stopped) else "failed")
 
-    def step(self, told: Told, waited: float) -> None:
+    def step(self, result: StepResult, waited: float) -> None:
         """Count one step; gives a line when a multiple of log_every_images is passed, and at the end.
 
         A skipped step counts in the rates, not in the figures. waited: seconds that the loop waited for data, in all.
         """
-        if told.applied:
+        if result.applied:
             self._steps += 1
-            self._sums += told.figures
+            self._sums += result.figures
         else:
             self._skipped += 1
         if self._writer is None:
             return
         batch = self.config.batch_size
-        self._writer.progress(batch, {"loss": told.figures[0]} if told.applied else {})
-        if crossed(told.images, batch, self.config.log_every_images) or told.images >= self.config.images:
-            self._line(told, waited)
+        self._writer.progress(batch, {"loss": result.figures[0]} if result.applied else {})
+        if crossed(result.images, batch, self.config.log_every_images) or result.images >= self.config.images:
+            self._line(result, waited)
 
-    def _line(self, told: Told, waited: float) -> None:
+    def _line(self, result: StepResult, waited: float) -> None:
         now = time.perf_counter()
         seconds = max(now - self._began - self._paused, 1e-9)
-        speed = (told.images - self._images) / seconds
-        line: dict[str, Any] = {"images": told.images, "step": told.step}
+        speed = (result.images - self._images) / seconds
+        line: dict[str, Any] = {"images": result.images, "step": result.step}
         n = len(self.figures)
         if self._steps:  # no skipped step has figures
             line |= dict(zip(self.figures, (self._sums[:n] / self._steps).tolist(), strict=True))
         if self.bins:
             sums, shares = self._sums[n : n + self.bins], self._sums[n + self.bins :]
             line["loss_by_timestep"] = [float(s / c) if c else None for s, c in zip(sums, shares, strict=True)]
-        line |= {"lr": told.rate, "grad_norm": told.norm, "samples_per_s": speed, "skipped": self._skipped}
+        line |= {"lr": result.rate, "grad_norm": result.norm, "samples_per_s": speed, "skipped": self._skipped}
         line |= {"data_wait": (waited - self._waited) / seconds, "tflops": self.flops * speed / 1e12}
         if self.peak:
             line["mfu"] = self.flops * speed / (self.peak * self.ranks.world)
@@ -112,19 +112,19 @@ class Journal:
         self._writer.line(line)
         self._sums[:] = 0
         self._steps = self._skipped = 0
-        self._images, self._began, self._waited, self._paused = told.images, now, waited, 0.0
+        self._images, self._began, self._waited, self._paused = result.images, now, waited, 0.0
 
-    def skipped(self, told: Told, run: Run, guard: Guard, objective: Objective) -> None:
+    def skipped(self, result: StepResult, run: Run, guard: Guard, objective: Objective) -> None:
         """Say which samples a step that was not taken saw, and why it was not."""
         if self._writer is None:
             return
         from train.job import keys_at
 
-        begin, loss = told.images - self.config.batch_size, told.figures[0]
-        reason = guard.reason(loss, told.norm)
+        begin, loss = result.images - self.config.batch_size, result.figures[0]
+        reason = guard.reason(loss, result.norm)
         keys = keys_at(objective, self.config, begin)
-        facts = {"reason": reason, "loss": loss, "grad_norm": told.norm, "in_a_row": run.in_a_row, "keys": keys}
-        self.event(told.images, "skipped", **facts)
+        facts = {"reason": reason, "loss": loss, "grad_norm": result.norm, "in_a_row": run.in_a_row, "keys": keys}
+        self.event(result.images, "skipped", **facts)
         log.warning(
             "%s: the step at %d images is skipped: %s; its samples' keys are in %s",
             self.job.stage,
@@ -138,10 +138,10 @@ class Journal:
         if self._writer is not None:
             self._writer.event(images, kind, facts)
 
-    def grid(self, images: int, pictures: np.ndarray | None) -> None:
+    def grid(self, images: int, pixels: np.ndarray | None) -> None:
         """A grid of samples, uint8 [H,W,3], on rank 0; nothing where there is none."""
-        if self._writer is not None and pictures is not None:
-            self._writer.grid(images, pictures)
+        if self._writer is not None and pixels is not None:
+            self._writer.grid(images, pixels)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -237,7 +237,7 @@ class _Writer:
 
         self._todo.put(write)
 
-    def grid(self, images: int, pictures: np.ndarray) -> None:
+    def grid(self, images: int, pixels: np.ndarray) -> None:
         """A grid of samples, uint8 [H,W,3]."""
 
         def write() -> None:
@@ -245,8 +245,8 @@ class _Writer:
 
             folder = self.folder / "samples"
             folder.mkdir(exist_ok=True)
-            Image.fromarray(pictures).save(folder / f"{images:012d}.png")
-            self._trackers.image("samples", images, pictures)
+            Image.fromarray(pixels).save(folder / f"{images:012d}.png")
+            self._trackers.image("samples", images, pixels)
 
         self._todo.put(write)
 

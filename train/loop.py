@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 
 from train import checkpoint
-from train.data import Ahead, micro_batches
+from train.data import Prefetcher, micro_batches
 from train.engine import Engine
 from train.folders import name_of
 from train.guard import Guard
@@ -49,7 +49,7 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
         Engine(config, objective, ranks, micro, accumulation) as engine,
         checkpoint.Saver(job.checkpoints, engine, job.keep, ranks) as saver,
         Journal(job, ranks, objective, run.images, engine.precision, flops) as journal,
-        Ahead(micro_batches(objective, config, ranks, run.images), config.prefetch, ranks.device) as ahead,
+        Prefetcher(micro_batches(objective, config, ranks, run.images), config.prefetch, ranks.device) as prefetcher,
         Sigterm() as sigterm,
         Alarm(config.hang_s, job.logs, ranks) as alarm,
     ):
@@ -60,7 +60,7 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
             # ---- gradients of the global batch ----------------------------------------------------------
             for part in range(accumulation):
                 torch.manual_seed(job.dropout_seed(run.images, part, ranks.rank))
-                engine.backward(next(ahead))
+                engine.backward(next(prefetcher))
 
             # ---- the step, or a veto: decided on the device, alike on all ranks -------------------------
             engine.rates(*run.rates(config))
@@ -71,14 +71,14 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
             saves = ends or run.crossed(config.checkpoint_every_images, config)
 
             # ---- what became of the step before, and of this one where something is due -----------------
-            for told in late.read(outcome, run, engine.rate, everything=bool(saves or validates)):
+            for result in late.read(outcome, run, engine.rate, everything=bool(saves or validates)):
                 if run.exhausted(config.max_skips):
                     break
-                run.count(told)
-                journal.step(told, ahead.waited)
-                if not (told.applied or told.overflow):
-                    journal.skipped(told, run, guard, objective)
-                if told.unsaved:
+                run.count(result)
+                journal.step(result, prefetcher.waited)
+                if not (result.applied or result.overflow):
+                    journal.skipped(result, run, guard, objective)
+                if result.unsaved:
                     saver.finish()  # raises
             if run.exhausted(config.max_skips):
                 saver.finish()

@@ -12,7 +12,7 @@ pipeline_tag: {task}
 
 # {title}
 
-A latent diffusion model that was trained with Carrara. It draws pictures of {resolution} x {resolution} pixels{told}.
+A latent diffusion model that was trained with Carrara. It draws pictures of {resolution} x {resolution} pixels{more}.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -61,7 +61,7 @@ _OBJECTIVES = {
     "flow_prediction": "The UNet predicts the direction from the latent to the noise (rectified flow)",
 }
 # By the field of train that tells the model a picture: task, title, how it draws, and its pipeline's arguments.
-_TOLD = {
+_KINDS = {
     None: ("text-to-image", "A text-to-image model", "", ""),
     "inpaint": (
         "image-to-image",
@@ -101,11 +101,11 @@ def model_card(provenance: dict[str, Any]) -> str:
     """Markdown from the content of carrara.json."""
     p, data, training = provenance, provenance["latents"], provenance["training"]
     lost = {k: v for k, v in data["status"].items() if k != "success" and v}
-    way = next((n for n in _TOLD if n and training.get(n)), None)
-    task, title, told, given = _TOLD[way]
+    way = next((n for n in _KINDS if n and training.get(n)), None)
+    task, title, more, given = _KINDS[way]
     if way == "control":
         control = training["control"]
-        told = told.format(made="brought with the pictures" if control["images"] else control["kind"])
+        more = more.format(made="brought with the pictures" if control["images"] else control["kind"])
     own = p["text"].get("kind") == "transformers"
     needs = _OWN_CLASS if own else "Nothing but diffusers and transformers is needed."
     if compressed := not own and p["vae"].get("kind") == "AutoencoderDC":
@@ -114,7 +114,7 @@ def model_card(provenance: dict[str, Any]) -> str:
     return _CARD.format(
         task=task,
         title=title,
-        told=told,
+        more=more,
         imports="from diffusers.utils import load_image\n" if given else "",
         given=given,
         resolution=data["resolution"],

@@ -79,14 +79,14 @@ class Muon(AdamW):
             del self.state[flats[i]]["exp_avg_sq"]
         self._all: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(self._all, [(p.name, p.shape, p.offset, p.length) for p in self._mine])
-        owner: dict[str, int] = {}
+        rank_of: dict[str, int] = {}
         self.loads = [0] * len(self._all)
         for name, shape in sorted({p[:2] for rank in self._all for p in rank}, key=lambda x: (-work(x[1]), x[0])):
-            owner[name] = self.loads.index(min(self.loads))
-            self.loads[owner[name]] += work(shape)
+            rank_of[name] = self.loads.index(min(self.loads))
+            self.loads[rank_of[name]] += work(shape)
         # Which of rank r's pieces go to owner d, and come back; without ZeRO all have all, and owners need nobody's.
         ranks = range(len(self._all))
-        self._back = [[[i for i, p in enumerate(self._all[r]) if owner[p[0]] == d] for d in ranks] for r in ranks]
+        self._back = [[[i for i, p in enumerate(self._all[r]) if rank_of[p[0]] == d] for d in ranks] for r in ranks]
         self._there = [[to if not replicated or r == d else [] for d, to in enumerate(self._back[r])] for r in ranks]
 
     def update(self, group: dict[str, Any], live: list[torch.Tensor]) -> None:
@@ -132,8 +132,8 @@ class Muon(AdamW):
         asked = [[every[r][i] for i in to[me]] for r, to in enumerate(self._back)]
         given = [[whole[n][offset : offset + length] for n, _, offset, length in rank] for rank in asked]
         got = _exchange(given, [[every[me][i][3] for i in to] for to in self._back[me]], like.view(-1))
-        places = (i for to in self._back[me] for i in to)
-        return [part for _, part in sorted(zip(places, got, strict=True), key=lambda x: x[0])]
+        order = (i for to in self._back[me] for i in to)
+        return [part for _, part in sorted(zip(order, got, strict=True), key=lambda x: x[0])]
 
 
 def _exchange(send: list[list[torch.Tensor]], receive: list[list[int]], like: torch.Tensor) -> tuple[torch.Tensor, ...]:

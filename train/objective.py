@@ -87,13 +87,13 @@ def construct(kind: Any, arguments: dict[str, Any], field: str, seed: int) -> An
             raise ConfigError(f"{field}: {kind.__name__} cannot be built from this: {_line(e)}") from None
 
 
-def refuse_unknown(given: dict[str, Any], known: list[str], field: str, owner: str) -> None:
+def refuse_unknown(given: dict[str, Any], known: list[str], field: str, model: str) -> None:
     """Raises ConfigError where `given` has a name that is none of `known`, with the nearest one."""
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(known)}"
-            raise ConfigError(f"{field}: {owner} has no argument '{name}'; {hint}")
+            raise ConfigError(f"{field}: {model} has no argument '{name}'; {hint}")
 
 
 def public_config(model: Any) -> dict[str, Any]:

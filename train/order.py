@@ -1,8 +1,8 @@
-"""The order of one bucket of one data set over canonical streams: a pure function of (key, place), with its inverse.
+"""The order of one bucket of one data set over canonical streams: a pure function of (key, index), with its inverse.
 
-Place q of an epoch is turn `q // V` of stream `q % V`. An epoch lays all shards, permuted, on one line and cuts the
+Index q of an epoch is turn `q // V` of stream `q % V`. An epoch lays all shards, permuted, on one line and cuts the
 line into V equal stretches, one a stream; a stream walks its stretch window by window, and the rows of a window (a
-contiguous run of the line: a few byte ranges of files) are permuted. So a rank that takes the places = r (mod W), with
+contiguous run of the line: a few byte ranges of files) are permuted. So a rank that takes the indices = r (mod W), with
 W a divisor of V, reads streams of its own alone, in sequence, each byte once an epoch. On other numbers of ranks the
 order is the same and only the reading is shared. The windows of different streams end at different turns, so that
 windows are read evenly through an epoch. placement.py puts several orders together.
@@ -70,7 +70,7 @@ def _shuffled(key: str, shards: int, epoch: int) -> np.ndarray:
 
 
 class Order:
-    """Places 0, 1, 2, ... of one bucket of one data set -> its samples. Memory O(shards + V).
+    """Indices 0, 1, 2, ... of one bucket of one data set -> its samples. Memory O(shards + V).
 
     counts: [shards], samples of each shard. key: what the order is a function of, beside counts. streams: V.
     window: the rows that are read, and mixed, together. Raises ValueError where there are no samples.
@@ -109,17 +109,17 @@ class Order:
         end = np.minimum((window + 1) * self.window - self.phase[stream], self.length[stream])
         return first, end - first
 
-    def spot(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Places int64 [B] -> (epoch, stream, window, row within the window), int64 [B] each."""
-        epoch, within = np.divmod(np.asarray(places, np.int64), self.size)
+    def spot(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Indices int64 [B] -> (epoch, stream, window, row within the window), int64 [B] each."""
+        epoch, within = np.divmod(np.asarray(indices, np.int64), self.size)
         turn, v = np.divmod(within, self.streams)
         w = (turn + self.phase[v]) // self.window
         first, size = self.extent(v, w)
         return epoch, v, w, permute(turn - first, size, self._window_key(epoch, v, w))
 
-    def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places int64 [B] -> (shard position, row within the shard's bucket), int64 [B] each."""
-        epochs, v, w, o = self.spot(places)
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Indices int64 [B] -> (shard position, row within the shard's bucket), int64 [B] each."""
+        epochs, v, w, o = self.spot(indices)
         shard, row = np.empty_like(v), np.empty_like(v)
         for e in np.unique(epochs):
             mine = epochs == e
@@ -129,7 +129,7 @@ class Order:
             shard[mine], row[mine] = shards[slot], at - before[slot].astype(np.int64)
         return shard, row
 
-    def place(self, epoch: int, shard: np.ndarray, row: np.ndarray) -> np.ndarray:
+    def index(self, epoch: int, shard: np.ndarray, row: np.ndarray) -> np.ndarray:
         """When samples come in an epoch: the inverse of `locate`, int64 [B]."""
         _, before, begins, laid = self.epoch(epoch)
         slot = permute(shard, len(self.counts), derive_key(self.key, "shards", epoch), inverse=True)

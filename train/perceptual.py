@@ -260,10 +260,10 @@ def _transformers_tower(path: Path) -> Tower:
     size = getattr(config, "image_size", None)
     if not isinstance(size, int):
         raise ConfigError(f"{FIELD}: {path} is no vision tower: its config.json has no image_size")
-    told: dict[str, Any] = {}
+    preprocessor: dict[str, Any] = {}
     if (file := path / "preprocessor_config.json").is_file():
-        told = json.loads(file.read_bytes())
-    mean, std = (tuple(told.get(n) or d) for n, d in (("image_mean", TOWER_MEAN), ("image_std", TOWER_STD)))
+        preprocessor = json.loads(file.read_bytes())
+    mean, std = (tuple(preprocessor.get(n) or d) for n, d in (("image_mean", TOWER_MEAN), ("image_std", TOWER_STD)))
     return Tower(tower, size, mean, std)
 
 

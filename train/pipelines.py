@@ -25,7 +25,7 @@ STABLE_DIFFUSION_XL = Pipeline(
 
 
 def pipeline_of(unet: Mapping[str, Any]) -> Pipeline:
-    """The pipeline of a UNet2DConditionModel with this config: SDXL's where it is told sizes and pooled text."""
+    """The pipeline of a UNet2DConditionModel with this config: SDXL's where it is given sizes and pooled text."""
     return STABLE_DIFFUSION_XL if unet.get("addition_embed_type") == "text_time" else STABLE_DIFFUSION
 
 

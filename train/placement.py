@@ -49,8 +49,8 @@ class Ring:
 
     def had(self, kind: int, turn: np.ndarray | int) -> np.ndarray:
         """How many of the turns before `turn` were of a kind."""
-        lap, place = np.divmod(np.asarray(turn), self.length)
-        result: np.ndarray = lap * self.counts[kind] + self.before[kind, place]
+        lap, offset = np.divmod(np.asarray(turn), self.length)
+        result: np.ndarray = lap * self.counts[kind] + self.before[kind, offset]
         return result
 
     def when(self, kind: int, nth: int) -> int:
@@ -82,16 +82,16 @@ class Segment:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
     """Samples of one source and bucket in a batch. source: its number in Placement.sources; here: int64, which of the
-    batch's samples they are; places: int64, in the source's order of that bucket."""
+    batch's samples they are; indices: int64, in the source's order of that bucket."""
 
     source: int
     bucket: int
     here: np.ndarray
-    places: np.ndarray
+    indices: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Held:
+class _Plan:
     """A segment worked out. begin: of each bucket, how many samples came before; given: by (key, bucket), how many each
     stream gave before, int64 [V]."""
 
@@ -112,7 +112,7 @@ class Placement:
         self.sources: list[Source] = []
         self.orders: dict[tuple[str, int], Order] = {}
         self._number: dict[str, int] = {}
-        self._held: list[_Held] = []
+        self._plans: list[_Plan] = []
         begin = dict.fromkeys(range(max(len(s.sizes) for s in segments)), 0)
         given: dict[tuple[str, int], np.ndarray] = {}
         for n, segment in enumerate(segments):
@@ -120,40 +120,40 @@ class Placement:
                 if x.key not in self._number:
                     self._number[x.key] = len(self.sources)
                     self.sources.append(x)
-            held = _work_out(segment, begin, given, streams)
-            for b in held.used:
-                for x in held.sources[b]:
+            plan = _work_out(segment, begin, given, streams)
+            for b in plan.used:
+                for x in plan.sources[b]:
                     if (x.key, b) not in self.orders:
                         # Where a stream lies open in every bucket, they share what it holds.
                         rows = max(min(window, FEWEST_ROWS), round(window * x.counts[:, b].sum() / x.counts.sum()))
                         self.orders[x.key, b] = Order(x.counts[:, b], f"{x.key}:{seed}", streams, int(rows))
-            self._held.append(held)
+            self._plans.append(plan)
             if n + 1 < len(segments):
                 steps, rest = divmod(segments[n + 1].images - segment.images, segment.batch_size)
                 if rest or steps < 0:
                     raise ValueError("a segment begins where a step ends")
-                begin, given = _after(held, steps, streams)
+                begin, given = _after(plan, steps, streams)
 
-    def _at(self, position: int) -> _Held:
+    def _at(self, position: int) -> _Plan:
         if position < self.first:
             raise ValueError(f"position {position} lies before the order that begins at {self.first}")
-        return next(h for h in reversed(self._held) if h.segment.images <= position)
+        return next(h for h in reversed(self._plans) if h.segment.images <= position)
 
     def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions int64 [B] -> (position at which their batch begins, place within the batch), int64 [B] each."""
+        """Positions int64 [B] -> (position at which their batch begins, slot within the batch), int64 [B] each."""
         positions = np.asarray(positions, np.int64)
-        begin, place = np.empty_like(positions), np.empty_like(positions)
-        for n, held in enumerate(self._held):
-            first = held.segment.images
+        begin, slot = np.empty_like(positions), np.empty_like(positions)
+        for n, plan in enumerate(self._plans):
+            first = plan.segment.images
             mine = positions >= first if n else slice(None)  # later segments overwrite what lies in them
-            place[mine] = (positions[mine] - first) % held.segment.batch_size
-            begin[mine] = positions[mine] - place[mine]
-        return begin, place
+            slot[mine] = (positions[mine] - first) % plan.segment.batch_size
+            begin[mine] = positions[mine] - slot[mine]
+        return begin, slot
 
     def bucket(self, position: int) -> int:
         """The bucket of the batch that a position belongs to."""
-        held = self._at(position)
-        return held.used[int(held.steps.at((position - held.segment.images) // held.segment.batch_size))]
+        plan = self._at(position)
+        return plan.used[int(plan.steps.at((position - plan.segment.images) // plan.segment.batch_size))]
 
     def samples(self, position: int) -> int:
         """How many samples the batch that a position belongs to has."""
@@ -181,45 +181,45 @@ class Placement:
         begins, slots = self.split(positions)
         for begin in np.unique(begins):
             batch = np.flatnonzero(begins == begin)
-            held = self._at(int(begin))
-            n = (int(begin) - held.segment.images) // held.segment.batch_size
-            i = int(held.steps.at(n))
-            b = held.used[i]
-            p = held.begin[b] + int(held.steps.had(i, n)) * held.segment.sizes[b] + slots[batch]
+            plan = self._at(int(begin))
+            n = (int(begin) - plan.segment.images) // plan.segment.batch_size
+            i = int(plan.steps.at(n))
+            b = plan.used[i]
+            p = plan.begin[b] + int(plan.steps.had(i, n)) * plan.segment.sizes[b] + slots[batch]
             turn, v = np.divmod(p, self.streams)
-            ring, first = held.rings[b], -(-(held.begin[b] - v) // self.streams)
+            ring, first = plan.rings[b], -(-(plan.begin[b] - v) // self.streams)
             kind = ring.at(turn + v)
             for k in np.unique(kind):
                 mine = kind == k
-                x = held.sources[b][int(k)]
+                x = plan.sources[b][int(k)]
                 had = ring.had(int(k), (turn + v)[mine]) - ring.had(int(k), (first + v)[mine])
-                nth = held.given[x.key, b][v[mine]] + had
+                nth = plan.given[x.key, b][v[mine]] + had
                 parts.append(Part(self._number[x.key], b, batch[mine], nth * self.streams + v[mine]))
         return parts
 
     def order(self, part: Part) -> Order:
-        """The order that a part's places are places of."""
+        """The order that a part's indices are of."""
         return self.orders[self.sources[part.source].key, part.bucket]
 
     def position(self, key: str, bucket: int, shard: int, row: int, epoch: int) -> int | None:
         """The position at which a sample comes in an epoch of its source; None where no segment lets it come.
 
-        shard: its place in the source's counts; row: within the shard's bucket.
+        shard: its position in the source's counts; row: within the shard's bucket.
         """
         if (key, bucket) not in self.orders:
             return None
-        place = int(self.orders[key, bucket].place(epoch, np.array([shard]), np.array([row]))[0])
-        nth, v = divmod(place, self.streams)
-        for held, after in zip(self._held, [*self._held[1:], None], strict=True):
-            keys = [x.key for x in held.sources.get(bucket, [])]
+        index = int(self.orders[key, bucket].index(epoch, np.array([shard]), np.array([row]))[0])
+        nth, v = divmod(index, self.streams)
+        for plan, after in zip(self._plans, [*self._plans[1:], None], strict=True):
+            keys = [x.key for x in plan.sources.get(bucket, [])]
             if key not in keys or (after and nth >= after.given[key, bucket][v]):
                 continue
-            ring, k = held.rings[bucket], keys.index(key)
-            first = -(-(held.begin[bucket] - v) // self.streams)
-            turn = ring.when(k, nth - int(held.given[key, bucket][v]) + int(ring.had(k, first + v))) - v
-            n, slot = divmod(turn * self.streams + v - held.begin[bucket], held.segment.sizes[bucket])
-            step = held.steps.when(held.used.index(bucket), n)
-            return held.segment.images + step * held.segment.batch_size + slot
+            ring, k = plan.rings[bucket], keys.index(key)
+            first = -(-(plan.begin[bucket] - v) // self.streams)
+            turn = ring.when(k, nth - int(plan.given[key, bucket][v]) + int(ring.had(k, first + v))) - v
+            n, slot = divmod(turn * self.streams + v - plan.begin[bucket], plan.segment.sizes[bucket])
+            step = plan.steps.when(plan.used.index(bucket), n)
+            return plan.segment.images + step * plan.segment.batch_size + slot
         return None
 
     def first_seen(self, key: str, bucket: int, shard: int, row: int) -> int | None:
@@ -229,7 +229,7 @@ class Placement:
         return min(found, default=None)
 
 
-def _work_out(segment: Segment, begin: dict[int, int], given: dict[tuple[str, int], np.ndarray], streams: int) -> _Held:
+def _work_out(segment: Segment, begin: dict[int, int], given: dict[tuple[str, int], np.ndarray], streams: int) -> _Plan:
     given = dict(given)
     # A source's weight is shared out to the buckets as its samples are.
     shares = {}
@@ -246,17 +246,17 @@ def _work_out(segment: Segment, begin: dict[int, int], given: dict[tuple[str, in
         rings[b] = Ring([share for share in shares[b] if share > 0])
         for x in sources[b]:
             given.setdefault((x.key, b), np.zeros(streams, np.int64))
-    return _Held(segment, used, steps, rings, sources, dict(begin), given)
+    return _Plan(segment, used, steps, rings, sources, dict(begin), given)
 
 
-def _after(held: _Held, steps: int, streams: int) -> tuple[dict[int, int], dict[tuple[str, int], np.ndarray]]:
+def _after(plan: _Plan, steps: int, streams: int) -> tuple[dict[int, int], dict[tuple[str, int], np.ndarray]]:
     """What had come, and who had given what, once a segment's steps are done."""
-    begin, given, v = dict(held.begin), dict(held.given), np.arange(streams)
-    for i, b in enumerate(held.used):
-        end = begin[b] + int(held.steps.had(i, steps)) * held.segment.sizes[b]
+    begin, given, v = dict(plan.begin), dict(plan.given), np.arange(streams)
+    for i, b in enumerate(plan.used):
+        end = begin[b] + int(plan.steps.had(i, steps)) * plan.segment.sizes[b]
         first, last = (-(-(p - v) // streams) + v for p in (begin[b], end))  # each stream's turns, on the ring
-        for k, x in enumerate(held.sources[b]):
-            ring = held.rings[b]
+        for k, x in enumerate(plan.sources[b]):
+            ring = plan.rings[b]
             given[x.key, b] = given[x.key, b] + ring.had(k, last) - ring.had(k, first)
         begin[b] = end
     return begin, given

@@ -98,7 +98,7 @@ def _snapshots(root: str) -> Iterator[tuple[int, float, Callable[[], dict[str, t
     from train import checkpoint
 
     for folder in folders.folders(root):
-        if folders.damage(folder, deep=False):
+        if folders.damage(folder, contents=False):
             continue
         manifest = folders.read_manifest(folder)
         for state in folders.states(manifest):

@@ -34,7 +34,7 @@ class Window:
     columns: dict[str, Any]
 
     def __post_init__(self) -> None:
-        # The place of a sample that is taken down goes to a living one of the window, chosen by place.
+        # The place of a sample that is taken down goes to a living one of the window, chosen by index.
         living = np.flatnonzero(self.alive)
         self.stands = np.arange(len(self.alive))
         if len(living) == 0:
@@ -53,7 +53,7 @@ class Reader:
 
     def __init__(self, placement: Placement, load: Load) -> None:
         self.placement, self._load = placement, load
-        self._held: dict[tuple[int, int, int], dict[int, Future[Window]]] = {}
+        self._windows: dict[tuple[int, int, int], dict[int, Future[Window]]] = {}
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
 
@@ -74,7 +74,7 @@ class Reader:
         """Let go of the threads and of what was read."""
         with self._lock:
             pool, self._pool = self._pool, None
-            self._held.clear()
+            self._windows.clear()
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -83,17 +83,17 @@ class Reader:
         asked = {}
         for part in self.placement.locate(positions):
             order = self.placement.order(part)
-            epoch, v, w, o = (x.tolist() for x in order.spot(part.places))
-            for i, place, e, s, n, row in zip(part.here.tolist(), part.places.tolist(), epoch, v, w, o, strict=True):
-                # Places are given out stream by stream of the run; an epoch's own streams begin anew with each.
-                stream, number = (part.source, part.bucket, place % order.streams), e * order.windows + n
+            epoch, v, w, o = (x.tolist() for x in order.spot(part.indices))
+            for i, index, e, s, n, row in zip(part.here.tolist(), part.indices.tolist(), epoch, v, w, o, strict=True):
+                # Indices are given out stream by stream of the run; an epoch's own streams begin anew with each.
+                stream, number = (part.source, part.bucket, index % order.streams), e * order.windows + n
                 with self._lock:
-                    held = self._held.setdefault(stream, {})
-                    if number not in held:
+                    windows = self._windows.setdefault(stream, {})
+                    if number not in windows:
                         if self._pool is None:
                             self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="reader")
-                        held[number] = self._pool.submit(self._read, part.source, part.bucket, e, s, n)
-                asked[i] = (stream, number, row, (part.source, part.bucket, place))
+                        windows[number] = self._pool.submit(self._read, part.source, part.bucket, e, s, n)
+                asked[i] = (stream, number, row, (part.source, part.bucket, index))
         return asked
 
     def _read(self, source: int, bucket: int, epoch: int, stream: int, window: int) -> Window:
@@ -102,23 +102,23 @@ class Reader:
 
     def _wait(self, stream: tuple[int, int, int], number: int) -> Window:
         with self._lock:
-            held = self._held.setdefault(stream, {})
-            future = held.get(number)
-            for other in [n for n in held if n < number]:  # a stream goes forward
-                del held[other]
+            windows = self._windows.setdefault(stream, {})
+            future = windows.get(number)
+            for other in [n for n in windows if n < number]:  # a stream goes forward
+                del windows[other]
         assert future is not None
         try:
             return future.result()
         except BaseException:
             with self._lock:
-                held.pop(number, None)  # whoever asks again tries again
+                windows.pop(number, None)  # whoever asks again tries again
             raise
 
-    def _elsewhere(self, source: int, bucket: int, place: int) -> tuple[Window, int]:
-        """A living sample in place of one whose whole window was taken down, chosen by place."""
+    def _elsewhere(self, source: int, bucket: int, index: int) -> tuple[Window, int]:
+        """A living sample in place of one whose whole window was taken down, chosen by index."""
         order = self.placement.orders[self.placement.sources[source].key, bucket]
         with np.errstate(over="ignore"):
-            tries = mix64(np.uint64(place) + np.arange(1, _TRIES + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+            tries = mix64(np.uint64(index) + np.arange(1, _TRIES + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
         for other in (tries % np.uint64(order.size)).astype(np.int64):
             epoch, v, w, o = (int(x[0]) for x in order.spot(np.array([other])))
             window = self._load(source, bucket, order.runs(epoch, v, w))

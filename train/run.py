@@ -52,13 +52,13 @@ class Run:
         """Whether the last step passed a multiple of `every` images."""
         return crossed(self.images, config.batch_size, every)
 
-    def count(self, told: Told) -> None:
+    def count(self, result: StepResult) -> None:
         """Take in what became of a step. An overflow of fp16 is neither taken nor wrong."""
-        self.applied += told.applied
-        if told.applied:
+        self.applied += result.applied
+        if result.applied:
             self.in_a_row = 0
-        elif not told.overflow:
-            self.in_a_row, self.skipped, self.last_veto = self.in_a_row + 1, self.skipped + 1, told.images
+        elif not result.overflow:
+            self.in_a_row, self.skipped, self.last_veto = self.in_a_row + 1, self.skipped + 1, result.images
 
     def exhausted(self, max_skips: int) -> bool:
         """Whether the weights should go back. At the step after the last veto, whenever that one became known, so that
@@ -97,7 +97,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
+class StepResult:
     """An outcome on the host: of the step that ended at `images`. rate: its learning rate."""
 
     step: int
@@ -120,7 +120,7 @@ class Late:
         self._spare: list[torch.Tensor] = []
         self.stop = False
 
-    def read(self, outcome: Outcome, run: Run, rate: float, everything: bool) -> Iterator[Told]:
+    def read(self, outcome: Outcome, run: Run, rate: float, everything: bool) -> Iterator[StepResult]:
         """Take the newest step's outcome; yields the one before, and where `everything` is asked, itself.
 
         flags of the outcome: whether to stop, whether a checkpoint could not be written.
@@ -140,7 +140,7 @@ class Late:
                 self._spare.append(row)
             *figures, stop, unsaved, norm, applied, overflow = row.tolist()
             self.stop = self.stop or stop > 0
-            yield Told(*at, bool(applied), bool(overflow), norm, figures, stop > 0, unsaved > 0)
+            yield StepResult(*at, bool(applied), bool(overflow), norm, figures, stop > 0, unsaved > 0)
 
     def forget(self) -> None:
         """Drop what was taken from weights that are gone."""

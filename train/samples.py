@@ -65,7 +65,7 @@ class Samples:
         try:
             with cast:
                 batch = {k: v.to(device) for k, v in self.batch.items()}
-                text, added = objective.conditioning.told(batch)
+                text, added = objective.conditioning.condition(batch)
                 latents = self._latents(text, added, objective.conditioning.mask(batch, text))
         finally:
             objective.train(training)
@@ -112,13 +112,13 @@ class Samples:
         return np.concatenate([vae.decode(one[None]) for one in z])
 
 
-def tile(pictures: np.ndarray) -> np.ndarray:
+def tile(images: np.ndarray) -> np.ndarray:
     """uint8 [N,h,w,3] -> one picture of ceil(sqrt(N)) columns, white where there is none."""
-    n, h, w, _ = pictures.shape
+    n, h, w, _ = images.shape
     columns = int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
     out = np.full((rows * (h + GAP) - GAP, columns * (w + GAP) - GAP, 3), 255, np.uint8)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         y, x = i // columns * (h + GAP), i % columns * (w + GAP)
-        out[y : y + h, x : x + w] = picture
+        out[y : y + h, x : x + w] = image
     return out

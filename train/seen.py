@@ -54,7 +54,7 @@ class Account:
                 raise Unknown(f"it was trained on other samples than {dataset.root} holds now")
         tables = {r.key: laid[r.first : r.end] for r in self._ranges.values()}
         self._placement = history.placement(tables, int(manifest["seed"]))
-        self._places = {info.index: place for place, info in enumerate(dataset.shards)}
+        self._positions = {info.index: position for position, info in enumerate(dataset.shards)}
         # An older order may have come before this one.
         self.begins = history.segments[0].images
 
@@ -69,28 +69,28 @@ class Account:
         """
         if self.begins:
             raise Unknown(f"its first {self.begins} images were of an older order of samples")
-        place = self._places.get(shard_index)
-        if place is None:
+        position = self._positions.get(shard_index)
+        if position is None:
             return [None] * len(samples)
         return [
-            min((p for b, row in rows for p in self._all(place, b, row)), default=None)
-            for rows in self._rows(place, samples)
+            min((p for b, row in rows for p in self._all(position, b, row)), default=None)
+            for rows in self._rows(position, samples)
         ]
 
-    def _all(self, place: int, bucket: int, row: int) -> list[int]:
+    def _all(self, position: int, bucket: int, row: int) -> list[int]:
         found = []
         for r in self._ranges.values():
-            if r.first <= place < r.end:
-                first = self._placement.first_seen(r.key, bucket, place - r.first, row)
+            if r.first <= position < r.end:
+                first = self._placement.first_seen(r.key, bucket, position - r.first, row)
                 found += [p for p in (first, self._by_rules.get(r.key)) if p is not None]
         return found
 
-    def _rows(self, place: int, samples: Sequence[int]) -> list[list[tuple[int, int]]]:
+    def _rows(self, position: int, samples: Sequence[int]) -> list[list[tuple[int, int]]]:
         """Of each sample the buckets that hold it, and its row in each."""
         buckets = rows_laid(self.dataset).shape[1]
         if buckets == 1:
             return [[(0, int(n))] for n in samples]
-        name = self.dataset.shards[place].name + ".safetensors"
+        name = self.dataset.shards[position].name + ".safetensors"
         column = {"bucket": ColumnFile(storage.join(self.dataset.root, name)).whole("bucket")}
         rows = {b: members(column, b, len(column["bucket"])) for b in range(buckets)}
         return [[(int(b), int(np.searchsorted(rows[int(b)], n))) for b in column["bucket"][n]] for n in samples]

@@ -49,8 +49,8 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
-    """The image shards whose pictures the UNet is told beside one source's latents. given, again: the source, as
+class ImageSet:
+    """The image shards whose pictures the UNet is given beside one source's latents. given, again: the source, as
     Range's. shards: how many there were; digest: of which they were, whatever was taken down in them since; empty where
     their format does not say."""
 
@@ -73,7 +73,7 @@ class Record:
     ranges: tuple[Range, ...]
     changes: tuple[str, ...] = ()
     select: tuple[tuple[dict[str, Any], ...], ...] = ()  # by source, the rules with their thresholds; none: all pass
-    pictures: tuple[Pictures, ...] = ()  # by source, where the UNet is told pictures; none: it is not, or no record
+    pictures: tuple[ImageSet, ...] = ()  # by source, where the UNet is given pictures; none: it is not, or no record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class History:
                         "ranges": ranges,
                         "changes": tuple(s["changes"]),
                         "select": tuple(map(tuple, s.get("select", ()))),
-                        "pictures": tuple(Pictures(**p) for p in s.get("pictures", ())),
+                        "pictures": tuple(ImageSet(**p) for p in s.get("pictures", ())),
                     }
                 )
             )
@@ -157,15 +157,16 @@ def begin(config: FitConfig, datasets: Sequence[Dataset]) -> History:
     ):
         ranges.append(_range(source, dataset, table, 0, key, weight))
     total = sum(int(t.sum()) for t in laid)
-    beside = picture_sets(config, datasets)
+    beside = image_sets(config, datasets)
     row = _row_bytes(datasets[0], laid[0]) + sum(_row_bytes(d, rows_laid(d)) for d in beside[:1])
     window = config.window or int(np.clip(WINDOW_BYTES // row, FEWEST_ROWS, MOST_ROWS))
     fitting = 1 << max(0, total // window - 1).bit_length()
     most = MOST_STREAMS if datasets[0].kind == "latents" else MOST_STREAMS // 4  # a tar's sidecar is kept for each
     streams = config.streams or int(np.clip(fitting, FEWEST_STREAMS, most))
     select = selected(config, datasets)
-    told = tuple(_pictures(s, d) for s, d in zip(names(config), beside, strict=False))
-    record = Record(0, 0, config.batch_size, batch_sizes(config, datasets), tuple(ranges), select=select, pictures=told)
+    images = tuple(_image_set(s, d) for s, d in zip(names(config), beside, strict=False))
+    sizes = batch_sizes(config, datasets)
+    record = Record(0, 0, config.batch_size, sizes, tuple(ranges), select=select, pictures=images)
     return History(streams, window, (record,))
 
 
@@ -180,7 +181,9 @@ def too_few(config: FitConfig, datasets: Sequence[Dataset]) -> list[str]:
     return found
 
 
-def place(config: FitConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None) -> Placement:
+def placement_of(
+    config: FitConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None
+) -> Placement:
     """Where the samples of a run come from; history: None for one that begins now."""
     history = history or begin(config, datasets)
     return history.placement(tables(history, config, datasets), seed)
@@ -212,7 +215,7 @@ def resume(
     last = history.segments[-1]
     ranges: list[Range] = []
     notes: list[str] = []
-    told: list[str] = []  # what is adopted
+    adopted: list[str] = []
     refusal = ""
     for source, weight, dataset, key in zip(names(config), _weights(config), datasets, _keys(datasets), strict=True):
         laid = rows_laid(dataset)
@@ -228,39 +231,39 @@ def resume(
                     f"{dataset.root} holds other samples than this training began with ({int(found.sum()):,} where it "
                     f"had {sum(r.rows):,} in the same shards); give --adopt to go on with these"
                 )
-            told.append(
+            adopted.append(
                 f"{dataset.root}: {int(found.sum()):,} samples in place of {sum(r.rows):,}, in an order of their own"
             )
-            notes.append(told[-1])
+            notes.append(adopted[-1])
             kept.append(_range(source, dataset, laid[: r.end], r.first, f"{key}:{r.first}:{images}", 0.0))
         end = max((r.end for r in own), default=0)
         more = int(laid[end:].sum())
         if more and (adopt or not own):
             kept.append(_range(source, dataset, laid, end, f"{key}:{end}" if end else key, 0.0))
-            told.append(f"{dataset.root}: {more:,} samples more")
+            adopted.append(f"{dataset.root}: {more:,} samples more")
         elif more:
             notes.append(f"{dataset.root} holds {more:,} samples more by now; --adopt takes them in")
         total = sum(sum(r.rows) for r in kept)
         ranges += [
             dataclasses.replace(r, weight=weight * sum(r.rows) / total, root=dataset.root) for r in kept if total
         ]
-    beside = picture_sets(config, datasets)
+    beside = image_sets(config, datasets)
     # Sources may have changed their places, and new ones have come.
     stood = {(p.given, p.again): p for p in last.pictures}
     pairs = [
-        (stood[s], _pictures(s, d, stood[s].shards)) for s, d in zip(names(config), beside, strict=False) if s in stood
+        (stood[s], _image_set(s, d, stood[s].shards)) for s, d in zip(names(config), beside, strict=False) if s in stood
     ]
     others = [now.root for then, now in pairs if then.digest and now.digest and then.digest != now.digest]
     for root in others:
         refusal = refusal or (
-            f"the pictures in {root} are others than those this training was told until now; put them back, or give "
+            f"the pictures in {root} are others than those this training was given until now; put them back, or give "
             "--adopt to go on with these"
         )
-        told.append(f"{root}: other pictures")
+        adopted.append(f"{root}: other pictures")
     select = selected(config, datasets, last.select)
     sizes = batch_sizes(config, datasets)
-    pictures = tuple(_pictures(s, d) for s, d in zip(names(config), beside, strict=False))
-    record = Record(images, step, config.batch_size, sizes, tuple(ranges), (*changes, *told), select, pictures)
+    pictures = tuple(_image_set(s, d) for s, d in zip(names(config), beside, strict=False))
+    record = Record(images, step, config.batch_size, sizes, tuple(ranges), (*changes, *adopted), select, pictures)
     if _same(record, last) and not changes and not others:
         return Taken(history, tuple(notes), "" if adopt else refusal)
     before = history.segments if last.images < images else history.segments[:-1]
@@ -301,29 +304,29 @@ def run_of(dataset: Dataset) -> str:
     return dataset.root.rstrip("/").rpartition("/")[0]
 
 
-def picture_sets(config: FitConfig, datasets: Sequence[Dataset], folder: str = "images") -> list[Dataset]:
-    """Of each data set of latents, the image shards whose pictures the UNet is told by key; none where it is told none.
+def image_sets(config: FitConfig, datasets: Sequence[Dataset], folder: str = "images") -> list[Dataset]:
+    """Of each data set of latents, the image shards whose pictures the UNet is given by key; none without.
 
     folder: `images`, or `heldout`.
     """
-    if not isinstance(config, TrainConfig) or not config.told:
+    if not isinstance(config, TrainConfig) or not config.conditioned_by:
         return []
-    return [Dataset.open(storage.join(pictures_run(config, run_of(d)), folder)) for d in datasets]
+    return [Dataset.open(storage.join(run_of_images(config, run_of(d)), folder)) for d in datasets]
 
 
-def pictures_run(config: TrainConfig, run: str) -> str:
-    """The run that has the pictures which latents of `run` are told."""
+def run_of_images(config: TrainConfig, run: str) -> str:
+    """The run that has the pictures which latents of `run` are given."""
     other = config.edit.before if config.edit else config.control.images if config.control else None
     if other is None:
         return run
     return other if "://" in other or other.startswith("/") else storage.join(run, other)
 
 
-def _pictures(source: tuple[str | None, int], dataset: Dataset, shards: int | None = None) -> Pictures:
+def _image_set(source: tuple[str | None, int], dataset: Dataset, shards: int | None = None) -> ImageSet:
     """Which pictures the first `shards` shards hold, or all; more may come, and some be taken down."""
     some = dataset.shards[:shards]
     lines = [f"{s.index} {s.born}" for s in some]
-    return Pictures(*source, dataset.root, len(lines), "" if dataset.format == 1 else digest_json(lines)[:32])
+    return ImageSet(*source, dataset.root, len(lines), "" if dataset.format == 1 else digest_json(lines)[:32])
 
 
 def _range(
@@ -356,10 +359,10 @@ def names(config: FitConfig) -> list[tuple[str | None, int]]:
 
 def _row_bytes(dataset: Dataset, laid: np.ndarray) -> int:
     """About how much a sample takes up, by the first shard that has some."""
-    place = int(np.flatnonzero(laid.sum(axis=1))[0])
+    position = int(np.flatnonzero(laid.sum(axis=1))[0])
     suffix = ".safetensors" if dataset.kind == "latents" else ".tar"
-    size = storage.size(storage.join(dataset.root, dataset.shards[place].name + suffix)) or 0
-    return max(1, size // int(laid[place].sum()))
+    size = storage.size(storage.join(dataset.root, dataset.shards[position].name + suffix)) or 0
+    return max(1, size // int(laid[position].sum()))
 
 
 def batch_sizes(config: FitConfig, datasets: Sequence[Dataset]) -> tuple[int, ...]:

@@ -148,7 +148,7 @@ def stage_state(stage: str, run: str, sections: Any) -> StageState:
 def judge(stage: str, config: StageConfig, wanted: Fingerprint, paths: StagePaths, adopt: bool = False) -> StageState:
     """As `stage_state`, of a fit whose fingerprint is known. adopt: changes that may be made are consented to."""
     marker = _marker(paths.model)
-    newest = folders.latest_complete(paths.checkpoints, deep=False)
+    newest = folders.latest_complete(paths.checkpoints, contents=False)
     manifest = folders.read_manifest(newest) if newest else {}
     finished = stage != "train" and marker is not None
     found = marker if finished else manifest
@@ -239,7 +239,7 @@ def history(
 
     Raises ConfigError where that needs consent.
     """
-    newest = folders.latest_complete(paths.checkpoints, deep=False)
+    newest = folders.latest_complete(paths.checkpoints, contents=False)
     few = tuple(segments.too_few(config, datasets))
     if newest is None:
         return segments.Taken(segments.begin(config, datasets), few)

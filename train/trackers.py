@@ -89,9 +89,9 @@ class Trackers:
         for name in dict.fromkeys(names):
             make = _MAKERS[name]
             # TensorBoard drops what lies beyond the beginning by itself, and is to be told it again.
-            told = None if name == "tensorboard" and images is not None else _Told(state, name)
+            sent = None if name == "tensorboard" and images is not None else _Sent(state, name)
             about = _About(folder, images, run.rstrip("/").rsplit("/", 1)[-1], part, flat(settings))
-            self._threads.append(_Thread(name, make, about, told))
+            self._threads.append(_Thread(name, make, about, sent))
 
     def scalars(self, series: str, images: int, values: Mapping[str, Any]) -> None:
         """The finite numbers among `values`. series: a kind of lines; each line of it has another number of images."""
@@ -115,10 +115,10 @@ class Trackers:
 
 
 class _Thread:
-    """One tracker and its thread. told: up to where it was told of each series, where that is kept."""
+    """One tracker and its thread. sent: up to where it was told of each series, where that is kept."""
 
-    def __init__(self, name: str, make: Callable[[_About, str], Tracker], about: _About, told: _Told | None) -> None:
-        self.name, self._make, self._about, self._told = name, make, about, told
+    def __init__(self, name: str, make: Callable[[_About, str], Tracker], about: _About, sent: _Sent | None) -> None:
+        self.name, self._make, self._about, self._sent = name, make, about, sent
         self._todo: queue.SimpleQueue[tuple[str, int, Callable[[Tracker], None]] | None] = queue.SimpleQueue()
         self._failed = False
         self._thread = threading.Thread(target=self._run, name=f"tracker-{name}", daemon=True)
@@ -143,8 +143,8 @@ class _Thread:
         while (work := self._todo.get()) is not None:
             series, images, send = work
             try:
-                tracker = tracker or self._make(self._about, self._told.id if self._told else "")
-                if self._told is None or self._told.advance(series, images):
+                tracker = tracker or self._make(self._about, self._sent.id if self._sent else "")
+                if self._sent is None or self._sent.advance(series, images):
                     send(tracker)
             except (Exception, SystemExit) as e:  # whatever a client library may raise: it is a copy
                 self._warn(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")
@@ -160,7 +160,7 @@ class _Thread:
         self._failed = True
 
 
-class _Told:
+class _Sent:
     """What is kept of one tracker: the name of its run, and how far each series was told. Read when it is needed, in
     the tracker's own thread; several trackers share the file."""
 
@@ -195,10 +195,10 @@ class _Told:
     def advance(self, series: str, images: int) -> bool:
         """Whether this point is a new one; if so, it counts as told from now on."""
         with self._lock:
-            told = self._load()["told"]
-            if images <= told.get(series, -1):
+            sent = self._load()["told"]
+            if images <= sent.get(series, -1):
                 return False
-            told[series] = images
+            sent[series] = images
             self._write()
             return True
 

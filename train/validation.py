@@ -22,16 +22,16 @@ from latents.encoders import other_encoder
 from latents.stage import LatentsStage
 from latents.weights import clips_of
 from shards.dataset import Dataset
-from shards.images import PLACE, ImageShard
+from shards.images import LOCATION, ImageShard
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from shards.stage import begin
 from train import segments
-from train.config import TOLD, SourceConfig, TrainConfig, ValidationConfig
+from train.config import IMAGE_CONDITIONS, SourceConfig, TrainConfig, ValidationConfig
 from train.data import Batch, Latents
 from train.denoising import Diffusion
+from train.image_conditioning import ByKey
 from train.order import permute
-from train.pictures import ByKey
 from train.ranks import Ranks
 from train.reader import Window
 
@@ -58,8 +58,8 @@ class Validator:
         count, steps = len(latents.buckets), objective.process.steps
         t = (permute(rows, count, 0) * 2 + 1) * steps // (2 * count)
         batch = objective.latent_batch(latents, rows, t, FIRST)
-        if objective.told:
-            batch |= objective.told.batch(latents, rows, np.ones(len(rows)), FIRST)
+        if objective.image_conditioning:
+            batch |= objective.image_conditioning.batch(latents, rows, np.ones(len(rows)), FIRST)
         return batch | objective.text_batch(latents, rows, np.zeros(len(rows), bool))
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class Chosen(Latents):
 
     def __init__(self, config: TrainConfig, dataset: Dataset, count: int, beside: Sequence[ByKey] = ()) -> None:
         plain = {"sources": (SourceConfig(),), "resolution": config.resolutions[:1] or None, "batch_by_area": None}
-        plain |= dict.fromkeys(TOLD)  # the pictures are those of `beside`
+        plain |= dict.fromkeys(IMAGE_CONDITIONS)  # the pictures are those of `beside`
         plain["prior"] = None
         plain["select"] = ()  # scores are of what is trained on
         super().__init__(config.model_copy(update=plain), [dataset], 0, beside=beside)
@@ -162,13 +162,13 @@ def _open(root: str, objective: Diffusion) -> Dataset:
 
 
 def _beside(config: ValidationConfig, objective: Diffusion, run: RunPaths) -> list[ByKey]:
-    """The pictures that the UNet is told of the samples that it is validated on; none where it is told none."""
+    """The pictures that the UNet is given of the samples that it is validated on; none where it is given none."""
     train = objective.config
-    if not train.told:
+    if not train.conditioned_by:
         return []
     if config.latents:
-        return [ByKey(d) for d in segments.picture_sets(train, [Dataset.open(config.latents)])]
-    return [ByKey(Dataset.open(RunPaths(segments.pictures_run(train, run.run)).heldout))]
+        return [ByKey(d) for d in segments.image_sets(train, [Dataset.open(config.latents)])]
+    return [ByKey(Dataset.open(RunPaths(segments.run_of_images(train, run.run)).heldout))]
 
 
 def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, device: str, folder: str) -> str:
@@ -178,7 +178,7 @@ def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, dev
     """
     facts = objective.latents.dataset.manifest
     try:
-        pictures = Dataset.open(run.heldout)
+        heldout = Dataset.open(run.heldout)
     except StageError:
         raise ConfigError(
             f"train.validation: {run.heldout} holds no pictures; give ingest.heldout_table, or name a folder of "
@@ -194,11 +194,11 @@ def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, dev
         "crop": "center",
     }  # it is measured on pictures as they are, by the prediction alone
     settings = LatentsConfig(**known)
-    few = _first(pictures, config.images)
+    few = _first(heldout, config.images)
     if len(few) == 0:
-        raise StageError(f"{pictures.root}: there is not one held-out picture to validate on")
+        raise StageError(f"{heldout.root}: there is not one held-out picture to validate on")
     stage = _Stage(settings, RunPaths(folder), facts["vae"]["ref"], clips_of(facts["text"])[0]["ref"])
-    stage.pictures = few
+    stage.image_dataset = few
     begin(stage)
     work = stage.worker()
     stage.finish([work(task) for task in stage.tasks()])
@@ -208,10 +208,10 @@ def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, dev
 class _Stage(LatentsStage):
     """The latents of a dataset that is at hand."""
 
-    pictures: Dataset
+    image_dataset: Dataset
 
     def images(self) -> Dataset:
-        return self.pictures
+        return self.image_dataset
 
 
 def _first(dataset: Dataset, count: int) -> Dataset:
@@ -220,7 +220,7 @@ def _first(dataset: Dataset, count: int) -> Dataset:
     for position, info in enumerate(dataset.shards):
         if count <= 0:
             break
-        rows = ImageShard(dataset, position, ("status", *PLACE)).rows
+        rows = ImageShard(dataset, position, ("status", *LOCATION)).rows
         shards.append({**dataclasses.asdict(info), "count": min(count, len(rows))})
         beyond[info.index] = rows[count:]
         count -= len(rows)

@@ -103,9 +103,9 @@ def estimate(ref: Reference, groups: Mapping[int, Moments]) -> Estimate:
 
 def estimate_of(ref: Reference, features: npt.ArrayLike, group: npt.ArrayLike) -> Estimate:
     """As `estimate`, from vectors [n, d] and the name of the group of each [n]; meant for n <= d."""
-    x, owner = np.asarray(features, np.float64), np.asarray(group)
-    names, sizes = np.unique(owner, return_counts=True)
-    left_out = [distance_of(ref, x[owner != g]) for g in names]
+    x, groups = np.asarray(features, np.float64), np.asarray(group)
+    names, sizes = np.unique(groups, return_counts=True)
+    left_out = [distance_of(ref, x[groups != g]) for g in names]
     return _estimate(ref, distance_of(ref, x), left_out, sizes.tolist(), names.tolist())
 
 

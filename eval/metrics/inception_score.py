@@ -19,15 +19,15 @@ def inception_score(logits: npt.ArrayLike, group: npt.ArrayLike) -> Estimate:
 
     From the groups' sums of p and of sum p log p alone, in float64.
     """
-    x, owner = np.asarray(logits, np.float64), np.asarray(group)
-    if x.ndim != 2 or len(x) != len(owner):
-        raise ValueError(f"logits {x.shape} with {len(owner)} groups have no Inception score")
+    x, groups = np.asarray(logits, np.float64), np.asarray(group)
+    if x.ndim != 2 or len(x) != len(groups):
+        raise ValueError(f"logits {x.shape} with {len(groups)} groups have no Inception score")
     if not np.isfinite(x).all():
         raise ValueError("logits are not finite")
     shifted = x - x.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     p = np.exp(log_p)
-    names, index, sizes = np.unique(owner, return_inverse=True, return_counts=True)
+    names, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     member = np.eye(len(sizes))[index]
     mass, negentropy = member.T @ p, member.T @ (p * log_p).sum(axis=1)
     total_mass, total, n = mass.sum(axis=0), float(negentropy.sum()), len(x)

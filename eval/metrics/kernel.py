@@ -122,10 +122,10 @@ def group_sums(
     """The kernel's sums over all pairs, by group of x, from tiles of at most tile x tile; summed in float64."""
     import torch
 
-    a, b, owner = np.asarray(x), np.asarray(y), np.asarray(group)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or len(owner) != len(a):
-        raise ValueError(f"features {a.shape} and {b.shape} with {len(owner)} groups are no two sets of one dimension")
-    names, index, sizes = np.unique(owner, return_inverse=True, return_counts=True)
+    a, b, groups = np.asarray(x), np.asarray(y), np.asarray(group)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or len(groups) != len(a):
+        raise ValueError(f"features {a.shape} and {b.shape} with {len(groups)} groups are no two sets of one dimension")
+    names, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     with torch.inference_mode():
         member = torch.eye(len(sizes), dtype=torch.float64)[torch.as_tensor(index)].to(device)  # [n, G]
         xx = torch.zeros(len(sizes), len(sizes), dtype=torch.float64, device=device)

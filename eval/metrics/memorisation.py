@@ -133,11 +133,11 @@ def nearest(features: npt.ArrayLike, train: Dataset, positions: Iterable[int], n
         for start in range(0, len(keys), BLOCK):
             rows = torch.from_numpy(np.array(shard.arrays[name][start : start + BLOCK], np.float32)).to(device)
             with torch.inference_mode():
-                value, place = (x @ rows.T).max(dim=1)
-            values, places = value.double().cpu().numpy(), place.cpu().numpy()
+                value, best_row = (x @ rows.T).max(dim=1)
+            values, best_rows = value.double().cpu().numpy(), best_row.cpu().numpy()
             for i in np.flatnonzero(values > best):
                 best[i], shard_of[i] = values[i], train.shards[position].index
-                key_of[i] = keys[start + int(places[i])]
+                key_of[i] = keys[start + int(best_rows[i])]
     return Nearest(best, shard_of, key_of)
 
 

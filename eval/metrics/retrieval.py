@@ -44,8 +44,8 @@ def of_pairs(
     """
     meanings = [meaning(c) if meaning else " ".join(c.split()).casefold() for c in captions]
     first = distinct(captions, meanings)
-    place = {meanings[row]: i for i, row in enumerate(first)}
-    own = [place[m] for m in meanings]
+    index_of = {meanings[row]: i for i, row in enumerate(first)}
+    own = [index_of[m] for m in meanings]
     b = np.asarray(texts)
     return rank_one(images, b[first], own, candidates, own if clusters is None else clusters, b)
 

@@ -38,9 +38,9 @@ def clean(pixels: np.ndarray, side: int = 299) -> torch.Tensor:
     channels = [
         [
             np.asarray(Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC))
-            for plane in np.ascontiguousarray(picture.transpose(2, 0, 1), np.float32)
+            for plane in np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)
         ]
-        for picture in pixels
+        for image in pixels
     ]
     return torch.from_numpy(np.clip(np.array(channels, np.float32).reshape(-1, 3, side, side), 0, 255))
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from eval.report import charts, scores
-from latents.pictures import resize_crop
+from latents.resize import resize_crop
 from shards import storage
 from shards.columns import ColumnShard
 from shards.dataset import MANIFEST, Dataset
@@ -100,7 +100,7 @@ class Images:
         self.shards = [ImageShard(self.dataset, p) for p in range(len(self.dataset.shards))]
         self.rows = [shard.table.take(shard.rows).to_pylist() for shard in self.shards]
         kept = ((p, i) for p, rows in enumerate(self.rows) for i in range(len(rows)))
-        self.place = [(p, i) for p, i in kept if self.rows[p][i]["image_offset"] is not None]
+        self.positions = [(p, i) for p, i in kept if self.rows[p][i]["image_offset"] is not None]
         self.resolution = int(self.dataset.manifest["generation"]["size"])
         heldout = storage.exists(storage.join(run.heldout, MANIFEST))
         self.heldout = Dataset.open(run.heldout) if heldout else None
@@ -136,12 +136,12 @@ class Images:
 
     def in_order(self, count: int) -> list[Sample]:
         """Images of the first `count` prompts, one each: chosen by nobody."""
-        first = [(p, i) for p, i in self.place if self.rows[p][i]["replicate"] == 0]
-        return [self._sample(*place) for place in first[:count]]
+        first = [(p, i) for p, i in self.positions if self.rows[p][i]["replicate"] == 0]
+        return [self._sample(*position) for position in first[:count]]
 
     def by_score(self, count: int) -> tuple[list[Sample], list[Sample]]:
         """The `count` images of highest and of lowest CLIP cosine, each from the extreme inwards."""
-        with_cosine = [at for at in self.place if self._key(at) in self.cosines]
+        with_cosine = [at for at in self.positions if self._key(at) in self.cosines]
         ranked = sorted(with_cosine, key=lambda at: (self.cosines[self._key(at)], at))
         count = min(count, len(ranked) // 2)
         return [self._sample(*at) for at in ranked[::-1][:count]], [self._sample(*at) for at in ranked[:count]]
@@ -149,7 +149,7 @@ class Images:
     def by_tag(self, tags: dict[str, list[str]] | None, most: int, count: int) -> list[tuple[str, list[Sample]]]:
         """The first `count` images of each of the `most` largest tags; tags: of a caption, beyond the suite's own."""
         found: dict[str, list[tuple[int, int]]] = {}
-        for p, i in self.place:
+        for p, i in self.positions:
             row = self.rows[p][i]
             for tag in dict.fromkeys([*(row["tags"] or ()), *(tags or {}).get(row["caption"], ())]):
                 found.setdefault(tag, []).append((p, i))
@@ -205,9 +205,9 @@ class Pair:
 
 def pairs(before: Images, after: Images, count: int) -> list[Pair]:
     """The first `count` prompts that both have, one image each, in the order of `after`."""
-    there = {(before.rows[p][i]["prompt_id"], before.rows[p][i]["replicate"]): (p, i) for p, i in before.place}
+    there = {(before.rows[p][i]["prompt_id"], before.rows[p][i]["replicate"]): (p, i) for p, i in before.positions}
     found: list[Pair] = []
-    for p, i in after.place:
+    for p, i in after.positions:
         row = after.rows[p][i]
         at = there.get((row["prompt_id"], row["replicate"]))
         if row["replicate"] or at is None:
@@ -249,11 +249,11 @@ def neighbours(run: RunPaths, metrics: dict[str, Any], images: Images) -> list[N
         p, i = here[pair["key"]]
         try:
             original = resize_crop(decode_rgb(shard.image_bytes(j)), images.resolution)[0]
-            drawn = decode_rgb(images.shards[p].image_bytes(i))
+            generated = decode_rgb(images.shards[p].image_bytes(i))
         except ValueError:
             continue
         prompt, caption = plain(images.rows[p][i]["caption"]), plain(shard.captions[j])
-        found.append(Neighbour(prompt, data_uri(drawn), data_uri(original), caption, pair["cosine"], pair["near"]))
+        found.append(Neighbour(prompt, data_uri(generated), data_uri(original), caption, pair["cosine"], pair["near"]))
         shard.close()
     return found
 
@@ -317,15 +317,15 @@ CURVES = (  # folder, key of the log's lines, title, logarithmic
 
 def curves(run: RunPaths) -> list[charts.Chart]:
     """Loss, learning rate and a figure of merit of each fit, from its log.jsonl; what was not fitted has no curve."""
-    drawn = []
+    found = []
     for folder, key, title, log_scale in CURVES:
         points = [
             (line["images"], line[key]) for line in log_lines(storage.join(run.run, folder)) if is_number(line, key)
         ]
         if len(points) >= 2:
             x, y = zip(*points, strict=True)
-            drawn.append(charts.draw(charts.Line(title, x, y, log_scale=log_scale, noisy=key != "lr")))
-    return drawn
+            found.append(charts.draw(charts.Line(title, x, y, log_scale=log_scale, noisy=key != "lr")))
+    return found
 
 
 def log_lines(folder: str) -> list[dict[str, Any]]:

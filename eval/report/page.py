@@ -327,7 +327,7 @@ def _label(result: dict[str, Any], name: str) -> str:
 def trend(every: list[dict[str, Any]], result: dict[str, Any]) -> list[charts.Chart]:
     """The first numbers over checkpoints of this result's protocol; none for one point."""
     same = sorted((r for r in every if verdict.alike(r, result) and r["images_seen"] is not None), key=verdict.seen)
-    drawn = []
+    figures = []
     for name in _headline(result)[:8]:
         points = [(r["images_seen"], e) for r in same if (e := r["metrics"].get(name)) and "low" in e]
         if len(points) >= 2:
@@ -335,8 +335,8 @@ def trend(every: list[dict[str, Any]], result: dict[str, Any]) -> list[charts.Ch
             better = {"higher": "higher is better", "lower": "lower is better"}.get(points[-1][1]["better"], "")
             note = f"95 % intervals; {better}" if better else "95 % intervals"
             x, y = [x for x, _ in points], [e["value"] for _, e in points]
-            drawn.append(charts.draw(charts.Line(_label(result, name), x, y, intervals, note=note)))
-    return drawn
+            figures.append(charts.draw(charts.Line(_label(result, name), x, y, intervals, note=note)))
+    return figures
 
 
 def _index(run: RunPaths, every: list[dict[str, Any]], watch: WatchConfig | None, when: str) -> dict[str, Any]:

@@ -54,8 +54,8 @@ def histograms(run: RunPaths, checkpoint: str) -> list[Histogram]:
     columns = [
         f"{name}.{column}"
         for name, dataset in opened.items()
-        for column, told in dataset.manifest.get("columns", {}).items()
-        if told.get("sketch")
+        for column, settings in dataset.manifest.get("columns", {}).items()
+        if settings.get("sketch")
     ]
     columns = sorted(columns, key=lambda c: c not in ends)[:MOST]
     sketches = {c: opened[c.partition(".")[0]].manifest["columns"][c.partition(".")[2]]["sketch"] for c in columns}
@@ -118,8 +118,8 @@ def _given(
     chosen = np.unique(np.linspace(0, len(latents.shards) - 1, min(SHARDS, len(latents.shards))).round().astype(int))
     for info in (latents.shards[i] for i in chosen):
         table = latents.sidecar(info.index)
-        places = column_rows(table)
-        usable = np.array([s == "success" for s in table["status"].to_pylist()], bool) & (places >= 0)
+        stored_rows = column_rows(table)
+        usable = np.array([s == "success" for s in table["status"].to_pylist()], bool) & (stored_rows >= 0)
         usable[latents.excluded_rows(info.index)] = False
         rows = np.flatnonzero(usable)
         try:

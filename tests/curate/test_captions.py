@@ -101,7 +101,7 @@ def test_a_local_model_gives_what_a_plain_loop_over_it_gives(blip: Path, tmp_pat
     manifest = score(stage)
     processor, model = BlipProcessor.from_pretrained(blip), BlipForConditionalGeneration.from_pretrained(blip).eval()
     captioner = Transformers(stage.config, blip)
-    told = set()
+    texts = set()
     for position in range(3):
         shard, table = ImageShard(dataset, position), rows(stage, position)
         for i, row in enumerate(shard.rows.tolist()):
@@ -117,10 +117,10 @@ def test_a_local_model_gives_what_a_plain_loop_over_it_gives(blip: Path, tmp_pat
             assert answer.text
             assert text.removeprefix("a dog on").strip() == answer.text.removeprefix("a dog on").strip()
             assert table[row]["captions"] == ([tidy(answer.text)] if table[row]["fate"] == "captioned" else [])
-            told.add(answer.text)
+            texts.add(answer.text)
         assert table[4]["fate"] is None
         assert table[4]["captions"] is None
-    assert len(told) > 1
+    assert len(texts) > 1
     assert sum(manifest["fates"].values()) == 24
 
 
@@ -209,8 +209,8 @@ def test_every_image_is_sent_with_its_prompt_and_gets_its_own_answer(serve, tmp_
         height, width = decode_rgb(shard.image_bytes(i)).shape[:2]
         scale = 44 / max(height, width)
         size = f"{round(width * scale)} by {round(height * scale)}"
-        told = [f"{size}, long: {shard.captions[i]}", f"{size}, short"]
-        assert rows(stage)[row]["captions"] == [tidy(t) for t in told if not loops(t)]
+        texts = [f"{size}, long: {shard.captions[i]}", f"{size}, short"]
+        assert rows(stage)[row]["captions"] == [tidy(t) for t in texts if not loops(t)]
         assert rows(stage)[row]["tokens"] == 20
     assert len(server.asked) == 2 * 24
     assert {h["Authorization"] for h in server.headers} == {"Bearer secret"}

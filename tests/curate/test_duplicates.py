@@ -94,11 +94,11 @@ def brute_force(
     """The definition: of each sample the highest cosine to one of its cluster that stands before it. first: sorts."""
     unit = embeddings(run)
     assert found.keys() == unit.keys()
-    told = {}
+    highest = {}
     for one in unit:
         before = [o for o in unit if found[o][2] == found[one][2] and first[o] < first[one]]
-        told[one] = max((float(unit[one] @ unit[o]) for o in before), default=-1.0)
-    return told
+        highest[one] = max((float(unit[one] @ unit[o]) for o in before), default=-1.0)
+    return highest
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_what_is_told_is_the_definition(run: RunPaths, keep: str, clusters: int)
         sign = {"farthest": found[shard, row][1], "nearest": -found[shard, row][1], "beauty.value": -(values[row] or 0)}
         first[shard, row] = (sign[keep], shard, row)
     expected = brute_force(run, found, first)
-    assert max(abs(found[one][0] - told) for one, told in expected.items()) < 2e-3  # embeddings are kept in float16
+    assert max(abs(found[one][0] - best) for one, best in expected.items()) < 2e-3  # embeddings are kept in float16
     # Clusters are by the nearest centre, whose cosine is told.
     unit = embeddings(run)
     centres, _ = duplicates.unpack_columns(
@@ -225,8 +225,8 @@ def test_taken_down_images_are_blanked(run: RunPaths) -> None:
         table = table.append_column("error", pa.array(errors, pa.string()))
         pq.write_table(table, Path(run.images) / f"{index:05d}.parquet")
     assert take_out(root, run.images) == [1]
-    told = Dataset.open(root).sidecar(1).to_pylist()
-    assert all((line["nearest"] is None) == (row in gone or row % 5 == 4) for row, line in enumerate(told))
+    lines = Dataset.open(root).sidecar(1).to_pylist()
+    assert all((line["nearest"] is None) == (row in gone or row % 5 == 4) for row, line in enumerate(lines))
 
 
 def test_what_cannot_be_is_said(run: RunPaths) -> None:

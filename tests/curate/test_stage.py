@@ -47,8 +47,8 @@ def write_images(run: RunPaths, shards: int = 3, rows: int = 9, broken: tuple[in
             lines.append({"key": key, "caption": caption, "status": "success" if ok else "failed_to_download"})
             if ok:
                 samples.append((key, {"jpg": data, "txt": caption.encode()}))
-        tar, places = pack_tar(samples)
-        found = {key: place["jpg"] for (key, _), place in zip(samples, places, strict=True)}
+        tar, extents = pack_tar(samples)
+        found = {key: extent["jpg"] for (key, _), extent in zip(samples, extents, strict=True)}
         for line in lines:
             line["image_offset"], line["image_size"] = found.get(line["key"], (None, None))
         sink = io.BytesIO()
@@ -155,15 +155,15 @@ def test_captions_have_a_language_and_a_length_in_tokens_uncut(run, clip, tmp_pa
     dataset = write_images(run)
     (stage,) = score_stages(configuration(tmp_path, text={"kind": "caption"}), run, clip)
     manifest = score(stage)
-    told = {}
+    by_caption = {}
     for position in range(3):
         shard, table = ImageShard(dataset, position), Dataset.open(stage.root).sidecar(position)
-        told |= dict(zip(shard.captions, table.take(pa.array(shard.rows)).to_pylist(), strict=True))
-    assert told["a red circle"]["language"] == "en"
-    assert told["ein kleiner Hund auf der Wiese"]["language"] == "de"
-    assert told["un chat noir dort sur le canapé"]["language"] == "fr"
-    assert told["a red circle"]["tokens"] == 3
-    assert told["word " * 120]["tokens"] == 120
+        by_caption |= dict(zip(shard.captions, table.take(pa.array(shard.rows)).to_pylist(), strict=True))
+    assert by_caption["a red circle"]["language"] == "en"
+    assert by_caption["ein kleiner Hund auf der Wiese"]["language"] == "de"
+    assert by_caption["un chat noir dort sur le canapé"]["language"] == "fr"
+    assert by_caption["a red circle"]["tokens"] == 3
+    assert by_caption["word " * 120]["tokens"] == 120
     assert manifest["columns"]["language"]["values"]["de"] == 4
     assert manifest["columns"]["language"]["missing"] == 6
 

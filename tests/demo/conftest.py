@@ -14,7 +14,7 @@ from demo.server import serve
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusSummary:
     folder: Path = tmp_path_factory.mktemp("demo") / "corpus"
-    return draw_corpus(folder, "http://127.0.0.1:8090/", pictures=300, heldout=60, seed=1, progress=False)
+    return draw_corpus(folder, "http://127.0.0.1:8090/", images=300, heldout=60, seed=1, progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,7 @@ def test_stated_counts_are_what_the_files_give(corpus: CorpusSummary) -> None:
 
 
 def test_every_format_is_there_and_named_rightly(tmp_path: Path) -> None:
-    summary = draw_corpus(tmp_path / "c", "http://127.0.0.1:8090", pictures=400, heldout=1, seed=2, progress=False)
+    summary = draw_corpus(tmp_path / "c", "http://127.0.0.1:8090", images=400, heldout=1, seed=2, progress=False)
     assert len(summary.formats) == 9
     found = Counter()
     for row in pq.read_table(summary.table).to_pylist():
@@ -100,11 +100,11 @@ def test_every_format_is_there_and_named_rightly(tmp_path: Path) -> None:
 
 
 def test_heldout_combinations_are_never_trained_on(corpus: CorpusSummary) -> None:
-    held = pq.read_table(corpus.heldout_table)
-    assert held.column_names == COLUMNS
-    assert held.num_rows == 60 == corpus.heldout["rows"]
-    assert len(set(held["TEXT"].to_pylist())) == corpus.heldout["captions"] > 50
-    held_scenes = {parse(text) for text in held["TEXT"].to_pylist()}
+    heldout = pq.read_table(corpus.heldout_table)
+    assert heldout.column_names == COLUMNS
+    assert heldout.num_rows == 60 == corpus.heldout["rows"]
+    assert len(set(heldout["TEXT"].to_pylist())) == corpus.heldout["captions"] > 50
+    held_scenes = {parse(text) for text in heldout["TEXT"].to_pylist()}
     assert {split(scene) for scene in held_scenes} == {"heldout"}
     train_scenes, others = set(), []
     for row in pq.read_table(corpus.table).to_pylist():
@@ -121,8 +121,8 @@ def test_heldout_combinations_are_never_trained_on(corpus: CorpusSummary) -> Non
 
 
 def test_urls_do_not_overlap_between_the_splits(corpus: CorpusSummary) -> None:
-    train, held = (set(pq.read_table(t)["URL"].to_pylist()) for t in (corpus.table, corpus.heldout_table))
-    assert not train & held
+    train, heldout = (set(pq.read_table(t)["URL"].to_pylist()) for t in (corpus.table, corpus.heldout_table))
+    assert not train & heldout
 
 
 def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
@@ -141,15 +141,15 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tmp_path:
 def test_a_second_call_does_nothing_and_other_settings_are_refused(corpus: CorpusSummary, tmp_path: Path) -> None:
     root = Path(corpus.folder)
     before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
-    again = draw_corpus(root, "http://127.0.0.1:8090", pictures=300, heldout=60, seed=1)
+    again = draw_corpus(root, "http://127.0.0.1:8090", images=300, heldout=60, seed=1)
     assert again == corpus == load_summary(root)
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
     with pytest.raises(CorpusError, match="seed 1 and not 2"):
-        draw_corpus(root, "http://127.0.0.1:8090", pictures=300, heldout=60, seed=2)
+        draw_corpus(root, "http://127.0.0.1:8090", images=300, heldout=60, seed=2)
     with pytest.raises(CorpusError, match="holds no corpus"):
         draw_corpus(tmp_path, "http://127.0.0.1:8090")
     with pytest.raises(CorpusError, match="at least 10 pictures"):
-        draw_corpus(tmp_path / "x", "http://127.0.0.1:8090", pictures=3)
+        draw_corpus(tmp_path / "x", "http://127.0.0.1:8090", images=3)
     moved = shutil.copytree(root, tmp_path / "moved")
     assert load_summary(moved).table == moved / "table.parquet"
 
@@ -158,7 +158,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     dead = tmp_path / ".c.4194305.partial"  # above the largest process id of Linux
     dead.mkdir()
     (dead / "half").write_text("")
-    draw_corpus(tmp_path / "c", "http://127.0.0.1:8090", pictures=10, heldout=1, progress=False)
+    draw_corpus(tmp_path / "c", "http://127.0.0.1:8090", images=10, heldout=1, progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
 
 

@@ -147,7 +147,7 @@ def test_every_single_change_is_noticed(side: int) -> None:
         "colour": Scene((replace(thing, colour="purple"),), "gray"),
         "shape": Scene((replace(thing, shape="star"),), "gray"),
         "size": Scene((replace(thing, size="small"),), "gray"),
-        "place": Scene((replace(thing, place="bottom"),), "gray"),
+        "position": Scene((replace(thing, position="bottom"),), "gray"),
         "ground": Scene((thing,), "beige"),
     }
     for attribute, shown in wrong.items():
@@ -162,8 +162,8 @@ def test_swapped_colours_are_wrong() -> None:
     assert all(judge(picture, Scene((red, blue), "white")).values())
     swapped = Scene((replace(red, colour="blue"), replace(blue, colour="red")), "white")
     assert judge(picture, swapped) == {name: name != "colour" for name in ATTRIBUTES}
-    stacked = Scene((replace(red, place="top"), replace(blue, place="bottom")), "white")
-    assert not judge(picture, stacked)["place"]
+    stacked = Scene((replace(red, position="top"), replace(blue, position="bottom")), "white")
+    assert not judge(picture, stacked)["position"]
 
 
 def test_missing_and_surplus_things_are_counted() -> None:

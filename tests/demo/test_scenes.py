@@ -18,7 +18,7 @@ from demo.scenes import (
     COLOURS,
     GROUNDS,
     PAIRS,
-    PLACES,
+    POSITIONS,
     SHAPES,
     SIZES,
     Scene,
@@ -41,14 +41,15 @@ def any_scene(draw_from: st.DrawFn) -> Scene:
     shape, colour = st.sampled_from(SHAPES), st.sampled_from(sorted(COLOURS))
     if pick(st.booleans()):
         thing = Thing(
-            pick(colour), pick(shape), pick(st.sampled_from(sorted(SIZES))), pick(st.sampled_from(sorted(PLACES)))
+            pick(colour), pick(shape), pick(st.sampled_from(sorted(SIZES))), pick(st.sampled_from(sorted(POSITIONS)))
         )
         return Scene((thing,), pick(GROUND))
     first, second = pick(st.lists(colour, min_size=2, max_size=2, unique=True))
     sizes = pick(st.sampled_from([("small", "small"), ("small", "large"), ("large", "small")]))
-    places = pick(st.sampled_from(PAIRS))
+    positions = pick(st.sampled_from(PAIRS))
     return Scene(
-        (Thing(first, pick(shape), sizes[0], places[0]), Thing(second, pick(shape), sizes[1], places[1])), pick(GROUND)
+        (Thing(first, pick(shape), sizes[0], positions[0]), Thing(second, pick(shape), sizes[1], positions[1])),
+        pick(GROUND),
     )
 
 
@@ -66,7 +67,7 @@ def test_every_wording_of_every_template_has_one_meaning() -> None:
         thing = scene.things[0]
         for template in scenes.SINGLE:
             for size in scenes.SIZE_WORDS[thing.size]:
-                for at in scenes.AT[thing.place]:
+                for at in scenes.AT[thing.position]:
                     for back in scenes.BACK[scene.ground]:
                         text = template.format(
                             size=size, at=at, back=back, colour=thing.colour, shape=thing.shape, ground=scene.ground
@@ -133,7 +134,7 @@ def test_split_holds_out_a_fixed_share_of_combinations() -> None:
     assert abs(len(held) / len(every) - scenes.HELDOUT_SHARE) < 4 * deviation
     # Every word is trained on in some other combination.
     train = [scene for scene in every if split(scene) == "train"]
-    for field in ("colour", "shape", "size", "place"):
+    for field in ("colour", "shape", "size", "position"):
         words = {getattr(scene.things[0], field) for scene in every}
         assert {getattr(scene.things[0], field) for scene in held} == words
         assert {getattr(scene.things[0], field) for scene in train} == words
@@ -179,10 +180,10 @@ def test_what_is_no_caption_of_two_things_has_no_exchanged_ones() -> None:
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (120, 64), (64, 110)])
 def test_a_drawn_thing_is_where_and_as_large_as_stated(width: int, height: int) -> None:
     """Against the geometry, measured without the detector: area and centroid of a circle, by its colour alone."""
-    for place, (x, y) in PLACES.items():
+    for position, (x, y) in POSITIONS.items():
         for size, radius in SIZES.items():
-            scene = Scene((Thing("black", "circle", size, place),), "white")
-            picture = draw(scene, random.Random(f"{place}{size}"), width, height)
+            scene = Scene((Thing("black", "circle", size, position),), "white")
+            picture = draw(scene, random.Random(f"{position}{size}"), width, height)
             assert (picture.mode, picture.size) == ("RGB", (width, height))
             ink = np.asarray(picture.convert("L"), np.float64)
             mask = (ink.max() - ink) / (ink.max() - ink.min())
@@ -191,8 +192,8 @@ def test_a_drawn_thing_is_where_and_as_large_as_stated(width: int, height: int) 
             measured_x = (column + 0.5 - (width - side) / 2) / side
             measured_y = (row + 0.5 - (height - side) / 2) / side
             slop = 1 / side
-            assert abs(measured_x - x) <= scenes.PLACE_JITTER + slop
-            assert abs(measured_y - y) <= scenes.PLACE_JITTER + slop
+            assert abs(measured_x - x) <= scenes.OFFSET_JITTER + slop
+            assert abs(measured_y - y) <= scenes.OFFSET_JITTER + slop
             assert abs((mask.sum() / np.pi) ** 0.5 / side - radius) <= scenes.RADIUS_JITTER + slop
 
 
@@ -204,7 +205,7 @@ def test_two_things_stay_apart_and_inside(scene: Scene, seed: int) -> None:
         assert radius - 0.02 <= y <= 1 - radius + 0.02
     if len(spots) == 2:
         (ax, ay, ar), (bx, by, br) = spots
-        distance = bx - ax if scene.things[0].place == "left" else by - ay
+        distance = bx - ax if scene.things[0].position == "left" else by - ay
         assert distance - ar - br >= scenes.PAIR_GAP - 1e-9
 
 

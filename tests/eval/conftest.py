@@ -48,14 +48,14 @@ def write_heldout(root: str, count: int, hostile: str | None = None) -> None:
             samples.append((key, {"png": picture.getvalue()}))
         if hostile and index == 0:
             captions[0] = hostile
-        tar, places = pack_tar(samples)
+        tar, extents = pack_tar(samples)
         table = pa.table(
             {
                 "key": keys,
                 "caption": captions,
                 "status": ["success"] * rows,
-                "image_offset": [p["png"][0] for p in places],
-                "image_size": [p["png"][1] for p in places],
+                "image_offset": [p["png"][0] for p in extents],
+                "image_size": [p["png"][1] for p in extents],
                 "image_ext": ["png"] * rows,
             }
         )

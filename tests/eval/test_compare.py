@@ -140,11 +140,11 @@ def test_groups_are_matched_by_name() -> None:
     """One result lost a group of images: the others' differences are paired as before, not by place."""
     rng = np.random.default_rng(2)
     x = rng.standard_normal(200)
-    owner = np.arange(200) % 10
-    keep = owner != 3
-    a = result("a", 1, {"clip_score": with_groups(mean_by_cluster(x, range(200)), x, owner)})
+    groups = np.arange(200) % 10
+    keep = groups != 3
+    a = result("a", 1, {"clip_score": with_groups(mean_by_cluster(x, range(200)), x, groups)})
     y = (x + 0.5)[keep]
-    b = result("b", 2, {"clip_score": with_groups(mean_by_cluster(y, range(len(y))), y, owner[keep])})
+    b = result("b", 2, {"clip_score": with_groups(mean_by_cluster(y, range(len(y))), y, groups[keep])})
     [d] = compare.differences(a, b)
     assert d.groups == 9
     assert d.se < 0.05  # by place it would be the noise of two results apart, 0.1
@@ -189,17 +189,17 @@ def test_one_that_was_alarming_is_nobodys_best() -> None:
     for i, (name, (far, points)) in enumerate(levels.items()):
         values = [v + luck * s + 0.01 * rng.standard_normal(200) for v, s in ((far, 0.01), (points, 1.0))]
         run.append(result(name, i + 1, dict(zip(("fd_clip_unit", "clip_score"), map(score, values), strict=True))))
-    told = [[a.metric for a in compare.alarms(run, name)] for name in levels]
-    assert told == [[], ["fd_clip_unit"], [], ["fd_clip_unit"]]
+    alarmed = [[a.metric for a in compare.alarms(run, name)] for name in levels]
+    assert alarmed == [[], ["fd_clip_unit"], [], ["fd_clip_unit"]]
     assert all(a.best != "step-2" for a in compare.alarms(run, "step-4"))
-    assert told == [[a.metric for a in compare.alarms(run[::-1], n)] for n in levels]
+    assert alarmed == [[a.metric for a in compare.alarms(run[::-1], n)] for n in levels]
 
 
 def test_groups_of_a_mean_are_means_without_them() -> None:
     x = np.random.default_rng(6).standard_normal(17)
-    owner = np.array([0, 3, 3, 5] * 4 + [5])
-    e = with_groups(mean_by_cluster(x, range(17)), x, owner)
-    assert e.left_out == pytest.approx([x[owner != g].mean() for g in (0, 3, 5)])
+    groups = np.array([0, 3, 3, 5] * 4 + [5])
+    e = with_groups(mean_by_cluster(x, range(17)), x, groups)
+    assert e.left_out == pytest.approx([x[groups != g].mean() for g in (0, 3, 5)])
     assert (e.groups, e.sizes) == ((0, 3, 5), (4, 8, 5))
     assert jackknife(e.value, e.left_out or (), e.sizes or ()).bias_corrected == pytest.approx(e.value)
 

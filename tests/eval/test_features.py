@@ -238,14 +238,14 @@ def test_broken_and_converted_images_are_counted(tmp_path: Path, run: RunPaths) 
 
     data = [encoded("RGB"), b"not a picture", encoded("L"), encoded("RGBA")]
     keys = [f"{i:05d}" for i in range(4)]
-    tar, places = pack_tar((k, {"png": d}) for k, d in zip(keys, data, strict=True))
+    tar, extents = pack_tar((k, {"png": d}) for k, d in zip(keys, data, strict=True))
     sink = io.BytesIO()
     table = {
         "key": keys,
         "caption": ["x"] * 4,
         "status": ["success"] * 4,
-        "image_offset": [p["png"][0] for p in places],
-        "image_size": [p["png"][1] for p in places],
+        "image_offset": [p["png"][0] for p in extents],
+        "image_size": [p["png"][1] for p in extents],
     }
     pq.write_table(pa.table(table), sink)
     root = str(tmp_path / "images")

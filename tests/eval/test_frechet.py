@@ -130,11 +130,11 @@ def test_the_bias_is_taken_out_only_where_it_can_be(power: float) -> None:
         found = []
         for _ in range(runs):
             x = rng.standard_normal((n, d)) * np.sqrt(values)
-            owner = np.arange(n) % 20
+            groups = np.arange(n) % 20
             if n <= d:
-                found.append(frechet.estimate_of(ref, x, owner))
+                found.append(frechet.estimate_of(ref, x, groups))
             else:
-                found.append(frechet.estimate(ref, {g: moments.of(x[owner == g]) for g in range(20)}))
+                found.append(frechet.estimate(ref, {g: moments.of(x[groups == g]) for g in range(20)}))
         assert min(e.value for e in found) > 0
         assert all((e.bias_corrected is None) == (share < frechet.CORRECTABLE) for e in found)
         if share >= frechet.CORRECTABLE:

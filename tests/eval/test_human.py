@@ -107,12 +107,12 @@ def test_no_pair_comes_twice_and_pairings_come_equally_often(
 
     class Fake:
         def __init__(self, run: RunPaths, name: str) -> None:
-            self.place = {(f"{i:04d}", 0): (0, i) for i in range(7)}
+            self.positions = {(f"{i:04d}", 0): (0, i) for i in range(7)}
 
-        def prompt(self, place: tuple[str, int]) -> str:
-            return place[0]
+        def prompt(self, key: tuple[str, int]) -> str:
+            return key[0]
 
-        def picture(self, place: tuple[str, int]) -> str:
+        def image(self, key: tuple[str, int]) -> str:
             return ""
 
     monkeypatch.setattr(human, "_Result", Fake)
@@ -141,7 +141,7 @@ def test_a_pack_is_blind_and_its_votes_come_back(two_cells: RunPaths, tmp_path: 
     assert human.pairs(two_cells, CELLS, 8, seed=1) == found
     assert len({p.id for p in found}) == 8
     assert {p.left for p in found} == {0, 1}  # neither stands on one side
-    assert all(p.left_picture != p.right_picture for p in found)
+    assert all(p.left_image != p.right_image for p in found)
     page = Path(human.write_pack(str(tmp_path), CELLS, found, two_cells)).read_text()
     assert not any(word in page for word in ("ddim", "step-0", str(two_cells.run)))
     assert "script-src 'sha256-" in page

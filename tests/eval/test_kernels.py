@@ -66,11 +66,11 @@ def test_cmmd_is_its_definition_for_any_tile() -> None:
 
 @pytest.mark.parametrize("metric", [kernel.kid, kernel.cmmd])
 def test_what_is_left_without_a_group_is_measured_without_it(metric) -> None:
-    x, y, owner = random_features(31, 5, 7), random_features(20, 5, 8), np.arange(31) % 4
-    left_out = metric(x, y, owner).left_out
+    x, y, groups = random_features(31, 5, 7), random_features(20, 5, 8), np.arange(31) % 4
+    left_out = metric(x, y, groups).left_out
     for g in range(4):
-        rest = owner != g
-        assert left_out[g] == pytest.approx(metric(x[rest], y, owner[rest]).value, rel=1e-9)
+        rest = groups != g
+        assert left_out[g] == pytest.approx(metric(x[rest], y, groups[rest]).value, rel=1e-9)
 
 
 def test_inception_score_is_torch_fidelitys_with_one_split() -> None:

@@ -85,11 +85,11 @@ def test_every_number_is_torch_fidelitys_on_the_same_pictures(sets, inception_we
         feature_extractor="inception-v3-compat",
     )
     (_, generated), (_, real) = sets
-    x, y, owner = generated["inception_tf"], real["inception_tf"], np.arange(COUNT) % 3
+    x, y, groups = generated["inception_tf"], real["inception_tf"], np.arange(COUNT) % 3
     fid = frechet.distance_of(frechet.reference_of(y), x)
     assert fid == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)  # theirs is off by 1e-6 at n < d
-    assert kernel.kid(x, y, owner).value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
-    isc = inception_score(generated["inception_tf_logits"], owner).value
+    assert kernel.kid(x, y, groups).value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    isc = inception_score(generated["inception_tf_logits"], groups).value
     assert isc == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     found = neighbours.prdc(y, x, range(COUNT), k=3)
     assert (found["precision"].value, found["recall"].value) == pytest.approx((theirs["precision"], theirs["recall"]))

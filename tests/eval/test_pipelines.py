@@ -119,10 +119,10 @@ def test_two_models_are_compared_in_pairs(
     capsys.readouterr()
     a, b = (f"{tmp_path / n}:{m}" for n, m in zip("ab", names, strict=True))
     assert main(["compare", a, b, "--json", str(tmp_path / "c.json")]) == 0
-    told = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     found = json.loads((tmp_path / "c.json").read_text())
-    assert told[0] == found["sentence"]
-    assert all(n in told[0] for n in names)
+    assert lines[0] == found["sentence"]
+    assert all(n in lines[0] for n in names)
     values = {d["metric"]: d["value"] for d in found["differences"] if not d["tag"]}
     results = [json.loads(next((tmp_path / n / "eval").rglob("metrics.json")).read_bytes()) for n in "ab"]
     for metric, value in values.items():

@@ -89,9 +89,9 @@ def test_every_figure_is_that_of_others(tmp_path: Path, inception_weights: Path)
     page = Path(url).read_text()
     assert page.count("<figure>") == 8
     assert "The VAE of &lt;b&gt;" in page
-    told = json.loads((tmp_path / "reports" / "vae.json").read_text())
-    assert told["metrics"]["psnr"]["n"] == 8
-    assert told["weights"].keys() == {"vae", "perceptual", "inception"}
+    report = json.loads((tmp_path / "reports" / "vae.json").read_text())
+    assert report["metrics"]["psnr"]["n"] == 8
+    assert report["weights"].keys() == {"vae", "perceptual", "inception"}
     assert (tmp_path / "reports" / "vae.png").stat().st_size > 1000
 
 

@@ -36,8 +36,8 @@ def test_a_picture_depends_on_its_seed_and_number_alone(run: RunPaths, tmp_path:
     assert together[0].shape == (SIDE, SIDE, 3)
     assert all(apart(x, y) <= 1 for x, y in zip(together, apart_, strict=True))
     assert all(apart(together[0], x) > 1 for x in together[1:])
-    artist = ImageGenerator(checkpoints.build_pipeline(run, checkpoints.find(run)), "ddim", 2, 3.0)
-    direct = artist([Sample("seed 7", 3, "a red circle")])[0][0]
+    generator = ImageGenerator(checkpoints.build_pipeline(run, checkpoints.find(run)), "ddim", 2, 3.0)
+    direct = generator([Sample("seed 7", 3, "a red circle")])[0][0]
     assert apart(direct, together[3]) <= 1
 
 
@@ -66,7 +66,7 @@ def test_image_to_image_stays_near_and_inpainting_keeps_the_rest(run: RunPaths, 
     assert painted[0].shape == (SIDE, SIDE, 3)
     change = np.abs(painted[0].astype(float) - painted[1]).mean(axis=(0, 2))
     assert change[SIDE // 2 + 1 :].mean() > 1  # the other noise shows under the mask
-    from latents.pictures import resize_crop
+    from latents.resize import resize_crop
 
     photo, covered = (
         resize_crop(np.asarray(Image.open(tmp_path / f).convert("RGB")), SIDE)[0] for f in ("photo.png", "mask.png")

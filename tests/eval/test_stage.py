@@ -197,8 +197,8 @@ def test_ddim_pictures_do_not_depend_on_batch_or_neighbours(run: RunPaths) -> No
     first, second = (models.build_pipeline(run, model) for _ in range(2))
 
     def pictures(groups: list[list[Sample]], sampler: str) -> np.ndarray:
-        artist = ImageGenerator(first if len(groups) > 1 else second, sampler, 3, 4.0)  # "workers" with a pipeline each
-        return np.concatenate([artist(group)[0] for group in groups])
+        generator = ImageGenerator(first if len(groups) > 1 else second, sampler, 3, 4.0)
+        return np.concatenate([generator(group)[0] for group in groups])
 
     for sampler in ("ddim", "ddpm"):  # ddpm draws noise at every step, too
         together = pictures([draws], sampler)

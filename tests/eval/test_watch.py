@@ -125,8 +125,8 @@ def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
 ) -> None:
     """Once, also where the watcher was killed between its numbers and its alarm."""
     collapse(trained)
-    told = tmp_path / "told.jsonl"
-    code = f"import os, sys; open({str(told)!r}, 'a').write(os.environ['CARRARA_ALARM'] + '\\n')"
+    output = tmp_path / "told.jsonl"
+    code = f"import os, sys; open({str(output)!r}, 'a').write(os.environ['CARRARA_ALARM'] + '\\n')"
     config = configured(trained, backfill=True, alarm_command=[sys.executable, "-c", code])
     notified = tmp_path / "notified.jsonl"
     code = f"import os; open({str(notified)!r}, 'a').write(os.environ['CARRARA_NOTIFICATION'] + '\\n')"
@@ -145,7 +145,7 @@ def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
     assert all(
         x.startswith(("ALARM step-00000003 is worse than step-0000000", "ALARM step-00000003 has ")) for x in lines
     )
-    facts = [json.loads(x) for x in told.read_text().splitlines()]
+    facts = [json.loads(x) for x in output.read_text().splitlines()]
     assert len(facts) == len(lines)
     assert {f["checkpoint"] for f in facts} == {"step-00000003"}
     assert {f["metric"] for f in facts} & {"fd_clip_unit", "repeated", "blank"}
@@ -286,12 +286,12 @@ def test_watch_has_a_run_on_its_command_line(
     assert done(trained) == ["step-00000002"]
     capsys.readouterr()
     assert main(["numbers", trained.run, "--config", str(tmp_path / "c.yaml")]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("step-00000002 ")
-    assert told[0].endswith(" 0 images missing")
+    output = capsys.readouterr().out.splitlines()
+    assert output[0].startswith("step-00000002 ")
+    assert output[0].endswith(" 0 images missing")
     kept = json.loads(next(Path(trained.eval).rglob("metrics.json")).read_text())["metrics"]
-    assert [line.split()[0] for line in told[1:]] == list(kept)
-    assert all(f"n {metric['n']}" in line for line, metric in zip(told[1:], kept.values(), strict=True))
+    assert [line.split()[0] for line in output[1:]] == list(kept)
+    assert all(f"n {metric['n']}" in line for line, metric in zip(output[1:], kept.values(), strict=True))
     assert main(["watch", "--config", str(tmp_path / "c.yaml"), "--onec"]) == 2
     assert "no such option: --onec" in capsys.readouterr().err
     assert main(["watch", "--config", str(tmp_path / "c.yaml"), "--once", "--local"]) == 2

@@ -66,7 +66,7 @@ def test_poison_shards_are_set_aside_and_the_rest_is_committed(tmp_path: Path, c
 
 
 def test_the_company_of_a_poison_shard_is_not_blamed(tmp_path: Path, clean: dict[str, bytes]) -> None:
-    options = {"workers": 1, "in_hand": 3, "seconds": 0.2, "misbehave": [[4, "die"]]}
+    options = {"workers": 1, "max_in_flight": 3, "seconds": 0.2, "misbehave": [[4, "die"]]}
     code, err = drive(tmp_path, json.dumps(options))
     assert code == 1, err
     assert "1 of 12 shards failed" in err
@@ -75,7 +75,7 @@ def test_the_company_of_a_poison_shard_is_not_blamed(tmp_path: Path, clean: dict
     counts = Counter(calls(tmp_path))
     assert counts[4] == 1 + 3, "once in company, and three times alone"
     assert all(counts[i] <= 2 for i in set(range(12)) - {4})
-    code, err = drive(tmp_path, json.dumps({"workers": 1, "in_hand": 2}))
+    code, err = drive(tmp_path, json.dumps({"workers": 1, "max_in_flight": 2}))
     assert code == 0, err
     assert folder_bytes(tmp_path / "toy") == clean
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from orchestration.gang import RankDied, environments, told_by
+from orchestration.gang import RankDied, environments, root_cause
 from shards.settings import ConfigError, StageError
 from tests.faults import test_two_nodes as two_nodes
 from tests.orchestration.head import ROOT, actors, ended, run_stage, wait_for
@@ -118,11 +118,11 @@ def test_a_node_lost_in_mid_run_leaves_fewer_ranks_that_go_on(run: Path, tmp_pat
 
 
 def test_ranks_get_what_a_launcher_would_set() -> None:
-    places = [
+    processes = [
         SimpleNamespace(node=n, address=a, port=p)
         for n, a, p in (("x", "10.0.0.1", 5), ("x", "10.0.0.1", 6), ("y", "10.0.0.2", 7))
     ]
-    found = environments(places)
+    found = environments(processes)
     assert [(e["RANK"], e["LOCAL_RANK"], e["LOCAL_WORLD_SIZE"], e["WORLD_SIZE"]) for e in found] == [
         ("0", "0", "2", "3"),
         ("1", "1", "2", "3"),
@@ -134,8 +134,8 @@ def test_ranks_get_what_a_launcher_would_set() -> None:
 
 def test_the_reason_is_found_among_what_follows_from_it() -> None:
     lost = RuntimeError("Connection closed by peer")
-    assert isinstance(told_by([lost, StageError("the loss is nan")]), StageError)
-    assert str(told_by([lost, ConfigError("lower it")])) == "lower it"
-    died = told_by([lost, lost])
+    assert isinstance(root_cause([lost, StageError("the loss is nan")]), StageError)
+    assert str(root_cause([lost, ConfigError("lower it")])) == "lower it"
+    died = root_cause([lost, lost])
     assert isinstance(died, RankDied)
     assert "Connection closed" in str(died)

@@ -19,7 +19,7 @@ from orchestration import engine
 from orchestration.config import CpuPool, RayConfig
 from shards.verify import verify_shard
 from tests.ingest.conftest import PRELOAD, make_config
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 
 KILLS = 100
 ROWS, SHARD = 320, 4
@@ -42,7 +42,7 @@ def committed(run: Path) -> int:
 @pytest.mark.slow
 def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
     site = Site()
-    rows = [(site.add(f"/{i}.png", picture(i % 300)), f"caption {i % 300}") for i in range(ROWS)]
+    rows = [(site.add(f"/{i}.png", image_bytes(i % 300)), f"caption {i % 300}") for i in range(ROWS)]
     rows[7] = (site.url("/gone"), "dead")
     rows[9] = (site.add("/page", b"<html>"), "page")
     urls, texts = zip(*rows, strict=True)

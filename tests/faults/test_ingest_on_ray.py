@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from shards.verify import verify_shard
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 from tests.orchestration.head import actors, ended, folder_bytes, run_stage, wait_for
 
 pytestmark = pytest.mark.slow
@@ -56,7 +56,7 @@ def committed(run: Path) -> dict[str, int]:
 
 @pytest.mark.timeout(900)
 def test_killed_workers_and_drivers_cost_time_and_nothing_else(site: Site, tmp_path: Path) -> None:
-    rows = [(site.add(f"/{i}.png", picture(i % 200)), f"caption {i % 200}") for i in range(ROWS)]
+    rows = [(site.add(f"/{i}.png", image_bytes(i % 200)), f"caption {i % 200}") for i in range(ROWS)]
     rows[5] = (site.url("/gone"), "dead")
     urls, texts = zip(*rows, strict=True)
     pq.write_table(pa.table({"url": urls, "caption": texts}), tmp_path / "table.parquet")

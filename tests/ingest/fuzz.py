@@ -43,7 +43,7 @@ from ingest.pixels import PixelSettings, header_size, is_quick, process
 from ingest.takedown import url_digest
 from ingest.urls import parse_url, redirect
 from shards.settings import ConfigError
-from tests.ingest.site import picture
+from tests.ingest.site import image_bytes
 
 CASES, SECONDS = 2_000, 1.0
 
@@ -277,8 +277,8 @@ def _pictures() -> list[bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     for fmt in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"):
-        found.append(picture(1, 20, 14, fmt))
-    image = Image.open(io.BytesIO(picture(2, 20, 14)))
+        found.append(image_bytes(1, 20, 14, fmt))
+    image = Image.open(io.BytesIO(image_bytes(2, 20, 14)))
     for mode, fmt, options in (
         ("RGB", "JPEG", {"progressive": True, "exif": exif}),
         ("L", "JPEG", {}),

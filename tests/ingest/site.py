@@ -16,7 +16,7 @@ from PIL import Image
 Page = tuple[int, dict[str, str], bytes]
 
 
-def picture(seed: int, width: int = 48, height: int = 40, fmt: str = "PNG", **options: Any) -> bytes:
+def image_bytes(seed: int, width: int = 48, height: int = 40, fmt: str = "PNG", **options: Any) -> bytes:
     """A smooth picture of its own colours, encoded."""
     rng = np.random.default_rng(seed)
     low = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)

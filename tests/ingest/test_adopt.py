@@ -32,7 +32,7 @@ from tests.latents import world
 from tests.objects import bucket
 from train import segments
 from train.config import AutoencoderConfig
-from train.data import Pictures
+from train.data import ImageSamples
 
 SIDE = 96
 
@@ -76,7 +76,7 @@ def stored(root: str) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     for position in range(len(dataset.shards)):
         shard = ImageShard(dataset, position)
-        some = shard.pictures(np.arange(len(shard)))
+        some = shard.encoded_images(np.arange(len(shard)))
         assert some == [shard.image_bytes(i) for i in range(len(shard))]
         shard.fetch()
         assert some == [shard.image_bytes(i) for i in range(len(shard))]
@@ -148,11 +148,11 @@ def test_latents_and_the_fits_read_them_where_they_lie(tmp_path: Path) -> None:
     assert not {"place", "image_file"} & set(dataset.sidecar(0).column_names)
     kinds = Dataset.open(paths.images)
     config = AutoencoderConfig(images=100, batch_size=2, streams=2, window=4)
-    pictures = Pictures(kinds, segments.place(config, [kinds], 0), lambda p: p[:32, :32], 0)
+    samples = ImageSamples(kinds, segments.placement_of(config, [kinds], 0), lambda p: p[:32, :32], 0)
     positions = np.arange(10)
-    assert set(pictures.captions(positions)) == images.keys()
-    first = np.asarray(Image.open(io.BytesIO(images[pictures.captions(positions)[0]])).convert("RGB"))
-    assert (pictures.pixels(positions)[0] == first[:32, :32]).all()
+    assert set(samples.captions(positions)) == images.keys()
+    first = np.asarray(Image.open(io.BytesIO(images[samples.captions(positions)[0]])).convert("RGB"))
+    assert (samples.pixels(positions)[0] == first[:32, :32]).all()
 
 
 def test_over_a_store_headers_and_sidecars_are_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_over_a_store_headers_and_sidecars_are_read_alone(tmp_path: Path, monkey
         assert read[0] < 300_000  # of 24 MB
         monkeypatch.undo()
         shard = ImageShard(Dataset.open(stage.root), 0)
-        assert shard.pictures(np.arange(4)) == [data for _, data in big]
+        assert shard.encoded_images(np.arange(4)) == [data for _, data in big]
 
 
 def test_every_tar_is_looked_at_for_where_it_lies(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ingest import dryrun
 from ingest.stage import IngestStage
 from ingest.takedown import TakenDown, url_digest
 from tests.ingest.conftest import make_config, run
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 from tests.ingest.test_stage import FILTERS, dirty_table
 
 
@@ -24,12 +24,12 @@ def test_the_funnel_is_what_the_ingest_then_does(site: Site, tmp_path: Path) -> 
         stage = IngestStage(config, str(tmp_path / split), split)
         found = dryrun.funnel(stage, progress=False)
         assert not site.hits
-        assert dryrun.picture_cost(stage).rows_per_second is None
+        assert dryrun.image_cost(stage).rows_per_second is None
         manifest = run(stage)
         assert dict(found.fails) == manifest["filtered_by"]
         assert found.rows == found.looked_at == manifest["counts"]["rows"]
         assert found.to_fetch == manifest["counts"]["rows"] - manifest["counts"]["filtered"]
-        cost = dryrun.picture_cost(stage)
+        cost = dryrun.image_cost(stage)
         assert cost.success * found.to_fetch == pytest.approx(
             manifest["counts"]["success"] + manifest["counts"]["duplicate"]
         )
@@ -62,9 +62,9 @@ def test_a_part_of_the_rows_is_scaled_up(tmp_path: Path, kind: str) -> None:
 
 def test_without_a_pilot_the_cost_says_what_it_assumes(site: Site, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
-    table.write_text(f"url,caption\n{site.add('/a.png', picture(0))},x\n")
+    table.write_text(f"url,caption\n{site.add('/a.png', image_bytes(0))},x\n")
     stage = IngestStage(make_config(table), str(tmp_path / "run" / "images"))
-    cost = dryrun.picture_cost(stage)
+    cost = dryrun.image_cost(stage)
     assert 0 < cost.cpu_seconds < 1
     text = cost.text(1_000_000_000, 16)
     assert "assumed" in text

@@ -229,9 +229,9 @@ def test_memory_does_not_grow_with_what_is_found(tmp_path: Path) -> None:
         table = pa.table({"status": pa.array(["success"] * rows), "error": pa.nulls(rows, pa.string()), **numbers})
         pq.write_table(table, tmp_path / f"{index:05d}.parquet")
     command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(shards)]
-    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert told["found"] == told["reasons"] > 2_900_000
-    assert told["mb"] < 500
+    report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert report["found"] == report["reasons"] > 2_900_000
+    assert report["mb"] < 500
 
 
 def test_what_is_read_from_a_store_is_what_lies_there(tmp_path: Path) -> None:
@@ -239,8 +239,8 @@ def test_what_is_read_from_a_store_is_what_lies_there(tmp_path: Path) -> None:
     write(tmp_path, 0, rows)
     with fsspec.open(f"memory://{tmp_path.name}/b/00000.parquet", "wb") as sink:
         sink.write((tmp_path / "00000.parquet").read_bytes())
-    told = pq.read_table(tmp_path / "00000.parquet", columns=["status", "bytes_digest"])
+    report = pq.read_table(tmp_path / "00000.parquet", columns=["status", "bytes_digest"])
     for (file,) in digests.readable(
         f"memory://{tmp_path.name}/b", [(0, True)], ["status", "bytes_digest"], str(tmp_path)
     ):
-        assert pq.read_table(file).equals(told)
+        assert pq.read_table(file).equals(report)

@@ -11,14 +11,14 @@ import pytest
 
 from ingest import img2dataset_engine
 from ingest.config import IngestConfig
-from ingest.img2dataset_engine import Img2datasetCrew
+from ingest.img2dataset_engine import Img2datasetPool
 from ingest.stage import IngestStage
 from ingest.takedown import TakenDown, url_digest
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.settings import ConfigError, StageError, validate
 from tests.ingest.conftest import make_config, run
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 
 
 def test_what_it_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,19 +35,19 @@ def test_what_it_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_shard_by_img2dataset_is_committed_like_ours(site: Site, tmp_path: Path) -> None:
     pytest.importorskip("img2dataset")
-    rows = [(site.add(f"/{i}.png", picture(i, 50, 40)), f"caption {i}") for i in range(6)]
+    rows = [(site.add(f"/{i}.png", image_bytes(i, 50, 40)), f"caption {i}") for i in range(6)]
     rows += [
         (site.url("/gone.png"), "dead"),
         (site.add("/page", b"<html></html>"), "page"),
-        (site.add("/no.png", picture(9), X_Robots_Tag="noai"), "opted out"),
-        (site.add("/tdm.png", picture(9), TDM_Reservation="1"), "reserved"),
-        (site.add("/named.png", picture(9), X_Robots_Tag="img2dataset: noai"), "opted out by name"),
-        (site.add("/none.png", picture(9), X_Robots_Tag="max-snippet:20, none"), "opted out by none"),
+        (site.add("/no.png", image_bytes(9), X_Robots_Tag="noai"), "opted out"),
+        (site.add("/tdm.png", image_bytes(9), TDM_Reservation="1"), "reserved"),
+        (site.add("/named.png", image_bytes(9), X_Robots_Tag="img2dataset: noai"), "opted out by name"),
+        (site.add("/none.png", image_bytes(9), X_Robots_Tag="max-snippet:20, none"), "opted out by none"),
         ("file:///etc/passwd", "a file"),
         (f"http://127.0.0.2:{site.port}/0.png", "a private address"),
         (site.add("/hop", b"", 302, Location=f"http://127.0.0.2:{site.port}/0.png"), "a redirect to one"),
         ("", "no url"),
-        (site.add("/away.png", picture(7)), "taken down"),
+        (site.add("/away.png", image_bytes(7)), "taken down"),
     ]
     table = tmp_path / "table.csv"
     with open(table, "w", newline="") as f:
@@ -78,7 +78,7 @@ def test_a_shard_by_img2dataset_is_committed_like_ours(site: Site, tmp_path: Pat
     for i in range(6):
         import io
 
-        expected = Resizer(32, "center_crop", False)(io.BytesIO(picture(i, 50, 40)))[0]
+        expected = Resizer(32, "center_crop", False)(io.BytesIO(image_bytes(i, 50, 40)))[0]
         assert shard.image_bytes(i) == expected
         assert decode_rgb(expected).shape == (32, 32, 3)
     with tarfile.open(tmp_path / "run" / "images" / "00000.tar") as tar:
@@ -86,6 +86,6 @@ def test_a_shard_by_img2dataset_is_committed_like_ours(site: Site, tmp_path: Pat
 
 
 def test_what_it_lost_is_an_error(tmp_path: Path, site: Site) -> None:
-    crew = Img2datasetCrew(make_config(tmp_path / "t.csv", engine="img2dataset"))
+    pool = Img2datasetPool(make_config(tmp_path / "t.csv", engine="img2dataset"))
     with pytest.raises(StageError, match="cannot be read"):
-        crew._read(tmp_path, 3)
+        pool._read(tmp_path, 3)

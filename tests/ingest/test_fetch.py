@@ -22,7 +22,7 @@ from ingest.fetch import Fetcher
 from ingest.names import Names
 from ingest.urls import parse_url
 from shards.images import STATUSES
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 
 ALLOW = ("127.0.0.1/32",)
 
@@ -55,7 +55,7 @@ def test_codes_name_statuses_that_exist() -> None:
 
 
 def test_plain_pages_and_odd_urls(site: Site) -> None:
-    body = picture(0)
+    body = image_bytes(0)
     site.add("/a%20b.png?q=%C3%A9", body)
     site.add("/%D1%84.png", body)
     assert fetch(f"  http://127.0.0.1:{site.port}/a b.png?q=é#part ") == body
@@ -87,7 +87,7 @@ def test_http_statuses(site: Site, status: int, code: str) -> None:
 
 
 def test_private_addresses_are_refused_in_every_spelling(site: Site) -> None:
-    url = site.add("/in.png", picture(0))
+    url = site.add("/in.png", image_bytes(0))
     assert fetch(url, allow_addresses=()) == "address_refused"
     port = site.port
     for host in ("localhost", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "0.0.0.0", "[::]"):
@@ -100,7 +100,7 @@ def test_private_addresses_are_refused_in_every_spelling(site: Site) -> None:
 
 
 def test_every_redirect_hop_is_judged(site: Site) -> None:
-    body = picture(0)
+    body = image_bytes(0)
     site.add("/end.png", body)
     site.add("/2", b"", 302, Location="end.png")
     assert fetch(site.add("/1", b"", 301, Location=site.url("/2"))) == body
@@ -181,7 +181,7 @@ def test_bodies_are_bounded(site: Site) -> None:
     assert fetch(site.raw_url("/endless"), **limits) == "body_too_large"
     bomb = gzip.compress(b"\0" * 50_000_000)
     assert fetch(site.add("/bomb", bomb, Content_Encoding="gzip"), max_bytes=1_000_000) == "body_too_large"
-    body = picture(3)
+    body = image_bytes(3)
     assert fetch(site.add("/gzip", gzip.compress(body), Content_Encoding="gzip")) == body
     assert fetch(site.add("/deflate", zlib.compress(body), Content_Encoding="deflate")) == body
     assert fetch(site.add("/half", gzip.compress(body)[:-9], Content_Encoding="gzip")) == "body_truncated"
@@ -271,7 +271,7 @@ def test_broken_and_slow_servers(site: Site) -> None:
 
 
 def test_transient_failures_alone_are_tried_again(site: Site) -> None:
-    body = picture(0)
+    body = image_bytes(0)
     waits: list[float] = []
 
     def failing(times: int, status: int, **headers: str) -> Any:
@@ -319,7 +319,7 @@ def test_limits_on_concurrency_hold(site: Site) -> None:
 
 
 def test_a_refusal_by_the_server_is_respected_unless_switched_off(site: Site) -> None:
-    body = picture(0)
+    body = image_bytes(0)
     url = site.add("/a", body, X_Robots_Tag="noai")
     assert fetch(url) == "x_robots_tag"
     assert fetch(url, opt_out=OptOutConfig(respect=False)) == body
@@ -452,7 +452,7 @@ def test_one_slow_host_does_not_hold_up_the_others(site: Site) -> None:
 
 
 def test_robots_txt_is_respected_where_switched_on(site: Site) -> None:
-    body = picture(0)
+    body = image_bytes(0)
     for path in ("/a.png", "/private/b.png", "/named/c.png"):
         site.add(path, body)
     urls = [site.url(p) for p in ("/a.png", "/private/b.png", "/named/c.png")]

@@ -33,33 +33,33 @@ class Clock:
 def test_never_more_places_than_the_limit_and_none_is_lost(steps: list[tuple[int, str, str]]) -> None:
     """Any workers, any order: at most the limit is granted, and in the end everybody had what they asked for."""
     ledger = Ledger(3, 0, 60.0, clock=Clock())
-    held = [Counter[str]() for _ in range(4)]
+    leased = [Counter[str]() for _ in range(4)]
     asked = [Counter[str]() for _ in range(4)]
     had = [Counter[str]() for _ in range(4)]
 
     def say(worker: int, message: Message) -> None:
         answer = ledger.exchange(str(worker), message)
-        held[worker].update(answer.granted)
+        leased[worker].update(answer.granted)
         had[worker].update(answer.granted)
         for host in "abc":
-            assert sum(h[host] for h in held) <= 3
+            assert sum(h[host] for h in leased) <= 3
 
     for worker, host, what in steps:
         if what == "ask":
             asked[worker][host] += 2
             say(worker, Message(ask={host: 2}))
-        elif what == "give" and held[worker][host]:
-            held[worker][host] -= 1
+        elif what == "give" and leased[worker][host]:
+            leased[worker][host] -= 1
             say(worker, Message(give={host: 1}))
         else:
             say(worker, Message())
     for _ in range(2 * len(steps) + 4):
         for worker in range(4):
-            back, held[worker] = dict(held[worker]), Counter()
+            back, leased[worker] = dict(leased[worker]), Counter()
             say(worker, Message(give={h: n for h, n in back.items() if n}))
     assert had == asked
     for worker in range(4):
-        say(worker, Message(give={h: n for h, n in held[worker].items() if n}))
+        say(worker, Message(give={h: n for h, n in leased[worker].items() if n}))
     assert not ledger.hosts, "nothing is remembered of hosts that nobody uses and nothing bad is known of"
 
 
@@ -72,7 +72,7 @@ def test_the_places_of_a_worker_that_is_gone_are_free_again() -> None:
     assert not ledger.exchange("b", Message()).granted
     clock.now += LAPSE_S / 2 + 1
     ledger.exchange("b", Message())
-    assert ledger.exchange("b", Message()).granted or ledger.hosts["h"].held == {"b": 1}
+    assert ledger.exchange("b", Message()).granted or ledger.hosts["h"].leased == {"b": 1}
 
 
 def test_a_place_that_others_wait_for_is_called_back() -> None:
@@ -126,14 +126,16 @@ def test_a_robots_txt_is_read_by_one_worker_and_by_another_if_that_one_is_gone()
 def test_a_new_ledger_is_told_what_is_held() -> None:
     old, new = Ledger(2, 0, 60.0, epoch="1"), Ledger(2, 0, 60.0, epoch="2")
     assert old.exchange("a", Message(ask={"h": 2})).epoch == "1"
-    new.exchange("a", Message(held={"h": 2}, epoch="1"))
+    new.exchange("a", Message(leased={"h": 2}, epoch="1"))
     assert new.exchange("b", Message(ask={"h": 1})).queued == ("h",)
 
 
 @given(st.lists(st.text(max_size=8), max_size=30), st.integers(1, 5))
 def test_a_message_to_several_ledgers_is_the_message(hosts: list[str], parts: int) -> None:
     ask = Counter(hosts)
-    message = Message(ask=ask, give=ask, failed=tuple((h, "timeout") for h in hosts), rows=7, held=dict(ask), quiet={})
+    message = Message(
+        ask=ask, give=ask, failed=tuple((h, "timeout") for h in hosts), rows=7, leased=dict(ask), quiet={}
+    )
     split = parted(message, parts)
     assert len(split) == parts
     assert sum((Counter(m.ask) for m in split), Counter()) == ask
@@ -179,7 +181,7 @@ def workers(
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert not ledger.hosts or all(not h.held for h in ledger.hosts.values()), "every place came back"
+    assert not ledger.hosts or all(not h.leased for h in ledger.hosts.values()), "every place came back"
     return found
 
 

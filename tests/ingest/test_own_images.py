@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from ingest.config import IngestConfig
-from ingest.places import Reader
+from ingest.locations import Reader
 from ingest.stage import IngestStage
 from ingest.takedown import requested
 from shards.dataset import Dataset, read_stats
 from shards.images import ImageShard, decode_rgb
 from tests.ingest.conftest import PRELOAD, make_config, run
-from tests.ingest.site import picture
+from tests.ingest.site import image_bytes
 from tests.ingest.test_sources import make_tar
 
 COUNT = 20
@@ -34,7 +34,7 @@ def folder(root: Path, first: int, count: int) -> Path:
     (root / "deep").mkdir(parents=True, exist_ok=True)
     for n in range(first, first + count):
         path = root / ("deep" if n % 3 else ".") / f"{n:04d}.png"
-        path.write_bytes(picture(n))
+        path.write_bytes(image_bytes(n))
         path.with_suffix(".txt").write_text(f"picture {n}")
     return root
 
@@ -45,7 +45,7 @@ def webdataset(root: Path, first: int, count: int) -> Path:
     members = []
     for n in range(first, first + count):
         meta = {"url": f"http://photos.example/{n}.png", "caption": f"picture {n}", "key": f"{n:09d}"}
-        members += [(f"{n:09d}.png", picture(n)), (f"{n:09d}.txt", f"picture {n}".encode())]
+        members += [(f"{n:09d}.png", image_bytes(n)), (f"{n:09d}.txt", f"picture {n}".encode())]
         members.append((f"{n:09d}.json", json.dumps(meta).encode()))
     make_tar(root / f"{first:05d}.tar", members)
     (root / f"{first:05d}_stats.json").write_text("{}")
@@ -57,7 +57,7 @@ def parquet(root: Path, first: int, count: int) -> Path:
     root.mkdir(exist_ok=True)
     numbers = range(first, first + count)
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    images = pa.array([{"bytes": picture(n), "path": f"{n}.png"} for n in numbers], kind)
+    images = pa.array([{"bytes": image_bytes(n), "path": f"{n}.png"} for n in numbers], kind)
     table = pa.table({"image": images, "text": [f"picture {n}" for n in numbers]})
     pq.write_table(table, root / f"{first:05d}.parquet", row_group_size=7)
     return root
@@ -66,7 +66,7 @@ def parquet(root: Path, first: int, count: int) -> Path:
 def arrow(root: Path, first: int, count: int) -> Path:
     root.mkdir(exist_ok=True)
     numbers = range(first, first + count)
-    table = pa.table({"image": pa.array([picture(n) for n in numbers]), "text": [f"picture {n}" for n in numbers]})
+    table = pa.table({"image": pa.array([image_bytes(n) for n in numbers]), "text": [f"picture {n}" for n in numbers]})
     with pa.OSFile(str(root / f"{first:05d}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table, 6)
     return root
@@ -78,7 +78,7 @@ def rows_of_files(root: Path, first: int, count: int) -> Path:
     urls = []
     for n in range(first, first + count):
         path = root / "photos" / f"{n}.png"
-        path.write_bytes(picture(n))
+        path.write_bytes(image_bytes(n))
         urls.append(f"file://{path}" if n % 2 else str(path))
     (root / "table").mkdir(exist_ok=True)
     table = pa.table({"url": urls, "caption": [f"picture {n}" for n in range(first, first + count)]})
@@ -147,13 +147,13 @@ def test_damage_and_gaps_end_as_rows_and_the_rest_goes_on(tmp_path: Path) -> Non
     (own / "00100.tar").write_bytes(data[: data.index(b"000000005.png") + 512 + 40])  # cut within the sixth image
     odd = [
         ("a.txt", b"no image"),
-        ("b.png", picture(50)),
+        ("b.png", image_bytes(50)),
         ("b.txt", b"picture b"),
         ("c.png", b"no picture"),
         ("c.txt", b"c"),
-        ("b.png", picture(51)),
+        ("b.png", image_bytes(51)),
         ("b.txt", b"b again"),
-        ("d.png", picture(52)),
+        ("d.png", image_bytes(52)),
         ("e.png", b""),
         ("e.txt", b"an empty one"),
     ]
@@ -176,7 +176,7 @@ def test_damage_and_gaps_end_as_rows_and_the_rest_goes_on(tmp_path: Path) -> Non
 
 def test_rows_that_name_files_elsewhere_are_refused(tmp_path: Path) -> None:
     rows_of_files(tmp_path / "own", 0, 3)
-    (tmp_path / "secret.png").write_bytes(picture(9))
+    (tmp_path / "secret.png").write_bytes(image_bytes(9))
     (tmp_path / "own" / "photos" / "link.png").symlink_to(tmp_path / "secret.png")
     below = tmp_path / "own" / "photos"
     urls = [f"file://{below}/0.png", f"{tmp_path}/secret.png", f"{below}/../../secret.png", f"{below}/link.png"]
@@ -194,7 +194,7 @@ def test_rows_that_name_files_elsewhere_are_refused(tmp_path: Path) -> None:
 
 def test_duplicates_and_the_held_out_fraction_are_those_of_a_table(tmp_path: Path) -> None:
     own = folder(tmp_path / "own", 0, 30)
-    (own / "copy.png").write_bytes(picture(3))
+    (own / "copy.png").write_bytes(image_bytes(3))
     (own / "copy.txt").write_text("picture 3")
     stage = stage_of(folder, own, own, tmp_path / "run", heldout_fraction=0.3)
     train = run(stage)
@@ -213,9 +213,9 @@ def test_what_could_not_be_read_is_tried_again_from_its_place(tmp_path: Path, mo
     stage = stage_of(webdataset, own, own, tmp_path / "run")
     real = Reader._bytes
 
-    def read(self: Reader, place: Any) -> bytes:
-        data = real(self, place)
-        if data in (picture(3), picture(7)):
+    def read(self: Reader, location: Any) -> bytes:
+        data = real(self, location)
+        if data in (image_bytes(3), image_bytes(7)):
             raise PermissionError
         return data
 
@@ -248,7 +248,7 @@ def test_a_take_down_by_the_url_of_then(tmp_path: Path) -> None:
 
 
 def test_images_of_one_caption_in_one_file_are_no_duplicates(tmp_path: Path) -> None:
-    members = [m for n in range(6) for m in ((f"{n}.png", picture(n)), (f"{n}.cls", b"dog"))]
+    members = [m for n in range(6) for m in ((f"{n}.png", image_bytes(n)), (f"{n}.cls", b"dog"))]
     (tmp_path / "own").mkdir()
     make_tar(tmp_path / "own" / "0.tar", members)
     stage = stage_of(webdataset, tmp_path / "own", tmp_path / "own", tmp_path / "run")
@@ -318,7 +318,7 @@ def test_tars_that_img2dataset_itself_made(tmp_path: Path) -> None:
             "status": "success",
         }
         failed = {"status": "failed_to_download"} if n == 5 else {}
-        made.write(None if failed else picture(n), f"{n:09d}", meta["caption"], meta | failed)
+        made.write(None if failed else image_bytes(n), f"{n:09d}", meta["caption"], meta | failed)
     made.close()
     before = {p.name: p.read_bytes() for p in (tmp_path / "own").iterdir()}
     stage = stage_of(webdataset, tmp_path / "own", tmp_path / "own", tmp_path / "run")

@@ -21,7 +21,7 @@ from PIL import Image, ImageCms, ImageOps
 from benchmarks.ingest import draw
 from ingest.errors import Rejected
 from ingest.pixels import PixelSettings, decode, header_size, perceptual_hash, process, resize, target_size
-from tests.ingest.site import picture
+from tests.ingest.site import image_bytes
 
 PLAIN = PixelSettings(64, "no", False, "png", 1, (255, 255, 255), 1_000_000, downscale_filter="lanczos")
 
@@ -42,7 +42,7 @@ def stored(data: bytes, **settings: Any) -> np.ndarray:
 
 
 def smooth(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
-    return Image.open(io.BytesIO(picture(5, *size))).convert(mode)
+    return Image.open(io.BytesIO(image_bytes(5, *size))).convert(mode)
 
 
 @pytest.mark.parametrize("fmt", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
@@ -265,7 +265,7 @@ def test_bytes_are_kept_where_nothing_has_to_change() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_perceptual_hash_is_imagehashs_phash(seed: int) -> None:
-    image = Image.open(io.BytesIO(picture(seed, 200, 150)))
+    image = Image.open(io.BytesIO(image_bytes(seed, 200, 150)))
     # imagehash.phash, in float64: https://github.com/JohannesBuchner/imagehash
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), float)
     low = scipy.fft.dct(scipy.fft.dct(grey, axis=0), axis=1)[:8, :8]
@@ -278,7 +278,7 @@ def test_the_perceptual_hash_is_imagehashs_phash(seed: int) -> None:
     # Another size and encoding: nearly the same. Another picture: about half of the bits differ.
     other = Image.open(io.BytesIO(encoded(image.resize((120, 90)), "JPEG", quality=60)))
     assert (int(perceptual_hash(other), 16) ^ int(expected, 16)).bit_count() <= 6
-    another = perceptual_hash(Image.open(io.BytesIO(picture(seed + 50, 200, 150))))
+    another = perceptual_hash(Image.open(io.BytesIO(image_bytes(seed + 50, 200, 150))))
     assert (int(another, 16) ^ int(expected, 16)).bit_count() > 12
 
 
@@ -320,9 +320,9 @@ def bomb_webp(width: int, height: int) -> bytes:
             + b"\x02\x02\x4c\x01\x00;",
             "image_too_large",
         ),
-        (picture(1, 400, 300, "JPEG")[:-900], "image_truncated"),
-        (picture(1, 400, 300)[:-900], "image_truncated"),
-        (picture(1, 40, 30, "WEBP")[:-20], "image_corrupt"),
+        (image_bytes(1, 400, 300, "JPEG")[:-900], "image_truncated"),
+        (image_bytes(1, 400, 300)[:-900], "image_truncated"),
+        (image_bytes(1, 40, 30, "WEBP")[:-20], "image_corrupt"),
         (png_of(40, 30, 8, 2, b"\x07" * 3000), "image_corrupt"),
         (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "image_unsupported"),
     ],
@@ -337,7 +337,7 @@ def test_what_is_no_usable_picture_has_its_code(data: bytes, code: str) -> None:
 
 @given(st.binary(max_size=200), st.integers(0, 400), st.sampled_from(["PNG", "JPEG", "WEBP", "GIF"]))
 def test_damaged_pictures_raise_nothing_else(noise: bytes, at: int, fmt: str) -> None:
-    data = bytearray(picture(2, 24, 24, fmt))
+    data = bytearray(image_bytes(2, 24, 24, fmt))
     data[at : at + len(noise)] = noise
     try:
         made = process(bytes(data), dataclasses.replace(PLAIN, max_pixels=10_000))
@@ -418,7 +418,7 @@ def test_what_would_be_enlarged_without_end_is_refused() -> None:
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_without_loss_of_quality() -> None:
-    data = picture(3, 1600, 1200, "JPEG", quality=95)
+    data = image_bytes(3, 1600, 1200, "JPEG", quality=95)
     settings = dataclasses.replace(PLAIN, resize_mode="center_crop", image_size=64, max_pixels=10_000_000)
     decoded = decode(data, settings)
     assert decoded.size == (1600, 1200)

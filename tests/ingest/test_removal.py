@@ -21,13 +21,13 @@ from shards.dataset import Dataset, read_stats
 from shards.images import ImageShard
 from shards.verify import verify_shard
 from tests.ingest.conftest import PRELOAD, make_config, run
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 from tests.ingest.test_retry import shard_bytes
 
 
 def table_of(site: Site, folder: Path, count: int = 24) -> Path:
     """Three shards of 8; rows 20 to 23 hold the bytes and captions of rows 0 to 3."""
-    rows = [(site.add(f"/{i}.png", picture(i % 20)), f"caption {i % 20}") for i in range(count)]
+    rows = [(site.add(f"/{i}.png", image_bytes(i % 20)), f"caption {i % 20}") for i in range(count)]
     urls, texts = zip(*rows, strict=True)
     pq.write_table(pa.table({"url": urls, "caption": texts}), folder / "table.parquet")
     return folder / "table.parquet"
@@ -100,7 +100,7 @@ def test_a_copy_that_was_excluded_does_not_come_back(site: Site, tmp_path: Path)
     before = run(stage)
     assert before["counts"]["duplicate"] >= 4
     out = {s.index: Dataset.open(stage.root).excluded_rows(s.index).tolist() for s in Dataset.open(stage.root).shards}
-    site.add("/20.png", picture(20))
+    site.add("/20.png", image_bytes(20))
     TakenDown.of(urls=[url_digest(site.url("/1.png"))]).create(stage.run)
     manifest = run(stage)
     dataset = Dataset.open(stage.root)
@@ -135,7 +135,7 @@ def test_the_list_is_looked_at_before_each_shard(site: Site, tmp_path: Path) -> 
 def test_where_redirects_led_is_matched_too(site: Site, tmp_path: Path) -> None:
     far = f"http://localhost:{site.port}"
     for i in range(3):
-        site.add(f"/{i}.png", picture(i))
+        site.add(f"/{i}.png", image_bytes(i))
     site.add("/to-url", b"", 302, Location=site.url("/0.png"))
     site.add("/to-host", b"", 302, Location=f"{far}/1.png")
     rows = {"url": [site.url("/to-url"), site.url("/to-host"), site.url("/2.png")], "caption": ["a", "b", "c"]}

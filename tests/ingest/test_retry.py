@@ -22,12 +22,12 @@ from shards.dataset import Dataset, read_stats
 from shards.images import ImageShard
 from shards.settings import ConfigError
 from tests.ingest.conftest import make_config, run
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 
 
 def table_of(site: Site, folder: Path, count: int = 24) -> Path:
     """Rows 3, 10 and 20 answer 503 until `mend` is called; row 5 is gone for good. Three shards of 8."""
-    rows = [(site.add(f"/{i}.png", picture(i % 20)), f"caption {i % 20}", i) for i in range(count)]
+    rows = [(site.add(f"/{i}.png", image_bytes(i % 20)), f"caption {i % 20}", i) for i in range(count)]
     for i in (3, 10, 20):
         site.add(f"/{i}.png", b"down", 503)
     site.add("/5.png", b"gone", 404)
@@ -39,7 +39,7 @@ def table_of(site: Site, folder: Path, count: int = 24) -> Path:
 
 def mend(site: Site) -> None:
     for i in (3, 10, 20):
-        site.add(f"/{i}.png", picture(i % 20))
+        site.add(f"/{i}.png", image_bytes(i % 20))
 
 
 def shard_bytes(root: Path) -> dict[str, bytes]:
@@ -118,7 +118,7 @@ def test_accounts_hold_after_three_retries_with_growth_between(site: Site, tmp_p
     def weather() -> None:
         for path, seed in pages.items():
             status = int(rng.choice([200, 503, 429, 404], p=[0.5, 0.25, 0.15, 0.1]))
-            site.add(path, picture(seed) if status == 200 else b"", status)
+            site.add(path, image_bytes(seed) if status == 200 else b"", status)
 
     stage = IngestStage(make_config(table, fetch={"retries": 0}), str(tmp_path / "run" / "images"))
     grow(0, 21)
@@ -209,7 +209,7 @@ def test_what_is_taken_down_is_not_fetched_again(site: Site, tmp_path: Path) -> 
 
 def test_rows_of_many_shards_fill_one(site: Site, tmp_path: Path) -> None:
     """Ten shards of 8 with two failures each make three of at most 8 rows, and the plan says which."""
-    urls = [site.add(f"/{i}.png", picture(i) if i % 4 else b"", 200 if i % 4 else 503) for i in range(80)]
+    urls = [site.add(f"/{i}.png", image_bytes(i) if i % 4 else b"", 200 if i % 4 else 503) for i in range(80)]
     pq.write_table(pa.table({"url": urls, "caption": urls}), tmp_path / "t.parquet")
     stage = IngestStage(make_config(tmp_path / "t.parquet", fetch={"retries": 0}), str(tmp_path / "run" / "images"))
     run(stage)

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ingest import places, sources
+from ingest import locations, sources
 from ingest.config import ColumnsConfig, SourceConfig
 from ingest.errors import Rejected
-from ingest.places import Below, Place, Reader
+from ingest.locations import Below, Location, Reader
 from ingest.sources import Wanted, detect, refresh
 from shards import storage
 from shards.settings import ConfigError
@@ -233,8 +233,8 @@ def test_new_tars_are_added_and_one_that_was_written_again_keeps_its_rows(tmp_pa
     assert "b.tar: written again since listed" in said
     assert [Path(r["place"].partition("#")[0]).name for r in rows(listing)] == ["b.tar", "a.tar"]
     (tmp_path / "a.tar").unlink()
-    told = refresh(listing, str(tmp_path), "webdataset", wanted())
-    assert any("a.tar: gone; the images that are stored stay" in t for t in told)
+    notes = refresh(listing, str(tmp_path), "webdataset", wanted())
+    assert any("a.tar: gone; the images that are stored stay" in t for t in notes)
 
 
 def test_what_img2dataset_made_is_listed_with_the_urls_of_then(tmp_path) -> None:
@@ -296,7 +296,7 @@ def test_bytes_in_a_column_are_read_row_by_row_in_any_order(tmp_path, form) -> N
         reader.read(found[17]["place"])
     assert e.value.code == "source_missing"
     with pytest.raises(Rejected) as e:
-        reader.read(places.value(str(path), "jpg" if form == "binary" else "image", 200))
+        reader.read(locations.value(str(path), "jpg" if form == "binary" else "image", 200))
     assert e.value.code == "source_missing"
 
 
@@ -355,8 +355,8 @@ def test_only_files_below_the_named_folders_are_read(tmp_path) -> None:
         f"local://{outside}/b.jpg",
         "s3://bucket/x.jpg",
         "gs://b/x",
-        places.member("/etc/passwd", "x", 0, 10),
-        places.value(f"{outside}/b.jpg", "image", 0),
+        locations.member("/etc/passwd", "x", 0, 10),
+        locations.value(f"{outside}/b.jpg", "image", 0),
         "memory://x",
         "ftp://h/x",
         f"simplecache::file://{outside}/b.jpg",
@@ -371,28 +371,28 @@ def test_only_files_below_the_named_folders_are_read(tmp_path) -> None:
 def test_sizes_are_bounded_before_anything_is_read(tmp_path, monkeypatch) -> None:
     (tmp_path / "big.jpg").write_bytes(b"x" * 5000)
     reader = Reader(Below([str(tmp_path)]), 4096)
-    for place in (f"{tmp_path}/big.jpg", places.member(f"{tmp_path}/big.jpg", "m", 0, 5000)):
+    for location in (f"{tmp_path}/big.jpg", locations.member(f"{tmp_path}/big.jpg", "m", 0, 5000)):
         with pytest.raises(Rejected) as e:
-            reader.read(place)
+            reader.read(location)
         assert e.value.code == "body_too_large"
-    for place, code in (
-        (places.member(f"{tmp_path}/big.jpg", "m", 4000, 2000), "source_damaged"),
+    for location, code in (
+        (locations.member(f"{tmp_path}/big.jpg", "m", 4000, 2000), "source_damaged"),
         (f"{tmp_path}/none.jpg", "source_missing"),
         (f"{tmp_path}", "source_missing"),
         ("", "source_missing"),
     ):
         with pytest.raises(Rejected) as e:
-            reader.read(place)
+            reader.read(location)
         assert e.value.code == code
 
 
 def test_places_come_back_from_text_whatever_the_names_hold() -> None:
     for tar, name in (("/a/b#c.tar", "x#&=%.jpg"), ("s3://b/k&offset=1&size=2.tar", "m"), ("/a b/ü.tar", "ü é.png")):
-        found = Place.parse(places.member(tar, name, 512, 99))
+        found = Location.parse(locations.member(tar, name, 512, 99))
         assert (found.file, found.offset, found.size) == (tar, 512, 99)
-        found = Place.parse(places.value(tar, "im#age&row=3", 7))
+        found = Location.parse(locations.value(tar, "im#age&row=3", 7))
         assert (found.file, found.column, found.row) == (tar, "im#age&row=3", 7)
-    assert Place.parse("/x/y#z.jpg").file == "/x/y#z.jpg"
+    assert Location.parse("/x/y#z.jpg").file == "/x/y#z.jpg"
 
 
 def test_everything_on_an_object_store(tmp_path) -> None:

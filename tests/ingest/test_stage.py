@@ -37,7 +37,7 @@ from shards.images import ImageShard, decode_rgb
 from shards.layout import sample_key
 from shards.settings import ConfigError, StageError
 from tests.ingest.conftest import PRELOAD, make_config, run
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 from tests.objects import bucket
 
 
@@ -45,15 +45,15 @@ def dirty_table(site: Site, folder: Path, good: int = 30) -> Path:
     """`good` plain rows and one of every kind that must not end as a sample."""
     rows: list[tuple[str | None, str | None, float]] = []
     for i in range(good):
-        rows.append((site.add(f"/{i}.png", picture(i)), f"picture number {i}", 0.3))
+        rows.append((site.add(f"/{i}.png", image_bytes(i)), f"picture number {i}", 0.3))
     rows.insert(3, (site.url("/gone.png"), "a dead link", 0.3))
     rows.insert(5, (site.add("/page.html", b"<html>no picture</html>"), "a page", 0.3))
     rows.insert(7, (site.url("/0.png"), "picture number 0", 0.3))
-    rows.insert(9, (site.add("/copy.png", picture(1)), "picture number 1", 0.3))
-    rows.insert(11, (site.add("/other.png", picture(2)), "another caption of picture 2", 0.3))
-    rows.insert(13, (site.add("/no.png", picture(100), X_Robots_Tag="noai"), "opted out", 0.3))
+    rows.insert(9, (site.add("/copy.png", image_bytes(1)), "picture number 1", 0.3))
+    rows.insert(11, (site.add("/other.png", image_bytes(2)), "another caption of picture 2", 0.3))
+    rows.insert(13, (site.add("/no.png", image_bytes(100), X_Robots_Tag="noai"), "opted out", 0.3))
     rows.insert(15, (site.url("/0.png"), "too dissimilar", 0.1))
-    rows.insert(17, (site.add("/cut.png", picture(101)[:-200]), "cut off", 0.3))
+    rows.insert(17, (site.add("/cut.png", image_bytes(101)[:-200]), "cut off", 0.3))
     rows.insert(19, (None, "no url", 0.3))
     rows.insert(21, (site.url("/1.png"), " \t ", 0.3))
     rows.insert(23, ("file:///etc/passwd", "not http", 0.3))
@@ -141,7 +141,7 @@ def test_equals_img2dataset_on_plain_pictures(site: Site, tmp_path: Path) -> Non
     rows = []
     for i in range(23):
         side = (32, 32) if i % 2 else (32 + i, 32)
-        body = picture(i, *side)
+        body = image_bytes(i, *side)
         rows.append((site.add(f"/{i}.png", body), f'a caption, with é and "{i}"', i))
     rows[4] = (site.url("/dead.png"), "dead", 4)
     rows[9] = (site.add("/9.html", b"<html></html>"), "page", 9)
@@ -255,7 +255,7 @@ def test_bytes_do_not_depend_on_order_or_concurrency(site: Site, tmp_path: Path)
 
 def test_a_shard_without_any_success_is_committed(site: Site, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
-    good = site.add("/a.png", picture(0))
+    good = site.add("/a.png", image_bytes(0))
     table.write_text("url,caption\n" + f"{site.url('/none')},x\n" * 8 + f"{good},y\n")
     stage = IngestStage(make_config(table), str(tmp_path / "images"))
     manifest = run(stage)
@@ -272,7 +272,7 @@ def test_a_shard_without_any_success_is_committed(site: Site, tmp_path: Path) ->
 
 def test_an_edited_table_and_changed_settings_are_refused(site: Site, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
-    lines = [f"{site.add(f'/{i}.png', picture(i))},caption {i}" for i in range(20)]
+    lines = [f"{site.add(f'/{i}.png', image_bytes(i))},caption {i}" for i in range(20)]
     table.write_text("\n".join(["url,caption", *lines]))
     stage = IngestStage(make_config(table), str(tmp_path / "images"))
     run(stage)
@@ -300,7 +300,7 @@ def test_an_edited_table_and_changed_settings_are_refused(site: Site, tmp_path: 
 
 def test_a_table_that_changes_while_a_shard_is_made_is_seen(site: Site, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
-    lines = [f"{site.add(f'/{i}.png', picture(i))},caption {i}" for i in range(20)]
+    lines = [f"{site.add(f'/{i}.png', image_bytes(i))},caption {i}" for i in range(20)]
     table.write_text("\n".join(["url,caption", *lines]))
     stage = IngestStage(make_config(table), str(tmp_path / "images"))
     stage.begin()
@@ -312,7 +312,7 @@ def test_a_table_that_changes_while_a_shard_is_made_is_seen(site: Site, tmp_path
 
 
 def test_a_list_of_urls_is_a_table_without_captions(site: Site, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("".join(site.add(f"/{i}.png", picture(i)) + "\n" for i in range(3)))
+    (tmp_path / "list.txt").write_text("".join(site.add(f"/{i}.png", image_bytes(i)) + "\n" for i in range(3)))
     with pytest.raises(ConfigError, match="empty_captions to keep"):
         IngestStage(make_config(tmp_path / "list.txt"), "").check()
     stage = IngestStage(make_config(tmp_path / "list.txt", empty_captions="keep"), str(tmp_path / "images"))
@@ -322,7 +322,13 @@ def test_a_list_of_urls_is_a_table_without_captions(site: Site, tmp_path: Path) 
 
 
 def test_kept_columns_never_share_a_name(site: Site, tmp_path: Path) -> None:
-    rows = {"url": [site.add("/a.png", picture(0))], "caption": ["a"], "width": [1], "source_width": [2], "key": ["k"]}
+    rows = {
+        "url": [site.add("/a.png", image_bytes(0))],
+        "caption": ["a"],
+        "width": [1],
+        "source_width": [2],
+        "key": ["k"],
+    }
     pq.write_table(pa.table(rows), tmp_path / "t.parquet")
     with pytest.raises(ConfigError, match="'width' is kept as 'source_width'"):
         IngestStage(make_config(tmp_path / "t.parquet", keep_columns=["width", "source_width"]), "").check()
@@ -348,7 +354,7 @@ def test_accounts_that_do_not_hold_are_an_error(site: Site, tmp_path: Path) -> N
 
 
 def test_heldout_fraction_splits_by_caption(site: Site, tmp_path: Path) -> None:
-    urls = [site.add(f"/{i}.png", picture(i)) for i in range(5)]
+    urls = [site.add(f"/{i}.png", image_bytes(i)) for i in range(5)]
     rows = [(urls[i % 5], f" a  caption {i % 60}" if i % 2 else f"A caption {i % 60}") for i in range(240)]
     table = tmp_path / "t.parquet"
     pq.write_table(pa.table({"url": [r[0] for r in rows], "caption": [r[1] for r in rows]}), table)
@@ -469,7 +475,7 @@ def test_a_dataset_on_s3_is_the_same(site: Site, tmp_path: Path) -> None:
             site.add("/3.png", b"", 503)
             stage = IngestStage(make_config(source, fetch={"retries": 0}), root)
             run(stage)
-            site.add("/3.png", picture(3))
+            site.add("/3.png", image_bytes(3))
             manifest = run(dataclasses.replace(stage, retry=RETRYABLE))
             assert manifest["shards"][-1]["rows"] == 1
             TakenDown.of(urls=[url_digest(site.url("/5.png"))]).create(stage.run)
@@ -484,7 +490,7 @@ def test_a_dataset_on_s3_is_the_same(site: Site, tmp_path: Path) -> None:
 
 
 def test_what_the_table_says_wrongly_is_counted(site: Site, tmp_path: Path) -> None:
-    url = site.add("/a.png", picture(0, 48, 40))
+    url = site.add("/a.png", image_bytes(0, 48, 40))
     rows = [
         (url, "right", 48, 40, 0.3),
         (url, "swapped", 40, 48, 0.3),

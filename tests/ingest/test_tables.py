@@ -25,7 +25,7 @@ from ingest.tables import HeldoutRule, Layout, TableSource, read_layout, read_ra
 from shards.plan import Line
 from shards.settings import ConfigError
 from tests.ingest.conftest import make_config, run
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 
 TEXTS = [
     "plain",
@@ -311,7 +311,7 @@ def test_the_planner_needs_no_memory_for_the_table(tmp_path: Path) -> None:
 def test_of_a_list_of_captions_the_first_is_the_caption(site: Site, tmp_path: Path) -> None:
     """As COCO and Flickr have them on the hub; all of them go on in a column of their own."""
     captions = [["", "a dog", "a hound"], ["a cat"], [], None]
-    urls = [site.add(f"/{i}.png", picture(i)) for i in range(4)]
+    urls = [site.add(f"/{i}.png", image_bytes(i)) for i in range(4)]
     pq.write_table(
         pa.table({"url": urls, "caption": pa.array(captions, pa.list_(pa.string()))}), tmp_path / "t.parquet"
     )

@@ -21,7 +21,7 @@ from shards.images import ImageShard
 from shards.layout import RunPaths
 from shards.settings import ConfigError
 from shards.verify import verify
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_c20ac09.tar.xz"
 
@@ -80,7 +80,7 @@ def test_a_run_of_an_earlier_version_is_taken_over_whole(old: Path) -> None:
 def test_it_grows_is_retried_and_gives_up_pictures(old: Path) -> None:
     site = Site()
     try:
-        url = site.add("/new.png", picture(99, 32, 32))
+        url = site.add("/new.png", image_bytes(99, 32, 32))
         Path("table/part-0.csv").write_text(f"url,caption\n{url},a new one\n")
         before = live("run/images")
         assert main(["ingest", "--config", "run.yaml", "--local"]) == 0
@@ -160,4 +160,4 @@ def test_a_take_down_that_was_killed_in_the_latents_is_ended(
     assert main([command, "--config", "run.yaml", "--local"]) == 0
     table = pq.read_table("run/latents/00000.parquet")
     assert table["error"][table["key"].to_pylist().index(row["key"])].as_py() == "taken_down"
-    assert not list(verify("run/latents", deep=True))
+    assert not list(verify("run/latents", contents=True))

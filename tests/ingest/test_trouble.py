@@ -29,19 +29,19 @@ from ingest.errors import Rejected
 from ingest.fetch import Room
 from ingest.names import Names
 from ingest.takedown import TakenDown
-from ingest.work import Crew
+from ingest.work import FetchPool
 from shards.settings import ConfigError, NodeTrouble, validate
 from tests.ingest.conftest import make_config
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 
 
 @pytest.fixture
-def crew() -> Iterator[Any]:
-    made: list[Crew] = []
+def pool() -> Iterator[Any]:
+    made: list[FetchPool] = []
 
-    def make(**settings: Any) -> Crew:
+    def make(**settings: Any) -> FetchPool:
         fetch = {"retries": 0, "allow_addresses": ["127.0.0.0/8"], **settings.pop("fetch", {})}
-        made.append(Crew(make_config("t.csv", fetch=fetch, **settings), TakenDown()))
+        made.append(FetchPool(make_config("t.csv", fetch=fetch, **settings), TakenDown()))
         return made[-1]
 
     yield make
@@ -56,7 +56,7 @@ def codes(found: dict[int, work.Outcome]) -> list[str | None]:
 # ---- whose fault
 
 
-def test_a_machine_without_dns_gives_the_shard_back(crew: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_dns_gives_the_shard_back(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (socket.EAI_AGAIN, socket.EAI_NONAME):
 
         def dead(*_: Any, n: int = number, **__: Any) -> Any:
@@ -64,13 +64,13 @@ def test_a_machine_without_dns_gives_the_shard_back(crew: Any, monkeypatch: pyte
 
         monkeypatch.setattr(socket, "getaddrinfo", dead)
         with pytest.raises(NodeTrouble, match=r"no name can be looked up here.*fetch\.canaries"):
-            crew().fetch_all({i: f"http://host{i % 40}.test/{i}.jpg" for i in range(200)})
+            pool().fetch_all({i: f"http://host{i % 40}.test/{i}.jpg" for i in range(200)})
         with pytest.raises(NodeTrouble):  # also where the shard is short
-            crew().fetch_all({0: "http://one.test/", 1: "http://two.test/"})
+            pool().fetch_all({0: "http://one.test/", 1: "http://two.test/"})
 
 
 def test_a_table_of_dead_names_is_the_tables_where_a_canary_is_found(
-    crew: Any, monkeypatch: pytest.MonkeyPatch
+    pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
 
@@ -81,19 +81,19 @@ def test_a_table_of_dead_names_is_the_tables_where_a_canary_is_found(
         raise socket.gaierror(socket.EAI_NONAME, "no such name")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    found = crew(fetch={"canaries": ["canary.test"]}).fetch_all({i: f"http://dead{i}.test/" for i in range(60)})
+    found = pool(fetch={"canaries": ["canary.test"]}).fetch_all({i: f"http://dead{i}.test/" for i in range(60)})
     assert codes(found) == ["dns_not_found"] * 60
     assert 1 <= asked.count("canary.test") <= 3
     assert FetchConfig().canaries
 
 
-def test_out_of_descriptors_is_not_the_rows_fault(crew: Any) -> None:
+def test_out_of_descriptors_is_not_the_rows_fault(pool: Any) -> None:
     server = subprocess.Popen(
         [sys.executable, "-c", _KEEPS_CONNECTIONS], stdout=subprocess.PIPE, text=True
     )  # a process of its own, with descriptors of its own
     assert server.stdout is not None
     port = int(server.stdout.readline())
-    c = crew(fetch={"concurrency": 8})
+    c = pool(fetch={"concurrency": 8})
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert soft == hard, "a worker takes what it can get"
     try:
@@ -125,11 +125,11 @@ asyncio.run(go())
 """
 
 
-def test_no_route_is_this_machines_and_a_router_that_says_so_is_not(crew: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_route_is_this_machines_and_a_router_that_says_so_is_not(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def unreachable(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENETUNREACH, "Network is unreachable")
 
-    c = crew()
+    c = pool()
     monkeypatch.setattr(asyncio.selector_events.BaseSelectorEventLoop, "sock_connect", unreachable)
     # The machine's own table has a way to 127.0.0.1, so somebody else says this.
     assert codes(c.fetch_all({0: "http://127.0.0.1:1/"})) == ["connect_refused"]
@@ -206,15 +206,15 @@ def test_hosts_that_answered_before_are_canaries_too() -> None:
     assert asked == ["good.test:8080"]
 
 
-def test_an_error_that_nobody_foresaw_ends_its_row(crew: Any, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_nobody_foresaw_ends_its_row(pool: Any, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     def odd(data: bytes, settings: Any) -> Any:
         raise ZeroDivisionError
 
     monkeypatch.setattr(work, "process", odd)
     monkeypatch.setattr(work, "is_quick", lambda data, settings: data == b"odd")
-    c = crew()
+    c = pool()
     c.fetch_all({0: "http://127.0.0.1:1/"})
-    found = c.fetch_all({0: site.add("/odd", b"odd"), 1: site.add("/1.png", picture(1))})
+    found = c.fetch_all({0: site.add("/odd", b"odd"), 1: site.add("/1.png", image_bytes(1))})
     assert codes(found) == ["unforeseen", None]
     assert found[0].message == "ZeroDivisionError"
     monkeypatch.setattr(c._fetcher, "_check_opt_out", odd)
@@ -419,11 +419,11 @@ class Server:
 # ---- memory and the event loop
 
 
-def test_bodies_in_flight_have_a_budget(crew: Any, site: Site) -> None:
+def test_bodies_in_flight_have_a_budget(pool: Any, site: Site) -> None:
     """E4: sixty bodies of 2 MB in a room of 8 MB: never more than that is held, and all of them come through."""
     body = os.urandom(2_000_000)
     urls = {i: site.add(f"/{i}", body) for i in range(60)}
-    c = crew(fetch={"max_bytes": 2_000_000, "body_memory": 8_000_000, "host_concurrency": 60, "concurrency": 60})
+    c = pool(fetch={"max_bytes": 2_000_000, "body_memory": 8_000_000, "host_concurrency": 60, "concurrency": 60})
     c.fetch_all({0: "http://127.0.0.1:1/"})
     room = c._fetcher.room
     least = [room.free]
@@ -439,7 +439,7 @@ def test_bodies_in_flight_have_a_budget(crew: Any, site: Site) -> None:
     assert least[0] >= 0
     assert least[0] < 4_000_000, "or the room was never full"
     assert room.free == 8_000_000, "all of it came back"
-    assert not room._held
+    assert not room._taken
 
 
 def test_in_a_full_room_the_first_body_grows_and_the_others_wait() -> None:
@@ -463,7 +463,7 @@ def test_in_a_full_room_the_first_body_grows_and_the_others_wait() -> None:
 
 
 @pytest.mark.slow
-def test_slow_bodies_that_fill_the_room_do_not_end_their_neighbours(crew: Any, site: Site) -> None:
+def test_slow_bodies_that_fill_the_room_do_not_end_their_neighbours(pool: Any, site: Site) -> None:
     """Hostile servers send all but the last byte of large bodies and then nothing: a small picture comes through."""
 
     async def all_but_one(writer: asyncio.StreamWriter) -> None:
@@ -473,10 +473,10 @@ def test_slow_bodies_that_fill_the_room_do_not_end_their_neighbours(crew: Any, s
 
     for i in range(12):
         site.raw[f"/{i}"] = all_but_one
-    urls = {i: site.raw_url(f"/{i}") for i in range(12)} | {12: site.add("/good.png", picture(1))}
+    urls = {i: site.raw_url(f"/{i}") for i in range(12)} | {12: site.add("/good.png", image_bytes(1))}
     limits = {"max_bytes": 1_000_000, "body_memory": 2_000_000, "timeout": 2.0, "min_speed": 0, "host_failures": 0}
     began = time.monotonic()
-    found = crew(fetch=limits).fetch_all(urls)
+    found = pool(fetch=limits).fetch_all(urls)
     assert codes(found)[12] is None
     assert set(codes(found)[:12]) == {"timeout"}
     assert time.monotonic() - began < 40
@@ -533,11 +533,11 @@ def hostile() -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_no_picture_stops_the_event_loop(crew: Any, site: Site) -> None:
+def test_no_picture_stops_the_event_loop(pool: Any, site: Site) -> None:
     """While they are decoded the loop turns: the longest stop is told by a clock in the loop itself."""
     urls = {i: site.add(f"/{name}", data) for i, (name, data) in enumerate(hostile().items())}
-    urls |= {100 + i: site.add(f"/small{i}.jpg", picture(i, 640, 480, "JPEG")) for i in range(20)}
-    c = crew(encode_format="jpg", image_size=256)
+    urls |= {100 + i: site.add(f"/small{i}.jpg", image_bytes(i, 640, 480, "JPEG")) for i in range(20)}
+    c = pool(encode_format="jpg", image_size=256)
     c.fetch_all({0: "http://127.0.0.1:1/"})
     stops: list[float] = []
 
@@ -555,11 +555,11 @@ def test_no_picture_stops_the_event_loop(crew: Any, site: Site) -> None:
     assert max(stops) < 0.1  # on a machine of one's own it is below 0.05
 
 
-def test_a_bomb_in_a_body_is_inflated_piece_by_piece(crew: Any, site: Site) -> None:
+def test_a_bomb_in_a_body_is_inflated_piece_by_piece(pool: Any, site: Site) -> None:
     import zlib
 
     bomb = zlib.compress(b"\0" * 45_000_000, 9)
-    c = crew()
+    c = pool()
     c.fetch_all({0: "http://127.0.0.1:1/"})
     stops: list[float] = []
 
@@ -587,8 +587,8 @@ def test_a_decoder_that_dies_hangs_or_wants_the_world_ends_one_row(
     settings = work.pixel_settings(make_config("t.csv"))
     pool = decoders.Decoders(settings, 600_000_000, 1.0)
     try:
-        good = pool.process(picture(1))
-        assert good == ingest.pixels.process(picture(1), settings)
+        good = pool.process(image_bytes(1))
+        assert good == ingest.pixels.process(image_bytes(1), settings)
         first = pool._mine.child
         for data, code, words in (
             (b"crash", "image_corrupt", "ended"),
@@ -599,7 +599,7 @@ def test_a_decoder_that_dies_hangs_or_wants_the_world_ends_one_row(
                 pool.process(data)
             assert caught.value.code == code
             assert words in caught.value.message
-            assert pool.process(picture(1)) == good
+            assert pool.process(image_bytes(1)) == good
         assert pool._mine.child is not first
         with pytest.raises(Rejected, match="not_an_image"):
             pool.process(b"<html>")
@@ -625,9 +625,9 @@ if "ingest.decoders" in sys.orig_argv:
 """
 
 
-def test_a_decoder_ends_with_its_worker(crew: Any, site: Site) -> None:
-    c = crew()
-    assert codes(c.fetch_all({0: site.add("/1.png", picture(1))})) == [None]
+def test_a_decoder_ends_with_its_worker(pool: Any, site: Site) -> None:
+    c = pool()
+    assert codes(c.fetch_all({0: site.add("/1.png", image_bytes(1))})) == [None]
     [child] = c._others._all
     c.close()
     assert child.child.returncode is not None

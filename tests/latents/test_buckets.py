@@ -16,7 +16,7 @@ from latents.buckets import make_buckets, nearest
 from latents.config import LatentsConfig
 from latents.encoders import load_text, load_vae
 from latents.moments import dequantise_logstd
-from latents.pictures import fit_cover, resize_crop_to
+from latents.resize import fit_cover, resize_crop_to
 from latents.stage import LatentsStage
 from shards.blank import blank_columns
 from shards.columns import ColumnShard, column, keep_rows, pack_columns, unpack_columns, value_of

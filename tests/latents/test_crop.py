@@ -12,7 +12,7 @@ from PIL import Image
 from latents.config import LatentsConfig
 from latents.encoders import load_vae
 from latents.inspection import inspect
-from latents.pictures import crop_place, fit_cover, resize_crop_to
+from latents.resize import crop_place, fit_cover, resize_crop_to
 from latents.stage import LatentsStage
 from shards.columns import ColumnShard
 from shards.dataset import Dataset

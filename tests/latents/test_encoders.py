@@ -315,7 +315,7 @@ def test_a_tiny_autoencoder_gives_diffusers_own_latents(tmp_path, pixels):
     assert (logstd == -torch.inf).all()
     stored = vae.encode_stored(pixels)()
     assert stored.codes is None
-    assert stored.fine.all()
+    assert stored.finite.all()
     assert (stored.mean == expected.numpy().astype(np.float16)).all()
     shown = ((decoded.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
     assert (vae.decode(expected) == shown).all()
@@ -394,7 +394,7 @@ def test_what_is_stored_is_the_posterior_in_half_and_eight_bits(vae_folder, pixe
     stored = vae.encode_stored(pixels)()
     assert (stored.mean == mean.astype(np.float16)).all()
     assert (stored.codes == quantise_logstd(logstd)).all()
-    assert stored.fine.tolist() == [True] * 3
+    assert stored.finite.tolist() == [True] * 3
 
 
 def test_memory_layout_changes_rounding_alone(vae_folder, pixels):

@@ -1,4 +1,4 @@
-"""What a UNet is told of a picture's size and crop, over every way in which ingest stores pictures; what is refused."""
+"""What a UNet is given of a picture's size and crop, over all ways in which ingest stores pictures; what is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from ingest.pixels import PixelSettings, resize
 from latents.config import LatentsConfig
-from latents.pictures import crop_before, fit_cover
+from latents.resize import crop_before, fit_cover
 from latents.stage import LatentsStage
 from shards.columns import ColumnShard
 from shards.dataset import Dataset, commit_shard, write_manifest
@@ -55,9 +55,9 @@ def stored(run: RunPaths, **settings: Any) -> None:
                 "image_ext": "png",
             }
         )
-    tar, places = pack_tar(samples)
-    for row, place in zip(rows, places, strict=True):
-        row["image_offset"], row["image_size"] = place["png"]
+    tar, extents = pack_tar(samples)
+    for row, extent in zip(rows, extents, strict=True):
+        row["image_offset"], row["image_size"] = extent["png"]
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), sink)
     stats = {"rows": len(rows), "count": len(rows)}

@@ -94,8 +94,8 @@ def test_without_pictures_the_plan_says_what_it_needs(tmp_path, vae_folder, clip
     stage = stage_of(tmp_path, vae_folder, clip_folder)
     stage.run = RunPaths(str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="give the table's size with --rows"):
-        planning.pictures_of(stage, None)
-    assert planning.pictures_of(stage, 500) == 500
+        planning.image_count(stage, None)
+    assert planning.image_count(stage, 500) == 500
     with pytest.raises(ConfigError, match="no finished image shards to measure on"):
         planning.rates_of(stage)
 
@@ -103,8 +103,8 @@ def test_without_pictures_the_plan_says_what_it_needs(tmp_path, vae_folder, clip
 def test_pictures_are_scaled_from_the_pilots_success(tmp_path, vae_folder, clip_folder):
     stage = stage_of(tmp_path, vae_folder, clip_folder)
     dataset = Dataset.open(stage.run.images)
-    assert planning.pictures_of(stage, None) == len(dataset)
-    assert planning.pictures_of(stage, 46_000) == 1000 * len(dataset)
+    assert planning.image_count(stage, None) == len(dataset)
+    assert planning.image_count(stage, 46_000) == 1000 * len(dataset)
     text = planning.report(stage.config, 1000, 8, RATES, Prices(), FACTS)
     assert "8 workers" in text
     assert len({len(line) for line in text.splitlines() if ", moments" in line}) == 1

@@ -17,7 +17,7 @@ import torch
 from latents.config import LatentsConfig
 from latents.encoders import load_text, load_vae
 from latents.moments import dequantise_logstd
-from latents.pictures import resize_crop
+from latents.resize import resize_crop
 from latents.stage import LatentsStage
 from shards.columns import ColumnShard
 from shards.dataset import Dataset, write_manifest
@@ -476,7 +476,7 @@ def test_a_mirrored_latent_that_is_not_finite_sets_its_sample_aside(make, monkey
         if len(calls) != 2:  # the mirrored half of the first batch
             return result
         found = result()
-        found.fine[0] = False
+        found.finite[0] = False
         return lambda: found
 
     def never(pixels):

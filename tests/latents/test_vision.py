@@ -14,8 +14,8 @@ from PIL import Image
 
 from latents.config import FeaturesConfig, LatentsConfig
 from latents.encoders import load_text
-from latents.pictures import resize_crop
 from latents.planning import facts_of
+from latents.resize import resize_crop
 from latents.stage import LatentsStage
 from latents.vision import VisionEncoder, find_vision
 from shards.columns import ColumnShard

@@ -123,8 +123,8 @@ def image_shard(run: RunPaths, index: int, rows: int, size: int = 32, corrupt: t
         )
         if ok:
             samples.append((key, {extension: data, "txt": caption.encode()}))
-    tar, places = pack_tar(samples)
-    found = {key: next(iter(place.values())) for (key, _), place in zip(samples, places, strict=True)}
+    tar, extents = pack_tar(samples)
+    found = {key: next(iter(extent.values())) for (key, _), extent in zip(samples, extents, strict=True)}
     for line in lines:
         line["image_offset"], line["image_size"] = found.get(line["key"], (None, None))
     table = pa.Table.from_pylist(lines)

@@ -56,8 +56,8 @@ def explore(
         state = queue.popleft()
         store, seens = dict(state[0]), state[1]
         operations = [ahead(name, seen) for name, seen in zip(names, seens, strict=True)]
-        told = {n: op[1] for n, op in zip(names, operations, strict=True) if op[0] == "end"}
-        if problem := look(store, told):
+        ended = {n: op[1] for n, op in zip(names, operations, strict=True) if op[0] == "end"}
+        if problem := look(store, ended):
             steps: list[str] = []
             while before[state] is not None:
                 state, text = before[state]

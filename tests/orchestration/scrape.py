@@ -30,7 +30,7 @@ def scraped(port: int) -> str:
         return ""
 
 
-def told(_: object) -> None:
+def report(_: object) -> None:
     """In a worker, as a rank is: what a training and an evaluation say."""
     exporter = Exporter("runs/x", "train")
     exporter.line({"images": 800, "loss": 0.25, "samples_per_s": 12.5, "data_wait": 0.01, "mfu": 0.4})
@@ -58,7 +58,7 @@ if __name__ == "__main__":
         _system_config={"metrics_report_interval_ms": 500},
         logging_level="WARNING",
     )
-    rank = ray.remote(num_cpus=1)(told).remote(None)
+    rank = ray.remote(num_cpus=1)(report).remote(None)
     stage = toy(folder, shards=6, misbehave=((2, "raise"),))
     try:
         engine.run(stage, str(folder / "status"), RayConfig(attempts=1), Pool(workers=1, num_gpus=0))

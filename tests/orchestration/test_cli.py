@@ -295,9 +295,9 @@ def test_status_reads_the_run_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cells["train"].startswith("silent (running) 10/100 shards (10 %)")
     assert cells["clip"] == cells["eval"] == "not begun"
     assert main(["status", str(tmp_path), "--json"]) == 0
-    told = {r["stage"]: r for r in json.loads(capsys.readouterr().out)}
-    assert told["latents"]["failed"] == 1
-    assert told["heldout"]["state"] == "finishing"
+    output = {r["stage"]: r for r in json.loads(capsys.readouterr().out)}
+    assert output["latents"]["failed"] == 1
+    assert output["heldout"]["state"] == "finishing"
 
 
 def test_the_demo_ends_with_labelled_numbers() -> None:
@@ -317,8 +317,8 @@ def test_the_demo_ends_with_labelled_numbers() -> None:
 
 
 def test_durations() -> None:
-    told = [status.duration(s) for s in (0.4, 59, 60, 3599, 3600, 47 * 3600, 72 * 3600)]
-    assert told == ["0 s", "59 s", "1 min 00 s", "59 min 59 s", "1 h 00 min", "47 h 00 min", "3 days"]
+    output = [status.duration(s) for s in (0.4, 59, 60, 3599, 3600, 47 * 3600, 72 * 3600)]
+    assert output == ["0 s", "59 s", "1 min 00 s", "59 min 59 s", "1 h 00 min", "47 h 00 min", "3 days"]
 
 
 def test_doctor_knows_the_token_trap(
@@ -485,9 +485,9 @@ def test_verify_names_what_is_damaged_and_clean_removes_what_the_dead_left(
     assert main(["verify", str(tmp_path)]) == 0, "sizes alone"
     capsys.readouterr()
     assert main(["verify", str(tmp_path), "--deep"]) == 1
-    told = capsys.readouterr()
-    assert "00004.txt does not have the sha256" in told.out
-    assert "1 damaged; put the files back from a copy, or delete" in told.err
+    output = capsys.readouterr()
+    assert "00004.txt does not have the sha256" in output.out
+    assert "1 damaged; put the files back from a copy, or delete" in output.err
     assert main(["verify", str(tmp_path), "--deep", "--discard"]) == 1
     assert "of which 1 shards were deleted; run `carrara ingest`" in capsys.readouterr().err
     run(stage, f"{tmp_path}/status", RayConfig(), Pool(), local=True)

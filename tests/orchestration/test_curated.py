@@ -87,9 +87,9 @@ def test_a_folder_to_selected_latents_with_new_captions(config: Path, tmp_path: 
         before = {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
         assert carrara(stage, "--config", config, "--local") == 0
         assert {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")} == before
-    told = status_table(read(str(run)))
+    output = status_table(read(str(run)))
     for line in ("score-clip", "score-pixels", "caption-seen"):
-        assert line in told
+        assert line in output
     assert carrara("select", "--config", config, "--dry-run", "--count", "5") == 0
     funnel = capsys.readouterr().out
     assert "takes 11" in funnel  # a threshold is the lower edge of its bin

@@ -26,7 +26,7 @@ class FakeGang:
 
     def __init__(self, stage: str, count: int, ranks: Any, patience_s: float, check: Any) -> None:
         self.count, self.check, self.began = count, check, 0.0
-        self.places: list[Any] = [SimpleNamespace(address="10.0.0.1", pid=1)]
+        self.processes: list[Any] = [SimpleNamespace(address="10.0.0.1", pid=1)]
         self.signals: list[int] = []
 
     def __enter__(self) -> FakeGang:
@@ -38,7 +38,7 @@ class FakeGang:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def run(self, work: Any, told: Any) -> list[str | None]:
+    def run(self, work: Any, argument: Any) -> list[str | None]:
         for _ in range(10):
             self.check()
             if self.signals:
@@ -69,8 +69,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def once(asked: Any) -> bool:
     fit = FitConfig(images=1000, batch_size=64, ranks=8)
     lease = SimpleNamespace(check=lambda: None)
-    told = {"sections": {"run": asked.run}}
-    return trainer._fit_once("train", told, fit, RanksConfig(min_ranks=2), RayConfig(), asked, lease)
+    request = {"sections": {"run": asked.run}}
+    return trainer._fit_once("train", request, fit, RanksConfig(min_ranks=2), RayConfig(), asked, lease)
 
 
 def test_a_node_that_is_about_to_go_saves_first_and_the_rest_goes_on(
@@ -90,9 +90,9 @@ def test_it_grows_again_when_ranks_come_back(asked: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(FakeGang, "room", 4)
     run = FakeGang.run
 
-    def come_back(self: FakeGang, work: Any, told: Any) -> list[str | None]:
+    def come_back(self: FakeGang, work: Any, argument: Any) -> list[str | None]:
         FakeGang.room = 8
-        return run(self, work, told)
+        return run(self, work, argument)
 
     monkeypatch.setattr(FakeGang, "run", come_back)
     monkeypatch.setattr(trainer, "GROW_AFTER_S", -1.0)

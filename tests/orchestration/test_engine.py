@@ -306,11 +306,11 @@ def test_a_commit_that_fails_is_tried_again_without_making_the_shard_again(
 def test_planning_and_finishing_have_a_state_and_a_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, int]] = []
 
-    class Told(progress_module.Progress):
+    class Recorded(progress_module.Progress):
         def begin(self, state: str, total: int = 0, unit: str | None = None, done: int = 0) -> None:
             super().begin(state, total, unit, done)
             seen.append((state, total))
 
-    monkeypatch.setattr(engine_module, "Progress", Told)
+    monkeypatch.setattr(engine_module, "Progress", Recorded)
     local(toy(tmp_path))
     assert seen == [("planning", 0), ("running", 12), ("finishing", 12)]

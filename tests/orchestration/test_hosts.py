@@ -54,14 +54,14 @@ def test_workers_on_ray_share_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = IngestStage(make_config("t.csv", fetch=CONFIG), "/nowhere/images")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        with hosts.shared(stage) as told:
-            assert told.hosts is not None
-            assert len(told.hosts.actors) == 3
+        with hosts.shared(stage) as shared_stage:
+            assert shared_stage.hosts is not None
+            assert len(shared_stage.hosts.actors) == 3
             urls = [[site.url(f"/{i}") for i in range(w, 30, 3)] for w in range(3)]
-            found = ray.get([ask.remote(told.hosts, f"w{w}", urls[w]) for w in range(3)], timeout=120)
+            found = ray.get([ask.remote(shared_stage.hosts, f"w{w}", urls[w]) for w in range(3)], timeout=120)
             assert found == [["ok"] * 10] * 3
             assert 1 < site.most_busy <= 3
-            actor = told.hosts.actors[0]
+            actor = shared_stage.hosts.actors[0]
         with pytest.raises(ray.exceptions.RayActorError):
             ray.get(actor.exchange.remote("late", None), timeout=30)
         assert stage.hosts is None

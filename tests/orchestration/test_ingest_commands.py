@@ -23,7 +23,7 @@ from shards.columns import ColumnShard, keep_rows, unpack_columns
 from shards.dataset import Dataset
 from shards.layout import RunPaths
 from shards.settings import validate
-from tests.ingest.site import Site, picture
+from tests.ingest.site import Site, image_bytes
 from tests.latents import world
 from tests.train import tiny
 from train import segments
@@ -43,7 +43,7 @@ def site():
 @pytest.fixture
 def config(site: Site, tmp_path: Path) -> Path:
     """A run of three shards of 8 rows; rows 3 and 17 are one picture under two URLs and captions."""
-    rows = [(site.add(f"/{i}.png", picture(3 if i == 17 else i, 32, 32)), f"caption {i}") for i in range(ROWS)]
+    rows = [(site.add(f"/{i}.png", image_bytes(3 if i == 17 else i, 32, 32)), f"caption {i}") for i in range(ROWS)]
     urls, texts = zip(*rows, strict=True)
     pq.write_table(pa.table({"url": urls, "caption": texts}), tmp_path / "table.parquet")
     settings = {
@@ -94,14 +94,14 @@ def test_a_picture_is_taken_out_of_the_whole_run(
         patch.setattr(removal, "find", lambda *a, **k: looks.append(a[2]) or real(*a, **k))
         assert main(command) == 0
     assert [(len(w.urls) > 0, len(w.bytes) > 0) for w in looks] == [(True, False), (False, True)]  # then for copies
-    told = capsys.readouterr().out
-    assert "taken down: 2 pictures" in told  # and the copy, row 17
-    assert "images    2 shards blanked; 2 pictures are out" in told
-    assert "latents   2 shards blanked" in told
-    assert "1 of 2 entries are not in this run: http://127.0.0.1:1/never-there.png" in told
-    assert f"{reports}/latents.html shows some of them" in told
-    assert f"{reports}/latents.png shows some of them" in told
-    assert "other.html" not in told
+    output = capsys.readouterr().out
+    assert "taken down: 2 pictures" in output  # and the copy, row 17
+    assert "images    2 shards blanked; 2 pictures are out" in output
+    assert "latents   2 shards blanked" in output
+    assert "1 of 2 entries are not in this run: http://127.0.0.1:1/never-there.png" in output
+    assert f"{reports}/latents.html shows some of them" in output
+    assert f"{reports}/latents.png shows some of them" in output
+    assert "other.html" not in output
     assert keys_of(paths.latents) == [k for k in keys if k not in ("000003", "000021")]
     assert (Path(paths.latents) / "00001.safetensors").stat().st_mtime_ns == untouched
     after = Dataset.open(paths.latents)
@@ -253,11 +253,11 @@ def test_a_dry_run_then_an_ingest_then_a_retry(
     caplog.set_level("INFO", "carrara")
     command = ["ingest", "--config", str(config)]
     assert main([*command, "--dry-run"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert not site.hits
     assert not (tmp_path / "run").exists()
-    assert f"{ROWS:,}   100.0 %" in told
-    assert "run a pilot" in told
+    assert f"{ROWS:,}   100.0 %" in output
+    assert "run a pilot" in output
     whole = site.pages["/9.png"]
     site.add("/9.png", b"", 503)
     more = ["ingest.fetch.retries=0", "--local"]

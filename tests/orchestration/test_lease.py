@@ -44,11 +44,11 @@ def released(me: bytes) -> Any:
 def one_holder(count: int) -> Callable[[dict[str, bytes], dict[str, str]], str]:
     """Never two that have it; and once all `count` processes have ended, the highest number is its holder's."""
 
-    def look(store: dict[str, bytes], told: dict[str, str]) -> str:
-        held = [name for name, what in told.items() if what == "held"]
+    def look(store: dict[str, bytes], outcomes: dict[str, str]) -> str:
+        held = [name for name, what in outcomes.items() if what == "held"]
         if len(held) > 1:
             return f"{held} all have it"
-        if held and len(told) == count and store[max(store)] != held[0].encode():
+        if held and len(outcomes) == count and store[max(store)] != held[0].encode():
             return f"{held[0]} has it, but {store[max(store)].decode()} stands above"
         return ""
 
@@ -74,8 +74,8 @@ def test_it_is_let_go_and_taken_again() -> None:
 def test_a_holder_is_there_once_all_have_ended() -> None:
     """Nobody is turned away for ever: where several find a dead holder, one of them has it, or the next one gets it."""
 
-    def ended(store: dict[str, bytes], told: dict[str, str]) -> str:
-        if len(told) < 3 or "held" in told.values():
+    def ended(store: dict[str, bytes], outcomes: dict[str, str]) -> str:
+        if len(outcomes) < 3 or "held" in outcomes.values():
             return ""
         return "" if store[max(store)] in (b"dead", b"released") else f"nobody has it, and {store} keeps all others out"
 
@@ -300,8 +300,8 @@ def test_of_three_processes_that_find_a_killed_holder_one_has_it(tmp_path: Path,
             holder.kill()
             holder.wait()
             others = [job(folder, f"host-{i}" if elsewhere else "host-0") for i in range(1, 4)]
-            told = sorted(line(p).split(":")[0] for p in others)
-            assert told == ["Busy", "Busy", "held"], told
+            outcomes = sorted(line(p).split(":")[0] for p in others)
+            assert outcomes == ["Busy", "Busy", "held"], outcomes
 
 
 def test_a_stopped_holder_is_overtaken_and_says_so_when_it_goes_on(tmp_path: Path) -> None:

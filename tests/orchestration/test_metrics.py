@@ -67,15 +67,15 @@ def test_a_metric_that_cannot_be_told_is_one_warning(
 
 def test_the_first_rank_of_a_fit_on_ray_exports_the_lines_of_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    told: list[tuple[str, float]] = []
+    sent: list[tuple[str, float]] = []
     monkeypatch.setattr("train.main.run", lambda *_, tell, **__: given.append(tell))
-    monkeypatch.setattr(Exporter, "tell", lambda self, name, value, **tags: told.append((name, value)))
+    monkeypatch.setattr(Exporter, "tell", lambda self, name, value, **tags: sent.append((name, value)))
     sections = {"run": "runs/x", "train": {"images": 8, "batch_size": 8}}
     trainer._rank({"stage": "train", "sections": sections, "redo": False, "adopt": False, "on_ray": True})
     trainer._rank({"stage": "train", "sections": sections, "redo": False, "adopt": False})
     assert given[1] is None
     given[0]({"images": 8, "loss": 0.5, "note": "x", "checkpoint/seconds": 2.0})
-    assert told == [("carrara_images", 8), ("carrara_loss", 0.5), ("carrara_checkpoint_seconds", 2.0)]
+    assert sent == [("carrara_images", 8), ("carrara_loss", 0.5), ("carrara_checkpoint_seconds", 2.0)]
 
 
 @pytest.mark.slow

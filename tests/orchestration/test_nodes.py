@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import ActorDiedError
 
 from orchestration import actors, nodes
-from orchestration.actors import Fleet, _Call, _Hand
+from orchestration.actors import Fleet, _Call, _Worker
 from orchestration.config import CpuPool, Pool, RayConfig, Span
 from orchestration.nodes import Nodes
 from shards.fingerprint import Fingerprint
@@ -122,7 +122,7 @@ class Actors:
 
 
 def fleet(world: World, pool: Pool | None = None) -> tuple[Fleet, Actors]:
-    stage: Any = types.SimpleNamespace(name="toy", root="/x", unit="images", in_hand=1)
+    stage: Any = types.SimpleNamespace(name="toy", root="/x", unit="images", max_in_flight=1)
     found = Fleet(stage, pool or CpuPool(), RayConfig())
     found.actor = made = Actors()
     return found, made
@@ -145,22 +145,22 @@ def test_starts_that_end_with_their_node_are_counted_nowhere(monkeypatch: pytest
     world = World(monkeypatch, 100)
     found, _ = fleet(world)
     found.grow(10_000)
-    assert len(found.hands) == 4800
-    hands = list(found.hands)[:48]
-    for hand in hands:
-        hand.node = "n3"
+    assert len(found.workers) == 4800
+    workers = list(found.workers)[:48]
+    for worker in workers:
+        worker.node = "n3"
     world.alive["n3"] = False  # a spot node goes while its 48 workers start
-    for hand in hands:
-        found._answer(None, _Call(hand, None, 0.0), ActorDiedError())
-    for hand in list(found.hands)[:5]:  # and some that had not even said where they were
-        found._answer(None, _Call(hand, None, 0.0), ActorDiedError())
+    for worker in workers:
+        found._answer(None, _Call(worker, None, 0.0), ActorDiedError())
+    for worker in list(found.workers)[:5]:  # and some that had not even said where they were
+        found._answer(None, _Call(worker, None, 0.0), ActorDiedError())
     assert found.nodes.records == {}
     # On a node that lives, three count.
     for _ in range(3):
         world.now += 100
-        hand = next(iter(found.hands))
-        hand.node = "n5"
-        found._answer(None, _Call(hand, None, 0.0), ActorDiedError())
+        worker = next(iter(found.workers))
+        worker.node = "n5"
+        found._answer(None, _Call(worker, None, 0.0), ActorDiedError())
     assert found.nodes.left_out() == ["n5"]
 
 
@@ -174,8 +174,8 @@ def test_new_workers_are_kept_off_a_node_that_is_out(monkeypatch: pytest.MonkeyP
         world.now += 100
         found.nodes.strike("n1", "no driver", OSError("x"), NEEDS)
     world.now += 10
-    for hand in list(found.hands):
-        found._retire(hand)
+    for worker in list(found.workers):
+        found._retire(worker)
     found.grow(100)
     assert [o["label_selector"] for o in made.made[3:]] == [{"ray.io/node-id": "!in(n1)"}] * 2
 
@@ -211,11 +211,11 @@ def test_how_many_workers_are_asked_for(
     world.most = most
     found, _ = fleet(world, CpuPool(workers=workers))
     found.grow(10_000)
-    assert len(found.hands) == expected[0]
+    assert len(found.workers) == expected[0]
     world.alive |= {"n2": True, "n3": True}  # and it did
     world.now += 10
     found.grow(10_000)
-    assert len(found.hands) == expected[1]
+    assert len(found.workers) == expected[1]
 
 
 def test_from_zero_nodes_an_autoscaler_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,17 +223,17 @@ def test_from_zero_nodes_an_autoscaler_is_asked(monkeypatch: pytest.MonkeyPatch)
     world.most = {"CPU": 64}
     found, _ = fleet(world)
     found.grow(10_000)
-    assert len(found.hands) == 8
+    assert len(found.workers) == 8
 
 
 def test_a_drained_node_gets_no_more_and_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, 2, cpus=1.0)
     found, _ = fleet(world)
     found.grow(100)
-    staying, leaving = found.hands
-    for hand, node in ((staying, "n0"), (leaving, "n1")):
-        hand.node, hand.ready = node, True
-        found.free[hand] = None
+    staying, leaving = found.workers
+    for worker, node in ((staying, "n0"), (leaving, "n1")):
+        worker.node, worker.ready = node, True
+        found.free[worker] = None
     given: list[Any] = []
     ledger = types.SimpleNamespace(
         take_suspect=lambda: None,
@@ -245,17 +245,17 @@ def test_a_drained_node_gets_no_more_and_is_emptied(monkeypatch: pytest.MonkeyPa
     )
     job: Any = types.SimpleNamespace(ledger=ledger, progress=types.SimpleNamespace(update=lambda *a, **k: None))
     found.feed(job)
-    assert [h.held for h in (staying, leaving)] == [1, 1]
+    assert [h.in_flight for h in (staying, leaving)] == [1, 1]
     world.draining = {"n1": 0}
     world.now += 10
     found.grow(2)
     assert leaving.leaving
-    assert leaving in found.hands, "it may finish what it has"
+    assert leaving in found.workers, "it may finish what it has"
     # Its node goes before it is done: nobody is blamed.
     task = Task(1, Fingerprint("x", 1, {}))
     found._answer(job, _Call(leaving, task, 0.0), ActorDiedError())
     assert given == [task]
-    assert leaving not in found.hands
+    assert leaving not in found.workers
     assert found.nodes.records == {}
 
 
@@ -263,12 +263,12 @@ def test_what_takes_far_longer_than_others_is_ended(monkeypatch: pytest.MonkeyPa
     world = World(monkeypatch, 1, cpus=1.0)
     found, _ = fleet(world, CpuPool(deadline_s=None))
     found.grow(1)
-    [hand] = found.hands
-    hand.node, hand.ready, hand.held, found.busy = "n0", True, 1, 1
+    [worker] = found.workers
+    worker.node, worker.ready, worker.in_flight, found.busy = "n0", True, 1, 1
     blamed: list[str] = []
     ledger = types.SimpleNamespace(committed=lambda task: False)
     job: Any = types.SimpleNamespace(ledger=ledger, blame=lambda task, error, trace: blamed.append(str(error)))
-    found.calls = {"ref": _Call(hand, Task(3, Fingerprint("x", 1, {})), 0.0)}
+    found.calls = {"ref": _Call(worker, Task(3, Fingerprint("x", 1, {})), 0.0)}
     found._judge_ages(job, 1e6)
     assert not blamed, "nothing is known of how long one takes"
     found.seconds.extend([10.0] * 19 + [12.0])
@@ -279,7 +279,7 @@ def test_what_takes_far_longer_than_others_is_ended(monkeypatch: pytest.MonkeyPa
         "it was not done after 241 s, on node host-n0 (10.0.0.1), so its worker was ended "
         "(ray.toy.deadline_s and deadline_factor)"
     ]
-    assert hand not in found.hands
+    assert worker not in found.workers
     assert not found.calls
     assert found.busy == 0
 
@@ -288,15 +288,15 @@ def test_a_worker_that_hangs_as_it_starts_is_its_nodes_fault(monkeypatch: pytest
     world = World(monkeypatch, 2, cpus=1.0)
     found, _ = fleet(world, CpuPool(start_deadline_s=100.0))
     found.grow(1)
-    [hand] = found.hands
-    found.calls = {"ref": _Call(hand, None, 0.0)}
+    [worker] = found.workers
+    found.calls = {"ref": _Call(worker, None, 0.0)}
     found._judge_ages(None, 5000.0)
-    assert hand in found.hands, "it waits for room"
-    hand.node = "n0"
+    assert worker in found.workers, "it waits for room"
+    worker.node = "n0"
     found._judge_ages(None, 101.0)
-    assert hand not in found.hands
+    assert worker not in found.workers
     assert found.nodes.records["n0"].strikes == 1
 
 
 def test_hands_are_equal_only_to_themselves() -> None:
-    assert _Hand("a") != _Hand("a")
+    assert _Worker("a") != _Worker("a")

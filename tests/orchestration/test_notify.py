@@ -96,7 +96,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_the_end_of_a_stage_is_told_as_documented(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "bearer-of-news\n")
-    with notify.told(config(token_env="TOKEN"), "runs/mine", "eval") as outcome:
+    with notify.notified(config(token_env="TOKEN"), "runs/mine", "eval") as outcome:
         outcome.report = "runs/mine/reports/step-1.html"
     [asked] = hook.asked
     at = asked.pop("time")
@@ -131,7 +131,7 @@ def test_the_end_of_a_stage_is_told_as_documented(hook: Hook, monkeypatch: pytes
 )
 def test_how_it_ended_is_told_and_goes_on_up(hook: Hook, error: BaseException, event: str, code: int) -> None:
     with pytest.raises(type(error)):
-        with notify.told(config(events=["end", "failure", "stopped"]), "runs/mine", "latents"):
+        with notify.notified(config(events=["end", "failure", "stopped"]), "runs/mine", "latents"):
             raise error
     [asked] = hook.asked
     assert (asked["event"], asked["exit_code"]) == (event, code)
@@ -139,13 +139,13 @@ def test_how_it_ended_is_told_and_goes_on_up(hook: Hook, error: BaseException, e
 
 
 def test_what_is_not_asked_for_is_not_told(hook: Hook) -> None:
-    with pytest.raises(Busy), notify.told(config(), "r", "latents"):
+    with pytest.raises(Busy), notify.notified(config(), "r", "latents"):
         raise Busy("another job is at work")
-    with pytest.raises(KeyboardInterrupt), notify.told(config(), "r", "latents"):
+    with pytest.raises(KeyboardInterrupt), notify.notified(config(), "r", "latents"):
         raise KeyboardInterrupt
-    with pytest.raises(Stopped), notify.told(config(), "r", "latents"):
+    with pytest.raises(Stopped), notify.notified(config(), "r", "latents"):
         raise Stopped("stopped")  # is not among the events that are told by default
-    with notify.told(config(), "r", "latents") as outcome:
+    with notify.notified(config(), "r", "latents") as outcome:
         outcome.worked = False
     assert not hook.asked
 
@@ -158,7 +158,7 @@ def test_a_webhook_that_fails_gets_three_attempts_and_one_warning(
     hook: Hook, caplog: pytest.LogCaptureFixture, answers: list[int], asked: int, warned: str
 ) -> None:
     hook.answers = answers
-    with notify.told(config(), "runs/mine", "train"):
+    with notify.notified(config(), "runs/mine", "train"):
         pass
     assert len(hook.asked) == asked
     assert len(warnings(caplog)) == (1 if warned else 0)
@@ -180,7 +180,7 @@ def test_a_webhook_that_hangs_does_not_hold_a_run(hook: Hook, caplog: pytest.Log
     """A server that says nothing, and one whose every byte comes before the socket's timeout is over."""
     setattr(hook, way, 8.0 if way == "hang_s" else 0.4)
     began = time.monotonic()
-    with notify.told(config(), "runs/mine", "train"):
+    with notify.notified(config(), "runs/mine", "train"):
         pass
     assert time.monotonic() - began < 3 * 1.5 + 2
     assert warnings(caplog) == ["notify: the webhook for 'end' failed: no answer within 0.5 s (3 attempts)"]
@@ -203,8 +203,8 @@ def test_a_webhook_that_is_not_there(
 def test_a_command_gets_the_sentence_and_the_payload(tmp_path: Path) -> None:
     code = "import os, sys; open(sys.argv[1], 'w').write(sys.argv[2] + chr(10) + os.environ['CARRARA_NOTIFICATION'])"
     command = [sys.executable, "-c", code, str(tmp_path / "told")]
-    told = validate(NotifyConfig, {"command": command, "timeout_s": 60}, "test")
-    notify.send(told, "report", "runs/mine", "eval", "eval: the report is there; $(touch hacked)\n", report="x.html")
+    chosen = validate(NotifyConfig, {"command": command, "timeout_s": 60}, "test")
+    notify.send(chosen, "report", "runs/mine", "eval", "eval: the report is there; $(touch hacked)\n", report="x.html")
     first, second = (tmp_path / "told").read_text().split("\n", 1)
     assert first == "runs/mine: eval: the report is there; $(touch hacked)"
     assert json.loads(second)["report"] == "x.html"
@@ -240,7 +240,7 @@ def test_a_command_that_fails_or_hangs_is_one_warning(tmp_path: Path, caplog: py
 
 def test_what_cannot_be_used_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOOK", raising=False)
-    with pytest.raises(ConfigError, match="HOOK is not set"), notify.told(config(), "r", "train"):
+    with pytest.raises(ConfigError, match="HOOK is not set"), notify.notified(config(), "r", "train"):
         pytest.fail("the work was begun")
     monkeypatch.setenv("HOOK", "file:///etc/passwd")
     with pytest.raises(ConfigError, match="holds no http") as e:

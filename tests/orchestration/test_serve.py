@@ -127,13 +127,13 @@ def test_nobody_sees_anything_without_the_token(run: Path) -> None:
         paths = ("/", "/state.json", "/files/reports/step-00000005.html", "/nothing", "/?token=wrong", "/?token=")
         for path in paths:
             for headers in wrong:
-                code, told, body = ask(port, path, **headers)
+                code, reply, body = ask(port, path, **headers)
                 assert code == 403, (path, headers)
-                assert "set-cookie" not in told
+                assert "set-cookie" not in reply
                 assert b"mine" not in body
-        code, told, body = ask(port, f"/?token={TOKEN}")
-        assert (code, told["location"], body) == (303, "/", b"")
-        cookie, *attributes = told["set-cookie"].split("; ")
+        code, reply, body = ask(port, f"/?token={TOKEN}")
+        assert (code, reply["location"], body) == (303, "/", b"")
+        cookie, *attributes = reply["set-cookie"].split("; ")
         assert {"HttpOnly", "SameSite=Lax", "Path=/"} == set(attributes)
         assert ask(port, "/", Cookie=cookie)[0] == 200
         assert ask(port, "/state.json", Authorization=f"Bearer {TOKEN}")[0] == 200

@@ -125,7 +125,7 @@ class Slow(ToyStage):
 def test_sigterm_while_planning_and_while_finishing(tmp_path: Path, where: str) -> None:
     stage = Slow(f"{tmp_path}/toy", f"{tmp_path}/calls")
     object.__setattr__(stage, "where", where)
-    told: list[str] = []
+    states: list[str] = []
 
     def stop() -> None:
         deadline = time.monotonic() + 20
@@ -135,7 +135,7 @@ def test_sigterm_while_planning_and_while_finishing(tmp_path: Path, where: str) 
             except (OSError, ValueError):
                 state = ""
             if state == where:
-                told.append(state)
+                states.append(state)
                 break
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -145,7 +145,7 @@ def test_sigterm_while_planning_and_while_finishing(tmp_path: Path, where: str) 
     with pytest.raises(Stopped, match="toy: stopped on request; the same command goes on from here"):
         run(stage, f"{tmp_path}/status", RayConfig(), Pool(), local=True)
     assert time.monotonic() - began < 10
-    assert told == [where], "the status says what is being done"
+    assert states == [where], "the status says what is being done"
     assert json.loads((tmp_path / "status/toy.json").read_text())["state"] == "stopped"
     assert run(toy(tmp_path), f"{tmp_path}/status", RayConfig(), Pool(), local=True)
 

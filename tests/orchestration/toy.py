@@ -34,7 +34,7 @@ class ToyStage:
         tuple[int, str], ...
     ] = ()  # (index, "raise" | "die" | "raise-once" | "hang-once" | "trouble" | "trouble-once")
     start: str = "ok"  # or "raise"; "raise NAME", "die NAME": only on the node whose environment has TOY_NODE=NAME
-    in_hand: int = 1
+    max_in_flight: int = 1
     name: str = "toy"
     unit: str = "lines"
     data: str = ".txt"

@@ -28,10 +28,10 @@ from shards.verify import verify_shard
 from tests.objects import bucket
 
 Truth = dict[str, dict[str, bytes]]
-Places = dict[str, dict[str, tuple[int, int]]]
+Extents = dict[str, dict[str, tuple[int, int]]]
 
 
-def make(count: int, rng: np.random.Generator, most: int = 9000) -> tuple[bytes, Truth, Places]:
+def make(count: int, rng: np.random.Generator, most: int = 9000) -> tuple[bytes, Truth, Extents]:
     truth = {
         f"{i:09d}": {
             "jpg": rng.bytes(int(rng.integers(0, most))),
@@ -40,11 +40,11 @@ def make(count: int, rng: np.random.Generator, most: int = 9000) -> tuple[bytes,
         }
         for i in range(count)
     }
-    data, places = pack_tar(truth.items())
-    return data, truth, dict(zip(truth, places, strict=True))
+    data, extents = pack_tar(truth.items())
+    return data, truth, dict(zip(truth, extents, strict=True))
 
 
-def readers(path: Path, data: bytes, truth: Truth, places: Places) -> dict[str, dict[str, bytes]]:
+def readers(path: Path, data: bytes, truth: Truth, extents: Extents) -> dict[str, dict[str, bytes]]:
     """name -> bytes of what each reader gets."""
     path.write_bytes(data)
     found = {}
@@ -54,7 +54,7 @@ def readers(path: Path, data: bytes, truth: Truth, places: Places) -> dict[str, 
         found["tarfile, as a stream"] = {m.name: tar.extractfile(m).read() for m in tar if m.isreg()}
     pipeline = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
     found["webdataset"] = {f"{s['__key__']}.{n}": s[n] for s in pipeline for n in ("jpg", "json", "txt")}
-    found["by offset"] = {f"{k}.{n}": data[o : o + s] for k in truth for n, (o, s) in places[k].items()}
+    found["by offset"] = {f"{k}.{n}": data[o : o + s] for k in truth for n, (o, s) in extents[k].items()}
     commands = {"GNU tar": ["tar"], "bsdtar": ["bsdtar"], "busybox": ["busybox", "tar"]}
     for name, command in commands.items():
         if shutil.which(command[0]) is None:
@@ -76,7 +76,7 @@ def test_the_tools_are_here():
 
 
 def test_every_reader_gets_the_living_and_nothing_of_the_others_in_every_round(tmp_path, rng):
-    data, truth, places = make(150, rng)
+    data, truth, extents = make(150, rng)
     keys = list(truth)
     rounds = [
         {keys[7]},
@@ -96,7 +96,7 @@ def test_every_reader_gets_the_living_and_nothing_of_the_others_in_every_round(t
             assert len(secret) < 64 or secret not in now
         assert len(now) == len(data)
         expected = {f"{k}.{n}": v for k, some in truth.items() for n, v in some.items()}
-        for reader, got in readers(tmp_path / "00000.tar", now, truth, places).items():
+        for reader, got in readers(tmp_path / "00000.tar", now, truth, extents).items():
             assert got == expected, reader
 
 
@@ -128,10 +128,10 @@ def test_no_comment_of_another_length(length):
 
 
 def test_a_reader_with_the_sidecar_of_before_gets_the_others_right(rng):
-    data, truth, places = make(100, rng)
+    data, truth, extents = make(100, rng)
     gone = list(truth)[40]
     now = redact(data, {gone})
-    wrong = [k for k in truth for o, s in [places[k]["jpg"]] if now[o : o + s] != truth[k]["jpg"]]
+    wrong = [k for k in truth for o, s in [extents[k]["jpg"]] if now[o : o + s] != truth[k]["jpg"]]
     assert wrong == [gone]
 
 
@@ -140,14 +140,14 @@ def test_a_reader_with_the_sidecar_of_before_gets_the_others_right(rng):
 
 def shard(root: str, rng: np.random.Generator, index: int = 0) -> tuple[Folder, Truth]:
     folder = Folder.begin(root, Fingerprint("ingest", 1, {}), take_over=True)
-    data, truth, places = make(9, rng)
+    data, truth, extents = make(9, rng)
     table = pa.table(
         {
             "key": list(truth),
             "caption": ["c"] * 9,
             "status": ["success"] * 9,
-            "image_offset": [p["jpg"][0] for p in places.values()],
-            "image_size": [p["jpg"][1] for p in places.values()],
+            "image_offset": [p["jpg"][0] for p in extents.values()],
+            "image_size": [p["jpg"][1] for p in extents.values()],
         }
     )
     folder.commit(index, {".tar": data, ".parquet": parquet(table)}, {"rows": 9, "count": 9, "status": {"success": 9}})
@@ -334,7 +334,7 @@ def test_a_latent_shard_is_blanked_and_read_by_place_also_after_a_second_time(tm
         write_manifest(root, "latents", [stats])
         shard = ColumnShard(Dataset.open(root), 0)
         assert shard.keys == [f"k{i}" for i in left]
-        places = [{0: 0, 1: 1, 2: 2, 4: 3, 5: 4, 6: 5}[i] for i in left]
-        np.testing.assert_array_equal(shard.arrays["tokens"], arrays["tokens"][places])
+        extents = [{0: 0, 1: 1, 2: 2, 4: 3, 5: 4, 6: 5}[i] for i in left]
+        np.testing.assert_array_equal(shard.arrays["tokens"], arrays["tokens"][extents])
         assert shard.table[COLUMN_ROW].to_pylist() == [0, 1, 2, None, 3, 4, 5]
     assert stats["count"] == 4

@@ -218,16 +218,16 @@ def test_a_writer_of_before_a_redo_reaches_the_new_folder_at_no_moment(tmp_path,
         monkeypatch.setattr(module, name, redo(getattr(module, name)))
     try:
         zombie.commit(0, FILES, STATS)
-        told = "committed"
+        outcome = "committed"
     except StageError as e:
-        told = str(e)
-        assert "set aside" in told
+        outcome = str(e)
+        assert "set aside" in outcome
     monkeypatch.undo()
     if when > 8:
-        assert told == "committed"
+        assert outcome == "committed"
         return
     new = [n for n in content(root) if n != MADE_WITH]
-    assert new == [], told
+    assert new == [], outcome
     assert json.loads((root / MADE_WITH).read_text())["version"] == 2
 
 
@@ -395,11 +395,11 @@ def test_a_manifest_is_not_written_over_files_that_are_gone_or_cut(tmp_path, nam
 
 def test_verify_finds_what_is_gone_cut_or_changed_and_discard_makes_room(tmp_path):
     three(tmp_path)
-    assert list(verify(str(tmp_path), deep=True)) == []
+    assert list(verify(str(tmp_path), contents=True)) == []
     (tmp_path / "00002.tar").write_bytes(b"\x07" * 102)
     (tmp_path / "00001_stats.json").write_text("{}")
     assert [i for i, _ in verify(str(tmp_path))] == [1]
-    found = dict(verify(str(tmp_path), deep=True))
+    found = dict(verify(str(tmp_path), contents=True))
     assert sorted(found) == [1, 2]
     assert "sha256" in found[2]
     assert "sha256" in verify_shard(str(tmp_path), 2)
@@ -462,4 +462,4 @@ def test_shards_beyond_99_999_stay_in_the_order_of_their_numbers(tmp_path):
     assert [s.name for s in Dataset.open(str(tmp_path)).shards] == ["00007", "99999", "100000"]
     assert listed(str(tmp_path)).committed.tolist() == [7, 99_999, 100_000]
     assert [i for i, _ in read_stats_of(str(tmp_path), [7, 99_999, 100_000])] == [7, 99_999, 100_000]
-    assert list(verify(str(tmp_path), deep=True)) == []
+    assert list(verify(str(tmp_path), contents=True)) == []

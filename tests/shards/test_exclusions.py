@@ -16,39 +16,39 @@ from hypothesis import strategies as st
 
 from shards import exclusions
 from shards.dataset import Dataset
-from shards.exclusions import GROUP, SCHEMA, Exclusions, place, shard_row, write_exclusions
+from shards.exclusions import GROUP, SCHEMA, Exclusions, sample_id, shard_row, write_exclusions
 from shards.settings import StageError
 from tests.objects import bucket
 
 
-def lines(places: list[tuple[int, int]]) -> pa.Table:
+def lines(samples: list[tuple[int, int]]) -> pa.Table:
     return pa.table(
         {
-            "shard": pa.array([s for s, _ in places], pa.int32()),
-            "row": pa.array([r for _, r in places], pa.int32()),
-            "reason": ["duplicate_url" if r % 2 else "duplicate_bytes" for _, r in places],
-            "winner": pa.array([place(0, r) for _, r in places], pa.int64()),
+            "shard": pa.array([s for s, _ in samples], pa.int32()),
+            "row": pa.array([r for _, r in samples], pa.int32()),
+            "reason": ["duplicate_url" if r % 2 else "duplicate_bytes" for _, r in samples],
+            "winner": pa.array([sample_id(0, r) for _, r in samples], pa.int64()),
         }
     )
 
 
 @given(st.sets(st.tuples(st.integers(0, 12), st.integers(0, 40))), st.integers(1, 9), st.integers(1, 50))
-def test_every_shard_gets_its_rows_whatever_the_pieces(tmp_path_factory, places, group, piece):
-    root, ordered = str(tmp_path_factory.mktemp("x")), sorted(places)
+def test_every_shard_gets_its_rows_whatever_the_pieces(tmp_path_factory, samples, group, piece):
+    root, ordered = str(tmp_path_factory.mktemp("x")), sorted(samples)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exclusions, "GROUP", group)
         name = write_exclusions(root, (lines(ordered[i : i + piece]) for i in range(0, len(ordered), piece)))
-    assert (name is None) == (not places)
+    assert (name is None) == (not samples)
     read = Exclusions(root, name)
-    assert len(read) == len(places)
+    assert len(read) == len(samples)
     for shard in range(14):
         mine = [r for s, r in ordered if s == shard]
         assert read.rows(shard).tolist() == mine
         assert read.rows(shard).dtype == np.int64
         assert read.reasons(shard) == {r: "duplicate_url" if r % 2 else "duplicate_bytes" for r in mine}
         assert [shard_row(w) for w in read.of(shard)["winner"].to_pylist()] == [(0, r) for r in mine]
-    assert read.counts() == {s: sum(a == s for a, _ in places) for s in {a for a, _ in places}}
-    assert [len(t) for t in read.tables()] == [min(group, len(places) - i) for i in range(0, len(places), group)]
+    assert read.counts() == {s: sum(a == s for a, _ in samples) for s in {a for a, _ in samples}}
+    assert [len(t) for t in read.tables()] == [min(group, len(samples) - i) for i in range(0, len(samples), group)]
 
 
 def test_the_same_rows_give_the_same_name_and_others_another(tmp_path):
@@ -57,9 +57,9 @@ def test_the_same_rows_give_the_same_name_and_others_another(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == names
 
 
-@pytest.mark.parametrize("places", [[(1, 0), (0, 0)], [(0, 5), (0, 4)], [(0, 1), (0, 1)]])
-def test_another_order_is_refused_within_a_piece_and_across(tmp_path, places):
-    for pieces in ([places], [[p] for p in places]):
+@pytest.mark.parametrize("samples", [[(1, 0), (0, 0)], [(0, 5), (0, 4)], [(0, 1), (0, 1)]])
+def test_another_order_is_refused_within_a_piece_and_across(tmp_path, samples):
+    for pieces in ([samples], [[p] for p in samples]):
         with pytest.raises(ValueError, match="in the order of shard and row"):
             write_exclusions(str(tmp_path), (lines(p) for p in pieces))
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from PIL import Image
 from shards import exclusions
 from shards.dataset import Dataset, commit_shard, read_stats, write_manifest
 from shards.fingerprint import Fingerprint
-from shards.images import ImageShard, decode_rgb, is_rgb, pack_tar, picture_size
+from shards.images import ImageShard, decode_rgb, is_rgb, pack_tar, pixel_size
 
 SAMPLES = st.lists(
     st.tuples(
@@ -32,13 +32,13 @@ SAMPLES = st.lists(
 
 @given(SAMPLES)
 def test_tar_reads_back_by_name_and_by_offset(samples):
-    data, places = pack_tar(samples)
+    data, extents = pack_tar(samples)
     assert pack_tar(samples)[0] == data
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar}
     assert members == {f"{k}.{e}": d for k, parts in samples for e, d in parts.items()}
-    for (_, parts), place in zip(samples, places, strict=True):
-        for extension, (offset, size) in place.items():
+    for (_, parts), extent in zip(samples, extents, strict=True):
+        for extension, (offset, size) in extent.items():
             assert data[offset : offset + size] == parts[extension]
 
 
@@ -67,8 +67,8 @@ def dataset(tmp_path) -> Dataset:
     for shard in range(2):
         status = ["success", "failed_to_download", "success", "success"]
         live = [r for r, s in enumerate(status) if s == "success"]
-        tar, places = pack_tar((f"{shard}{r}", {"png": png(10 * shard + r)}) for r in live)
-        where = {r: p["png"] for r, p in zip(live, places, strict=True)}
+        tar, extents = pack_tar((f"{shard}{r}", {"png": png(10 * shard + r)}) for r in live)
+        where = {r: p["png"] for r, p in zip(live, extents, strict=True)}
         table = pa.table(
             {
                 "key": [f"{shard}{r}" for r in range(4)],
@@ -96,7 +96,7 @@ def test_random_access_reads_the_live_samples(dataset):
 
 
 def test_an_excluded_sample_is_gone_and_its_shard_is_born_as_before(dataset):
-    line = {"shard": [1], "row": [2], "reason": ["duplicate_url"], "winner": [exclusions.place(0, 0)]}
+    line = {"shard": [1], "row": [2], "reason": ["duplicate_url"], "winner": [exclusions.sample_id(0, 0)]}
     name = exclusions.write_exclusions(dataset.root, [pa.table(line)])
     stats = [read_stats(dataset.root, i) for i in range(2)]
     write_manifest(dataset.root, "images", stats, None, name)
@@ -150,10 +150,10 @@ def test_pictures_are_upright_whatever_their_exif_says(kind):
         found = decode_rgb(data)
         assert found.shape == expected.shape
         assert np.abs(found.astype(int) - expected).max() <= (8 if kind == "JPEG" else 0), orientation
-        assert picture_size(data) == found.shape[1::-1]
+        assert pixel_size(data) == found.shape[1::-1]
     for damaged in (b"Exif\x00\x00MM\x00*\xff\xff\xff\xff", b"Exif\x00\x00no block of any kind"):
         assert decode_rgb(stored(damaged)).shape == (16, 24, 3)
-        assert picture_size(stored(damaged)) == (24, 16)
+        assert pixel_size(stored(damaged)) == (24, 16)
 
 
 def test_colours_that_would_be_converted_are_known():

@@ -15,18 +15,18 @@ from shards.progress import Progress
 def test_the_rate_that_stays_is_the_work_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ten shards in half a second, then the manifest from all of them at once: 20 a second, and not thousands."""
     url = str(tmp_path / "status" / "toy.json")
-    told = Progress("toy", 0, "shards", url, state="planning")
-    told.update(1)
-    told.begin("running", 110, done=100)
+    shown = Progress("toy", 0, "shards", url, state="planning")
+    shown.update(1)
+    shown.begin("running", 110, done=100)
     began = time.monotonic()
     for _ in range(10):
         time.sleep(0.05)
-        told.update()
+        shown.update()
     expected = 10 / (time.monotonic() - began)
-    told.begin("finishing", 110)
-    told.update(110)
-    assert told.rate > 1000  # of this phase, for the time that is left of it
-    told.close("done")
+    shown.begin("finishing", 110)
+    shown.update(110)
+    assert shown.rate > 1000  # of this phase, for the time that is left of it
+    shown.close("done")
     record = json.loads(Path(url).read_text())
     assert (record["state"], record["done"]) == ("done", 110)
     assert record["rate"] == pytest.approx(expected, rel=0.2)
@@ -35,17 +35,17 @@ def test_the_rate_that_stays_is_the_work_s(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_stage_that_had_nothing_to_do_has_no_rate(tmp_path: Path) -> None:
     url = str(tmp_path / "toy.json")
-    told = Progress("toy", 0, "shards", url, state="planning")
-    told.update(5000)
-    told.close("done")
+    shown = Progress("toy", 0, "shards", url, state="planning")
+    shown.update(5000)
+    shown.close("done")
     assert json.loads(Path(url).read_text())["rate"] == 0
 
 
 def test_one_phase_keeps_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LAST_TRIES", 1)
     url = str(tmp_path / "toy.json")
-    told = Progress("toy", 4, "images", url)
+    shown = Progress("toy", 4, "images", url)
     time.sleep(0.1)
-    told.update(4)
-    told.close("failed")
+    shown.update(4)
+    shown.close("failed")
     assert 0 < json.loads(Path(url).read_text())["rate"] <= 40

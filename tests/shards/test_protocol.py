@@ -100,10 +100,10 @@ def promises(weak: str = "") -> dict[str, Any]:
         now = whole(store)
         if isinstance(now, str):
             return now
-        after, told, done = run_alone(store, ("resume", resume), weak)
+        after, answer, done = run_alone(store, ("resume", resume), weak)
         then = whole(after)
         if not isinstance(then, tuple):
-            return f"all die here, a resume leaves: {then} {told if isinstance(told, Exception) else ''}"
+            return f"all die here, a resume leaves: {then} {answer if isinstance(answer, Exception) else ''}"
         if now is not None and then != now:
             return "all die here, a resume replaces what was committed"
         if TAR in store and any(op[-1] == ("tar", "R", "") for op in done):
@@ -116,16 +116,16 @@ def promises(weak: str = "") -> dict[str, Any]:
             return ""
         return "" if then is not None and then == cut(now) else "a commit went or changed"
 
-    def end(name: str, told: Any, store: Store) -> str:
-        if not isinstance(told, tuple):
+    def end(name: str, answer: Any, store: Store) -> str:
+        if not isinstance(answer, tuple):
             return ""
         if name == "read":
-            tar, parquet, stats = told
-            if None in told:
-                return f"a reader gets {told}"
-            return "" if (tar[1], parquet[1]) == (stats[1], stats[2]) else f"a reader gets {told}"
+            tar, parquet, stats = answer
+            if None in answer:
+                return f"a reader gets {answer}"
+            return "" if (tar[1], parquet[1]) == (stats[1], stats[2]) else f"a reader gets {answer}"
         there = whole(store)
-        return "" if there is not None and there[:3] == told[:3] else f"{name} is told {told}, there lies {there}"
+        return "" if there is not None and there[:3] == answer[:3] else f"{name} is told {answer}, there lies {there}"
 
     return {"look": look, "step": step, "end": end, "weak": weak}
 
@@ -189,9 +189,9 @@ def changed(change: Callable[[tuple[Any, ...]], tuple[tuple[Any, ...], Any]]) ->
                 op = steps.send(result)
             except StopIteration as end:
                 return end.value
-            other, told = change(op)
+            other, answer = change(op)
             result = yield other
-            result = result if told is None else told
+            result = result if answer is None else answer
 
     return wrapped
 
@@ -291,13 +291,13 @@ def test_a_take_down_that_writes_the_sidecar_first_is_found():
 
 def test_two_take_downs_after_another_and_again_after_a_death_end_the_same():
     start = {TAR: ("tar", "A", ""), PARQUET: ("parquet", "A", ""), STATS: ("stats", "A", "A", "")}
-    end, told, done = run_alone(start, REMOVE)
+    end, answer, done = run_alone(start, REMOVE)
     for stopped in range(len(done) + 1):
         store = start
         for op in done[:stopped]:
             store = {**store, op[1]: op[2]} if op[0] == "replace" else store
         assert run_alone(store, REMOVE)[0] == end
-        assert run_alone(store, REMOVE)[1] == told == cut(start[STATS])
+        assert run_alone(store, REMOVE)[1] == answer == cut(start[STATS])
 
 
 def test_what_is_explored_and_what_runs_agree_on_the_bytes():

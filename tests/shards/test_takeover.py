@@ -77,7 +77,7 @@ def test_a_folder_is_taken_over_and_its_files_stay_as_they_are(run):
     write_manifest(str(root), "images", [s for s in stats if s is not None])
     assert old_digests(str(root)) == digests
     assert [s.born for s in Dataset.open(str(root)).shards] != list(digests.values())
-    assert list(verify(str(root), deep=True)) == []
+    assert list(verify(str(root), contents=True)) == []
     folder.commit(9, {".tar": b"x", ".parquet": b"y"}, {"rows": 1, "count": 1})
 
 

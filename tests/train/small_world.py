@@ -144,9 +144,9 @@ def write_images(root: Path, pixels: np.ndarray, captions: list[str]) -> None:
             key = sample_key(index, row, PER_SHARD)
             files.append((key, {"png": sink.getvalue()}))
             rows.append({"key": key, "caption": caption, "status": "success", "image_ext": "png"})
-        tar, places = pack_tar(files)
-        for line, place in zip(rows, places, strict=True):
-            line["image_offset"], line["image_size"] = place["png"]
+        tar, extents = pack_tar(files)
+        for line, extent in zip(rows, extents, strict=True):
+            line["image_offset"], line["image_size"] = extent["png"]
         made = {".tar": tar, ".parquet": tiny.parquet(tiny.pa.Table.from_pylist(rows))}
         count = {"count": len(rows), "rows": len(rows)}
         stats.append(commit_shard(str(root), index, made, count, Fingerprint("ingest", 1, {}, str(index))))

@@ -104,9 +104,9 @@ def test_before_its_start_nothing_is_changed(run: Path) -> None:
 
 def test_the_loss_that_is_told_has_no_adversarial_part(run: Path) -> None:
     plain, ours = objective(run, None), objective(run, {**TERM, "start_images": 0})
-    told = [o(o.batch(np.arange(4))) for o in (plain, ours)]
-    torch.testing.assert_close(told[0][0], told[1][0])
-    torch.testing.assert_close(told[1][1][:4], told[0][1])
+    outputs = [o(o.batch(np.arange(4))) for o in (plain, ours)]
+    torch.testing.assert_close(outputs[0][0], outputs[1][0])
+    torch.testing.assert_close(outputs[1][1][:4], outputs[0][1])
     assert ours.figures[4:] == ("discriminator", "real", "fake")
 
 
@@ -225,9 +225,9 @@ def test_a_killed_run_ends_with_the_same_bytes_and_on_other_ranks_alike(fitted: 
 def test_the_export_is_the_vae_alone(fitted: Path) -> None:
     from diffusers import AutoencoderKL
 
-    vae, told = AutoencoderKL.from_pretrained(fitted / "autoencoder" / "model", output_loading_info=True)
-    assert not told["unexpected_keys"]
-    assert not told["missing_keys"]
+    vae, outputs = AutoencoderKL.from_pretrained(fitted / "autoencoder" / "model", output_loading_info=True)
+    assert not outputs["unexpected_keys"]
+    assert not outputs["missing_keys"]
     ema = checkpoint.whole(str(step(fitted, 6)), "ema")
     assert ema.keys() == vae.state_dict().keys()
     assert all(torch.equal(v, ema[n]) for n, v in vae.state_dict().items())

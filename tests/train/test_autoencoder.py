@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from latents.pictures import resize_crop
+from latents.resize import resize_crop
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.settings import ConfigError, validate
@@ -76,8 +76,8 @@ def test_a_few_steps_of_any_kind_open_in_diffusers(blocks: int, channels: int, r
     std = (posterior.var.double() + (posterior.mean.double() - mean).square()).mean().sqrt()
     assert vae.config.shift_factor == pytest.approx(float(mean), abs=1e-6)
     assert vae.config.scaling_factor == pytest.approx(1 / float(std), rel=1e-5)
-    told = json.loads((folder / "carrara.json").read_text())
-    assert told["shift_factor"] == vae.config.shift_factor
+    provenance = json.loads((folder / "carrara.json").read_text())
+    assert provenance["shift_factor"] == vae.config.shift_factor
 
 
 def test_batches_take_turns_at_the_resolutions(run: Path) -> None:

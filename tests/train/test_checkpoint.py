@@ -205,8 +205,8 @@ def full(config: str, root: str) -> str:
 
 
 def test_a_full_disk_on_one_rank_is_told_on_all(run: Path, tmp_path: Path) -> None:
-    told = forked.on_ranks(2, full, str(settings(run)), str(tmp_path / "c"))
-    assert all("rank-00001-of-00002" in t and "No space left" in t for t in told), told
+    errors = forked.on_ranks(2, full, str(settings(run)), str(tmp_path / "c"))
+    assert all("rank-00001-of-00002" in t and "No space left" in t for t in errors), errors
     assert steps_of(tmp_path / "c") == [1]
 
 
@@ -227,11 +227,11 @@ def test_a_flipped_bit_and_a_missing_file_are_found_by_all_ranks_together(run: P
         data = path.read_bytes()
         path.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
         assert "does not have the sha256" in folders.damage(newest)
-        assert folders.damage(newest, deep=False) == ""
+        assert folders.damage(newest, contents=False) == ""
         assert forked.on_ranks(2, newest_on_two, config, str(root)) == [str(root / "step-00000001")] * 2
         path.write_bytes(data)
     path.unlink()
-    assert "is absent" in folders.damage(newest, deep=False)
+    assert "is absent" in folders.damage(newest, contents=False)
     assert forked.on_ranks(1, newest_on_two, config, str(root)) == [str(root / "step-00000001")]
 
 

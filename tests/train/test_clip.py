@@ -44,12 +44,12 @@ def gradients(config: str) -> dict[str, torch.Tensor]:
 def test_the_loss_is_that_of_the_caption_against_all_others_and_the_own_wrong_ones(run: Path) -> None:
     objective, _ = objective_of(config_of(run), "clip")
     positions = np.arange(ROWS)
-    captions = objective.pictures.captions(positions)
-    wrong = objective.pictures.texts("others", positions)
+    captions = objective.image_samples.captions(positions)
+    wrong = objective.image_samples.texts("others", positions)
     assert {len(w) for w in wrong} == {0, 2}
     loss, _ = objective(objective.batch(positions))
     clip, tokens = objective.model, objective._tokenizer
-    pixels = torch.from_numpy(objective.pictures.pixels(positions)).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.from_numpy(objective.image_samples.pixels(positions)).permute(0, 3, 1, 2).float() / 255
     image = clip.encode_image((pixels - objective._mean) / objective._std, normalize=True)
     text = clip.encode_text(tokens(captions), normalize=True)
     scale = clip.logit_scale.exp()
@@ -73,7 +73,7 @@ def test_two_ranks_have_the_gradient_of_one(run: Path) -> None:
 def test_a_batch_without_wrong_captions_is_clips_own(run: Path) -> None:
     objective, _ = objective_of(config_of(run), "clip")
     plain, _ = objective_of(config_of(run, wrong_captions=None), "clip")
-    none = [p for p in range(28) if not objective.pictures.texts("others", np.array([p]))[0]][:4]
+    none = [p for p in range(28) if not objective.image_samples.texts("others", np.array([p]))[0]][:4]
     batch = objective.batch(np.array(none))
     assert batch["wrong"].shape == (4, 0)
     torch.testing.assert_close(objective(batch)[0], plain(plain.batch(np.array(none)))[0])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latents.pictures import crop_place, resize_crop_to
+from latents.resize import crop_place, resize_crop_to
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.settings import validate
@@ -27,11 +27,11 @@ def test_what_lies_beside_a_latent_is_cut_as_it_was(tmp_path: Path, crop: str) -
     shard = ImageShard(Dataset.open(run.images), 0)
     images = dict(zip(shard.keys, range(len(shard)), strict=True))
     moved = 0
-    for key, told in zip(keys, batch["picture"].numpy(), strict=True):
+    for key, found in zip(keys, batch["image"].numpy(), strict=True):
         pixels = decode_rgb(shard.image_bytes(images[key]))
         middle, _ = resize_crop_to(pixels, 32, 32)
         wanted = resize_crop_to(pixels, 32, 32, crop_place(key))[0] if crop == "random" else middle
-        assert np.array_equal(told, wanted), key
+        assert np.array_equal(found, wanted), key
         moved += not np.array_equal(wanted, middle)
     objective.close()
     assert (moved > 0) == (crop == "random")

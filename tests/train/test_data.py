@@ -18,7 +18,7 @@ from shards.settings import StageError, load_sections
 from tests.train import tiny
 from train import segments
 from train.config import AutoencoderConfig, TrainConfig, TrainingSections
-from train.data import Ahead, Latents, Pictures
+from train.data import ImageSamples, Latents, Prefetcher
 from train.objectives import build
 from train.placement import Placement
 
@@ -27,7 +27,7 @@ CONFIG = TrainConfig(images=100, batch_size=8, streams=4, window=3)
 
 def where(placement: Placement, position: int) -> tuple[int, int]:
     (part,) = placement.locate(np.array([position]))
-    shard, row = placement.order(part).locate(part.places)
+    shard, row = placement.order(part).locate(part.indices)
     return int(shard[0]), int(row[0])
 
 
@@ -50,8 +50,8 @@ def test_latents_by_position(run: Path) -> None:
 @pytest.mark.parametrize("cache", [0, 3000, 1 << 20])
 def test_pictures_by_position(run: Path, cache: int) -> None:
     dataset = Dataset.open(str(run / "images"))
-    placement = segments.place(AutoencoderConfig(images=100, batch_size=8, streams=4, window=3), [dataset], 0)
-    pictures = Pictures(dataset, placement, lambda p: p, cache)
+    placement = segments.placement_of(AutoencoderConfig(images=100, batch_size=8, streams=4, window=3), [dataset], 0)
+    pictures = ImageSamples(dataset, placement, lambda p: p, cache)
     for _ in range(2):
         positions = np.arange(40)
         pixels, captions = pictures.pixels(positions), pictures.captions(positions)
@@ -100,15 +100,15 @@ def test_working_ahead_is_bounded_in_order_and_passes_errors_on() -> None:
             yield i
         raise ValueError("broken")
 
-    with Ahead(items(), 3) as ahead:
-        assert next(ahead) == 0
+    with Prefetcher(items(), 3) as prefetcher:
+        assert next(prefetcher) == 0
         time.sleep(0.3)
         assert len(made) <= 6  # one taken, three queued, one in hand, one being made
-        assert [next(ahead) for _ in range(19)] == list(range(1, 20))
+        assert [next(prefetcher) for _ in range(19)] == list(range(1, 20))
         with pytest.raises(ValueError, match="broken"):
-            next(ahead)
-    with Ahead(iter(range(10**9)), 2) as ahead:
-        next(ahead)
+            next(prefetcher)
+    with Prefetcher(iter(range(10**9)), 2) as prefetcher:
+        next(prefetcher)
     assert not any(t.name == "data" for t in threading.enumerate())
 
 
@@ -118,6 +118,6 @@ def test_waiting_is_measured() -> None:
             time.sleep(0.1)
             yield i
 
-    with Ahead(slow(), 2) as ahead:
-        assert list(ahead) == [0, 1, 2]
-        assert 0.2 < ahead.waited < 5.0
+    with Prefetcher(slow(), 2) as prefetcher:
+        assert list(prefetcher) == [0, 1, 2]
+        assert 0.2 < prefetcher.waited < 5.0

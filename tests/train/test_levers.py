@@ -206,7 +206,7 @@ def test_levers_killed_and_gone_on_with_end_with_the_same_bytes(tmp_path: Path) 
     for rank in ranks:
         with pytest.raises(forked.RankError):
             rank.result()
-    assert folders.latest_complete(killed / "checkpoints", deep=False)
+    assert folders.latest_complete(killed / "checkpoints", contents=False)
     forked.fit(other, 2)
     assert state_of(other).state == "done"
     for name in FILES:

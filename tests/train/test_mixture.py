@@ -278,7 +278,7 @@ def test_captions_of_several_columns_are_drawn_anew_each_epoch_and_encoded(tmp_p
     shown = ["" if d else c for c, d in zip(chosen, dropped, strict=False)]
     batch = objective.batch(positions[:33])
     assert torch.equal(batch["tokens"], text.tokenize(shown)), "nothing is encoded in the loader's thread"
-    assert torch.equal(objective.conditioning.told(batch)[0], text.encode(text.tokenize(shown)))
+    assert torch.equal(objective.conditioning.condition(batch)[0], text.encode(text.tokenize(shown)))
     with pytest.raises(
         StageError, match=r"no column 'other' in its \.parquet; carry it there with ingest.keep_columns"
     ):
@@ -406,8 +406,8 @@ def test_the_exported_scheduler_undoes_what_training_did(options: dict[str, Any]
     x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     found.set_timesteps(50)
     for t in found.timesteps:
-        told = float(found.scale_model_input(x, t).sub(x).abs().max())
-        assert told == 0
+        change = float(found.scale_model_input(x, t).sub(x).abs().max())
+        assert change == 0
         place = int((p.time.double() - float(t)).abs().argmin())  # the nearest timestep that training had
         at = torch.tensor([place])
         noise = (x - p.signal[place] * x0) / p.noise[place]

@@ -75,11 +75,11 @@ def test_a_checkpoint_of_before_goes_on_in_an_order_of_its_own_and_the_journal_s
     longer = load_sections(str(config), ("train.images=88",), TrainingSections)
     assert stage_state("train", "run", longer).state == "changed"
     forked.fit(config, 1, "train.images=88", adopt=True)
-    newest = folders.latest_complete(str(old / "run" / "checkpoints"), deep=False)
+    newest = folders.latest_complete(str(old / "run" / "checkpoints"), contents=False)
     assert newest is not None
     manifest = folders.read_manifest(newest)
     assert manifest["images"] == 88
     (segment,) = manifest["order"]["segments"]
     assert (segment["images"], segment["step"], segment["changes"]) == (40, 5, ["train.images: 40 -> 88"])
-    (told,) = events(old / "run", "order")
-    assert "a new order of samples begins at 40 images" in told["note"]
+    (event,) = events(old / "run", "order")
+    assert "a new order of samples begins at 40 images" in event["note"]

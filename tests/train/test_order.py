@@ -62,11 +62,11 @@ def test_each_sample_once_an_epoch_and_the_inverse(
     counts: list[int], seed: int, streams: int, window: int, epoch: int
 ) -> None:
     order = Order(np.array(counts), f"fp:{seed}", streams, window)
-    places = np.arange(epoch * order.size, (epoch + 1) * order.size)
-    shard, row = order.locate(places)
+    indices = np.arange(epoch * order.size, (epoch + 1) * order.size)
+    shard, row = order.locate(indices)
     everything = [(s, r) for s, n in enumerate(counts) for r in range(n)]
     assert sorted(zip(shard.tolist(), row.tolist(), strict=True)) == everything
-    assert np.array_equal(order.place(epoch, shard, row), places)
+    assert np.array_equal(order.index(epoch, shard, row), indices)
 
 
 @given(COUNTS, STREAMS, WINDOW, st.integers(0, 2))
@@ -75,10 +75,10 @@ def test_a_window_is_the_rows_that_its_places_are_given(
 ) -> None:
     """What is read as ranges of rows is what `locate` says, row by row, and no window is longer than asked."""
     order = Order(np.array(counts), "fp", streams, window)
-    places = np.arange(epoch * order.size, (epoch + 1) * order.size)
-    shard, row = order.locate(places)
-    _, v, w, o = order.spot(places)
-    for i in range(len(places)):
+    indices = np.arange(epoch * order.size, (epoch + 1) * order.size)
+    shard, row = order.locate(indices)
+    _, v, w, o = order.spot(indices)
+    for i in range(len(indices)):
         rows = [(s, r) for s, a, b in order.runs(epoch, int(v[i]), int(w[i])) for r in range(a, b)]
         assert len(rows) <= window
         assert rows[o[i]] == (shard[i], row[i])
@@ -130,7 +130,7 @@ def whole(placement: Placement, begin: int) -> list[tuple[int, int, int, int]]:
 def some(placement: Placement, positions: np.ndarray) -> list[tuple[int, int, int, int]]:
     found: list[tuple[int, int, int, int]] = [(-1, -1, -1, -1)] * len(positions)
     for part in placement.locate(positions):
-        shard, row = placement.order(part).locate(part.places)
+        shard, row = placement.order(part).locate(part.indices)
         for i, s, r in zip(part.here, shard, row, strict=True):
             found[i] = (part.source, part.bucket, int(s), int(r))
     return found
@@ -180,7 +180,7 @@ def test_a_rank_reads_streams_of_its_own(sources: tuple[Source, ...]) -> None:
                 begin = 96 * step
                 slots = batch_slots(placement.samples(begin), rank, world, 0, 1)
                 for part in placement.locate(begin + slots):
-                    epoch, v, w, _ = placement.order(part).spot(part.places)
+                    epoch, v, w, _ = placement.order(part).spot(part.indices)
                     windows |= {(part.source, part.bucket, *x) for x in zip(epoch, v, w, strict=True)}
             needed.append(windows)
         assert sum(map(len, needed)) == len(set().union(*needed))
@@ -246,9 +246,9 @@ def test_segments_change_nothing_before_them_and_break_no_epoch(sources: tuple[S
 
 def test_split_knows_batches_of_every_segment(sources: tuple[Source, ...]) -> None:
     placement = Placement([Segment(0, 96, SIZES, sources), Segment(192, 48, (*SIZES[1:], 48), sources)], 7, V, R)
-    begin, place = placement.split(np.array([0, 95, 96, 191, 192, 239, 240, 300]))
+    begin, slot = placement.split(np.array([0, 95, 96, 191, 192, 239, 240, 300]))
     assert begin.tolist() == [0, 0, 96, 96, 192, 192, 240, 288]
-    assert place.tolist() == [0, 95, 0, 95, 0, 47, 0, 12]
+    assert slot.tolist() == [0, 95, 0, 95, 0, 47, 0, 12]
 
 
 @settings(max_examples=40)
@@ -280,19 +280,19 @@ SCALE = """
     for step in steps.values():
         began = time.process_time()
         for part in big.locate(2048 * step + np.arange(0, 2048, 8)):
-            big.order(part).locate(part.places)
+            big.order(part).locate(part.indices)
         firsts.append(time.process_time() - began)
     for step in range(10**5, 10**5 + 60):
         began = time.process_time()
         for part in big.locate(2048 * step + np.arange(0, 2048, 8)):
-            big.order(part).locate(part.places)
+            big.order(part).locate(part.indices)
         times.append(time.process_time() - began)
     began = time.process_time()
     for s in range(0, 200_000, 2_000):
         assert big.position("big", 0, s, 5, 0) is not None
     inverse = (time.process_time() - began) / 100
     grew = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
-    mixed = np.mean([len(np.unique(np.concatenate([big.order(p).locate(p.places)[0] for p in
+    mixed = np.mean([len(np.unique(np.concatenate([big.order(p).locate(p.indices)[0] for p in
                      big.locate(2048 * t + np.arange(2048))]))) for t in range(10**5, 10**5 + 8)])
     print(opened, max(firsts), sorted(times)[30], inverse, grew, mixed, counts.sum())
 """
@@ -300,8 +300,8 @@ SCALE = """
 
 def test_two_thousand_million_samples_open_in_a_second_and_a_hundred_mebibytes() -> None:
     command = [sys.executable, "-c", textwrap.dedent(SCALE)]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    opened, first, later, inverse, grew, mixed, samples = (float(x) for x in told.split())
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    opened, first, later, inverse, grew, mixed, samples = (float(x) for x in output.split())
     assert samples == 2e9
     assert opened < 1.0
     assert grew < 100

@@ -22,7 +22,7 @@ from tests.train import tiny
 from tests.train.test_mixture import bucketed, latents_of
 from train import segments
 from train.config import AutoencoderConfig, TrainConfig
-from train.data import Ahead, Latents, Pictures, batch_slots, micro_batches
+from train.data import ImageSamples, Latents, Prefetcher, batch_slots, micro_batches
 from train.placement import Placement, Segment, Source
 from train.ranks import Ranks
 from train.reader import Reader, Window
@@ -36,13 +36,13 @@ def watched(patch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, int]]]:
     ranges: list[tuple[str, int, int]] = []
     read, lock = storage.read_ranges, threading.Lock()
 
-    def told(url: str, asked: Any) -> list[bytes]:
+    def recorded(url: str, asked: Any) -> list[bytes]:
         with lock:
             ranges.extend((url, begin, end) for begin, end in asked)
         return read(url, asked)
 
     for module in (columns, images):
-        patch.setattr(module.storage, "read_ranges", told)
+        patch.setattr(module.storage, "read_ranges", recorded)
     yield ranges
     patch.undo()
 
@@ -182,17 +182,17 @@ def test_a_shards_layout_is_asked_for_as_patiently_as_its_rows(monkeypatch: pyte
 def test_a_picture_window_is_one_read_of_the_tar(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = Dataset.open(str(run / "images"))
     config = AutoencoderConfig(images=1000, batch_size=7, streams=2, window=5)
-    placement = segments.place(config, [dataset], 0)
+    placement = segments.placement_of(config, [dataset], 0)
     with bucket() as url:
         for file in (run / "images").iterdir():
             if file.is_file():
                 storage.write_atomic(f"{url}/images/{file.name}", file.read_bytes())
         for remote in (False, True):
             source = Dataset.open(f"{url}/images") if remote else dataset
-            pictures = Pictures(source, placement, lambda p: p, 0)
+            samples = ImageSamples(source, placement, lambda p: p, 0)
             with watched(monkeypatch) as ranges:
-                found = np.concatenate([pictures.pixels(np.arange(7 * b, 7 * b + 7)) for b in range(4)])
-                pictures.close()
+                found = np.concatenate([samples.pixels(np.arange(7 * b, 7 * b + 7)) for b in range(4)])
+                samples.close()
             assert len(found) == len({p.tobytes() for p in found}) == 28
             tars = [r for r in ranges if r[0].endswith(".tar")]
             order = next(iter(placement.orders.values()))
@@ -242,17 +242,17 @@ def test_windows_are_read_before_they_are_needed_and_let_go_afterwards() -> None
     config = TrainConfig(images=16 * 120, batch_size=16)
     ranks = Ranks(0, 1, torch.device("cpu"), False)
     seen: list[int] = []
-    held = 0
-    with Ahead(micro_batches(objective, config, ranks, 0), 3) as ahead:
-        for step, batch in enumerate(ahead):
+    most = 0
+    with Prefetcher(micro_batches(objective, config, ranks, 0), 3) as prefetcher:
+        for step, batch in enumerate(prefetcher):
             seen += batch["number"].tolist()
             if step == 5:
-                ahead.waited = 0.0  # the first windows of all streams come at once
+                prefetcher.waited = 0.0  # the first windows of all streams come at once
             time.sleep(0.02)
-            held = max(held, sum(len(h) for h in objective.reader._held.values()))
+            most = max(most, sum(len(h) for h in objective.reader._windows.values()))
     assert len(set(seen)) == 1920, "of 2,000"
-    assert ahead.waited < 0.5 * 0.02 * 114, f"waited {ahead.waited:.2f} s in {0.02 * 114:.2f} s of steps"
-    assert held <= 2 * 32, "of each stream one window, and the next once its turn is near"
+    assert prefetcher.waited < 0.5 * 0.02 * 114, f"waited {prefetcher.waited:.2f} s in {0.02 * 114:.2f} s of steps"
+    assert most <= 2 * 32, "of each stream one window, and the next once its turn is near"
     objective.reader.close()
 
 
@@ -261,15 +261,15 @@ def test_quick_steps_leave_a_store_far_away_the_time_to_answer() -> None:
     objective: Any = Slow(0.5, window=32)
     config = TrainConfig(images=16 * 120, batch_size=16)
     ranks = Ranks(0, 1, torch.device("cpu"), False)
-    held = 0
-    with Ahead(micro_batches(objective, config, ranks, 0), 3) as ahead:
-        for step, _ in enumerate(ahead):
+    most = 0
+    with Prefetcher(micro_batches(objective, config, ranks, 0), 3) as prefetcher:
+        for step, _ in enumerate(prefetcher):
             if step == 5:
-                ahead.waited = 0.0  # the first windows of all streams come at once
+                prefetcher.waited = 0.0  # the first windows of all streams come at once
             time.sleep(0.04)
-            held = max(held, sum(len(h) for h in objective.reader._held.values()))
-    assert ahead.waited < 0.1 * 0.04 * 114, f"waited {ahead.waited:.2f} s in {0.04 * 114:.2f} s of steps"
-    assert held <= 1.5 * 32
+            most = max(most, sum(len(h) for h in objective.reader._windows.values()))
+    assert prefetcher.waited < 0.1 * 0.04 * 114, f"waited {prefetcher.waited:.2f} s in {0.04 * 114:.2f} s of steps"
+    assert most <= 1.5 * 32
     objective.reader.close()
 
 
@@ -278,7 +278,7 @@ def test_what_is_not_foreseen_is_read_when_it_is_asked_for() -> None:
     forwards = objective.batch(np.arange(400, 416))["number"]
     assert objective.batch(np.arange(16))["number"].tolist() != forwards.tolist()
     assert torch.equal(objective.batch(np.arange(400, 416))["number"], forwards)
-    assert len(objective.reader._held) <= 32
+    assert len(objective.reader._windows) <= 32
 
 
 def test_an_error_of_reading_ahead_is_raised_where_the_sample_is_needed_and_can_be_tried_again() -> None:
@@ -303,12 +303,12 @@ def test_an_error_of_reading_ahead_is_raised_where_the_sample_is_needed_and_can_
 
 def test_the_loaders_thread_is_on_the_ranks_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's current device is a thread's own: without this, all ranks of a node would begin on the first GPU."""
-    told: list[tuple[str, torch.device]] = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda d: told.append((threading.current_thread().name, d)))
-    with Ahead(iter([1]), 1, torch.device("cuda", 3)) as ahead:
-        assert next(ahead) == 1
-    assert told == [("data", torch.device("cuda", 3))]
-    told.clear()
-    with Ahead(iter([1]), 1, torch.device("cpu")) as ahead:
-        assert next(ahead) == 1
-    assert not told
+    recorded: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: recorded.append((threading.current_thread().name, d)))
+    with Prefetcher(iter([1]), 1, torch.device("cuda", 3)) as prefetcher:
+        assert next(prefetcher) == 1
+    assert recorded == [("data", torch.device("cuda", 3))]
+    recorded.clear()
+    with Prefetcher(iter([1]), 1, torch.device("cpu")) as prefetcher:
+        assert next(prefetcher) == 1
+    assert not recorded

@@ -57,7 +57,7 @@ def test_killed_runs_end_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
             with pytest.raises(forked.RankError):
                 rank.result()
         assert state_of(config).state == (
-            "resumable" if folders.latest_complete(other / "checkpoints", deep=False) else "new"
+            "resumable" if folders.latest_complete(other / "checkpoints", contents=False) else "new"
         )
     forked.fit(config, 2)
     a, b = step_folder(run, STEPS), step_folder(other, STEPS)

@@ -191,7 +191,7 @@ def test_the_unet_is_told_what_diffusers_tells_it(sdxl: Any, embedded: RunPaths,
     own = load_text_of(objective.facts["encoders"]["text"]) if text == "embeddings" else None
     batch = encoder.prompts(PROMPTS, own) | {"sizes": torch.zeros(3, 6)}
     with torch.no_grad():
-        rows, added = encoder.told(batch)
+        rows, added = encoder.condition(batch)
         expected = encoded(PROMPTS)
     torch.testing.assert_close(rows, expected[0], rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(added["text_embeds"], expected[1], rtol=1e-4, atol=2e-5)
@@ -203,7 +203,7 @@ def test_the_unet_is_told_what_diffusers_tells_it(sdxl: Any, embedded: RunPaths,
     # (To the public tokenizer of the second every "!" is what it fills up with: text_export.py.)
     kept = [c if c.isascii() and "!" not in c else None for c in clean]
     with torch.no_grad():
-        rows, added = encoder.told(objective.batch(positions))
+        rows, added = encoder.condition(objective.batch(positions))
         for i, caption in enumerate(kept):
             if caption is None and u[i] >= 0.5:
                 continue  # decoding tokens does not give such a caption back
@@ -216,7 +216,7 @@ def test_the_unet_is_told_what_diffusers_tells_it(sdxl: Any, embedded: RunPaths,
         "train", config.model_copy(update={"captions": {"caption": 1.0}}), [Dataset.open(run.latents)], 5
     )
     with torch.no_grad():
-        again, more = drawn.conditioning.told(drawn.batch(positions))
+        again, more = drawn.conditioning.condition(drawn.batch(positions))
     torch.testing.assert_close(again, rows, rtol=5e-3, atol=5e-3)
     torch.testing.assert_close(more["text_embeds"], added["text_embeds"], rtol=5e-3, atol=5e-3)
 
@@ -281,11 +281,11 @@ def sampled_by_hand(run: RunPaths, config: Path, unet: Any, prompt: str, steps: 
     objective.model.load_state_dict(checkpoint.load_weights(folder), strict=False)
     text = load_text_of(objective.facts["encoders"]["text"]) if objective.conditioning.stored else None
     sizes = {"sizes": torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)}
-    rows, told = objective.conditioning.told(objective.conditioning.prompts(["", prompt], text) | sizes)
+    rows, added = objective.conditioning.condition(objective.conditioning.prompts(["", prompt], text) | sizes)
     alpha_bar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     for t in [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]:
-        empty, full = objective.unet(x.repeat(2, 1, 1, 1), t, rows, added_cond_kwargs=told).sample.chunk(2)
+        empty, full = objective.unet(x.repeat(2, 1, 1, 1), t, rows, added_cond_kwargs=added).sample.chunk(2)
         noise = empty + scale * (full - empty)
         now, then = alpha_bar[t], alpha_bar[max(t - 1000 // steps, 0)]
         x0 = (x - (1 - now) ** 0.5 * noise) / now**0.5

@@ -70,18 +70,18 @@ def test_every_setting_is_of_a_kind_and_what_the_run_is_has_none() -> None:
 def test_differences_are_told_by_kind(run: Path) -> None:
     datasets = [Dataset.open(str(run / "latents"))]
 
-    def told(config: TrainConfig, seed: int = 5, **stored: Any) -> tuple[list[str], list[str]]:
+    def changes_of(config: TrainConfig, seed: int = 5, **stored: Any) -> tuple[list[str], list[str]]:
         found = fingerprint("train", CONFIG, 5, datasets).to_json()
         found["settings"] |= stored
         return differences("train", config, fingerprint("train", config, seed, datasets), found)
 
-    assert told(CONFIG) == ([], [])
-    assert told(CONFIG.model_copy(update={"zero_stage": 3, "ranks": 4, "prefetch": 9})) == ([], [])
+    assert changes_of(CONFIG) == ([], [])
+    assert changes_of(CONFIG.model_copy(update={"zero_stage": 3, "ranks": 4, "prefetch": 9})) == ([], [])
     changed = CONFIG.model_copy(update={"images": 2000, "learning_rate": 5e-5})
-    assert told(changed) == ([], ["train.images: 1000 -> 2000", "train.learning_rate: 0.0001 -> 5e-05"])
+    assert changes_of(changed) == ([], ["train.images: 1000 -> 2000", "train.learning_rate: 0.0001 -> 5e-05"])
     other = CONFIG.model_copy(update={"prediction_type": "sample"})
-    assert told(other) == (["train.prediction_type: epsilon -> sample"], [])
-    assert told(CONFIG, seed=6)[0] == ["seed: 5 -> 6"]
+    assert changes_of(other) == (["train.prediction_type: epsilon -> sample"], [])
+    assert changes_of(CONFIG, seed=6)[0] == ["seed: 5 -> 6"]
     # A setting that a checkpoint does not know yet had its default, and one that is no more says nothing.
     found = fingerprint("train", CONFIG, 5, datasets).to_json()
     del found["settings"]["captions"]
@@ -89,8 +89,8 @@ def test_differences_are_told_by_kind(run: Path) -> None:
     assert differences("train", CONFIG, fingerprint("train", CONFIG, 5, datasets), found) == ([], [])
     # What was left to the program is no difference, what was said is.
     open_ = CONFIG.model_copy(update={"streams": None, "precision": "auto"})
-    assert told(open_, precision="fp32") == ([], [])
-    assert told(CONFIG.model_copy(update={"streams": 8}))[0] == ["train.streams: 4 -> 8"]
+    assert changes_of(open_, precision="fp32") == ([], [])
+    assert changes_of(CONFIG.model_copy(update={"streams": 8}))[0] == ["train.streams: 4 -> 8"]
 
 
 # ---- histories -------------------------------------------------------------------------------------------
@@ -261,14 +261,14 @@ def test_a_rare_buckets_windows_are_smaller(tmp_path: Path) -> None:
 def test_a_bucket_that_a_batch_exhausts_is_told(tmp_path: Path) -> None:
     dataset = bucketed(tmp_path / "b")
     rows = segments.rows_laid(dataset).sum(axis=0).tolist()
-    told = segments.too_few(CONFIG.model_copy(update={"batch_size": max(rows)}), [dataset])
-    assert len(told) == sum(n < max(rows) for n in rows)
+    sentences = segments.too_few(CONFIG.model_copy(update={"batch_size": max(rows)}), [dataset])
+    assert len(sentences) == sum(n < max(rows) for n in rows)
     fewest = rows.index(min(rows))
     shape = dataset.manifest["buckets"][fewest]
     said = (
         f"there are {min(rows)} samples of {shape['width']} x {shape['height']} pixels, and a batch takes {max(rows)}"
     )
-    assert any(line.startswith(said) for line in told)
+    assert any(line.startswith(said) for line in sentences)
     assert segments.too_few(CONFIG.model_copy(update={"batch_size": min(rows)}), [dataset]) == []
 
 
@@ -276,7 +276,7 @@ def test_a_bucket_that_a_batch_exhausts_is_told(tmp_path: Path) -> None:
 
 
 def manifest_of(run: Path) -> dict[str, Any]:
-    newest = folders.latest_complete(str(run / "checkpoints"), deep=False)
+    newest = folders.latest_complete(str(run / "checkpoints"), contents=False)
     assert newest is not None
     return folders.read_manifest(newest)
 

@@ -485,7 +485,7 @@ def alone(model: Path, folder: Path) -> np.ndarray:
 def sampled_by_hand(objective: Any, run: RunPaths, text: Any, prompt: str, steps: int = 3, scale: float = 4.0) -> Any:
     """DDIM (Song et al. 2020, eq. 12 with eta 0)."""
     batch = objective.conditioning.prompts(["", prompt], text)
-    rows, _ = objective.conditioning.told(batch)
+    rows, _ = objective.conditioning.condition(batch)
     mask = torch.tensor([[1 if i < n else 0 for i in range(LENGTH)] for n in batch["text_length"].tolist()])
     alpha_bar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -511,9 +511,9 @@ def evaluated(run: RunPaths, folder: Path) -> None:
     samples = [Sample("a", 0, PROMPTS[0]), Sample("b", 0, PROMPTS[2])]
     found = []
     for model in (checkpoints.find(run), checkpoints.of_pipeline(run.model)):
-        artist = ImageGenerator(checkpoints.build_pipeline(run, model), "ddim", 2, 3.0, guidance_interval=(0.0, 0.9))
-        found.append(artist(samples)[0].astype(int))
-        one = np.concatenate([artist([s])[0] for s in samples]).astype(int)
+        generator = ImageGenerator(checkpoints.build_pipeline(run, model), "ddim", 2, 3.0, guidance_interval=(0.0, 0.9))
+        found.append(generator(samples)[0].astype(int))
+        one = np.concatenate([generator([s])[0] for s in samples]).astype(int)
         assert np.abs(one - found[-1]).max() <= 1, "a picture depends on its prompt alone"
     assert np.abs(found[0] - found[1]).max() <= 1
     given = validate(

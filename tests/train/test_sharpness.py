@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from eval import reconstruct
+from latents.inspection import pairs_sheet
 from shards.dataset import Dataset
 from tests.train import forked, small_world, tiny
 from tests.train.test_autoencoder import model
@@ -85,7 +86,7 @@ def test_the_adversarial_term_gives_grain_back(tmp_path: Path) -> None:
         found[name]["place"] = float(np.mean(alike))
         print(f"{name}: {time.perf_counter() - began:.0f} s")
         print(reconstruct.summary(seen), f"grain where it was: {found[name]['place']:.3f}", sep="\n")
-        reconstruct.sheet(seen, 8, 64).save(tmp_path / f"{name}.png")
+        pairs_sheet([(s.original, s.decoded) for s in seen.shown], 8, 64).save(tmp_path / f"{name}.png")
     plain, sharp = found["plain"], found["sharp"]
     # Within a factor of two of the originals, five times the blurred ones, at little cost in error, and only where
     # there was grain. (Seen on one machine: 0.82 against 0.04, 0.82 against 0.05, 17.7 against 20.1 dB, 0.83.)

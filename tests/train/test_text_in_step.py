@@ -61,7 +61,7 @@ def test_the_features_are_those_of_open_clip_in_autocasts_arithmetic(tokens: Run
     objective = objective_of(tokens)
     batch = objective.batch(np.arange(8))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        text, added = objective.conditioning.told(batch)
+        text, added = objective.conditioning.condition(batch)
         loss, _ = objective(batch)
     assert (text.dtype, text.requires_grad, added) == (dtype, False, None)
     assert objective.conditioning.text.tower.token_embedding.weight.dtype == dtype

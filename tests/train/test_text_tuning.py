@@ -47,8 +47,8 @@ def test_the_learning_encoder_begins_as_the_frozen_one_and_has_its_gradient(base
     learning: Any = build("train", TrainConfig(text_encoder={"kind": kind}, **values), datasets, 5)
     batch = learning.batch(np.arange(8))
     torch.testing.assert_close(
-        learning.conditioning.told(batch)[0],
-        frozen.conditioning.told(frozen.batch(np.arange(8)))[0],
+        learning.conditioning.condition(batch)[0],
+        frozen.conditioning.condition(frozen.batch(np.arange(8)))[0],
         rtol=1e-4,
         atol=1e-5,
     )
@@ -129,7 +129,7 @@ def test_sdxls_text_encoder_learns_too(kind: str, tmp_path: Path) -> None:
     rows, _, pooled, _ = pipeline.encode_prompt("a blue square", device="cpu", do_classifier_free_guidance=False)
     tokens = objective.conditioning.text.tokenize(["a blue square"])
     with torch.no_grad():
-        text, added = objective.conditioning.told({"tokens": tokens, "sizes": torch.zeros(1, 6)})
+        text, added = objective.conditioning.condition({"tokens": tokens, "sizes": torch.zeros(1, 6)})
     torch.testing.assert_close(rows, text, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(pooled, added["text_embeds"], rtol=1e-4, atol=1e-5)
     if kind == "lora":

@@ -99,12 +99,12 @@ def in_mlflow(name: str) -> tuple[list[Any], list[tuple[int, float]]]:
 def test_a_training_that_goes_on_does_so_in_the_same_runs(services: Path) -> None:
     """Killed at 32 images with a checkpoint at 16: what lies between is told again by the training, and once in all."""
     grid = np.zeros((8, 8, 3), np.uint8)
-    for begin, told in ((0, (8, 16, 24, 32)), (16, (24, 32, 40))):
+    for begin, sent in ((0, (8, 16, 24, 32)), (16, (24, 32, 40))):
         found = made(services, ALL, begin)
-        for images in told:
+        for images in sent:
             found.scalars("line", images, {"loss": 1 / images, "mfu": float("nan"), "skipped": 0, "note": "x"})
-        found.scalars("validation", told[-1], {"validation/loss": 0.5})  # a series of its own, at the same images
-        found.image("samples", told[-1], grid)
+        found.scalars("validation", sent[-1], {"validation/loss": 0.5})  # a series of its own, at the same images
+        found.image("samples", sent[-1], grid)
         found.close()
     expected = [(i, 1 / i) for i in (8, 16, 24, 32, 40)]
     board = in_tensorboard(services)
@@ -143,9 +143,9 @@ def test_a_point_that_was_being_sent_when_the_process_died_is_not_sent_again(
         def close(self) -> None: ...
 
     monkeypatch.setitem(trackers._MAKERS, "wandb", Dies)
-    for told in ((8, 16), (8, 16, 24)):
+    for sent in ((8, 16), (8, 16, 24)):
         found = made(tmp_path, ("wandb",), 0)
-        for images in told:
+        for images in sent:
             found.scalars("line", images, {"loss": 1.0})
         found.close()
     assert sent == [8, 16, 24]
@@ -234,8 +234,8 @@ def test_a_fit_tells_them_what_its_log_says(run: Path, services: Path) -> None:
     expected = [(x["images"], x["loss"]) for x in lines]
     assert [i for i, _ in in_tensorboard(run / "train")["loss"]] == [i for i, _ in expected]
     assert any(tag.startswith("loss_by_timestep/") for tag in in_tensorboard(run / "train"))
-    _, told = in_wandb(run)
-    assert sorted((x["images"], x["loss"]) for x in told if "loss" in x) == expected
+    _, sent = in_wandb(run)
+    assert sorted((x["images"], x["loss"]) for x in sent if "loss" in x) == expected
     [found], points = in_mlflow("loss")
     assert points == expected
     assert found.data.params["batch_size"] == "8"
@@ -285,10 +285,10 @@ def test_a_store_that_is_away_at_the_end_ends_no_fit(
 
 def test_whoever_listens_hears_every_line_and_how_long_checkpoints_take(tmp_path: Path) -> None:
     """What the metrics of a run on Ray are made from; a listener that fails ends nothing."""
-    told: list[dict[str, Any]] = []
+    sent: list[dict[str, Any]] = []
 
     def tell(line: dict[str, Any]) -> None:
-        told.append(line)
+        sent.append(line)
         raise OSError("no Ray any more")
 
     config = TrainConfig(images=100, batch_size=10, trackers=())
@@ -305,7 +305,7 @@ def test_whoever_listens_hears_every_line_and_how_long_checkpoints_take(tmp_path
         writer.line({"images": images, "loss": 0.5, "lr": 1e-4, "samples_per_s": 3.0})
     writer.figures(20, {"checkpoint/seconds": 1.5})
     writer.close("done")
-    assert [x.get("images") for x in told] == [10, 20, None]
-    assert told[2] == {"checkpoint/seconds": 1.5}
+    assert [x.get("images") for x in sent] == [10, 20, None]
+    assert sent[2] == {"checkpoint/seconds": 1.5}
     assert len((tmp_path / "train" / "log.jsonl").read_text().splitlines()) == 2
     assert json.loads((tmp_path / "status" / "train.json").read_text())["state"] == "done"

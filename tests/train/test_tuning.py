@@ -203,11 +203,11 @@ def sampled_by_hand(run: RunPaths, text: Any, prompt: str, steps: int, scale: fl
     vae = load_vae(str(Path(run.autoencoder) / "model"), "cpu")
     alpha_bar = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     rows, pooled = text.encode_pooled(text.tokenize(["", prompt]))
-    told = {"text_embeds": pooled, "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)}
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)}
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
     times = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
     for t in times:
-        empty, full = unet(x.repeat(2, 1, 1, 1), t, rows, added_cond_kwargs=told).sample.chunk(2)
+        empty, full = unet(x.repeat(2, 1, 1, 1), t, rows, added_cond_kwargs=added).sample.chunk(2)
         noise = empty + scale * (full - empty)
         now, then = alpha_bar[t], alpha_bar[max(t - 1000 // steps, 0)]
         x0 = (x - (1 - now) ** 0.5 * noise) / now**0.5
@@ -426,11 +426,11 @@ def test_captions_that_no_pipeline_would_show_are_refused_before_training(
     tmp_path: Path, layer: str, sized: bool
 ) -> None:
     run = make_run(tmp_path / "r", text_layer=layer, text_pooled=True)
-    told = {
+    added = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 64,
     }
-    config = TrainConfig(images=16, unet={**tiny.UNET, **(told if sized else {})})
+    config = TrainConfig(images=16, unet={**tiny.UNET, **(added if sized else {})})
     with pytest.raises(ConfigError, match=f"latents.text_layer {layer}"):
         build("train", config, [Dataset.open(run.latents)], 5)

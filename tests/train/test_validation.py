@@ -13,7 +13,7 @@ from PIL import Image
 
 from latents.encoders import load_vae
 from latents.moments import dequantise_logstd, quantise_logstd
-from latents.pictures import resize_crop
+from latents.resize import resize_crop
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths

@@ -135,9 +135,9 @@ def make_images(root: Path, counts: tuple[int, ...] = (10, 7, 11), side: int = 1
             others = [f"{COLOURS[colour]} {what} {r}" for what in ("box", "tile")] if r % 3 != 2 else None
             row = {"key": key, "caption": f"a {COLOURS[colour]} square", "status": "success", "image_ext": "png"}
             rows.append({**row, "others": others, "as_json": others and json.dumps(others)})
-        data, places = pack_tar(samples)
-        for row, place in zip(rows, places, strict=True):
-            row["image_offset"], row["image_size"] = place["png"]
+        data, extents = pack_tar(samples)
+        for row, extent in zip(rows, extents, strict=True):
+            row["image_offset"], row["image_size"] = extent["png"]
         files = {".tar": data, ".parquet": parquet(pa.Table.from_pylist(rows))}
         stats.append(
             commit_shard(str(root), index, files, {"count": n, "rows": n}, Fingerprint("ingest", 1, {}, index))

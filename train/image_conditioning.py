@@ -1,15 +1,15 @@
-"""What a UNet is told of a picture, beside x_t, the time and the caption: a table with a row for each way.
+"""What a UNet is given of a picture, beside x_t, the time and the caption: a table with a row for each way.
 
     inpaint   a mask, and the latents of what lies around it, as further input channels (Stable Diffusion's inpainting)
     edit      the latents of the picture before, as further input channels (Brooks et al. 2023, arXiv:2211.09800)
     upscale   the picture made small, with noise, as further input channels; the noise's level as its class
               (Stable Diffusion's x4 upscaler)
-    control   a control image, told to a second network whose outputs are added to the frozen UNet's
+    control   a control image, given to a second network whose outputs are added to the frozen UNet's
               (ControlNet; Zhang et al. 2023, arXiv:2302.05543)
 
 A row has two halves, as captions have (conditioning.py): `batch` makes what one micro-batch needs of the pictures, on
 the CPU in the loader's thread; `inputs` is called within the step, and gives what the UNet is called with. The pictures
-come by key from image shards (segments.picture_sets), cut as they were for their latents. Masks and drop-outs are
+come by key from image shards (segments.image_sets), cut as they were for their latents. Masks and drop-outs are
 functions of a sample's place in the run. Both halves do what the row's pipeline in diffusers does.
 """
 
@@ -27,10 +27,10 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import nn
 
 from latents.encoders import Vae, load_vae, require_digest
-from latents.pictures import resize_crop_to
+from latents.resize import resize_crop_to
 from latents.weights import find_vae
 from shards.dataset import Dataset
-from shards.images import PLACE, ImageShard, decode_rgb, is_picture
+from shards.images import LOCATION, ImageShard, decode_rgb, is_image
 from shards.layout import shard_name
 from shards.settings import ConfigError, StageError
 from train.config import ControlConfig, TrainConfig
@@ -48,25 +48,27 @@ Inputs = tuple[torch.Tensor, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a UNet is told a picture. channels: its input channels beside x_t's, by those of a latent. pipeline: the
+    """How a UNet is given a picture. channels: its input channels beside x_t's, by those of a latent. pipeline: the
     class in diffusers. encodes: whether the frozen VAE runs within the step."""
 
     channels: Callable[[int], int]
     pipeline: str
     encodes: bool
-    batch: Callable[[Told, np.ndarray, np.ndarray, np.ndarray], Batch]
-    inputs: Callable[[Told, Diffusion, torch.Tensor, Batch, torch.Tensor, dict[str, torch.Tensor] | None], Inputs]
+    batch: Callable[[ImageConditioning, np.ndarray, np.ndarray, np.ndarray], Batch]
+    inputs: Callable[
+        [ImageConditioning, Diffusion, torch.Tensor, Batch, torch.Tensor, dict[str, torch.Tensor] | None], Inputs
+    ]
 
 
-class Told:
-    """The pictures of a run that its UNet is told, in the way that `config.told` names.
+class ImageConditioning:
+    """The pictures of a run that its UNet is given, in the way that `config.conditioned_by` names.
 
     vae: facts of the latents' VAE. Raises StageError where it is not that one any more.
     """
 
     def __init__(self, config: TrainConfig, vae: dict[str, Any], random: Randomness) -> None:
-        assert config.told is not None
-        self.config, self.random, self.way = config, random, WAYS[config.told]
+        assert config.conditioned_by is not None
+        self.config, self.random, self.way = config, random, WAYS[config.conditioned_by]
         self.downscale = find_vae(vae["ref"]).downscale
         self.scale = float(vae["scaling_factor"])
         self.shift = float(vae.get("config", {}).get("shift_factor") or 0.0)
@@ -89,7 +91,7 @@ class Told:
         def one(found: tuple[str, bytes, tuple[float, float] | None]) -> np.ndarray:
             return self._fitted(*found, size)
 
-        pixels = np.stack(list(self._decoders.map(one, latents.pictures(positions))))
+        pixels = np.stack(list(self._decoders.map(one, latents.images(positions))))
         return self.way.batch(self, pixels, positions + first, u)
 
     def inputs(
@@ -122,7 +124,9 @@ class Told:
         try:
             pixels = np.ascontiguousarray(resize_crop_to(decode_rgb(data), *size, place)[0])
         except (OSError, ValueError) as e:
-            raise StageError(f"train.{self.config.told}: the picture of sample {key} cannot be read: {e}") from e
+            raise StageError(
+                f"train.{self.config.conditioned_by}: the picture of sample {key} cannot be read: {e}"
+            ) from e
         control = self.config.control
         return control_image(pixels, control) if control and control.images is None else pixels
 
@@ -140,7 +144,7 @@ class ByKey:
 
     def _open(self, index: int) -> tuple[ImageShard, np.ndarray, np.ndarray]:
         """The shard, its keys in their order as text, and of each of these which sample it is."""
-        shard = ImageShard(self.dataset, self._position[index], ("key", "status", *PLACE))
+        shard = ImageShard(self.dataset, self._position[index], ("key", "status", *LOCATION))
         keys = np.array(shard.keys, np.str_)
         order = np.argsort(keys, kind="stable")
         return shard, keys[order], order
@@ -158,11 +162,11 @@ class ByKey:
         try:
             shard, known, order = self._shard(index)
             wanted = np.array(keys, np.str_)
-            place = np.searchsorted(known, wanted).clip(max=max(len(known) - 1, 0))
-            at = np.where(known[place] == wanted, order[place], -1) if len(known) else np.full(len(keys), -1)
-            for i, data in zip(np.flatnonzero(at >= 0).tolist(), shard.pictures(at[at >= 0]), strict=True):
+            slot = np.searchsorted(known, wanted).clip(max=max(len(known) - 1, 0))
+            at = np.where(known[slot] == wanted, order[slot], -1) if len(known) else np.full(len(keys), -1)
+            for i, data in zip(np.flatnonzero(at >= 0).tolist(), shard.encoded_images(at[at >= 0]), strict=True):
                 found[i] = data
-                if not is_picture(data):  # taken down since the sidecar was read
+                if not is_image(data):  # taken down since the sidecar was read
                     at[i] = -1
         except (OSError, ValueError, KeyError) as e:
             raise StageError(
@@ -201,22 +205,23 @@ def draw_mask(random: np.random.Generator, height: int, width: int, whole: float
     return np.asarray(canvas, np.uint8)
 
 
-def _inpaint_batch(told: Told, pixels: np.ndarray, positions: np.ndarray, u: np.ndarray) -> Batch:
-    """picture uint8 [B,H,W,3], mask uint8 [B,1,H,W], and the posterior's draw masked_noise float32 [B,C,h,w]."""
-    assert told.config.inpaint is not None
-    assert told.vae is not None
+def _inpaint_batch(conditioning: ImageConditioning, pixels: np.ndarray, positions: np.ndarray, u: np.ndarray) -> Batch:
+    """image uint8 [B,H,W,3], mask uint8 [B,1,H,W], and the posterior's draw masked_noise float32 [B,C,h,w]."""
+    assert conditioning.config.inpaint is not None
+    assert conditioning.vae is not None
     height, width = pixels.shape[1:3]
-    masks = [draw_mask(r, height, width, told.config.inpaint.whole) for r in told.random.each("mask", positions)]
-    shape = (told.vae.channels, height // told.downscale, width // told.downscale)
+    whole = conditioning.config.inpaint.whole
+    masks = [draw_mask(r, height, width, whole) for r in conditioning.random.each("mask", positions)]
+    shape = (conditioning.vae.channels, height // conditioning.downscale, width // conditioning.downscale)
     return {
-        "picture": torch.from_numpy(pixels),
+        "image": torch.from_numpy(pixels),
         "mask": torch.from_numpy(np.stack(masks)[:, None]),
-        "masked_noise": torch.from_numpy(told.random.normal("masked", positions, shape)),
+        "masked_noise": torch.from_numpy(conditioning.random.normal("masked", positions, shape)),
     }
 
 
 def _inpaint_inputs(
-    told: Told,
+    conditioning: ImageConditioning,
     objective: Diffusion,
     xt: torch.Tensor,
     batch: Batch,
@@ -225,24 +230,24 @@ def _inpaint_inputs(
 ) -> Inputs:
     """x_t, the mask at the latents' places, and the latents of the picture that is grey under the mask."""
     mask = batch["mask"].to(xt.dtype)
-    mean, logstd = told.posterior(_unit(batch["picture"]) * (1 - mask))
-    around = (mean + logstd.exp() * batch["masked_noise"]) * told.scale
-    f = told.downscale
+    mean, logstd = conditioning.posterior(_unit(batch["image"]) * (1 - mask))
+    around = (mean + logstd.exp() * batch["masked_noise"]) * conditioning.scale
+    f = conditioning.downscale
     return torch.cat([xt, mask[:, :, ::f, ::f], around.to(xt.dtype)], dim=1), {}
 
 
 # ---- editing ---------------------------------------------------------------------------------------
 
 
-def _edit_batch(told: Told, pixels: np.ndarray, positions: np.ndarray, u: np.ndarray) -> Batch:
+def _edit_batch(conditioning: ImageConditioning, pixels: np.ndarray, positions: np.ndarray, u: np.ndarray) -> Batch:
     """before uint8 [B,H,W,3], kept float32 [B]: 0 where the picture is left out."""
-    assert told.config.edit is not None
-    kept = (u >= told.config.edit.dropout).astype(np.float32)
+    assert conditioning.config.edit is not None
+    kept = (u >= conditioning.config.edit.dropout).astype(np.float32)
     return {"before": torch.from_numpy(pixels), "kept": torch.from_numpy(kept)}
 
 
 def _edit_inputs(
-    told: Told,
+    conditioning: ImageConditioning,
     objective: Diffusion,
     xt: torch.Tensor,
     batch: Batch,
@@ -250,7 +255,7 @@ def _edit_inputs(
     added: dict[str, torch.Tensor] | None,
 ) -> Inputs:
     """x_t and the mean of the latents of the picture before, which InstructPix2Pix does not scale."""
-    mean, _ = told.posterior(_unit(batch["before"]))
+    mean, _ = conditioning.posterior(_unit(batch["before"]))
     return torch.cat([xt, (mean * batch["kept"][:, None, None, None]).to(xt.dtype)], dim=1), {}
 
 
@@ -259,15 +264,15 @@ def _edit_inputs(
 LEVELS = 1000
 
 
-def _upscale_batch(told: Told, pixels: np.ndarray, positions: np.ndarray, u: np.ndarray) -> Batch:
+def _upscale_batch(conditioning: ImageConditioning, pixels: np.ndarray, positions: np.ndarray, u: np.ndarray) -> Batch:
     """small float32 [B,3,h,w] in -1..1 with noise of level int64 [B], each below max_noise_level."""
-    assert told.config.upscale is not None
-    h, w = (n // told.downscale for n in pixels.shape[1:3])
+    assert conditioning.config.upscale is not None
+    h, w = (n // conditioning.downscale for n in pixels.shape[1:3])
     small = np.stack([np.asarray(shrink(Image.fromarray(p), w, h)) for p in pixels])
     x = np.ascontiguousarray(small.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1
-    level = told.random.integers("level", positions, told.config.upscale.max_noise_level)
+    level = conditioning.random.integers("level", positions, conditioning.config.upscale.max_noise_level)
     kept = alphas_cumprod(torch.linspace(*LOW_RES_BETAS, LEVELS, dtype=torch.float64)).numpy()[level]
-    noise = told.random.normal("low_res", positions, x.shape[1:])
+    noise = conditioning.random.normal("low_res", positions, x.shape[1:])
     signal, spread = (a.astype(np.float32)[:, None, None, None] for a in (np.sqrt(kept), np.sqrt(1 - kept)))
     return {"small": torch.from_numpy(signal * x + spread * noise), "level": torch.from_numpy(level)}
 
@@ -290,7 +295,7 @@ def low_res_scheduler() -> Any:
 
 @torch.no_grad()
 def add_levels(unet: Any) -> Any:
-    """A UNet that is told a level of noise as its class, and begins by passing it over, in place."""
+    """A UNet that is given a level of noise as its class, and begins by passing it over, in place."""
     width = unet.time_embedding.linear_2.out_features
     unet.class_embedding = nn.Embedding(LEVELS, width)
     unet.class_embedding.weight.zero_()
@@ -299,7 +304,7 @@ def add_levels(unet: Any) -> Any:
 
 
 def _upscale_inputs(
-    told: Told,
+    conditioning: ImageConditioning,
     objective: Diffusion,
     xt: torch.Tensor,
     batch: Batch,
@@ -367,15 +372,15 @@ def control_image(pixels: np.ndarray, config: ControlConfig) -> np.ndarray:
     return np.repeat(grey[..., None], 3, axis=2)
 
 
-def _control_batch(told: Told, pixels: np.ndarray, positions: np.ndarray, u: np.ndarray) -> Batch:
+def _control_batch(conditioning: ImageConditioning, pixels: np.ndarray, positions: np.ndarray, u: np.ndarray) -> Batch:
     """control uint8 [B,H,W,3], black where it is left out."""
-    assert told.config.control is not None
-    pixels[u < told.config.control.dropout] = 0
+    assert conditioning.config.control is not None
+    pixels[u < conditioning.config.control.dropout] = 0
     return {"control": torch.from_numpy(pixels)}
 
 
 def _control_inputs(
-    told: Told,
+    conditioning: ImageConditioning,
     objective: Diffusion,
     xt: torch.Tensor,
     batch: Batch,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from latents.pictures import ahead, fit_cover, resize_crop
+from latents.resize import fit_cover, prefetch, resize_crop
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([8, 32, 256]))
@@ -61,7 +61,7 @@ def test_ahead_keeps_the_order_and_the_window(threads):
         return i * i
 
     found = []
-    for value in ahead(load, 20, threads, window=4):
+    for value in prefetch(load, 20, threads, window=4):
         with lock:
             done += 1
         found.append(value)
@@ -75,7 +75,7 @@ def test_ahead_raises_at_the_item():
             raise OSError("gone")
         return i
 
-    items = ahead(load, 10, 2, window=4)
+    items = prefetch(load, 10, 2, window=4)
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="gone"):
         next(items)
@@ -89,7 +89,7 @@ def test_a_strip_is_scaled_no_further_than_it_is_kept(width, height, monkeypatch
     )
     pixels = np.ascontiguousarray(pixels.astype(np.uint8))
     whole, fit = resize_crop(pixels, 32)
-    monkeypatch.setattr("latents.pictures.MAX_SCALED", 0)
+    monkeypatch.setattr("latents.resize.MAX_SCALED", 0)
     calls: list[tuple[int, int]] = []
     resize = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a: calls.append(size) or resize(self, size, *a))

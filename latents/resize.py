@@ -91,7 +91,7 @@ def resize_crop(pixels: np.ndarray, side: int) -> tuple[np.ndarray, Fit]:
     return resize_crop_to(pixels, side, side)
 
 
-def ahead(load: Callable[[int], T], count: int, threads: int, window: int) -> Iterator[T]:
+def prefetch(load: Callable[[int], T], count: int, threads: int, window: int) -> Iterator[T]:
     """`load(0) .. load(count-1)` in order, computed by threads at most `window` items ahead of the consumer.
 
     The order and the results do not depend on the number of threads. An exception of `load` is raised at

@@ -30,27 +30,27 @@ _VALUE = re.compile(r"(.+)#column=([^#&]+)&row=(\d{1,18})\Z", re.DOTALL)
 _WEB = re.compile(r"\s*https?:", re.IGNORECASE)
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _BATCH = 64  # rows of a parquet file that are read together
-_HELD = 8  # batches that a worker keeps, since rows are asked for nearly in order
+_KEPT = 8  # batches that a worker keeps, since rows are asked for nearly in order
 
 
 def is_web(url: str) -> bool:
-    """Whether a row's text is a URL for the web client, rather than a place of one's own."""
+    """Whether a row's text is a URL for the web client, rather than a location of one's own."""
     return _WEB.match(url) is not None
 
 
 def member(tar: str, name: str, offset: int, size: int) -> str:
-    """The place of a member of a tar. offset, size: of its data, in bytes."""
+    """The location of a member of a tar. offset, size: of its data, in bytes."""
     return f"{tar}#member={quote(name, safe='')}&offset={offset}&size={size}"
 
 
 def value(file: str, column: str, row: int) -> str:
-    """The place of a value of a parquet or Arrow file."""
+    """The location of a value of a parquet or Arrow file."""
     return f"{file}#column={quote(column, safe='')}&row={row}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """A place, taken apart. offset, size: of a tar's member; column, row: of a table's value."""
+class Location:
+    """A location, taken apart. offset, size: of a tar's member; column, row: of a table's value."""
 
     file: str
     offset: int | None = None
@@ -59,8 +59,8 @@ class Place:
     row: int | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Place:
-        """Any text is some place: what has no known end is a file."""
+    def parse(cls, text: str) -> Location:
+        """Any text is some location: what has no known end is a file."""
         if found := _MEMBER.match(text):
             return cls(found[1], offset=int(found[3]), size=int(found[4]))
         if found := _VALUE.match(text):
@@ -94,7 +94,7 @@ class Below:
 
 
 class Reader:
-    """Reads places, from any thread. largest: bytes that an image may have."""
+    """Reads locations, from any thread. largest: bytes that an image may have."""
 
     def __init__(self, below: Below, largest: int) -> None:
         self.below, self.largest = below, largest
@@ -105,10 +105,10 @@ class Reader:
         """The bytes of an image; raises Rejected where there are none, OSError where the store or disk fails."""
         if not text:
             raise Rejected("source_missing")
-        place = Place.parse(text)
-        self.below.require(place.file)
+        location = Location.parse(text)
+        self.below.require(location.file)
         try:
-            data = self._value(place) if place.column is not None else self._bytes(place)
+            data = self._value(location) if location.column is not None else self._bytes(location)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise Rejected("source_missing") from None
         except PermissionError:
@@ -121,31 +121,31 @@ class Reader:
             raise Rejected("body_too_large")
         return data
 
-    def _bytes(self, place: Place) -> bytes:
-        fs, path = fsspec.core.url_to_fs(place.file)
-        if place.offset is None:
+    def _bytes(self, location: Location) -> bytes:
+        fs, path = fsspec.core.url_to_fs(location.file)
+        if location.offset is None:
             size = fs.size(path)
             if size is not None and size > self.largest:
                 raise Rejected("body_too_large")
             return bytes(fs.cat_file(path, start=0, end=self.largest + 1))
-        size = place.size or 0
+        size = location.size or 0
         if size > self.largest:
             raise Rejected("body_too_large")
-        data = bytes(fs.cat_file(path, start=place.offset, end=place.offset + size))
+        data = bytes(fs.cat_file(path, start=location.offset, end=location.offset + size))
         if len(data) != size:
             raise Rejected("source_damaged", "the tar ends before the end of this member")
         return data
 
-    def _value(self, place: Place) -> bytes:
-        assert place.column is not None
-        assert place.row is not None
+    def _value(self, location: Location) -> bytes:
+        assert location.column is not None
+        assert location.row is not None
         with self._lock:
-            key = place.file, place.column
+            key = location.file, location.column
             if key not in self._tables:
                 while len(self._tables) >= 4:
                     self._tables.pop(next(iter(self._tables))).close()
-                self._tables[key] = _Values(place.file, place.column)
-            return self._tables[key].get(place.row)
+                self._tables[key] = _Values(location.file, location.column)
+            return self._tables[key].get(location.row)
 
 
 class _Values:
@@ -153,7 +153,7 @@ class _Values:
 
     def __init__(self, file: str, column: str) -> None:
         self.column = column
-        self._held: dict[int, pa.ChunkedArray | pa.Array] = {}  # by the first row
+        self._batches: dict[int, pa.ChunkedArray | pa.Array] = {}  # by the first row
         self._stream: Iterator[pa.RecordBatch] | None = None
         self._whole: pa.ChunkedArray | None = None
         self._next = 0
@@ -172,7 +172,7 @@ class _Values:
             if row >= len(self._whole):
                 raise Rejected("source_missing")
             return image_bytes(self._whole[row].as_py())
-        for first, values in self._held.items():
+        for first, values in self._batches.items():
             if first <= row < first + len(values):
                 return image_bytes(values[row - first].as_py())
         if row >= self._begins[-1]:
@@ -184,9 +184,9 @@ class _Values:
             self._stream = self._reader.iter_batches(_BATCH, groups, [self.column], use_threads=False)
         for batch in self._stream:
             first, self._next = self._next, self._next + batch.num_rows
-            self._held[first] = batch.column(0)
-            while len(self._held) > _HELD:
-                self._held.pop(next(iter(self._held)))
+            self._batches[first] = batch.column(0)
+            while len(self._batches) > _KEPT:
+                self._batches.pop(next(iter(self._batches)))
             if first <= row < self._next:
                 return image_bytes(batch.column(0)[row - first].as_py())
         self._stream = None

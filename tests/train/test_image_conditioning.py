@@ -1,4 +1,4 @@
-"""What a UNet is told of a picture: what diffusers' pipelines make of it, by key, resumed, exported, drawn."""
+"""What a UNet is given of a picture: what diffusers' pipelines make of it, by key, resumed, exported, drawn."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from tests.train.test_tuning import make_run
 from tests.train.test_zero import assert_same, step_folder, tensors
 from train import folders, segments
 from train.config import ClipConfig, ControlConfig, TrainConfig, TrainingSections
-from train.data import Pictures
+from train.data import ImageSamples
 from train.denoising import Diffusion
 from train.export import build_pipeline, export, fold_shift
+from train.image_conditioning import WAYS, ByKey, control_image, control_net, draw_mask, low_res_scheduler, widen
 from train.objectives import build
-from train.pictures import WAYS, ByKey, control_image, control_net, draw_mask, low_res_scheduler, widen
 from train.randomness import Randomness
 from train.seen import Account
 from train.segments import History, Taken, resume
@@ -66,9 +66,9 @@ def write_before(run: RunPaths, folder: str, left_out: int | None = None) -> Non
         image = Image.fromarray(decode_rgb(source.image_bytes(i))[::-1])
         samples.append((source.keys[i], {"png": world.encoded(image, "png")}))
         rows.append({"key": source.keys[i], "caption": "", "status": "success", "image_ext": "png"})
-    tar, places = pack_tar(samples)
-    for row, place in zip(rows, places, strict=True):
-        row["image_offset"], row["image_size"] = place["png"]
+    tar, extents = pack_tar(samples)
+    for row, extent in zip(rows, extents, strict=True):
+        row["image_offset"], row["image_size"] = extent["png"]
     files = {".tar": tar, ".parquet": tiny.parquet(tiny.pa.Table.from_pylist(rows))}
     stats = commit_shard(root, 0, files, {"count": len(rows), "rows": len(rows)}, Fingerprint("ingest", 1, {}, "0"))
     write_manifest(root, "images", [stats], {})
@@ -108,11 +108,11 @@ def objective_of(config: Path) -> Diffusion:
 
 
 def called_with(objective: Diffusion, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Any]]:
-    assert objective.told is not None
-    text, added = objective.conditioning.told(batch)
+    assert objective.image_conditioning is not None
+    text, added = objective.conditioning.condition(batch)
     xt = batch["x0"] * 0.5
     with torch.no_grad():
-        return objective.told.inputs(objective, xt, batch, text, added)
+        return objective.image_conditioning.inputs(objective, xt, batch, text, added)
 
 
 def test_inpainting_is_told_what_diffusers_inpainting_pipeline_tells(base: Any, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_inpainting_is_told_what_diffusers_inpainting_pipeline_tells(base: Any, 
 
     parts = StableDiffusionPipeline.from_pretrained(base[1], safety_checker=None).components
     theirs = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
-    pixels, masks = batch["picture"].numpy(), batch["mask"].numpy()
+    pixels, masks = batch["image"].numpy(), batch["mask"].numpy()
     image = theirs.image_processor.preprocess([Image.fromarray(p) for p in pixels], height=SIDE, width=SIDE)
     mask = theirs.mask_processor.preprocess([Image.fromarray(m[0] * 255) for m in masks], height=SIDE, width=SIDE)
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
@@ -257,7 +257,7 @@ def test_a_controlnet_begins_as_diffusers_from_unet_and_adds_nothing() -> None:
     with torch.no_grad():
         down, mid = ours(x, t, text, controlnet_cond=torch.rand(2, 3, 64, 64), return_dict=False)
     assert all(not d.any() for d in (*down, mid))
-    # diffusers' own takes neither another VAE nor this embedding of the text, with which the demo's UNet is told it.
+    # diffusers' own takes neither another VAE nor this embedding of the text, with which the demo's UNet is given it.
     other = small_unet(addition_embed_type="text", addition_embed_type_num_heads=4)
     small = control_net(other, 2)
     assert small.config.addition_embed_type_num_heads == 4
@@ -308,9 +308,9 @@ def test_captions_and_pictures_are_left_out_as_often_as_asked(base: Any, tmp_pat
     objective = objective_of(configured(base, tmp_path / "r", "edit", caption_dropout=0.4))
     positions = np.arange(800)
     u = objective.random.uniform("caption", positions)
-    assert objective.told is not None
+    assert objective.image_conditioning is not None
     blank = np.zeros((800, SIDE, SIDE, 3), np.uint8)
-    kept = WAYS["edit"].batch(objective.told, blank, positions, (u - 0.2) % 1)["kept"].numpy()
+    kept = WAYS["edit"].batch(objective.image_conditioning, blank, positions, (u - 0.2) % 1)["kept"].numpy()
     dropped = u < 0.4
     assert abs((kept == 0).mean() - 0.3) < 0.05
     assert abs((dropped & (kept == 0)).mean() - 0.2) < 0.05  # InstructPix2Pix: some lose both
@@ -411,11 +411,11 @@ def test_no_sample_with_a_picture_comes_before_the_account_says(base: Any, tmp_p
     order = begun(objective.config, [dataset]).to_json()
     keys = objective.keys(np.arange(12)).copy()
     known = Account({"order": order, "seed": 5, "config": objective.config.model_dump(mode="json")}, dataset)
-    places = column_rows(dataset.sidecar(0))
-    stored = [k for k, n in zip(dataset.sidecar(0)["key"].to_pylist(), places, strict=True) if n >= 0]
-    for key, place in zip(stored, known.first(0, places[places >= 0].tolist()), strict=True):
-        assert place is not None
-        assert key not in keys or place <= keys.index(key)
+    stored_rows = column_rows(dataset.sidecar(0))
+    stored = [k for k, n in zip(dataset.sidecar(0)["key"].to_pylist(), stored_rows, strict=True) if n >= 0]
+    for key, position in zip(stored, known.first(0, stored_rows[stored_rows >= 0].tolist()), strict=True):
+        assert position is not None
+        assert key not in keys or position <= keys.index(key)
 
 
 def test_a_picture_that_is_taken_down_while_it_is_read_comes_no_more(base: Any, tmp_path: Path) -> None:
@@ -424,7 +424,7 @@ def test_a_picture_that_is_taken_down_while_it_is_read_comes_no_more(base: Any, 
     pictures, keys = ByKey(dataset), ImageShard(dataset, 0).keys
     history = segments.begin(ClipConfig(), [dataset])
     placement = history.placement(segments.tables(history, ClipConfig(), [dataset]), 0)
-    clip = Pictures(dataset, placement, lambda pixels: pixels, 0)
+    clip = ImageSamples(dataset, placement, lambda pixels: pixels, 0)
     assert pictures.read(0, keys)[1].all()
     assert clip._load(0, 0, [(0, 0, len(keys))]).alive.all()
 
@@ -515,7 +515,7 @@ def test_killed_resumed_exported_and_drawn(base: Any, tmp_path: Path, way: str) 
     forked.fit(configured(base, tmp_path / "a", way, **more), 2)
     config = configured(base, tmp_path / "b", way, **more)
     ranks = forked.start(2, forked.run_stage, str(config))
-    forked.wait_for(lambda: folders.latest_complete(tmp_path / "b" / "checkpoints", deep=False) is not None)
+    forked.wait_for(lambda: folders.latest_complete(tmp_path / "b" / "checkpoints", contents=False) is not None)
     ranks[1].kill()
     for rank in ranks:
         with pytest.raises(forked.RankError):
