@@ -107,15 +107,15 @@ def _of_transformers(ref: str, folder: Path) -> VisionWeights:
     except Exception as e:
         line = " ".join(str(e).split())[:200]
         raise ConfigError(f"{what}: {folder / 'config.json'} is of no model of transformers: {line}") from None
-    told_sizes = [getattr(getattr(filled, "vision_config", filled), n, None) for n in _SIZES]
-    sizes = [s for s in told_sizes if isinstance(s, int) and s > 0]
+    given_sizes = [getattr(getattr(filled, "vision_config", filled), n, None) for n in _SIZES]
+    sizes = [s for s in given_sizes if isinstance(s, int) and s > 0]
     if len(sizes) < len(_SIZES):
         raise ConfigError(
             f"{what}: its config.json names no image_size, patch_size and hidden_size, one number each; give a vision "
             "transformer, such as DINOv2, SigLIP or CLIP"
         )
-    told = folder / "preprocessor_config.json"
-    known = read_config(told, WHAT) if told.is_file() else {}
+    processor = folder / "preprocessor_config.json"
+    known = read_config(processor, WHAT) if processor.is_file() else {}
     values = [v for n in ("image_mean", "image_std") if isinstance(v := known.get(n), list) and len(v) == 3]
     if len(values) < 2:
         raise ConfigError(
@@ -224,8 +224,8 @@ def _build(weights: VisionWeights) -> tuple[Any, tuple[float, ...], tuple[float,
         from latents.encoders import build_clip
 
         visual = build_clip(weights.clip).visual
-        told = visual.preprocess_cfg
-        return visual, tuple(told["mean"]), tuple(told["std"])
+        preprocess = visual.preprocess_cfg
+        return visual, tuple(preprocess["mean"]), tuple(preprocess["std"])
     from transformers import AutoModel
 
     try:

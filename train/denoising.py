@@ -309,7 +309,7 @@ def conditioning_of(
     pipeline = pipeline_of(unet)
     if pipeline is STABLE_DIFFUSION_XL and latents.dataset.manifest["vae"].get("kind") == "AutoencoderDC":
         raise ConfigError(
-            f"this UNet is given sizes: its {pipeline.name} cannot decode with an AutoencoderDC, of which the latents are; "
+            f"this UNet is given sizes, and its {pipeline.name} cannot decode with an AutoencoderDC; "
             "leave addition_embed_type text_time out, or make the latents with another VAE"
         )
     pair = text.get("kind") == PAIR

@@ -1,4 +1,4 @@
-"""Crops that are drawn: by the key, the same wherever an image is cut, and told as they were."""
+"""Crops that are drawn: by the key, the same wherever an image is cut, and given to the UNet as they were."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_an_image_is_cut_where_its_place_says() -> None:
 
 
 def test_latents_of_drawn_crops(stage_of: Any) -> None:
-    """They are of the crop that is told in the sidecar and in `micro`, at each resolution the same part."""
+    """They are of the crop that stands in the sidecar and in `micro`, at each resolution the same part."""
     stage, middle = finished(stage_of(crop="random", more_resolutions=[16])), finished(stage_of("middle"))
     vae = load_vae(stage.vae_ref)
     source, dataset = Dataset.open(stage.run.images), Dataset.open(stage.root)
@@ -85,8 +85,8 @@ def test_latents_of_drawn_crops(stage_of: Any) -> None:
                 mean = vae.encode(cut[None].copy())[0].numpy()[0]
                 np.testing.assert_allclose(columns.arrays[f"mean.{b}"][i], mean, rtol=1e-3, atol=1e-3)
                 assert (row["crop_left" + end], row["crop_top" + end]) == (fit.crop_left, fit.crop_top)
-                told = columns.arrays[f"micro.{b}"][i].tolist()
-                assert told == [row["original_height"], row["original_width"], fit.crop_top, fit.crop_left, side, side]
+                micro = columns.arrays[f"micro.{b}"][i].tolist()
+                assert micro == [row["original_height"], row["original_width"], fit.crop_top, fit.crop_left, side, side]
             fit, other = (resize_crop_to(pixels, SIDE, SIDE, p)[1] for p in (crop_place(key), None))
             moved += fit != other
     assert moved > 5

@@ -116,9 +116,9 @@ def test_the_loss_is_the_predictions_and_the_alignments(latents: Path) -> None:
             parts = [float(objective(objective.batch(s))[0]) for s in slots]
             assert np.mean(parts) == pytest.approx(float(loss), rel=1e-4)
         # Where nothing is learned there is the prediction alone, and no features are asked for.
-        told = objective.eval()({k: v for k, v in batch.items() if k != "features"})
-        assert float(told[0]) == pytest.approx(float(own), rel=1e-6)
-        assert len(told[1]) == len(details)
+        loss_alone = objective.eval()({k: v for k, v in batch.items() if k != "features"})
+        assert float(loss_alone[0]) == pytest.approx(float(own), rel=1e-6)
+        assert len(loss_alone[1]) == len(details)
 
 
 def test_each_sample_has_its_own_features(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_each_sample_has_its_own_features(tmp_path: Path) -> None:
     assert 4 < flipped.sum() < 20
 
 
-def test_it_stops_counting_where_it_is_told(latents: Path) -> None:
+def test_it_stops_counting_where_it_should(latents: Path) -> None:
     objective = objective_of(latents, alignment={**ALIGNMENT, "until_images": 12})
     plain = objective_of(latents)
     with torch.no_grad():
@@ -192,10 +192,10 @@ def test_training_aligns_and_leaves_a_plain_unet(tmp_path: Path) -> None:
     length = {"images": 1200, "checkpoint_every_images": 1200, "log_every_images": 80, "learning_rate": 1e-2}
     config = config_of(tmp_path, **AWAKE, **little, **length, alignment={"hidden": 64})
     forked.fit(config, 1)
-    told = [json.loads(x) for x in (tmp_path / "train" / "log.jsonl").read_text().splitlines()]
-    similarity = [x["similarity"] for x in told]
+    log = [json.loads(x) for x in (tmp_path / "train" / "log.jsonl").read_text().splitlines()]
+    similarity = [x["similarity"] for x in log]
     assert np.mean(similarity[-5:]) > np.mean(similarity[:5]) + 0.1
-    assert np.mean([x["manifold"] for x in told[-5:]]) < np.mean([x["manifold"] for x in told[:5]])
+    assert np.mean([x["manifold"] for x in log[-5:]]) < np.mean([x["manifold"] for x in log[:5]])
     step = step_folder(tmp_path, 150)
     assert any(n.startswith("projector.") for n in tensors(step, "weights"))
     assert not any(n.startswith("projector.") for n in tensors(step, "ema"))

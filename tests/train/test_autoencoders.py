@@ -131,7 +131,7 @@ def test_the_pipeline_is_one_that_decodes_with_the_vae(tmp_path: Path, kind: str
         (
             "AutoencoderDC",
             {"unet": {**tiny.UNET, "addition_embed_type": "text_time"}},
-            "its StableDiffusionXLPipeline cannot decode with an AutoencoderDC",
+            "and its StableDiffusionXLPipeline cannot decode with an AutoencoderDC",
         ),
     ],
 )
