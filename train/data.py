@@ -411,7 +411,7 @@ class Latents:
         found = []
         for window, at in self._rows(positions):
             key = str(self._column(window, "key")[at])
-            settings = self.datasets[self._place[window.columns["runs"][0]][0]].manifest.get("settings") or {}
+            settings = self.datasets[self._shard_of[window.columns["runs"][0]][0]].manifest.get("settings") or {}
             place = crop_place(key) if settings.get("crop") == "random" else None
             found.append((key, self._column(window, "image")[at], place))
         return found
