@@ -24,11 +24,14 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
+from latents.config import FeaturesConfig
+
 LEVERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "noise_candidates: 8": {"noise_candidates": 8},
     "contrastive_weight: 0.05": {"contrastive_weight": 0.05},
     "flip": {"flip": True},
+    "alignment": {"alignment": {"hidden": 128}},
 }
 
 
@@ -49,7 +52,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="carrara-levers-") as folder:
         base = Path(folder) / "base"
         base.mkdir()
-        small_world.prepare(base, given.count, flip=True)
+        tower = FeaturesConfig(pretrained=str(base / "clip" / "model"))  # whose weights are random, as the CLIP's are
+        small_world.prepare(base, given.count, flip=True, features=tower)
         for seed, (name, lever) in itertools.product(range(given.seeds), LEVERS.items()):
             if name == "plain" and time.monotonic() - began > 60 * given.minutes:
                 break

@@ -224,7 +224,8 @@ class PairGenerator:
             pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, clip_sample=False)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
         with torch.inference_mode():
-            mean = pipeline.vae.encode(pixels.to(pipeline.vae.device)).latent_dist.mean
+            found = pipeline.vae.encode(pixels.to(pipeline.vae.device))
+        mean = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latents  # of an AutoencoderTiny
         latents = mean * pipeline.vae.config.scaling_factor
         self.empty = torch.cat([self.text[:1]] * 2)  # negative-prompt inversion
         return invert(pipeline, latents, self.text[:1], self.request.steps, self.request.inversion_iterations, tick)

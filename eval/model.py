@@ -23,7 +23,9 @@ from shards.settings import ConfigError, StageError
 
 MAX_CONFIG = 10_000_000  # bytes of a model's JSON
 DENOISERS = ("unet", "transformer")
-OURS = ["pipeline", "SequencePipeline"]  # the class of an exported model for which diffusers has none
+# The classes of exported models for which diffusers has none (train/export.py).
+SEQUENCE_PIPELINE, AUTOENCODER_DC_PIPELINE = "SequencePipeline", "AutoencoderDCPipeline"
+OURS = [["pipeline", SEQUENCE_PIPELINE], ["pipeline", AUTOENCODER_DC_PIPELINE]]
 
 
 def weights_state(weights: str) -> str | None:
@@ -145,7 +147,7 @@ def build_pipeline(run: RunPaths, model: Model) -> Any:
     off = {"safety_checker": None, "requires_safety_checker": False} if model.safety_checker else {}
     try:
         index = diffusers.DiffusionPipeline.load_config(model.folder, local_files_only=True)
-        if index.get("_class_name") == OURS:
+        if index.get("_class_name") in OURS:
             return _own_pipeline(Path(model.folder), index)
         return diffusers.DiffusionPipeline.from_pretrained(
             model.folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, **off
@@ -156,16 +158,16 @@ def build_pipeline(run: RunPaths, model: Model) -> Any:
 
 
 def _own_pipeline(folder: Path, index: dict[str, Any]) -> Any:
-    """An exported model of our own class (train/sequence_pipeline.py), by the code here: what lies beside the weights
-    is not run."""
+    """An exported model of one of our own classes, by the code here: what lies beside the weights is not run."""
     import diffusers
     import torch
+    import transformers
 
     from latents.text import SequenceEncoder
     from latents.weights import find_sequence
+    from train.autoencoder_dc_pipeline import AutoencoderDCPipeline
     from train.sequence_pipeline import SequencePipeline
 
-    text = SequenceEncoder(find_sequence(str(folder)), int(index["max_length"]))
     parts: dict[str, Any] = {}
     bases = {"vae": diffusers.ModelMixin, "unet": diffusers.UNet2DConditionModel, "scheduler": diffusers.SchedulerMixin}
     for name, base in bases.items():
@@ -175,6 +177,13 @@ def _own_pipeline(folder: Path, index: dict[str, Any]) -> Any:
         how = {} if name == "scheduler" else {"use_safetensors": True, "torch_dtype": torch.float32}
         opened: Any = kind
         parts[name] = opened.from_pretrained(folder / name, local_files_only=True, **how)
+    if index["_class_name"][1] == AUTOENCODER_DC_PIPELINE:
+        encoder = transformers.CLIPTextModel.from_pretrained(
+            folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        return AutoencoderDCPipeline(**parts, text_encoder=encoder, tokenizer=tokenizer)
+    text = SequenceEncoder(find_sequence(str(folder)), int(index["max_length"]))
     return SequencePipeline(**parts, text_encoder=text.model, tokenizer=text.tokenizer, max_length=text.context_length)
 
 

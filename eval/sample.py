@@ -375,9 +375,11 @@ def _kind(base: Any, given: set[str]) -> Any:
     base = models.from_prompts(base)
     if "image" not in given:
         return base
-    if type(base).__name__ == models.OURS[1]:
-        raise ConfigError(
-            "sample: a model with a text encoder of transformers draws from prompts alone; give no --image"
-        )
+    alone = {
+        models.SEQUENCE_PIPELINE: "a text encoder of transformers",
+        models.AUTOENCODER_DC_PIPELINE: "an AutoencoderDC",
+    }
+    if (what := alone.get(type(base).__name__)) is not None:
+        raise ConfigError(f"sample: a model with {what} draws from prompts alone; give no --image")
     kind = diffusers.AutoPipelineForInpainting if "mask" in given else diffusers.AutoPipelineForImage2Image
     return kind.from_pipe(base)

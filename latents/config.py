@@ -44,6 +44,23 @@ class SequenceConfig(Strict):
     max_length: int = Field(default=256, ge=2, le=4096, description="tokens that are read of a caption, at most")
 
 
+class FeaturesConfig(Strict):
+    """Features of an image's places by a frozen vision tower, beside its latent: what train.alignment brings a UNet's
+    features near to (vision.py)."""
+
+    pretrained: str = Field(
+        min_length=1,
+        description="a folder of transformers or a hub name (DINOv2, SigLIP, CLIP, ...), or an open_clip model; "
+        "safetensors",
+    )
+    size: int | None = Field(
+        default=None, ge=8, le=4096, description="side in pixels that images are brought to; null: the tower's own"
+    )
+    grid: int | None = Field(
+        default=None, ge=1, le=256, description="places along a side that are stored; null: as many as the tower has"
+    )
+
+
 class LatentsConfig(Strict):
     """Settings of the latents stage. Resolutions are in pixels, `batch_size` in pictures of `resolution`."""
 
@@ -58,6 +75,14 @@ class LatentsConfig(Strict):
     flip: bool = Field(
         default=False,
         description="store the moments of the mirrored picture too, for train.flip: twice the encoding and the bytes",
+    )
+    crop: Literal["center", "random"] = Field(
+        default="center",
+        description="which part of an image is kept where not all of it fits: the middle, or one drawn by its key, the "
+        "same at every resolution and whenever it is made",
+    )
+    features: FeaturesConfig | None = Field(
+        default=None, description="store a vision tower's features too, for train.alignment; null: none"
     )
     text: Literal["tokens", "embeddings"] = "embeddings"
     text_layer: Literal["last", "penultimate", "last_no_norm", "penultimate_no_norm"] = Field(
@@ -150,6 +175,12 @@ class LatentsConfig(Strict):
             del found["text_pad"]
         if not self.flip:
             del found["flip"]
+        if self.crop == "center":
+            del found["crop"]
+        if self.features is None:
+            del found["features"]
+        else:
+            found["features"] = self.features.model_dump(exclude={"pretrained"})
         # Which weights they are is said by their digest, wherever they lie.
         if self.second_clip is not None:
             found["text_encoder"] = {"kind": self.second_clip.kind, "pad": self.second_clip.pad or "zero"}

@@ -56,8 +56,9 @@ class Stored:
 
 
 class Vae:
-    """A diffusers AutoencoderKL or AutoencoderTiny: `model`, `digest`, `scaling_factor`, `config`, `channels`,
-    `downscale`; `has_posterior` is False for the latter. channels_last, compile: how the encoder is run."""
+    """A diffusers AutoencoderKL, AutoencoderTiny or AutoencoderDC: `model`, `digest`, `scaling_factor`, `config`,
+    `channels`, `downscale`; `has_posterior` is False for the latter two. channels_last, compile: how the encoder
+    runs."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class Vae:
         self.ref, self.digest, self.config = weights.ref, weights.digest, weights.config
         self.scaling_factor, self.downscale = weights.scaling_factor, weights.downscale
         self.channels = int(weights.config["latent_channels"])
-        self.has_posterior = weights.kind == "AutoencoderKL"
+        self.has_posterior = weights.has_posterior
         self.device, self.precision = device, precision
         self.model: Any = _moved(_build_vae(weights), device, precision)
         require_digest("the VAE", weights.digest, self.digest, self.ref)  # it may have been exchanged meanwhile
@@ -160,7 +161,7 @@ class Vae:
 
     def _split(self, found: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.has_posterior:
-            mean = found.latents.float()
+            mean = (found.latents if self.weights.kind == "AutoencoderTiny" else found.latent).float()
             return mean, torch.full_like(mean, -torch.inf)
         return found.latent_dist.mean.float(), 0.5 * found.latent_dist.logvar.float()
 

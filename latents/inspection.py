@@ -22,7 +22,7 @@ from PIL import Image
 from latents.buckets import Bucket
 from latents.encoders import Vae, load_text_of, load_vae, pick_device, require_digest
 from latents.moments import dequantise_logstd
-from latents.resize import resize_crop_to
+from latents.resize import crop_place, resize_crop_to
 from latents.stage import LatentsStage, fixed_arithmetic
 from latents.text import Text
 from latents.weights import text_facts
@@ -127,7 +127,9 @@ def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
                     )
                 i = own[keys[n]]
                 for r in range(columns.arrays["bucket"].shape[1] if "bucket" in columns.arrays else 1):
-                    seen.append(_look(vae, columns, image_shard, i, n, r, buckets, (keys[n], captions[i])))
+                    drawn = manifest["settings"].get("crop") == "random"
+                    place = crop_place(keys[n]) if drawn else None
+                    seen.append(_look(vae, columns, image_shard, i, n, r, buckets, (keys[n], captions[i]), place))
             then, now, others = _text(text, columns, [captions[own[keys[n]]] for n in chosen], chosen)
             differ += others
             rows_then, rows_now = [*rows_then, *then], [*rows_now, *now]
@@ -170,11 +172,12 @@ def _look(
     r: int,
     buckets: list[Bucket],
     names: tuple[str, str],
+    place: tuple[float, float] | None,
 ) -> Seen:
     mean, codes = (value_of(columns.arrays, name, n, r) for name in ("mean", "logstd"))
     assert mean is not None
     bucket = buckets[int(columns.arrays["bucket"][n, r]) if "bucket" in columns.arrays else r]
-    cut = resize_crop_to(images.decode_rgb(image_shard.image_bytes(i)), bucket.width, bucket.height)[0].copy()
+    cut = resize_crop_to(images.decode_rgb(image_shard.image_bytes(i)), bucket.width, bucket.height, place)[0].copy()
     now, logstd = (x.numpy()[0] for x in vae.encode(cut[None]))
     drift = _relative(mean, now)
     if codes is not None and np.abs(dequantise_logstd(codes) - logstd).max() > 0.5:

@@ -40,6 +40,7 @@ class Rates:
     where: str
     samples: int
     tokens: float = 0.0  # a caption, where captions have as many rows as tokens; else 0
+    features: float = 0.0  # seconds of the vision tower for an image, over all resolutions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +80,13 @@ class Choice:
 def column_bytes(text: str, moments: bool, rates: Rates, facts: dict[str, int], resolutions: int = 1) -> float:
     """Bytes of a sample's columns. facts: channels, context, width, pooled (0 where it is not stored), flips (2 where
     mirrored pictures are encoded too), how many encoders have tokens of their own; one each, where left out. And of an
-    id, 2 where left out, and of what says how long a caption is, 0 where left out."""
-    latent = facts["channels"] * rates.area * facts.get("flips", 1)
+    id, 2 where left out, and of what says how long a caption is, 0 where left out; and how many values a vision tower's
+    features have, 0 where left out."""
+    flips = facts.get("flips", 1)
+    latent = facts["channels"] * rates.area * flips
     ids = facts.get("id_bytes", 2) * facts["context"] * facts.get("encoders", 1) + facts.get("length_bytes", 0)
     size = latent * (3 if moments else 2) + ids + MICRO_BYTES * resolutions
+    size += 2 * facts.get("features", 0) * flips * resolutions
     if text == "embeddings":
         rows = rates.tokens or facts["context"]
         size += INDEX_BYTES + rates.distinct * 2 * (rows * facts["width"] + facts["pooled"])
@@ -95,12 +99,12 @@ def choices(samples: int, rates: Rates, prices: Prices, facts: dict[str, int], r
     def training(seconds: float) -> float:  # money an epoch
         return samples * seconds / prices.trainer_speed / 3600 * prices.trainer_hour
 
-    online = training(rates.vae + rates.distinct * rates.text)
+    online = training(rates.vae + rates.features + rates.distinct * rates.text)
     found = [Choice("online: nothing stored", 0.0, 0.0, 0.0, 0.0, prices.epochs * online, None)]
     for text in ("tokens", "embeddings"):
         for moments in (False, True):
             size = column_bytes(text, moments, rates, facts, resolutions) + rates.sidecar
-            beforehand = rates.vae * facts.get("flips", 1) + (
+            beforehand = (rates.vae + rates.features) * facts.get("flips", 1) + (
                 rates.distinct * rates.text if text == "embeddings" else 0.0
             )
             hours = samples * beforehand / prices.worker_speed / 3600
@@ -127,6 +131,8 @@ def facts_of(stage: LatentsStage) -> dict[str, int]:
     if stage.config.sequence is not None:
         vocabulary = find_sequence(stage.config.sequence.pretrained).vocabulary
         found |= {"id_bytes": id_type(vocabulary).itemsize, "length_bytes": 2}
+    if (features := stage.features()) is not None:
+        found["features"] = features["grid"] ** 2 * features["width"]
     return found | {"encoders": len(clips_of(text))} | ({"flips": 2} if stage.config.flip else {})
 
 
@@ -148,6 +154,8 @@ def rates_of(stage: LatentsStage, samples: int = 64, measure_again: bool = False
 def rates_key(stage: LatentsStage) -> str:
     """What rates depend on: everything but the choices that a plan is to compare."""
     weights = [find_vae(stage.vae_ref).digest, text_facts(stage.config, stage.text_ref)["digest"]]
+    if (features := stage.features()) is not None:
+        weights.append(features["digest"])
     settings = {k: v for k, v in stage.config.settings().items() if k not in ("text", "moments", "flip")}
     return digest_json([settings, stage.config.device, weights])[:32]
 
@@ -180,7 +188,7 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
     live = [(i, s) for i, s in loaded if s.error is None]
     if not live:
         raise StageError(f"{shard.url}: not one of the first {count} pictures can be decoded")
-    seconds = 0.0
+    seconds = features = 0.0
     with fixed_arithmetic(stage.config.threads):
         for r in range(len(stage.config.resolutions)):
             batches: dict[int, list[np.ndarray]] = {}
@@ -194,6 +202,12 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
                 for stack in stacks:
                     worker.vae.encode_stored(stack)()
                 seconds += time.perf_counter() - began
+                if worker.vision is not None:
+                    worker.vision.encode_stored(stacks[0])()
+                    began = time.perf_counter()
+                    for stack in stacks:
+                        worker.vision.encode_stored(stack)()
+                    features += time.perf_counter() - began
         tokens, index = worker._tokenise(shard.captions)
         distinct = len(np.unique(index[:-1]))
         worker._embed_captions({n: ids[:1] for n, ids in tokens.items()}, np.zeros(1, np.int64))
@@ -210,6 +224,7 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
         decode=decode,
         vae=seconds / len(live),
         text=text,
+        features=features / len(live),
         tokens=float(tokens["text_length"][:-1].mean()) if "text_length" in tokens else 0.0,
         distinct=distinct / len(shard),
         sidecar=sidecar / max(shard.info.count, 1) + 2500 / max(shard.info.count, 1),  # and the stats file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,13 +27,29 @@ class Fit:
     crop_top: int
 
 
-def fit_cover(width: int, height: int, to_width: int, to_height: int) -> Fit:
-    """The smallest scale at which the picture covers the target; what stands out is cropped evenly on both sides."""
+def crop_place(key: str) -> tuple[float, float]:
+    """Where a sample's image is cropped if that is drawn: two numbers of [0, 1), across and down, by its key alone.
+
+    So it is the same for its latent, for what lies beside it, and whenever either is made again.
+    """
+    digest = hashlib.sha256(f"crop {key}".encode("utf-8", "surrogatepass")).digest()
+    across, down = (int.from_bytes(digest[i : i + 4], "big") / 2**32 for i in (0, 4))
+    return across, down
+
+
+def fit_cover(width: int, height: int, to_width: int, to_height: int, place: tuple[float, float] | None = None) -> Fit:
+    """The smallest scale at which the picture covers the target; what stands out is cropped evenly on both sides.
+
+    place: of `crop_place`; each way in which the target fits in is then as likely.
+    """
     if to_width * height >= to_height * width:
         scaled_width, scaled_height = to_width, max(to_height, round(height * to_width / width))
     else:
         scaled_width, scaled_height = max(to_width, round(width * to_height / height)), to_height
-    return Fit(scaled_width, scaled_height, (scaled_width - to_width) // 2, (scaled_height - to_height) // 2)
+    spare = (scaled_width - to_width, scaled_height - to_height)
+    if place is None:
+        return Fit(scaled_width, scaled_height, spare[0] // 2, spare[1] // 2)
+    return Fit(scaled_width, scaled_height, int(place[0] * (spare[0] + 1)), int(place[1] * (spare[1] + 1)))
 
 
 def crop_before(original: tuple[int, int], stored: tuple[int, int], fit: Fit) -> tuple[int, int]:
@@ -49,10 +66,15 @@ def crop_before(original: tuple[int, int], stored: tuple[int, int], fit: Fit) ->
     )
 
 
-def resize_crop_to(pixels: np.ndarray, to_width: int, to_height: int) -> tuple[np.ndarray, Fit]:
-    """uint8 [H,W,3] -> uint8 [to_height,to_width,3] and what was done; Lanczos, antialiased, where sizes differ."""
+def resize_crop_to(
+    pixels: np.ndarray, to_width: int, to_height: int, place: tuple[float, float] | None = None
+) -> tuple[np.ndarray, Fit]:
+    """uint8 [H,W,3] -> uint8 [to_height,to_width,3] and what was done; Lanczos, antialiased, where sizes differ.
+
+    place: as for `fit_cover`.
+    """
     height, width = pixels.shape[:2]
-    fit = fit_cover(width, height, to_width, to_height)
+    fit = fit_cover(width, height, to_width, to_height, place)
     if (fit.scaled_width, fit.scaled_height) != (width, height):
         image = Image.fromarray(pixels)
         if fit.scaled_width * fit.scaled_height > MAX_SCALED:  # a strip: no more of it is scaled than is kept

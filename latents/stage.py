@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from latents.buckets import nearest
 from latents.config import LatentsConfig
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP, ChannelStats, finite_rows, of_columns, quantise_logstd, to_half
-from latents.resize import Fit, crop_before, prefetch, resize_crop_to
+from latents.resize import Fit, crop_before, crop_place, prefetch, resize_crop_to
 from latents.takedown import NOT_SELECTED
 from latents.weights import PADS, VaeWeights, clips_of, find_vae, text_facts
 from shards import images, storage
@@ -53,6 +53,7 @@ from shards.takeover import is_old, old_digests, old_version
 if TYPE_CHECKING:
     from latents.encoders import Vae
     from latents.text import Text
+    from latents.vision import VisionEncoder
 
 log = logging.getLogger("carrara.latents")
 
@@ -61,8 +62,9 @@ READABLE = (2,)  # older ones, to whose shards new ones may be added
 
 # An image shard's words for what became of a row, and ours for a picture that was there but has no latent.
 STATUSES = (*images.STATUSES, "failed_to_encode")
-FLIPPED = "_flipped"  # ends the names of the columns of mirrored pictures' moments
-ERRORS = ("decode_error", "not_finite_latent", "not_finite_text")
+FLIPPED = "_flipped"  # ends the names of the columns of mirrored pictures' moments and features
+FEATURES = "features"  # the column of a vision tower's features, float16 [n,grid,grid,width]
+ERRORS = ("decode_error", "not_finite_latent", "not_finite_text", "not_finite_features")
 
 FIT_COLUMNS = ("bucket_width", "bucket_height", "scaled_width", "scaled_height", "crop_left", "crop_top")
 # Where an image lies, in its tar or in another; it means nothing beside a latent.
@@ -133,17 +135,27 @@ class LatentsStage:
                 raise ConfigError(
                     f"latents.{field} is {value}, which this VAE cannot encode: make it a multiple of {vae.downscale}"
                 )
-        if self.config.moments and vae.kind == "AutoencoderTiny":
+        if self.config.moments and not vae.has_posterior:
             raise ConfigError(
-                f"the VAE '{vae.ref}' is an AutoencoderTiny, which has no posterior to draw from: "
+                f"the VAE '{vae.ref}' is an {vae.kind}, which has no posterior to draw from: "
                 "set latents.moments to false"
             )
         weights = {"vae": vae.digest, "text": text["digest"]}
+        if (features := self.features()) is not None:
+            weights["features"] = features["digest"]
         stored = read_made_with(self.root)
         settings = {**self.config.settings(), **self._curated(None if redo else stored)}
         kept = stored is not None and stored.get("taken_over_from") and stored["version"] in READABLE
         version = stored["version"] if stored is not None and kept else VERSION
         return Fingerprint(self.name, version, settings, None, weights)
+
+    def features(self) -> dict[str, Any] | None:
+        """The facts of the vision tower whose features are stored; None where none are. Raises ConfigError."""
+        if self.config.features is None:
+            return None
+        from latents.vision import find_vision
+
+        return find_vision(self.config.features.pretrained).facts(self.config.features)
 
     def _curated(self, stored: dict[str, Any] | None) -> dict[str, Any]:
         """Settings of what comes from scores and captions: rules with their thresholds, which stay once they are
@@ -220,7 +232,7 @@ class LatentsStage:
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Check the accounting, merge the statistics in shard order, write the manifest and return it."""
-        vae, text = find_vae(self.vae_ref), text_facts(self.config, self.text_ref)
+        vae, text, features = find_vae(self.vae_ref), text_facts(self.config, self.text_ref), self.features()
         refuse_other_settings(self)  # weights may have been exchanged during the run
         images, total = self.images(), None
         expected = {s.index: s for s in images.shards}
@@ -274,6 +286,7 @@ class LatentsStage:
                 "settings": self.config.settings(),
                 "vae": _vae_facts(vae),
                 "text": text,
+                **({} if features is None else {"features": features}),
                 "channels": total.summary(),
                 "status": {k: status[k] for k in STATUSES if status[k]},
                 "errors": dict(sorted(errors.items())),
@@ -334,6 +347,11 @@ class _Worker:
             self.vae: Vae = load_vae(stage.vae_ref, self.device, self.config.precision, **how)
             self.facts = text_facts(self.config, stage.text_ref)
             self.text: Text = load_text_of(self.facts, self.device, self.config.precision)
+            self.vision: VisionEncoder | None = None
+            if (features := stage.features()) is not None:
+                from latents.vision import VisionEncoder, find_vision
+
+                self.vision = VisionEncoder(find_vision(features["ref"]), features, self.device, self.config.precision)
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """Encode and commit one shard; returns its committed stats."""
@@ -342,6 +360,8 @@ class _Worker:
         weights = self.made_with.weights or {}
         require_digest("the VAE", self.vae.digest, weights["vae"], self.vae.ref)
         require_digest(self.text.called, self.text.digest, weights["text"], self.text.ref)
+        if self.vision is not None:
+            require_digest("the vision tower", self.vision.digest, weights["features"], self.vision.ref)
         if (found := self.folder.adopt(task.index)) is not None:
             return found
         started = time.perf_counter()
@@ -424,6 +444,8 @@ class _Worker:
         for suffix, clip in zip(("", "_2"), clips_of(self.facts), strict=False):
             if clip["pad"] in PADS and clip["pad"] != "zero":
                 metadata[f"text_pad{suffix}"] = clip["pad"]
+        if self.vision is not None:
+            metadata["features"] = self.vision.digest
         if self.config.moments:
             metadata |= {"logstd_min": repr(LOGSTD_MIN), "logstd_step": repr(LOGSTD_STEP)}
         if len(self.buckets) > 1:
@@ -496,6 +518,11 @@ class _Worker:
 
     # ---- pictures --------------------------------------------------------------------------------
 
+    @property
+    def _ends(self) -> tuple[str, ...]:
+        """What ends the names of columns that are of images as they are, and mirrored."""
+        return ("", FLIPPED) if self.config.flip else ("",)
+
     def _plan(self, shard: images.ImageShard) -> _Plan:
         """Buckets from the sizes in the sidecar, so that pictures can be decoded in the order of their batches."""
         count = len(shard)
@@ -525,9 +552,13 @@ class _Worker:
             count = int((plan.bucket == b).sum())
             side = (bucket.height // self.vae.downscale, bucket.width // self.vae.downscale)
             for name, dtype in (("mean", np.float16), *([("logstd", np.uint8)] if self.config.moments else [])):
-                for end in ("", FLIPPED) if self.config.flip else ("",):
+                for end in self._ends:
                     rows = np.zeros((count, self.vae.channels, *side), dtype)
                     arrays[column(name + end, b, len(self.buckets))] = rows
+            if (vision := self.vision) is not None:
+                for end in self._ends:
+                    shape = (count, vision.grid, vision.grid, vision.width)
+                    arrays[column(FEATURES + end, b, len(self.buckets))] = np.zeros(shape, np.float16)
         under_way: list[Callable[[], None]] = []  # at most one batch, besides the one that is being filled
 
         def flush(bucket: int, batch: list[tuple[int, np.ndarray]]) -> None:
@@ -569,12 +600,16 @@ class _Worker:
         pixels = np.stack([p for _, p in batch] + [batch[-1][1]] * (size - len(batch)))
         # A VAE's convolutions are not symmetric: the mirrored latent is not the latent of the mirrored picture.
         ways = [("", slice(None)), *([(FLIPPED, slice(None, None, -1))] if self.config.flip else [])]
-        results = [self.vae.encode_stored(np.ascontiguousarray(pixels[:, :, way])) for _, way in ways]
+        turned = [np.ascontiguousarray(pixels[:, :, way]) for _, way in ways]
+        results = [self.vae.encode_stored(p) for p in turned]
+        seen = [] if self.vision is None else [self.vision.encode_stored(p) for p in turned]
         resolution = self.config.resolutions.index(self.buckets[bucket].resolution)
 
         def collect() -> None:
             for (end, way), result in zip(ways, results, strict=True):
                 put(end, way, result())
+            for (end, way), features in zip(ways, seen, strict=self.vision is not None):
+                put_features(end, way, features())
 
         def put(end: str, way: slice, found: Any) -> None:
             mean, logstd = (column(name + end, bucket, len(self.buckets)) for name in ("mean", "logstd"))
@@ -591,6 +626,18 @@ class _Worker:
                 if logstd in arrays:
                     arrays[logstd][at] = codes
 
+        def put_features(end: str, way: slice, found: np.ndarray) -> None:
+            rows = arrays[column(FEATURES + end, bucket, len(self.buckets))]
+            for j, (i, image) in enumerate(batch):
+                half = found[j]
+                if not np.isfinite(half).all():
+                    assert self.vision is not None
+                    half = to_half(self.vision.encode_exact(image[None, :, way].copy()).numpy())[0]
+                    if not np.isfinite(half).all():
+                        samples[i].error = ("not_finite_features", "the features are not finite in float16")
+                        continue
+                rows[plan.index[i, resolution]] = half
+
         return collect
 
     def _exact(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -602,13 +649,14 @@ class _Worker:
 
     def _loader(self, shard: images.ImageShard, plan: _Plan) -> Callable[[int], _Sample]:
         order, targets = plan.order.tolist(), [[self.buckets[b] for b in row] for row in plan.bucket.tolist()]
+        places = [crop_place(k) if self.config.crop == "random" else None for k in shard.keys]
 
         def load(k: int) -> _Sample:
             i = order[k]
             data = shard.image_bytes(i)  # a tar that cannot be read is the shard's fault, and is raised
             try:
                 pixels = images.decode_rgb(data)
-                cuts = [resize_crop_to(pixels, b.width, b.height) for b in targets[i]]
+                cuts = [resize_crop_to(pixels, b.width, b.height, places[i]) for b in targets[i]]
             except Exception as e:  # decoders raise many things for broken data; it costs this picture alone
                 return _Sample(error=("decode_error", " ".join(str(e).split())[:500]))
             return _Sample([p for p, _ in cuts], [f for _, f in cuts])

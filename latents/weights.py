@@ -48,7 +48,7 @@ TEXT_ALONE = "text encoder alone"  # the name of a CLIP of which there is no mor
 SEQUENCE = "transformers"  # and of an encoder of transformers, whose captions have as many rows as tokens
 # Formats that are read without running code from the file: safetensors, or torch.load(weights_only=True).
 SAFE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-# The arguments of the two kinds of autoencoder, all of which diffusers' save_pretrained writes (a test compares them
+# The arguments of the kinds of autoencoder, all of which diffusers' save_pretrained writes (a test compares them
 # with its own).
 VAE_ARGUMENTS = (
     "in_channels",
@@ -87,7 +87,28 @@ TINY_ARGUMENTS = (
     "scaling_factor",
     "shift_factor",
 )
-ARGUMENTS = {"AutoencoderKL": VAE_ARGUMENTS, "AutoencoderTiny": TINY_ARGUMENTS}
+DC_ARGUMENTS = (
+    "in_channels",
+    "latent_channels",
+    "attention_head_dim",
+    "encoder_block_types",
+    "decoder_block_types",
+    "encoder_block_out_channels",
+    "decoder_block_out_channels",
+    "encoder_layers_per_block",
+    "decoder_layers_per_block",
+    "encoder_qkv_multiscales",
+    "decoder_qkv_multiscales",
+    "upsample_block_type",
+    "downsample_block_type",
+    "decoder_norm_types",
+    "decoder_act_fns",
+    "encoder_out_shortcut",
+    "decoder_in_shortcut",
+    "decoder_conv_act_fn",
+    "scaling_factor",
+)
+ARGUMENTS = {"AutoencoderKL": VAE_ARGUMENTS, "AutoencoderTiny": TINY_ARGUMENTS, "AutoencoderDC": DC_ARGUMENTS}
 # What follows a caption's end token: id 0, as open_clip pads (Stable Diffusion 2, SDXL's second encoder), or the end
 # token again, as Stable Diffusion 1's tokenizer pads.
 PADS = ("zero", "end")
@@ -106,7 +127,7 @@ class VaeWeights:
     """A VAE that was found. kind: diffusers' class; config: its arguments; layout: whose names the tensors have, and
     prefix what stands before each of them; file: the weights, or the index of several files.
 
-    An AutoencoderTiny (TAESD) gives latents alone, no posterior: there is no spread to store.
+    An AutoencoderTiny (TAESD) or AutoencoderDC gives latents alone, no posterior: there is no spread to store.
     """
 
     ref: str
@@ -117,7 +138,7 @@ class VaeWeights:
     prefix: str = ""
 
     def __post_init__(self) -> None:
-        levels = "block_out_channels" if self.kind == "AutoencoderKL" else "encoder_block_out_channels"
+        levels = self._levels
         widths = self.config[levels]
         listed = isinstance(widths, list) and widths and all(_positive(w, int) for w in widths)
         wrong = {
@@ -138,7 +159,7 @@ class VaeWeights:
         there."""
         if INDEX not in self.file.name:
             return [self.file]
-        weight_map = _read_config(self.file, f"the VAE '{self.ref}'").get("weight_map")
+        weight_map = read_config(self.file, f"the VAE '{self.ref}'").get("weight_map")
         names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
         missing = next((n for n in names if not (self.file.parent / Path(n).name).is_file()), None)
         if not names or missing:
@@ -149,7 +170,7 @@ class VaeWeights:
     @property
     def digest(self) -> str:
         """sha256 over the weights files' digests and the configuration."""
-        digests = [_file_digest(f) for f in self.files]
+        digests = [file_digest(f) for f in self.files]
         return digest_json({"weights": digests[0] if len(digests) == 1 else digests, "config": self.config})
 
     @property
@@ -160,8 +181,17 @@ class VaeWeights:
     @property
     def downscale(self) -> int:
         """Pixels per latent place along one side."""
-        levels = "block_out_channels" if self.kind == "AutoencoderKL" else "encoder_block_out_channels"
-        return int(2 ** (len(self.config[levels]) - 1))
+        return int(2 ** (len(self.config[self._levels]) - 1))
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether a latent has a spread from which draws are taken."""
+        return self.kind == "AutoencoderKL"
+
+    @property
+    def _levels(self) -> str:
+        """The argument with a width for each level, between which the encoder halves."""
+        return "block_out_channels" if self.has_posterior else "encoder_block_out_channels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +209,7 @@ class ClipWeights:
     def digest(self) -> str:
         """sha256 over the weights file's digest and the architecture."""
         config = {**self.model_cfg, "quick_gelu": self.quick_gelu}
-        return digest_json({"weights": _file_digest(self.file), "config": config})
+        return digest_json({"weights": file_digest(self.file), "config": config})
 
     @property
     def text_alone(self) -> bool:
@@ -223,8 +253,8 @@ class SequenceWeights:
         """sha256 over the weights, the configuration, and the files of the tokenizer."""
         config = {k: v for k, v in self.config.items() if k not in _NO_PART_OF_A_MODEL}
         names = sorted(n for n in TOKENIZER_FILES if (self.tokenizer / n).is_file())
-        tokenizer = {n: _file_digest(self.tokenizer / n) for n in names}
-        weights = {f.name: _file_digest(f) for f in self.files}
+        tokenizer = {n: file_digest(self.tokenizer / n) for n in names}
+        weights = {f.name: file_digest(f) for f in self.files}
         return digest_json({"weights": weights, "config": config, "tokenizer": tokenizer})
 
     @property
@@ -233,7 +263,7 @@ class SequenceWeights:
         positions = _number(self.config, ("max_position_embeddings",))
         if positions is None or not (file := self.tokenizer / "tokenizer_config.json").is_file():
             return positions
-        limit = _read_config(file, "the tokenizer").get("model_max_length")  # RoBERTa has two fewer than its places
+        limit = read_config(file, "the tokenizer").get("model_max_length")  # RoBERTa has two fewer than its places
         return min(positions, int(limit)) if isinstance(limit, int | float) and limit > 0 else positions
 
     def facts(self, max_length: int) -> dict[str, Any]:
@@ -262,10 +292,10 @@ def find_vae(ref: str) -> VaeWeights:
     if path.is_dir():
         return _vae_folder(ref, path)
     if HUB_NAME.fullmatch(ref):
-        return _vae_folder(ref, _hub_folder(ref, "the VAE", _VAE_HUB_FILES))
+        return _vae_folder(ref, hub_folder(ref, "the VAE", _VAE_HUB_FILES))
     raise ConfigError(
         f"the VAE '{ref}' is neither a folder nor a file here, nor a hub name such as stabilityai/sd-vae-ft-mse; "
-        "give the path of a diffusers AutoencoderKL or AutoencoderTiny"
+        f"give the path of a diffusers {' or '.join(ARGUMENTS)}"
     )
 
 
@@ -276,7 +306,7 @@ def find_clip(ref: str) -> ClipWeights:
         return _clip_folder(ref, path)
     if ref.startswith("hf-hub:"):
         name = ref.removeprefix("hf-hub:")
-        return _clip_folder(ref, _hub_folder(name, "the CLIP", _CLIP_HUB_FILES))
+        return _clip_folder(ref, hub_folder(name, "the CLIP", _CLIP_HUB_FILES))
     model, colon, weights = ref.partition(":")
     if ref.startswith("local-dir:") or not colon or os.path.exists(ref):
         raise ConfigError(
@@ -342,7 +372,7 @@ def find_pad(ref: str, names: Sequence[str] = ("tokenizer_2", "tokenizer")) -> s
     if not root.is_dir():
         if not HUB_NAME.fullmatch(ref):
             return None
-        root = _hub_folder(ref, "the tokenizer of", ["tokenizer*/*.json", "tokenizer*/*.txt"])
+        root = hub_folder(ref, "the tokenizer of", ["tokenizer*/*.json", "tokenizer*/*.txt"])
     folder = next((root / n for n in names if (root / n).is_dir()), None)
     if folder is None:
         return None
@@ -377,7 +407,7 @@ def _vae_folder(ref: str, folder: Path) -> VaeWeights:
         config_file = here / "config.json"
         if not config_file.is_file():
             continue
-        config = _read_config(config_file, "the VAE")
+        config = read_config(config_file, "the VAE")
         kind = config.get("_class_name", "AutoencoderKL")
         if kind not in ARGUMENTS:
             raise ConfigError(
@@ -430,7 +460,7 @@ def _config_beside(ref: str, file: Path, kind: str) -> dict[str, Any] | None:
     """The configuration in the .json of the file's own name, else in config.json, if that is of such a network."""
     for path in (file.with_suffix(".json"), file.with_name("config.json")):
         if path.is_file():
-            config = _read_config(path, "the VAE")
+            config = read_config(path, "the VAE")
             if config.get("_class_name", kind) == kind and "latent_channels" in config:
                 return config
             if path.name != "config.json":
@@ -482,7 +512,7 @@ def _clip_folder(ref: str, folder: Path) -> ClipWeights:
         return _clip_text_folder(ref, folder)
     if not config_file.is_file():
         raise ConfigError(f"the CLIP '{ref}': {folder} has no open_clip_config.json")
-    model_cfg = _read_config(config_file, "the CLIP").get("model_cfg")
+    model_cfg = read_config(config_file, "the CLIP").get("model_cfg")
     if not isinstance(model_cfg, dict) or "text_cfg" not in model_cfg:
         raise ConfigError(f"the CLIP '{ref}': {config_file} has no model_cfg with a text_cfg")
     _require_plain_text(ref, model_cfg["text_cfg"])
@@ -494,7 +524,7 @@ def _clip_folder(ref: str, folder: Path) -> ClipWeights:
 
 def _clip_text_folder(ref: str, folder: Path) -> ClipWeights:
     """The text encoder of a diffusers pipeline, as transformers saves it, in open_clip's words."""
-    config = _read_config(folder / "config.json", "the CLIP")
+    config = read_config(folder / "config.json", "the CLIP")
     if config.get("model_type") != "clip_text_model":
         raise ConfigError(
             f"the CLIP '{ref}': {folder / 'config.json'} describes no CLIP's text encoder; give the folder "
@@ -612,19 +642,28 @@ def find_sequence(ref: str) -> SequenceWeights:
     if not root.is_dir():
         if not HUB_NAME.fullmatch(ref):
             raise ConfigError(f"{what} is neither a folder here nor a hub name; give one that transformers saved")
-        root = _hub_folder(ref, "the text encoder", _SEQUENCE_HUB_FILES)
+        root = hub_folder(ref, "the text encoder", _SEQUENCE_HUB_FILES)
     model = next((f for f in (root, root / "text_encoder") if (f / "config.json").is_file()), None)
     if model is None:
         raise ConfigError(f"{what}: {root} has no config.json; give the folder that transformers saved a model in")
-    config = _read_config(model / "config.json", "the text encoder")
+    config = read_config(model / "config.json", "the text encoder")
     tokenizer = root / "tokenizer" if (root / "tokenizer").is_dir() else model
     if not any((tokenizer / n).is_file() for n in TOKENIZER_FILES):
         raise ConfigError(
             f"{what}: {tokenizer} has no tokenizer; save it there, beside the model, with save_pretrained"
         )
+    files = model_files(what, "the text encoder", model)
+    width, vocabulary = (_number(config, names) for names in (("d_model", "hidden_size", "dim"), ("vocab_size",)))
+    if width is None or vocabulary is None:
+        raise ConfigError(f"{what}: {model / 'config.json'} names no width (d_model, hidden_size) or no vocab_size")
+    return SequenceWeights(ref, model, tokenizer, tuple(files), config, width, vocabulary)
+
+
+def model_files(what: str, kind: str, model: Path) -> list[Path]:
+    """The safetensors files of a model in the folder that transformers saved it in, whole or in parts; ConfigError."""
     files: list[Path] = [model / "model.safetensors"]
     if (index := model / "model.safetensors.index.json").is_file() and not files[0].is_file():
-        named = _read_config(index, "the text encoder").get("weight_map")
+        named = read_config(index, kind).get("weight_map")
         names = sorted(set(named.values())) if isinstance(named, dict) else []
         if not names or any(Path(str(n)).name != n or not (model / n).is_file() for n in names):
             raise ConfigError(f"{what}: {index} names files that are not beside it; bring them back")
@@ -634,10 +673,7 @@ def find_sequence(ref: str) -> SequenceWeights:
             f"{what}: {model} has no model.safetensors, whole or in parts; load the model with transformers and save "
             "it with save_pretrained (a pickle may run anything, and is not opened)"
         )
-    width, vocabulary = (_number(config, names) for names in (("d_model", "hidden_size", "dim"), ("vocab_size",)))
-    if width is None or vocabulary is None:
-        raise ConfigError(f"{what}: {model / 'config.json'} names no width (d_model, hidden_size) or no vocab_size")
-    return SequenceWeights(ref, model, tokenizer, tuple(files), config, width, vocabulary)
+    return files
 
 
 def _number(config: dict[str, Any], names: Sequence[str]) -> int | None:
@@ -652,7 +688,7 @@ def _number(config: dict[str, Any], names: Sequence[str]) -> int | None:
 # ---- shared ----------------------------------------------------------------------------------------
 
 
-def _hub_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
+def hub_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
     """The local copy of those files of a hub repository that match; raises ConfigError where it cannot be had."""
     from huggingface_hub import snapshot_download
 
@@ -662,7 +698,8 @@ def _hub_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
         raise ConfigError(f"{what} '{name}' is not a path here and cannot be had from the hub: {_line(e)}") from None
 
 
-def _read_config(file: Path, what: str) -> dict[str, Any]:
+def read_config(file: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file; ConfigError where it is none. what: whose it is, for the sentence."""
     try:
         config = json.loads(file.read_bytes())
     except (ValueError, OSError) as e:
@@ -680,7 +717,8 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """sha256 of a file, read once as long as it is not changed."""
     info = os.stat(file)
     return _digest_of(str(file), info.st_size, info.st_mtime_ns, info.st_ino)
 

@@ -105,6 +105,11 @@ def _latents(config: RunConfig) -> None:
 
         find = find_clip if config.latents.second_clip is not None else find_sequence
         find(config.latents.text_encoder.pretrained)
+    own = storage.join(RunPaths(config.run).clip, "model")  # may be fitted before the latents are made
+    if config.latents.features is not None and (config.latents.features.pretrained != own or os.path.exists(own)):
+        from latents.vision import find_vision
+
+        find_vision(config.latents.features.pretrained).facts(config.latents.features)
     stored, wanted = config.ingest.image_size, max(config.latents.resolutions)
     mode = config.ingest.resize_mode
     if mode != "no" and wanted > stored and not getattr(config.latents, "enlarge", False):
@@ -121,6 +126,11 @@ def _latents(config: RunConfig) -> None:
 
 def _train(config: RunConfig) -> None:
     _fit("train")(config)
+    made = storage.exists(storage.join(RunPaths(config.run).latents, MANIFEST))  # else these settings make them
+    if not made and any(s.latents is None for s in config.train.sources):
+        for asked, needed in (("alignment", "features"), ("flip", "flip")):
+            if getattr(config.train, asked) and not getattr(config.latents, needed):
+                raise ConfigError(f"train.{asked} needs latents.{needed}, which is not set; set both, or neither")
     if config.train.start_from:
         from train.adapters import find_unet
 

@@ -97,6 +97,7 @@ _PATHS = {
     "autoencoder.perceptual.weights": "reference",
     "clip.pretrained": "reference",
     "latents.text_encoder.pretrained": "reference",
+    "latents.features.pretrained": "reference",
     "train.start_from": "reference",
     "train.adapter.start_from": "path",
     "train.sources.*.latents": "path",

@@ -534,6 +534,24 @@ class ControlConfig(Strict):
         return self
 
 
+class AlignmentConfig(Strict):
+    """U-REPA (Tian 2025, arXiv:2503.18414): a block's features come near to those of a frozen vision tower."""
+
+    weight: float = Field(default=0.5, gt=0, description="of both losses, beside that of the prediction")
+    manifold_weight: float = Field(
+        default=3.0, ge=0, description="of the loss by which places are as alike as in the tower, beside the cosine's"
+    )
+    block: str = Field(
+        default="mid_block",
+        pattern=r"^(mid_block|(down|up)_blocks\.\d{1,2})$",
+        description="whose output is aligned: mid_block, down_blocks.N or up_blocks.N",
+    )
+    hidden: int = Field(default=2048, ge=1, le=16384, description="width of the projector's inner layers")
+    until_images: int | None = Field(
+        default=None, ge=1, description="images from which on it no longer counts; null: it counts to the end"
+    )
+
+
 class ValidationConfig(Strict):
     """The loss on pictures that are never trained on, always the same with the same noise and timesteps."""
 
@@ -646,6 +664,9 @@ class TrainConfig(FitConfig):
         lt=1,
         description="of the distance from another sample's target, which is subtracted (contrastive flow matching, "
         "Stoica 2025; the paper's weight is 0.05)",
+    )
+    alignment: AlignmentConfig | None = Field(
+        default=None, description="align a block with a vision tower; needs latents.features"
     )
     offset_noise: FromHereOn[float] = Field(
         default=0.0, ge=0, le=1, description="noise common to a channel (Guttenberg 2023)"
@@ -765,6 +786,9 @@ class TrainConfig(FitConfig):
             raise ValueError(f"prior cannot go with {beside[0]}: its pictures have their prompt and nothing beside it")
         if self.captions and self.textual_inversion:
             raise ValueError("captions cannot go with textual_inversion, whose templates are its captions")
+        beside = [n for n in ("adapter", "textual_inversion", "control") if getattr(self, n)]
+        if self.alignment and beside:
+            raise ValueError(f"alignment is for a UNet all of which learns, and with {beside[0]} it does not")
         if self.start_from and self.unet:
             raise ValueError("unet is given by start_from; leave one of them out")
         return self
@@ -804,9 +828,12 @@ def layout(stage: str, config: FitConfig, world: int) -> tuple[int, int]:
         raise ConfigError(
             f"{stage}.micro_batch_size is {micro}, which does not divide the {share} images of one of {world} ranks"
         )
-    if getattr(config, "contrastive_weight", 0) and micro % 2:
+    alignment = getattr(config, "alignment", None)
+    paired = "contrastive_weight" if getattr(config, "contrastive_weight", 0) else None
+    paired = paired or ("alignment.manifold_weight" if alignment and alignment.manifold_weight else None)
+    if paired and micro % 2:
         raise ConfigError(
-            f"{stage}.contrastive_weight pairs the samples of a micro-batch, of which there are {micro}; make "
+            f"{stage}.{paired} pairs the samples of a micro-batch, of which there are {micro}; make "
             f"{stage}.micro_batch_size even"
         )
     parts, by_area = config.batch_size // micro, getattr(config, "batch_by_area", None)
@@ -815,9 +842,8 @@ def layout(stage: str, config: FitConfig, world: int) -> tuple[int, int]:
             f"{stage}.batch_by_area is {by_area}, which the {parts} micro-batches of a step ({world} ranks times "
             f"{share // micro}) cannot share evenly; make it a multiple of {parts}"
         )
-    if by_area and getattr(config, "contrastive_weight", 0) and by_area // parts % 2:
+    if by_area and paired and by_area // parts % 2:
         raise ConfigError(
-            f"{stage}.contrastive_weight pairs the samples of a micro-batch; make {stage}.batch_by_area a multiple of "
-            f"{2 * parts}"
+            f"{stage}.{paired} pairs the samples of a micro-batch; make {stage}.batch_by_area a multiple of {2 * parts}"
         )
     return micro, share // micro

@@ -19,7 +19,8 @@ import pyarrow as pa
 import torch
 
 from latents.encoders import other_encoder
-from latents.stage import FLIPPED, texts_in
+from latents.resize import crop_place
+from latents.stage import FEATURES, FLIPPED, texts_in
 from shards import storage
 from shards.columns import COLUMN_ROW, ENDS, ColumnFile, Columns, column, column_rows, members, packed_rows
 from shards.dataset import Dataset
@@ -306,6 +307,10 @@ class Latents:
         minimum, step = (float(self._first[0].metadata[n]) for n in ("logstd_min", "logstd_step"))
         return mean, (minimum + step * np.arange(256)).astype(np.float32)[codes]
 
+    def features(self, positions: np.ndarray, flipped: np.ndarray | None = None) -> np.ndarray:
+        """A vision tower's features, float32 [B,g,g,D]; flipped: as for `moments`."""
+        return self._one_of(FEATURES, positions, np.float32, flipped)
+
     def _one_of(self, name: str, positions: np.ndarray, dtype: Any, flipped: np.ndarray | None) -> np.ndarray:
         found = self._gather(name, positions, dtype)
         if flipped is not None and flipped.any():
@@ -360,6 +365,23 @@ class Latents:
                     "those of the pictures; make the latents again with latents.flip true (carrara latents --redo)"
                 )
 
+    def require_features(self) -> dict[str, Any]:
+        """The facts of the vision tower whose features lie beside the latents; raises ConfigError where a dataset has
+        none, or those of another one."""
+        facts: list[dict[str, Any]] = [d.manifest.get(FEATURES) or {} for d in self.datasets]
+        for dataset, one in zip(self.datasets, facts, strict=True):
+            if not one:
+                raise ConfigError(
+                    f"train.alignment: {dataset.root} has no features of a vision tower; make the latents again with "
+                    "latents.features (carrara latents --redo)"
+                )
+            if any(one[n] != facts[0][n] for n in ("digest", "size", "grid")):
+                raise ConfigError(
+                    f"train.alignment: the features of {dataset.root} are of another vision tower, or of another size "
+                    f"or grid, than those of {self.dataset.root}; make the latents of all sources with the same"
+                )
+        return facts[0]
+
     def require_images(self) -> None:
         """Raises StageError where beside the first shard of a dataset there is not one picture of its samples."""
         for file, beside in zip(self._first, self._beside, strict=False):
@@ -383,10 +405,16 @@ class Latents:
         rows = self._rows(positions)
         return [str(self._column(window, "key")[at]) for window, at in rows]
 
-    def images(self, positions: np.ndarray) -> list[tuple[str, bytes]]:
-        """The samples' keys, and the encoded pictures that lie beside their latents."""
-        rows = self._rows(positions)
-        return [(str(self._column(window, "key")[at]), self._column(window, "image")[at]) for window, at in rows]
+    def images(self, positions: np.ndarray) -> list[tuple[str, bytes, tuple[float, float] | None]]:
+        """The samples' keys, the encoded images that lie beside their latents, and where their images were cropped
+        for these (latents.resize.fit_cover)."""
+        found = []
+        for window, at in self._rows(positions):
+            key = str(self._column(window, "key")[at])
+            settings = self.datasets[self._shard_of[window.columns["runs"][0]][0]].manifest.get("settings") or {}
+            place = crop_place(key) if settings.get("crop") == "random" else None
+            found.append((key, self._column(window, "image")[at], place))
+        return found
 
     def _rows(self, positions: np.ndarray) -> list[tuple[Window, int]]:
         """Where these samples lie in memory; a batch asks for the same ones several times."""
@@ -511,8 +539,8 @@ class _LatentFile:
     def read(self, bucket: int, first: int, end: int, wants: set[str]) -> dict[str, Any]:
         """Columns of the rows from `first` up to `end` of a bucket, by name, and `alive`, bool."""
         found: dict[str, Any] = {}
-        moments = ("mean", "logstd", "mean" + FLIPPED, "logstd" + FLIPPED)
-        plain: list[str] = [n for n in (*moments, *TOKENS, "micro") if n in wants]
+        of_images = [name + end for name in ("mean", "logstd", FEATURES) for end in ("", FLIPPED)]
+        plain: list[str] = [n for n in (*of_images, *TOKENS, "micro") if n in wants]
         by_caption: list[str] = [n for n in ("embeddings", "pooled") if n in wants]
         texts = [n.removeprefix("text.") for n in wants if n.startswith("text.")]
         stored = [t for t in texts if f"text.{t}" in self.kinds]

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from latents.encoders import load_clip_of, load_text_of
-from latents.stage import FLIPPED
+from latents.stage import FEATURES, FLIPPED
 from latents.weights import PAIR, SEQUENCE, clips_of, find_pad
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import adapters, diffusion, initial, segments
+from train.alignment import NAME, Alignment
 from train.conditioning import Conditioning, Encoded, Joint, Learning, Stored, require_added_width
-from train.config import TrainConfig
+from train.config import AlignmentConfig, TrainConfig
 from train.data import Batch, Latents
 from train.image_conditioning import LEVELS, WAYS, ByKey, Controlled, ImageConditioning, add_levels, control_net, widen
 from train.inversion import Word
@@ -38,6 +39,7 @@ class Diffusion(Objective):
         self, config: TrainConfig, datasets: Sequence[Dataset], seed: int, history: History | None = None
     ) -> None:
         vae, text = datasets[0].manifest["vae"], datasets[0].manifest["text"]
+        require_decoder(config, vae)
         image_conditioning = ImageConditioning(config, vae, Randomness(seed)) if config.conditioned_by else None
         beside = [ByKey(d) for d in segments.image_sets(config, datasets)]
         latents = Latents(config, datasets, seed, history, beside)
@@ -56,6 +58,10 @@ class Diffusion(Objective):
         model = unet if learns is None else Joint(unet, learns)
         if image_conditioning and config.control:
             model = Controlled(unet, control_net(unet, image_conditioning.downscale))
+        self.alignment = None
+        if config.alignment:
+            facts = latents.require_features()
+            alignment = Alignment(config.alignment, model, unet, int(facts["width"]), seed)
         super().__init__(model, model_config, latents.placement)
         self.config, self.latents, self.random, self.conditioning = config, latents, Randomness(seed), conditioning
         self.image_conditioning = image_conditioning
@@ -68,6 +74,9 @@ class Diffusion(Objective):
         # What is frozen comes from where the training began, and is not stored with every checkpoint.
         self.saves_frozen = all(p.requires_grad for p in self.model.parameters())
         self.figures = ("mse", "vlb") if config.learned_variance else ("mse",)
+        if config.alignment:
+            self.alignment, self.beside = alignment, f"{NAME}."
+            self.figures += alignment.figures
         self.scale, self.shift = float(vae["scaling_factor"]), float(vae.get("config", {}).get("shift_factor") or 0.0)
         for name, table in dataclasses.asdict(process_of(config)).items():
             self.register_buffer(name, table, persistent=False)
@@ -108,6 +117,8 @@ class Diffusion(Objective):
         flipped = self.random.uniform("flip", positions) < 0.5 if self.config.flip else None
         t = self._timesteps(positions)
         batch = self.latent_batch(self.latents, positions, t, 0, flipped, self.config.noise_candidates)
+        if self.config.alignment:
+            batch |= self._features(self.config.alignment, positions, flipped)
         u = self.random.uniform("caption", positions)
         dropped = u < self.config.caption_dropout
         if self.image_conditioning:
@@ -154,6 +165,13 @@ class Diffusion(Objective):
             "noise": torch.from_numpy(noise),
             "t": torch.from_numpy(t),
         }
+
+    def _features(self, config: AlignmentConfig, positions: np.ndarray, flipped: np.ndarray | None) -> Batch:
+        """features float32 [B,g,g,D] of a vision tower; with an end, aligned float32 [B]: 0 from there on."""
+        batch = {FEATURES: torch.from_numpy(self.latents.features(positions, flipped))}
+        if config.until_images is not None:
+            batch["aligned"] = torch.from_numpy((positions < config.until_images).astype(np.float32))
+        return batch
 
     def keys(self, positions: np.ndarray) -> list[str]:
         """The samples' keys."""
@@ -207,6 +225,12 @@ class Diffusion(Objective):
             # Over all timesteps L_vlb is a sum; one timestep stands for all of them (improved DDPM, eq. 16).
             each = each + self.config.vlb_weight * self.process.steps * vlb
             details.append(vlb.detach().mean()[None])
+        if self.alignment is not None:
+            aligned, figures = error.new_zeros(()), error.new_zeros(len(self.alignment.figures))
+            if self.training:  # on samples that are never trained on there is the prediction alone
+                aligned, figures = self.alignment(batch)
+            each = each + aligned
+            details.append(figures)
         if "weight" in batch:
             each = each * batch["weight"]
         # Summed by elements, since autocast would make a matrix product one of half precision.
@@ -265,6 +289,16 @@ class Diffusion(Objective):
         self.conditioning.checkpoint_activations()
 
 
+def require_decoder(config: TrainConfig, vae: dict[str, Any]) -> None:
+    """Raises ConfigError where diffusers' pipeline for a UNet given an image cannot decode with the latents' VAE."""
+    kind, way = vae.get("kind", "AutoencoderKL"), config.conditioned_by
+    if way and (kind == "AutoencoderDC" or (kind == "AutoencoderTiny" and config.upscale)):
+        raise ConfigError(
+            f"train.{way}: diffusers' {WAYS[way].pipeline} cannot decode with an {kind}, of which the latents are; "
+            "make them with an AutoencoderKL"
+        )
+
+
 def conditioning_of(
     config: TrainConfig, latents: Latents, text: dict[str, Any], unet: dict[str, Any], seed: int
 ) -> Conditioning:
@@ -273,6 +307,11 @@ def conditioning_of(
     text: the facts of what read the latents' captions.
     """
     pipeline = pipeline_of(unet)
+    if pipeline is STABLE_DIFFUSION_XL and latents.dataset.manifest["vae"].get("kind") == "AutoencoderDC":
+        raise ConfigError(
+            f"this UNet is given sizes, and its {pipeline.name} cannot decode with an AutoencoderDC; "
+            "leave addition_embed_type text_time out, or make the latents with another VAE"
+        )
     pair = text.get("kind") == PAIR
     if pair and pipeline is not STABLE_DIFFUSION_XL:
         raise ConfigError(
@@ -322,7 +361,8 @@ def wanted_columns(config: TrainConfig, latents: Latents, conditioning: Conditio
     """The columns of the latents that batches are made of."""
     found = {"mean", *(("logstd",) if latents.has_spread else ()), *(("micro",) if conditioning.sized else ())}
     found |= {"image"} if config.conditioned_by else set()
-    found |= {name + FLIPPED for name in found & {"mean", "logstd"}} if config.flip else set()
+    found |= {FEATURES} if config.alignment else set()
+    found |= {name + FLIPPED for name in found & {"mean", "logstd", FEATURES}} if config.flip else set()
     if isinstance(conditioning, Stored):
         found |= {"text_length"} & set(latents.token_names)
         return found | {"embeddings", *(("pooled",) if conditioning.sized else ())}

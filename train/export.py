@@ -36,7 +36,8 @@ from shards.dataset import Dataset
 from shards.fingerprint import Fingerprint, digest_json
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
-from train import adapters, posthoc, sequence_pipeline
+from train import adapters, alignment, autoencoder_dc_pipeline, posthoc, sequence_pipeline
+from train.autoencoder_dc_pipeline import AutoencoderDCPipeline
 from train.checkpoint import load_weights, put_file
 from train.config import TrainConfig, stored_config
 from train.folders import CHUNK, MANIFEST, POSTHOC, latest_complete, name_of, read_manifest
@@ -51,6 +52,8 @@ from train.text_export import clip_text_model, save_text_encoder, tokenizer, wri
 
 VERSION = 2  # raise it when the same checkpoint gives another folder
 PROVENANCE = "carrara.json"
+# Our own pipelines, for which diffusers has none, and the modules that go along with the models that need them.
+OWN_PIPELINES = {SequencePipeline: sequence_pipeline, AutoencoderDCPipeline: autoencoder_dc_pipeline}
 UPSCALER_SCALE = 0.08333  # what diffusers' StableDiffusionUpscalePipeline sets a VAE's scaling_factor to
 
 
@@ -135,13 +138,12 @@ def _write(pipeline: Any, provenance: dict[str, Any], pads: list[str], folder: P
     """pads: what each of a CLIP's tokenizers fills prompts up with."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     suffixes = [s for s in ("", "_2") if getattr(pipeline, f"text_encoder{s}", None) is not None]
-    if isinstance(
-        pipeline, SequencePipeline
-    ):  # its class goes along, and transformers' own files are as they should be
+    if isinstance(pipeline, SequencePipeline):  # transformers' own files are as they should be
         suffixes = []
-        shutil.copyfile(sequence_pipeline.__file__, folder / "pipeline.py")
+    if (source := OWN_PIPELINES.get(type(pipeline))) is not None:  # its class goes along
+        shutil.copyfile(str(source.__file__), folder / "pipeline.py")
         index = json.loads((folder / "model_index.json").read_bytes())
-        index["_class_name"] = ["pipeline", SequencePipeline.__name__]
+        index["_class_name"] = ["pipeline", type(pipeline).__name__]
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for suffix, pad in zip(suffixes, pads, strict=True):  # one text encoder of SDXL's is its second
         save_text_encoder(getattr(pipeline, f"text_encoder{suffix}"), folder / f"text_encoder{suffix}")
@@ -223,7 +225,11 @@ class _Source:
             parts["controlnet"] = self._control(unet, vae, learned)
         if self.config.upscale:
             parts |= {"low_res_scheduler": low_res_scheduler(), "max_noise_level": self.config.upscale.max_noise_level}
-        kind = WAYS[self.config.conditioned_by].pipeline if self.config.conditioned_by else STABLE_DIFFUSION.name
+        kind: str | type = STABLE_DIFFUSION.name
+        if self.config.conditioned_by:
+            kind = WAYS[self.config.conditioned_by].pipeline
+        if vae.weights.kind == "AutoencoderDC":
+            kind = AutoencoderDCPipeline
         if isinstance(text, ClipPair):
             first = {"text_encoder": clip_text_model(text.first, first_of_two=True), "tokenizer": tokenizer(text.first)}
             pipeline = _sdxl(text.second, encoder, parts | first)
@@ -255,7 +261,7 @@ class _Source:
                 **({n: sources[0].get(n) for n in ("first_shard", "last_shard")} if len(sources) == 1 else {}),
                 "status": dict(status),
             },
-            "vae": {k: self.vae_facts[k] for k in ("ref", "digest", "scaling_factor")},
+            "vae": {k: self.vae_facts[k] for k in ("ref", "digest", "scaling_factor", "kind") if k in self.vae_facts},
             "text": dict(self.text_facts),
             "libraries": {n: importlib.metadata.version(n) for n in ("torch", "diffusers", "transformers")},
             "fingerprint": fingerprint.to_json(),
@@ -265,7 +271,7 @@ class _Source:
         """The UNet, and what else the checkpoint holds: values of a learned text encoder, word, or ControlNet."""
         from diffusers import UNet2DConditionModel
 
-        values = self._weights()
+        values = {k: v for k, v in self._weights().items() if not k.startswith(f"{alignment.NAME}.")}
         if self.config.control:
             unet, values = self._base(), {k.removeprefix("control."): v for k, v in values.items()}
             if self.config.learned_variance:
@@ -412,6 +418,11 @@ def fold_shift(vae: Any, factor: float = 1.0) -> Any:
     shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
     if not shift and factor == 1.0:
         return vae
+    if not hasattr(vae, "post_quant_conv"):
+        raise StageError(
+            f"an {type(vae).__name__} has no convolutions that could shift or scale its latents, which the pipeline "
+            "does not do; train on latents of an AutoencoderKL"
+        )
     channels = int(vae.config.latent_channels)
     for name, width in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
         if getattr(vae, name, None) is None:
@@ -471,14 +482,15 @@ def _same_weights(what: str, find: Callable[[str], Any], facts: dict[str, Any], 
 # ---- pipelines -------------------------------------------------------------------------------------
 
 
-def _sd(kind: str, text: TextEncoder, encoder: Any, parts: dict[str, Any]) -> Any:
-    """One of diffusers' StableDiffusion...Pipeline classes."""
+def _sd(kind: str | type, text: TextEncoder, encoder: Any, parts: dict[str, Any]) -> Any:
+    """One of diffusers' StableDiffusion...Pipeline classes by its name, or a class like them."""
     import diffusers
 
     given = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if kind == WAYS["upscale"].pipeline:
         del given["requires_safety_checker"]  # it asks for none
-    return getattr(diffusers, kind)(**parts, **given, text_encoder=encoder, tokenizer=tokenizer(text))
+    build: Any = getattr(diffusers, kind) if isinstance(kind, str) else kind
+    return build(**parts, **given, text_encoder=encoder, tokenizer=tokenizer(text))
 
 
 def _sdxl(text: TextEncoder, encoder: Any, parts: dict[str, Any]) -> Any:

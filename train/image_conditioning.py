@@ -9,7 +9,7 @@
 
 A row has two halves, as captions have (conditioning.py): `batch` makes what one micro-batch needs of the pictures, on
 the CPU in the loader's thread; `inputs` is called within the step, and gives what the UNet is called with. The pictures
-come by key from image shards (segments.picture_sets), cut as they were for their latents. Masks and drop-outs are
+come by key from image shards (segments.image_sets), cut as they were for their latents. Masks and drop-outs are
 functions of a sample's place in the run. Both halves do what the row's pipeline in diffusers does.
 """
 
@@ -88,7 +88,7 @@ class ImageConditioning:
         if self._decoders is None:
             self._decoders = ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1), thread_name_prefix="decode")
 
-        def one(found: tuple[str, bytes]) -> np.ndarray:
+        def one(found: tuple[str, bytes, tuple[float, float] | None]) -> np.ndarray:
             return self._fitted(*found, size)
 
         pixels = np.stack(list(self._decoders.map(one, latents.images(positions))))
@@ -120,9 +120,9 @@ class ImageConditioning:
             self._decoders.shutdown(wait=False, cancel_futures=True)
             self._decoders = None
 
-    def _fitted(self, key: str, data: bytes, size: tuple[int, int]) -> np.ndarray:
+    def _fitted(self, key: str, data: bytes, place: tuple[float, float] | None, size: tuple[int, int]) -> np.ndarray:
         try:
-            pixels = np.ascontiguousarray(resize_crop_to(decode_rgb(data), *size)[0])
+            pixels = np.ascontiguousarray(resize_crop_to(decode_rgb(data), *size, place)[0])
         except (OSError, ValueError) as e:
             raise StageError(
                 f"train.{self.config.conditioned_by}: the picture of sample {key} cannot be read: {e}"

@@ -50,6 +50,10 @@ _OWN_CLASS = """diffusers has no class that shows a UNet such a text encoder und
 one: a page of code that imports torch and diffusers alone, and that `trust_remote_code=True` allows to run. Nothing
 else but diffusers and transformers is needed."""
 
+_DC_CLASS = """diffusers' StableDiffusionPipeline cannot decode with an AutoencoderDC, so `pipeline.py` here is a class
+that can: half a page of code that imports torch, transformers and diffusers alone, and that `trust_remote_code=True`
+allows to run. Nothing else but diffusers and transformers is needed."""
+
 _OBJECTIVES = {
     "epsilon": "The UNet predicts the noise",
     "sample": "The UNet predicts the clean latent",
@@ -103,6 +107,9 @@ def model_card(provenance: dict[str, Any]) -> str:
         control = training["control"]
         more = more.format(made="brought with the pictures" if control["images"] else control["kind"])
     own = p["text"].get("kind") == "transformers"
+    needs = _OWN_CLASS if own else "Nothing but diffusers and transformers is needed."
+    if compressed := not own and p["vae"].get("kind") == "AutoencoderDC":
+        needs = _DC_CLASS
     left_out = ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in sorted(lost.items()))
     return _CARD.format(
         task=task,
@@ -130,8 +137,8 @@ def model_card(provenance: dict[str, Any]) -> str:
         vae_ref=_code(p["vae"]["ref"]),
         scaling_factor=p["vae"]["scaling_factor"],
         vae_digest=p["vae"]["digest"],
-        trust=", trust_remote_code=True" if own else "",
-        needs=_OWN_CLASS if own else "Nothing but diffusers and transformers is needed.",
+        trust=", trust_remote_code=True" if own or compressed else "",
+        needs=needs,
         tokenizer="- The tokenizer is the text encoder's own; captions reach it as they are." if own else _CLEANED,
         texts="".join(_text(facts) for facts in p["text"].get("encoders", [p["text"]])),
     )

@@ -37,7 +37,8 @@ class SequencePipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         self.register_to_config(max_length=max_length)
-        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        levels = self.vae.config.get("block_out_channels") or self.vae.config.encoder_block_out_channels
+        self.vae_scale_factor = 2 ** (len(levels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def encode_prompt(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -103,6 +103,8 @@ def fingerprint(stage: str, config: StageConfig, seed: int, datasets: Sequence[D
     weights = None
     if isinstance(config, TrainConfig):
         weights = {name: datasets[0].manifest[name]["digest"] for name in ("vae", "text")}
+        if config.alignment and (features := datasets[0].manifest.get("features")):
+            weights["features"] = features["digest"]
         if config.start_from:
             from train.adapters import digest
 
@@ -212,6 +214,7 @@ def differences(
         (later if kind_of(kind, name) is Kind.FROM_HERE_ON else what).append(line)
     weights, given = stored.get("weights") or {}, wanted.weights or {}
     names = {"vae": "the VAE", "text": "the text encoder", "start_from": f"{stage}.start_from"}
+    names["features"] = "the vision tower of train.alignment"
     names["perceptual"] = f"{stage}.perceptual.weights"
     for name in sorted(weights.keys() | given.keys()):
         if weights.get(name) != given.get(name):

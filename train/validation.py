@@ -188,7 +188,11 @@ def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, dev
     if known.get("text_encoder"):  # where its weights lie is no setting of theirs, but a fact
         known["text_encoder"] = {**known["text_encoder"], "pretrained": clips_of(facts["text"])[-1]["ref"]}
     known |= {"device": device, "resolution": objective.latents.resolution, "more_resolutions": [], "enlarge": True}
-    known["flip"] = False  # it is measured on pictures as they are
+    known |= {
+        "flip": False,
+        "features": None,
+        "crop": "center",
+    }  # it is measured on pictures as they are, by the prediction alone
     settings = LatentsConfig(**known)
     few = _first(heldout, config.images)
     if len(few) == 0:

@@ -27,6 +27,8 @@ from shards.layout import RunPaths
 from shards.settings import ConfigError
 from tests.eval.conftest import CONTEXT, SIDE
 from tests.eval.test_sample import draw as draw_sample
+from train.config import TrainConfig
+from train.schedulers import scheduler as flow_scheduler
 
 STEPS, SCALE = 4, 3.0
 RED, BLUE = "a red circle on white", "a blue circle on white"
@@ -344,15 +346,24 @@ def test_from_the_command_line(run: RunPaths, tmp_path: Path) -> None:
     assert sorted(p.name for p in out.iterdir()) == names
 
 
-def test_a_given_image_is_changed(run: RunPaths, pipeline: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", ["ddim", "flow-euler"])
+def test_a_given_image_is_changed(run: RunPaths, pipeline: Any, tmp_path: Path, sampler: str) -> None:
+    """By a model of diffusion, and by one of rectified flow: inverted, it is drawn as the VAE keeps it."""
     folder = tmp_path / "model"
     shutil.copytree(run.model, folder)
-    of_velocity(pipeline).scheduler.save_pretrained(folder / "scheduler")
+    flow = flow_scheduler(TrainConfig(prediction_type="flow_prediction"))
+    shutil.rmtree(folder / "scheduler")
+    (flow if sampler == "flow-euler" else of_velocity(pipeline).scheduler).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    if sampler == "flow-euler":
+        index["scheduler"] = ["diffusers", type(flow).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index))
     quiet = copy.deepcopy(pipeline.unet)
     quiet.conv_out.weight.data *= 0.1  # so that fixed points are near
     quiet.save_pretrained(folder / "unet")
     given = photo(tmp_path / "p.png")
     command = ["edit", str(folder), "--from", RED, "--steps", "4", "--image", given, "--inversion-iterations", "30"]
+    command += ["--sampler", sampler]
     assert main([*command, "--to", RED, "--guidance-scale", "9", "--out", str(tmp_path / "a")]) == 0
     assert main([*command, "--to", BLUE, "--guidance-scale", "9", "--out", str(tmp_path / "b")]) == 0
     images = [np.asarray(Image.open(tmp_path / a / f"000-{n}.png")) for a in "ab" for n in ("before", "after")]

@@ -321,6 +321,62 @@ def test_a_tiny_autoencoder_gives_diffusers_own_latents(tmp_path, pixels):
     assert (vae.decode(expected) == shown).all()
 
 
+def save_dc(folder: Path) -> Path:
+    """A random AutoencoderDC that shrinks by 8, with a block of each kind, and settings as Sana's has them."""
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(4)
+    levels = (8, 8, 16, 16)
+    kinds = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
+    AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=8,
+        encoder_block_types=kinds,
+        decoder_block_types=kinds,
+        encoder_block_out_channels=levels,
+        decoder_block_out_channels=levels,
+        encoder_layers_per_block=(1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        encoder_qkv_multiscales=((), (), (), (5,)),
+        decoder_qkv_multiscales=((), (), (), (5,)),
+        upsample_block_type="interpolate",
+        downsample_block_type="Conv",
+        scaling_factor=0.41407,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_an_autoencoder_dc_gives_diffusers_own_latents(tmp_path, pixels):
+    from diffusers import AutoencoderDC
+
+    vae = load_vae(str(save_dc(tmp_path / "dc")))
+    assert (vae.has_posterior, vae.downscale, vae.channels, vae.scaling_factor) == (False, 8, 8, 0.41407)
+    reference = AutoencoderDC.from_pretrained(tmp_path / "dc").eval()
+    assert vae.downscale == reference.spatial_compression_ratio
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        expected = reference.encode(x).latent
+        decoded = reference.decode(expected).sample
+    mean, logstd = vae.encode(pixels)
+    assert torch.equal(mean, expected)
+    assert (logstd == -torch.inf).all()
+    stored = vae.encode_stored(pixels)()
+    assert stored.codes is None
+    assert (stored.mean == expected.numpy().astype(np.float16)).all()
+    shown = ((decoded.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    assert (vae.decode(expected) == shown).all()
+
+
+def test_other_autoencoders_are_refused_by_name(tmp_path, vae_folder):
+    folder = Path(shutil.copytree(vae_folder, tmp_path / "vae"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderKLWan"}))
+    with pytest.raises(
+        ConfigError, match="describes a AutoencoderKLWan, where an AutoencoderKL or AutoencoderTiny or AutoencoderDC"
+    ):
+        find_vae(str(folder))
+
+
 def test_a_single_tiny_file_is_known_by_its_names(tmp_path):
     from diffusers import AutoencoderTiny
 
@@ -462,7 +518,7 @@ def test_pickled_weights_run_nothing(clip_folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC"])
 def test_the_arguments_that_are_known_without_diffusers_are_its_own(kind) -> None:
     import inspect
 

@@ -148,7 +148,7 @@ def test_relative_paths_become_absolute_and_names_on_a_hub_stay(here: Path) -> N
 
 def test_every_field_that_names_a_file_is_meant_from_where_the_user_stands(here: Path) -> None:
     """In a Ray job, and in its workers, the current folder is another one."""
-    for name in ("base", "vae", "judge", "pick", "t5"):
+    for name in ("base", "vae", "judge", "pick", "t5", "tower"):
         (here / name).mkdir()
     head = {"kind": "head", "weights": "head.safetensors"}
     data = {
@@ -159,7 +159,11 @@ def test_every_field_that_names_a_file_is_meant_from_where_the_user_stands(here:
             "captions": {"long": {"model": "judge"}},
         },
         "autoencoder": {"start_from": "vae"},
-        "latents": {**MINIMAL.get("latents", {}), "text_encoder": {"kind": "transformers", "pretrained": "t5"}},
+        "latents": {
+            **MINIMAL.get("latents", {}),
+            "text_encoder": {"kind": "transformers", "pretrained": "t5"},
+            "features": {"pretrained": "tower"},
+        },
         "train": {
             "start_from": "base",
             "adapter": {"start_from": "style.safetensors"},
@@ -182,6 +186,8 @@ def test_every_field_that_names_a_file_is_meant_from_where_the_user_stands(here:
     assert (found.autoencoder.start_from, train.start_from) == (f"{here}/vae", f"{here}/base")
     assert found.latents.text_encoder
     assert found.latents.text_encoder.pretrained == f"{here}/t5"
+    assert found.latents.features
+    assert found.latents.features.pretrained == f"{here}/tower"
     assert train.adapter.start_from == f"{here}/style.safetensors"
     assert [s.latents for s in train.sources] == [None, f"{here}/more/latents", "s3://b/latents"]
     assert (train.validation.latents, judged.judge.model) == (f"{here}/held", f"{here}/judge")

@@ -75,9 +75,15 @@ def _remove(root: Path, pid: int) -> None:
 
 
 def make_latents(
-    root: Path, counts: tuple[int, ...] = (9, 14, 5, 12), text: str = "embeddings", flip: bool = False
+    root: Path,
+    counts: tuple[int, ...] = (9, 14, 5, 12),
+    text: str = "embeddings",
+    flip: bool = False,
+    features: tuple[int, int] | None = None,
 ) -> None:
+    """features: places along a side, and width, of a vision tower's."""
     rng, mirrored = np.random.default_rng(1), np.random.default_rng(2)
+    tower = np.random.default_rng(3).normal(size=(4, features[1] if features else 0)).astype(np.float32)
     stats = []
     for index, n in enumerate(counts):
         arrays = {
@@ -95,6 +101,10 @@ def make_latents(
         if flip:
             arrays["mean_flipped"] = mirrored.normal(size=(n, 4, 4, 4)).astype(np.float16)
             arrays["logstd_flipped"] = mirrored.integers(60, 120, (n, 4, 4, 4)).astype(np.uint8)
+        for end in (("", "_flipped") if flip else ("",)) if features else ():
+            at = np.arange(features[0]) * 4 // features[0]  # of the places, so that there is something to be seen
+            mean = arrays["mean" + end][:, :, at][:, :, :, at].transpose(0, 2, 3, 1).astype(np.float32)
+            arrays["features" + end] = (mean @ tower).astype(np.float16)
         data = pack_columns(arrays, {"logstd_min": "-15.0", "logstd_step": "0.098"})
         keys = [sample_key(index, r, 100) for r in range(n)]
         sidecar = parquet(pa.table({"key": keys, "status": ["success"] * n}))
@@ -103,6 +113,8 @@ def make_latents(
             commit_shard(str(root), index, files, {"count": n, "rows": n}, Fingerprint("latents", 1, {}, index))
         )
     extra = {"resolution": 32, **encoders(), "laid": [[n] for n in counts]}
+    if features:
+        extra["features"] = {"ref": "tower", "digest": "d", "size": 32, "grid": features[0], "width": features[1]}
     write_manifest(str(root), "latents", stats, extra)
 
 
