@@ -30,7 +30,7 @@ from shards.settings import ConfigError, StageError
 
 log = logging.getLogger("carrara")
 
-TICK_S = 1.0
+TICK_S = 1.0  # whole seconds: those that a placement group waits are
 SAY_AGAIN_S = 60.0
 LAST_WORDS_S = 10.0  # after one rank has failed, how long the others may take to say why they failed
 
@@ -144,7 +144,8 @@ class Gang:
             return ""
         if self.wanted is None:
             self.wanted = placement_group([self.bundle] * more, strategy="PACK")
-        return f"there is room for {more} ranks more" if self.wanted.wait(0.1) else ""
+        # `wait` drops fractions of a second, and in 0 seconds a group that is ready is seldom seen.
+        return f"there is room for {more} ranks more" if self.wanted.wait(TICK_S) else ""
 
     def _reserve(self) -> None:
         group = self.group = placement_group([self.bundle] * self.count, strategy="PACK")
