@@ -83,6 +83,7 @@ class _Worker:
     crowded: bool = False  # it died with several shards in flight
     ended: bool = False  # by us: what its other calls say is no news
     leaving: bool = False  # its node is being drained
+    memory: int = 0  # bytes that it claims
     kept_off: frozenset[str] = frozenset()  # nodes that it may not be placed on
 
 
@@ -164,9 +165,10 @@ class Fleet:
             self._retire(worker, ended=True)  # nothing is left for it, so no node need come for it
         if count > 0:
             kept_off = frozenset(self.nodes.left_out())
-            actor = self.actor.options(**self._options(kept_off))
+            memory = self._memory()
+            actor = self.actor.options(**self._options(memory, kept_off))
             for _ in range(count):
-                worker = _Worker(actor.remote(self.stage, self.pool.threads), kept_off=kept_off)
+                worker = _Worker(actor.remote(self.stage, self.pool.threads), kept_off=kept_off, memory=memory)
                 self.workers[worker] = None
                 self.calls[worker.actor.where.remote()] = _Call(worker, None, now)
 
@@ -179,7 +181,7 @@ class Fleet:
         if self.room is not None and room > self.room:  # somebody adds nodes: more are asked for at a time
             self.beyond = max(BEYOND_ROOM, room)
         self.room = room
-        self.target = self._target(room, autoscaled_room(needs))
+        self.target = self._target(room, room if self._overcommitted(room) else autoscaled_room(needs))
         if room < 1:
             self._complain(now, needs)
         left_out = set(self.nodes.left_out())
@@ -196,6 +198,18 @@ class Fleet:
             self.free.pop(worker, None)
             if not worker.in_flight:
                 self._retire(worker)
+
+    def _overcommitted(self, room: int) -> bool:
+        """Whether memory is what limits the room, and workers claim less than one is known to use: then Ray sees room
+        that there is not, and would place those that are to wait for a node. Lets go of those that wait with such a
+        claim."""
+        used = min(self.peak_bytes, self._memory())
+        short = [w for w in self.workers if w.memory < used]
+        if not short or self.nodes.room(self.needs) <= room:
+            return False
+        for worker in [w for w in short if w.node is None]:
+            self._retire(worker, ended=True)
+        return True
 
     def _target(self, room: int, most: float) -> int:
         """How many workers are wanted. Those that wait for a node are what makes an autoscaler add one, and cost
@@ -218,10 +232,10 @@ class Fleet:
         claim = math.ceil(SPARE * self.peak_bytes / 50e6) * 50e6
         return int(min(claim, most)) if most else 0
 
-    def _options(self, kept_off: frozenset[str]) -> dict[str, Any]:
+    def _options(self, memory: int, kept_off: frozenset[str]) -> dict[str, Any]:
         """Options of workers that are started now: what they claim, and the nodes that they are kept off."""
         options: dict[str, Any] = dict(self.options)
-        if memory := self._memory():
+        if memory:
             options["memory"] = memory
         if kept_off:
             options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(kept_off))})"}

@@ -26,6 +26,7 @@ from latents import takedown as latents_takedown
 from orchestration.config import RunConfig
 from orchestration.lease import Busy, Lease
 from orchestration.parts import FITS, pretrained, shard_stages, taken_down_mark
+from orchestration.runs import curated
 from shards import storage
 from shards.columns import column_rows
 from shards.dataset import MANIFEST, Dataset, read_stats_of
@@ -180,26 +181,25 @@ def settle_latents(config: RunConfig, again: bool = True) -> str:
 def settle_curated(paths: RunPaths, again: bool = True) -> dict[str, str]:
     """The same for scores and captions; by `scores/<name>`, what was done."""
     outcome, known = {}, _known(paths)
-    for kind, prefix in (("scores", "score"), ("captions", "caption")):
-        for name in storage.list_names(storage.join(paths.run, kind)):
-            root, stage = storage.join(paths.run, kind, name), f"{prefix}-{name}"
-            mark = taken_down_mark(paths, stage)
-            if not again and storage.read_json(mark) == known:
-                continue
-            shards = listed(root, ".safetensors").committed
-            if not len(shards):
-                continue
-            try:
-                with Lease(paths.status, stage, root):
-                    bar = Progress(f"{stage}: take-down", len(shards), "shards")
-                    changed = curate_takedown.take_out(root, paths.images, bar.update)
-                    bar.close()
-                    if storage.exists(storage.join(root, MANIFEST)):
-                        curate_takedown.amend(root)
-                    storage.write_json(mark, known)
-                outcome[f"{kind}/{name}"] = f"{len(changed):,} shards blanked" if changed else "hold none of them"
-            except Busy:
-                outcome[f"{kind}/{name}"] = "another job is at work on them; give this command again when it has ended"
+    for stage, root in curated(paths):
+        name = "/".join(root.split("/")[-2:])
+        mark = taken_down_mark(paths, stage)
+        if not again and storage.read_json(mark) == known:
+            continue
+        shards = listed(root, ".safetensors").committed
+        if not len(shards):
+            continue
+        try:
+            with Lease(paths.status, stage, root):
+                bar = Progress(f"{stage}: take-down", len(shards), "shards")
+                changed = curate_takedown.take_out(root, paths.images, bar.update)
+                bar.close()
+                if storage.exists(storage.join(root, MANIFEST)):
+                    curate_takedown.amend(root)
+                storage.write_json(mark, known)
+            outcome[name] = f"{len(changed):,} shards blanked" if changed else "hold none of them"
+        except Busy:
+            outcome[name] = "another job is at work on them; give this command again when it has ended"
     return outcome
 
 

@@ -33,10 +33,22 @@ def shard_folders(paths: RunPaths) -> Iterator[tuple[str, str, str]]:
     the order of the stages."""
     yield "ingest", paths.images, "ingest"
     yield "heldout", paths.heldout, "ingest"
-    for kind, stage in (("scores", "score"), ("captions", "caption")):
-        root = storage.join(paths.run, kind)
-        yield from ((f"{stage}-{name}", storage.join(root, name), stage) for name in storage.list_names(root))
+    for stage, root in curated(paths):
+        yield stage, root, stage.partition("-")[0]
     yield "latents", paths.latents, "latents"
     prior = RunPaths(paths.prior)
     yield "prior", prior.images, "prior"
     yield "prior-latents", prior.latents, "prior"
+
+
+def curated(paths: RunPaths) -> Iterator[tuple[str, str]]:
+    """(stage, folder) of the scores and captions beside the images; no file that somebody, or a file manager, put
+    among them."""
+    for kind, stage in (("scores", "score"), ("captions", "caption")):
+        for name in storage.list_names(storage.join(paths.run, kind)):
+            root = storage.join(paths.run, kind, name)
+            try:
+                storage.list_names(root)
+            except NotADirectoryError:
+                continue
+            yield f"{stage}-{name}", root

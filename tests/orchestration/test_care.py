@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from orchestration.remove import settle_curated
 from orchestration.run_stage import main
 from shards.dataset import MANIFEST
+from shards.layout import RunPaths
 from shards.stage import open_folder
 from tests.orchestration.test_engine import local
 from tests.orchestration.toy import ToyStage
@@ -101,3 +104,13 @@ def test_a_store_that_is_not_reached_is_one_sentence(
         "carrara: nostore://bucket/run: cannot be looked at (ValueError: Protocol not known: nostore); correct the URL "
         "or the credentials, of which `carrara doctor --run nostore://bucket/run` says more\n"
     )
+
+
+def test_a_file_that_a_file_manager_left_among_the_scores_is_passed_by(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "scores/.DS_Store").write_bytes(b"x")
+    assert "scores/nice: 3 of 3" in said(capsys, "verify", run, code=0)
+    assert "score-nice 00001" in said(capsys, "why", run, "1", code=0)
+    shutil.rmtree(run / "scores/nice")
+    assert settle_curated(RunPaths(str(run))) == {}, "a take-down passes it by too"

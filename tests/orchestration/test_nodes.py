@@ -316,3 +316,28 @@ def test_who_waits_for_a_node_is_let_go_once_nothing_is_left_for_it(monkeypatch:
     found.grow(1)
     assert list(found.workers) == working, "those that work end by themselves"
     assert found.nodes.records == {}
+
+
+def test_what_dies_for_lack_of_memory_is_not_replaced_beyond_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first workers claim no memory, so Ray would place at once those that are to wait for a node."""
+    world = World(monkeypatch, 1, cpus=16.0)
+    found, made = fleet(world, beyond=actors.BEYOND_ROOM)
+    found.grow(10_000)
+    working = list(found.workers)[:16]
+    for worker in working:
+        worker.node, worker.ready = "n0", True
+    found.peak_bytes = 800_000_000
+    world.now += 10
+    found.grow(10_000)  # of 8 GB there is room for 8 that claim 1 GB each
+    assert list(found.workers) == working
+    for worker in working[:8]:
+        found._retire(worker)
+        world.now += 10
+        found.grow(10_000)
+    assert list(found.workers) == working[8:]
+    assert len(made.made) == 16 + actors.BEYOND_ROOM
+    for worker in working[8:]:
+        found._retire(worker)
+    world.now += 10
+    found.grow(10_000)
+    assert len(found.workers) == 8 + actors.BEYOND_ROOM
