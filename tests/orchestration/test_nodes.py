@@ -298,7 +298,7 @@ def test_a_worker_that_hangs_as_it_starts_is_its_nodes_fault(monkeypatch: pytest
     assert found.nodes.records["n0"].strikes == 1
 
 
-def test_hands_are_equal_only_to_themselves() -> None:
+def test_workers_are_equal_only_to_themselves() -> None:
     assert _Worker("a") != _Worker("a")
 
 
