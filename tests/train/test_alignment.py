@@ -225,7 +225,7 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_bytes(tmp_path: Path) -> 
     for rank in ranks:
         with pytest.raises(forked.RankError):
             rank.result()
-    assert folders.latest_complete(killed / "checkpoints", deep=False)
+    assert folders.latest_complete(killed / "checkpoints", contents=False)
     forked.fit(other, 2)
     assert state_of(other).state == "done"
     a, b = step_folder(whole, 6), step_folder(killed, 6)
