@@ -295,8 +295,13 @@ class Diffusion(Objective):
 
 
 def require_decoder(config: TrainConfig, vae: dict[str, Any]) -> None:
-    """Raises ConfigError where diffusers' pipeline for a UNet given an image cannot decode with the latents' VAE."""
+    """Raises ConfigError where the pipeline that a model would be exported as cannot decode with the latents' VAE."""
     kind, way = vae.get("kind", "AutoencoderKL"), config.conditioned_by
+    if kind != "AutoencoderKL" and vae.get("config", {}).get("shift_factor"):  # export.fold_shift
+        raise ConfigError(
+            f"the latents are of an {kind} with a shift_factor, which no pipeline here takes away before it decodes; "
+            "make them with an AutoencoderKL"
+        )
     if way and (kind == "AutoencoderDC" or (kind == "AutoencoderTiny" and config.upscale)):
         raise ConfigError(
             f"train.{way}: diffusers' {WAYS[way].pipeline} cannot decode with an {kind}, of which the latents are; "
