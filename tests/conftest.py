@@ -19,6 +19,13 @@ hypothesis.settings.register_profile("carrara", deadline=None, max_examples=60, 
 hypothesis.settings.load_profile("carrara")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A slow test may run for longer than another before it is ended: machines and what runs beside it differ."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]

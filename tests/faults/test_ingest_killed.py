@@ -62,7 +62,7 @@ def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
             before = committed(run)
             if kills % 2:  # some at any moment of the start, the others once it has committed something
                 while process.is_alive() and committed(run) <= before:
-                    time.sleep(0.005)
+                    time.sleep(0.02)
             process.join(rng.uniform(0.0, 0.2))
             process.kill()
             process.join(30)

@@ -143,9 +143,9 @@ def test_a_point_that_was_being_sent_when_the_process_died_is_not_sent_again(
         def close(self) -> None: ...
 
     monkeypatch.setitem(trackers._MAKERS, "wandb", Dies)
-    for sent in ((8, 16), (8, 16, 24)):
+    for points in ((8, 16), (8, 16, 24)):
         found = made(tmp_path, ("wandb",), 0)
-        for images in sent:
+        for images in points:
             found.scalars("line", images, {"loss": 1.0})
         found.close()
     assert sent == [8, 16, 24]
