@@ -59,7 +59,7 @@ class VisionWeights:
         tower has fewer than are asked for, or cannot take images of that size."""
         size = config.size or self.size
         own = size // self.patch
-        if size % self.patch:
+        if size % self.patch and size != self.size:  # its own may leave a rim that it does not see, as SigLIP's 384
             raise ConfigError(
                 f"latents.features.size is {size}, and '{self.ref}' sees patches of {self.patch} pixels; make it a "
                 f"multiple of {self.patch}"

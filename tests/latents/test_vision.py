@@ -256,6 +256,30 @@ def test_towers_that_cannot_be_used_are_refused(
         stage_of({"pretrained": str(folder), **given}).made_with()
 
 
+def test_a_tower_whose_own_size_is_no_multiple_of_its_patch(tmp_path: Path) -> None:
+    """As that of SigLIP so400m, which sees 27 places of 14 pixels in 384: its own size is not refused."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    folder = tmp_path / "tower"
+    SiglipVisionModel(SiglipVisionConfig(**{**SHAPE, "image_size": 36}, intermediate_size=32)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    weights = find_vision(str(folder))
+    facts = weights.facts(FeaturesConfig(pretrained="x"))
+    assert (facts["size"], facts["grid"]) == (36, 4)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 36, 36, 3), np.uint8)
+    model = SiglipVisionModel.from_pretrained(folder).eval()
+    x = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
+        :, None, None
+    ]
+    with torch.no_grad():
+        states = model(pixel_values=x).last_hidden_state
+    found = VisionEncoder(weights, facts).encode(pixels)
+    torch.testing.assert_close(found, states.reshape(2, 4, 4, 24), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="make it a multiple of 8"):
+        weights.facts(FeaturesConfig(pretrained="x", size=44))
+
+
 def test_code_beside_a_tower_is_neither_run_nor_asked_about(
     tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
