@@ -238,11 +238,12 @@ def report(
     config: LatentsConfig, samples: int, workers: int, rates: Rates, prices: Prices, facts: dict[str, int]
 ) -> str:
     """The plan as text."""
-    threads = max(1, int(np.ceil(rates.decode / rates.vae)))
+    threads = max(1, int(np.ceil(rates.decode / (rates.vae + rates.features))))
+    tower = f"the vision tower {1e3 * rates.features:.3g} ms a picture, " if rates.features else ""
     lines = [
         f"{samples:,} pictures; measured on {rates.samples} of them on {rates.where}:",
         f"  VAE {1e3 * rates.vae:.3g} ms a picture, CLIP {1e3 * rates.text:.3g} ms a distinct caption "
-        f"({rates.distinct:.2f} a picture), decoding {1e3 * rates.decode:.3g} ms on one thread",
+        f"({rates.distinct:.2f} a picture), {tower}decoding {1e3 * rates.decode:.3g} ms on one thread",
         f"  so {threads} decoding thread{'s' if threads > 1 else ''} can keep one worker's encoders busy",
         "",
     ]

@@ -213,11 +213,12 @@ class LatentsStage:
         """Raises ConfigError where the pictures have lost already what these settings are about."""
         how = image_settings(dataset)
         mode, size = how.get("resize_mode"), how.get("image_size")
-        if self.config.buckets is not None and mode in ("center_crop", "border"):
-            raise ConfigError(
-                f"latents.buckets: the pictures in {dataset.root} are all square, since they were stored with "
-                f"ingest.resize_mode {mode}; ingest them with keep_ratio, or leave buckets out"
-            )
+        for field, asked in (("buckets", self.config.buckets is not None), ("crop", self.config.crop == "random")):
+            if asked and mode in ("center_crop", "border"):
+                raise ConfigError(
+                    f"latents.{field}: the pictures in {dataset.root} are all square, since they were stored with "
+                    f"ingest.resize_mode {mode}; ingest them with keep_ratio, or leave {field} out"
+                )
         largest = max(self.config.resolutions)
         if mode != "no" and size is not None and largest > size and not self.config.enlarge:
             field = "resolution" if largest == self.config.resolution else "more_resolutions"
@@ -438,7 +439,10 @@ class _Worker:
             each["embedding_index"] = text_index[kept]
         columns = _caption_columns(shard) | self._new_captions(shard)
         texts = {name: [values[i] for i in kept] for name, values in columns.items()}
-        arrays = self._lay_out(each, self._micro(shard, plan, samples)[kept], texts, plan.bucket[kept])
+        micro = {"micro": self._micro(shard, plan, samples)[kept]}
+        if self.config.flip and self.config.crop == "random":  # the middle lies in the middle of the mirrored image too
+            micro["micro" + FLIPPED] = self._micro(shard, plan, samples, mirrored=True)[kept]
+        arrays = self._lay_out(each, micro, texts, plan.bucket[kept])
         arrays |= {f"empty_{name}": ids[-1] for name, ids in tokens.items()}
         metadata = {"vae": self.vae.digest, "text": self.text.digest, "text_layer": self.facts["layer"]}
         for suffix, clip in zip(("", "_2"), clips_of(self.facts), strict=False):
@@ -495,19 +499,23 @@ class _Worker:
         return found
 
     def _lay_out(
-        self, each: dict[str, np.ndarray], micro: np.ndarray, texts: dict[str, list[list[str]]], bucket: np.ndarray
+        self,
+        each: dict[str, np.ndarray],
+        micro: dict[str, np.ndarray],
+        texts: dict[str, list[list[str]]],
+        bucket: np.ndarray,
     ) -> dict[str, np.ndarray]:
         """The columns of the samples bucket by bucket, so that rows that are trained on together lie together.
 
-        each: columns of one row a sample; micro: int32 [N,R,6]; texts: of each sample, by column of the sidecar;
-        bucket: int64 [N,R].
+        each: columns of one row a sample; micro: columns, int32 [N,R,6]; texts: of each sample, by column of the
+        sidecar; bucket: int64 [N,R].
         """
         count = len(self.buckets)
         arrays: dict[str, np.ndarray] = {"bucket": bucket.astype(np.uint16)} if count > 1 else {}
         for b in range(count):
             rows = members(arrays, b, len(bucket))
             level = self.config.resolutions.index(self.buckets[b].resolution)
-            for name, array in (each | {"micro": micro[:, level]}).items():
+            for name, array in (each | {n: m[:, level] for n, m in micro.items()}).items():
                 arrays[column(name, b, count)] = array[rows]
             for name, values in texts.items():
                 lines = [json.dumps(values[i], ensure_ascii=False).encode("utf-8", "surrogatepass") for i in rows]
@@ -663,10 +671,13 @@ class _Worker:
 
         return load
 
-    def _micro(self, shard: images.ImageShard, plan: _Plan, samples: list[_Sample]) -> np.ndarray:
+    def _micro(
+        self, shard: images.ImageShard, plan: _Plan, samples: list[_Sample], mirrored: bool = False
+    ) -> np.ndarray:
         """SDXL's micro-conditioning, int32 [N,R,6]: original height and width, crop top and left, target size.
 
         Top and left count from the whole picture, scaled: what ingest cropped is part of them. A border is no crop.
+        mirrored: of the same crops in the mirrored images.
         """
         micro = np.zeros((len(samples), len(self.config.resolutions), 6), np.int32)
         originals, stored = _original_sizes(shard), _sizes(shard)
@@ -675,6 +686,8 @@ class _Worker:
                 b = self.buckets[plan.bucket[i, r]]
                 width, height = originals[i]
                 left, top = fit.crop_left, fit.crop_top
+                if mirrored:
+                    left = fit.scaled_width - b.width - left
                 if self.cropped:
                     before = crop_before(originals[i], (int(stored[i, 0]), int(stored[i, 1])), fit)
                     left, top = left + before[0], top + before[1]

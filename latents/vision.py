@@ -59,7 +59,7 @@ class VisionWeights:
         tower has fewer than are asked for, or cannot take images of that size."""
         size = config.size or self.size
         own = size // self.patch
-        if size % self.patch:
+        if size % self.patch and size != self.size:  # its own may leave a rim that it does not see, as SigLIP's 384
             raise ConfigError(
                 f"latents.features.size is {size}, and '{self.ref}' sees patches of {self.patch} pixels; make it a "
                 f"multiple of {self.patch}"
@@ -103,7 +103,7 @@ def _of_transformers(ref: str, folder: Path) -> VisionWeights:
 
     config = read_config(folder / "config.json", WHAT)
     try:  # a config.json leaves out what is as its class has it
-        filled = AutoConfig.from_pretrained(folder, local_files_only=True)
+        filled = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:
         line = " ".join(str(e).split())[:200]
         raise ConfigError(f"{what}: {folder / 'config.json'} is of no model of transformers: {line}") from None
@@ -230,7 +230,7 @@ def _build(weights: VisionWeights) -> tuple[Any, tuple[float, ...], tuple[float,
 
     try:
         model = AutoModel.from_pretrained(
-            weights.folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            weights.folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
         )
     except Exception as e:
         line = " ".join(str(e).split())[:200]

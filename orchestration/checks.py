@@ -122,6 +122,11 @@ def _latents(config: RunConfig) -> None:
             f"latents.buckets are for pictures of many shapes, and ingest.resize_mode '{mode}' makes them square; "
             "set ingest.resize_mode to keep_ratio, or leave latents.buckets out"
         )
+    if config.latents.crop == "random" and mode in SQUARE:
+        raise ConfigError(
+            f"latents.crop is random, and ingest.resize_mode '{mode}' makes pictures square, of which there is nothing "
+            "to choose from; set ingest.resize_mode to keep_ratio, or leave latents.crop out"
+        )
 
 
 def _train(config: RunConfig) -> None:

@@ -42,15 +42,20 @@ class Conditioning:
         self.sized = sized
 
     def batch(
-        self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None = None
+        self,
+        latents: Any,
+        positions: np.ndarray,
+        dropped: np.ndarray,
+        captions: Sequence[str] | None = None,
+        flipped: np.ndarray | None = None,
     ) -> Batch:
         """What samples of `latents` (data.Latents) need; dropped: bool [B], who gets the empty caption.
 
-        captions: in place of the stored ones.
+        captions: in place of the stored ones. flipped: bool [B], who is mirrored; None: nobody.
         """
         batch = self.captions(latents, positions, dropped, captions)
         if self.sized:
-            batch["sizes"] = torch.from_numpy(latents.sizes(positions))
+            batch["sizes"] = torch.from_numpy(latents.sizes(positions, flipped))
         return batch
 
     def captions(

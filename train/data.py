@@ -341,13 +341,13 @@ class Latents:
         """The captions' pooled embeddings, float32 [B,width]."""
         return self._gather("pooled", positions, np.float32)
 
-    def sizes(self, positions: np.ndarray) -> np.ndarray:
+    def sizes(self, positions: np.ndarray, flipped: np.ndarray | None = None) -> np.ndarray:
         """SDXL's micro-conditioning (Podell et al. 2023, arXiv:2307.01952, section 2.2), float32 [B,6].
 
         Original height and width, top and left of the crop in the scaled picture, and the height and width that
-        were aimed at; in pixels. Raises StageError where the latents lack it.
+        were aimed at; in pixels. flipped: as for `moments`. Raises StageError where the latents lack it.
         """
-        return self._gather("micro", positions, np.float32)
+        return self._one_of("micro", positions, np.float32, flipped)
 
     def require_captions(self, columns: Sequence[str]) -> None:
         """Raises StageError where the first shard of a dataset has no texts in one of these columns of its sidecar."""
@@ -540,7 +540,10 @@ class _LatentFile:
         """Columns of the rows from `first` up to `end` of a bucket, by name, and `alive`, bool."""
         found: dict[str, Any] = {}
         of_images = [name + end for name in ("mean", "logstd", FEATURES) for end in ("", FLIPPED)]
-        plain: list[str] = [n for n in (*of_images, *TOKENS, "micro") if n in wants]
+        # Where crops are of the middle they are those of the mirrored images too, and stand there once.
+        of_images += ["micro", *(n for n in ("micro" + FLIPPED,) if n in self.kinds)]
+        wants = wants | ({"micro"} if "micro" + FLIPPED in wants else set())
+        plain: list[str] = [n for n in (*of_images, *TOKENS) if n in wants]
         by_caption: list[str] = [n for n in ("embeddings", "pooled") if n in wants]
         texts = [n.removeprefix("text.") for n in wants if n.startswith("text.")]
         stored = [t for t in texts if f"text.{t}" in self.kinds]
@@ -555,6 +558,8 @@ class _LatentFile:
             found[name] = got[name]
         if "micro" in found and found["micro"].ndim == 3:  # of every resolution, as it was once stored
             found["micro"] = found["micro"][:, self._level(bucket)]
+        if "micro" + FLIPPED in wants:
+            found.setdefault("micro" + FLIPPED, found["micro"])
         if by_caption:
             used, index = np.unique(got["embedding_index"], return_inverse=True)
             for name in by_caption:

@@ -129,7 +129,7 @@ class Diffusion(Objective):
             u = self.random.uniform("choice", positions)
             found = self.latents.captions(positions, list(columns))
             chosen = [choose_caption(c, list(columns.values()), x) for c, x in zip(found, u, strict=True)]
-        batch |= self.text_batch(self.latents, positions, dropped, chosen)
+        batch |= self.text_batch(self.latents, positions, dropped, chosen, flipped)
         weights = np.array([s.loss_weight for s in self.config.all_sources], np.float32)
         if (weights != 1).any():
             batch["weight"] = torch.from_numpy(weights[self.latents.source(positions)])
@@ -178,13 +178,18 @@ class Diffusion(Objective):
         return self.latents.keys(positions)
 
     def text_batch(
-        self, latents: Any, positions: np.ndarray, dropped: np.ndarray, captions: Sequence[str] | None = None
+        self,
+        latents: Any,
+        positions: np.ndarray,
+        dropped: np.ndarray,
+        captions: Sequence[str] | None = None,
+        flipped: np.ndarray | None = None,
     ) -> Batch:
         """What the captions of samples come to (conditioning.py); dropped: bool [B], who gets the empty caption.
 
-        captions: in place of the stored ones.
+        captions: in place of the stored ones. flipped: as for `latent_batch`.
         """
-        return self.conditioning.batch(latents, positions, dropped, captions)
+        return self.conditioning.batch(latents, positions, dropped, captions, flipped)
 
     def _timesteps(self, positions: np.ndarray) -> np.ndarray:
         config, steps = self.config, self.config.num_train_timesteps
@@ -290,8 +295,13 @@ class Diffusion(Objective):
 
 
 def require_decoder(config: TrainConfig, vae: dict[str, Any]) -> None:
-    """Raises ConfigError where diffusers' pipeline for a UNet given an image cannot decode with the latents' VAE."""
+    """Raises ConfigError where the pipeline that a model would be exported as cannot decode with the latents' VAE."""
     kind, way = vae.get("kind", "AutoencoderKL"), config.conditioned_by
+    if kind != "AutoencoderKL" and vae.get("config", {}).get("shift_factor"):  # export.fold_shift
+        raise ConfigError(
+            f"the latents are of an {kind} with a shift_factor, which no pipeline here takes away before it decodes; "
+            "make them with an AutoencoderKL"
+        )
     if way and (kind == "AutoencoderDC" or (kind == "AutoencoderTiny" and config.upscale)):
         raise ConfigError(
             f"train.{way}: diffusers' {WAYS[way].pipeline} cannot decode with an {kind}, of which the latents are; "
@@ -362,7 +372,7 @@ def wanted_columns(config: TrainConfig, latents: Latents, conditioning: Conditio
     found = {"mean", *(("logstd",) if latents.has_spread else ()), *(("micro",) if conditioning.sized else ())}
     found |= {"image"} if config.conditioned_by else set()
     found |= {FEATURES} if config.alignment else set()
-    found |= {name + FLIPPED for name in found & {"mean", "logstd", FEATURES}} if config.flip else set()
+    found |= {name + FLIPPED for name in found & {"mean", "logstd", "micro", FEATURES}} if config.flip else set()
     if isinstance(conditioning, Stored):
         found |= {"text_length"} & set(latents.token_names)
         return found | {"embeddings", *(("pooled",) if conditioning.sized else ())}

@@ -100,15 +100,17 @@ def test_what_was_lost_before_is_in_pixels_of_the_picture_as_it_is_scaled(origin
         assert (left, top) == pytest.approx(((width - side) / 2, (height - side) / 2), abs=1)
 
 
+@pytest.mark.parametrize("field", ["buckets", "crop"])
 @pytest.mark.parametrize("mode", ["center_crop", "border"])
-def test_buckets_over_square_pictures_are_refused(
-    tmp_path: Path, vae_folder: Path, clip_folder: Path, mode: str
+def test_buckets_and_drawn_crops_over_square_pictures_are_refused(
+    tmp_path: Path, vae_folder: Path, clip_folder: Path, mode: str, field: str
 ) -> None:
     run = RunPaths(str(tmp_path))
     stored(run, resize_mode=mode)
-    config = LatentsConfig(resolution=32, device="cpu", buckets={"step": 8})
+    asked: dict[str, Any] = {"buckets": {"buckets": {"step": 8}}, "crop": {"crop": "random"}}[field]
+    config = LatentsConfig(resolution=32, device="cpu", **asked)
     stage = LatentsStage(config, run, str(vae_folder), str(clip_folder), seed=0)
-    with pytest.raises(ConfigError, match=rf"latents\.buckets: .* are all square, .*resize_mode {mode}; ingest them"):
+    with pytest.raises(ConfigError, match=rf"latents\.{field}: .* are all square, .*resize_mode {mode}; ingest them"):
         list(stage.tasks())
 
 

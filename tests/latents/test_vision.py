@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 
 from latents.config import FeaturesConfig, LatentsConfig
 from latents.encoders import load_text
-from latents.planning import facts_of
+from latents.planning import Prices, Rates, facts_of, report
 from latents.resize import resize_crop
 from latents.stage import LatentsStage
 from latents.vision import VisionEncoder, find_vision
@@ -219,6 +220,18 @@ def test_the_plan_counts_them(stage_of: Any, tower: Path) -> None:
     assert "features" not in facts_of(stage_of(None))
 
 
+def test_the_plan_counts_the_towers_time_among_the_encoders() -> None:
+    """Decoding of 4 ms keeps up with encoders of 1 and 3 ms on one thread; with the first alone it takes four."""
+    rates = Rates(decode=0.004, vae=0.001, text=0.0, distinct=1.0, sidecar=0, area=16, where="here", samples=8)
+    facts = {"channels": 4, "context": 8, "width": 8, "pooled": 0}
+    slow = dataclasses.replace(rates, features=0.003)
+    found = [report(LatentsConfig(), 100, 1, r, Prices(), facts) for r in (rates, slow)]
+    assert "so 4 decoding threads can keep" in found[0]
+    assert "vision tower" not in found[0]
+    assert "so 1 decoding thread can keep" in found[1]
+    assert "the vision tower 3 ms a picture" in found[1]
+
+
 @pytest.mark.parametrize(
     ("given", "change", "sentence"),
     [
@@ -241,6 +254,47 @@ def test_towers_that_cannot_be_used_are_refused(
             (folder / name).write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=sentence):
         stage_of({"pretrained": str(folder), **given}).made_with()
+
+
+def test_a_tower_whose_own_size_is_no_multiple_of_its_patch(tmp_path: Path) -> None:
+    """As that of SigLIP so400m, which sees 27 places of 14 pixels in 384: its own size is not refused."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    folder = tmp_path / "tower"
+    SiglipVisionModel(SiglipVisionConfig(**{**SHAPE, "image_size": 36}, intermediate_size=32)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    weights = find_vision(str(folder))
+    facts = weights.facts(FeaturesConfig(pretrained="x"))
+    assert (facts["size"], facts["grid"]) == (36, 4)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 36, 36, 3), np.uint8)
+    model = SiglipVisionModel.from_pretrained(folder).eval()
+    x = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
+        :, None, None
+    ]
+    with torch.no_grad():
+        states = model(pixel_values=x).last_hidden_state
+    found = VisionEncoder(weights, facts).encode(pixels)
+    torch.testing.assert_close(found, states.reshape(2, 4, 4, 24), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="make it a multiple of 8"):
+        weights.facts(FeaturesConfig(pretrained="x", size=44))
+
+
+def test_code_beside_a_tower_is_neither_run_nor_asked_about(
+    tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tower, tmp_path / "tower"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}))
+    ran = tmp_path / "ran"
+    source = "from transformers import PretrainedConfig\nopen({!r}, 'w')\nclass Mine(PretrainedConfig):\n    pass\n"
+    (folder / "mine.py").write_text(source.format(str(ran)))
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(str(words)) or "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(ConfigError, match="is of no model of transformers"):
+        find_vision(str(folder))
+    assert not asked
+    assert not ran.exists()
 
 
 def test_what_a_configuration_leaves_out_is_as_its_class_has_it(tower: Path, tmp_path: Path) -> None:

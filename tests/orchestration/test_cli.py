@@ -391,6 +391,10 @@ def test_all_says_what_is_wrong_with_any_stage_before_the_first_begins(
             "latents.resolution is 96 and ingest.image_size 64",
         ),
         ({"latents": {"resolution": 64, "buckets": {"step": 32}}}, "set ingest.resize_mode to keep_ratio"),
+        (
+            {"latents": {"resolution": 64, "crop": "random"}},
+            "set ingest.resize_mode to keep_ratio, or leave latents.crop",
+        ),
         ({"train": {"batch_size": 15, "ranks": 2}}, "train.batch_size is 15, which 2 ranks cannot share"),
         ({"train": {"unet": {"atention_head_dim": 8}}}, "train.unet: .* did you mean 'attention_head_dim'"),
         ({"train": {"start_from": str(here)}}, "train.start_from: .* holds no UNet"),

@@ -154,3 +154,13 @@ def test_a_shift_that_no_convolution_could_hold_is_refused() -> None:
 
     with pytest.raises(StageError, match="AutoencoderTiny has no convolutions that could shift or scale"):
         fold_shift(AutoencoderTiny(shift_factor=0.1))
+
+
+def test_that_shift_is_refused_before_training_and_not_after(tmp_path: Path) -> None:
+    tiny.make_latents(tmp_path / "latents")
+    dataset = Dataset.open(str(tmp_path / "latents"))
+    shifted = {**dataset.manifest["vae"]["config"], "shift_factor": 0.1}
+    dataset.manifest["vae"] = {**dataset.manifest["vae"], "kind": "AutoencoderTiny", "config": shifted}
+    config = validate(TrainConfig, {"unet": tiny.UNET, "images": 8, "batch_size": 8}, "x.yaml")
+    with pytest.raises(ConfigError, match="an AutoencoderTiny with a shift_factor, which no pipeline here"):
+        build("train", config, [dataset], 5)
