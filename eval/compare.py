@@ -45,6 +45,7 @@ class Difference:
     groups: int
     label: str = ""
     tag: str = ""
+    share: bool = False  # of images, 0 to 1
 
     @property
     def verdict(self) -> str:
@@ -98,9 +99,11 @@ def _paired(a: dict[str, Any], b: dict[str, Any], left_a: dict[str, Any], left_b
             p = 2 * float(stdtr(len(shared) - 1, -abs(value) / se))
         else:
             p = 1.0 if abs(value) < 1e-9 else 0.0
-        label = a[name].get("label", name)
+        known = a[name]
+        label, share = known.get("label", name), known.get("unit") == "share"
+        low, high = value - half, value + half
         found.append(
-            Difference(name, a[name]["better"], x, y, value, se, value - half, value + half, p, len(shared), label)
+            Difference(name, known["better"], x, y, value, se, low, high, p, len(shared), label, share=share)
         )
     return found
 

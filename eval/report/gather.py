@@ -438,7 +438,8 @@ def flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
         name = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(inner, dict) and inner:
             result |= flat(inner, name)
-        elif inner is not None:
-            text = inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)
+        elif inner not in (None, "", {}, []):
+            texts = inner if isinstance(inner, list) and all(isinstance(i, str) for i in inner) else [inner]
+            text = ", ".join(i if isinstance(i, str) else json.dumps(i, ensure_ascii=False) for i in texts)
             result[plain(name, 120)] = plain(text, 240)
     return result
