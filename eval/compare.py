@@ -161,10 +161,10 @@ def alarms(
 
     results: contents of metrics.json of one run; only complete ones of the checkpoint's own protocol and weights
     count. The p of each comparison is held to rate / HORIZON over the number of comparisons (candidates times metrics
-    and kinds of bad images, Bonferroni), so that over HORIZON equally good checkpoints a false alarm has a chance of at most `rate`, although
-    each is held against the best of many; a change below `min_change` of the earlier value is not worth one. One that
-    raised an alarm itself is nobody's best. Failed, blank and repeated images alarm as well, also where there is no
-    earlier result: a collapsed model can have a fine CLIP score.
+    and kinds of bad images, Bonferroni), so that over HORIZON equally good checkpoints a false alarm has a chance of at
+    most `rate`, although each is held against the best of many; a change below `min_change` of the earlier value is not
+    worth one. One that raised an alarm itself is nobody's best. Failed, blank and repeated images alarm as well, also
+    where there is no earlier result: a collapsed model can have a fine CLIP score.
     """
     found: list[Alarm] = []
     for mine in [r for r in results if r["checkpoint"] == checkpoint and _whole(r)]:

@@ -75,7 +75,8 @@ class Judge:
         size, log_p = self.config.batch_size, []
         for at in range(0, len(asked), size):
             batch = asked[at : at + size]
-            log_p += sum(self._in_pieces(len(batch), lambda piece: self.log_chances(images, batch[piece])), [])  # noqa: B023
+            for part in self._in_pieces(len(batch), lambda piece: self.log_chances(images, batch[piece])):  # noqa: B023
+                log_p += part
         whole, atoms = np.full((count, 1), np.nan, np.float32), np.full((count, ATOMS), np.nan)
         filled = [-1] * count  # the first of an image's questions is VQAScore's
         for (i, _, _), value in zip(asked, log_p, strict=True):

@@ -30,7 +30,7 @@ HOSTILE = [
 
 
 # Texts that are not fully visible: wider than the window, beside what scrolls, or hidden behind their own box.
-CUT = """(() => [...document.querySelectorAll('.stack td, .stack th, h1, h2, h3, .badge, .facts div, .verdict, .note, dd')]
+CUT = """(() => [...document.querySelectorAll('.stack td, .stack th, h1, h2, h3, dd, .badge, .facts div, .note')]
   .filter(e => e.checkVisibility({checkOpacity: true}) && e.getClientRects().length)
   .filter(e => { const r = e.getBoundingClientRect(); return r.right > innerWidth + 1 || r.left < 0
     || e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != 'inline'; })
@@ -41,7 +41,7 @@ FAINT = """(() => {
   const light = ([r, g, b]) => { const f = v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
     return .2126 * f(r) + .7152 * f(g) + .0722 * f(b); };
   const behind = e => { for (; e; e = e.parentElement) {
-    const c = parse(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3]) return c; } return [255, 255, 255]; };
+    const c = parse(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3]) return c; } };
   const found = new Set();
   for (const e of document.querySelectorAll('body *')) {
     if (![...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()) || !e.checkVisibility()) continue;
