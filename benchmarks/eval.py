@@ -1,9 +1,8 @@
-"""Evaluation side by side with its peers: python -m benchmarks.eval [frechet] [features] [merge] [generate] [tail] ...
+"""Evaluation side by side with its peers: python -m benchmarks.eval [frechet] [features] [generate] [tail] ...
 
 frechet    Frechet distance of 2048-d moments: ours against scipy's sqrtm (clean-fid, pytorch-fid) and against the
            eigenvalues of S1 S2 (torch-fidelity, torchmetrics); full rank, and fewer vectors than dimensions
 features   images/s of the feature stage against the bare network on ready batches; peak memory at N and 4 N images
-merge      200,000 moments shards into one, read from disk: time and memory
 generate   images/s of the whole evaluation against the bare pipeline in a loop; what a checkpoint costs beside that
 tail       distances from finished features, for a first checkpoint and for a second one
 alarms     share of runs of 30 equally good checkpoints that raise an alarm, by simulation
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import mmap
 import os
 import subprocess
 import sys
@@ -31,15 +29,13 @@ import scipy.linalg
 
 from eval import compare
 from eval.metrics import frechet, moments
-from eval.metrics.moments import Accumulator, Moments
+from eval.metrics.moments import Moments
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["frechet", "features", "merge"])
+    parser.add_argument("what", nargs="*", default=["frechet", "features"])
     parser.add_argument("--dim", type=int, default=2048)
-    parser.add_argument("--shards", type=int, default=200_000)
-    parser.add_argument("--merge-dim", type=int, default=512)
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peak:
@@ -49,7 +45,6 @@ def main() -> None:
         {
             "frechet": lambda: bench_frechet(given.dim),
             "features": bench_features,
-            "merge": lambda: bench_merge(given.shards, given.merge_dim),
             "generate": bench_generate,
             "tail": bench_tail,
             "alarms": bench_alarms,
@@ -496,42 +491,6 @@ def bench_alarms(runs: int = 10_000, batch: int = 250) -> None:
     for share, images in ((0.005, 256), (0.01, 256), (0.01, 10_000), (0.002, 30)):
         found = spoilt(share, images, runs // 10, 0)
         print(f"alarms, {100 * share:g} % of {images:,} images blank: {found} of {runs // 10:,} runs")
-
-
-# ---- merge ------------------------------------------------------------------------------------------
-
-
-def bench_merge(shards: int, d: int, distinct: int = 64) -> None:
-    """Each shard is read from its file, memory-mapped as everywhere: `distinct` files over and over, so that the disk's
-    cache serves them. Memory is without those pages, which belong to the cache."""
-    from shards.columns import pack_columns, unpack_columns
-
-    with tempfile.TemporaryDirectory() as folder:
-        parts = [moments.of(np.random.default_rng(i).standard_normal((256, d)) + 3) for i in range(distinct)]
-        for i, part in enumerate(parts):
-            Path(folder, f"{i}.safetensors").write_bytes(pack_columns(moments.to_columns(part), {}))
-        total = Accumulator(d)
-        began = time.perf_counter()
-        first = None
-        for i in range(shards):
-            with open(Path(folder, f"{i % distinct}.safetensors"), "rb") as f:
-                arrays, _ = unpack_columns(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
-            total.merge_columns(arrays)
-            if i == shards // 10:
-                first = memory("RssAnon")
-        result = total.result()
-        seconds = time.perf_counter() - began
-        last = memory("RssAnon")
-    again = Accumulator(d)
-    for i in range(min(shards, distinct)):
-        again.merge(parts[i % distinct])
-    expected = again.result()
-    error = "not checked"
-    if shards % distinct == 0:
-        scale = shards // distinct
-        error = f"{np.abs(result.scatter / scale - expected.scatter).max() / np.abs(expected.scatter).max():.1e}"
-    print(f"merge, {shards:,} shards of moments, d = {d}: {seconds:.0f} s ({1e3 * seconds / shards:.2f} ms a shard),")
-    print(f"  {first or 0:.0f} MB of memory after a tenth, {last:.0f} MB at the end; error {error}")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from eval.inputs import read_image
 from eval.metrics import frechet
 from eval.metrics.moments import Accumulator
 from eval.networks import resize
+from eval.rows import images_of
 from latents.resize import prefetch
 from shards import storage
 from shards.dataset import MANIFEST, Dataset
-from shards.images import ImageShard, decode_rgb
+from shards.images import decode_rgb
 from shards.progress import Progress
 from shards.settings import ConfigError
 
@@ -126,7 +127,7 @@ def _images(source: str) -> tuple[int, Iterator[np.ndarray]]:
     """Number of pictures of a dataset of shards or of a folder, and the pictures uint8 [H, W, 3] in their order."""
     if storage.exists(storage.join(source, MANIFEST)):
         dataset = Dataset.open(source)
-        return len(dataset), _of_shards(dataset)
+        return len(dataset), (decode_rgb(data) for _, data in images_of(dataset) if data is not None)
     folder = Path(source)
     if not folder.is_dir():
         raise ConfigError(f"explain-fid: {source} is neither a folder of pictures nor finished shards")
@@ -144,11 +145,3 @@ def _images(source: str) -> tuple[int, Iterator[np.ndarray]]:
     return len(files), prefetch(
         lambda i: read_image(files[i], "explain-fid", "take it out of the folder"), len(files), 2, 32
     )
-
-
-def _of_shards(dataset: Dataset) -> Iterator[np.ndarray]:
-    for position in range(len(dataset.shards)):
-        shard = ImageShard(dataset, position)
-        for i in range(len(shard)):
-            yield decode_rgb(shard.image_bytes(i))
-        shard.close()

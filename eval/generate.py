@@ -86,14 +86,6 @@ def generators(samples: Sequence[Sample]) -> list[torch.Generator]:
     return [generator_of(seed_of(s.prompt_id, s.replicate)) for s in samples]
 
 
-def start_noise(samples: Sequence[Sample], shape: tuple[int, ...]) -> torch.Tensor:
-    """What the generators give first: standard normal float32 [len(samples), *shape], drawn on the CPU so that it is
-    the same for every device."""
-    import torch
-
-    return torch.stack([torch.randn(shape, generator=g) for g in generators(samples)])
-
-
 def swap_sampler(pipeline: Any, sampler: str, timestep_spacing: str | None = None) -> None:
     """Gives the pipeline another of SAMPLERS; betas and prediction type stay those that it was trained with."""
     import diffusers

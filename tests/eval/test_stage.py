@@ -18,7 +18,7 @@ import torch
 from eval import model as models
 from eval.config import EvalConfig
 from eval.evaluation import Evaluation
-from eval.generate import ImageGenerator, Sample, seed_of, start_noise
+from eval.generate import ImageGenerator, Sample, seed_of
 from eval.metrics import frechet, moments
 from eval.networks import truncated
 from eval.report import history, page
@@ -30,7 +30,7 @@ from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from shards.stage import begin
-from tests.eval.conftest import CONTEXT, SIDE, drive, evaluate, evaluation_of, refs, shard_bytes
+from tests.eval.conftest import CONTEXT, SIDE, drive, evaluate, evaluation_of, refs, shard_bytes, start_noise
 from tests.orchestration.head import ROOT
 
 
