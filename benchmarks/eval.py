@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["frechet", "features"])
     parser.add_argument("--dim", type=int, default=2048)
+    parser.add_argument("--images", type=int, default=32, help="of generate")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peak:
@@ -45,7 +46,7 @@ def main() -> None:
         {
             "frechet": lambda: bench_frechet(given.dim),
             "features": bench_features,
-            "generate": bench_generate,
+            "generate": lambda: bench_generate(given.images),
             "tail": bench_tail,
             "alarms": bench_alarms,
         }[name]()
