@@ -9,6 +9,7 @@ what range it is fed in. Pictures are decoded once. A set is a folder of picture
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,17 +94,15 @@ def _statistics(
     network: networks.Inception, source: str, batch_size: int
 ) -> dict[str, tuple[np.ndarray | None, Accumulator]]:
     """By protocol: the features where there are at most 2048, and moments in any case."""
+    import torch
+
     count, images = _images(source)
     if count < 2:
         raise ConfigError(f"explain-fid: {source} has {count} pictures; a distance needs at least 2 on either side")
     kept: dict[str, list[np.ndarray]] = {name: [] for name in PROTOCOLS}
     moments = {name: Accumulator(WIDTH) for name in PROTOCOLS}
     progress = Progress("explain-fid", count, "images")
-    batch: list[np.ndarray] = []
-
-    def take() -> None:
-        import torch
-
+    while batch := list(itertools.islice(images, batch_size)):
         for name, (_, _, resized, scale) in PROTOCOLS.items():
             planes = torch.cat([resized(p[None]) for p in batch])
             features = network.features(planes * scale).cpu().numpy()
@@ -111,14 +110,6 @@ def _statistics(
             if count <= WIDTH:
                 kept[name].append(features)
         progress.update(len(batch))
-
-    for image in images:
-        batch.append(image)
-        if len(batch) == batch_size:
-            take()
-            batch = []
-    if batch:
-        take()
     progress.close()
     return {name: (np.concatenate(parts) if parts else None, moments[name]) for name, parts in kept.items()}
 

@@ -9,7 +9,7 @@ which makes a result the same, bit for bit, however many workers made the parts 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,18 +43,17 @@ def empty(dim: int) -> Moments:
     return Moments(0, np.zeros(dim), np.zeros((dim, dim)))
 
 
-def of(features: npt.ArrayLike, keys: Sequence[str] | None = None) -> Moments:
+def of(features: npt.ArrayLike) -> Moments:
     """Moments of features [n, d] (any float type; summed in float64, centred first so that an offset costs no digits).
 
-    ValueError names the picture (by `keys`) whose features are not finite.
+    ValueError names the rows whose features are not finite.
     """
     x = np.asarray(features, dtype=np.float64)
     if x.ndim != 2:
         raise ValueError(f"features must be [pictures, dimensions], not of shape {x.shape}")
     bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
     if bad.size:
-        names = ", ".join(str(keys[i]) if keys is not None else f"row {i}" for i in bad[:5])
-        raise ValueError(f"features of {bad.size} of {len(x)} pictures are not finite (first: {names})")
+        raise ValueError(f"features of {bad.size} of {len(x)} pictures are not finite (first: row {bad[0]})")
     if len(x) == 0:
         return empty(x.shape[1])
     mean = x.mean(axis=0)

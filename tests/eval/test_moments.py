@@ -73,8 +73,8 @@ def test_float32_features_give_float64_moments() -> None:
 def test_features_that_are_not_finite_are_named() -> None:
     x = random_features(4, 3, 5)
     x[2, 1] = np.nan
-    with pytest.raises(ValueError, match="00002"):
-        moments.of(x, ["00000", "00001", "00002", "00003"])
+    with pytest.raises(ValueError, match=r"first: row 2\)"):
+        moments.of(x)
     accumulator = moments.Accumulator(3, 4)
     with pytest.raises(ValueError, match="not finite"):
         accumulator.add(x)
