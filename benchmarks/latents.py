@@ -165,8 +165,8 @@ def stage_of(folder: Path, name: str, images: Path, vae: Path, clip: Path, **set
 def encode(given: argparse.Namespace, folder: Path) -> None:
     import torch
 
+    from latents.arithmetic import fixed_arithmetic
     from latents.resize import resize_crop
-    from latents.stage import fixed_arithmetic
     from shards.images import decode_rgb
 
     side, per_shard = given.side, max(given.batch, given.images // given.shards)

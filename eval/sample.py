@@ -203,8 +203,8 @@ class SampleStage:
 
 class _Worker:
     def __init__(self, stage: SampleStage) -> None:
+        from latents.arithmetic import fixed_arithmetic
         from latents.encoders import pick_device
-        from latents.stage import fixed_arithmetic
 
         self.stage, self.config, self.fixed = stage, stage.config, fixed_arithmetic
         self.folder = open_folder(stage)

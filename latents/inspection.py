@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from latents.arithmetic import fixed_arithmetic
 from latents.buckets import Bucket
 from latents.encoders import Vae, load_text_of, load_vae, pick_device, require_digest
 from latents.moments import dequantise_logstd
 from latents.resize import crop_place, resize_crop_to
-from latents.stage import LatentsStage, fixed_arithmetic
+from latents.stage import LatentsStage
 from latents.text import Text
 from latents.weights import text_facts
 from shards import images, storage

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from latents.columns import id_type
 from latents.config import LatentsConfig
-from latents.stage import LatentsStage, id_type
+from latents.stage import LatentsStage
 from latents.weights import clips_of, find_clip, find_sequence, find_vae, text_facts
 from shards import images, storage
 from shards.fingerprint import digest_json
@@ -166,7 +167,7 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
 
     import torch
 
-    from latents.stage import fixed_arithmetic
+    from latents.arithmetic import fixed_arithmetic
 
     try:
         dataset = stage.images()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-from latents.stage import texts_in
+from latents.source import texts_in
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, segments

@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from latents.columns import FEATURES, FLIPPED
 from latents.encoders import other_encoder
 from latents.resize import crop_place
-from latents.stage import FEATURES, FLIPPED, texts_in
+from latents.source import texts_in
 from shards import storage
 from shards.columns import COLUMN_ROW, ENDS, ColumnFile, Columns, column, column_rows, members, packed_rows
 from shards.dataset import Dataset

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from latents.columns import FEATURES, FLIPPED
 from latents.encoders import load_clip_of, load_text_of
-from latents.stage import FEATURES, FLIPPED
 from latents.weights import PAIR, SEQUENCE, clips_of, find_pad
 from shards.dataset import Dataset
 from shards.settings import ConfigError

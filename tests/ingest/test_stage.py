@@ -29,7 +29,7 @@ from demo import server as demo_server
 from ingest.config import IngestConfig
 from ingest.errors import RETRYABLE
 from ingest.stage import IngestStage
-from latents.stage import texts_in
+from latents.source import texts_in
 from shards import storage
 from shards.dataset import Dataset, read_stats
 from shards.exclusions import shard_row
