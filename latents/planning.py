@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
 
 import numpy as np
 
@@ -178,11 +177,11 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
         raise ConfigError(
             f"plan: {stage.run.images} has no finished image shards to measure on; ingest a small table first"
         )
-    worker: Any = stage.worker()
+    worker = stage.worker()
     shard = images.ImageShard(dataset, position)
     count = min(samples, len(shard))
-    plan = worker._plan(shard)
-    load = worker._loader(shard, plan)
+    plan = worker.images.plan(shard)
+    load = worker.images.loader(shard, plan)
     began = time.thread_time()
     loaded = [(int(plan.order[k]), load(k)) for k in range(count)]
     decode = (time.thread_time() - began) / count
@@ -209,12 +208,12 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
                     for stack in stacks:
                         worker.vision.encode_stored(stack)()
                     features += time.perf_counter() - began
-        tokens, index = worker._tokenise(shard.captions)
+        tokens, index = worker.tokenise(shard.captions)
         distinct = len(np.unique(index[:-1]))
-        worker._embed_captions({n: ids[:1] for n, ids in tokens.items()}, np.zeros(1, np.int64))
+        worker.embed_captions({n: ids[:1] for n, ids in tokens.items()}, np.zeros(1, np.int64))
         rows = np.unique(index, return_index=True)[1][: max(count, stage.config.batch_size)]
         began = time.perf_counter()
-        worker._embed_captions({n: ids[rows] for n, ids in tokens.items()}, np.arange(len(rows)))
+        worker.embed_captions({n: ids[rows] for n, ids in tokens.items()}, np.arange(len(rows)))
         text = (time.perf_counter() - began) / len(rows)
     shard.close()
     downscale = worker.vae.downscale

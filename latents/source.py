@@ -13,25 +13,8 @@ from shards import images, storage
 from shards.dataset import Dataset, read_stats
 
 # What an image shard's sidecar says in words besides captions.
-_NO_CAPTIONS = frozenset(
-    [
-        "url",
-        "final_url",
-        "key",
-        "status",
-        "error",
-        "error_message",
-        "exif",
-        "sha256",
-        "caption_raw",
-        "pixel_hash",
-        "phash",
-        "image_ext",
-        "image_file",
-        "place",
-        "md5",
-    ]
-)
+_NO_CAPTIONS = {"url", "final_url", "key", "status", "error", "error_message", "exif", "sha256", "md5", "caption_raw"}
+_NO_CAPTIONS |= {"pixel_hash", "phash", "image_ext", "image_file", "place"}
 
 
 def stored_sizes(shard: images.ImageShard) -> np.ndarray:

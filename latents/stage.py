@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -179,7 +179,7 @@ class LatentsStage:
                 f"{size}: each would be enlarged; lower it, ingest larger pictures, or set latents.enlarge to true"
             )
 
-    def worker(self) -> Callable[[Task], dict[str, Any]]:
+    def worker(self) -> Worker:
         """Load the encoders once; the result makes one shard a call."""
         return Worker(self)
 

@@ -137,14 +137,14 @@ class Worker:
         ahead, load = 2 * self.config.batch_size, self.images.loader(shard, plan)
         decoded = prefetch(load, count, self.config.decode_threads, ahead)
         first = list(itertools.islice(decoded, 1))  # decoding goes on from here, whoever has the encoders
-        tokens, text_index = self._tokenise(shard.captions)
+        tokens, text_index = self.tokenise(shard.captions)
         with self._encoders, fixed_arithmetic(self.config.threads):
             busy = time.perf_counter()
             clock = _Clock()
             moments = self.images.encode(plan, clock.timed(itertools.chain(first, decoded)), samples)
             text = finite = None
             if self.config.text == "embeddings":
-                text, finite = self._embed_captions(tokens, text_index)
+                text, finite = self.embed_captions(tokens, text_index)
             busy = time.perf_counter() - busy - clock.waited
         if finite is not None:
             for i in range(count):
@@ -215,7 +215,7 @@ class Worker:
             found[name] = [[t for t in said.get(key) or () if t] for key in shard.keys]
         return found
 
-    def _tokenise(self, captions: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def tokenise(self, captions: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Captions and, as row N, the empty one: columns of N+1 rows of token ids, and which distinct row is each
         one's, int64 [N+1]. Captions of the same tokens share a row."""
         kind = id_type(self.text.vocabulary)
@@ -225,7 +225,7 @@ class Worker:
         lines = (b"".join(row.tobytes() for row in rows) for rows in zip(*tokens.values(), strict=True))
         return tokens, np.array([first.setdefault(line, len(first)) for line in lines], np.int64)
 
-    def _embed_captions(
+    def embed_captions(
         self, tokens: dict[str, np.ndarray], index: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """`embeddings` float16 of the distinct rows: [U,ctx,D], or of as many rows as each has tokens one after the
