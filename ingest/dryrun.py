@@ -20,9 +20,10 @@ from tqdm import tqdm
 from ingest import captions, tables
 from ingest.formats import batches, row_count
 from ingest.pixels import process
-from ingest.stage import IngestStage, judge_rows
+from ingest.pool import pixel_settings
+from ingest.stage import IngestStage
 from ingest.takedown import TakenDown
-from ingest.work import pixel_settings
+from ingest.worker import judge_rows
 from shards.dataset import read_stats_of
 from shards.listing import listed
 

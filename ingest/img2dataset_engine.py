@@ -33,9 +33,9 @@ from ingest.config import IngestConfig
 from ingest.errors import Rejected
 from ingest.optout import product_name, robots_refusal, tdm_refusal
 from ingest.pixels import EncodedImage, hashes
+from ingest.pool import Outcome
 from ingest.takedown import TakenDown
 from ingest.urls import parse_url
-from ingest.work import Outcome
 from shards.settings import ConfigError, StageError
 
 _DISALLOWED = "Use of image disallowed by X-Robots-Tag directive"  # its downloader.py

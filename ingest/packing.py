@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from ingest import tables
 from ingest.config import IngestConfig
 from ingest.digests import DIGESTS, of_texts
-from ingest.work import Outcome
+from ingest.pool import Outcome
 from shards.images import pack_tar
 from shards.layout import sample_key
 from shards.settings import ConfigError

@@ -18,7 +18,7 @@ import pyarrow as pa
 from ingest import tables
 from ingest.errors import ERRORS, RETRYABLE
 from ingest.filters import out_of_range
-from ingest.work import Outcome
+from ingest.pool import Outcome
 from shards import storage
 
 COUNTED = ("success", "failed_to_download", "failed_to_resize", "filtered", "opted_out")

@@ -20,7 +20,8 @@ import numpy as np
 
 from curate import takedown as curate_takedown
 from ingest import removal
-from ingest.stage import IngestStage, with_flags
+from ingest.digests import with_flags
+from ingest.stage import IngestStage
 from ingest.takedown import TakenDown, requested
 from latents import takedown as latents_takedown
 from orchestration.config import RunConfig

@@ -120,7 +120,7 @@ def check_all(config: RunConfig) -> None:
 
 def retry_ingest(config: RunConfig, codes: str, local: bool = False) -> None:
     """Fetch the rows again that ended with these codes (`transient`: all that may pass), in shards of their own."""
-    from ingest.stage import codes_to_retry
+    from ingest.retries import codes_to_retry
 
     chosen = codes_to_retry(codes)
     stages: list[tuple[Stage, Pool]] = [

@@ -28,8 +28,8 @@ from ingest.config import FetchConfig
 from ingest.errors import Rejected
 from ingest.fetch import Room
 from ingest.names import Names
+from ingest.pool import FetchPool
 from ingest.takedown import TakenDown
-from ingest.work import FetchPool
 from shards.settings import ConfigError, NodeTrouble, validate
 from tests.ingest.conftest import make_config
 from tests.ingest.site import Site, image_bytes
