@@ -247,7 +247,7 @@ def synchronised() -> float:
 
 
 def config_of(**changes: Any) -> Any:
-    from train.config import FitConfig
+    from train.fit_config import FitConfig
 
     values = {"images": 10**9, "batch_size": BATCH, "eps": 1e-4, "grad_clip": CLIP, "learning_rate": RATE}
     return FitConfig.model_validate(values | {"warmup_images": 0, "schedule": "constant"} | changes)

@@ -328,8 +328,8 @@ class _Worker:
         stage = self.stage
         if stage.control is not None:
             return self._fitted(stage.control)
-        from train.config import ControlConfig
         from train.image_conditioning import control_image
+        from train.part_config import ControlConfig
 
         settings = ControlConfig(**(models.control_settings(stage.run, stage.model) or {}))
         if settings.images:

@@ -55,7 +55,7 @@ def _ingest(config: RunConfig) -> None:
 def _fit(name: str) -> Callable[[RunConfig], None]:
     def check(config: RunConfig) -> None:
         from train import trackers
-        from train.config import layout
+        from train.fit_config import layout
 
         fit: Any = getattr(config, name)
         layout(name, fit, fit.ranks)

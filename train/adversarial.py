@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import leaky_relu, relu
 from torch.nn.grad import conv2d_weight
 
-from train.config import AdversarialConfig
+from train.encoder_config import AdversarialConfig
 from train.order import derive_key
 
 GROUP = 16  # channels of a norm's group

@@ -19,8 +19,8 @@ from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, perceptual, segments
 from train.adversarial import Balance, Discriminator, frozen, hinge
-from train.config import AdversarialConfig, AutoencoderConfig
 from train.data import Batch, ImageSamples
+from train.encoder_config import AdversarialConfig, AutoencoderConfig
 from train.objective import Objective, construct, public_config
 from train.randomness import Randomness
 from train.segments import History

@@ -17,8 +17,8 @@ from latents.source import texts_in
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, segments
-from train.config import ClipConfig
 from train.data import Batch, ImageSamples
+from train.encoder_config import ClipConfig
 from train.objective import Objective, construct, refuse_unknown
 from train.segments import History
 

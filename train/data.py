@@ -29,7 +29,8 @@ from shards.images import LOCATION, ImageShard, decode_rgb, is_image
 from shards.selection import Selection
 from shards.settings import ConfigError, StageError
 from train import segments
-from train.config import FitConfig, TrainConfig
+from train.config import TrainConfig
+from train.fit_config import FitConfig
 from train.placement import Placement
 from train.reader import Reader, Window
 from train.segments import History

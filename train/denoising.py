@@ -17,12 +17,13 @@ from shards.settings import ConfigError
 from train import adapters, diffusion, initial, segments
 from train.alignment import NAME, Alignment
 from train.conditioning import Conditioning, Encoded, Joint, Learning, Stored, require_added_width
-from train.config import AlignmentConfig, TrainConfig
+from train.config import TrainConfig
 from train.data import Batch, Latents
 from train.image_conditioning import LEVELS, WAYS, ByKey, Controlled, ImageConditioning, add_levels, control_net, widen
 from train.inversion import Word
 from train.objective import Objective, construct, public_config
 from train.order import derive_key, permute
+from train.part_config import AlignmentConfig
 from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of, require_layer
 from train.randomness import Randomness
 from train.segments import History

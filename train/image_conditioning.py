@@ -33,9 +33,10 @@ from shards.dataset import Dataset
 from shards.images import LOCATION, ImageShard, decode_rgb, is_image
 from shards.layout import shard_name
 from shards.settings import ConfigError, StageError
-from train.config import ControlConfig, TrainConfig
+from train.config import TrainConfig
 from train.data import DECODERS, Batch, Kept
 from train.diffusion import alphas_cumprod
+from train.part_config import ControlConfig
 from train.randomness import Randomness
 from train.segments import MOST_STREAMS
 

@@ -13,9 +13,9 @@ import torch
 from shards.fingerprint import Fingerprint
 from shards.settings import ConfigError, StageError
 from train import checkpoint, plan
-from train.config import FitConfig, layout
 from train.data import Batch
 from train.engine import Engine, resolve_precision
+from train.fit_config import FitConfig, layout
 from train.folders import Keep, folder_name
 from train.guard import Guard
 from train.objective import Objective

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from shards.settings import ConfigError
-from train.config import FitConfig
+from train.fit_config import FitConfig
 
 if TYPE_CHECKING:
     from train.data import Batch

@@ -15,7 +15,7 @@ import torch
 
 from latents.encoders import load_text_of, load_vae, require_digest
 from latents.weights import find_vae
-from train.config import SamplesConfig
+from train.part_config import SamplesConfig
 from train.ranks import Ranks
 from train.schedulers import scheduler
 

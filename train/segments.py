@@ -18,7 +18,9 @@ from shards.dataset import Dataset
 from shards.fingerprint import digest_json
 from shards.selection import Rule, Selection
 from shards.settings import ConfigError
-from train.config import PRIOR, FitConfig, SourceConfig, TrainConfig
+from train.config import TrainConfig
+from train.fit_config import FitConfig
+from train.part_config import PRIOR, SourceConfig
 from train.placement import Placement, Segment, Source
 
 VERSION = 2  # 1 was an order by windows of shards, which kept no record

@@ -22,7 +22,10 @@ from shards.fingerprint import Fingerprint, digest_file, digest_json
 from shards.layout import MANIFEST, RunPaths
 from shards.settings import ConfigError, StageError, resolved
 from train import folders, segments
-from train.config import PRIOR, AutoencoderConfig, ClipConfig, FitConfig, Kind, TrainConfig, TrainingSections, kind_of
+from train.config import TrainConfig, TrainingSections
+from train.encoder_config import AutoencoderConfig, ClipConfig
+from train.fit_config import FitConfig, Kind, kind_of
+from train.part_config import PRIOR
 
 VERSION = 2  # raise it when the same settings lead to other weights
 MARKER = "carrara.json"

@@ -27,11 +27,12 @@ from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from shards.stage import begin
 from train import segments
-from train.config import IMAGE_CONDITIONS, SourceConfig, TrainConfig, ValidationConfig
+from train.config import IMAGE_CONDITIONS, TrainConfig
 from train.data import Batch, Latents
 from train.denoising import Diffusion
 from train.image_conditioning import ByKey
 from train.order import permute
+from train.part_config import SourceConfig, ValidationConfig
 from train.ranks import Ranks
 from train.reader import Window
 

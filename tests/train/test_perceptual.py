@@ -16,7 +16,7 @@ from shards.dataset import Dataset
 from shards.settings import ConfigError
 from tests.train import tiny
 from train import perceptual
-from train.config import AutoencoderConfig
+from train.encoder_config import AutoencoderConfig
 from train.objectives import build
 
 

@@ -24,8 +24,9 @@ from tests.train.test_mixture import bucketed
 from tests.train.test_tuning import make_run, run_and_export
 from tests.train.test_zero import step_folder
 from train import folders, samples, validation
-from train.config import TrainingSections, ValidationConfig
+from train.config import TrainingSections
 from train.objectives import build
+from train.part_config import ValidationConfig
 from train.ranks import Ranks
 from train.state import stage_state
 
