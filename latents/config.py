@@ -125,8 +125,9 @@ class LatentsConfig(Strict):
             raise ValueError("resolution and more_resolutions must all be different")
         if any(not 8 <= r <= 4096 for r in self.more_resolutions):
             raise ValueError("more_resolutions must lie between 8 and 4096")
-        for side in self.resolutions if self.buckets else ():
-            if side % self.buckets.step:  # type: ignore[union-attr]
+        step = self.buckets.step if self.buckets else 1
+        for side in self.resolutions:
+            if side % step:
                 raise ValueError(f"with buckets every resolution must be a multiple of buckets.step; {side} is not")
         if self.text_pooled and self.text != "embeddings":
             raise ValueError("text_pooled needs text: embeddings; with tokens the trainer's own CLIP gives it")

@@ -218,7 +218,7 @@ def _as_fake(model: Any, like: Any, dtype: torch.dtype) -> Any:
         found = like.fake_mode.from_tensor(tensor).to(like.device)
         if isinstance(tensor, torch.nn.Parameter):
             return torch.nn.Parameter(found.to(dtype), requires_grad=False)
-        return found  # type: ignore[no-any-return]
+        return found
 
     return copy.deepcopy(model, {id(t): fake(t) for t in (*model.parameters(), *model.buffers())})
 

@@ -121,7 +121,7 @@ class Clip(Objective):
 
     def checkpoint_activations(self) -> None:
         """open_clip's own name for it."""
-        self.model.set_grad_checkpointing(True)  # type: ignore[operator]
+        self.model.set_grad_checkpointing(True)
 
     def _features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         pixels = batch["pixels"]

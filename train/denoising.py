@@ -94,7 +94,7 @@ class Diffusion(Objective):
     @property
     def process(self) -> diffusion.Process:
         """The forward process, where the objective lies."""
-        return diffusion.Process(self.signal, self.noise, self.time)  # type: ignore[arg-type]
+        return diffusion.Process(self.signal, self.noise, self.time)
 
     # ---- batches, on the CPU -----------------------------------------------------------------------
 

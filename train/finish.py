@@ -58,14 +58,14 @@ def finish(
             mean, std = measure_latents(objective, ranks)
             shifted = objective.config.measure_shift or was.shift_factor is not None  # which the pictures moved
             facts = {"scaling_factor": 1.0 / std, "shift_factor": mean if shifted else None}
-        objective.model.register_to_config(**facts)  # type: ignore[operator]
+        objective.model.register_to_config(**facts)
     if ranks.first:
         model = storage.local_path(paths.model)
         tmp = storage.temporary_folder(model)
         if isinstance(objective, Clip):
             _save_clip(objective, tmp)
         else:
-            objective.model.cpu().save_pretrained(tmp)  # type: ignore[operator]
+            objective.model.cpu().save_pretrained(tmp)
         manifest = folders.read_manifest(last)
         marker = {
             "stage": stage,

@@ -71,7 +71,7 @@ class Objective(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keep no activations inside blocks, and compute them again in the backward pass."""
-        self.model.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.model.enable_gradient_checkpointing()
 
 
 def construct(kind: Any, arguments: dict[str, Any], field: str, seed: int) -> Any:

@@ -124,7 +124,7 @@ def _run(
         given = {n: torch.empty((samples, *t.shape[1:]), dtype=t.dtype) for n, t in batch.items()}
     cast = contextlib.nullcontext()
     if precision in DTYPES:
-        cast = torch.autocast("cpu", DTYPES[precision])  # type: ignore[assignment]
+        cast = torch.autocast("cpu", DTYPES[precision])
     was = [m.gradient_checkpointing for m in objective.modules() if hasattr(m, "gradient_checkpointing")]
     counter, lives = FlopCounterMode(display=False), Live()
     watch: Any = lives if live else counter

@@ -114,6 +114,7 @@ def sample(
     from eval.sample import SampleConfig, SampleStage, requests_of
     from orchestration import engine
     from orchestration.config import Pool, RayConfig
+    from orchestration.connection import connected
     from shards import storage
     from shards.fingerprint import digest_json
     from shards.layout import RunPaths
@@ -129,16 +130,8 @@ def sample(
     folder = out or storage.join(run, "samples", asked)
     stage = SampleStage(config, paths, folder)
 
-    def drive() -> None:
+    with connected(RayConfig(), local=not ray):
         engine.run(stage, paths.status, RayConfig(), Pool(), local=not ray, redo=redo)
-
-    if ray:
-        from orchestration.connection import connected
-
-        with connected(RayConfig()):
-            drive()
-    else:
-        drive()
     log.info("%d pictures of %s are in %s", stage.total, stage.model.name, folder)
 
 

@@ -26,7 +26,7 @@ for group_ in (stages, runs, models, machines):
     app.add_typer(group_.app)
 
 # typer brings a click of its own, in which the base of all these errors has no public name.
-USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
@@ -37,8 +37,8 @@ def run(arguments: Sequence[str]) -> None:
         if group().main(list(arguments), prog_name="carrara", standalone_mode=False) == INTERRUPTED:
             raise KeyboardInterrupt
     except USAGE_ERROR as e:
-        where = e.ctx.command_path if e.ctx else "carrara"  # type: ignore[attr-defined]
-        text = e.format_message().rstrip(".")  # type: ignore[attr-defined]
+        where = e.ctx.command_path if e.ctx else "carrara"
+        text = e.format_message().rstrip(".")
         raise ConfigError(f"{text[:1].lower()}{text[1:]}; `{where} --help` shows how it is called") from None
     except typer.Abort:
         raise KeyboardInterrupt from None

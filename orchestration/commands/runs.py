@@ -184,12 +184,12 @@ def plan(
         if value <= 0:
             raise ConfigError(f"plan: --{option} is {value:g}; it must be more than 0")
     from latents import planning
-    from orchestration import stages
+    from orchestration import parts
     from orchestration.ledger import Ledger
     from shards.layout import RunPaths
 
     found = configured(config, rest, tables=False)
-    (stage, pool), *_ = stages.shard_stages("latents", found)
+    stage = parts.latents_stage(found)
     prices = planning.Prices(
         worker_hour=worker_hour,
         trainer_hour=trainer_hour,
@@ -199,10 +199,10 @@ def plan(
         worker_speed=worker_speed,
         trainer_speed=trainer_speed,
     )
-    counted = planning.image_count(stage, rows)  # type: ignore[arg-type]
-    rates = planning.rates_of(stage, samples, again)  # type: ignore[arg-type]
-    facts = planning.facts_of(stage)  # type: ignore[arg-type]
-    print(planning.report(found.latents, counted, workers or pool.most_workers or 1, rates, prices, facts))
+    counted = planning.image_count(stage, rows)
+    rates = planning.rates_of(stage, samples, again)
+    facts = planning.facts_of(stage)
+    print(planning.report(found.latents, counted, workers or found.ray.latents.most_workers or 1, rates, prices, facts))
     ledger = Ledger(stage, RunPaths(found.run).status)
     print(f"of this run, {ledger.skipped:,} of {ledger.total:,} shards are made and {ledger.remaining:,} are left")
 
@@ -216,13 +216,13 @@ def inspect(
 ) -> None:
     """Latents decoded beside their originals, and encoded again; another seed draws other samples."""
     from latents import inspection
-    from orchestration import stages
+    from orchestration import parts
     from shards.layout import RunPaths
 
     found = configured(config, rest, tables=False)
-    stages.check_inputs("latents", found)
-    (stage, _), *_ = stages.shard_stages("latents", found)
-    seen = inspection.inspect(stage, count, seed)  # type: ignore[arg-type]
+    parts.check_inputs("latents", found)
+    stage = parts.latents_stage(found)
+    seen = inspection.inspect(stage, count, seed)
     print(inspection.summary(seen))
     page = inspection.write(seen, RunPaths(found.run).reports, f"Latents of {found.run}")
     log.info("inspect: the page is %s", page)
