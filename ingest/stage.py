@@ -1,7 +1,7 @@
 """The ingest stage: tables of URLs and captions into image shards in img2dataset's layout.
 
 A task is one line of the dataset's plan (shards/plan.py): a range of the table's rows, or rows that older shards could
-not get (a retry). Its worker filters the rows, fetches the pictures, makes them alike and commits tar, sidecar and
+not get (a retry). Its worker filters the rows, fetches the images, makes them alike and commits tar, sidecar and
 stats. `finish` looks over the whole run: it takes out what was taken down, excludes duplicates and checks that every
 row of the table came to exactly one end. What is in a shard is in packing.py.
 """
@@ -270,7 +270,7 @@ class IngestStage:
         why = f" (most often: {most[0][0]}, {ERRORS[most[0][0]].meaning})" if most else ""
         advice = statistics.ADVICE.get(most[0][0]) if most else None
         what = advice or "see the sidecars for each row's error"
-        return f"{self.root}: none of {rows} rows gave a picture{why}; {what}"
+        return f"{self.root}: none of {rows} rows gave an image{why}; {what}"
 
     def _conclude(self, counts: RunCounts, digests: dict[int, bool]) -> tuple[str | None, dict[str, Any]]:
         """Find duplicates; returns the name of the file of exclusions and what stands in the manifest."""
@@ -401,7 +401,7 @@ class IngestStage:
         """Take what is listed out of the committed shards that were not looked through for it; under the lease.
 
         Returns how many parts of the list that was, the shards that changed, and those with listed rows, whenever these
-        were taken out. Pictures with the bytes of one that is listed by its URL or host are listed by these bytes
+        were taken out. Images with the bytes of one that is listed by its URL or host are listed by these bytes
         first, in a part of their own. looked: what was found before.
         """
         hits, parts = self.listed_rows(looked)
@@ -543,7 +543,7 @@ def _repeats(most: int) -> str:
 
 
 def _stored(root: str, shards: Sequence[int]) -> tuple[int, int]:
-    """How many of these shards are committed or begun, and how many pictures they hold."""
+    """How many of these shards are committed or begun, and how many images they hold."""
     there = listed(root)
     begun = [i for i in shards if i in set(there.committed.tolist()) | set(there.begun.tolist())]
     return len(begun), sum(int((s or {}).get("count", 0)) for _, s in read_stats_of(root, begun))

@@ -11,7 +11,7 @@ from latents.buckets import Bucket
 from shards.columns import column, members
 from shards.fingerprint import digest_bytes
 
-FLIPPED = "_flipped"  # ends the names of the columns of mirrored pictures' moments and features
+FLIPPED = "_flipped"  # ends the names of the columns of mirrored images' moments and features
 FEATURES = "features"  # the column of a vision tower's features, float16 [n,grid,grid,width]
 
 

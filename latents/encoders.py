@@ -48,7 +48,7 @@ def pick_device(name: str = "auto") -> str:
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """Moments as they are stored. mean: float16 [B,C,h,w]; codes: uint8 [B,C,h,w], None without a posterior;
-    finite: bool [B], whether all of a picture's moments are finite in half precision."""
+    finite: bool [B], whether all of an image's moments are finite in half precision."""
 
     mean: np.ndarray
     codes: np.ndarray | None

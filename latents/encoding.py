@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Sample:
-    """One picture on its way, at each resolution: pixels uint8 [H,W,3] and how they were cut, or why there are none."""
+    """One image on its way, at each resolution: pixels uint8 [H,W,3] and how they were cut, or why there are none."""
 
     pixels: list[np.ndarray] = dataclasses.field(default_factory=list)
     fits: list[Fit] = dataclasses.field(default_factory=list)
@@ -60,7 +60,7 @@ class ImageEncoder:
         return ("", FLIPPED) if self.config.flip else ("",)
 
     def plan(self, shard: images.ImageShard) -> Plan:
-        """Buckets from the sizes in the sidecar, so that pictures can be decoded in the order of their batches."""
+        """Buckets from the sizes in the sidecar, so that images can be decoded in the order of their batches."""
         count = len(shard)
         sizes = np.ones((count, 2), np.int64)
         if self.config.buckets is not None:
@@ -89,16 +89,16 @@ class ImageEncoder:
             try:
                 pixels = images.decode_rgb(data)
                 cuts = [resize_crop_to(pixels, b.width, b.height, places[i]) for b in targets[i]]
-            except Exception as e:  # decoders raise many things for broken data; it costs this picture alone
+            except Exception as e:  # decoders raise many things for broken data; it costs this image alone
                 return Sample(error=("decode_error", " ".join(str(e).split())[:500]))
             return Sample([p for p, _ in cuts], [f for _, f in cuts])
 
         return load
 
     def encode(self, plan: Plan, decoded: Iterator[Sample], samples: list[Sample]) -> dict[str, np.ndarray]:
-        """All pictures of a shard: their fates, into `samples`, and the moments' columns.
+        """All images of a shard: their fates, into `samples`, and the moments' columns.
 
-        Rows of pictures that were set aside are zero here and are dropped by the caller.
+        Rows of images that were set aside are zero here and are dropped by the caller.
         """
         arrays: dict[str, np.ndarray] = {}
         for b, bucket in enumerate(self.buckets):
@@ -151,7 +151,7 @@ class ImageEncoder:
         # Filled up to a power of two: few shapes, for whatever is tuned or compiled by shape.
         size = min(1 << (len(batch) - 1).bit_length(), max(limit, len(batch)))
         pixels = np.stack([p for _, p in batch] + [batch[-1][1]] * (size - len(batch)))
-        # A VAE's convolutions are not symmetric: the mirrored latent is not the latent of the mirrored picture.
+        # A VAE's convolutions are not symmetric: the mirrored latent is not the latent of the mirrored image.
         ways = [("", slice(None)), *([(FLIPPED, slice(None, None, -1))] if self.config.flip else [])]
         turned = [np.ascontiguousarray(pixels[:, :, way]) for _, way in ways]
         results = [self.vae.encode_stored(p) for p in turned]
@@ -194,7 +194,7 @@ class ImageEncoder:
         return collect
 
     def _exact(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """One picture's moments from float32 arithmetic; None where even those are not finite in half precision."""
+        """One image's moments from float32 arithmetic; None where even those are not finite in half precision."""
         mean, logstd = (x.numpy() for x in self.vae.encode_exact(image[None].copy()))
         half = to_half(mean)
         finite = finite_rows(half)[0] and (not self.vae.has_posterior or finite_rows(logstd)[0])
@@ -203,7 +203,7 @@ class ImageEncoder:
     def micro(self, shard: images.ImageShard, plan: Plan, samples: list[Sample], mirrored: bool = False) -> np.ndarray:
         """SDXL's micro-conditioning, int32 [N,R,6]: original height and width, crop top and left, target size.
 
-        Top and left count from the whole picture, scaled: what ingest cropped is part of them. A border is no crop.
+        Top and left count from the whole image, scaled: what ingest cropped is part of them. A border is no crop.
         mirrored: of the same crops in the mirrored images.
         """
         micro = np.zeros((len(samples), len(self.config.resolutions), 6), np.int32)

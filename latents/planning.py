@@ -1,8 +1,8 @@
 """What pre-encoding would store, take and cost, for each choice there is, before any of it is done.
 
-Rates are measured on pictures of the run's own image shards, with the run's own encoders, and kept in
+Rates are measured on images of the run's own image shards, with the run's own encoders, and kept in
 `<run>/status/latents-rates.json` for as long as settings and weights stay the same; everything else is arithmetic,
-which needs neither encoders nor pictures. Whoever trains in the cloud pays for three things: the encoders' hours, the
+which needs neither encoders nor images. Whoever trains in the cloud pays for three things: the encoders' hours, the
 storage by the month, and, for what is not stored, the trainer's own hours in every epoch.
 """
 
@@ -27,9 +27,9 @@ RATES = "latents-rates.json"
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What one worker was measured to need, in seconds: for the decoding and cutting of a picture (on one thread), for
+    """What one worker was measured to need, in seconds: for the decoding and cutting of an image (on one thread), for
     its VAE, and for the CLIP of a distinct caption. distinct: distinct captions a sample, within a shard. sidecar:
-    bytes a row beside the columns. where: the machine. samples: how many pictures that was measured on."""
+    bytes a row beside the columns. where: the machine. samples: how many images that was measured on."""
 
     decode: float
     vae: float
@@ -79,7 +79,7 @@ class Choice:
 
 def column_bytes(text: str, moments: bool, rates: Rates, facts: dict[str, int], resolutions: int = 1) -> float:
     """Bytes of a sample's columns. facts: channels, context, width, pooled (0 where it is not stored), flips (2 where
-    mirrored pictures are encoded too), how many encoders have tokens of their own; one each, where left out. And of an
+    mirrored images are encoded too), how many encoders have tokens of their own; one each, where left out. And of an
     id, 2 where left out, and of what says how long a caption is, 0 where left out; and how many values a vision tower's
     features have, 0 where left out."""
     flips = facts.get("flips", 1)
@@ -161,7 +161,7 @@ def rates_key(stage: LatentsStage) -> str:
 
 
 def _measure(stage: LatentsStage, samples: int) -> Rates:
-    """Time the three parts on the first pictures of the first shard that has some."""
+    """Time the three parts on the first images of the first shard that has some."""
     import platform
 
     import torch
@@ -187,7 +187,7 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
     decode = (time.thread_time() - began) / count
     live = [(i, s) for i, s in loaded if s.error is None]
     if not live:
-        raise StageError(f"{shard.url}: not one of the first {count} pictures can be decoded")
+        raise StageError(f"{shard.url}: not one of the first {count} images can be decoded")
     seconds = features = 0.0
     with fixed_arithmetic(stage.config.threads):
         for r in range(len(stage.config.resolutions)):
@@ -239,11 +239,11 @@ def report(
 ) -> str:
     """The plan as text."""
     threads = max(1, int(np.ceil(rates.decode / (rates.vae + rates.features))))
-    tower = f"the vision tower {1e3 * rates.features:.3g} ms a picture, " if rates.features else ""
+    tower = f"the vision tower {1e3 * rates.features:.3g} ms an image, " if rates.features else ""
     lines = [
-        f"{samples:,} pictures; measured on {rates.samples} of them on {rates.where}:",
-        f"  VAE {1e3 * rates.vae:.3g} ms a picture, CLIP {1e3 * rates.text:.3g} ms a distinct caption "
-        f"({rates.distinct:.2f} a picture), {tower}decoding {1e3 * rates.decode:.3g} ms on one thread",
+        f"{samples:,} images; measured on {rates.samples} of them on {rates.where}:",
+        f"  VAE {1e3 * rates.vae:.3g} ms an image, CLIP {1e3 * rates.text:.3g} ms a distinct caption "
+        f"({rates.distinct:.2f} an image), {tower}decoding {1e3 * rates.decode:.3g} ms on one thread",
         f"  so {threads} decoding thread{'s' if threads > 1 else ''} can keep one worker's encoders busy",
         "",
     ]
@@ -278,7 +278,7 @@ def report(
 
 
 def image_count(stage: LatentsStage, rows: int | None) -> int:
-    """How many pictures there are to plan for: those of the run, or `rows` times the share that was a success there."""
+    """How many images there are to plan for: those of the run, or `rows` times the share that was a success there."""
     try:
         dataset = stage.images()
     except StageError:

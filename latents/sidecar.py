@@ -16,7 +16,7 @@ from latents.source import texts_of
 from shards import images
 from shards.columns import COLUMN_ROW, ENDS, column
 
-# An image shard's words for what became of a row, and ours for a picture that was there but has no latent.
+# An image shard's words for what became of a row, and ours for an image that was there but has no latent.
 STATUSES = (*images.STATUSES, "failed_to_encode")
 FIT_COLUMNS = ("bucket_width", "bucket_height", "scaled_width", "scaled_height", "crop_left", "crop_top")
 # Where an image lies, in its tar or in another; it means nothing beside a latent.

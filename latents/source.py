@@ -18,7 +18,7 @@ _NO_CAPTIONS |= {"pixel_hash", "phash", "image_ext", "image_file", "place"}
 
 
 def stored_sizes(shard: images.ImageShard) -> np.ndarray:
-    """int64 [N,2]: width and height of the pictures in the tar, by the sidecar, else from their headers."""
+    """int64 [N,2]: width and height of the images in the tar, by the sidecar, else from their headers."""
     known = [texts_of(shard.table, c) for c in ("width", "height")]
     sizes = [(known[0][row], known[1][row]) for row in shard.rows.tolist()]
     return np.array([s if all(s) else _header(shard, i) for i, s in enumerate(sizes)], np.int64).reshape(-1, 2)
@@ -32,7 +32,7 @@ def _header(shard: images.ImageShard, i: int) -> tuple[int, int]:
 
 
 def original_sizes(shard: images.ImageShard) -> list[tuple[int, int]]:
-    """Width and height of the pictures as they were fetched, else as they lie in the tar; 0 where nothing says."""
+    """Width and height of the images as they were fetched, else as they lie in the tar; 0 where nothing says."""
     table = shard.table
     columns = [texts_of(table, c) for c in ("original_width", "original_height", "width", "height")]
     return [
@@ -42,7 +42,7 @@ def original_sizes(shard: images.ImageShard) -> list[tuple[int, int]]:
 
 
 def caption_columns(shard: images.ImageShard) -> dict[str, list[list[str]]]:
-    """Of each usable picture the texts in `caption` and in every further column of texts, or lists of texts."""
+    """Of each usable image the texts in `caption` and in every further column of texts, or lists of texts."""
     rows, found = pa.array(shard.rows), {}
     for field in shard.table.schema:
         kind = field.type.value_type if pa.types.is_list(field.type) else field.type
@@ -69,7 +69,7 @@ def texts_in(value: Any) -> list[str]:
 
 
 def image_settings(dataset: Dataset) -> dict[str, Any]:
-    """The settings that a dataset's pictures were stored with; nothing where it does not say."""
+    """The settings that a dataset's images were stored with; nothing where it does not say."""
     if not dataset.shards:
         return {}
     made = storage.read_json(storage.join(dataset.root, "made_with.json"))

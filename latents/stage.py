@@ -162,21 +162,21 @@ class LatentsStage:
         return isinstance(manifest, dict) and manifest.get("images") == self.images().fingerprint
 
     def _refuse_void(self, dataset: Dataset) -> None:
-        """Raises ConfigError where the pictures have lost already what these settings are about."""
+        """Raises ConfigError where the images have lost already what these settings are about."""
         how = image_settings(dataset)
         mode, size = how.get("resize_mode"), how.get("image_size")
         for field, asked in (("buckets", self.config.buckets is not None), ("crop", self.config.crop == "random")):
             if asked and mode in ("center_crop", "border"):
                 raise ConfigError(
-                    f"latents.{field}: the pictures in {dataset.root} are all square, since they were stored with "
+                    f"latents.{field}: the images in {dataset.root} are all square, since they were stored with "
                     f"ingest.resize_mode {mode}; ingest them with keep_ratio, or leave {field} out"
                 )
         largest = max(self.config.resolutions)
         if mode != "no" and size is not None and largest > size and not self.config.enlarge:
             field = "resolution" if largest == self.config.resolution else "more_resolutions"
             raise ConfigError(
-                f"latents.{field} is {largest}, but the pictures in {dataset.root} were stored with ingest.image_size "
-                f"{size}: each would be enlarged; lower it, ingest larger pictures, or set latents.enlarge to true"
+                f"latents.{field} is {largest}, but the images in {dataset.root} were stored with ingest.image_size "
+                f"{size}: each would be enlarged; lower it, ingest larger images, or set latents.enlarge to true"
             )
 
     def worker(self) -> Worker:
@@ -223,7 +223,7 @@ class LatentsStage:
             if expected:
                 raise StageError(f"{self.root}: {len(expected)} shards are missing, the first is {min(expected)}")
             if total is None:
-                raise StageError(f"{self.root}: not one picture could be encoded; see 'error' in the shards' .parquet")
+                raise StageError(f"{self.root}: not one image could be encoded; see 'error' in the shards' .parquet")
             if without:
                 log.warning(
                     "%s: %d images that can be used have no latents: they were left out when the latents were "
@@ -297,7 +297,7 @@ def _check_accounting(root: str, stats: dict[str, Any], source: Any, left_out: _
     changed = left_out is not None or "excluded" in stats  # what was left out once may be in use again
     if success != stats["count"] or done > source.count or (done < source.count and not changed):
         raise StageError(
-            f"{shard} has {stats['count']} latents and {failed} set aside where there were {source.count} pictures"
+            f"{shard} has {stats['count']} latents and {failed} set aside where there were {source.count} images"
         )
     return source.count - done
 

@@ -138,7 +138,7 @@ class SequenceEncoder:
         found = self.tokenizer(
             clean, truncation=True, max_length=self.context_length, padding=False, return_attention_mask=False
         )
-        # Some tokenizers have added words beyond the model's, such as one that stands for a picture.
+        # Some tokenizers have added words beyond the model's, such as one that stands for an image.
         return [[i for i in ids if i < self.vocabulary] for ids in found["input_ids"]]
 
     def tokens_of(self, captions: Sequence[str]) -> dict[str, np.ndarray]:

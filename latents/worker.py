@@ -177,7 +177,7 @@ class Worker:
             bucket = int(name.partition(".")[2] or 0)
             arrays[name] = array[live[(plan.bucket == bucket).any(axis=1)]]
         if text is not None:
-            # Captions of pictures that were set aside leave no row behind.
+            # Captions of images that were set aside leave no row behind.
             names = [column("embedding_index", b, len(self.buckets)) for b in range(len(self.buckets))]
             used, index = by_first_use([arrays[name] for name in names])
             arrays |= dict(zip(names, index, strict=True))
@@ -201,7 +201,7 @@ class Worker:
         return {".safetensors": pack_columns(arrays, metadata), ".parquet": sink.getvalue()}, stats
 
     def _new_captions(self, shard: images.ImageShard) -> dict[str, list[list[str]]]:
-        """Of each usable picture the texts of each set of new captions, by key. Raises StageError."""
+        """Of each usable image the texts of each set of new captions, by key. Raises StageError."""
         found = {}
         for name, root in self.captions.items():
             if name in shard.table.column_names:

@@ -70,7 +70,7 @@ def check_inputs(name: str, config: RunConfig) -> None:
     if name == "score" and _needs_clip(config) and not pretrained("clip", config):
         needs.append((text_ref(config), "a finished clip", "clip"))
     if name == "prior" and config.train.prior is None:
-        raise ConfigError("prior: train.prior is not set, so no pictures are to be drawn; see docs/train.md")
+        raise ConfigError("prior: train.prior is not set, so no images are to be drawn; see docs/train.md")
     if name in ("latents", "prior", "eval"):
         fitted = [n for n in ("autoencoder", "clip") if not pretrained(n, config)]
         if name != "eval" and config.latents.sequence is not None:

@@ -1,4 +1,4 @@
-"""The CLIP's objective: pictures and captions of the global batch told apart by each other."""
+"""The CLIP's objective: images and captions of the global batch told apart by each other."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Clip(Objective):
         return loss, torch.stack([accuracy, scale.detach().float().reshape(())])
 
     def expect(self, positions: np.ndarray) -> None:
-        """Begin to read these pictures."""
+        """Begin to read these images."""
         self.image_samples.expect(positions)
 
     def close(self) -> None:
@@ -116,7 +116,7 @@ class Clip(Objective):
         self.image_samples.close()
 
     def keys(self, positions: np.ndarray) -> list[str]:
-        """The pictures' keys."""
+        """The images' keys."""
         return self.image_samples.keys(positions)
 
     def checkpoint_activations(self) -> None:

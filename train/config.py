@@ -54,14 +54,14 @@ class TrainConfig(FitConfig):
     )
     textual_inversion: InversionConfig | None = Field(default=None, description="learn a word for start_from alone")
     inpaint: InpaintConfig | None = Field(default=None, description="the UNet is given a mask and what lies around it")
-    edit: EditConfig | None = Field(default=None, description="the UNet is given the picture that a caption changes")
-    upscale: UpscaleConfig | None = Field(default=None, description="the UNet is given the picture made small")
+    edit: EditConfig | None = Field(default=None, description="the UNet is given the image that a caption changes")
+    upscale: UpscaleConfig | None = Field(default=None, description="the UNet is given the image made small")
     control: ControlConfig | None = Field(default=None, description="train a ControlNet beside start_from")
     sources: FromHereOn[tuple[SourceConfig, ...]] = Field(
         default=(SourceConfig(),), min_length=1, description="data sets mixed by weight; by default the run's latents"
     )
     prior: FromHereOn[PriorConfig | None] = Field(
-        default=None, description="one source more: pictures that start_from draws of a prompt"
+        default=None, description="one source more: images that start_from draws of a prompt"
     )
     resolution: FromHereOn[Annotated[int, Field(ge=8)] | tuple[Annotated[int, Field(ge=8)], ...] | None] = Field(
         default=None, description="which of the latents' resolutions, in pixels, one or several; null: the main one"
@@ -90,7 +90,7 @@ class TrainConfig(FitConfig):
     beta_end: float = Field(default=0.012, gt=0, lt=1)
     zero_terminal_snr: bool = Field(default=False, description="the last timestep is pure noise (Lin 2023)")
     snr_shift: float = Field(
-        default=1.0, gt=0, le=100, description="divides the SNR by its square; larger pictures need more noise"
+        default=1.0, gt=0, le=100, description="divides the SNR by its square; larger images need more noise"
     )
     timestep_sampling: FromHereOn[Literal["uniform", "logit_normal"]] = "uniform"
     stratified: FromHereOn[bool] = Field(default=False, description="spread a batch's timesteps evenly (Kingma 2021)")
@@ -144,7 +144,7 @@ class TrainConfig(FitConfig):
 
     @property
     def all_sources(self) -> tuple[SourceConfig, ...]:
-        """The data sets that are mixed: `sources`, and behind them the pictures of `prior`, whose latents are PRIOR."""
+        """The data sets that are mixed: `sources`, and behind them the images of `prior`, whose latents are PRIOR."""
         if self.prior is None:
             return self.sources
         prior = SourceConfig(latents=PRIOR, weight=self.prior.weight, loss_weight=self.prior.loss_weight)
@@ -159,26 +159,26 @@ class TrainConfig(FitConfig):
 
     @property
     def conditioned_by(self) -> str | None:
-        """The field by which the UNet is given a picture (image_conditioning.py); None where it is given none."""
+        """The field by which the UNet is given an image (image_conditioning.py); None where it is given none."""
         return next((name for name in IMAGE_CONDITIONS if getattr(self, name)), None)
 
     @model_validator(mode="after")
     def _image_conditions(self) -> Self:
         names = [name for name in IMAGE_CONDITIONS if getattr(self, name)]
         if len(names) > 1:
-            raise ValueError(f"{' and '.join(names)} are two ways to be given a picture; set one of them")
+            raise ValueError(f"{' and '.join(names)} are two ways to be given an image; set one of them")
         if not names:
             return self
         for other in ("textual_inversion", *(("adapter", "text_encoder") if self.control else ())):
             if getattr(self, other):
                 raise ValueError(f"{names[0]} and {other} are two ways to fine-tune; set one of them")
         if self.flip:
-            raise ValueError(f"flip cannot go with {names[0]}, whose pictures are given as they lie; leave it out")
+            raise ValueError(f"flip cannot go with {names[0]}, whose images are given as they lie; leave it out")
         if self.control and not self.start_from:
             raise ValueError("control steers a model that is there; name it with start_from")
         if self.samples:
             raise ValueError(
-                f"samples are drawn from prompts alone, and with {names[0]} a picture is given too; leave it out"
+                f"samples are drawn from prompts alone, and with {names[0]} an image is given too; leave it out"
             )
         return self
 
@@ -208,7 +208,7 @@ class TrainConfig(FitConfig):
             name = "snr_gamma" if self.snr_gamma else "p2_gamma"
             why = "prediction_type flow_prediction" if flow else "zero_terminal_snr"
             raise ValueError(
-                f"{name} gives the last timestep no weight under {why}, where it is pure noise, and pictures are drawn "
+                f"{name} gives the last timestep no weight under {why}, where it is pure noise, and images are drawn "
                 f"from there; leave {name} out"
             )
         if new and self.learned_variance and self.offset_noise:
@@ -234,12 +234,12 @@ class TrainConfig(FitConfig):
             if getattr(self, name) and self.textual_inversion:
                 raise ValueError(f"{name} and textual_inversion are two ways to fine-tune; set one of them")
         if self.prior and not self.start_from:
-            raise ValueError("prior's pictures are drawn by a model that is there; name it with start_from")
+            raise ValueError("prior's images are drawn by a model that is there; name it with start_from")
         beside = [n for n in ("textual_inversion", "edit") if getattr(self, n)]
         beside += ["control.images"] if self.control and self.control.images else []
         beside += [f"captions.{n}" for n in self.captions or () if n != "caption"]
         if self.prior and beside:
-            raise ValueError(f"prior cannot go with {beside[0]}: its pictures have their prompt and nothing beside it")
+            raise ValueError(f"prior cannot go with {beside[0]}: its images have their prompt and nothing beside it")
         if self.captions and self.textual_inversion:
             raise ValueError("captions cannot go with textual_inversion, whose templates are its captions")
         beside = [n for n in ("adapter", "textual_inversion", "control") if getattr(self, n)]

@@ -123,7 +123,7 @@ class Diffusion(Objective):
         u = self.random.uniform("caption", positions)
         dropped = u < self.config.caption_dropout
         if self.image_conditioning:
-            # Of the captions that are dropped, the second half loses its picture too (InstructPix2Pix's scheme).
+            # Of the captions that are dropped, the second half loses its image too (InstructPix2Pix's scheme).
             batch |= self.image_conditioning.batch(self.latents, positions, (u - self.config.caption_dropout / 2) % 1)
         chosen = None
         if columns := self.config.captions:
@@ -337,7 +337,7 @@ def conditioning_of(
     field = "train.start_from" if config.start_from else "train.unet"
     if sized and config.conditioned_by:
         raise ConfigError(
-            f"train.{config.conditioned_by}: a UNet given sizes (SDXL's) cannot be given a picture here; {field}"
+            f"train.{config.conditioned_by}: a UNet given sizes (SDXL's) cannot be given an image here; {field}"
         )
     if config.textual_inversion:
         if sized:

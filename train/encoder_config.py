@@ -13,7 +13,7 @@ Side = Annotated[int, Field(ge=8, le=2048)]
 
 
 class PerceptualConfig(Strict):
-    """How unlike picture and reconstruction look to a frozen network (Zhang et al. 2018, arXiv:1801.03924)."""
+    """How unlike image and reconstruction look to a frozen network (Zhang et al. 2018, arXiv:1801.03924)."""
 
     weights: str = Field(
         min_length=1,
@@ -30,18 +30,18 @@ class AdversarialConfig(Strict):
     )
     adaptive: bool = Field(
         default=True,
-        description="the gradient that a picture's adversarial term gives the decoder's last layer is made as long as "
+        description="the gradient that an image's adversarial term gives the decoder's last layer is made as long as "
         "that of its reconstruction, before it gets its weight",
     )
     start_images: int = Field(default=0, ge=0, description="images before which it neither learns nor counts")
     channels: int = Field(
         default=64, ge=8, le=512, multiple_of=8, description="of its first layer; they double up to eight times"
     )
-    layers: int = Field(default=3, ge=1, le=6, description="that halve the picture; 3 see patches of 70 pixels")
+    layers: int = Field(default=3, ge=1, le=6, description="that halve the image; 3 see patches of 70 pixels")
 
     @property
     def smallest(self) -> int:
-        """The side, in pixels, of the smallest picture: two convolutions behind the halvings take a place each."""
+        """The side, in pixels, of the smallest image: two convolutions behind the halvings take a place each."""
         return 3 * 2**self.layers
 
 
@@ -53,7 +53,7 @@ class AutoencoderConfig(FitConfig):
     images: FromHereOn[int] = Field(default=1_000_000, ge=1)
     batch_size: FromHereOn[int] = Field(default=64, ge=1)
     resolution: FromHereOn[Side | tuple[Side, ...]] = Field(
-        default=256, description="pictures are fitted to this square, in pixels; of several, batches take turns"
+        default=256, description="images are fitted to this square, in pixels; of several, batches take turns"
     )
     model: dict[str, Any] = Field(default_factory=dict, description="arguments of diffusers.AutoencoderKL")
     start_from: str | None = Field(
@@ -64,20 +64,18 @@ class AutoencoderConfig(FitConfig):
         default=False, description="the decoder of start_from alone learns, so that latents stay what they are"
     )
     initialisation: Literal["torch", "thumbnail"] = Field(
-        default="torch", description="thumbnail: begins as 'shrink, enlarge' and needs far fewer pictures"
+        default="torch", description="thumbnail: begins as 'shrink, enlarge' and needs far fewer images"
     )
     l1_weight: FromHereOn[float] = Field(default=1.0, ge=0)
     mse_weight: FromHereOn[float] = Field(default=0.0, ge=0)
-    kl_weight: FromHereOn[float] = Field(
-        default=1e-6, ge=0, description="times the KL in nats, per value of the picture"
-    )
+    kl_weight: FromHereOn[float] = Field(default=1e-6, ge=0, description="times the KL in nats, per value of the image")
     perceptual: PerceptualConfig | None = Field(default=None, description="a perceptual term beside l1 and mse")
-    adversarial: AdversarialConfig | None = Field(default=None, description="a discriminator makes pictures sharp")
+    adversarial: AdversarialConfig | None = Field(default=None, description="a discriminator makes images sharp")
     measure_shift: bool = Field(
         default=False,
         description="write the latents' mean as shift_factor beside scaling_factor, so that they are centred as well",
     )
-    cache_bytes: Operational[int] = Field(default=1 << 30, ge=0, description="decoded pictures kept in memory, a rank")
+    cache_bytes: Operational[int] = Field(default=1 << 30, ge=0, description="decoded images kept in memory, a rank")
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -130,7 +128,7 @@ class ClipConfig(FitConfig):
         description="column of the image shards with texts that are no captions of the image, which must tell them "
         "apart from its own: its words exchanged, say (NegCLIP, Yuksekgonul et al. 2023)",
     )
-    cache_bytes: Operational[int] = Field(default=1 << 30, ge=0, description="decoded pictures kept in memory, a rank")
+    cache_bytes: Operational[int] = Field(default=1 << 30, ge=0, description="decoded images kept in memory, a rank")
 
     @model_validator(mode="after")
     def _whole_batch(self) -> Self:

@@ -128,7 +128,7 @@ class FitConfig(Strict):
     )
     compile: Operational[bool | Literal["blocks"]] = Field(
         default=False,
-        description="torch.compile: true for the whole model, once for each shape of pictures; blocks for its repeated "
+        description="torch.compile: true for the whole model, once for each shape of images; blocks for its repeated "
         "blocks, once for all shapes",
     )
     hang_s: Operational[float] = Field(

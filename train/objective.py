@@ -37,7 +37,7 @@ class Objective(nn.Module):
     def positions(self, images: int, rank: int, world: int, micro_step: int, micro: int) -> np.ndarray:
         """The places in the run, int64 [B], of one rank's micro-batch of the global batch that begins at `images`.
 
-        micro: samples of a micro-batch; where batches go by area, of one of the smallest pictures.
+        micro: samples of a micro-batch; where batches go by area, of one of the smallest images.
         """
         accumulation = self.placement.batch_size(images) // (world * micro)
         return images + batch_slots(self.placement.samples(images), rank, world, micro_step, accumulation)

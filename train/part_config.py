@@ -16,7 +16,7 @@ class SourceConfig(Strict):
     latents: str | None = Field(default=None, description="folder of latent shards; null: the run's own")
     weight: float = Field(default=1.0, gt=0, description="its share of the samples, relative to the others'")
     loss_weight: float = Field(
-        default=1.0, ge=0, description="of its samples' loss; DreamBooth's lambda for the prior's pictures"
+        default=1.0, ge=0, description="of its samples' loss; DreamBooth's lambda for the prior's images"
     )
     select: tuple[Rule, ...] = Field(
         default=(),
@@ -30,19 +30,19 @@ class SourceConfig(Strict):
         return found if self.select else {k: v for k, v in found.items() if k != "select"}
 
 
-PRIOR = "prior"  # stands for the latents of the pictures of `prior`, in place of a folder
+PRIOR = "prior"  # stands for the latents of the images of `prior`, in place of a folder
 
 
 class PriorConfig(Strict):
-    """DreamBooth's prior preservation (Ruiz 2022): pictures of the class, drawn by start_from before it is trained."""
+    """DreamBooth's prior preservation (Ruiz 2022): images of the class, drawn by start_from before it is trained."""
 
     prompt: str = Field(min_length=1, max_length=2000, description="of the class, such as `a photo of a dog`")
-    count: int = Field(ge=1, le=100_000, description="pictures of it; the paper has 200 for each of one's own")
+    count: int = Field(ge=1, le=100_000, description="images of it; the paper has 200 for each of one's own")
     weight: float = Field(default=1.0, gt=0, description="their share of the samples, relative to the sources'")
     loss_weight: float = Field(default=1.0, ge=0, description="of their loss: the paper's lambda")
     num_inference_steps: int = Field(default=50, ge=1, le=1000)
     guidance_scale: float = Field(default=7.5, ge=0, le=100)
-    batch_size: int = Field(default=8, ge=1, le=4096, description="pictures that are drawn at once")
+    batch_size: int = Field(default=8, ge=1, le=4096, description="images that are drawn at once")
 
 
 class AdapterConfig(Strict):
@@ -116,32 +116,32 @@ class InversionConfig(Strict):
 
 class InpaintConfig(Strict):
     """Inpainting, as Stable Diffusion's: the UNet is given a mask, drawn anew for every sample, and the latents of the
-    picture without what lies under it."""
+    image without what lies under it."""
 
     whole: float = Field(default=0.25, ge=0, le=1, description="share of masks that cover everything")
 
 
 class EditConfig(Strict):
-    """Editing by instruction (InstructPix2Pix, Brooks 2023): the UNet is given the latents of the picture before."""
+    """Editing by instruction (InstructPix2Pix, Brooks 2023): the UNet is given the latents of the image before."""
 
     before: str = Field(
         default="before",
         min_length=1,
-        description="a run beside or within that of the latents, whose images are, by key, the pictures before; a "
+        description="a run beside or within that of the latents, whose images are, by key, the images before; a "
         "relative path is relative to the run of the latents",
     )
     dropout: float = Field(
-        default=0.1, ge=0, lt=1, description="share of pictures before that are left out, half of them with the caption"
+        default=0.1, ge=0, lt=1, description="share of images before that are left out, half of them with the caption"
     )
 
 
 class UpscaleConfig(Strict):
-    """A decoder for small pictures, as Stable Diffusion's x4 upscaler: the UNet is given the picture at the latents'
+    """A decoder for small images, as Stable Diffusion's x4 upscaler: the UNet is given the image at the latents'
     size, with noise of a level that it is given too (Ho 2021, arXiv:2106.15282), and draws it as large as the VAE does.
     """
 
     max_noise_level: int = Field(
-        default=350, ge=1, le=1000, description="of 1000; each sample's small picture has noise of a level below it"
+        default=350, ge=1, le=1000, description="of 1000; each sample's small image has noise of a level below it"
     )
 
 
@@ -149,7 +149,7 @@ class ControlConfig(Strict):
     """ControlNet (Zhang 2023): a second network, given a control image, steers the frozen UNet of start_from."""
 
     kind: Literal["canny", "sketch", "blur", "gray"] = Field(
-        default="canny", description="how control images are made of the pictures that are trained on"
+        default="canny", description="how control images are made of the images that are trained on"
     )
     images: str | None = Field(
         default=None,
@@ -159,7 +159,7 @@ class ControlConfig(Strict):
     )
     low: float = Field(default=100.0, ge=0, description="of canny: edges weaker than this are none")
     high: float = Field(default=200.0, gt=0, description="of canny: edges stronger than this are ones")
-    radius: float = Field(default=0.02, gt=0, le=1, description="of blur and sketch: in sides of the picture")
+    radius: float = Field(default=0.02, gt=0, le=1, description="of blur and sketch: in sides of the image")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="share of control images that are left black")
 
     @model_validator(mode="after")
@@ -188,12 +188,12 @@ class AlignmentConfig(Strict):
 
 
 class ValidationConfig(Strict):
-    """The loss on pictures that are never trained on, always the same with the same noise and timesteps."""
+    """The loss on images that are never trained on, always the same with the same noise and timesteps."""
 
     images: int = Field(default=256, ge=1)
     every_images: int = Field(default=100_000, ge=1)
     latents: str | None = Field(
-        default=None, description="folder of latent shards; null: the run's held-out pictures, encoded at the start"
+        default=None, description="folder of latent shards; null: the run's held-out images, encoded at the start"
     )
     export: Literal["newest", "best"] = Field(
         default="newest", description="which checkpoint becomes the model in the end; that of the lowest loss is kept"
@@ -204,7 +204,7 @@ class ValidationConfig(Strict):
 
 
 class SamplesConfig(Strict):
-    """Pictures from the EMA of every checkpoint, as a grid in TensorBoard and in <run>/train/samples/."""
+    """Images from the EMA of every checkpoint, as a grid in TensorBoard and in <run>/train/samples/."""
 
     prompts: tuple[str, ...] = Field(min_length=1, max_length=64)
     steps: int = Field(default=20, ge=1, le=1000)

@@ -76,7 +76,7 @@ def open_input(stage: str, run: RunPaths, config: StageConfig) -> list[Dataset]:
         prior = RunPaths(run.prior).latents
         if config.prior and not storage.exists(storage.join(prior, MANIFEST)):
             raise StageError(
-                f"train.prior: {prior} holds no pictures yet; `carrara prior` draws them, as `carrara train` does first"
+                f"train.prior: {prior} holds no images yet; `carrara prior` draws them, as `carrara train` does first"
             )
         roots = [prior if s.latents == PRIOR else s.latents or run.latents for s in config.all_sources]
     datasets = [Dataset.open(root) for root in roots]

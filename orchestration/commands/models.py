@@ -59,7 +59,7 @@ def sample(
     ] = None,
     negative: Annotated[str, typer.Option("--negative", help="what not to draw")] = "",
     seed: Seed = 0,
-    count: Annotated[int, typer.Option("--count", help="pictures a prompt")] = 1,
+    count: Annotated[int, typer.Option("--count", help="images a prompt")] = 1,
     checkpoint: Annotated[str, typer.Option("--checkpoint")] = "latest",
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
     sampler: Annotated[str, typer.Option("--sampler")] = "ddim",
@@ -67,32 +67,32 @@ def sample(
     guidance_scale: Annotated[float, typer.Option("--guidance-scale")] = 3.0,
     width: Annotated[int | None, typer.Option("--width")] = None,
     height: Annotated[int | None, typer.Option("--height")] = None,
-    image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="a picture to start from")] = None,
+    image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="an image to start from")] = None,
     mask: Annotated[
-        str | None, typer.Option("--mask", metavar="FILE", help="white where that picture is to be drawn anew")
+        str | None, typer.Option("--mask", metavar="FILE", help="white where that image is to be drawn anew")
     ] = None,
     control: Annotated[
         str | None, typer.Option("--control", metavar="FILE", help="a control image, for a ControlNet")
     ] = None,
     control_of: Annotated[
         str | None,
-        typer.Option("--control-of", metavar="FILE", help="a picture whose control image is made as in training"),
+        typer.Option("--control-of", metavar="FILE", help="an image whose control image is made as in training"),
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option("--strength", help="how far the picture may change, up to 1; 0.6, or 1 for an inpainting model"),
+        typer.Option("--strength", help="how far the image may change, up to 1; 0.6, or 1 for an inpainting model"),
     ] = None,
     image_guidance_scale: Annotated[
-        float, typer.Option("--image-guidance-scale", help="of a model that edits: how near to stay to the picture")
+        float, typer.Option("--image-guidance-scale", help="of a model that edits: how near to stay to the image")
     ] = 1.5,
     upscale: Annotated[
         str | None,
         typer.Option(
-            "--upscale", metavar="RUN", help="draw the pictures larger with this run's upscaler", callback=from_base
+            "--upscale", metavar="RUN", help="draw the images larger with this run's upscaler", callback=from_base
         ),
     ] = None,
     noise_level: Annotated[
-        int, typer.Option("--noise-level", help="of an upscaler: noise on the small picture, of 1000")
+        int, typer.Option("--noise-level", help="of an upscaler: noise on the small image, of 1000")
     ] = 20,
     batch_size: BatchSize = 8,
     shard_size: Annotated[int, typer.Option("--shard-size")] = 64,
@@ -102,14 +102,14 @@ def sample(
         str | None,
         typer.Option(
             "--out",
-            help="folder for the pictures; by default RUN/samples/<digest of the request>",
+            help="folder for the images; by default RUN/samples/<digest of the request>",
             callback=from_base,
         ),
     ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="on Ray, as many workers as there is room for")] = False,
     redo: Redo = False,
 ) -> None:
-    """Pictures from a checkpoint."""
+    """Images from a checkpoint."""
     given = dict(locals())
     from eval.sample import SampleConfig, SampleStage, requests_of
     from orchestration import engine
@@ -132,7 +132,7 @@ def sample(
 
     with connected(RayConfig(), local=not ray):
         engine.run(stage, paths.status, RayConfig(), Pool(), local=not ray, redo=redo)
-    log.info("%d pictures of %s are in %s", stage.total, stage.model.name, folder)
+    log.info("%d images of %s are in %s", stage.total, stage.model.name, folder)
 
 
 @app.command(rich_help_panel="A model")
@@ -140,28 +140,28 @@ def edit(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="the run's folder, or a diffusers pipeline's", callback=from_base)
     ],
-    source: Annotated[str, typer.Option("--from", metavar="PROMPT", help="of the picture before")],
+    source: Annotated[str, typer.Option("--from", metavar="PROMPT", help="of the image before")],
     target: Annotated[
-        str | None, typer.Option("--to", metavar="PROMPT", help="of the picture after; by default --from's")
+        str | None, typer.Option("--to", metavar="PROMPT", help="of the image after; by default --from's")
     ] = None,
     weight: Annotated[
         list[str] | None,
         typer.Option("--weight", metavar="WORD=FACTOR", help="a word of --to whose map is made stronger or weaker"),
     ] = None,
     image: Annotated[
-        str | None, typer.Option("--image", metavar="FILE", help="a picture to change, which --from describes")
+        str | None, typer.Option("--image", metavar="FILE", help="an image to change, which --from describes")
     ] = None,
     cross_attention: Annotated[
         float, typer.Option("--cross-attention", help="share of the steps in which words look where they did before")
     ] = 0.8,
     self_attention: Annotated[
-        float, typer.Option("--self-attention", help="the same for where places of the picture look")
+        float, typer.Option("--self-attention", help="the same for where places of the image look")
     ] = 0.4,
     inversion_iterations: Annotated[
         int, typer.Option("--inversion-iterations", help="for each step of --image's inversion; 1: plain DDIM")
     ] = 3,
     seed: Seed = 0,
-    count: Annotated[int, typer.Option("--count", help="pictures, each from another noise")] = 1,
+    count: Annotated[int, typer.Option("--count", help="images, each from another noise")] = 1,
     checkpoint: Annotated[str, typer.Option("--checkpoint")] = "latest",
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
     sampler: Annotated[str, typer.Option("--sampler")] = "ddim",
@@ -174,12 +174,12 @@ def edit(
     out: Annotated[
         str | None,
         typer.Option(
-            "--out", help="folder for the pictures; by default RUN/edits/<digest of the request>", callback=from_base
+            "--out", help="folder for the images; by default RUN/edits/<digest of the request>", callback=from_base
         ),
     ] = None,
     redo: Redo = False,
 ) -> None:
-    """A picture changed by changing its prompt (prompt-to-prompt), with a sheet of where each word looks."""
+    """An image changed by changing its prompt (prompt-to-prompt), with a sheet of where each word looks."""
     given = dict(locals())
     from eval.edit import Editor, EditRequest, weights_of
     from shards import storage
@@ -302,8 +302,8 @@ def grid(rest: RunAndOverrides = None, config: Config = None, local: Local = Fal
 
 @app.command(name="explain-fid", rich_help_panel="A model")
 def explain_fid(
-    generated: Annotated[str, typer.Argument(help="a folder of pictures, or of finished shards", callback=from_base)],
-    real: Annotated[str, typer.Argument(help="the same of real pictures", callback=from_base)],
+    generated: Annotated[str, typer.Argument(help="a folder of images, or of finished shards", callback=from_base)],
+    real: Annotated[str, typer.Argument(help="the same of real images", callback=from_base)],
     inception: Annotated[
         str, typer.Option("--inception", metavar="FILE", help="torch-fidelity's Inception weights, or download")
     ],
@@ -314,7 +314,7 @@ def explain_fid(
         typer.Option("--out", metavar="FILE", help="write the rows to this JSON, too", callback=from_base),
     ] = None,
 ) -> None:
-    """The FID of two sets of pictures as five libraries measure it, and why they differ."""
+    """The FID of two sets of images as five libraries measure it, and why they differ."""
     from eval import explain
     from shards import storage
 

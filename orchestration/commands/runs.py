@@ -53,7 +53,7 @@ def select(
     rest: RunAndOverrides = None,
     config: Config = None,
     of: Annotated[str, typer.Option("--of", help="whose rules: latents or train; by default whichever has some")] = "",
-    count: Annotated[int, typer.Option("--count", min=1, max=400, help="pictures shown of what a rule takes")] = 24,
+    count: Annotated[int, typer.Option("--count", min=1, max=400, help="images shown of what a rule takes")] = 24,
     seed: Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="what it always is: nothing changes")] = True,
 ) -> None:
@@ -147,11 +147,11 @@ def remove(
     config: Config = None,
     urls: Annotated[str | None, typer.Option("--urls", metavar="FILE", help="a file of URLs, one a line")] = None,
     sha256: Annotated[
-        str | None, typer.Option("--sha256", metavar="FILE", help="a file of sha256 of pictures as fetched")
+        str | None, typer.Option("--sha256", metavar="FILE", help="a file of sha256 of images as fetched")
     ] = None,
     host: Annotated[str | None, typer.Option("--host", metavar="NAME", help="a host and those below it")] = None,
 ) -> None:
-    """Take pictures out of images and latents, keep them out, and name the checkpoints that saw them."""
+    """Take images out of a run's shards, keep them out, and name the checkpoints that saw them."""
     from orchestration import remove as module
 
     print(module.run(configured(config, overrides_of(overrides)), urls, sha256, host))
@@ -167,19 +167,19 @@ def plan(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="how many workers; by default ray.latents.workers, or 1")
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="pictures to measure on")] = 64,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="images to measure on")] = 64,
     again: Annotated[bool, typer.Option("--again", help="measure again, rather than take what is known")] = False,
     worker_hour: Annotated[float, typer.Option("--worker-hour", help="money for an hour of one worker")] = 1.0,
     trainer_hour: Annotated[float, typer.Option("--trainer-hour", help="money for an hour of one training rank")] = 2.0,
     terabyte_month: Annotated[float, typer.Option("--terabyte-month", help="money to store a terabyte a month")] = 23.0,
     months: Annotated[float, typer.Option("--months", help="how long the latents are kept")] = 1.0,
-    epochs: Annotated[float, typer.Option("--epochs", help="how often each picture is trained on")] = 1.0,
+    epochs: Annotated[float, typer.Option("--epochs", help="how often each image is trained on")] = 1.0,
     worker_speed: Annotated[float, typer.Option("--worker-speed", help="a worker's speed, times this machine's")] = 1.0,
     trainer_speed: Annotated[
         float, typer.Option("--trainer-speed", help="a training rank's speed, times this machine's")
     ] = 1.0,
 ) -> None:
-    """What pre-encoding stores, takes and costs; encodes a few pictures to measure that."""
+    """What pre-encoding stores, takes and costs; encodes a few images to measure that."""
     for option, value in (("worker-speed", worker_speed), ("trainer-speed", trainer_speed)):
         if value <= 0:
             raise ConfigError(f"plan: --{option} is {value:g}; it must be more than 0")
@@ -234,9 +234,9 @@ def inspect(
 def reconstruct(
     rest: RunAndOverrides = None,
     config: Config = None,
-    count: Annotated[int, typer.Option("--count", min=1, help="pictures to look at")] = 1024,
+    count: Annotated[int, typer.Option("--count", min=1, help="images to look at")] = 1024,
 ) -> None:
-    """What the VAE keeps of the held-out pictures: PSNR, SSIM, LPIPS, rFID, sharpness, and a page of pairs."""
+    """What the VAE keeps of the held-out images: PSNR, SSIM, LPIPS, rFID, sharpness, and a page of pairs."""
     from eval import reconstruct as work
     from orchestration.parts import vae_ref
     from shards import storage

@@ -53,7 +53,7 @@ def ingest(
         typer.Option("--add-changed", help="where a file of the table changed, take its rows anew as further shards"),
     ] = False,
 ) -> None:
-    """Fetch the table's pictures into image shards.
+    """Fetch the table's images into image shards.
 
     \b
     carrara ingest --config mine.yaml --dry-run --rows 1000000
@@ -79,7 +79,7 @@ def ingest(
 def autoencoder(
     overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
 ) -> None:
-    """Fit a VAE on the run's pictures; skipped where the configuration names pretrained weights."""
+    """Fit a VAE on the run's images; skipped where the configuration names pretrained weights."""
     _stage("autoencoder", config, overrides, local, redo, adopt)
 
 
@@ -87,7 +87,7 @@ def autoencoder(
 def clip(
     overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
 ) -> None:
-    """Fit a CLIP on the run's pictures and captions; skipped where the configuration names pretrained weights."""
+    """Fit a CLIP on the run's images and captions; skipped where the configuration names pretrained weights."""
     _stage("clip", config, overrides, local, redo, adopt)
 
 
@@ -111,7 +111,7 @@ def latents(overrides: Overrides = None, config: Config = None, local: Local = F
 
 @app.command(rich_help_panel="Stages")
 def prior(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
-    """Draw the pictures of train.prior with train.start_from, and encode them; `train` does so first by itself."""
+    """Draw the images of train.prior with train.start_from, and encode them; `train` does so first by itself."""
     _stage("prior", config, overrides, local, redo)
 
 

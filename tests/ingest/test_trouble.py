@@ -147,7 +147,7 @@ def test_what_an_error_says_of_this_machine_is_found_behind_it() -> None:
     assert "thread" in trouble.own_fault(RuntimeError("can't start new thread"))
     assert "disk is full" in trouble.own_fault(OSError(errno.ENOSPC, ""))
     assert not trouble.own_fault(OSError(errno.ECONNRESET, ""))
-    assert not trouble.own_fault(MemoryError()), "there is plenty: then it is the picture's"
+    assert not trouble.own_fault(MemoryError()), "there is plenty: then it is the image's"
 
 
 def health(run_rate: float | None, reachable: bool, canaries: tuple[str, ...] = ("canary.test:80",)) -> trouble.Health:

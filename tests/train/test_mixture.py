@@ -161,7 +161,7 @@ def test_batches_by_area_are_equal_work_and_take_each_sample_equally_often(tmp_p
     held = segments.rows_laid(dataset).sum(axis=0)
     often = batches * np.array([8, 4, 4]) / held
     assert max(often) < 1.01 * min(often)
-    with pytest.raises(ConfigError, match=r"batch_by_area is 8, but a batch_size of 8 leaves fewer pictures of"):
+    with pytest.raises(ConfigError, match=r"batch_by_area is 8, but a batch_size of 8 leaves fewer images of"):
         latents_of(dataset, 8, batch_by_area=8)
 
 
