@@ -173,14 +173,7 @@ class Editor:
         return (
             environment()
             .get_template("edit.html.j2")
-            .render(
-                checkpoint=self.model.name,
-                source=c.source,
-                target=c.target,
-                facts=facts,
-                rows=rows,
-                given=given,
-            )
+            .render(checkpoint=self.model.name, source=c.source, target=c.target, facts=facts, rows=rows, given=given)
         )
 
 

@@ -21,17 +21,7 @@ from safetensors import safe_open
 
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP
 from latents.text import ClipPair, Features, SequenceEncoder, Text
-from latents.weights import (
-    PADS,
-    PAIR,
-    SEQUENCE,
-    ClipWeights,
-    VaeWeights,
-    clips_of,
-    find_clip,
-    find_sequence,
-    find_vae,
-)
+from latents.weights import PADS, PAIR, SEQUENCE, ClipWeights, VaeWeights, clips_of, find_clip, find_sequence, find_vae
 from shards.settings import ConfigError, StageError
 
 TEXT_LAYERS = ("last", "penultimate", "last_no_norm", "penultimate_no_norm")

@@ -261,10 +261,7 @@ class Worker:
         arrays = (
             {"embeddings": np.stack(rows)}
             if "text_length" not in tokens
-            else {
-                "embeddings": np.concatenate(rows),
-                ENDS: np.cumsum(length),
-            }
+            else {"embeddings": np.concatenate(rows), ENDS: np.cumsum(length)}
         )
         return arrays | ({"pooled": ends} if pooled else {}), finite
 

@@ -21,12 +21,12 @@ from train import initial, perceptual, segments
 from train.adversarial import Balance, Discriminator, frozen, hinge
 from train.data import Batch, ImageSamples
 from train.encoder_config import AdversarialConfig, AutoencoderConfig
-from train.objective import Objective, construct, public_config
+from train.objective import ImageObjective, construct, public_config
 from train.randomness import Randomness
 from train.segments import History
 
 
-class Autoencoder(Objective):
+class Autoencoder(ImageObjective):
     """Reconstruction of images through a KL-regularised posterior (Kingma & Welling 2013; Rombach 2022).
 
     The loss that is told is that of reconstruction and KL: the adversarial term has a gradient, and no value that says
@@ -80,18 +80,6 @@ class Autoencoder(Objective):
             begun = np.asarray(positions) >= self.config.adversarial.start_images
             found["adversarial"] = torch.from_numpy(begun.astype(np.float32))
         return found
-
-    def expect(self, positions: np.ndarray) -> None:
-        """Begin to read these images."""
-        self.image_samples.expect(positions)
-
-    def close(self) -> None:
-        """Let go of what reads ahead."""
-        self.image_samples.close()
-
-    def keys(self, positions: np.ndarray) -> list[str]:
-        """The images' keys."""
-        return self.image_samples.keys(positions)
 
     def networks(self) -> list[torch.nn.Module]:
         """The two halves, which are what is called."""

@@ -19,14 +19,14 @@ from shards.settings import ConfigError
 from train import initial, segments
 from train.data import Batch, ImageSamples
 from train.encoder_config import ClipConfig
-from train.objective import Objective, construct, refuse_unknown
+from train.objective import ImageObjective, construct, refuse_unknown
 from train.segments import History
 
 # 1 / 0.01, as in CLIP (Radford et al. 2021, section 2.5): keeps the logits from growing without bound.
 MAX_LOGIT_SCALE = 100.0
 
 
-class Clip(Objective):
+class Clip(ImageObjective):
     """CLIP's symmetric cross-entropy over all pairs of the global batch (Radford et al. 2021, figure 3).
 
     With `wrong_captions` an image must also prefer its caption to its own wrong ones (NegCLIP, Yuksekgonul et al. 2023,
@@ -106,18 +106,6 @@ class Clip(Objective):
             loss = (nn.functional.cross_entropy(to_text, labels) + nn.functional.cross_entropy(to_image, labels)) / 2
         accuracy = (to_text.detach().argmax(dim=1) == labels).float().mean()
         return loss, torch.stack([accuracy, scale.detach().float().reshape(())])
-
-    def expect(self, positions: np.ndarray) -> None:
-        """Begin to read these images."""
-        self.image_samples.expect(positions)
-
-    def close(self) -> None:
-        """Let go of what reads ahead."""
-        self.image_samples.close()
-
-    def keys(self, positions: np.ndarray) -> list[str]:
-        """The images' keys."""
-        return self.image_samples.keys(positions)
 
     def checkpoint_activations(self) -> None:
         """open_clip's own name for it."""

@@ -57,8 +57,7 @@ class AutoencoderConfig(FitConfig):
     )
     model: dict[str, Any] = Field(default_factory=dict, description="arguments of diffusers.AutoencoderKL")
     start_from: str | None = Field(
-        default=None,
-        description="begin with this VAE (a diffusers folder, a file, a hub name) in place of `model`",
+        default=None, description="begin with this VAE (a diffusers folder, a file, a hub name) in place of `model`"
     )
     frozen_encoder: bool = Field(
         default=False, description="the decoder of start_from alone learns, so that latents stay what they are"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from shards.settings import ConfigError
-from train.data import Batch, batch_slots
+from train.data import Batch, ImageSamples, batch_slots
 from train.order import derive_key
 from train.placement import Placement
 
@@ -72,6 +72,24 @@ class Objective(nn.Module):
     def checkpoint_activations(self) -> None:
         """Keep no activations inside blocks, and compute them again in the backward pass."""
         self.model.enable_gradient_checkpointing()
+
+
+class ImageObjective(Objective):
+    """An objective on images, and their captions, as they lie in image shards."""
+
+    image_samples: ImageSamples
+
+    def expect(self, positions: np.ndarray) -> None:
+        """See Objective."""
+        self.image_samples.expect(positions)
+
+    def close(self) -> None:
+        """See Objective."""
+        self.image_samples.close()
+
+    def keys(self, positions: np.ndarray) -> list[str]:
+        """See Objective."""
+        return self.image_samples.keys(positions)
 
 
 def construct(kind: Any, arguments: dict[str, Any], field: str, seed: int) -> Any:

@@ -59,8 +59,7 @@ class AdapterConfig(Strict):
         default=False, description="adapt the convolutions of the residual blocks too, as locon always does"
     )
     dora: bool = Field(
-        default=False,
-        description="lora, locon: learn outputs' magnitudes apart from directions (DoRA, Liu 2024)",
+        default=False, description="lora, locon: learn outputs' magnitudes apart from directions (DoRA, Liu 2024)"
     )
     start_from: str | None = Field(
         default=None,

@@ -7,11 +7,7 @@ from typing import Annotated
 
 import typer
 
-from orchestration.commands.options import (
-    Config,
-    Overrides,
-    overrides_of,
-)
+from orchestration.commands.options import Config, Overrides, overrides_of
 
 log = logging.getLogger("carrara")
 
@@ -19,7 +15,7 @@ log = logging.getLogger("carrara")
 app = typer.Typer()
 
 
-@app.command(rich_help_panel="Machines")
+@app.command()
 def doctor(
     overrides: Overrides = None,
     config: Config = None,
@@ -33,7 +29,7 @@ def doctor(
     examine(config, overrides_of(overrides), run)
 
 
-@app.command(rich_help_panel="Machines")
+@app.command()
 def demo(
     overrides: Overrides = None,
     config: Config = "configs/demo.yaml",

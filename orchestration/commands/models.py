@@ -30,7 +30,7 @@ log = logging.getLogger("carrara")
 app = typer.Typer()
 
 
-@app.command(rich_help_panel="A model")
+@app.command()
 def export(
     run: Run,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="a folder's name under RUN/checkpoints")] = "latest",
@@ -47,7 +47,7 @@ def export(
     log.info("the pipeline is %s", work(run, checkpoint, weights, precision, out, licence))
 
 
-@app.command(rich_help_panel="A model")
+@app.command()
 def sample(
     run: Run,
     prompt: Annotated[
@@ -101,9 +101,7 @@ def sample(
     out: Annotated[
         str | None,
         typer.Option(
-            "--out",
-            help="folder for the images; by default RUN/samples/<digest of the request>",
-            callback=from_base,
+            "--out", help="folder for the images; by default RUN/samples/<digest of the request>", callback=from_base
         ),
     ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="on Ray, as many workers as there is room for")] = False,
@@ -135,7 +133,7 @@ def sample(
     log.info("%d images of %s are in %s", stage.total, stage.model.name, folder)
 
 
-@app.command(rich_help_panel="A model")
+@app.command()
 def edit(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="the run's folder, or a diffusers pipeline's", callback=from_base)
@@ -193,7 +191,7 @@ def edit(
     log.info("the edit is in %s", storage.join(folder, "sheet.html"))
 
 
-@app.command(rich_help_panel="A model")
+@app.command()
 def watch(
     rest: RunAndOverrides = None,
     config: Config = None,
@@ -207,7 +205,7 @@ def watch(
     work(configured(config, rest, tables=False), local, once, forever)
 
 
-@app.command(rich_help_panel="A model")
+@app.command()
 def numbers(rest: RunAndOverrides = None, config: Config = None) -> None:
     """Metrics of whatever images are committed now; changes nothing."""
     from orchestration.evaluation import numbers as work
@@ -223,7 +221,7 @@ Result = Annotated[
 ]
 
 
-@app.command(rich_help_panel="A model")
+@app.command()
 def compare(
     a: Result,
     b: Result,
@@ -238,7 +236,7 @@ def compare(
     print(work(a, b, json_file))
 
 
-@app.command(rich_help_panel="A model")
+@app.command()
 def images(
     result: Result,
     out: Annotated[str, typer.Option("--out", help="a new folder", callback=from_base)],
@@ -250,7 +248,7 @@ def images(
     print(export_images(result, layout, out))
 
 
-@app.command(rich_help_panel="A model")
+@app.command()
 def scores(
     result: Result,
     file: Annotated[str, typer.Argument(help="JSON lines: id (or file) and score (or correct)")],
@@ -267,7 +265,7 @@ def scores(
 
 
 reference = typer.Typer(help="Real images and captions of a public set as shards.", rich_markup_mode=None)
-app.add_typer(reference, name="reference", rich_help_panel="A model")
+app.add_typer(reference, name="reference")
 
 
 @reference.command()
@@ -292,7 +290,7 @@ def _reference() -> None:
     pass
 
 
-@app.command(rich_help_panel="A model")
+@app.command()
 def grid(rest: RunAndOverrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
     """Samplers x steps x guidance scales x weights on one checkpoint: every cell of eval.grid."""
     from orchestration import grid as module
@@ -300,7 +298,7 @@ def grid(rest: RunAndOverrides = None, config: Config = None, local: Local = Fal
     log.info("grid: the report is %s", module.run(configured(config, rest, tables=False), local, redo))
 
 
-@app.command(name="explain-fid", rich_help_panel="A model")
+@app.command(name="explain-fid")
 def explain_fid(
     generated: Annotated[str, typer.Argument(help="a folder of images, or of finished shards", callback=from_base)],
     real: Annotated[str, typer.Argument(help="the same of real images", callback=from_base)],
@@ -310,8 +308,7 @@ def explain_fid(
     batch_size: BatchSize = 16,
     device: Device = "auto",
     out: Annotated[
-        str | None,
-        typer.Option("--out", metavar="FILE", help="write the rows to this JSON, too", callback=from_base),
+        str | None, typer.Option("--out", metavar="FILE", help="write the rows to this JSON, too", callback=from_base)
     ] = None,
 ) -> None:
     """The FID of two sets of images as five libraries measure it, and why they differ."""
@@ -325,7 +322,7 @@ def explain_fid(
 
 
 judge = typer.Typer(help="Blinded pairs for people, and the scores of their votes.", rich_markup_mode=None)
-app.add_typer(judge, name="judge", rich_help_panel="A model")
+app.add_typer(judge, name="judge")
 
 
 @judge.command()

@@ -42,8 +42,7 @@ Config = Annotated[
 Local = Annotated[bool, typer.Option("--local", help="in this process, without Ray")]
 Redo = Annotated[bool, typer.Option("--redo", help="make again what was made with other settings")]
 Adopt = Annotated[
-    bool,
-    typer.Option("--adopt", help="go on with what differs from the settings that a fit was begun with"),
+    bool, typer.Option("--adopt", help="go on with what differs from the settings that a fit was begun with")
 ]
 Seed = Annotated[int, typer.Option("--seed")]
 Precision = Annotated[str, typer.Option("--precision", help="float32, bfloat16 or float16")]

@@ -89,12 +89,7 @@ def _carrara(
 
 
 @machines.app.command(
-    rich_help_panel="Machines",
-    context_settings={
-        "ignore_unknown_options": True,
-        "allow_interspersed_args": False,
-        "help_option_names": ["--help"],
-    },
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": ["--help"]}
 )
 def submit(
     command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="any command, with its arguments")],

@@ -8,15 +8,7 @@ from typing import Annotated
 
 import typer
 
-from orchestration.commands.options import (
-    Config,
-    Overrides,
-    Run,
-    RunAndOverrides,
-    Seed,
-    configured,
-    overrides_of,
-)
+from orchestration.commands.options import Config, Overrides, Run, RunAndOverrides, Seed, configured, overrides_of
 from shards.settings import ConfigError, StageError
 
 log = logging.getLogger("carrara")
@@ -25,7 +17,7 @@ log = logging.getLogger("carrara")
 app = typer.Typer()
 
 
-@app.command(rich_help_panel="A run")
+@app.command()
 def init(
     path: Annotated[str, typer.Argument(metavar="PATH", help="images, tars, parquet files or a table of URLs")],
     out: Annotated[str, typer.Option("--out", help="the YAML that is written; never over one that is there")] = (
@@ -38,7 +30,7 @@ def init(
     print(module.run(path, out))
 
 
-@app.command(rich_help_panel="A run")
+@app.command()
 def schema() -> None:
     """The JSON schema of the configuration, from which editors complete and check it."""
     from orchestration.config import RunConfig
@@ -48,7 +40,7 @@ def schema() -> None:
     print(json.dumps(found, indent=1))
 
 
-@app.command(rich_help_panel="A run")
+@app.command()
 def select(
     rest: RunAndOverrides = None,
     config: Config = None,
@@ -75,7 +67,7 @@ def select(
     log.info("select: the contact sheet is %s", page)
 
 
-@app.command(rich_help_panel="A run")
+@app.command()
 def status(
     run: Run,
     watch: Annotated[bool, typer.Option("--watch", help="show it again every two seconds, until Ctrl-C")] = False,
@@ -87,7 +79,7 @@ def status(
     module.show(run, watch, as_json)
 
 
-@app.command(rich_help_panel="A run")
+@app.command()
 def why(
     run: Run,
     shard: Annotated[str, typer.Argument(metavar="SHARD", help="a shard's number, or train, autoencoder or clip")],
@@ -99,7 +91,7 @@ def why(
     print(show(run, shard, as_json))
 
 
-@app.command(rich_help_panel="A run")
+@app.command()
 def serve(
     run: Run,
     host: Annotated[str, typer.Option("--host", help="address to listen at; others than this machine's see it")] = (
@@ -113,7 +105,7 @@ def serve(
     work(run, host, port)
 
 
-@app.command(rich_help_panel="A run")
+@app.command()
 def verify(
     run: Run,
     contents: Annotated[
@@ -130,10 +122,9 @@ def verify(
     work(run, contents, discard)
 
 
-@app.command(rich_help_panel="A run")
+@app.command()
 def clean(
-    run: Run,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, and remove nothing")] = False,
+    run: Run, dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, and remove nothing")] = False
 ) -> None:
     """Remove what processes left when they died: temporary files and folders of Carrara's own, nothing else."""
     from orchestration.care import clean as work
@@ -141,7 +132,7 @@ def clean(
     work(run, dry_run)
 
 
-@app.command(rich_help_panel="A run")
+@app.command()
 def remove(
     overrides: Overrides = None,
     config: Config = None,
@@ -157,7 +148,7 @@ def remove(
     print(module.run(configured(config, overrides_of(overrides)), urls, sha256, host))
 
 
-@app.command(rich_help_panel="A run")
+@app.command()
 def plan(
     rest: RunAndOverrides = None,
     config: Config = None,
@@ -207,7 +198,7 @@ def plan(
     print(f"of this run, {ledger.skipped:,} of {ledger.total:,} shards are made and {ledger.remaining:,} are left")
 
 
-@app.command(rich_help_panel="A run")
+@app.command()
 def inspect(
     rest: RunAndOverrides = None,
     config: Config = None,
@@ -230,7 +221,7 @@ def inspect(
         raise StageError(f"inspect: {seen.complaint}")
 
 
-@app.command(rich_help_panel="A run")
+@app.command()
 def reconstruct(
     rest: RunAndOverrides = None,
     config: Config = None,

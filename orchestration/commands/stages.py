@@ -7,15 +7,7 @@ from typing import Annotated
 
 import typer
 
-from orchestration.commands.options import (
-    Adopt,
-    Config,
-    Local,
-    Overrides,
-    Redo,
-    configured,
-    overrides_of,
-)
+from orchestration.commands.options import Adopt, Config, Local, Overrides, Redo, configured, overrides_of
 from shards.settings import ConfigError
 
 log = logging.getLogger("carrara")
@@ -32,7 +24,7 @@ def _stage(
     stages.run(name, configured(config, overrides_of(overrides)), local, redo, adopt=adopt)
 
 
-@app.command(rich_help_panel="Stages")
+@app.command()
 def ingest(
     overrides: Overrides = None,
     config: Config = None,
@@ -75,7 +67,7 @@ def ingest(
         stages.run("ingest", found, local, redo, add_changed)
 
 
-@app.command(rich_help_panel="Stages")
+@app.command()
 def autoencoder(
     overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
 ) -> None:
@@ -83,7 +75,7 @@ def autoencoder(
     _stage("autoencoder", config, overrides, local, redo, adopt)
 
 
-@app.command(rich_help_panel="Stages")
+@app.command()
 def clip(
     overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
 ) -> None:
@@ -91,31 +83,31 @@ def clip(
     _stage("clip", config, overrides, local, redo, adopt)
 
 
-@app.command(name="score", rich_help_panel="Stages")
+@app.command(name="score")
 def score_(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
     """Score the image shards: columns by key beside them, for latents.select and train.select."""
     _stage("score", config, overrides, local, redo)
 
 
-@app.command(rich_help_panel="Stages")
+@app.command()
 def caption(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
     """Write new captions of the image shards, by a local model or an OpenAI-compatible server."""
     _stage("caption", config, overrides, local, redo)
 
 
-@app.command(rich_help_panel="Stages")
+@app.command()
 def latents(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
     """Encode the image shards into latent shards."""
     _stage("latents", config, overrides, local, redo)
 
 
-@app.command(rich_help_panel="Stages")
+@app.command()
 def prior(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
     """Draw the images of train.prior with train.start_from, and encode them; `train` does so first by itself."""
     _stage("prior", config, overrides, local, redo)
 
 
-@app.command(rich_help_panel="Stages")
+@app.command()
 def train(
     overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
 ) -> None:
@@ -123,7 +115,7 @@ def train(
     _stage("train", config, overrides, local, redo, adopt)
 
 
-@app.command(name="eval", rich_help_panel="Stages")
+@app.command(name="eval")
 def eval_(
     overrides: Overrides = None,
     config: Config = None,
@@ -150,7 +142,7 @@ def eval_(
     _stage("eval", config, overrides, local, redo)
 
 
-@app.command(name="all", rich_help_panel="Stages")
+@app.command(name="all")
 def all_(
     overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
 ) -> None:

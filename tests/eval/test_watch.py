@@ -117,10 +117,7 @@ def collapse(trained: RunPaths) -> None:
 
 
 def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
-    trained: RunPaths,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    trained: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, also where the watcher was killed between its numbers and its alarm."""
     collapse(trained)
@@ -253,8 +250,7 @@ def test_a_moment_with_nothing_to_do_has_passed(trained: RunPaths, monkeypatch: 
 
 
 def test_what_breaks_on_one_checkpoint_does_not_end_the_watch(
-    trained: RunPaths,
-    monkeypatch: pytest.MonkeyPatch,
+    trained: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = stages.run
 
@@ -270,9 +266,7 @@ def test_what_breaks_on_one_checkpoint_does_not_end_the_watch(
 
 
 def test_watch_has_a_run_on_its_command_line(
-    trained: RunPaths,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    trained: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from orchestration.run_stage import main
 

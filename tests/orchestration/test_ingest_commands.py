@@ -244,11 +244,7 @@ def test_latents_are_looked_through_again_where_the_images_were_blanked_later(
 
 
 def test_a_dry_run_then_an_ingest_then_a_retry(
-    site: Site,
-    config: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    site: Site, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "carrara")
     command = ["ingest", "--config", str(config)]
