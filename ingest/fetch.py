@@ -31,8 +31,9 @@ from yarl import URL
 
 from ingest.addresses import AddressRefused, Guard
 from ingest.config import FetchConfig, OptOutConfig
+from ingest.desk import Desk
 from ingest.errors import Rejected
-from ingest.hosts import Desk, Exchange, Robots
+from ingest.hosts import Exchange, Robots
 from ingest.names import Names
 from ingest.optout import product_name, robots_refusal, robots_txt_refuses, tdm_refusal
 from ingest.trouble import Health, no_route, own_fault, split

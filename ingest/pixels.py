@@ -32,6 +32,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from ingest.config import Animations, EncodeFormat, Filter, Reencode, ResizeMode
 from ingest.errors import Rejected
+from ingest.headers import JPEG_SCAN, PNG, header_size, jpeg_header
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what shards may hold
@@ -53,7 +54,6 @@ SMALL = 1 << 14  # pixels up to which Pillow resizes: a third of a millisecond a
 MOST_SCANS = 500  # of a JPEG: each goes over the whole image, and may take a hundred bytes
 MOST_WORK = 1_500_000_000  # pixels times scans: some two seconds
 _BAND = 1 << 20  # pixels that are brought to RGB at a time
-_JPEG_SCAN = b"\xff\xda"
 _JPEG_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 _JPEG_END = b"\xff\xd9"
 # libjpeg's words for image data that is missing or senseless. It goes on with grey, and Pillow with it.
@@ -144,7 +144,7 @@ def decode(data: bytes, settings: PixelSettings) -> Decoded:
     except Rejected as e:
         rejected = e
     # What browsers show: a PNG with damaged or overlong texts, or with such a profile, is whole all the same.
-    if data.startswith(_PNG) and rejected.code in ("not_an_image", "image_corrupt"):
+    if data.startswith(PNG) and rejected.code in ("not_an_image", "image_corrupt"):
         for kept in (_PNG_RENDERED | {b"iCCP"}, _PNG_RENDERED):
             with contextlib.suppress(Rejected):
                 return _decode(_png_chunks(data, kept), settings)._replace(kept_as=None)
@@ -244,9 +244,7 @@ def _kept_as(image: Image.Image, data: bytes, orientation: int, profile: bytes |
         return None
     if getattr(image, "is_animated", False) or (image.format == "PNG" and data[24:25] != b"\x08"):
         return None
-    if image.format == "JPEG" and data.rfind(_JPEG_END) < data.rfind(
-        _JPEG_SCAN
-    ):  # without an end; not all readers cope
+    if image.format == "JPEG" and data.rfind(_JPEG_END) < data.rfind(JPEG_SCAN):  # without an end; not all readers cope
         return None
     return None if _changes(profile, image.mode) else extension
 
@@ -272,7 +270,6 @@ def perceptual_hash(image: Image.Image) -> str:
     return np.packbits(2 * low > lower + upper).tobytes().hex()
 
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_RENDERED = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
 
 
@@ -285,88 +282,6 @@ def _png_chunks(data: bytes, kept: set[bytes]) -> bytes:
             parts.append(data[at:end])
         at = end
     return b"".join(parts)
-
-
-class JpegHeader(NamedTuple):
-    """What a JPEG says before its image. frame: the marker's second byte, 0xC0 and 0xC1 for baseline.
-
-    before: bytes in front of the frame (profiles, EXIF, thumbnails). scans: at most; an image without any has 0.
-    """
-
-    width: int
-    height: int
-    components: int
-    frame: int
-    before: int
-    scans: int
-
-
-def jpeg_header(data: bytes) -> JpegHeader | None:
-    """The frame header (SOF) of a JPEG; None for what is none, or has no frame where decoders look for it."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    at = 2
-    while at + 9 < len(data):
-        if data[at] != 0xFF:  # bytes between segments: decoders go on to the next marker
-            at = data.find(b"\xff", at)
-            if at < 0:
-                return None
-            continue
-        kind = data[at + 1]
-        if kind in (0x00, 0x01, 0xFF) or 0xD0 <= kind <= 0xD8:
-            at += 1 if kind == 0xFF else 2
-            continue
-        if kind in (0xD9, 0xDA):
-            return None
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            height, width, components = struct.unpack_from(">HHB", data, at + 5)
-            return JpegHeader(width, height, components, kind, at, _scans(data, at, kind, components))
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return None
-
-
-def _scans(data: bytes, frame: int, kind: int, components: int) -> int:
-    """At most how many scans follow a frame. A baseline one whose first has all components has no other."""
-    at = frame
-    while kind in (0xC0, 0xC1) and at + 5 < len(data) and data[at] == 0xFF:
-        if data[at + 1] == 0xDA:
-            if data[at + 4] == components:
-                return 1  # libjpeg ends at a second one
-            break
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return data.count(_JPEG_SCAN, frame)
-
-
-def header_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height from the header of a JPEG, PNG, WebP, GIF or BMP; None for what is none of these.
-
-    TIFF and AVIF are Pillow's to open, which reads their headers alone. Its WebP reader allocates the canvas as
-    soon as it opens a file. A GIF's first frame may be larger than its header says; Pillow tells that.
-    """
-    jpeg = jpeg_header(data)
-    if jpeg is not None:
-        return jpeg.width, jpeg.height
-    if data.startswith(_PNG) and data[12:16] == b"IHDR" and len(data) >= 24:
-        return struct.unpack(">II", data[16:24])
-    if data[:6] in (b"GIF87a", b"GIF89a") and len(data) >= 10:
-        return struct.unpack("<HH", data[6:10])
-    if data[:2] == b"BM" and len(data) >= 26:
-        if int.from_bytes(data[14:18], "little") == 12:  # OS/2
-            return struct.unpack("<HH", data[18:22])
-        width, height = struct.unpack("<ii", data[18:26])
-        return abs(width), abs(height)  # from below, or from above
-    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
-        return None
-    kind = data[12:16]
-    if kind == b"VP8X":  # 24-bit width and height, each less one
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if kind == b"VP8 ":
-        width, height = struct.unpack("<HH", data[26:30])
-        return width & 0x3FFF, height & 0x3FFF
-    if kind == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    return None
 
 
 def is_quick(data: bytes, settings: PixelSettings | None = None) -> bool:

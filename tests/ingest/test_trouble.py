@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ingest.headers
 import ingest.pixels
 from ingest import decoders, trouble, work
 from ingest.addresses import AddressRefused, Guard
@@ -489,7 +490,7 @@ def test_a_jpeg_of_many_scans_over_many_pixels_is_refused_at_once() -> None:
     small = scan_bomb(640, 480, 40)
     for scans in (40, 499):
         bomb = scan_bomb(640, 480, scans).replace(struct.pack(">HH", 480, 640), struct.pack(">HH", 7999, 7999), 1)
-        assert ingest.pixels.jpeg_header(bomb) == (7999, 7999, 3, 0xC2, small.index(b"\xff\xc2"), scans)
+        assert ingest.headers.jpeg_header(bomb) == (7999, 7999, 3, 0xC2, small.index(b"\xff\xc2"), scans)
         assert not ingest.pixels.is_quick(bomb, settings)
         began = time.process_time()
         with pytest.raises(Rejected, match="image_too_large"):
