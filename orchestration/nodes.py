@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from ray.exceptions import RayError
 
 from orchestration.config import RayConfig
 from shards.settings import ConfigError, StageError
@@ -30,7 +31,7 @@ LOST_LATELY_S = 60.0
 REST_FACTOR = 5.0  # of ray.back_off_s: how long a node rests after its first strike; doubles with each
 REST_MOST_S = 300.0
 JOINED_BY_HAND = re.compile("node_[0-9a-f]{56}")  # the kind of a node that no autoscaler made: its id
-ASK_AGAIN_S = 600.0  # after which an autoscaler that had no node to give is asked again
+ASK_AGAIN_S = 300.0  # after which an autoscaler that had no node to give is asked again
 UNKNOWN = ""  # where a worker died before it could say
 
 
@@ -170,11 +171,17 @@ class Autoscaler:
         if most := ray._private.state.state.get_max_resources_from_cluster_config():
             known = (most.get(k, 0.0) / v for k, v in needs.items() if k in most or k in ("CPU", "GPU"))
             return min(known, default=math.inf)
+        if room < 1:
+            return math.inf
         gcs = ray._private.worker.global_worker.gcs_client
-        if told := gcs.internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode(), None):
+        try:
+            told = gcs.internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode(), None, timeout=LOOK_EVERY_S)
+            reply = GetClusterStatusReply.FromString(gcs.get_cluster_status(timeout_s=LOOK_EVERY_S))
+        except RayError:  # the control store is gone for a while
+            return room
+        if told:
             kinds = (json.loads(told).get("autoscaler_report") or {}).get("active_nodes", {})
             return room if all(map(JOINED_BY_HAND.fullmatch, kinds)) else math.inf
-        reply = GetClusterStatusReply.FromString(gcs.get_cluster_status())
         if not reply.HasField("autoscaling_state"):
             return room
         refused = [_rounded(r.resources_bundle) for r in reply.autoscaling_state.infeasible_resource_requests]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RpcError
 
 from orchestration import actors, nodes
 from orchestration.actors import Fleet, _Call, _Worker
@@ -30,6 +30,7 @@ class World:
         self.draining: dict[str, int] = {}
         self.now, self.cpus = 0.0, cpus
         self.most: dict[str, float] | None = None  # what there is once an autoscaler has made all nodes, if it tells
+        self.away = False  # the control store
         self.kinds: list[str] = []  # of the nodes, by an autoscaler of version 1
         self.refused: list[dict[str, float]] | None = []  # what one of version 2 has no node for; None: there is none
         monkeypatch.setattr(ray, "nodes", self.nodes)
@@ -40,12 +41,14 @@ class World:
         monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus * count})
         monkeypatch.setattr(ray, "kill", lambda actor: None)
 
-    def internal_kv_get(self, key: bytes, namespace: bytes | None) -> bytes | None:
+    def internal_kv_get(self, key: bytes, namespace: bytes | None, timeout: float) -> bytes | None:
         assert (key, namespace) == (b"__autoscaling_status", None)
         report = {"autoscaler_report": {"active_nodes": dict.fromkeys(self.kinds, 1)}}
         return json.dumps(report).encode() if self.kinds else None
 
-    def get_cluster_status(self) -> bytes:
+    def get_cluster_status(self, timeout_s: float) -> bytes:
+        if self.away:
+            raise RpcError("gone")
         reply = GetClusterStatusReply()
         if self.refused is not None:
             reply.autoscaling_state.autoscaler_state_version = 1
@@ -264,6 +267,9 @@ def test_what_version_2_of_the_autoscaler_has_no_node_for_is_asked_for_no_more(m
         found.grow(10_000)
         return len(found.workers)
 
+    world.away = True
+    assert workers() == 16
+    world.away = False
     assert workers() == 24
     for worker in list(found.workers)[:16]:
         worker.node = "n0"
@@ -292,9 +298,12 @@ def test_what_version_2_of_the_autoscaler_has_no_node_for_is_asked_for_no_more(m
 
 
 def test_from_zero_nodes_an_autoscaler_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _ = fleet(World(monkeypatch, 0), beyond=actors.BEYOND_ROOM)
-    found.grow(10_000)
-    assert len(found.workers) == 8
+    world = World(monkeypatch, 0)
+    found, _ = fleet(world, beyond=actors.BEYOND_ROOM)
+    for refused in ([], [{"CPU": 1.0}] * 8, None):  # there is nothing else to do
+        world.refused, world.now = refused, world.now + 10
+        found.grow(10_000)
+        assert len(found.workers) == 8
 
 
 def test_a_drained_node_gets_no_more_and_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
