@@ -238,3 +238,17 @@ def test_results_are_found_whatever_a_model_is_called_and_by_url(tmp_path: Path)
     folder, found = commands.result_of(f"file://{run.eval}/step-00000004/0123456789")
     assert folder == f"file://{run.eval}/step-00000004"
     assert (found["checkpoint"], found["folder"]) == ("step-00000004", "0123456789")
+
+
+def test_what_only_one_result_has_is_named(tmp_path: Path) -> None:
+    """A scorer's names changed between two runs, say."""
+    x = score(np.random.default_rng(0).standard_normal(24))
+    for name, metrics in (("a", ["clip_score", "shows_place"]), ("b", ["clip_score", "shows_position"])):
+        content = {"format": measure.FORMAT, **result(name, 1, dict.fromkeys(metrics, x))}
+        measure.write(f"{tmp_path}/{name}/0123456789/metrics.json", content)
+    a, b = (f"{tmp_path}/{name}/0123456789" for name in "ab")
+    assert commands.compare(a, b).splitlines()[-2:] == [
+        f"not compared, since only {a} has it: shows_place",
+        f"not compared, since only {b} has it: shows_position",
+    ]
+    assert "not compared" not in commands.compare(a, a)
