@@ -260,8 +260,8 @@ def _drawn(seed: int) -> tuple[np.ndarray, np.ndarray, np.uint64]:
     """The powers of a number, those of its inverse, uint64 [_BLOCK], and a key."""
     drawn = hashlib.blake2b(seed.to_bytes(8, "little", signed=True)).digest()
     number = int.from_bytes(drawn[:8], "little") & ~7 | 5  # of these the powers repeat latest
-    found = np.full((2, _BLOCK), [[number], [pow(number, -1, 2**64)]], np.uint64)
-    found[:, 0] = 1
+    found = np.ones((2, _BLOCK), np.uint64)
+    found[0, 1:], found[1, 1:] = np.uint64(number), np.uint64(pow(number, -1, 2**64))
     powers, inverses = np.cumprod(found, axis=1)
     return powers, inverses, np.uint64(int.from_bytes(drawn[8:16], "little"))
 
