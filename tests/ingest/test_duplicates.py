@@ -178,7 +178,7 @@ def test_of_shards_beyond_99999_the_lower_number_wins(tmp_path: Path) -> None:
     keys = [sample_key(index, 0, 10_000) for index in (99_999, 100_000)]
     assert keys == ["999990000", "1000000000"] != sorted(keys)
     for index in (99_999, 100_000):
-        write(tmp_path, index, [live("1", "A", f"of {index}")])
+        write(tmp_path, index, [live("1", "A", "one")])
         for suffix in (".tar", STATS):
             (tmp_path / (shard_name(index) + suffix)).touch()
     committed = listed(str(tmp_path)).committed.tolist()
