@@ -40,7 +40,7 @@ def is_web(url: str) -> bool:
 
 def member(tar: str, name: str, offset: int, size: int) -> str:
     """The location of a member of a tar. offset, size: of its data, in bytes."""
-    return f"{tar}#member={quote(name, safe='')}&offset={offset}&size={size}"
+    return f"{tar}#member={quote(name, safe='', errors='replace')}&offset={offset}&size={size}"
 
 
 def value(file: str, column: str, row: int) -> str:
@@ -82,15 +82,17 @@ class Below:
                 self._remote.append(fs.unstrip_protocol(path).rstrip("/"))
 
     def require(self, url: str) -> None:
-        """Raise Rejected where a file lies elsewhere, or a link on its way leads elsewhere."""
+        """Raise Rejected unless a file lies there."""
+        if not self.holds(url):
+            raise Rejected("place_refused")
+
+    def holds(self, url: str) -> bool:
+        """Whether a file lies there, and no link on its way leads elsewhere."""
         scheme = _SCHEME.match(url)
         if scheme is None or scheme[1].lower() in ("file", "local"):
             path = os.path.realpath(url.partition("://")[2] if scheme else url)
-            inside = any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._local)
-        else:
-            inside = "/../" not in url and any(url == r or url.startswith(r + "/") for r in self._remote)
-        if not inside:
-            raise Rejected("place_refused")
+            return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._local)
+        return "/../" not in url and any(url == r or url.startswith(r + "/") for r in self._remote)
 
 
 class Reader:

@@ -223,9 +223,14 @@ def write_part(root: str, number: int, lines: Iterable[Line]) -> None:
 
 
 def stamps(files: Sequence[str]) -> dict[str, str]:
-    """By file, what changes when it is written again: size and time of the last change, on a store the ETag."""
+    """By file, what changes when it is written again: size and time of the last change, on a store the ETag.
+
+    Raises ConfigError where a file's name is not UTF-8, in which a plan could not name it.
+    """
     found = {}
     for file in files:
+        if file != file.encode("utf-8", "replace").decode():
+            raise ConfigError(f"{file.encode('utf-8', 'backslashreplace').decode()}: its name is not UTF-8; rename it")
         if storage.is_local(file):
             status = os.stat(storage.local_path(file))
             found[file] = f"{status.st_size}-{status.st_mtime_ns}"
