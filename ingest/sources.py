@@ -267,7 +267,7 @@ def refresh(root: str, table: str, kind: Kind, wanted: Wanted, progress: str = "
     with tqdm(desc=progress, unit=" images", disable=None if progress else True) as bar:
         said = list_new(listing, table, wanted, bar.update)
     if not listing.parts:
-        raise ConfigError(f"ingest.table: there are no images in '{table}'")
+        raise ConfigError(f"ingest.table: there are no images in '{table}'{''.join(f'; {why}' for why in said[:3])}")
     return said
 
 
@@ -475,7 +475,9 @@ def _table_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
         batches: Iterator[Any] = iter(table.select(columns).to_batches(4096)) if columns else iter(())
         empty = table.num_rows
     else:
-        batches = reader.iter_batches(4096, columns=columns, use_threads=False) if columns else iter(())
+        # Group by group, so that damage in one takes nothing of those before it.
+        groups = range(reader.num_row_groups) if columns else ()
+        batches = (b for g in groups for b in reader.iter_batches(4096, [g], columns, use_threads=False))
         empty = reader.metadata.num_rows
     if not columns:
         batches = iter([pa.RecordBatch.from_pydict({"": pa.nulls(empty)})])

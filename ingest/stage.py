@@ -123,13 +123,14 @@ class IngestStage:
                 self._listing(), self._table(), self._kind(), self._wanted(), f"{self.name}: listing"
             ):
                 log.warning("%s: %s", self.name, sentence)
-        layout = self.layout()
+        self.layout()  # what does not fit is refused before a folder is set aside
         stages = [self]
         if self.config.heldout_fraction and self.split == "train":  # one walk plans both
             stages.append(dataclasses.replace(self, root=RunPaths(self.run).heldout, split="heldout"))
         for stage in stages:
             Folder.begin(stage.root, stage.made_with(), redo=redo, take_over=True, known=BEFORE_ANY_SHARD)
             stage._plan_what_is_there()
+        layout = self.layout()
         roots: dict[str, str] = {stage.split: stage.root for stage in stages}
         former = any(plan.read(root).has(plan.BEFORE) for root in roots.values())
         source = TableSource(layout, self.config.samples_per_shard, self.heldout_rule(layout), former)
@@ -504,7 +505,9 @@ class IngestStage:
             wanted, given = [*wanted, sources.FAULT], ColumnsConfig()
             wanted += ADOPTED if self.config.source.adopt else ()
         captionless = self.config.empty_captions == "keep"
-        layout = tables.read_layout(self._rows(), given, wanted, statistics.LOOKED_AT, captionless)
+        # One walk plans both splits, by the columns of one file that was there from the beginning.
+        planned = plan.first_files(RunPaths(self.run).images if self.config.heldout_fraction else self.root)
+        layout = tables.read_layout(self._rows(), given, wanted, statistics.LOOKED_AT, captionless, planned)
         types = {}
         for f in self.config.filters:
             if f.column not in filters.DERIVED:

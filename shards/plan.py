@@ -169,6 +169,12 @@ def is_grown(root: str, files: Sequence[str]) -> bool:
     return all({**without_rows, **planned}.get(file) == {stamp} for file, stamp in stamps(files).items())
 
 
+def first_files(root: str) -> list[str]:
+    """The files of the first part of a dataset's plan, sorted, also those without rows; none where there is no plan."""
+    url = part_url(root, 0)
+    return sorted(pc.unique(_part(url)["file"]).to_pylist()) if storage.exists(url) else []
+
+
 def part_url(root: str, number: int) -> str:
     """Where a part of a dataset's plan lies."""
     return storage.join(root, FOLDER, f"{number:05d}.parquet")
