@@ -9,6 +9,7 @@ row of the table came to exactly one end. What is in a shard is in packing.py.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
 import re
@@ -66,6 +67,15 @@ class Retry:
 
     line: Line
     of: tuple[tuple[int, tuple[str, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Anew:
+    """The payload of a task whose shard was there before, was damaged and is made anew: what it was, and the retries
+    that have taken rows of it over."""
+
+    was: Line | Retry
+    retries: tuple[Retry, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,15 +207,22 @@ class IngestStage:
         there = listed(self.root)
         begun = set(there.committed.tolist()) | set(there.begun.tolist())
         taken = _Taken()
+        retries = {line.shard: Retry(line, taken.open_codes(line)) for line in known.retries()}
+        taking: dict[int, list[Retry]] = {}
+        for retry in retries.values():
+            for shard, _ in retry.of:
+                taking.setdefault(shard, []).append(retry)
         for line in known.lines():
-            if line.takes_over:
-                yield Task(line.shard, None, Retry(line, taken.open_codes(line)))
-            elif line.shard in begun:
-                yield Task(line.shard, None, line)
-            else:
+            payload = retries.get(line.shard, line)
+            if line.shard in begun:
+                yield Task(line.shard, None, payload)
+                continue
+            if not line.takes_over:
                 files = set(tables.list_files(self._rows())) if files is None else files
-                if line.file in files:
-                    yield Task(line.shard, None, line)
+                if line.file not in files:
+                    continue
+            some = taking.get(line.shard)
+            yield Task(line.shard, None, Anew(payload, tuple(some)) if some else payload)
 
     def worker(self) -> IngestWorker:
         """A worker with its connections and threads; `close()` ends them, as the end of the process does."""
@@ -250,7 +267,7 @@ class IngestStage:
                 if index in changed:
                     s = read_stats(self.root, index) or s
                 taken = sum(s.get("takes_over", {}).values())
-                if s["rows"] != rows.get(index) and not (taken and s["rows"] == taken):
+                if s["rows"] != (taken if "takes_over" in s else rows.get(index)):
                     raise StageError(
                         f"{self.root}: shard {shard_name(index)} holds {s['rows']} rows where the plan has "
                         f"{rows.get(index, 'none')}; run the same command again"
@@ -667,6 +684,9 @@ class IngestWorker:
             return found
         if takedown.length(self.stage.run) != self.taken_down.parts:
             self.taken_down = self.pool.taken_down = TakenDown.read(self.stage.run)
+        self._taking: tuple[Retry, ...] = ()
+        if isinstance(task.payload, Anew):
+            self._taking, task = task.payload.retries, dataclasses.replace(task, payload=task.payload.was)
         files, stats = self._again(task) if isinstance(task.payload, Retry) else self._first(task)
         stats |= {"digests": True, "list": self.taken_down.parts}
         return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
@@ -685,14 +705,14 @@ class IngestWorker:
         raw = rows["caption"].to_pylist()
         firsts = [tables.first_caption(t) for t in raw] if self.layout.caption_lists else raw
         cleaned = [captions.clean(text or "", config.captions) for text in firsts]
-        outcomes = self._judge(rows, cleaned)
+        sidecar = new_sidecar(task.index, rows, self.layout, config, raw, cleaned, self.stage.kept())
+        outcomes = self._taken_over(task.index, sidecar.columns["key"], self._judge(rows, cleaned))
         urls = rows["url"].to_pylist()
         locations = rows[sources.LOCATION].to_pylist() if sources.LOCATION in rows.column_names else urls
         if config.source.adopt:
             done = [o or a for o, a in zip(outcomes, self._adopt(rows, locations, outcomes), strict=True)]
         else:
             done = self._fetch(task, locations, outcomes)
-        sidecar = new_sidecar(task.index, rows, self.layout, config, raw, cleaned, self.stage.kept())
         files = sidecar.pack(done, config.source.adopt)
         stats = statistics.of_shard(done, urls, began)
         stats["cpu_seconds"] = round(_cpu_seconds() - cpu, 3)
@@ -745,15 +765,11 @@ class IngestWorker:
             chosen = [i for i, e in enumerate(errors) if e in codes]
             taken.update(errors[i] for i in chosen)
             parts.append(table.take(pa.array(chosen, pa.int64())))
-        if taken.total() != task.payload.line.rows:
-            raise StageError(
-                f"{self.stage.root}: shard {shard_name(task.index)} is to take {task.payload.line.rows} rows over, and "
-                f"the older shards have {taken.total()}; see `carrara verify`"
-            )
         sidecar, urls = rows_again(parts)
         outcomes: list[Outcome | None] = [
             Outcome.of("taken_down") if self.taken_down.has_url(url or "") else None for url in urls
         ]
+        outcomes = self._taken_over(task.index, sidecar.columns["key"], outcomes)
         done = self._fetch(task, sidecar.columns.get(sources.LOCATION, urls), outcomes)
         files = sidecar.pack(done)
         stats = statistics.of_shard(done, urls, began)
@@ -762,6 +778,25 @@ class IngestWorker:
             "checks": {},
             "takes_over": dict(sorted(taken.items())),
         }
+
+    def _taken_over(self, index: int, keys: Sequence[str], outcomes: list[Outcome | None]) -> list[Outcome | None]:
+        """The outcomes of a shard's rows, where a retry has taken some over: these end as they did then, since what
+        became of them lies in the retry's shard. By how many had which code, which is all that is known of it."""
+        for retry in self._taking:
+            stats = read_stats(self.stage.root, retry.line.shard)
+            if stats is None:  # it takes what it finds
+                continue
+            name = shard_name(retry.line.shard) + ".parquet"
+            theirs = set(storage.read_parquet(storage.join(self.stage.root, name), ["key"])["key"].to_pylist())
+            left, codes = Counter(stats["takes_over"]), dict(retry.of)
+            for shard in codes.keys() - {index}:
+                errors = (read_stats(self.stage.root, shard) or {}).get("errors", {})
+                left -= Counter({code: errors.get(code, 0) for code in codes[shard]})
+            ends = itertools.chain(left.elements(), itertools.cycle(codes[index]))
+            for i, key in enumerate(keys):
+                if key in theirs:
+                    outcomes[i] = Outcome.of(next(ends))
+        return outcomes
 
     def _fetch(self, task: Task, urls: Sequence[str | None], outcomes: list[Outcome | None]) -> list[Outcome]:
         """Fetch what is not decided yet; raises StageError unless every row came to an end."""
