@@ -182,16 +182,21 @@ class _Values:
         if self._stream is None or row < self._next or row >= self._next + 4096:
             group = next(g for g in range(len(self._begins) - 1) if row < self._begins[g + 1])
             self._next = self._begins[group]
-            groups = range(group, len(self._begins) - 1)
-            self._stream = self._reader.iter_batches(_BATCH, groups, [self.column], use_threads=False)
-        for batch in self._stream:
+            # No batch is of two row groups, so that damage in one takes nothing of the other.
+            self._stream = (
+                batch
+                for g in range(group, len(self._begins) - 1)
+                for batch in self._reader.iter_batches(_BATCH, [g], [self.column], use_threads=False)
+            )
+        stream, self._stream = self._stream, None  # one that ends by damage gives nothing any more
+        for batch in stream:
             first, self._next = self._next, self._next + batch.num_rows
             self._batches[first] = batch.column(0)
             while len(self._batches) > _KEPT:
                 self._batches.pop(next(iter(self._batches)))
             if first <= row < self._next:
+                self._stream = stream
                 return image_bytes(batch.column(0)[row - first].as_py())
-        self._stream = None
         raise Rejected("source_missing")
 
     def close(self) -> None:

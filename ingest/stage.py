@@ -72,10 +72,10 @@ class Retry:
 @dataclasses.dataclass(frozen=True)
 class Anew:
     """The payload of a task whose shard was there before, was damaged and is made anew: what it was, and the retries
-    that have taken rows of it over."""
+    that have taken rows of it over, also by way of another retry, with the codes that these rows had here."""
 
     was: Line | Retry
-    retries: tuple[Retry, ...]
+    retries: tuple[tuple[Retry, tuple[str, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,10 +208,11 @@ class IngestStage:
         begun = set(there.committed.tolist()) | set(there.begun.tolist())
         taken = _Taken()
         retries = {line.shard: Retry(line, taken.open_codes(line)) for line in known.retries()}
-        taking: dict[int, list[Retry]] = {}
-        for retry in retries.values():
-            for shard, _ in retry.of:
-                taking.setdefault(shard, []).append(retry)
+        taking: dict[int, dict[int, tuple[str, ...]]] = {}
+        for number, retry in reversed(retries.items()):
+            for shard, codes in retry.of:
+                if codes:
+                    taking.setdefault(shard, {}).update(dict.fromkeys((number, *taking.get(number, ())), codes))
         for line in known.lines():
             payload = retries.get(line.shard, line)
             if line.shard in begun:
@@ -221,8 +222,8 @@ class IngestStage:
                 files = set(tables.list_files(self._rows())) if files is None else files
                 if line.file not in files:
                     continue
-            some = taking.get(line.shard)
-            yield Task(line.shard, None, Anew(payload, tuple(some)) if some else payload)
+            by = tuple((retries[number], codes) for number, codes in sorted(taking.get(line.shard, {}).items()))
+            yield Task(line.shard, None, Anew(payload, by) if by else payload)
 
     def worker(self) -> IngestWorker:
         """A worker with its connections and threads; `close()` ends them, as the end of the process does."""
@@ -684,7 +685,7 @@ class IngestWorker:
             return found
         if takedown.length(self.stage.run) != self.taken_down.parts:
             self.taken_down = self.pool.taken_down = TakenDown.read(self.stage.run)
-        self._taking: tuple[Retry, ...] = ()
+        self._taking: tuple[tuple[Retry, tuple[str, ...]], ...] = ()
         if isinstance(task.payload, Anew):
             self._taking, task = task.payload.retries, dataclasses.replace(task, payload=task.payload.was)
         files, stats = self._again(task) if isinstance(task.payload, Retry) else self._first(task)
@@ -782,7 +783,8 @@ class IngestWorker:
     def _taken_over(self, index: int, keys: Sequence[str], outcomes: list[Outcome | None]) -> list[Outcome | None]:
         """The outcomes of a shard's rows, where a retry has taken some over: these end as they did then, since what
         became of them lies in the retry's shard. By how many had which code, which is all that is known of it."""
-        for retry in self._taking:
+        known: dict[str, Outcome] = {}
+        for retry, here in self._taking:
             stats = read_stats(self.stage.root, retry.line.shard)
             if stats is None:  # it takes what it finds
                 continue
@@ -792,11 +794,11 @@ class IngestWorker:
             for shard in codes.keys() - {index}:
                 errors = (read_stats(self.stage.root, shard) or {}).get("errors", {})
                 left -= Counter({code: errors.get(code, 0) for code in codes[shard]})
-            ends = itertools.chain(left.elements(), itertools.cycle(codes[index]))
-            for i, key in enumerate(keys):
-                if key in theirs:
-                    outcomes[i] = Outcome.of(next(ends))
-        return outcomes
+            ends = itertools.chain(left.elements() if index in codes else (), itertools.cycle(here))
+            for key in keys:
+                if key in theirs and key not in known:
+                    known[key] = Outcome.of(next(ends))
+        return [known.get(key, outcome) for key, outcome in zip(keys, outcomes, strict=True)]
 
     def _fetch(self, task: Task, urls: Sequence[str | None], outcomes: list[Outcome | None]) -> list[Outcome]:
         """Fetch what is not decided yet; raises StageError unless every row came to an end."""

@@ -470,6 +470,24 @@ def test_damage_within_a_parquet_file_is_told_and_the_rest_goes_on(tmp_path) -> 
     assert [r["caption"] for r in rows(listing)] == [[f"picture {n}"] for n in (0, 1, 2, 3, 10, 11, 20, 21, 22, 23)]
 
 
+def test_damage_among_the_images_takes_those_of_its_row_group_alone(tmp_path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [picture(n) for n in range(6)]}), path, row_group_size=2, use_dictionary=False)
+    column = pq.read_metadata(path).row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    begin = column.data_page_offset
+    data[begin : begin + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(data)
+    reader = Reader(Below([str(tmp_path)]), 1 << 20)
+    ends = []
+    for row in range(6):
+        try:
+            ends.append(reader.read(locations.value(str(path), "image", row)) == picture(row))
+        except (Rejected, OSError) as e:
+            ends.append(type(e).__name__ if isinstance(e, OSError) else e.code)
+    assert ends == [True, True, "OSError", "OSError", True, True]
+
+
 def test_columns_of_any_type_are_kept_as_those_of_tables(tmp_path) -> None:
     bad = pa.Array.from_buffers(pa.string(), 3, pa.array([b"ok", b"caf\xe9", b"x"], pa.binary()).buffers())
     table = pa.table(
