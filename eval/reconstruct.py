@@ -176,7 +176,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def gradient_energy(pixels: np.ndarray) -> np.ndarray:
     """Sum of the squared differences of neighbours, right and below: uint8 [B,H,W,3] -> float64 [B]."""
     x = pixels.astype(np.float64)
-    found: np.ndarray = sum(np.square(np.diff(x, axis=axis)).sum(axis=(1, 2, 3)) for axis in (1, 2))  # type: ignore[assignment]
+    found: np.ndarray = sum(np.square(np.diff(x, axis=axis)).sum(axis=(1, 2, 3)) for axis in (1, 2))
     return found
 
 

@@ -203,8 +203,8 @@ class SampleStage:
 
 class _Worker:
     def __init__(self, stage: SampleStage) -> None:
+        from latents.arithmetic import fixed_arithmetic
         from latents.encoders import pick_device
-        from latents.stage import fixed_arithmetic
 
         self.stage, self.config, self.fixed = stage, stage.config, fixed_arithmetic
         self.folder = open_folder(stage)
@@ -328,8 +328,8 @@ class _Worker:
         stage = self.stage
         if stage.control is not None:
             return self._fitted(stage.control)
-        from train.config import ControlConfig
         from train.image_conditioning import control_image
+        from train.part_config import ControlConfig
 
         settings = ControlConfig(**(models.control_settings(stage.run, stage.model) or {}))
         if settings.images:

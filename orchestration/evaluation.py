@@ -18,6 +18,7 @@ from eval.report import history
 from eval.report.page import rounded, spread
 from orchestration import notify, stages
 from orchestration.config import RayConfig, RunConfig, base_folder, find_config
+from orchestration.connection import connected
 from orchestration.notify import NotifyConfig
 from shards import storage
 from shards.layout import RunPaths
@@ -67,14 +68,9 @@ def evaluate_model(
     found = Evaluation(chosen.eval, paths, None, own, chosen.seed)
     log.info("eval: %s as %s: %s", model, found.model.name, found.label)
     with notify.notified(chosen.notify, chosen.run, "eval") as outcome:
-        if local:
-            outcome.report = stages.run_evaluation(found, chosen, local, redo)  # type: ignore[arg-type]
-            return outcome.report
-        from orchestration.connection import connected
-
-        with connected(chosen.ray):
-            outcome.report = stages.run_evaluation(found, chosen, local, redo)  # type: ignore[arg-type]
-            return outcome.report
+        with connected(chosen.ray, local):
+            outcome.report = stages.run_evaluation(found, chosen, local, redo)
+        return outcome.report
 
 
 def numbers(config: RunConfig) -> str:

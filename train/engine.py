@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from shards.settings import ConfigError
-from train.config import FitConfig, ema_name
 from train.data import Batch
+from train.fit_config import FitConfig, ema_name
 from train.objective import Objective
 from train.optimizer import AdamW, AdamW8bit, parameter_groups, shape_of
 from train.ranks import Ranks, import_deepspeed

@@ -15,11 +15,11 @@ import zoneinfo
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 
-from orchestration import commands, status, watch
 from orchestration import config as config_module
+from orchestration import status, watch
+from orchestration.commands import parser
 from orchestration.config import RunConfig, base_folder, find_config, load, load_of_run
 from orchestration.demo import _headline
 from orchestration.run_stage import main
@@ -338,19 +338,19 @@ def test_doctor_knows_the_token_trap(
 
 def test_every_command_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     seen = set()
-    for name in [*commands.names(), "judge pack"]:
+    for name in [*parser.names(), "judge pack"]:
         assert main([*name.split(), "--help"]) == 0
         text = capsys.readouterr().out
         assert f"Usage: carrara {name} " in text
         assert len(text.split("\n\n")[1].strip()) > 20, f"{name} says nothing of what it does"
         seen.add(text)
-    assert len(seen) == len(commands.names()) + 1
+    assert len(seen) == len(parser.names()) + 1
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("carrara 0.")
 
 
 def test_one_option_has_one_spelling_everywhere() -> None:
-    groups = typer.main.get_command(commands.app)
+    groups = parser.group()
     options = {o for c in groups.commands.values() for p in c.params for o in p.opts if o.startswith("--")}
     assert "--guidance-scale" in options
     assert not options & {"--guidance", "--dtype", "--output", "--n", "--num-inference-steps"}
