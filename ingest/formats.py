@@ -332,7 +332,7 @@ def _infer_schema(stream: IO[bytes], file: str) -> pa.Schema:
         chunk = next(_records(stream, file, first, None, _delimiter(file)), (b"", None))[0]
         if chunk:
             texts = _parse_csv(chunk, file, header, header)
-            fields = {name: _text_type(_text_array(texts[name])) for name in header}
+            fields = {name: _text_type(text_array(texts[name])) for name in header}
     return pa.schema(list(fields.items()))
 
 
@@ -407,7 +407,7 @@ def _conform(found: dict[str, Any], columns: Columns, file: str) -> pa.RecordBat
             array = array.dictionary_decode()
         try:
             if pa.types.is_string(kind):
-                arrays.append(_text_array(array))
+                arrays.append(text_array(array))
             else:
                 arrays.append(array.cast(kind))
         except pa.ArrowException as e:
@@ -415,15 +415,16 @@ def _conform(found: dict[str, Any], columns: Columns, file: str) -> pa.RecordBat
     return pa.RecordBatch.from_arrays(arrays, schema=schema_of(columns))
 
 
-def _text_array(array: pa.Array) -> pa.Array:
+def text_array(array: pa.Array) -> pa.Array:
+    """An array as text, all of it valid UTF-8 (see `decoded` for what is not)."""
     if pa.types.is_nested(array.type):
-        return pa.array([None if v is None else _as_text(v) for v in array.to_pylist()], pa.string())
+        return pa.array([None if v is None else as_text(v) for v in array.to_pylist()], pa.string())
     if pa.types.is_large_string(array.type) or pa.types.is_string(array.type):
         array = array.cast(pa.large_binary() if pa.types.is_large_string(array.type) else pa.binary())
     try:
         return array.cast(pa.string())  # from binary this checks the encoding
     except pa.ArrowInvalid:
-        return pa.array([None if v is None else _as_text(v) for v in array.to_pylist()], pa.string())
+        return pa.array([None if v is None else as_text(v) for v in array.to_pylist()], pa.string())
 
 
 def decoded(value: bytes) -> str:
@@ -432,5 +433,6 @@ def decoded(value: bytes) -> str:
     return text if any(c > "\x7f" and c != "\ufffd" for c in text) else value.decode("cp1252", "replace")
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as text: bytes as what they stand for, anything else as JSON."""
     return decoded(value) if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False, default=str)

@@ -265,6 +265,17 @@ def test_a_take_down_by_the_url_of_then(tmp_path: Path) -> None:
     assert ends(manifest) == {"rows": 11, "success": 9, "opted_out": 2}
 
 
+@pytest.mark.parametrize("make", [folder, parquet])
+def test_a_take_down_by_the_place_that_the_sidecar_names(make: Make, tmp_path: Path) -> None:
+    stage = stage_of(make, tmp_path / "own", make(tmp_path / "own", 0, 4), tmp_path / "run")
+    run(stage)
+    place = Dataset.open(stage.root).sidecar(0)["place"].to_pylist()[1]
+    (tmp_path / "list.txt").write_text(f"{place}\n")
+    requested(str(tmp_path / "list.txt"), None, None).listed.create(str(tmp_path / "run"))
+    assert not stage.is_current()
+    assert ends(run(stage)) == {"rows": 4, "success": 3, "opted_out": 1}
+
+
 def test_images_of_one_caption_in_one_file_are_no_duplicates(tmp_path: Path) -> None:
     members = [m for n in range(6) for m in ((f"{n}.png", image_bytes(n)), (f"{n}.cls", b"dog"))]
     (tmp_path / "own").mkdir()
