@@ -23,13 +23,13 @@ from PIL import Image
 
 import ingest.headers
 import ingest.pixels
-from ingest import decoders, trouble, work
+from ingest import decoders, trouble
 from ingest.addresses import AddressRefused, Guard
 from ingest.config import FetchConfig
 from ingest.errors import Rejected
 from ingest.fetch import Room
 from ingest.names import Names
-from ingest.pool import FetchPool
+from ingest.pool import FetchPool, Outcome, pixel_settings
 from ingest.takedown import TakenDown
 from shards.settings import ConfigError, NodeTrouble, validate
 from tests.ingest.conftest import make_config
@@ -50,7 +50,7 @@ def pool() -> Iterator[Any]:
         c.close()
 
 
-def codes(found: dict[int, work.Outcome]) -> list[str | None]:
+def codes(found: dict[int, Outcome]) -> list[str | None]:
     return [found[i].error for i in sorted(found)]
 
 
@@ -211,8 +211,8 @@ def test_an_error_that_nobody_foresaw_ends_its_row(pool: Any, site: Site, monkey
     def odd(data: bytes, settings: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(work, "process", odd)
-    monkeypatch.setattr(work, "is_quick", lambda data, settings: data == b"odd")
+    monkeypatch.setattr("ingest.pool.process", odd)
+    monkeypatch.setattr("ingest.pool.is_quick", lambda data, settings: data == b"odd")
     c = pool()
     c.fetch_all({0: "http://127.0.0.1:1/"})
     found = c.fetch_all({0: site.add("/odd", b"odd"), 1: site.add("/1.png", image_bytes(1))})
@@ -585,7 +585,7 @@ def test_a_decoder_that_dies_hangs_or_wants_the_world_ends_one_row(
     """A decoder process whose `process` is replaced by one that crashes, hangs, or takes memory, as the bytes say."""
     (tmp_path / "sitecustomize.py").write_text(_CRASHING)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    settings = work.pixel_settings(make_config("t.csv"))
+    settings = pixel_settings(make_config("t.csv"))
     pool = decoders.Decoders(settings, 600_000_000, 1.0)
     try:
         good = pool.process(image_bytes(1))
