@@ -239,4 +239,4 @@ def test_ray_says_that_no_node_comes_where_they_were_joined_by_hand(version: str
         done = subprocess.run(
             [sys.executable, "-c", WAITING, version], env=env, cwd=ROOT, capture_output=True, text=True, timeout=200
         )
-    assert done.stdout.split() == known.split(), done.stdout + done.stderr
+    assert known in done.stdout.splitlines(), done.stdout + done.stderr  # among what Ray says of those that wait
