@@ -136,7 +136,7 @@ def folder_of(table: str) -> str:
     """The folder below which everything lies that `table` names: itself, a file's own, or what stands before a glob."""
     fs, path = _open_fs(table)
     if _is_glob(fs, table, path):
-        path = path[: re.search(r"[*?\[]", path).start()].rpartition("/")[0] or "/"  # type: ignore[union-attr]
+        path = re.split(r"[*?\[]", path)[0].rpartition("/")[0] or "/"
     elif not fs.isdir(path):
         path = path.rpartition("/")[0]
     return str(fs.unstrip_protocol(path)) if "://" in table else path

@@ -41,7 +41,7 @@ class Layout:
     """Which columns are read, under which names and types they go on, from the first file of the table.
 
     columns: (name in the table, name from here on, type), URL and caption first. looked_at: so many of the last ones
-    are merely compared with the pictures: they are no part of what a shard is made of. caption_lists: the caption
+    are merely compared with the images: they are no part of what a shard is made of. caption_lists: the caption
     column holds lists of captions, which go on as JSON text; the first of them is the caption.
     """
 
@@ -133,7 +133,7 @@ def read_layout(
 
 
 def _require_urls(file: str) -> None:
-    """Raise ConfigError where a .txt is no list of URLs: the captions beside the pictures of a folder, say."""
+    """Raise ConfigError where a .txt is no list of URLs: the captions beside the images of a folder, say."""
     try:
         with fsspec.open(file, "rb", compression="infer") as stream:
             line = stream.readline(1000).decode("utf-8", "replace").strip()
@@ -142,7 +142,7 @@ def _require_urls(file: str) -> None:
     if line and "://" not in line:
         raise ConfigError(
             f"{file}: a .txt is read as a list of URLs, one a line, and this one begins with '{line[:60]}'; give "
-            "ingest.table a table of URLs and captions (.parquet, .csv, .tsv, .jsonl), or the folder of pictures with "
+            "ingest.table a table of URLs and captions (.parquet, .csv, .tsv, .jsonl), or the folder of images with "
             "their captions beside"
         )
 
@@ -162,7 +162,7 @@ def _check_texts(schema: pa.Schema, url: str, caption: str | None, file: str) ->
             what = "URLs" if name == url else "captions"
             raise ConfigError(
                 f"{file}: the column '{name}' holds {kind}, not {what}"
-                + ("; set ingest.source.kind: parquet to read pictures from it" if name == url else "")
+                + ("; set ingest.source.kind: parquet to read images from it" if name == url else "")
             )
 
 
@@ -369,7 +369,7 @@ def _find(schema: pa.Schema, given: str | None, names: Sequence[str], what: str,
     holds = [f"'{f.name}' holds {f.type}" for f in schema if _holds_bytes(f.type)] if what == "url" else []
     if holds:
         raise ConfigError(
-            f"{file}: no column is known to hold the url, and {holds[0]}: if these are pictures, set "
+            f"{file}: no column is known to hold the url, and {holds[0]}: if these are images, set "
             "ingest.source.kind: parquet and ingest.source.image_column"
         )
     or_not = " (or ingest.empty_captions to keep, to do without)" if what == "caption" else ""

@@ -1,4 +1,4 @@
-"""Take-downs: the list of what is never to be fetched or stored again, by URL, host, or the bytes of the picture.
+"""Take-downs: the list of what is never to be fetched or stored again, by URL, host, or the bytes of the image.
 
 The list is `taken_down/00000.parquet`, `00001.parquet`, ... in the run's folder. Each part is created once, so that
 nothing that was asked for can be lost; it outlives any number of ingests. It names hosts, but URLs by their sha256
@@ -243,7 +243,7 @@ class TakenDown:
         return forms & self.hosts
 
     def has_bytes(self, sha256: str | None) -> bool:
-        """Whether a picture of these bytes is on the list."""
+        """Whether an image of these bytes is on the list."""
         return sha256 is not None and sha256 in self.bytes
 
 

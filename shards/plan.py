@@ -382,7 +382,7 @@ class _Growing:
         committed, samples = stored(self.split, [line.shard for line in bad])
         what = (
             f"{_name(file)} is not the file that was planned: {len(bad)} of its {len(old)} shards "
-            f"({shard_name(bad[0].shard)} to {shard_name(bad[-1].shard)}, {samples:,} pictures) were made of other rows"
+            f"({shard_name(bad[0].shard)} to {shard_name(bad[-1].shard)}, {samples:,} images) were made of other rows"
         )
         if committed and not add_changed:
             raise ConfigError(
@@ -451,7 +451,7 @@ class _Growing:
         if committed:
             raise ConfigError(
                 f"{len(lost)} shards that an earlier version made ({shard_name(shards[0])} to "
-                f"{shard_name(shards[-1])}, {samples:,} pictures) were made of other rows than the table has now, and "
+                f"{shard_name(shards[-1])}, {samples:,} images) were made of other rows than the table has now, and "
                 f"it makes {new} new ones. "
                 "Nothing was touched. Put the table back as it was, and give new rows as a file of their own; or take "
                 "its rows anew, as further shards, with --add-changed: what is stored stays, and a row that is there "

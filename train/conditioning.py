@@ -181,7 +181,7 @@ class Learning(Encoded):
     def checkpoint_activations(self) -> None:
         """transformers' own name for it."""
         assert self.module is not None
-        self.module.gradient_checkpointing_enable()  # type: ignore[operator]
+        self.module.gradient_checkpointing_enable()
 
 
 class Joint(nn.Module):

@@ -188,7 +188,7 @@ def test_rows_that_name_files_elsewhere_are_refused(tmp_path: Path) -> None:
     urls[0] = f"{below}/none.png"
     pq.write_table(pa.table({"url": urls, "caption": list("abcd")}), tmp_path / "u.parquet")
     stage = IngestStage(make_config(tmp_path / "u.parquet"), str(tmp_path / "bare" / "images"))
-    with pytest.raises(Exception, match="none of 4 rows gave a picture"):  # no folder is named: they are no URLs
+    with pytest.raises(Exception, match="none of 4 rows gave an image"):  # no folder is named: they are no URLs
         run(stage)
 
 

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ingest.errors import RETRYABLE
-from ingest.stage import IngestStage, Retry, codes_to_retry
+from ingest.retries import Retry, codes_to_retry
+from ingest.stage import IngestStage
 from ingest.takedown import TakenDown, url_digest
 from shards import plan
 from shards.dataset import Dataset, read_stats
@@ -156,9 +157,9 @@ def test_a_line_takes_no_row_that_another_took(tmp_path: Path) -> None:
         plan.Line(4, "", 0, 0, 2, bytes(16), "", (1, 2, 3), ("http_rate_limited", "timeout")),
     ]
     plan.write_part(root, 0, lines)
-    from ingest.stage import _Taken
+    from ingest.retries import Taken
 
-    taken = _Taken()
+    taken = Taken()
     retries = plan.read(root).retries()
     assert [line.shard for line in retries] == [3, 4]
     assert taken.open_codes(retries[0]) == ((0, ("timeout",)), (1, ("timeout",)))

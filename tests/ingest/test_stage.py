@@ -30,7 +30,7 @@ from demo import server as demo_server
 from ingest.config import IngestConfig
 from ingest.errors import RETRYABLE
 from ingest.stage import IngestStage
-from latents.stage import texts_in
+from latents.source import texts_in
 from shards import storage
 from shards.dataset import Dataset, read_stats
 from shards.exclusions import shard_row
@@ -267,7 +267,7 @@ def test_a_shard_without_any_success_is_committed(site: Site, tmp_path: Path) ->
     run(IngestStage(make_config(lost, fetch={"retries": 3}), str(tmp_path / "lost")))
     assert (read_stats(str(tmp_path / "lost"), 0) or {})["retries"] == 3 == site.hits["/down"] - 1
     table.write_text("url,caption\n" + f"{site.url('/none')},x\n")
-    with pytest.raises(StageError, match=r"none of 1 rows gave a picture .*http_not_found"):
+    with pytest.raises(StageError, match=r"none of 1 rows gave an image .*http_not_found"):
         run(IngestStage(make_config(table), str(tmp_path / "none")))
 
 
@@ -283,7 +283,7 @@ def test_an_edited_table_and_changed_settings_are_refused(site: Site, tmp_path: 
     edited = [line.replace("caption 9", "caption IX") for line in lines]
     table.write_text("\n".join(["url,caption", *edited]))
     assert not stage.is_current()
-    with pytest.raises(ConfigError, match=r"1 of its 3 shards \(00001 to 00001, 8 pictures\) were made of other rows"):
+    with pytest.raises(ConfigError, match=r"1 of its 3 shards \(00001 to 00001, 8 images\) were made of other rows"):
         stage.begin()
     assert {p.name: p.read_bytes() for p in (tmp_path / "images").iterdir() if p.is_file()} == before
     table.write_text("\n".join(["url,caption", *lines]))

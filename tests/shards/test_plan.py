@@ -50,7 +50,7 @@ def as_parquet(t: Path) -> None:
 
 
 REFUSED = (
-    "part-1.csv is not the file that was planned: {} of its 4 shards ({} to 00003, {:,} pictures) were made of other "
+    "part-1.csv is not the file that was planned: {} of its 4 shards ({} to 00003, {:,} images) were made of other "
     "rows. Nothing was touched. Give new rows as a file of their own; or put this file back; or take its rows anew, as "
     "further shards, with --add-changed: what is stored stays, and a row that is there twice counts as a duplicate"
 )

@@ -283,7 +283,7 @@ def test_provenance_and_card(source, exported):
     assert facts["vae"]["digest"] == manifest["vae"]["digest"]
     assert facts["text"]["digest"] == manifest["text"]["digest"]
     card = (exported / "README.md").read_text()
-    for fact in ("step-00000010", "predicts the velocity", "7 pictures", "32 x 32", manifest["text"]["digest"]):
+    for fact in ("step-00000010", "predicts the velocity", "7 images", "32 x 32", manifest["text"]["digest"]):
         assert fact in card
     assert "failed to download 1" in card
 
