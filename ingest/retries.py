@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from ingest.errors import ERRORS, RETRYABLE
-from shards import plan
-from shards.dataset import read_stats_of
+from shards import plan, storage
+from shards.dataset import read_stats, read_stats_of
+from shards.layout import shard_name
 from shards.plan import Line
 from shards.settings import ConfigError
 
@@ -18,6 +21,49 @@ class Retry:
 
     line: Line
     of: tuple[tuple[int, tuple[str, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Anew:
+    """The payload of a task whose shard was there before, was damaged and is made anew: what it was, and the retries
+    that have taken rows of it over, also by way of another retry, with the codes that these rows had here."""
+
+    was: Line | Retry
+    retries: tuple[tuple[Retry, tuple[str, ...]], ...]
+
+
+def taken_from(retries: Mapping[int, Retry]) -> dict[int, dict[int, tuple[str, ...]]]:
+    """By shard, the numbers of the retries that took rows of it, also by way of another, and the codes of these rows.
+
+    retries: by number, ascending.
+    """
+    found: dict[int, dict[int, tuple[str, ...]]] = {}
+    for number, retry in reversed(retries.items()):
+        for shard, codes in retry.of:
+            if codes:
+                found.setdefault(shard, {}).update(dict.fromkeys((number, *found.get(number, ())), codes))
+    return found
+
+
+def codes_of_taken(root: str, index: int, keys: Sequence[str], payload: Anew) -> dict[str, str]:
+    """By key, the code that a row of a shard made anew ends with, where its fate lies in a retry's shard.
+
+    By how many had which code, which is all that is known of it.
+    """
+    known: dict[str, str] = {}
+    for retry, here in payload.retries:
+        stats = read_stats(root, retry.line.shard)
+        if stats is None:  # it takes what it finds
+            continue
+        sidecar = storage.join(root, shard_name(retry.line.shard) + ".parquet")
+        theirs = set(storage.read_parquet(sidecar, ["key"])["key"].to_pylist())
+        left, codes = Counter(stats["takes_over"]), dict(retry.of)
+        for shard in codes.keys() - {index}:
+            errors = (read_stats(root, shard) or {}).get("errors", {})
+            left -= Counter({code: errors.get(code, 0) for code in codes[shard]})
+        ends = itertools.chain(left.elements() if index in codes else (), itertools.cycle(here))
+        known |= {key: next(ends) for key in keys if key in theirs and key not in known}
+    return known
 
 
 class Taken:

@@ -25,7 +25,7 @@ from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE
 from ingest.hosts import Exchange
 from ingest.img2dataset_engine import require as require_img2dataset
 from ingest.packing import kept_columns
-from ingest.retries import Retry, Taken, retry_lines
+from ingest.retries import Anew, Retry, Taken, retry_lines, taken_from
 from ingest.statistics import Lines, RunCounts
 from ingest.tables import HeldoutRule, Layout, TableSource
 from ingest.takedown import TakenDown
@@ -37,6 +37,7 @@ from shards.exclusions import Exclusions, write_exclusions
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths, shard_name
 from shards.listing import listed
+from shards.made_with import read_made_with
 from shards.plan import Each, Line
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
@@ -108,13 +109,14 @@ class IngestStage:
                 self._listing(), self._table(), self._kind(), self._wanted(), f"{self.name}: listing"
             ):
                 log.warning("%s: %s", self.name, sentence)
-        layout = self.layout()
+        self.layout()  # what does not fit is refused before a folder is set aside
         stages = [self]
         if self.config.heldout_fraction and self.split == "train":  # one walk plans both
             stages.append(dataclasses.replace(self, root=RunPaths(self.run).heldout, split="heldout"))
         for stage in stages:
             Folder.begin(stage.root, stage.made_with(), redo=redo, take_over=True, known=BEFORE_ANY_SHARD)
             stage._plan_what_is_there()
+        layout = self.layout()
         roots: dict[str, str] = {stage.split: stage.root for stage in stages}
         former = any(plan.read(root).has(plan.BEFORE) for root in roots.values())
         source = TableSource(layout, self.config.samples_per_shard, self.heldout_rule(layout), former)
@@ -181,15 +183,19 @@ class IngestStage:
         there = listed(self.root)
         begun = set(there.committed.tolist()) | set(there.begun.tolist())
         taken = Taken()
+        retries = {line.shard: Retry(line, taken.open_codes(line)) for line in known.retries()}
+        taking = taken_from(retries)
         for line in known.lines():
-            if line.takes_over:
-                yield Task(line.shard, None, Retry(line, taken.open_codes(line)))
-            elif line.shard in begun:
-                yield Task(line.shard, None, line)
-            else:
+            payload = retries.get(line.shard, line)
+            if line.shard in begun:
+                yield Task(line.shard, None, payload)
+                continue
+            if not line.takes_over:
                 files = set(tables.list_files(self._rows())) if files is None else files
-                if line.file in files:
-                    yield Task(line.shard, None, line)
+                if line.file not in files:
+                    continue
+            by = tuple((retries[number], codes) for number, codes in sorted(taking.get(line.shard, {}).items()))
+            yield Task(line.shard, None, Anew(payload, by) if by else payload)
 
     def worker(self) -> IngestWorker:
         """A worker with its connections and threads; `close()` ends them, as the end of the process does."""
@@ -234,7 +240,7 @@ class IngestStage:
                 if index in changed:
                     s = read_stats(self.root, index) or s
                 taken = sum(s.get("takes_over", {}).values())
-                if s["rows"] != rows.get(index) and not (taken and s["rows"] == taken):
+                if s["rows"] != (taken if "takes_over" in s else rows.get(index)):
                     raise StageError(
                         f"{self.root}: shard {shard_name(index)} holds {s['rows']} rows where the plan has "
                         f"{rows.get(index, 'none')}; run the same command again"
@@ -489,7 +495,9 @@ class IngestStage:
             wanted, given = [*wanted, sources.FAULT], ColumnsConfig()
             wanted += ADOPTED if self.config.source.adopt else ()
         captionless = self.config.empty_captions == "keep"
-        layout = tables.read_layout(self._rows(), given, wanted, statistics.LOOKED_AT, captionless)
+        # One walk plans both splits, by the columns of one file that was there from the beginning.
+        planned = plan.first_files(RunPaths(self.run).images if self.config.heldout_fraction else self.root)
+        layout = tables.read_layout(self._rows(), given, wanted, statistics.LOOKED_AT, captionless, planned)
         types = {}
         for f in self.config.filters:
             if f.column not in filters.DERIVED:

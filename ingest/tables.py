@@ -38,7 +38,7 @@ _TEXT = re.compile(r"\.txt(\.gz)?\Z", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which columns are read, under which names and types they go on, from the first file of the table.
+    """Which columns are read, under which names and types they go on, from the first file that was planned.
 
     columns: (name in the table, name from here on, type), URL and caption first. looked_at: so many of the last ones
     are merely compared with the images: they are no part of what a shard is made of. caption_lists: the caption
@@ -100,26 +100,33 @@ def _hidden(path: str) -> bool:
 
 
 def read_layout(
-    table: str, columns: ColumnsConfig, wanted: Sequence[str], welcome: Sequence[str] = (), captionless: bool = False
+    table: str,
+    columns: ColumnsConfig,
+    wanted: Sequence[str],
+    welcome: Sequence[str] = (),
+    captionless: bool = False,
+    planned: Sequence[str] = (),
 ) -> Layout:
     """Find the URL, caption and `wanted` columns; raises ConfigError naming the columns that there are.
 
-    welcome: columns that are read where the table has them, in any case. captionless: captions may be absent.
+    welcome: columns that are read where the table has them, in any case. captionless: captions may be absent. planned:
+    the files that were there first, so that one that came later and sorts before them changes no types.
     """
     files = list_files(table)
-    if _TEXT.search(files[0]):
-        _require_urls(files[0])
-    schema = read_schema(files[0], dict(columns.types))
-    url = _find(schema, columns.url, URL_NAMES, "url", files[0])
+    first = next((f for f in planned if f in files), files[0])
+    if _TEXT.search(first):
+        _require_urls(first)
+    schema = read_schema(first, dict(columns.types))
+    url = _find(schema, columns.url, URL_NAMES, "url", first)
     names = {n.lower() for n in schema.names}
     absent = captionless and columns.caption is None and names.isdisjoint(CAPTION_NAMES)
-    caption = None if absent else _find(schema, columns.caption, CAPTION_NAMES, "caption", files[0])
-    _check_texts(schema, url, caption, files[0])
+    caption = None if absent else _find(schema, columns.caption, CAPTION_NAMES, "caption", first)
+    _check_texts(schema, url, caption, first)
     chosen: list[tuple[str | None, str, pa.DataType]] = [(url, "url", pa.string()), (caption, "caption", pa.string())]
     for name in dict.fromkeys(wanted):
         if name.lower() in ("url", "caption"):
             continue
-        column = _named(schema, name, f"ingest names the column '{name}'", files[0])
+        column = _named(schema, name, f"ingest names the column '{name}'", first)
         if column not in (url, caption):
             chosen.append((column, column, kept_type(schema.field(column).type)))
     taken = {source for source, _, _ in chosen}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -19,7 +20,7 @@ from ingest.img2dataset_engine import Img2datasetPool
 from ingest.locations import Below, Location
 from ingest.packing import new_sidecar, rows_again
 from ingest.pool import FetchPool, Lies, Outcome
-from ingest.retries import Retry
+from ingest.retries import Anew, Retry, codes_of_taken
 from ingest.tables import Layout
 from ingest.takedown import TakenDown
 from shards import plan, storage
@@ -47,6 +48,7 @@ class IngestWorker:
         self.pool = make_pool(stage.config, self.taken_down, stage.hosts, stage.below())
         self.below = Below(stage.below())
         self._packed: tuple[int, dict[str, bytes], dict[str, Any]] | None = None
+        self._anew: Anew | None = None
 
     def __call__(self, task: Task) -> dict[str, Any]:
         """Fetch a shard's rows and commit it; returns its committed stats."""
@@ -55,6 +57,9 @@ class IngestWorker:
             return found
         if takedown.length(self.stage.run) != self.taken_down.parts:
             self.taken_down = self.pool.taken_down = TakenDown.read(self.stage.run)
+        self._anew = task.payload if isinstance(task.payload, Anew) else None
+        if self._anew is not None:
+            task = dataclasses.replace(task, payload=self._anew.was)
         files, stats = self._again(task) if isinstance(task.payload, Retry) else self._first(task)
         stats |= {"digests": True, "list": self.taken_down.parts}
         return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
@@ -73,14 +78,14 @@ class IngestWorker:
         raw = rows["caption"].to_pylist()
         firsts = [tables.first_caption(t) for t in raw] if self.layout.caption_lists else raw
         cleaned = [captions.clean(text or "", config.captions) for text in firsts]
-        outcomes = self._judge(rows, cleaned)
+        sidecar = new_sidecar(task.index, rows, self.layout, config, raw, cleaned, self.stage.kept())
+        outcomes = self._taken_over(task, sidecar.columns["key"], self._judge(rows, cleaned))
         urls = rows["url"].to_pylist()
         locations = rows[sources.LOCATION].to_pylist() if sources.LOCATION in rows.column_names else urls
         if config.source.adopt:
             done = [o or a for o, a in zip(outcomes, self._adopt(rows, locations, outcomes), strict=True)]
         else:
             done = self._fetch(task, locations, outcomes)
-        sidecar = new_sidecar(task.index, rows, self.layout, config, raw, cleaned, self.stage.kept())
         files = sidecar.pack(done, config.source.adopt)
         stats = statistics.of_shard(done, urls, began)
         stats["cpu_seconds"] = round(_cpu_seconds() - cpu, 3)
@@ -133,15 +138,11 @@ class IngestWorker:
             chosen = [i for i, e in enumerate(errors) if e in codes]
             taken.update(errors[i] for i in chosen)
             parts.append(table.take(pa.array(chosen, pa.int64())))
-        if taken.total() != task.payload.line.rows:
-            raise StageError(
-                f"{self.stage.root}: shard {shard_name(task.index)} is to take {task.payload.line.rows} rows over, and "
-                f"the older shards have {taken.total()}; see `carrara verify`"
-            )
         sidecar, urls = rows_again(parts)
         outcomes: list[Outcome | None] = [
             Outcome.of("taken_down") if self.taken_down.has_url(url or "") else None for url in urls
         ]
+        outcomes = self._taken_over(task, sidecar.columns["key"], outcomes)
         done = self._fetch(task, sidecar.columns.get(sources.LOCATION, urls), outcomes)
         files = sidecar.pack(done)
         stats = statistics.of_shard(done, urls, began)
@@ -150,6 +151,13 @@ class IngestWorker:
             "checks": {},
             "takes_over": dict(sorted(taken.items())),
         }
+
+    def _taken_over(self, task: Task, keys: Sequence[str], outcomes: list[Outcome | None]) -> list[Outcome | None]:
+        """The outcomes of a shard's rows; those of one made anew that a retry has taken over end as they did then."""
+        if self._anew is None:
+            return outcomes
+        known = codes_of_taken(self.stage.root, task.index, keys, self._anew)
+        return [Outcome.of(known[key]) if key in known else o for key, o in zip(keys, outcomes, strict=True)]
 
     def _fetch(self, task: Task, urls: Sequence[str | None], outcomes: list[Outcome | None]) -> list[Outcome]:
         """Fetch what is not decided yet; raises StageError unless every row came to an end."""

@@ -169,6 +169,12 @@ def is_grown(root: str, files: Sequence[str]) -> bool:
     return all({**without_rows, **planned}.get(file) == {stamp} for file, stamp in stamps(files).items())
 
 
+def first_files(root: str) -> list[str]:
+    """The files of the first part of a dataset's plan, sorted, also those without rows; none where there is no plan."""
+    url = part_url(root, 0)
+    return sorted(pc.unique(_part(url)["file"]).to_pylist()) if storage.exists(url) else []
+
+
 def part_url(root: str, number: int) -> str:
     """Where a part of a dataset's plan lies."""
     return storage.join(root, FOLDER, f"{number:05d}.parquet")
@@ -223,9 +229,14 @@ def write_part(root: str, number: int, lines: Iterable[Line]) -> None:
 
 
 def stamps(files: Sequence[str]) -> dict[str, str]:
-    """By file, what changes when it is written again: size and time of the last change, on a store the ETag."""
+    """By file, what changes when it is written again: size and time of the last change, on a store the ETag.
+
+    Raises ConfigError where a file's name is not UTF-8, in which a plan could not name it.
+    """
     found = {}
     for file in files:
+        if file != file.encode("utf-8", "replace").decode():
+            raise ConfigError(f"{file.encode('utf-8', 'backslashreplace').decode()}: its name is not UTF-8; rename it")
         if storage.is_local(file):
             status = os.stat(storage.local_path(file))
             found[file] = f"{status.st_size}-{status.st_mtime_ns}"

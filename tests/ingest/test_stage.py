@@ -299,6 +299,37 @@ def test_an_edited_table_and_changed_settings_are_refused(site: Site, tmp_path: 
     assert manifest["counts"] | {"rows": 28, "success": 21, "duplicate": 7} == manifest["counts"]
 
 
+@pytest.mark.parametrize(
+    "settings", [{"keep_columns": ["score"]}, {"heldout_fraction": 0.3, "keep_columns": ["score"]}]
+)
+def test_a_file_that_sorts_first_changes_no_types_of_what_was_planned(
+    site: Site, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    def write(name: str, first: int, count: int, kind: pa.DataType) -> None:
+        numbers = range(first, first + count)
+        urls = [site.add(f"/{n}.png", image_bytes(n)) for n in numbers]
+        table = pa.table({"url": urls, "caption": [f"c {n}" for n in numbers], "score": pa.array(numbers, kind)})
+        pq.write_table(table, tmp_path / "table" / name)
+
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "0-empty.csv").write_text("url,caption,score\n")  # all of it would be text
+    write("b.parquet", 0, 40, pa.int64())
+    stage = IngestStage(make_config(tmp_path / "table", **settings), str(tmp_path / "run" / "images"))
+    stages = (
+        [stage]
+        if len(settings) == 1
+        else [stage, dataclasses.replace(stage, root=str(tmp_path / "run" / "heldout"), split="heldout")]
+    )
+    stage.begin()
+    worker = stage.worker()
+    worker(next(iter(stage.tasks())))
+    worker.close()
+    write("0-early.parquet", 40, 8, pa.int32())  # before the empty one, of which the types are
+    counts = [run(s)["counts"] for s in stages]
+    assert sum(c["rows"] for c in counts) == sum(c["success"] for c in counts) == 48
+    assert {type(v) for v in Dataset.open(stage.root).sidecar(0)["score"].to_pylist()} == {str}
+
+
 def test_a_table_that_changes_while_a_shard_is_made_is_seen(site: Site, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     lines = [f"{site.add(f'/{i}.png', image_bytes(i))},caption {i}" for i in range(20)]
