@@ -441,7 +441,13 @@ def test_the_split_is_that_of_the_definition() -> None:
         salted = hashlib.blake2b(text.casefold().encode(), digest_size=8, salt=(-5).to_bytes(8, "little", signed=True))
         return int.from_bytes(salted.digest(), "little")
 
-    texts = [f"Caption  {i} \u00dc" if i % 3 else f"Plain {i}" for i in range(300)] + [None, "", "x" * 70_000, "y", " "]
+    texts = [f"Caption  {i} \u00dc" if i % 3 else f"Plain {i}" for i in range(300)] + [
+        None,
+        "",
+        "x" * 70_000,
+        "Stra\u00dfe",
+        " ",
+    ]
     for name, digest in (("polynomial", polynomial), ("blake2b", blake2b)):
         rule = HeldoutRule(0.4, -5, captions.DEFAULT_STEPS, hash=name)
         found = rule(pa.record_batch({"caption": pa.array(texts, pa.string())}))
