@@ -257,7 +257,7 @@ def _csv_header(stream: IO[bytes], file: str) -> tuple[list[str], int]:
     line = stream.readline(1 << 20)
     skip = 3 if line.startswith(b"\xef\xbb\xbf") else 0
     try:
-        names = next(csv.reader([_decoded(line[skip:]).rstrip("\r\n")], delimiter=_delimiter(file).decode()), [])
+        names = next(csv.reader([decoded(line[skip:]).rstrip("\r\n")], delimiter=_delimiter(file).decode()), [])
     except csv.Error:
         names = []
     if not names or len(set(names)) != len(names) or any("\0" in n for n in names):
@@ -351,7 +351,7 @@ def _loads(line: bytes) -> Any:
         try:
             return json.loads(line)
         except UnicodeDecodeError:
-            return json.loads(_decoded(line))
+            return json.loads(decoded(line))
     except (ValueError, RecursionError):
         return None
 
@@ -396,7 +396,7 @@ def _wrong_type(file: str, column: str, kind: pa.DataType, why: str) -> ConfigEr
 
 
 def _conform(found: dict[str, Any], columns: Columns, file: str) -> pa.RecordBatch:
-    """The columns in their types, all text valid UTF-8 (see `_decoded` for what is not)."""
+    """The columns in their types, all text valid UTF-8 (see `decoded` for what is not)."""
     arrays: list[pa.Array] = []
     for source, _, kind in columns:
         if source is None:
@@ -416,7 +416,7 @@ def _conform(found: dict[str, Any], columns: Columns, file: str) -> pa.RecordBat
 
 
 def text_array(array: pa.Array) -> pa.Array:
-    """An array as text, all of it valid UTF-8 (see `_decoded` for what is not)."""
+    """An array as text, all of it valid UTF-8 (see `decoded` for what is not)."""
     if pa.types.is_nested(array.type):
         return pa.array([None if v is None else as_text(v) for v in array.to_pylist()], pa.string())
     if pa.types.is_large_string(array.type) or pa.types.is_string(array.type):
@@ -427,7 +427,7 @@ def text_array(array: pa.Array) -> pa.Array:
         return pa.array([None if v is None else as_text(v) for v in array.to_pylist()], pa.string())
 
 
-def _decoded(value: bytes) -> str:
+def decoded(value: bytes) -> str:
     """UTF-8; what has none of it beyond ASCII is taken for Windows-1252, as browsers do (it covers Latin-1)."""
     text = value.decode("utf-8", "replace")
     return text if any(c > "\x7f" and c != "\ufffd" for c in text) else value.decode("cp1252", "replace")
@@ -435,4 +435,4 @@ def _decoded(value: bytes) -> str:
 
 def as_text(value: Any) -> str:
     """A value as text: bytes as what they stand for, anything else as JSON."""
-    return _decoded(value) if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False, default=str)
+    return decoded(value) if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False, default=str)

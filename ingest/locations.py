@@ -108,6 +108,8 @@ class Reader:
         if not text:
             raise Rejected("source_missing")
         location = Location.parse(text)
+        if location.file.startswith("file://") and not os.path.exists(location.file.removeprefix("file://")):
+            location = dataclasses.replace(location, file=unquote(location.file))  # as RFC 8089 writes a blank
         self.below.require(location.file)
         try:
             data = self._value(location) if location.column is not None else self._bytes(location)

@@ -10,6 +10,7 @@ make new shards and touch no old one, and a file that is gone is told of and not
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import functools
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from ingest import locations
 from ingest.config import ColumnsConfig, SourceConfig
-from ingest.formats import as_text, kept_type, text_array
+from ingest.formats import as_text, decoded, kept_type, text_array
 from ingest.tables import CAPTION_NAMES, URL_NAMES
 from shards import storage
 from shards.plan import stamps
@@ -602,7 +603,7 @@ def _beside(fs: Any, image: str, there: set[str], wanted: Wanted) -> tuple[list[
     """The captions in the files beside an image, and what else a .json there says."""
     stem = image.rpartition(".")[0]
     for suffix in CAPTION_FILES:
-        name = next((n for n in (stem + suffix, image + suffix) if n in there), None)
+        name = next((n for s in (suffix, suffix.upper()) for n in (stem + s, image + s) if n in there), None)
         if name is None:
             continue
         try:
@@ -678,7 +679,10 @@ def _texts(value: Any) -> list[str]:
 
 
 def _text(data: bytes) -> str:
-    return data.decode("utf-8-sig", "replace").strip()
+    """Text in UTF-16 where its byte order mark stands first, as Windows writes it; else as in tables."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace").strip()
+    return decoded(data.removeprefix(codecs.BOM_UTF8)).strip()
 
 
 def _json(data: bytes | None) -> Row:

@@ -121,6 +121,9 @@ def compare(a: str, b: str, write_json: str | None = None) -> str:
                 f"{d.metric:<24}{d.tag[:20]:<22}{d.a:>12.4g}{d.b:>12.4g}{rounded(d.value, d.se):>12}   {interval:<22} "
                 f"{d.verdict}"
             )
+    for name, own, other in ((a, x, y), (b, y, x)):
+        if alone := sorted(own["metrics"].keys() - other["metrics"].keys()):
+            lines.append(f"not compared, since only {name} has it: {', '.join(alone)}")
     if write_json:
         import dataclasses
 

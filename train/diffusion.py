@@ -20,10 +20,6 @@ import numpy as np
 import scipy.special
 import torch
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
-SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-
-
 # ---- schedules -------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,7 @@ _DC_CLASS = """diffusers' StableDiffusionPipeline cannot decode with an Autoenco
 that can: half a page of code that imports torch, transformers and diffusers alone, and that `trust_remote_code=True`
 allows to run. Nothing else but diffusers and transformers is needed."""
 
-_OBJECTIVES = {
+OBJECTIVES = {
     "epsilon": "The UNet predicts the noise",
     "sample": "The UNet predicts the clean latent",
     "v_prediction": "The UNet predicts the velocity",
@@ -123,7 +123,7 @@ def model_card(provenance: dict[str, Any]) -> str:
         rows=f"{data['rows']:,}",
         status=f"- Left out: {left_out}.\n" if left_out else "",
         dataset=data["fingerprint"],
-        objective=_OBJECTIVES[training["prediction_type"]],
+        objective=OBJECTIVES[training["prediction_type"]],
         process=_process(training),
         licence=_licence(p.get("licence")),
         licence_tag=f"license: other\nlicense_name: {json.dumps(p['licence'])}\n" if p.get("licence") else "",

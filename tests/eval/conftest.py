@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from demo import scenes
 from eval.config import EvalConfig
 from eval.evaluation import Evaluation
+from eval.generate import Sample, generators
 from latents.weights import find_clip, find_vae
 from shards.dataset import commit_shard, write_manifest
 from shards.fingerprint import Fingerprint, digest_file
@@ -174,6 +176,11 @@ def config() -> EvalConfig:
         scorer="demo.scorer",
         jackknife_groups=4,
     )
+
+
+def start_noise(samples: Sequence[Sample], shape: tuple[int, ...]) -> torch.Tensor:
+    """What the samples' generators give first: float32 [len(samples), *shape]."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators(samples)])
 
 
 def refs(run: RunPaths) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import datetime
 import decimal
 import io
@@ -82,6 +83,23 @@ def test_images_at_any_depth_with_captions_beside_them(tmp_path) -> None:
     assert found["a.jpg"]["rating"] is None
     reader = Reader(Below([str(root)]), 1 << 20)
     assert reader.read(found["d e#f.jpg"]["place"]) == picture(4)
+
+
+def test_captions_as_windows_writes_them(tmp_path) -> None:
+    for n, (name, data) in enumerate(
+        {
+            "a.txt": "größe".encode("utf-16"),  # what Notepad calls Unicode
+            "b.txt": codecs.BOM_UTF16_BE + "größe".encode("utf-16-be"),
+            "c.txt": "größe".encode("cp1252"),
+            "d.txt": "\ufeffgröße".encode(),
+            "e.TXT": "größe".encode(),
+        }.items()
+    ):
+        (tmp_path / name).write_bytes(data)
+        (tmp_path / name).with_suffix(".JPG").write_bytes(picture(n))
+    listing = str(tmp_path / ".listing")
+    assert refresh(listing, str(tmp_path), "folder", wanted()) == []
+    assert [r["caption"] for r in rows(listing)] == [["größe"]] * 5
 
 
 def test_lines_or_the_folders_name_as_captions_by_choice(tmp_path) -> None:
