@@ -116,7 +116,7 @@ def funnel(stage: IngestStage, limit: int | None = None, progress: bool = True) 
                 texts = batch.column("caption")
                 if layout.caption_lists:
                     texts = pa.array([tables.first_caption(t) for t in texts.to_pylist()], pa.string())
-                cleaned = captions.clean_all(texts, config.captions)
+                cleaned = captions.clean_all(texts, config.captions).to_pylist()
                 verdicts = judge_rows(config, layout, batch, cleaned)
                 urls = batch.column("url").to_pylist()
                 for caption, url, verdict in zip(cleaned, urls, verdicts, strict=True):

@@ -37,11 +37,12 @@ from shards.exclusions import Exclusions, write_exclusions
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths, shard_name
 from shards.listing import listed
+from shards.made_with import read_made_with
 from shards.plan import Each, Line
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
 from shards.stage import Task
-from shards.takeover import take_over_as_it_is
+from shards.takeover import is_old, take_over_as_it_is
 
 log = logging.getLogger("carrara.ingest")
 
@@ -513,9 +514,18 @@ class IngestStage:
     def heldout_rule(self, layout: Layout) -> HeldoutRule | None:
         """Which rows of the table are held out; None where it is all of one split."""
         c = self.config
-        return (
-            HeldoutRule(c.heldout_fraction, self.seed, c.captions, layout.caption_lists) if c.heldout_fraction else None
-        )
+        if not c.heldout_fraction:
+            return None
+        return HeldoutRule(c.heldout_fraction, self.seed, c.captions, layout.caption_lists, self._hash())
+
+    def _hash(self) -> str:
+        """The hash by which captions are held out: that of the run where it is begun, since a number keeps its rows."""
+        paths = RunPaths(self.run)
+        for root in (self.root, paths.images, paths.heldout):
+            split = ((read_made_with(root) or {}).get("settings") or {}).get("split")
+            if split or is_old(root):
+                return str((split or {}).get("hash", "blake2b"))
+        return HeldoutRule.hash
 
     def _settings(self) -> dict[str, Any]:
         """What a shard's bytes depend on. Limits of time and concurrency are not among it, nor the table's path."""
@@ -541,6 +551,8 @@ class IngestStage:
         settings |= {"quality": c.quality, "max_bytes": c.fetch.max_bytes, "caption_steps_version": captions.VERSION}
         if c.heldout_fraction:
             settings["split"] = {"part": self.split, "heldout_fraction": c.heldout_fraction, "seed": self.seed}
+            if (hash := self._hash()) != "blake2b":  # which has no name, since there was no other
+                settings["split"]["hash"] = hash
         return settings
 
 

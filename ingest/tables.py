@@ -11,10 +11,11 @@ edited table is seen. The worker reads that range again. Neither ever holds more
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import fsspec
 import numpy as np
@@ -206,28 +207,73 @@ class HeldoutRule:
     """Which rows are held out: by the hash of the caption, cleaned and without case, so that a caption is on one side.
 
     fraction: of distinct captions. seed: of the hash. steps: of the cleaning. lists: the captions are lists in JSON.
+    hash: a name in HASHES; a run keeps the one that it was begun with.
     """
 
     fraction: float
     seed: int
     steps: tuple[str, ...]
     lists: bool = False
+    hash: str = "polynomial"
 
     def __call__(self, batch: pa.RecordBatch) -> np.ndarray:
         """Which rows of a batch are held out, bool [rows]."""
-        salt = self.seed.to_bytes(8, "little", signed=True)
         column = batch.column("caption")
         if self.lists:
             column = pa.array([first_caption(t) for t in column.to_pylist()], pa.string())
-        salted = hashlib.blake2b(digest_size=8, salt=salt)
+        hashes = HASHES[self.hash](captions.clean_all(column, self.steps), self.seed)
+        return hashes < int(self.fraction * 2**64)
 
-        def digest(text: bytes) -> bytes:
-            one = salted.copy()  # half the time of making one anew
-            one.update(text)
-            return one.digest()
 
-        hashes = b"".join(map(digest, captions.fold_all(column, self.steps)))
-        return np.frombuffer(hashes, "<u8") < int(self.fraction * 2**64)
+def blake2b(texts: pa.Array, seed: int) -> np.ndarray:
+    """A hash of each text without case, uint64 [texts]: that of runs which were begun before there was another."""
+    salt = seed.to_bytes(8, "little", signed=True)
+    words = (text.casefold().encode("utf-8", "surrogatepass") for text in texts.to_pylist())
+    return np.frombuffer(b"".join(hashlib.blake2b(w, digest_size=8, salt=salt).digest() for w in words), "<u8")
+
+
+_BLOCK = 1 << 16  # of a longer caption so many bytes count
+
+
+def polynomial(texts: pa.Array, seed: int) -> np.ndarray:
+    """A hash of each text (string array without nulls) in lower case, uint64 [texts].
+
+    The sum of its bytes by the powers of a number, modulo 2**64 (Karp and Rabin, 1987), then a key and MurmurHash3's
+    last steps, so that alike texts have unlike hashes. Number and key are drawn by the seed.
+    """
+    powers, inverses, key = _drawn(seed)
+    found = np.zeros(len(texts), np.uint64)
+    edges, data = captions.bytes_of(pc.utf8_lower(texts)) if len(texts) else (np.zeros(1, np.int32), np.zeros(0))
+    row = 0
+    while row < len(texts):
+        stop = max(int(np.searchsorted(edges, edges[row] + _BLOCK, side="right")) - 1, row + 1)
+        block = data[edges[row] : min(edges[stop], edges[row] + _BLOCK)]
+        some = row + np.flatnonzero(
+            edges[row:stop] < edges[row + 1 : stop + 1]
+        )  # a sum of no bytes is not known to numpy
+        at = edges[some] - edges[row]
+        if len(some):  # the powers begin anew with each block, and what a text's place in it adds is taken out
+            found[some] = np.add.reduceat(block * powers[: len(block)], at) * inverses[at]
+        row = stop
+    found ^= key
+    for factor in (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)):
+        found ^= found >> np.uint64(33)
+        found *= factor
+    return found ^ (found >> np.uint64(33))
+
+
+@functools.lru_cache(4)
+def _drawn(seed: int) -> tuple[np.ndarray, np.ndarray, np.uint64]:
+    """The powers of a number, those of its inverse, uint64 [_BLOCK], and a key."""
+    drawn = hashlib.blake2b(seed.to_bytes(8, "little", signed=True)).digest()
+    number = int.from_bytes(drawn[:8], "little") & ~7 | 5  # of these the powers repeat latest
+    found = np.ones((2, _BLOCK), np.uint64)
+    found[0, 1:], found[1, 1:] = np.uint64(number), np.uint64(pow(number, -1, 2**64))
+    powers, inverses = np.cumprod(found, axis=1)
+    return powers, inverses, np.uint64(int.from_bytes(drawn[8:16], "little"))
+
+
+HASHES: dict[str, Callable[[pa.Array, int], np.ndarray]] = {"blake2b": blake2b, "polynomial": polynomial}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,7 +423,7 @@ class RowDigest:
         for (nulls, lengths, values), array in zip(self._hashes, batch.columns, strict=False):
             nulls.update(array.is_null().to_numpy(zero_copy_only=False).astype(np.uint8).tobytes())
             if pa.types.is_string(array.type):
-                array = array.fill_null("")
+                array = array.fill_null("") if array.null_count else array
                 lengths.update(pc.binary_length(array).to_numpy(zero_copy_only=False).astype("<i4").tobytes())
                 offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
                 if len(array) and offsets[-1] > offsets[0]:

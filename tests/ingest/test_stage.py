@@ -9,6 +9,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import stat
 import tarfile
@@ -408,6 +409,33 @@ def test_heldout_fraction_splits_by_caption(site: Site, tmp_path: Path) -> None:
     assert len(captions["train"] | captions["heldout"]) == 60
     with pytest.raises(ConfigError, match="there is no held-out split"):
         IngestStage(make_config(table), str(tmp_path / "x"), "heldout").check()
+
+
+def test_a_run_keeps_the_hash_that_it_was_begun_with(tmp_path: Path) -> None:
+    """Also where the process was killed before the second of its folders was begun."""
+    pq.write_table(pa.table({"url": list("abcdefgh"), "caption": list("abcdefgh")}), tmp_path / "t.parquet")
+    stage = IngestStage(make_config(tmp_path / "t.parquet", heldout_fraction=0.5), str(tmp_path / "run" / "images"))
+    heldout = dataclasses.replace(stage, root=str(tmp_path / "run" / "heldout"), split="heldout")
+    stage.begin()
+    both = (stage, heldout)
+    assert [hash_of(one) for one in both] == ["polynomial"] * 2
+    facts = json.loads(Path(stage.root, "made_with.json").read_text())
+    assert facts["settings"]["split"].pop("hash") == "polynomial"
+    Path(stage.root, "made_with.json").write_text(json.dumps(facts))  # as before there was another hash
+    shutil.rmtree(heldout.root)
+    assert [hash_of(one) for one in both] == ["blake2b"] * 2
+    stage.begin()
+    assert [json.loads(Path(s.root, "made_with.json").read_text())["settings"]["split"].get("hash") for s in both] == [
+        None,
+        None,
+    ]
+
+
+def hash_of(stage: IngestStage) -> str:
+    rule = stage.heldout_rule(stage.layout())
+    assert rule is not None
+    assert rule.hash == stage.made_with().settings["split"].get("hash", "blake2b")
+    return rule.hash
 
 
 def child(config: str, root: str, first: Any) -> None:
