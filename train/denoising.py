@@ -284,7 +284,7 @@ class Diffusion(Objective):
         """The UNet, and what learns beside it: the text encoder, or the ControlNet."""
         if isinstance(self.model, Controlled):
             return [self.unet, self.model.control]
-        return [self.unet, *([] if self.conditioning.module is None else [self.conditioning.module])]
+        return [self.unet, *self.conditioning.networks()]
 
     def checkpoint_activations(self) -> None:
         """Of the UNet and of what else learns; a frozen UNet's forward pass is kept for the word's gradient."""
@@ -354,16 +354,11 @@ def conditioning_of(
                 )
             require_added_width(unet, len(latents.empty_pooled), field)
         return Stored(sized)
-    if config.text_encoder and pair:
-        raise ConfigError(
-            "train.text_encoder: of two CLIPs side by side none can learn here; leave it out, and let the UNet learn"
-        )
-    encoder = load_text_of(text)
+    encoder: Any = load_text_of(text)
     if sized:
         require_added_width(unet, encoder.pooled_width, field)
     if config.text_encoder:
-        clip = load_clip_of(text)
-        return Learning(sized, clip, adapters.learning_text(clip, sized, config.text_encoder, seed))
+        return Learning(sized, encoder, adapters.learning_text(encoder, sized, config.text_encoder, seed))
     return Encoded(sized, encoder)
 
 
