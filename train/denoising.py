@@ -167,7 +167,11 @@ class Diffusion(Objective):
         }
 
     def _features(self, config: AlignmentConfig, positions: np.ndarray, flipped: np.ndarray | None) -> Batch:
-        """features float32 [B,g,g,D] of a vision tower; with an end, aligned float32 [B]: 0 from there on."""
+        """features float32 [B,g,g,D] of a vision tower; with an end, aligned float32 [B]: 0 from there on. Nothing
+        where the whole batch lies beyond the end, from where on none are read."""
+        if config.until_images is not None and self.placement.split(positions)[0].min() >= config.until_images:
+            self.latents.wants = self.latents.wants - {FEATURES, FEATURES + FLIPPED}  # threads go through the old one
+            return {}
         batch = {FEATURES: torch.from_numpy(self.latents.features(positions, flipped))}
         if config.until_images is not None:
             batch["aligned"] = torch.from_numpy((positions < config.until_images).astype(np.float32))
