@@ -5,8 +5,8 @@
 
 The table is the TOML files beside this one: a promise, the file and exact text that keep it, what stands there
 instead, and the tests that must notice. Everything happens in copies of the tree; the checkout itself is never
-changed. First the tests named in the table run unchanged and must pass. Exit code 1 where a mutation goes unseen or
-an entry does not fit.
+changed. First the tests named in the table run unchanged and must pass (--passed: they have just done so). Exit
+code 1 where a mutation goes unseen or an entry does not fit.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240  # for the tests of one mutant; a mutation that makes a test hang is seen as well
 UNCHANGED_S = 1800  # for all tests of the table in the unchanged tree
+FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)  # in pytest's short summary
 SKIPPED = shutil.ignore_patterns(
     ".git", ".venv", "runs", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "build"
 )
@@ -101,21 +103,22 @@ class Pytester:
         self.process.communicate()
 
 
-def seen(mutant: Mutant, pytester: Pytester) -> str:
-    """Empty where a test of the mutant fails in this copy of the tree; else what is wrong with the entry."""
+def seen(mutant: Mutant, pytester: Pytester) -> tuple[str, str]:
+    """(what is wrong with the entry, empty where a test of it fails in this copy of the tree; the test that failed)."""
     try:
         before = mutant.apply(pytester.tree)
     except (OSError, ValueError) as e:
-        return str(e)
+        return str(e), ""
     try:
         code, output = pytester.run(mutant.tests)
     finally:
         (pytester.tree / mutant.file).write_text(before)
     if code == 1:
-        return ""
+        failed = FAILED.search(output)
+        return "", failed[1] if failed else output.strip().rpartition("\n")[2]
     if code == 0:
-        return "no test fails without this line"
-    return f"pytest ended with {code}: {output[-500:]}"
+        return "no test fails without this line", ""
+    return f"pytest ended with {code}: {output[-500:]}", ""
 
 
 def unchanged(pytesters: Sequence[Pytester], tests: Sequence[str]) -> str:
@@ -134,6 +137,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="entries whose file name, promise or source file holds this text")
     parser.add_argument("--jobs", type=int, default=2, help="mutants tested at a time")
+    parser.add_argument("--passed", action="store_true", help="the tests have just passed: do not run them unchanged")
     args = parser.parse_args()
     tables = sorted(Path(__file__).parent.glob("*.toml"))
     mutants = [m for t in tables for m in Mutant.read(t) if args.only in f"{t.name} {m.file} {m.promise}"]
@@ -148,22 +152,27 @@ def main() -> int:
         for pytester in pytesters:
             stack.callback(pytester.close)
             free.put(pytester)
-        if problem := unchanged(pytesters, sorted({t for m in mutants for t in m.tests})):
-            print(f"the tests of the table do not pass as they are:\n{problem}", file=sys.stderr)
-            return 1
-        print(f"the tests pass as they are, {time.monotonic() - began:.0f} s", flush=True)
+        if not args.passed:
+            if problem := unchanged(pytesters, sorted({t for m in mutants for t in m.tests})):
+                print(f"the tests of the table do not pass as they are:\n{problem}", file=sys.stderr)
+                return 1
+            print(f"the tests pass as they are, {time.monotonic() - began:.0f} s", flush=True)
 
-        def one(mutant: Mutant) -> tuple[str, float]:
+        def one(mutant: Mutant) -> tuple[str, str, float]:
             pytester, began = free.get(), time.monotonic()
             try:
-                return seen(mutant, pytester), time.monotonic() - began
+                return *seen(mutant, pytester), time.monotonic() - began
             finally:
                 free.put(pytester)
 
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            for number, (mutant, (problem, took)) in enumerate(zip(mutants, pool.map(one, mutants), strict=True), 1):
+            for number, (mutant, (problem, by, took)) in enumerate(
+                zip(mutants, pool.map(one, mutants), strict=True), 1
+            ):
                 mark = "UNSEEN" if problem else "seen"
                 print(f"{number:4}/{len(mutants)} {mark:6} {took:4.0f} s {mutant.file}: {mutant.promise}", flush=True)
+                if by:
+                    print(f"            by {by}", flush=True)
                 if problem:
                     wrong.append(f"{mutant.file}: {mutant.promise}: {problem}")
     print(f"{len(mutants) - len(wrong)} of {len(mutants)} mutations are seen, {time.monotonic() - began:.0f} s")
