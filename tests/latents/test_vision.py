@@ -241,7 +241,7 @@ def test_inspection_sees_with_the_tower_again(stage_of: Any, tower: Path) -> Non
             arrays[name] = (arrays[name] * 1.1).astype(np.float16)
 
     edit(stage, change)
-    assert "the vision tower's features are off by 9.1 %" in inspection.inspect(stage, count=100).complaint
+    assert "the vision tower's features are off by 10 %" in inspection.inspect(stage, count=100).complaint
 
 
 def test_the_plan_counts_them(stage_of: Any, tower: Path) -> None:
