@@ -74,10 +74,7 @@ def write_run(run: RunPaths, images: int, width: int) -> np.ndarray:
 
 def duplicates(images: int, width: int, memory_gb: float) -> dict[str, Any]:
     """Find the duplicates of one run, and hold them against what was planted."""
-    scores = {
-        "clip": {"kind": "clip", "model": "none"},
-        "alike": {"kind": "duplicates", "memory_gb": memory_gb},
-    }
+    scores = {"clip": {"kind": "clip", "model": "none"}, "alike": {"kind": "duplicates", "memory_gb": memory_gb}}
     with tempfile.TemporaryDirectory() as folder:
         run = RunPaths(folder)
         planted = write_run(run, images, width)

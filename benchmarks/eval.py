@@ -1,11 +1,11 @@
-"""Evaluation side by side with its peers: python -m benchmarks.eval [frechet] [features] [merge] [generate] [tail]
+"""Evaluation side by side with its peers: python -m benchmarks.eval [frechet] [features] [generate] [tail] ...
 
 frechet    Frechet distance of 2048-d moments: ours against scipy's sqrtm (clean-fid, pytorch-fid) and against the
            eigenvalues of S1 S2 (torch-fidelity, torchmetrics); full rank, and fewer vectors than dimensions
 features   images/s of the feature stage against the bare network on ready batches; peak memory at N and 4 N images
-merge      200,000 moments shards into one, read from disk: time and memory
 generate   images/s of the whole evaluation against the bare pipeline in a loop; what a checkpoint costs beside that
 tail       distances from finished features, for a first checkpoint and for a second one
+alarms     share of runs of 30 equally good checkpoints that raise an alarm, by simulation
 
 Peer and ours take turns in one process, the best of several turns counts. Ratios are printed, larger is better for us.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import mmap
 import os
 import subprocess
 import sys
@@ -28,16 +27,16 @@ import numpy as np
 import scipy
 import scipy.linalg
 
+from eval import compare
 from eval.metrics import frechet, moments
-from eval.metrics.moments import Accumulator, Moments
+from eval.metrics.moments import Moments
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["frechet", "features", "merge"])
+    parser.add_argument("what", nargs="*", default=["frechet", "features"])
     parser.add_argument("--dim", type=int, default=2048)
-    parser.add_argument("--shards", type=int, default=200_000)
-    parser.add_argument("--merge-dim", type=int, default=512)
+    parser.add_argument("--images", type=int, default=32, help="of generate")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peak:
@@ -47,9 +46,9 @@ def main() -> None:
         {
             "frechet": lambda: bench_frechet(given.dim),
             "features": bench_features,
-            "merge": lambda: bench_merge(given.shards, given.merge_dim),
-            "generate": bench_generate,
+            "generate": lambda: bench_generate(given.images),
             "tail": bench_tail,
+            "alarms": bench_alarms,
         }[name]()
 
 
@@ -417,40 +416,82 @@ def bench_tail(n: int = 4000, real: int = 8000, d: int = 1024) -> None:
     print(f"  all of it {whole:.1f} s, then {again:.1f} s")
 
 
-# ---- merge ------------------------------------------------------------------------------------------
+# ---- alarms -----------------------------------------------------------------------------------------
+
+KINDS = ("normal", "heavy tails", "skewed", "distances")
 
 
-def bench_merge(shards: int, d: int, distinct: int = 64) -> None:
-    """Each shard is read from its file, memory-mapped as everywhere: `distinct` files over and over, so that the disk's
-    cache serves them. Memory is without those pages, which belong to the cache."""
-    from shards.columns import pack_columns, unpack_columns
+def equals(kind: str, runs: int, groups: int, seed: int, checkpoints: int = compare.HORIZON) -> np.ndarray:
+    """Metrics of equally good checkpoints without each jackknife group, [runs, checkpoints, metrics, groups].
 
-    with tempfile.TemporaryDirectory() as folder:
-        parts = [moments.of(np.random.default_rng(i).standard_normal((256, d)) + 3) for i in range(distinct)]
-        for i, part in enumerate(parts):
-            Path(folder, f"{i}.safetensors").write_bytes(pack_columns(moments.to_columns(part), {}))
-        total = Accumulator(d)
-        began = time.perf_counter()
-        first = None
-        for i in range(shards):
-            with open(Path(folder, f"{i % distinct}.safetensors"), "rb") as f:
-                arrays, _ = unpack_columns(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
-            total.merge_columns(arrays)
-            if i == shards // 10:
-                first = memory("RssAnon")
-        result = total.result()
-        seconds = time.perf_counter() - began
-        last = memory("RssAnon")
-    again = Accumulator(d)
-    for i in range(min(shards, distinct)):
-        again.merge(parts[i % distinct])
-    expected = again.result()
-    error = "not checked"
-    if shards % distinct == 0:
-        scale = shards // distinct
-        error = f"{np.abs(result.scatter / scale - expected.scatter).max() / np.abs(expected.scatter).max():.1e}"
-    print(f"merge, {shards:,} shards of moments, d = {d}: {seconds:.0f} s ({1e3 * seconds / shards:.2f} ms a shard),")
-    print(f"  {first or 0:.0f} MB of memory after a tenth, {last:.0f} MB at the end; error {error}")
+    The noise of a prompt is shared by all checkpoints of a run, and half of what is a checkpoint's own by its metrics.
+    heavy tails: Student's t of 3; skewed: log-normal; distances: a Frechet distance of 20 images a group in 6
+    dimensions to a standard normal, one metric.
+    """
+    rng = np.random.default_rng(seed)
+    if kind == "distances":
+        x = rng.standard_normal((runs, 1, groups, 20, 6)) + 0.7 * rng.standard_normal(
+            (runs, checkpoints, groups, 20, 6)
+        )
+        x /= 1.49**0.5
+        sums, squares = x.sum(3), np.einsum("rkgia,rkgib->rkgab", x, x)
+        n = 20 * (groups - 1)
+        mean = (sums.sum(2, keepdims=True) - sums) / n
+        second = squares.sum(2, keepdims=True) - squares
+        spectrum = np.linalg.eigvalsh((second - n * mean[..., None] * mean[..., None, :]) / (n - 1))
+        return ((mean**2).sum(-1) + (spectrum + 1 - 2 * np.sqrt(spectrum)).sum(-1))[:, :, None]
+    draw: Callable[..., np.ndarray] = {
+        "normal": lambda *s: rng.standard_normal(s),
+        "heavy tails": lambda *s: rng.standard_t(3, s),
+        "skewed": lambda *s: rng.lognormal(0, 1, s),
+    }[kind]
+    own = draw(runs, checkpoints, 1, groups) + draw(runs, checkpoints, len(compare.WATCHED), groups)
+    x = 10 + draw(runs, 1, len(compare.WATCHED), groups) + 0.5 * own
+    return (x.sum(3, keepdims=True) - x) / (groups - 1)
+
+
+def excess(left_out: np.ndarray, rate: float) -> np.ndarray:
+    """By how much the worst comparison of each run passes the alarm's threshold, in standard errors, [runs]; an alarm
+    where it is above 0. As compare.alarms has it, for metrics of which less is better and for groups of a size."""
+    from scipy.special import stdtrit
+
+    runs, checkpoints, metrics, groups = left_out.shape
+    worst = np.full(runs, -np.inf)
+    for k in range(1, checkpoints):
+        apart = (left_out[:, k, None] - left_out[:, :k]) * (
+            1 - groups
+        )  # pseudo-values of the difference, but for means
+        value = (left_out[:, k, None] - left_out[:, :k]).mean(-1)
+        se = apart.std(-1, ddof=1) / groups**0.5
+        limit = -stdtrit(groups - 1, rate / (compare.HORIZON * k * (metrics + len(compare.BAD))))
+        worst = np.maximum(worst, (value / se).max(axis=(1, 2)) - limit)
+    return worst
+
+
+def spoilt(share: float, images: int, runs: int, seed: int) -> int:
+    """Runs of equally good checkpoints, of whose images this share is blank by chance, that raise an alarm of that."""
+    rng, alarmed = np.random.default_rng(seed), 0
+    for blank in rng.binomial(images, share, (runs, compare.HORIZON)):
+        results = [
+            {"checkpoint": str(k), "counts": {"images": images, "failed": 0, "blank": int(b), "repeated": 0}}
+            for k, b in enumerate(blank)
+        ]
+        least = [0.02 / (len(compare.BAD) * max(1, k) * compare.HORIZON) for k in range(len(results))]
+        alarmed += any(compare._bad_images(r, results[:k], least[k], 0.01) for k, r in enumerate(results))
+    return alarmed
+
+
+def bench_alarms(runs: int = 10_000, batch: int = 250) -> None:
+    """Any change counts (alarm_min_change 0); a comparison's p is held to alarm_rate 0.02 over 30 checkpoints."""
+    for kind in KINDS:
+        for groups in (4, 20):
+            count = runs if kind != "distances" else runs // 10
+            parts = [excess(equals(kind, batch, groups, seed), 0.02) > 0 for seed in range(count // batch)]
+            found = int(np.concatenate(parts).sum())
+            print(f"alarms, {kind}, {groups} groups: {found} of {count:,} runs, {100 * found / count:.2f} %")
+    for share, images in ((0.005, 256), (0.01, 256), (0.01, 10_000), (0.002, 30)):
+        found = spoilt(share, images, runs // 10, 0)
+        print(f"alarms, {100 * share:g} % of {images:,} images blank: {found} of {runs // 10:,} runs")
 
 
 if __name__ == "__main__":

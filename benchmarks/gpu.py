@@ -4,7 +4,7 @@ A short proof of correctness first: the engine's steps beside a plain PyTorch lo
 error (the parts `step_*`, `fp16_scale` and `checkpoints` prove more and run where --only names them). Then speed: the
 measured peak of a matrix product; the VAE's and the text encoder's images a second for latents; our loop's steps and a
 bare PyTorch loop's in turn, with a profile of each; Stable Diffusion 2's UNet at 256 and 512 px from stored embeddings
-and from tokens at several batch sizes; pictures a second; SDXL's UNet at 1024 px; what a save costs; and last the
+and from tokens at several batch sizes; images a second; SDXL's UNet at 1024 px; what a save costs; and last the
 compiled UNet. Utilisation is counted FLOPs over the data sheet's and over the measured peak.
 
 Every part has a time limit of its own and is allowed to fail; what there is so far is written to <out>/gpu.json after
@@ -247,7 +247,7 @@ def synchronised() -> float:
 
 
 def config_of(**changes: Any) -> Any:
-    from train.config import FitConfig
+    from train.fit_config import FitConfig
 
     values = {"images": 10**9, "batch_size": BATCH, "eps": 1e-4, "grad_clip": CLIP, "learning_rate": RATE}
     return FitConfig.model_validate(values | {"warmup_images": 0, "schedule": "constant"} | changes)
@@ -722,7 +722,7 @@ def text_speed() -> dict[str, float]:
 
 
 def generation_speed() -> dict[str, Any]:
-    """Pictures/s of diffusers' own pipeline with SD 2's networks at 512 px, 50 steps of DPM-Solver++, guidance."""
+    """Images/s of diffusers' own pipeline with SD 2's networks at 512 px, 50 steps of DPM-Solver++, guidance."""
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     dtype = torch.bfloat16 if CUDA else torch.float32

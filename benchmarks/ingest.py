@@ -1,4 +1,4 @@
-"""Ingest beside img2dataset: the same local server, pictures and cores, in turn.
+"""Ingest beside img2dataset: the same local server, images and cores, in turn.
 
     python -m benchmarks.ingest                 everything, about ten minutes
     python -m benchmarks.ingest --only http     one of http, https, large, bare, memory
@@ -10,7 +10,7 @@ ingest stage, and `img2dataset`, its own Downloader with the resizer and writer 
 from the first request to the finished shard, on one core. The two take turns, and the best round of each
 counts. `bare` is a loop over decode, resize and encode as ours does them, without anything around.
 `memory` walks through tables of ten thousand and ten million rows and plans their shards.
-The pictures are drawn, with a photograph's spectrum (amplitude 1/f) and grain, at about the size of COCO's.
+The images are drawn, with a photograph's spectrum (amplitude 1/f) and grain, at about the size of COCO's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SIZES = {"http": (640, 480), "https": (640, 480), "large": (1920, 1440), "bare":
 def draw(seed: int, width: int, height: int) -> bytes:
     """A JPEG of noise with a photograph's 1/f spectrum, some edges and a little grain.
 
-    Quality 86 gives it the 160 KB that COCO's pictures of 640x480 have on average.
+    Quality 86 gives it the 160 KB that COCO's images of 640x480 have on average.
     """
     rng = np.random.default_rng(seed)
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
@@ -131,7 +131,7 @@ def table(folder: Path, url: str, rows: int) -> Path:
     target = folder / f"rows-{rows}"
     target.mkdir()
     for name, count in (("a", WARM_UP), ("b", rows)):
-        lines = "".join(f"{url}/{i}.jpg,picture number {i}\n" for i in range(count))
+        lines = "".join(f"{url}/{i}.jpg,image number {i}\n" for i in range(count))
         (target / f"{name}.csv").write_text("url,caption\n" + lines)
     return target
 
@@ -142,7 +142,7 @@ def own_memory() -> float:
 
 
 def client_ours(base: str, out: Path, images: int, kernel: str) -> tuple[float, float]:
-    """CPU-seconds for one shard of so many pictures, after a small one, and MB of its own after that small one."""
+    """CPU-seconds for one shard of so many images, after a small one, and MB of its own after that small one."""
     from ingest.config import IngestConfig
     from ingest.stage import IngestStage
 
@@ -247,7 +247,7 @@ def child(spec: str) -> None:
 
 
 def psnr_of_stored(out: Path, bodies: list[bytes]) -> float:
-    """PSNR in dB of a client's stored pictures against a full decode, Lanczos to 256 px, centre crop."""
+    """PSNR in dB of a client's stored images against a full decode, Lanczos to 256 px, centre crop."""
     import pyarrow.parquet as pq
     import webdataset
 
@@ -324,9 +324,7 @@ def compare(name: str, images: int, rounds: int, kernel: str, folder: Path) -> N
         server.terminate()
         server.join()
     size = sum(map(len, bodies)) / len(bodies) / 1000
-    print(
-        f"\n{name}: {width}x{height}, {size:.0f} KB, to 256 px; {images} pictures, best of {rounds}; ours by {kernel}"
-    )
+    print(f"\n{name}: {width}x{height}, {size:.0f} KB, to 256 px; {images} images, best of {rounds}; ours by {kernel}")
     for who in everybody:
         print(f"  {who:12} {images / best[who]:8.1f} images/CPU-s")
     if "ours" in best:
@@ -370,8 +368,8 @@ def memory(folder: Path) -> None:
         schema = pa.schema([("URL", pa.string()), ("TEXT", pa.string()), ("similarity", pa.float64())])
         n = range(10_000)  # a row group; the table is as many of them as it takes, since nothing here looks for repeats
         columns = {
-            "URL": [f"https://host{i % 4479}.example/pictures/{i:012d}.jpg" for i in n],
-            "TEXT": [f"a picture of number {i}, with some words about what it shows" for i in n],
+            "URL": [f"https://host{i % 4479}.example/images/{i:012d}.jpg" for i in n],
+            "TEXT": [f"an image of number {i}, with some words about what it shows" for i in n],
             "similarity": [0.2 + i % 100 / 500 for i in n],
         }
         group = pa.table(columns, schema)
@@ -397,7 +395,7 @@ def adopt(images: int, rounds: int, folder: Path) -> None:
     bodies = [draw(seed, 640, 480) for seed in range(DISTINCT)]
 
     def make(theirs: Path, count: int) -> Path:
-        """As img2dataset makes them: picture, facts and caption of each sample."""
+        """As img2dataset makes them: image, facts and caption of each sample."""
         theirs.mkdir()
         with tarfile.open(theirs / "0.tar", "w") as tar:
             for n in range(count):

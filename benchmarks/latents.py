@@ -6,12 +6,12 @@
     python -m benchmarks.latents --only scale          a run of 200,000 shards, planned and resumed; makes 600,000 files
 
 encode: the stage, from image shards to committed latent shards, against a bare loop of the same encoders over the same
-pictures, cut and in memory, and the same captions, tokenised; in turn, best of `--rounds`. On a GPU both are
+images, cut and in memory, and the same captions, tokenised; in turn, best of `--rounds`. On a GPU both are
 bfloat16, channels_last and compiled, and the VAE's share of the card's own matrix product is printed.
 read: samples/s out of latent shards against a webdataset of .npy members, one process each, in turn, best of rounds.
 bytes: of everything that a latent shard consists of, over those of its columns; and what two billion samples take.
 scale: seconds and memory of `carrara plan` over two billion rows, which also finds the shards that are left.
-The pictures are drawn, with a photograph's spectrum and grain; the weights are random, which costs the same.
+The images are drawn, with a photograph's spectrum and grain; the weights are random, which costs the same.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def save_clip(folder: Path, width: int, layers: int) -> Path:
 
 
 def image_run(run: RunPaths, shards: int, rows: int, side: int, distinct: int = 32) -> None:
-    """Image shards as the ingest writes them for `image_size: side`, of `distinct` drawn pictures in turn."""
+    """Image shards as the ingest writes them for `image_size: side`, of `distinct` drawn images in turn."""
     from PIL import Image
 
     bodies = []
@@ -165,8 +165,8 @@ def stage_of(folder: Path, name: str, images: Path, vae: Path, clip: Path, **set
 def encode(given: argparse.Namespace, folder: Path) -> None:
     import torch
 
+    from latents.arithmetic import fixed_arithmetic
     from latents.resize import resize_crop
-    from latents.stage import fixed_arithmetic
     from shards.images import decode_rgb
 
     side, per_shard = given.side, max(given.batch, given.images // given.shards)
@@ -218,16 +218,12 @@ def encode(given: argparse.Namespace, folder: Path) -> None:
         this.finish(stats)
         return time.perf_counter() - began
 
-    print(
-        f"encode: {count} pictures of {side} px, VAE '{given.vae}', {given.text}, batch {given.batch}, {given.device}"
-    )
+    print(f"encode: {count} images of {side} px, VAE '{given.vae}', {given.text}, batch {given.batch}, {given.device}")
     bares, wholes = [], []
     for turn in range(given.rounds):
         bares.append(bare())
         wholes.append(whole(turn))
-        print(
-            f"  bare loop {count / bares[-1]:8.2f} pictures/s   stage {count / wholes[-1]:8.2f} pictures/s", flush=True
-        )
+        print(f"  bare loop {count / bares[-1]:8.2f} images/s   stage {count / wholes[-1]:8.2f} images/s", flush=True)
     print(f"  the stage reaches {100 * min(bares) / min(wholes):.1f} % of the bare loop (best of {given.rounds} each)")
     if on_gpu:
         from torch.utils.flop_counter import FlopCounterMode
@@ -241,7 +237,7 @@ def encode(given: argparse.Namespace, folder: Path) -> None:
         seconds = _encoder_seconds(worker, batches[0])
         share = flops * len(batches[0]) / seconds / peak
         print(
-            f"  VAE encoder alone {len(batches[0]) / seconds:.0f} pictures/s, {flops / 1e9:.0f} GFLOP each: "
+            f"  VAE encoder alone {len(batches[0]) / seconds:.0f} images/s, {flops / 1e9:.0f} GFLOP each: "
             f"{100 * share:.0f} % of the {peak / 1e12:.0f} TFLOP/s of a bfloat16 matrix product here"
         )
 
@@ -466,7 +462,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--decode-threads", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=1000, help="bytes: pictures in the shard")
+    parser.add_argument("--samples", type=int, default=1000, help="bytes: images in the shard")
     parser.add_argument("--scale-shards", type=int, default=200_000)
     given = parser.parse_args()
     for name, part in PARTS.items():

@@ -1,11 +1,11 @@
 """What the levers of training do at 16 px: python -m benchmarks.levers [--seeds 8] [--images 4000] [--minutes 14]
 
 The world of the tests (tests/train/small_world.py): a coloured square in one of four corners on one of two greys, whose
-caption says the colour alone. A rectified flow is fitted from scratch on few pictures of it, once plainly and once with
+caption says the colour alone. A rectified flow is fitted from scratch on few images of it, once plainly and once with
 each lever, by the same seeds; each model draws the same prompts from the same noise. Judged are
 
-    error    how far a picture is from the nearest of those that its caption allows, root mean square in levels of 255
-    colour   share of pictures in the colour that was asked for, by the nearest of the eight in which a caption is true
+    error    how far an image is from the nearest of those that its caption allows, root mean square in levels of 255
+    colour   share of images in the colour that was asked for, by the nearest of the eight in which a caption is true
 
 and printed is the mean over seeds of each, and of the difference from the plain fit of the same seed with its 95 %
 interval (Student's t).
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=60, help="after which no further seed is begun")
     parser.add_argument("--images", type=int, default=4000, help="to train on, in all epochs")
-    parser.add_argument("--count", type=int, default=200, help="of the pictures that there are")
+    parser.add_argument("--count", type=int, default=200, help="of the images that there are")
     parser.add_argument("--pictures", dest="generated", type=int, default=300, help="to draw")
     parser.add_argument("--steps", type=int, default=10, help="of the sampler")
     given = parser.parse_args()
@@ -65,7 +65,7 @@ def main() -> None:
             found[name].append(judged)
             print(f"seed {seed}, {name}: error {judged[0]:.2f}, colour {judged[1]:.1%}", flush=True)
             shutil.rmtree(run)
-    print(f"{len(found['plain'])} seeds, {given.images} images in all, of {given.count} pictures")
+    print(f"{len(found['plain'])} seeds, {given.images} images in all, of {given.count} images")
     plain = np.array(found["plain"])
     for name, values in found.items():
         each = np.array(values)
@@ -84,7 +84,7 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
 
 
 def judge(model: str, count: int, steps: int) -> tuple[float, float]:
-    """Error and share of right colours of `count` pictures of a pipeline."""
+    """Error and share of right colours of `count` images of a pipeline."""
     from diffusers import StableDiffusionPipeline
 
     from tests.train import small_world
@@ -93,7 +93,7 @@ def judge(model: str, count: int, steps: int) -> tuple[float, float]:
     colours = np.arange(count) % len(small_world.COLOURS)
     prompts = [f"a {list(small_world.COLOURS)[c]} square" for c in colours]
     pixels = small_world.draw_all(pipeline, prompts, num_inference_steps=steps, guidance_scale=2.0).astype(np.float64)
-    # Every picture there is without its noise, [colour, corner x grey, 16, 16, 3].
+    # Every image there is without its noise, [colour, corner x grey, 16, 16, 3].
     clean = np.empty((len(small_world.COLOURS), 8, small_world.SIDE, small_world.SIDE, 3))
     for c, value in enumerate(small_world.COLOURS.values()):
         for k, ((y, x), grey) in enumerate(itertools.product(small_world.CORNERS, small_world.GREYS)):

@@ -4,7 +4,7 @@
 
 loop         our loop from latent shards against a bare PyTorch loop on batches that lie in memory; wait for data
 diffusers    our loop from latents against the steps of diffusers' train_text_to_image.py (pixels -> VAE -> UNet, with
-             diffusers' and transformers' own classes), same UNet, pictures and machine; VAE and UNet are Stable
+             diffusers' and transformers' own classes), same UNet, images and machine; VAE and UNet are Stable
              Diffusion's with an eighth of the channels, so that their costs stand in SD's own proportion
 ema          what the averages add to a step: AdamW with and without them on the same weights, as a share of a step
 save         for how long the loop stands still when a checkpoint is saved, on 1, 2 and 4 ranks, as a share of a step;

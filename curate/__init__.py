@@ -1,7 +1,7 @@
-"""What pictures and captions are worth: image shards into columns by key.
+"""What images and captions are worth: image shards into columns by key.
 
 config.py    what a user sets
-scorers.py   one function or class a kind of score: pictures and captions in, columns out
+scorers.py   one function or class a kind of score: images and captions in, columns out
 duplicates.py semantic duplicates over kept embeddings: the one score that looks at all images together
 stage.py     the stage: one image shard in, one shard of columns out
 captioning.py, captioners.py  the same for new captions

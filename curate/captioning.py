@@ -23,7 +23,7 @@ from PIL import Image
 from curate.captioners import Answer, Server, Transformers
 from curate.config import CaptionConfig, CurateConfig
 from curate.scorers import decoded, model_folder, tensors_digest
-from latents.stage import fixed_arithmetic
+from latents.arithmetic import fixed_arithmetic
 from shards import images, storage
 from shards.columns import pack_columns
 from shards.commit import Folder

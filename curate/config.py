@@ -31,7 +31,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 
 class _Score(Strict):
-    decode_threads: int = Field(default=2, ge=1, le=256, description="threads that decode pictures ahead")
+    decode_threads: int = Field(default=2, ge=1, le=256, description="threads that decode images ahead")
     threads: int = Field(default=1, ge=1, le=256, description="threads of arithmetic in one worker")
 
     def settings(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class _Network(_Score):
 
 
 class ClipScore(_Network):
-    """Embeddings of picture and caption by an open_clip model, and their cosine: column `similarity`."""
+    """Embeddings of image and caption by an open_clip model, and their cosine: column `similarity`."""
 
     kind: Literal["clip"]
     model: str | None = Field(
@@ -58,7 +58,7 @@ class HeadScore(_Score):
     """A linear map or MLP on kept embeddings, such as LAION's aesthetic and safety heads: one column an output."""
 
     kind: Literal["head"]
-    embeddings: str = Field(default="clip", description="the score of kind clip whose picture embeddings it reads")
+    embeddings: str = Field(default="clip", description="the score of kind clip whose image embeddings it reads")
     weights: str = Field(description="a file of tensors (.safetensors, or .pth/.pt/.bin holding tensors alone)")
     columns: list[str] = Field(default=[], description="names of the outputs; empty: score, or score_0, score_1, ...")
     activation: Literal["none", "relu"] = Field(

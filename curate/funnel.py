@@ -1,6 +1,6 @@
 """What rules on scores would take out: the funnel, and a contact sheet of what each rule takes.
 
-Rules are asked in their order, so a picture is taken by the first that it does not pass.
+Rules are asked in their order, so an image is taken by the first that it does not pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIDE = 160  # of a thumbnail, in pixels
 
 @dataclasses.dataclass(frozen=True)
 class Taken:
-    """A picture that a rule takes. value: of the rule's column; thumbnail: a JPEG, empty where it cannot be decoded."""
+    """An image that a rule takes. value: of the rule's column; thumbnail: a JPEG, empty where it cannot be decoded."""
 
     key: str
     caption: str
@@ -37,7 +37,7 @@ class Taken:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A rule: how many pictures came to it, how many it leaves, and some of those that it takes."""
+    """A rule: how many images came to it, how many it leaves, and some of those that it takes."""
 
     label: str
     before: int
@@ -46,7 +46,7 @@ class Step:
 
 
 def funnel(images: str, run: str, rules: Sequence[Rule], shown: int, seed: int = 0) -> list[Step]:
-    """Ask the rules of all pictures. shown: how many of what a rule takes are drawn, each with the same chance.
+    """Ask the rules of all images. shown: how many of what a rule takes are drawn, each with the same chance.
 
     Raises ConfigError or StageError where a score is not there.
     """
@@ -93,7 +93,7 @@ def text(steps: Sequence[Step]) -> str:
     """The funnel as aligned lines."""
     first = steps[0].before
     width = max(len(s.label) for s in steps)
-    lines = [f"{'pictures':{width}}  {first:>14,}"]
+    lines = [f"{'images':{width}}  {first:>14,}"]
     for s in steps:
         share = s.after / first if first else 0.0
         lines.append(f"{s.label:{width}}  {s.after:>14,}  {share:7.1%}  takes {s.before - s.after:,}")
@@ -107,7 +107,7 @@ td { padding: 2px 1em 2px 0 } .n { text-align: right }
 .sheet { display: flex; flex-wrap: wrap; gap: 12px } figure { margin: 0; width: 160px }
 img { max-width: 160px; max-height: 160px; display: block } figcaption { font-size: 11px; overflow-wrap: anywhere }
 </style></head><body><h1>{{ title }}</h1>
-<table><tr><td>pictures</td><td class="n">{{ "{:,}".format(steps[0].before) }}</td></tr>
+<table><tr><td>images</td><td class="n">{{ "{:,}".format(steps[0].before) }}</td></tr>
 {% for s in steps %}<tr><td>{{ s.label }}</td><td class="n">{{ "{:,}".format(s.after) }}</td>
 <td>takes {{ "{:,}".format(s.before - s.after) }}</td></tr>{% endfor %}</table>
 {% for s in steps %}<h2>What {{ s.label }} takes</h2><div class="sheet">

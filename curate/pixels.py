@@ -1,4 +1,4 @@
-"""Measures of a picture that need no network: sharpness, entropy, JPEG quality, border, text-free area."""
+"""Measures of an image that need no network: sharpness, entropy, JPEG quality, border, text-free area."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-LONGEST = 512  # pixels: pictures are measured at one scale, or sharpness would be a measure of size
+LONGEST = 512  # pixels: images are measured at one scale, or sharpness would be a measure of size
 
 # The luminance table of the JPEG standard (ITU-T T.81, Annex K.1), which libjpeg scales by quality.
 _LUMINANCE = np.array(
@@ -171,6 +171,6 @@ COLUMNS = ("sharpness", "entropy", "jpeg_quality", "border", "text_free")
 
 
 def measure(data: bytes, pixels: np.ndarray) -> tuple[float, ...]:
-    """The COLUMNS of one picture: its file and its pixels, uint8 [H,W,3]."""
+    """The COLUMNS of one image: its file and its pixels, uint8 [H,W,3]."""
     image = grey(pixels)
     return sharpness(image), entropy(image), jpeg_quality(data), border(image), text_free(image)

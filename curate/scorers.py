@@ -85,7 +85,7 @@ def build(score: Score, weights: Weights | None, embeddings: Callable[[], Datase
     return _captions
 
 
-# ---- pictures ----------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------
 
 
 def decoded(shard: images.ImageShard, threads: int, window: int) -> Iterator[tuple[bytes, np.ndarray | None]]:
@@ -105,7 +105,7 @@ def decoded(shard: images.ImageShard, threads: int, window: int) -> Iterator[tup
 def _in_batches(
     shard: images.ImageShard, score: ClipScore | ClassifierScore, run: Callable[[list[np.ndarray]], np.ndarray]
 ) -> np.ndarray:
-    """float32 [N,D] of `run` over the pictures, rows of NaN where one cannot be decoded."""
+    """float32 [N,D] of `run` over the images, rows of NaN where one cannot be decoded."""
     found: list[tuple[np.ndarray, np.ndarray]] = []
     members: list[int] = []
     batch: list[np.ndarray] = []

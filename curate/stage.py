@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from curate import duplicates
 from curate.config import CurateConfig, DuplicateScore, HeadScore, Score
 from curate.scorers import Columns, build, find_weights
-from latents.stage import fixed_arithmetic
+from latents.arithmetic import fixed_arithmetic
 from shards import images, storage
 from shards.columns import pack_columns
 from shards.commit import Folder

@@ -27,7 +27,7 @@ KEPT = ("key", COLUMN_ROW)  # columns that stay: which row it was, and where its
 
 
 def take_out(root: str, images: str, each: Callable[[int], Any] = lambda n: None) -> list[int]:
-    """Blank the samples of scores or captions whose pictures were taken down; returns the shards that changed.
+    """Blank the samples of scores or captions whose images were taken down; returns the shards that changed.
 
     root, images: the folders of the columns and of the image shards. each: called with 1 for each shard looked at.
     Under the lease of the stage that makes them.

@@ -152,12 +152,7 @@ class CorpusSummary:
 
 
 def draw_corpus(
-    folder: str | Path,
-    base_url: str,
-    images: int = 6000,
-    heldout: int = 600,
-    seed: int = 0,
-    progress: bool = True,
+    folder: str | Path, base_url: str, images: int = 6000, heldout: int = 600, seed: int = 0, progress: bool = True
 ) -> CorpusSummary:
     """Draw the corpus into `folder`, or do nothing where it is there already, and say what it holds.
 

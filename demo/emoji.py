@@ -16,7 +16,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import shutil
 import sys
 import tarfile
@@ -24,6 +23,8 @@ import urllib.request
 from pathlib import Path
 
 from tqdm import tqdm
+
+from shards import storage
 
 VERSION = "16.0.0"
 URL = f"https://registry.npmjs.org/emoji-datasource-google/-/emoji-datasource-google-{VERSION}.tgz"
@@ -96,13 +97,15 @@ def main() -> int:
     if folder.exists():
         print(f"{folder} is there")
         return 0
-    scratch = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    scratch.mkdir(parents=True)
     try:
-        count = unpack(fetch(), scratch)
-        scratch.rename(folder)
+        data = fetch()
+        scratch = storage.temporary_folder(folder)
+        try:
+            count = unpack(data, scratch)
+            scratch.rename(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, ValueError) as e:
-        shutil.rmtree(scratch)
         print(f"emoji: {e}", file=sys.stderr)
         return 1
     print(f"{count:,} pictures and their captions in {folder}")

@@ -45,6 +45,7 @@ class Difference:
     groups: int
     label: str = ""
     tag: str = ""
+    share: bool = False  # of images, 0 to 1
 
     @property
     def verdict(self) -> str:
@@ -98,10 +99,10 @@ def _paired(a: dict[str, Any], b: dict[str, Any], left_a: dict[str, Any], left_b
             p = 2 * float(stdtr(len(shared) - 1, -abs(value) / se))
         else:
             p = 1.0 if abs(value) < 1e-9 else 0.0
-        label = a[name].get("label", name)
-        found.append(
-            Difference(name, a[name]["better"], x, y, value, se, value - half, value + half, p, len(shared), label)
-        )
+        known = a[name]
+        label, share = known.get("label", name), known.get("unit") == "share"
+        low, high = value - half, value + half
+        found.append(Difference(name, known["better"], x, y, value, se, low, high, p, len(shared), label, share=share))
     return found
 
 
@@ -159,11 +160,11 @@ def alarms(
     """Where the named checkpoint is worse than a comparable one before it.
 
     results: contents of metrics.json of one run; only complete ones of the checkpoint's own protocol and weights
-    count. The p of each comparison is held to rate / HORIZON over the number of comparisons (candidates times metrics,
-    Bonferroni), so that over HORIZON equally good checkpoints a false alarm has a chance of at most `rate`, although
-    each is held against the best of many; a change below `min_change` of the earlier value is not worth one. One that
-    raised an alarm itself is nobody's best. Failed, blank and repeated images alarm as well, also where there is no
-    earlier result: a collapsed model can have a fine CLIP score.
+    count. The p of each comparison is held to rate / HORIZON over the number of comparisons (candidates times metrics
+    and kinds of bad images, Bonferroni), so that over HORIZON equally good checkpoints a false alarm has a chance of at
+    most `rate`, although each is held against the best of many; a change below `min_change` of the earlier value is not
+    worth one. One that raised an alarm itself is nobody's best. Failed, blank and repeated images alarm as well, also
+    where there is no earlier result: a collapsed model can have a fine CLIP score.
     """
     found: list[Alarm] = []
     for mine in [r for r in results if r["checkpoint"] == checkpoint and _whole(r)]:
@@ -180,9 +181,9 @@ def _against(
 ) -> list[Alarm]:
     """Alarms of a result beside those of fewer images seen among `sound`."""
     rivals = [r for r in sound if _seen(r) < _seen(result)]
-    found = _bad_images(result, rivals, rate, bad_images)
     compared = [(r, [d for d in differences(r, result) if d.metric in WATCHED]) for r in rivals]
-    comparisons = sum(len(d) for _, d in compared)
+    comparisons = sum(len(d) for _, d in compared) + len(BAD) * max(1, len(rivals))
+    found = _bad_images(result, rivals, rate / (comparisons * HORIZON), bad_images)
     worst: dict[str, tuple[float, dict[str, Any], Difference]] = {}
     for rival, apart in compared:
         for d in apart:
@@ -200,8 +201,8 @@ def _against(
     return found
 
 
-def _bad_images(result: dict[str, Any], rivals: Sequence[dict[str, Any]], rate: float, limit: float) -> list[Alarm]:
-    from scipy.stats import fisher_exact
+def _bad_images(result: dict[str, Any], rivals: Sequence[dict[str, Any]], p_most: float, limit: float) -> list[Alarm]:
+    from scipy.stats import binomtest, fisher_exact
 
     def shares(r: dict[str, Any]) -> dict[str, tuple[int, int]]:
         total = r["counts"]["images"] + r["counts"]["failed"]
@@ -214,8 +215,11 @@ def _bad_images(result: dict[str, Any], rivals: Sequence[dict[str, Any]], rate: 
         change = bad / max(1, total) - bad_before / max(1, before)
         if change <= limit:
             continue
-        p = 0.0 if best is None else float(fisher_exact([[bad, total - bad], [bad_before, before - bad_before]])[1])
-        if p * len(BAD) * max(1, len(rivals)) * HORIZON >= rate:
+        if best is None:  # held to the limit itself
+            p = float(binomtest(bad, total, limit, "greater").pvalue)
+        else:
+            p = float(fisher_exact([[bad, total - bad], [bad_before, before - bad_before]])[1])
+        if p >= p_most:
             continue
         than = "" if best is None else f", against {bad_before:,} of {before:,} of {best['checkpoint']}"
         words = f"{result['checkpoint']} has {bad:,} {name} images of {total:,}{than}"

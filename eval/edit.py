@@ -129,7 +129,7 @@ class Editor:
             raise ConfigError(f"{out} holds another edit; name another folder with --out, or give --redo")
         if before is not None and not redo and storage.exists(storage.join(out, SHEET)):
             return False
-        from latents.stage import fixed_arithmetic
+        from latents.arithmetic import fixed_arithmetic
 
         with fixed_arithmetic(self.request.threads):
             self._draw(out, 0 if before is None else int(before["settings"]["count"]))
@@ -173,14 +173,7 @@ class Editor:
         return (
             environment()
             .get_template("edit.html.j2")
-            .render(
-                checkpoint=self.model.name,
-                source=c.source,
-                target=c.target,
-                facts=facts,
-                rows=rows,
-                given=given,
-            )
+            .render(checkpoint=self.model.name, source=c.source, target=c.target, facts=facts, rows=rows, given=given)
         )
 
 

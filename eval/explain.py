@@ -9,6 +9,7 @@ what range it is fed in. Pictures are decoded once. A set is a folder of picture
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +22,11 @@ from eval.inputs import read_image
 from eval.metrics import frechet
 from eval.metrics.moments import Accumulator
 from eval.networks import resize
+from eval.rows import images_of
 from latents.resize import prefetch
 from shards import storage
 from shards.dataset import MANIFEST, Dataset
-from shards.images import ImageShard, decode_rgb
+from shards.images import decode_rgb
 from shards.progress import Progress
 from shards.settings import ConfigError
 
@@ -92,17 +94,15 @@ def _statistics(
     network: networks.Inception, source: str, batch_size: int
 ) -> dict[str, tuple[np.ndarray | None, Accumulator]]:
     """By protocol: the features where there are at most 2048, and moments in any case."""
+    import torch
+
     count, images = _images(source)
     if count < 2:
         raise ConfigError(f"explain-fid: {source} has {count} pictures; a distance needs at least 2 on either side")
     kept: dict[str, list[np.ndarray]] = {name: [] for name in PROTOCOLS}
     moments = {name: Accumulator(WIDTH) for name in PROTOCOLS}
     progress = Progress("explain-fid", count, "images")
-    batch: list[np.ndarray] = []
-
-    def take() -> None:
-        import torch
-
+    while batch := list(itertools.islice(images, batch_size)):
         for name, (_, _, resized, scale) in PROTOCOLS.items():
             planes = torch.cat([resized(p[None]) for p in batch])
             features = network.features(planes * scale).cpu().numpy()
@@ -110,14 +110,6 @@ def _statistics(
             if count <= WIDTH:
                 kept[name].append(features)
         progress.update(len(batch))
-
-    for image in images:
-        batch.append(image)
-        if len(batch) == batch_size:
-            take()
-            batch = []
-    if batch:
-        take()
     progress.close()
     return {name: (np.concatenate(parts) if parts else None, moments[name]) for name, parts in kept.items()}
 
@@ -126,7 +118,7 @@ def _images(source: str) -> tuple[int, Iterator[np.ndarray]]:
     """Number of pictures of a dataset of shards or of a folder, and the pictures uint8 [H, W, 3] in their order."""
     if storage.exists(storage.join(source, MANIFEST)):
         dataset = Dataset.open(source)
-        return len(dataset), _of_shards(dataset)
+        return len(dataset), (decode_rgb(data) for _, data in images_of(dataset) if data is not None)
     folder = Path(source)
     if not folder.is_dir():
         raise ConfigError(f"explain-fid: {source} is neither a folder of pictures nor finished shards")
@@ -144,11 +136,3 @@ def _images(source: str) -> tuple[int, Iterator[np.ndarray]]:
     return len(files), prefetch(
         lambda i: read_image(files[i], "explain-fid", "take it out of the folder"), len(files), 2, 32
     )
-
-
-def _of_shards(dataset: Dataset) -> Iterator[np.ndarray]:
-    for position in range(len(dataset.shards)):
-        shard = ImageShard(dataset, position)
-        for i in range(len(shard)):
-            yield decode_rgb(shard.image_bytes(i))
-        shard.close()

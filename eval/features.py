@@ -111,8 +111,8 @@ class FeaturesWorker:
     """The network of one process, and the features of one shard with it. Safe to call from several threads."""
 
     def __init__(self, stage: FeaturesStage) -> None:
+        from latents.arithmetic import fixed_arithmetic
         from latents.encoders import pick_device
-        from latents.stage import fixed_arithmetic
 
         self.stage, self._fixed, self.lock = stage, fixed_arithmetic, threading.Lock()
         self.folder = open_folder(stage)

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from eval.shardwork import Halving
 from shards.fingerprint import digest_bytes
 from shards.settings import ConfigError
 
 if TYPE_CHECKING:
     import torch
-
-log = logging.getLogger("carrara.eval")
 
 # diffusers' scheduler class and what it is given beyond the exported scheduler's own configuration; None: the model's.
 SAMPLERS: dict[str, tuple[str, dict[str, Any]] | None] = {
@@ -86,14 +84,6 @@ def generator_of(seed: int) -> torch.Generator:
 def generators(samples: Sequence[Sample]) -> list[torch.Generator]:
     """One generator an image."""
     return [generator_of(seed_of(s.prompt_id, s.replicate)) for s in samples]
-
-
-def start_noise(samples: Sequence[Sample], shape: tuple[int, ...]) -> torch.Tensor:
-    """What the generators give first: standard normal float32 [len(samples), *shape], drawn on the CPU so that it is
-    the same for every device."""
-    import torch
-
-    return torch.stack([torch.randn(shape, generator=g) for g in generators(samples)])
 
 
 def swap_sampler(pipeline: Any, sampler: str, timestep_spacing: str | None = None) -> None:
@@ -161,10 +151,14 @@ class ImageGenerator:
         self.denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
         self.interval, self.dtype = guidance_interval, getattr(torch, precision)
         self._batch, self._doubled = 0, False
-        if channels_last and device != "cpu" and hasattr(pipeline, "unet"):
+        if channels_last and hasattr(pipeline, "unet"):
             self.denoiser.to(memory_format=torch.channels_last)
         if precision != "float32":
             self.denoiser.to(self.dtype)
+        if compile:
+            from train.engine import require_compiler
+
+            require_compiler("eval.compile")
         self._forward = torch.compile(self.denoiser.forward) if compile else self.denoiser.forward
         if precision != "float32" or guidance_interval is not None or compile:
             self._names = list(inspect.signature(self.denoiser.forward).parameters)
@@ -176,7 +170,7 @@ class ImageGenerator:
             raise ConfigError(
                 f"eval.size is {self.size}, which the VAE does not divide; {near} is the nearest that fits"
             )
-        self._largest = 1 << 30  # images at once that the device is known to hold
+        self._in_pieces = Halving("images")
 
     def __call__(self, samples: Sequence[Sample], **more: Any) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [B, size, size, 3], and which of them are finite, bool [B] (the others are black).
@@ -184,28 +178,12 @@ class ImageGenerator:
         A batch that the device's memory does not hold is made in halves, and so are all later ones. more: further
         arguments of the pipeline.
         """
-        import torch
 
-        parts = []
-        start = 0
-        while start < len(samples):
-            part = list(samples[start : start + self._largest])
-            try:
-                parts.append(
-                    self._make(
-                        part, **{k: v[start : start + len(part)] if isinstance(v, list) else v for k, v in more.items()}
-                    )
-                )
-            except torch.OutOfMemoryError:
-                if len(part) == 1:
-                    raise
-                self._largest = len(part) // 2
-                torch.cuda.empty_cache()
-                log.warning(
-                    "eval: the device's memory does not hold %d images at once; now %d", len(part), self._largest
-                )
-                continue
-            start += len(part)
+        def make(at: slice) -> tuple[np.ndarray, np.ndarray]:
+            given = {k: v[at] if isinstance(v, list) else v for k, v in more.items()}
+            return self._make(list(samples[at]), **given)
+
+        parts = self._in_pieces(len(samples), make)
         return np.concatenate([p for p, _ in parts]), np.concatenate([f for _, f in parts])
 
     def _make(self, samples: list[Sample], **more: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -88,10 +88,7 @@ class FirstPart:
     def measure(self) -> dict[str, Any]:
         """The result of these shards alone, in every distance that the cells are reported in."""
         stats = [s for s in committed_stats(self, self.tasks()) if s is not None]
-        return {
-            "protocol": self.evaluation.protocol,
-            **measure.measure(self.evaluation, dataset_of(self.root, stats)),
-        }
+        return {"protocol": self.evaluation.protocol, **measure.measure(self.evaluation, dataset_of(self.root, stats))}
 
 
 def first_shards(config: EvalConfig, total: int) -> int:

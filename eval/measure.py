@@ -314,7 +314,7 @@ def _generated(
             side = sides["images"]
             found["cmmd"] = kernel.cmmd(x, side.features, groups, side.kernel("gaussian"), side.device)
             if not tag or len(chosen) >= FEW:
-                found["fd_clip_unit"] = _distance(side, x, groups)
+                found["fd_clip_unit"] = _distance(side.frechet, x, groups)
     for network in ("judge", "preference", "scorer"):
         if network in images.features:
             for name in _columns_of(images.features[network]):
@@ -352,9 +352,9 @@ def _of_networks(
         x, side = images.column(network, name)[chosen], sides.get(name)
         file = evaluation.config.fid_statistics.get(distance)  # type: ignore[call-overload]
         if many and file is not None:
-            found[distance] = _distance_to(from_npz(file, f"eval.fid_statistics.{distance}", x.shape[1]), x, groups)
+            found[distance] = _distance(from_npz(file, f"eval.fid_statistics.{distance}", x.shape[1]), x, groups)
         elif many and side is not None:
-            found[distance] = _distance(side, x, groups)
+            found[distance] = _distance(side.frechet, x, groups)
         if side is None or name == "inception_clean":
             continue
         kernel_name = "kid_tf" if network == "inception" else "kd_dinov2_pil"
@@ -365,11 +365,7 @@ def _of_networks(
     return found
 
 
-def _distance(side: RealSide, x: np.ndarray, groups: np.ndarray) -> Estimate | None:
-    return _distance_to(side.frechet, x, groups)
-
-
-def _distance_to(ref: frechet.Reference, x: np.ndarray, groups: np.ndarray) -> Estimate | None:
+def _distance(ref: frechet.Reference, x: np.ndarray, groups: np.ndarray) -> Estimate | None:
     """Frechet distance; a prompt's images stay in one jackknife group."""
     if len(x) <= ref.dim:
         return frechet.estimate_of(ref, x, groups)
@@ -471,7 +467,7 @@ def _real(
         found["vae_psnr"] = mean_by_cluster(psnr, range(len(psnr)))
     counts = {
         "real_images": len(keys),
-        "real_failed": sum(clip.manifest["status"].get(s, 0) for s in ("failed",)),
+        "real_failed": clip.manifest["status"].get("failed", 0),
         "real_retrieval_candidates": _candidates(wanted, captions, meaning),
     }
     return found, counts

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,11 +169,6 @@ def controls(prompts: list[str]) -> list[int | None]:
         else:
             result.append(j if prompts[j] != text else (j + steps[j]) % count)
     return result
-
-
-def digest(prompts: Iterable[Prompt]) -> str:
-    """sha256 over the ids, in order."""
-    return digest_json([p.id for p in prompts])
 
 
 def _id(text: str, turn: int) -> str:

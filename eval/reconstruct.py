@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -24,12 +25,13 @@ from eval import networks
 from eval.metrics import frechet
 from eval.metrics.definitions import FEW
 from eval.metrics.estimate import mean_by_cluster
+from eval.rows import images_of
 from latents.encoders import load_vae, pick_device
 from latents.inspection import figure_of, page_of, write_page
 from latents.resize import resize_crop
 from shards import storage
 from shards.dataset import Dataset
-from shards.images import ImageShard, decode_rgb
+from shards.images import decode_rgb
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
 from train import perceptual
@@ -133,25 +135,11 @@ def measure(
 
 def _batches(dataset: Dataset, resolution: int, count: int) -> Iterator[tuple[list[str], np.ndarray]]:
     """(keys, uint8 [B,R,R,3]) of the first `count` pictures."""
-    keys: list[str] = []
-    images: list[np.ndarray] = []
-    left = count
-    for position in range(len(dataset.shards)):
-        shard = ImageShard(dataset, position)
-        try:
-            for i in range(min(len(shard), left)):
-                keys.append(shard.keys[i])
-                images.append(resize_crop(decode_rgb(shard.image_bytes(i)), resolution)[0])
-                if len(keys) == BATCH:
-                    yield keys, np.stack(images)
-                    keys, images = [], []
-            left -= min(len(shard), left)
-        finally:
-            shard.close()
-        if left == 0:
-            break
-    if keys:
-        yield keys, np.stack(images)
+    kept = ((row["key"], data) for row, data in images_of(dataset) if data is not None)
+    first = ((k, resize_crop(decode_rgb(data), resolution)[0]) for k, data in itertools.islice(kept, count))
+    while batch := list(itertools.islice(first, BATCH)):
+        keys, pixels = zip(*batch, strict=True)
+        yield list(keys), np.stack(pixels)
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -176,7 +164,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def gradient_energy(pixels: np.ndarray) -> np.ndarray:
     """Sum of the squared differences of neighbours, right and below: uint8 [B,H,W,3] -> float64 [B]."""
     x = pixels.astype(np.float64)
-    found: np.ndarray = sum(np.square(np.diff(x, axis=axis)).sum(axis=(1, 2, 3)) for axis in (1, 2))  # type: ignore[assignment]
+    found: np.ndarray = sum(np.square(np.diff(x, axis=axis)).sum(axis=(1, 2, 3)) for axis in (1, 2))
     return found
 
 

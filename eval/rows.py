@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from shards.columns import ColumnShard
 from shards.dataset import Dataset, born
 from shards.fingerprint import digest_bytes, digest_json
+from shards.images import ImageShard
 from shards.made_with import read_made_with
 
 
@@ -34,6 +36,14 @@ def table(dataset: Dataset, *names: str) -> dict[str, list[Any]]:
             found.setdefault(name, []).extend(values)
         found.setdefault("shard", []).extend([shard.index] * sidecar.num_rows)
     return found
+
+
+def images_of(dataset: Dataset) -> Iterator[tuple[dict[str, Any], bytes | None]]:
+    """The row of each image that is there, in order, and its file; None for one that was not kept."""
+    for position in range(len(dataset.shards)):
+        with contextlib.closing(ImageShard(dataset, position)) as shard:
+            for i, row in enumerate(shard.table.take(shard.rows).to_pylist()):
+                yield row, None if row["image_offset"] is None else shard.image_bytes(i)
 
 
 def live(found: dict[str, list[Any]]) -> dict[str, list[Any]]:

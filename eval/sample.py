@@ -31,12 +31,12 @@ from eval.config import Sampler, Weights
 from eval.generate import ImageGenerator, Sample
 from eval.inputs import fitted, read_image, read_lines, require_size
 from eval.prompts import MAX_CHARS
+from eval.rows import images_of
 from eval.shardwork import Made, accounted, commit, counted, parquet, png, tar_of
 from latents.resize import resize_crop_to
 from shards import storage
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
-from shards.images import ImageShard
 from shards.layout import RunPaths, sample_key
 from shards.settings import ConfigError, Strict, validate
 from shards.stage import Task, open_folder
@@ -188,23 +188,19 @@ class SampleStage:
         return manifest
 
     def _unpack(self) -> None:
-        dataset = Dataset.open(self.root)
         listed = []
-        for position in range(len(dataset.shards)):
-            shard = ImageShard(dataset, position)
-            rows = shard.table.take(shard.rows).to_pylist()
-            for i, row in enumerate(rows):
-                file = f"{row['key']}.png"
-                storage.write_atomic(storage.join(self.out, file), shard.image_bytes(i))
-                listed.append({"file": file, **{k: row[k] for k in ("caption", "negative", "seed", "number")}})
-            shard.close()
+        for row, data in images_of(Dataset.open(self.root)):
+            assert data is not None
+            file = f"{row['key']}.png"
+            storage.write_atomic(storage.join(self.out, file), data)
+            listed.append({"file": file, **{k: row[k] for k in ("caption", "negative", "seed", "number")}})
         storage.write_json(storage.join(self.out, "samples.json"), {"checkpoint": self.model.name, "images": listed})
 
 
 class _Worker:
     def __init__(self, stage: SampleStage) -> None:
+        from latents.arithmetic import fixed_arithmetic
         from latents.encoders import pick_device
-        from latents.stage import fixed_arithmetic
 
         self.stage, self.config, self.fixed = stage, stage.config, fixed_arithmetic
         self.folder = open_folder(stage)
@@ -328,8 +324,8 @@ class _Worker:
         stage = self.stage
         if stage.control is not None:
             return self._fitted(stage.control)
-        from train.config import ControlConfig
         from train.image_conditioning import control_image
+        from train.part_config import ControlConfig
 
         settings = ControlConfig(**(models.control_settings(stage.run, stage.model) or {}))
         if settings.images:

@@ -1,4 +1,5 @@
-"""What every stage of the evaluation does with a shard: encode, lay out as tar and parquet, time, commit, account.
+"""What every stage of the evaluation does with a shard: work in batches that fit, encode, lay out as tar and parquet,
+time, commit, account.
 
 The one place that commits eval's shards.
 """
@@ -6,10 +7,11 @@ The one place that commits eval's shards.
 from __future__ import annotations
 
 import io
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +24,44 @@ from shards.images import pack_tar
 from shards.settings import StageError
 from shards.stage import Stage, Task, committed, is_begun, persist
 
+log = logging.getLogger("carrara.eval")
+T = TypeVar("T")
+
 PNG_LEVEL = 1  # of zlib; higher ones cost time beside the accelerator
 
 # What `make` gives: files by suffix, and stats (rows, count, status, ...).
 Made = tuple[dict[str, bytes], dict[str, Any]]
+
+
+class Halving:
+    """Works on as many items at once as the device's memory holds: a batch that it does not hold is worked on in
+    halves, and so are all later ones. what: the items, for the log."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.most = what, 1 << 30
+
+    def __call__(self, count: int, work: Callable[[slice], T]) -> list[T]:
+        """What `work` gives for each slice of range(count), in order; torch.OutOfMemoryError where one item alone does
+        not fit."""
+        import torch
+
+        found: list[T] = []
+        start = 0
+        while start < count:
+            stop = min(count, start + self.most)
+            try:
+                found.append(work(slice(start, stop)))
+                start = stop
+                continue
+            except torch.OutOfMemoryError:
+                if stop - start == 1:
+                    raise
+                self.most = (stop - start) // 2
+            torch.cuda.empty_cache()  # here, where no traceback holds the batch's tensors any more
+            log.warning(
+                "eval: the device's memory does not hold %d %s at once; now %d", stop - start, self.what, self.most
+            )
+        return found
 
 
 def commit(folder: Folder, task: Task, make: Callable[[], Made]) -> dict[str, Any]:

@@ -135,8 +135,8 @@ class _Worker:
     """The pipeline and the networks of one process. Safe to call from several threads."""
 
     def __init__(self, stage: GenerateStage) -> None:
+        from latents.arithmetic import fixed_arithmetic
         from latents.encoders import pick_device
-        from latents.stage import fixed_arithmetic
 
         self.stage, self.config, self.fixed = stage, stage.config, fixed_arithmetic
         c, self.lock = stage.config, threading.Lock()

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,11 +27,12 @@ import numpy as np
 
 from eval.inputs import read_lines
 from eval.metrics.definitions import DEFINITIONS
+from eval.rows import images_of
 from eval.shardwork import png
 from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import digest_json
-from shards.images import ImageShard, decode_rgb
+from shards.images import decode_rgb
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
 
@@ -62,7 +63,9 @@ def export(images: str, layout: str, out: str) -> int:
     lines, count = [], 0
     number: dict[str, int] = {}  # of a prompt, in the order in which they come
     square: dict[str, list[tuple[dict[str, Any], bytes]]] = {}
-    for row, data in _rows(dataset):
+    for row, data in images_of(dataset):
+        if data is None:
+            raise StageError(f"images: {images} keeps some images alone (eval.keep_images); make them again")
         n = number.setdefault(row["prompt_id"], len(number))
         if layout == "dpg":
             waiting = square.setdefault(row["prompt_id"], [])
@@ -104,17 +107,6 @@ def _is_ours(index: Path) -> bool:
         return not line or json.loads(line).keys() == {"id", "file", "prompt"}
     except (ValueError, AttributeError):
         return False
-
-
-def _rows(dataset: Dataset) -> Iterator[tuple[dict[str, Any], bytes]]:
-    for position in range(len(dataset.shards)):
-        shard = ImageShard(dataset, position)
-        rows = shard.table.take(shard.rows).to_pylist()
-        for i, row in enumerate(rows):
-            if row["image_offset"] is None:
-                raise StageError(f"images: {dataset.root} keeps some images alone (eval.keep_images); make them again")
-            yield row, shard.image_bytes(i)
-        shard.close()
 
 
 def _put(file: Path, data: bytes) -> None:

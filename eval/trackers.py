@@ -7,6 +7,7 @@ own for the evaluation, since it may be at work while training is.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from eval.rows import images_of
 from shards import storage
 from shards.dataset import Dataset
-from shards.images import ImageShard, decode_rgb
+from shards.images import decode_rgb
 from shards.layout import RunPaths
 from shards.settings import StageError
 from train.trackers import STATE, Name, Trackers, check
@@ -65,17 +67,10 @@ def _tell(names: Sequence[Name], run: RunPaths, result: dict[str, Any], folder: 
 
 def contact_sheet(run: RunPaths, result: dict[str, Any]) -> np.ndarray | None:
     """The first 24 prompts' images as one, uint8 [H,W,3], in the order of the report; None where they are not kept."""
-    images: list[np.ndarray] = []
     try:
-        dataset = Dataset.open(storage.join(run.eval, result["checkpoint"], result["images"]))
-        for position in range(len(dataset.shards)):
-            shard = ImageShard(dataset, position)
-            for i, row in enumerate(shard.table.take(shard.rows).to_pylist()):
-                if row["image_offset"] is not None and row["replicate"] == 0 and len(images) < COLUMNS * ROWS:
-                    images.append(decode_rgb(shard.image_bytes(i)))
-            shard.close()
-            if len(images) == COLUMNS * ROWS:
-                break
+        kept = images_of(Dataset.open(storage.join(run.eval, result["checkpoint"], result["images"])))
+        first = (decode_rgb(data) for row, data in kept if data is not None and row["replicate"] == 0)
+        images = list(itertools.islice(first, COLUMNS * ROWS))
     except (StageError, OSError, ValueError):
         return None
     if not images:

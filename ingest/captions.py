@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import ftfy
 import numpy as np
@@ -23,13 +23,15 @@ VERSION = 2  # raised whenever a step's output changes; part of a shard's finger
 # that are no ligature, width, quote, control or mark and are in form C. Blanks are the only whitespace among them.
 _KANA_HAN_HANGUL = r"\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uac00-\ud7a3"
 _SOUND = (
-    r"[ -%'-~\u00a1-\u0131\u0134-\u0148\u014a-\u01c3\u01cd-\u01f0\u01f4-\u02bb\u0388-\u0482\u048a-\u052f"
-    rf"\u2010-\u2015{_KANA_HAN_HANGUL}]*"
+    r" -%'-~\u00a1-\u0131\u0134-\u0148\u014a-\u01c3\u01cd-\u01f0\u01f4-\u02bb\u0388-\u0482\u048a-\u052f"
+    rf"\u2010-\u2015{_KANA_HAN_HANGUL}"
 )
 # ftfy needs 50 microseconds to find a text sound, as most are. What it takes for mojibake has two letters side by side
 # that are neither ASCII nor of these scripts, or one of \u0152, \u0153, \u00c2, \u00c3.
 _SUSPICIOUS = rf"[^ -~{_KANA_HAN_HANGUL}][^ -~{_KANA_HAN_HANGUL}]|[\u0152\u0153\u00c2\u00c3]"
-_is_sound, _is_suspicious = re.compile(_SOUND).fullmatch, re.compile(_SUSPICIOUS).search
+_is_sound, _is_suspicious = re.compile(f"[{_SOUND}]*").fullmatch, re.compile(_SUSPICIOUS).search
+# The same of both at once, in the spelling of Arrow's regular expressions.
+_UNSURE_RE2 = re.sub(r"\\u([0-9a-f]{4})", r"\\x{\1}", f"[^{_SOUND}]|{_SUSPICIOUS}")
 
 
 def html_entities(text: str) -> str:
@@ -105,67 +107,40 @@ def clean(text: str, steps: Sequence[str]) -> str:
     return text
 
 
-def clean_all(texts: pa.Array, steps: Sequence[str]) -> list[str]:
+def clean_all(texts: pa.Array, steps: Sequence[str]) -> pa.Array:
     """`clean` of every text (string array; null as an empty one). Most are clean already, as their bytes tell."""
     texts = texts.fill_null("")
-    found: list[str] = texts.to_pylist()
-    for i, text in _changed(texts, steps):
-        found[i] = text
-    return found
+    unsure = _unsure(texts, steps)
+    if not unsure.any():
+        return texts
+    made = [clean(text, steps) for text in texts.filter(pa.array(unsure)).to_pylist()]
+    return pc.replace_with_mask(texts, pa.array(unsure), pa.array(made, pa.string()))
 
 
-def fold_all(texts: pa.Array, steps: Sequence[str]) -> list[bytes]:
-    """`clean` of every text, without case, in UTF-8: what tells whether two captions are one."""
-    texts = texts.fill_null("")
-    found: list[bytes] = pc.ascii_lower(texts).cast(pa.binary()).to_pylist()
-    for i, text in _changed(texts, steps):
-        found[i] = text.casefold().encode("utf-8", "surrogatepass")
-    return found
-
-
-def _changed(texts: pa.Array, steps: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(row, `clean` of it) of all texts that are not of ASCII, or that the steps may change."""
-    if any(step in steps for step in _CHANGE_SOUND):
-        yield from ((i, clean(text, steps)) for i, text in enumerate(texts.to_pylist()))
-        return
-    plain, spaced = _looked_at(texts)
-    spaced |= "whitespace" not in steps
-    rest = np.flatnonzero(~(plain & spaced))
-    others = texts.take(pa.array(rest))
-    sound = pc.match_substring_regex(others, rf"\A{_re2(_SOUND)}\z")
-    sound = pc.and_not(sound, pc.match_substring_regex(others, _re2(_SUSPICIOUS))).to_pylist()
-    for i, text, is_sound, is_spaced in zip(rest.tolist(), others.to_pylist(), sound, spaced[rest], strict=True):
-        if not is_sound:
-            yield i, clean(text, steps)
-        else:
-            yield i, text if is_spaced else whitespace(text)
-
-
-def _looked_at(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Of texts (string array without nulls): whether each is of sound ASCII, and whether it has no blanks side by side
-    nor at its ends; bool."""
-    plain, spaced = np.ones(len(texts), bool), np.ones(len(texts), bool)
-    if not len(texts):
-        return plain, spaced
-    offsets = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    if offsets[0] == offsets[-1]:
-        return plain, spaced
-    data = np.frombuffer(texts.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
-    edges = offsets - offsets[0]
-    # From blank to ~ are 95 of the bytes; those before the blank are beyond them once it is taken off.
-    odd = (data - np.uint8(0x20) > 0x5E) | (data == ord("&"))
+def _unsure(texts: pa.Array, steps: Sequence[str]) -> np.ndarray:
+    """Which of the texts (string array without nulls) the steps may change, bool."""
+    if not len(texts) or any(step in steps for step in _CHANGE_SOUND):
+        return np.ones(len(texts), bool)
+    edges, data = bytes_of(texts)
     blank = data == ord(" ")
-    wide = np.zeros(len(data), bool)
-    wide[1:] = blank[1:] & blank[:-1]
-    begins, ends = edges[:-1], edges[1:]
-    some = begins < ends
-    wide[begins[some]] |= blank[begins[some]]
-    wide[ends[some] - 1] |= blank[ends[some] - 1]
-    for found, at in ((plain, odd), (spaced, wide)):
-        found[np.searchsorted(edges, np.flatnonzero(at), side="right") - 1] = False
-    return plain, spaced
+    odd = (data < 0x20) | (data == 0x7F) | (data == ord("&"))
+    found = np.zeros(len(texts), bool)
+    if "whitespace" in steps:
+        odd[1:] |= blank[1:] & blank[:-1]
+        some = np.flatnonzero(edges[:-1] < edges[1:])
+        found[some] = blank[edges[some]] | blank[edges[some + 1] - 1]
+    found[np.searchsorted(edges, np.flatnonzero(odd), side="right") - 1] = True
+    others = pc.invert(pc.string_is_ascii(texts))
+    unsure = pc.match_substring_regex(texts.filter(others), _UNSURE_RE2)
+    found[others.to_numpy(zero_copy_only=False)] |= unsure.to_numpy(zero_copy_only=False)
+    return found
 
 
-def _re2(pattern: str) -> str:
-    """A pattern in the spelling of Arrow's regular expressions."""
-    return re.sub(r"\\u([0-9a-f]{4})", r"\\x{\1}", pattern)
+def bytes_of(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Where each text begins, and the last ends, int32 [texts + 1]; and the bytes of all, uint8.
+
+    texts: a string array without nulls, not empty.
+    """
+    edges = np.frombuffer(texts.buffers()[1], np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    data = np.frombuffer(texts.buffers()[2] or b"", np.uint8)[edges[0] : edges[-1]]
+    return edges - edges[0], data

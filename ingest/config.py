@@ -1,4 +1,4 @@
-"""The `ingest` section of a run's YAML: where the rows come from, which are kept, how pictures are fetched and stored.
+"""The `ingest` section of a run's YAML: where the rows come from, which are kept, how images are fetched and stored.
 
 ingest:
   table: corpus/*.parquet            # a file, a folder or a glob; parquet, csv, tsv, jsonl, each also .gz
@@ -115,9 +115,7 @@ class FetchConfig(Strict):
     decode_memory: int = Field(
         default=2_000_000_000, ge=500_000_000, description="bytes that a process may take that decodes other than JPEGs"
     )
-    decode_timeout: float = Field(
-        default=60.0, gt=0, description="after which such a process is ended with its picture"
-    )
+    decode_timeout: float = Field(default=60.0, gt=0, description="after which such a process is ended with its image")
     max_redirects: int = Field(default=5, ge=0)
     retries: int = Field(default=2, ge=0, description="further attempts after a transient failure")
     backoff: float = Field(default=0.5, ge=0, description="wait before the first retry; doubles with each")
@@ -244,9 +242,9 @@ class DuplicatesConfig(Strict):
     url: bool = Field(default=True, description="the same URL and caption")
     bytes: bool = Field(default=True, description="the same fetched bytes and caption")
     perceptual: Literal["off", "same_caption", "any_caption"] = Field(
-        default="off", description="pictures that look alike, by their 64-bit perceptual hash"
+        default="off", description="images that look alike, by their 64-bit perceptual hash"
     )
-    distance: int = Field(default=0, ge=0, le=7, description="bits in which the hashes of such pictures may differ")
+    distance: int = Field(default=0, ge=0, le=7, description="bits in which the hashes of such images may differ")
 
 
 class IngestConfig(Strict):
@@ -273,17 +271,17 @@ class IngestConfig(Strict):
     image_size: int = Field(default=256, ge=8, le=4096)
     resize_mode: ResizeMode = "center_crop"
     downscale_filter: Filter = Field(default="bicubic", description="lanczos is a little sharper and slower")
-    only_if_bigger: bool = Field(default=False, description="leave pictures alone that are smaller than image_size")
+    only_if_bigger: bool = Field(default=False, description="leave images alone that are smaller than image_size")
     encode_format: EncodeFormat = "jpg"
     encode_quality: int | None = Field(default=None, description="jpg, webp: 1..100 (95); png: compression 0..9 (6)")
     background: tuple[Channel, Channel, Channel] = Field(
         default=(255, 255, 255), description="what lies under transparent pixels and in the border"
     )
-    animations: Animations = Field(default="first_frame", description="what is stored of pictures that move")
+    animations: Animations = Field(default="first_frame", description="what is stored of images that move")
     reencode: Reencode = Field(
-        default="always", description="needed: keep the fetched bytes where the picture needs no change"
+        default="always", description="needed: keep the fetched bytes where the image needs no change"
     )
-    max_pixels: int = Field(default=64_000_000, ge=1, description="of a fetched picture, by its header")
+    max_pixels: int = Field(default=64_000_000, ge=1, description="of a fetched image, by its header")
     decode_threads: int = Field(default=1, ge=1, le=64)
 
     @field_validator("resize_mode", mode="before")

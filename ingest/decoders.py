@@ -3,7 +3,7 @@
 JPEGs go through libjpeg-turbo, which gives the interpreter free and whose memory follows from the size in the header.
 For the other formats (PNG, WebP, GIF, TIFF, AVIF, BMP, odd JPEGs) a second process decodes: what a hostile file does to
 a decoder in C, be it a crash, memory without end or an hour of work, ends that process and one row. It is
-started with the first such picture and lives as long as the worker. What passes between the two is JSON
+started with the first such image and lives as long as the worker. What passes between the two is JSON
 and bytes, no pickle: who took over a decoder has gained a process, not the worker.
 """
 
@@ -29,13 +29,13 @@ from shards.settings import NodeTrouble
 
 START_S = 60.0
 _LARGEST_ANSWER = 1 << 30
-_HEAD = 4  # bytes that say how long the JSON before the picture is
+_HEAD = 4  # bytes that say how long the JSON before the image is
 
 
 class Decoders:
-    """`process` for pictures that are not quick; callable from several threads, each with a process of its own.
+    """`process` for images that are not quick; callable from several threads, each with a process of its own.
 
-    memory: bytes of address space such a process may take. timeout: seconds for a picture.
+    memory: bytes of address space such a process may take. timeout: seconds for an image.
     """
 
     def __init__(self, settings: PixelSettings, memory: int, timeout: float) -> None:
@@ -55,12 +55,12 @@ class Decoders:
             return child.process(data, self.timeout)
         except TimeoutError:
             self._end(child)
-            raise Rejected("image_corrupt", f"the picture was not decoded within {self.timeout:g} s") from None
+            raise Rejected("image_corrupt", f"the image was not decoded within {self.timeout:g} s") from None
         except (EOFError, OSError, ValueError, TypeError):
             self._end(child)
             if short_of_memory():
                 raise NodeTrouble("this machine is out of memory") from None
-            raise Rejected("image_corrupt", "the process that decoded the picture ended") from None
+            raise Rejected("image_corrupt", "the process that decoded the image ended") from None
 
     def close(self) -> None:
         """End the processes."""
@@ -135,7 +135,7 @@ class _Process:
 
 
 def main(descriptor: int) -> None:
-    """The process: a line of settings, then picture after picture, until the other end is closed."""
+    """The process: a line of settings, then image after image, until the other end is closed."""
     pipe = Connection(descriptor)
     request = json.loads(pipe.recv_bytes())
     memory = int(request["memory"])

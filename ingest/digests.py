@@ -19,7 +19,10 @@ import pyarrow.parquet as pq
 
 from ingest.takedown import digest, number, url_digest
 from shards import storage
+from shards.dataset import Dataset
 from shards.layout import shard_name
+from shards.made_with import read_made_with
+from shards.settings import StageError
 
 log = logging.getLogger("carrara.ingest")
 
@@ -164,3 +167,19 @@ def quietly(report: Callable[[int], Any] | None, count: int) -> None:
     """Tell a progress bar, where there is one."""
     if report is not None:
         report(count)
+
+
+def with_flags(root: str, shards: Sequence[int]) -> Iterator[tuple[int, bool]]:
+    """(shard, whether its sidecar holds digests) of committed shards; those of an earlier version have none."""
+    made_with = read_made_with(root) or {}
+    if "taken_over_from" not in made_with:
+        yield from ((i, True) for i in shards)
+        return
+    try:
+        manifest = Dataset.open(root).manifest
+    except StageError:
+        manifest = {}
+    old = set(manifest.get("without_digests", ()))
+    known = {s["index"] for s in manifest.get("shards", ())} if manifest.get("format_version") == 2 else set()
+    for index in shards:
+        yield index, index not in old if index in known else has_digests(root, index)

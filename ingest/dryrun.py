@@ -1,7 +1,7 @@
 """What an ingest would do, without fetching anything: the funnel of the filters, and the cost at full size.
 
-What a picture costs is taken from the shards that this run has made already, where there are some (a
-pilot: the same configuration on a small table), otherwise measured here on a drawn picture, with assumed
+What an image costs is taken from the shards that this run has made already, where there are some (a
+pilot: the same configuration on a small table), otherwise measured here on a drawn image, with assumed
 sizes and an assumed success rate; the text says which.
 """
 
@@ -20,9 +20,10 @@ from tqdm import tqdm
 from ingest import captions, tables
 from ingest.formats import batches, row_count
 from ingest.pixels import process
-from ingest.stage import IngestStage, judge_rows
+from ingest.pool import pixel_settings
+from ingest.stage import IngestStage
 from ingest.takedown import TakenDown
-from ingest.work import pixel_settings
+from ingest.worker import judge_rows
 from shards.dataset import read_stats_of
 from shards.listing import listed
 
@@ -87,7 +88,7 @@ class ImageCost:
             f"{'CPU':26}{cpu_hours:>16,.2f} hours",
             f"{f'time with {workers} workers':26}{hours:>16,.2f} hours"
             + ("" if self.rows_per_second else ", if network and servers keep up"),
-            f"per picture: {self.source}",
+            f"per image: {self.source}",
         ]
         return "\n".join(lines)
 
@@ -115,7 +116,7 @@ def funnel(stage: IngestStage, limit: int | None = None, progress: bool = True) 
                 texts = batch.column("caption")
                 if layout.caption_lists:
                     texts = pa.array([tables.first_caption(t) for t in texts.to_pylist()], pa.string())
-                cleaned = captions.clean_all(texts, config.captions)
+                cleaned = captions.clean_all(texts, config.captions).to_pylist()
                 verdicts = judge_rows(config, layout, batch, cleaned)
                 urls = batch.column("url").to_pylist()
                 for caption, url, verdict in zip(cleaned, urls, verdicts, strict=True):
@@ -160,7 +161,7 @@ def image_cost(stage: IngestStage) -> ImageCost:
         ASSUMED_SUCCESS * ASSUMED_STORED_256 * (size / 256) ** 2,
         ASSUMED_SUCCESS * ASSUMED_REST * _seconds_an_image(stage),
         None,
-        f"CPU measured here on a drawn 640x480 JPEG; assumed are {ASSUMED_BODY // 1000} KB a picture and "
+        f"CPU measured here on a drawn 640x480 JPEG; assumed are {ASSUMED_BODY // 1000} KB an image and "
         f"{100 * ASSUMED_SUCCESS:.0f} % success; run a pilot on a small table to have them measured",
     )
 

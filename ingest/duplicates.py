@@ -1,7 +1,7 @@
 """Duplicates over a whole run: a pass over the sidecars, once every shard is there.
 
 A sample is a duplicate where an older one (by its id: shard, then row) has the same URL and caption, the same
-fetched bytes and caption, or (if so configured) a picture that looks alike. One picture under several captions is no
+fetched bytes and caption, or (if so configured) an image that looks alike. One image under several captions is no
 duplicate, unless the configuration says so. A sample whose bytes the other split holds is left out as well, so that
 train and held-out share none. Then samples beyond the permitted number of one caption go.
 
@@ -191,7 +191,7 @@ def _tables(db: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
         yield pa.table(columns, exclusions.SCHEMA)
 
 
-# ---- pictures that look alike ------------------------------------------------------------------------------
+# ---- images that look alike ------------------------------------------------------------------------------
 
 
 def _alike(db: duckdb.DuckDBPyConnection, caption: str, distance: int, scratch: str) -> Iterator[pa.Table]:

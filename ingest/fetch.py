@@ -1,4 +1,4 @@
-"""Fetch pictures over http and https: one client a process, every hop checked, every limit kept.
+"""Fetch images over http and https: one client a process, every hop checked, every limit kept.
 
 Redirects are followed here rather than by the client, so that each hop is judged like the first URL:
 scheme, address (ingest/addresses.py), opt-out headers (ingest/optout.py). Bodies are counted while they
@@ -31,8 +31,9 @@ from yarl import URL
 
 from ingest.addresses import AddressRefused, Guard
 from ingest.config import FetchConfig, OptOutConfig
+from ingest.desk import Desk
 from ingest.errors import Rejected
-from ingest.hosts import Desk, Exchange, Robots
+from ingest.hosts import Exchange, Robots
 from ingest.names import Names
 from ingest.optout import product_name, robots_refusal, robots_txt_refuses, tdm_refusal
 from ingest.trouble import Health, no_route, own_fault, split
@@ -47,12 +48,12 @@ _FORBIDDEN = (401, 402, 403, 407, 451)
 _CHUNK = 1 << 17  # of a connection's buffer; the client holds twice as much at most
 _INFLATED, _DEFLATED = 1 << 20, 1 << 14  # bytes out of and into the decompressor in one go: a few milliseconds
 _MEMBERS = 4096  # of a gzip body; each costs a copy of what follows it, however little it holds
-_HEADER_BYTES, _HEADERS = 1 << 15, 256  # the client's own limits, 8190 and 128, lose pictures of wordy servers
-_OPT_OUT_BYTES = 1 << 13  # of headers that say what may be done with a picture
+_HEADER_BYTES, _HEADERS = 1 << 15, 256  # the client's own limits, 8190 and 128, lose images of wordy servers
+_OPT_OUT_BYTES = 1 << 13  # of headers that say what may be done with an image
 _LEAST_COUNTED = 1 << 14  # bytes that a body counts at least
 _MOST_STALLS = 20  # attempts of a row that end since there is no room for its body, and do not count
 
-# Failures that are the host's rather than the picture's.
+# Failures that are the host's rather than the image's.
 _HOST_FAULTS = frozenset(
     ("dns_not_found", "dns_failure", "connect_refused", "connect_timeout", "tls_error", "connection_lost", "timeout")
 ) | {"http_rate_limited"}
@@ -189,7 +190,7 @@ class Fetcher:
         """The body behind a URL of the table; raises Rejected, or NodeTrouble. Transient failures are tried again.
 
         Bodies that are held in the context count: at most `concurrency` of them and `body_memory` bytes, those of
-        requests that are under way included. So memory is bounded where pictures come faster than they are decoded.
+        requests that are under way included. So memory is bounded where images come faster than they are decoded.
         """
         fetched = await self._with_retries(parse_url(text))
         try:
@@ -320,7 +321,7 @@ class Fetcher:
         raise Rejected("too_many_redirects", f"more than {self.config.max_redirects} redirects")
 
     def _tls_for(self, url: URL) -> ssl.SSLContext | bool:
-        """One TLS context a process, made when it is first needed: that takes longer than ten pictures."""
+        """One TLS context a process, made when it is first needed: that takes longer than ten images."""
         if url.scheme != "https" or not self.config.verify_tls:
             return False
         if self._tls is None:

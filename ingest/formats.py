@@ -257,7 +257,7 @@ def _csv_header(stream: IO[bytes], file: str) -> tuple[list[str], int]:
     line = stream.readline(1 << 20)
     skip = 3 if line.startswith(b"\xef\xbb\xbf") else 0
     try:
-        names = next(csv.reader([_decoded(line[skip:]).rstrip("\r\n")], delimiter=_delimiter(file).decode()), [])
+        names = next(csv.reader([decoded(line[skip:]).rstrip("\r\n")], delimiter=_delimiter(file).decode()), [])
     except csv.Error:
         names = []
     if not names or len(set(names)) != len(names) or any("\0" in n for n in names):
@@ -332,7 +332,7 @@ def _infer_schema(stream: IO[bytes], file: str) -> pa.Schema:
         chunk = next(_records(stream, file, first, None, _delimiter(file)), (b"", None))[0]
         if chunk:
             texts = _parse_csv(chunk, file, header, header)
-            fields = {name: _text_type(_text_array(texts[name])) for name in header}
+            fields = {name: _text_type(text_array(texts[name])) for name in header}
     return pa.schema(list(fields.items()))
 
 
@@ -351,7 +351,7 @@ def _loads(line: bytes) -> Any:
         try:
             return json.loads(line)
         except UnicodeDecodeError:
-            return json.loads(_decoded(line))
+            return json.loads(decoded(line))
     except (ValueError, RecursionError):
         return None
 
@@ -396,7 +396,7 @@ def _wrong_type(file: str, column: str, kind: pa.DataType, why: str) -> ConfigEr
 
 
 def _conform(found: dict[str, Any], columns: Columns, file: str) -> pa.RecordBatch:
-    """The columns in their types, all text valid UTF-8 (see `_decoded` for what is not)."""
+    """The columns in their types, all text valid UTF-8 (see `decoded` for what is not)."""
     arrays: list[pa.Array] = []
     for source, _, kind in columns:
         if source is None:
@@ -407,7 +407,7 @@ def _conform(found: dict[str, Any], columns: Columns, file: str) -> pa.RecordBat
             array = array.dictionary_decode()
         try:
             if pa.types.is_string(kind):
-                arrays.append(_text_array(array))
+                arrays.append(text_array(array))
             else:
                 arrays.append(array.cast(kind))
         except pa.ArrowException as e:
@@ -415,22 +415,24 @@ def _conform(found: dict[str, Any], columns: Columns, file: str) -> pa.RecordBat
     return pa.RecordBatch.from_arrays(arrays, schema=schema_of(columns))
 
 
-def _text_array(array: pa.Array) -> pa.Array:
+def text_array(array: pa.Array) -> pa.Array:
+    """An array as text, all of it valid UTF-8 (see `decoded` for what is not)."""
     if pa.types.is_nested(array.type):
-        return pa.array([None if v is None else _as_text(v) for v in array.to_pylist()], pa.string())
+        return pa.array([None if v is None else as_text(v) for v in array.to_pylist()], pa.string())
     if pa.types.is_large_string(array.type) or pa.types.is_string(array.type):
         array = array.cast(pa.large_binary() if pa.types.is_large_string(array.type) else pa.binary())
     try:
         return array.cast(pa.string())  # from binary this checks the encoding
     except pa.ArrowInvalid:
-        return pa.array([None if v is None else _as_text(v) for v in array.to_pylist()], pa.string())
+        return pa.array([None if v is None else as_text(v) for v in array.to_pylist()], pa.string())
 
 
-def _decoded(value: bytes) -> str:
+def decoded(value: bytes) -> str:
     """UTF-8; what has none of it beyond ASCII is taken for Windows-1252, as browsers do (it covers Latin-1)."""
     text = value.decode("utf-8", "replace")
     return text if any(c > "\x7f" and c != "\ufffd" for c in text) else value.decode("cp1252", "replace")
 
 
-def _as_text(value: Any) -> str:
-    return _decoded(value) if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False, default=str)
+def as_text(value: Any) -> str:
+    """A value as text: bytes as what they stand for, anything else as JSON."""
+    return decoded(value) if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False, default=str)

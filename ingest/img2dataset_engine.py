@@ -1,4 +1,4 @@
-"""`engine: img2dataset`: img2dataset's own fetching and resizing, for those who want its exact pictures.
+"""`engine: img2dataset`: img2dataset's own fetching and resizing, for those who want its exact images.
 
 It runs shard by shard in a process of its own (this file as a script), since it prints, leaks and may
 hang; what it leaves is read back, checked row by row and packed and committed like what we make. Its
@@ -33,9 +33,9 @@ from ingest.config import IngestConfig
 from ingest.errors import Rejected
 from ingest.optout import product_name, robots_refusal, tdm_refusal
 from ingest.pixels import EncodedImage, hashes
+from ingest.pool import Outcome
 from ingest.takedown import TakenDown
 from ingest.urls import parse_url
-from ingest.work import Outcome
 from shards.settings import ConfigError, StageError
 
 _DISALLOWED = "Use of image disallowed by X-Robots-Tag directive"  # its downloader.py
@@ -106,7 +106,7 @@ class Img2datasetPool:
             raise StageError(f"img2dataset ended with {code}: {last[0][:300]}")
 
     def _read(self, folder: Path, count: int) -> list[Outcome]:
-        """What became of each row, in order; raises StageError where a row is missing or its picture is not whole."""
+        """What became of each row, in order; raises StageError where a row is missing or its image is not whole."""
         try:
             rows = pq.read_table(folder / "out" / "00000.parquet").to_pylist()
             with tarfile.open(folder / "out" / "00000.tar") as tar:
@@ -128,9 +128,9 @@ class Img2datasetPool:
                 with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
                     size, rgb = image.size, np.asarray(image.convert("RGB"))
             except Exception as e:
-                raise StageError(f"img2dataset stored a picture that cannot be decoded ({type(e).__name__})") from None
+                raise StageError(f"img2dataset stored an image that cannot be decoded ({type(e).__name__})") from None
             if size != (row["width"], row["height"]):
-                raise StageError(f"img2dataset stored a picture of {size}, its parquet says otherwise")
+                raise StageError(f"img2dataset stored an image of {size}, its parquet says otherwise")
             sizes = (row["width"], row["height"], row["original_width"], row["original_height"])
             encoded = EncodedImage(data, self.config.encode_format, *sizes, row["exif"] or "{}", *hashes(rgb))
             return Outcome("success", None, None, encoded, row["sha256"], len(data), 1)

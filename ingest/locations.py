@@ -40,7 +40,7 @@ def is_web(url: str) -> bool:
 
 def member(tar: str, name: str, offset: int, size: int) -> str:
     """The location of a member of a tar. offset, size: of its data, in bytes."""
-    return f"{tar}#member={quote(name, safe='')}&offset={offset}&size={size}"
+    return f"{tar}#member={quote(name, safe='', errors='replace')}&offset={offset}&size={size}"
 
 
 def value(file: str, column: str, row: int) -> str:
@@ -82,15 +82,17 @@ class Below:
                 self._remote.append(fs.unstrip_protocol(path).rstrip("/"))
 
     def require(self, url: str) -> None:
-        """Raise Rejected where a file lies elsewhere, or a link on its way leads elsewhere."""
+        """Raise Rejected unless a file lies there."""
+        if not self.holds(url):
+            raise Rejected("place_refused")
+
+    def holds(self, url: str) -> bool:
+        """Whether a file lies there, and no link on its way leads elsewhere."""
         scheme = _SCHEME.match(url)
         if scheme is None or scheme[1].lower() in ("file", "local"):
             path = os.path.realpath(url.partition("://")[2] if scheme else url)
-            inside = any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._local)
-        else:
-            inside = "/../" not in url and any(url == r or url.startswith(r + "/") for r in self._remote)
-        if not inside:
-            raise Rejected("place_refused")
+            return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._local)
+        return "/../" not in url and any(url == r or url.startswith(r + "/") for r in self._remote)
 
 
 class Reader:
@@ -106,6 +108,8 @@ class Reader:
         if not text:
             raise Rejected("source_missing")
         location = Location.parse(text)
+        if location.file.startswith("file://") and not os.path.exists(location.file.removeprefix("file://")):
+            location = dataclasses.replace(location, file=unquote(location.file))  # as RFC 8089 writes a blank
         self.below.require(location.file)
         try:
             data = self._value(location) if location.column is not None else self._bytes(location)
@@ -180,16 +184,21 @@ class _Values:
         if self._stream is None or row < self._next or row >= self._next + 4096:
             group = next(g for g in range(len(self._begins) - 1) if row < self._begins[g + 1])
             self._next = self._begins[group]
-            groups = range(group, len(self._begins) - 1)
-            self._stream = self._reader.iter_batches(_BATCH, groups, [self.column], use_threads=False)
-        for batch in self._stream:
+            # No batch is of two row groups, so that damage in one takes nothing of the other.
+            self._stream = (
+                batch
+                for g in range(group, len(self._begins) - 1)
+                for batch in self._reader.iter_batches(_BATCH, [g], [self.column], use_threads=False)
+            )
+        stream, self._stream = self._stream, None  # one that ends by damage gives nothing any more
+        for batch in stream:
             first, self._next = self._next, self._next + batch.num_rows
             self._batches[first] = batch.column(0)
             while len(self._batches) > _KEPT:
                 self._batches.pop(next(iter(self._batches)))
             if first <= row < self._next:
+                self._stream = stream
                 return image_bytes(batch.column(0)[row - first].as_py())
-        self._stream = None
         raise Rejected("source_missing")
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a server says about the use of a picture: X-Robots-Tag, the TDM reservation header, robots.txt.
+"""What a server says about the use of an image: X-Robots-Tag, the TDM reservation header, robots.txt.
 
 X-Robots-Tag (developers.google.com/search/docs/crawling-indexing/robots-meta-tag): any number of headers,
 each a list of directives, any of which may be preceded by the name of the crawler that it and those after

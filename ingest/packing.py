@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from ingest import tables
 from ingest.config import IngestConfig
 from ingest.digests import DIGESTS, of_texts
-from ingest.work import Outcome
+from ingest.pool import Outcome
 from shards.images import pack_tar
 from shards.layout import sample_key
 from shards.settings import ConfigError
@@ -85,13 +85,14 @@ class Sidecar:
         columns["caption_raw"] = self.columns["caption_raw"]
         for name in ("pixel_hash", "phash"):
             columns[name] = [getattr(o.image, name) if o.image else None for o in outcomes]
-        offsets, sizes, extensions = ([None] * len(outcomes) for _ in range(3))
+        offsets: list[int | None] = [None] * len(outcomes)
+        sizes, extensions = offsets.copy(), [o.lies.extension if o.lies else None for o in outcomes]
         for (i, image), extent in zip(live, extents, strict=True):
-            offsets[i], sizes[i] = extent[image.extension]  # type: ignore[call-overload]
-            extensions[i] = image.extension  # type: ignore[call-overload]
+            offsets[i], sizes[i] = extent[image.extension]
+            extensions[i] = image.extension
         for i, o in enumerate(outcomes):
             if o.lies is not None:
-                offsets[i], sizes[i], extensions[i] = o.lies.offset, o.lies.size, o.lies.extension  # type: ignore[call-overload]
+                offsets[i], sizes[i] = o.lies.offset, o.lies.size
         if adopted:
             columns["image_file"] = [o.lies.image_file if o.lies else None for o in outcomes]
         columns |= {"image_offset": offsets, "image_size": sizes, "image_ext": extensions}

@@ -1,4 +1,4 @@
-"""From fetched bytes to the stored picture: judged by its header, decoded, upright, sRGB, resized, encoded.
+"""From fetched bytes to the stored image: judged by its header, decoded, upright, sRGB, resized, encoded.
 
 Dimensions are read from the header and checked before a decoder allocates anything. What comes out has
 always three channels of 8 bits: EXIF orientation applied, ICC profiles and CMYK taken to sRGB, 16 bits
@@ -32,6 +32,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from ingest.config import Animations, EncodeFormat, Filter, Reencode, ResizeMode
 from ingest.errors import Rejected
+from ingest.headers import JPEG_SCAN, PNG, header_size, jpeg_header
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # what shards may hold
@@ -41,25 +42,24 @@ _QUICK_FILTERS: dict[Filter, fir.FilterType] = {
     "bicubic": fir.FilterType.catmull_rom,
 }
 _MARGIN: dict[Filter, float] = {"lanczos": 2.0, "bicubic": 4 / 3}  # how much larger a JPEG is decoded at least
-_MAY_MOVE = ("GIF", "PNG", "WEBP", "AVIF")  # the further pages of a TIFF or MPO are other pictures
+_MAY_MOVE = ("GIF", "PNG", "WEBP", "AVIF")  # the further pages of a TIFF or MPO are other images
 LARGEST_PROFILE = 4 << 20
 LARGEST_JPEG = 1 << 29  # pixels that simplejpeg can count the bytes of
-# What is decoded on the event loop: 20 ms at most, by the file, the picture in it, and what is in front of the picture.
+# What is decoded on the event loop: 20 ms at most, by the file, the image in it, and what is in front of the image.
 QUICK_BYTES, QUICK_PIXELS, QUICK_WORK, QUICK_BEFORE = 2 << 20, 1 << 20, 1 << 21, 1 << 16
-QUICK_STORED, LIGHT_STORED = 1 << 19, 1 << 21  # pixels of the picture that is stored
+QUICK_STORED, LIGHT_STORED = 1 << 19, 1 << 21  # pixels of the image that is stored
 LONGEST_SIDE: dict[EncodeFormat, int] = {"jpg": 65_500, "webp": 16_383, "png": (1 << 31) - 1}  # that a file can hold
 SMALL = 1 << 14  # pixels up to which Pillow resizes: a third of a millisecond at most
 
-MOST_SCANS = 500  # of a JPEG: each goes over the whole picture, and may take a hundred bytes
+MOST_SCANS = 500  # of a JPEG: each goes over the whole image, and may take a hundred bytes
 MOST_WORK = 1_500_000_000  # pixels times scans: some two seconds
 _BAND = 1 << 20  # pixels that are brought to RGB at a time
-_JPEG_SCAN = b"\xff\xda"
 _JPEG_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 _JPEG_END = b"\xff\xd9"
-# libjpeg's words for picture data that is missing or senseless. It goes on with grey, and Pillow with it.
+# libjpeg's words for image data that is missing or senseless. It goes on with grey, and Pillow with it.
 _JPEG_LOSSES = ("remature end", "bad Huffman code", "bad arithmetic code", "instead of RST")
 
-# Pillow's remarks on large or odd pictures; what is wrong with a picture is judged here. (At import, since the
+# Pillow's remarks on large or odd images; what is wrong with an image is judged here. (At import, since the
 # filters are the whole process's: to set them for a call would not be safe in several threads.)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -69,7 +69,7 @@ _OPENABLE = tuple(f for f in FORMATS if f in Image.OPEN)
 
 @dataclasses.dataclass(frozen=True)
 class PixelSettings:
-    """How pictures are stored; see IngestConfig for the fields."""
+    """How images are stored; see IngestConfig for the fields."""
 
     image_size: int
     resize_mode: ResizeMode
@@ -85,7 +85,7 @@ class PixelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImage:
-    """A stored picture. Sizes in pixels; the original ones as seen upright. exif: JSON of its plain tags.
+    """A stored image. Sizes in pixels; the original ones as seen upright. exif: JSON of its plain tags.
 
     pixel_hash: XXH3 (128 bits) of width, height and RGB bytes before encoding. phash: see `perceptual_hash`.
     """
@@ -102,7 +102,7 @@ class EncodedImage:
 
 
 class Decoded(NamedTuple):
-    """An upright RGB picture, uint8 [H,W,3], its EXIF as JSON, its upright size (width, height) as fetched.
+    """An upright RGB image, uint8 [H,W,3], its EXIF as JSON, its upright size (width, height) as fetched.
 
     kept_as: the extension under which the fetched bytes can be stored as they are, None where the pixels
     had to be changed to be upright sRGB.
@@ -115,7 +115,7 @@ class Decoded(NamedTuple):
 
 
 def process(data: bytes, settings: PixelSettings) -> EncodedImage:
-    """Fetched bytes to a Picture; raises Rejected (not_an_image, image_*, animation_refused)."""
+    """Fetched bytes to an Image; raises Rejected (not_an_image, image_*, animation_refused)."""
     decoded = decode(data, settings)
     pixels = resize(decoded.pixels, settings)
     height, width = pixels.shape[:2]
@@ -128,7 +128,7 @@ def process(data: bytes, settings: PixelSettings) -> EncodedImage:
 
 
 def hashes(pixels: np.ndarray) -> tuple[str, str]:
-    """pixel_hash and phash of an RGB picture, uint8 [H,W,3]."""
+    """pixel_hash and phash of an RGB image, uint8 [H,W,3]."""
     digest = xxhash.xxh3_128(struct.pack("<II", pixels.shape[1], pixels.shape[0]))
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest(), perceptual_hash(Image.fromarray(pixels))
@@ -144,7 +144,7 @@ def decode(data: bytes, settings: PixelSettings) -> Decoded:
     except Rejected as e:
         rejected = e
     # What browsers show: a PNG with damaged or overlong texts, or with such a profile, is whole all the same.
-    if data.startswith(_PNG) and rejected.code in ("not_an_image", "image_corrupt"):
+    if data.startswith(PNG) and rejected.code in ("not_an_image", "image_corrupt"):
         for kept in (_PNG_RENDERED | {b"iCCP"}, _PNG_RENDERED):
             with contextlib.suppress(Rejected):
                 return _decode(_png_chunks(data, kept), settings)._replace(kept_as=None)
@@ -198,7 +198,7 @@ def _decode(data: bytes, settings: PixelSettings) -> Decoded:
     except Exception as e:  # decoders of hostile bytes raise anything: struct.error, SyntaxError, KeyError, ...
         if "truncated" in str(e).lower() or isinstance(e, EOFError):
             raise Rejected("image_truncated") from None
-        raise Rejected("image_corrupt", f"the picture cannot be decoded ({type(e).__name__})") from None
+        raise Rejected("image_corrupt", f"the image cannot be decoded ({type(e).__name__})") from None
     if orientation in _TURNS:
         pixels = np.ascontiguousarray(_TURNS[orientation](pixels))
     return Decoded(pixels, tags, (original[1], original[0]) if orientation in (5, 6, 7, 8) else original, kept_as)
@@ -207,7 +207,7 @@ def _decode(data: bytes, settings: PixelSettings) -> Decoded:
 def _jpeg_pixels(data: bytes, image: Image.Image, settings: PixelSettings) -> np.ndarray | None:
     """A faultless grey or colour JPEG as RGB, uint8 [H,W,3]; None for all others, which Pillow decodes and judges.
 
-    libjpeg decodes at a half, quarter or eighth where the picture stays larger than what is stored by the
+    libjpeg decodes at a half, quarter or eighth where the image stays larger than what is stored by the
     filter's margin, so that the filter still has what it needs; the DCT does the rest of the averaging.
     """
     if image.format not in ("JPEG", "MPO") or math.prod(image.size) > LARGEST_JPEG:
@@ -244,9 +244,7 @@ def _kept_as(image: Image.Image, data: bytes, orientation: int, profile: bytes |
         return None
     if getattr(image, "is_animated", False) or (image.format == "PNG" and data[24:25] != b"\x08"):
         return None
-    if image.format == "JPEG" and data.rfind(_JPEG_END) < data.rfind(
-        _JPEG_SCAN
-    ):  # without an end; not all readers cope
+    if image.format == "JPEG" and data.rfind(_JPEG_END) < data.rfind(JPEG_SCAN):  # without an end; not all readers cope
         return None
     return None if _changes(profile, image.mode) else extension
 
@@ -256,11 +254,11 @@ _DCT = np.rint(2**14 * np.cos(np.pi * np.outer(np.arange(8), 2 * np.arange(32) +
 
 
 def perceptual_hash(image: Image.Image) -> str:
-    """64 bits as 16 hex digits that differ in few places between pictures that look alike.
+    """64 bits as 16 hex digits that differ in few places between images that look alike.
 
     pHash as the imagehash library has it (and COYO's image_phash): grey, 32x32 by Lanczos, the 8x8 lowest
     coefficients of the DCT, each compared with their median. (C. Zauner, "Implementation and benchmarking
-    of perceptual image hash functions", 2010.) Large pictures are averaged down to 64 pixels and more
+    of perceptual image hash functions", 2010.) Large images are averaged down to 64 pixels and more
     before, which is quicker and may turn a few bits.
     """
     grey = image.convert("L")
@@ -272,7 +270,6 @@ def perceptual_hash(image: Image.Image) -> str:
     return np.packbits(2 * low > lower + upper).tobytes().hex()
 
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_RENDERED = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf"}
 
 
@@ -287,90 +284,8 @@ def _png_chunks(data: bytes, kept: set[bytes]) -> bytes:
     return b"".join(parts)
 
 
-class JpegHeader(NamedTuple):
-    """What a JPEG says before its picture. frame: the marker's second byte, 0xC0 and 0xC1 for baseline.
-
-    before: bytes in front of the frame (profiles, EXIF, thumbnails). scans: at most; a picture without any has 0.
-    """
-
-    width: int
-    height: int
-    components: int
-    frame: int
-    before: int
-    scans: int
-
-
-def jpeg_header(data: bytes) -> JpegHeader | None:
-    """The frame header (SOF) of a JPEG; None for what is none, or has no frame where decoders look for it."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    at = 2
-    while at + 9 < len(data):
-        if data[at] != 0xFF:  # bytes between segments: decoders go on to the next marker
-            at = data.find(b"\xff", at)
-            if at < 0:
-                return None
-            continue
-        kind = data[at + 1]
-        if kind in (0x00, 0x01, 0xFF) or 0xD0 <= kind <= 0xD8:
-            at += 1 if kind == 0xFF else 2
-            continue
-        if kind in (0xD9, 0xDA):
-            return None
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            height, width, components = struct.unpack_from(">HHB", data, at + 5)
-            return JpegHeader(width, height, components, kind, at, _scans(data, at, kind, components))
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return None
-
-
-def _scans(data: bytes, frame: int, kind: int, components: int) -> int:
-    """At most how many scans follow a frame. A baseline one whose first has all components has no other."""
-    at = frame
-    while kind in (0xC0, 0xC1) and at + 5 < len(data) and data[at] == 0xFF:
-        if data[at + 1] == 0xDA:
-            if data[at + 4] == components:
-                return 1  # libjpeg ends at a second one
-            break
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return data.count(_JPEG_SCAN, frame)
-
-
-def header_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height from the header of a JPEG, PNG, WebP, GIF or BMP; None for what is none of these.
-
-    TIFF and AVIF are Pillow's to open, which reads their headers alone. Its WebP reader allocates the canvas as
-    soon as it opens a file. A GIF's first frame may be larger than its header says; Pillow tells that.
-    """
-    jpeg = jpeg_header(data)
-    if jpeg is not None:
-        return jpeg.width, jpeg.height
-    if data.startswith(_PNG) and data[12:16] == b"IHDR" and len(data) >= 24:
-        return struct.unpack(">II", data[16:24])
-    if data[:6] in (b"GIF87a", b"GIF89a") and len(data) >= 10:
-        return struct.unpack("<HH", data[6:10])
-    if data[:2] == b"BM" and len(data) >= 26:
-        if int.from_bytes(data[14:18], "little") == 12:  # OS/2
-            return struct.unpack("<HH", data[18:22])
-        width, height = struct.unpack("<ii", data[18:26])
-        return abs(width), abs(height)  # from below, or from above
-    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
-        return None
-    kind = data[12:16]
-    if kind == b"VP8X":  # 24-bit width and height, each less one
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if kind == b"VP8 ":
-        width, height = struct.unpack("<HH", data[26:30])
-        return width & 0x3FFF, height & 0x3FFF
-    if kind == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    return None
-
-
 def is_quick(data: bytes, settings: PixelSettings | None = None) -> bool:
-    """Whether `process` takes some milliseconds: a small JPEG, a small picture in it, and a small one out of it.
+    """Whether `process` takes some milliseconds: a small JPEG, a small image in it, and a small one out of it.
 
     Without settings it is only said of the decoding.
     """
@@ -392,7 +307,7 @@ def is_quick(data: bytes, settings: PixelSettings | None = None) -> bool:
 
 
 def is_light(data: bytes, settings: PixelSettings) -> bool:
-    """Whether a thread may decode a picture beside the event loop: no step of it holds the interpreter for long."""
+    """Whether a thread may decode an image beside the event loop: no step of it holds the interpreter for long."""
     jpeg = jpeg_header(data)
     if jpeg is None or jpeg.frame > 0xC2 or jpeg.components not in (1, 3) or jpeg.before > QUICK_BEFORE:
         return False
@@ -400,7 +315,7 @@ def is_light(data: bytes, settings: PixelSettings) -> bool:
 
 
 def _check_tiles(image: Image.Image, max_pixels: int) -> None:
-    """Refuse a TIFF whose tiles or strips are larger than any picture may be: a decoder allocates one whole."""
+    """Refuse a TIFF whose tiles or strips are larger than any image may be: a decoder allocates one whole."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     wide, high = int(tags.get(322, 0) or 0), int(tags.get(323, 0) or 0)
     if wide * high > max(max_pixels, 1 << 20) or int(tags.get(277, 1) or 1) > 8:
@@ -417,7 +332,7 @@ def _mend_colour_key(image: Image.Image, bits: int) -> None:
 
 
 def _rgb_pixels(image: Image.Image, background: tuple[int, int, int], profile: bytes | None) -> np.ndarray:
-    """`to_rgb`, uint8 [H,W,3], band by band: the steps of a large picture would take several times its memory."""
+    """`to_rgb`, uint8 [H,W,3], band by band: the steps of a large image would take several times its memory."""
     width, height = image.size
     rows = max(1, _BAND // max(width, 1))
     if rows >= height:
@@ -458,7 +373,7 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int], profile: bytes 
 
 
 def target_size(width: int, height: int, settings: PixelSettings) -> tuple[int, int]:
-    """The size to which a picture is scaled, before any crop or border; its own where it stays as it is.
+    """The size to which an image is scaled, before any crop or border; its own where it stays as it is.
 
     img2dataset's rules: center_crop and keep_ratio make the smaller side image_size, border and
     keep_ratio_largest the larger one.
@@ -476,7 +391,7 @@ def resize(pixels: np.ndarray, settings: PixelSettings) -> np.ndarray:
     """Scale uint8 [H,W,3] with a filter of the right support, then crop or pad as the mode says.
 
     Raises Rejected (image_too_large) where what is to be stored has more than max_pixels pixels, as of a
-    picture a pixel wide whose smaller side is to be enlarged.
+    image a pixel wide whose smaller side is to be enlarged.
     """
     wanted = settings.image_size
     had = (pixels.shape[1], pixels.shape[0])
@@ -504,7 +419,7 @@ def resize(pixels: np.ndarray, settings: PixelSettings) -> np.ndarray:
 
 
 def _scaled(pixels: np.ndarray, size: tuple[int, int], box: tuple[int, int, int, int], kernel: Filter) -> np.ndarray:
-    """The part `box` (left, top, right, bottom) of the picture scaled to `size` (width, height)."""
+    """The part `box` (left, top, right, bottom) of the image scaled to `size` (width, height)."""
     left, top, right, bottom = box
     part = (right - left, bottom - top)
     across, down = pixels.shape[1] / size[0], pixels.shape[0] / size[1]
@@ -535,7 +450,7 @@ _local = threading.local()
 
 
 def _resizer() -> fir.Resizer:
-    """A thread's own resizer: it keeps its buffers from picture to picture."""
+    """A thread's own resizer: it keeps its buffers from image to image."""
     found: fir.Resizer | None = getattr(_local, "resizer", None)
     if found is None:
         found = _local.resizer = fir.Resizer()
@@ -610,7 +525,7 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 def _exif(image: Image.Image) -> tuple[int, str]:
     """The orientation (1..8) and the plain tags as JSON; a damaged EXIF block counts as none.
 
-    No GPS position, no maker's notes, no comments: a data set for pictures has no use for these.
+    No GPS position, no maker's notes, no comments: a data set for images has no use for these.
     """
     try:
         exif = image.getexif()

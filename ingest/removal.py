@@ -2,7 +2,7 @@
 
 Rows are found by the 64-bit digests of the sidecars (a million URLs in about a millisecond a shard), hosts by their
 name in the URL's text, and then judged by the list itself. What is blanked keeps its digests and its place in the
-sidecar, so what it excluded as a duplicate stays excluded. Rows that never gave a picture stay as they are: no ingest
+sidecar, so what it excluded as a duplicate stays excluded. Rows that never gave an image stay as they are: no ingest
 fetches them again.
 """
 
@@ -40,7 +40,7 @@ _LOCATION = ("image_offset", "image_size", "image_ext", "image_file")
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A row that is listed. live: it has a picture. sha256: of a picture that is listed by its URL, so of its copies
+    """A row that is listed. live: it has an image. sha256: of an image that is listed by its URL, so of its copies
     too. by: the digests and hosts of the list that it was found by."""
 
     shard: int
@@ -159,7 +159,7 @@ def _judge(row: dict[str, Any], listed: TakenDown) -> tuple[frozenset[int | str]
 
 
 def take_out(root: str, hits: Iterable[Hit], parts: int, name: str = "") -> set[int]:
-    """Blank the pictures of these rows; returns the shards that changed. parts: of the list, for the shards' stats."""
+    """Blank the images of these rows; returns the shards that changed. parts: of the list, for the shards' stats."""
     by_shard: dict[int, list[Hit]] = {}
     for hit in hits:
         if hit.live:
@@ -175,7 +175,7 @@ def take_out(root: str, hits: Iterable[Hit], parts: int, name: str = "") -> set[
 
 
 def _edit(rows: Sequence[int], parts: int) -> Any:
-    """For shards.blank: sidecar and stats of a shard without the pictures of these rows."""
+    """For shards.blank: sidecar and stats of a shard without the images of these rows."""
     gone = set(rows)
 
     def edit(table: pa.Table, stats: dict[str, Any]) -> tuple[pa.Table, dict[str, Any]]:

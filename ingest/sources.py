@@ -10,6 +10,7 @@ make new shards and touch no old one, and a file that is gone is told of and not
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import functools
@@ -20,7 +21,7 @@ import logging
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Self
 
 import fsspec
 import numpy as np
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from ingest import locations
 from ingest.config import ColumnsConfig, SourceConfig
+from ingest.formats import as_text, decoded, kept_type, text_array
 from ingest.tables import CAPTION_NAMES, URL_NAMES
 from shards import storage
 from shards.plan import stamps
@@ -46,6 +48,7 @@ CAPTION_FILES = (".txt", ".caption", ".json")
 METADATA = re.compile(r"(?:\A|/)metadata\.(jsonl|csv|parquet)\Z", re.IGNORECASE)
 _TEXTS = ("txt", "caption", "json", "cls")  # a sample's members that say something of its image
 _LONGEST_TEXT = 1 << 20  # bytes of a caption file or member
+_LONGEST_HEADER = 1 << 20  # bytes of a tar's header that says more of the next member, which is read into memory
 _AHEAD = 32 << 10  # bytes of a tar in a store that are read at a time: headers, and the texts of a sample
 _PART_ROWS = 200_000
 _LOOKED_AT = 1000  # files of a folder that are looked at to tell what it is
@@ -136,7 +139,7 @@ def folder_of(table: str) -> str:
     """The folder below which everything lies that `table` names: itself, a file's own, or what stands before a glob."""
     fs, path = _open_fs(table)
     if _is_glob(fs, table, path):
-        path = path[: re.search(r"[*?\[]", path).start()].rpartition("/")[0] or "/"  # type: ignore[union-attr]
+        path = re.split(r"[*?\[]", path)[0].rpartition("/")[0] or "/"
     elif not fs.isdir(path):
         path = path.rpartition("/")[0]
     return str(fs.unstrip_protocol(path)) if "://" in table else path
@@ -161,6 +164,7 @@ class Listing:
         self.root = root
         self.parts = 0
         self.files: dict[str, str] = {}  # tars and tables that are listed, with their stamps
+        self.bare: set[str] = set()  # those that gave no row: half copied, perhaps, so they are looked at once more
         self.hashes: list[np.ndarray] = []  # of the locations of single files, uint64
         self.schema: pa.Schema | None = None
         names = {n for n in storage.list_names(root) if n.endswith(".parquet")}
@@ -168,7 +172,9 @@ class Listing:
             url = storage.join(root, f"{self.parts:05d}.parquet")
             table = storage.read_parquet(url, ["place", "single"])
             said = json.loads((table.schema.metadata or {}).get(b"carrara", b"{}"))
-            self.files |= said.get("files", {})
+            files = said.get("files", {})
+            self.files |= files
+            self.bare = self.bare - files.keys() | set(said.get("bare", ()))
             single = table.filter(table["single"])["place"].to_pylist()
             self.hashes.append(_hashes(single))
             if self.schema is None:
@@ -180,9 +186,16 @@ class Listing:
         """Hashes of all single files that are listed, sorted."""
         return np.unique(np.concatenate(self.hashes)) if self.hashes else np.zeros(0, np.uint64)
 
-    def add(self, rows: Sequence[Row], files: Mapping[str, str], single: bool, wanted: Wanted) -> None:
-        """Create the next part; raises StageError where another process was faster."""
-        if not rows and not files:
+    def unlisted(self, files: Sequence[str]) -> list[str]:
+        """Which of these tars or tables are to be looked through: new ones, and such that gave no row and changed."""
+        bare = stamps([f for f in files if f in self.bare])
+        return [f for f in files if f not in self.files or bare.get(f, self.files[f]) != self.files[f]]
+
+    def add(
+        self, rows: Sequence[Row], files: Mapping[str, str], single: bool, wanted: Wanted, bare: Sequence[str] = ()
+    ) -> None:
+        """Create the next part; raises StageError where another process was faster. bare: files without a row."""
+        if not rows and not (files and self.parts):
             return
         schema = self.schema or _schema(rows, wanted)
         columns: dict[str, Any] = {}
@@ -191,7 +204,7 @@ class Listing:
             columns[field.name] = _as(values, field.type)
         table = pa.table(columns, schema)
         sink = io.BytesIO()
-        said = {b"carrara": json.dumps({"files": dict(files)}).encode()}
+        said = {b"carrara": json.dumps({"files": dict(files), "bare": list(bare)}).encode()}
         pq.write_table(table.replace_schema_metadata(said), sink, compression="zstd")
         if not storage.create(storage.join(self.root, f"{self.parts:05d}.parquet"), sink.getvalue()):
             raise StageError(f"{self.root}: another job has listed at this moment; run the same command again")
@@ -227,17 +240,22 @@ def _as(values: list[Any], kind: pa.DataType) -> pa.Array:
     """Values as one type; those that are of another one are null, or their text where the column is of text."""
     fitting: list[Any] = []
     for v in values:
-        if v is None:
-            fitting.append(None)
-        elif pa.types.is_string(kind):
-            fitting.append(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False))
-        elif pa.types.is_list(kind) or pa.types.is_boolean(kind):
-            fitting.append(v)
-        elif isinstance(v, (int, float)) and not isinstance(v, bool):
+        if pa.types.is_string(kind):
+            fitting.append(None if v is None else _legal(v if isinstance(v, str) else as_text(v)))
+        elif pa.types.is_list(kind):
+            fitting.append([_legal(text) for text in v])
+        elif isinstance(v, bool) or pa.types.is_boolean(kind):
+            fitting.append(v if isinstance(v, bool) and pa.types.is_boolean(kind) else None)
+        elif isinstance(v, (int, float)) and abs(v) < 2**63:
             fitting.append(float(v) if pa.types.is_floating(kind) else int(v) if float(v).is_integer() else None)
         else:
             fitting.append(None)
     return pa.array(fitting, kind)
+
+
+def _legal(text: str) -> str:
+    """Without half characters, which JSON and the names of files may have and tables may not."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def refresh(root: str, table: str, kind: Kind, wanted: Wanted, progress: str = "") -> list[str]:
@@ -250,7 +268,7 @@ def refresh(root: str, table: str, kind: Kind, wanted: Wanted, progress: str = "
     with tqdm(desc=progress, unit=" images", disable=None if progress else True) as bar:
         said = list_new(listing, table, wanted, bar.update)
     if not listing.parts:
-        raise ConfigError(f"ingest.table: there are no images in '{table}'")
+        raise ConfigError(f"ingest.table: there are no images in '{table}'{''.join(f'; {why}' for why in said[:3])}")
     return said
 
 
@@ -261,7 +279,7 @@ def is_listed(root: str, table: str, kind: Kind) -> bool:
         return bool(np.isin(_hashes([url for url, _ in _images(table)[0]]), listing.known()).all()) and bool(
             listing.parts
         )
-    return set(_files(table, TARS if kind == "webdataset" else BINARY.pattern)) <= listing.files.keys()
+    return not listing.unlisted(_files(table, TARS if kind == "webdataset" else BINARY.pattern))
 
 
 OnListed = Callable[[int], Any]
@@ -277,7 +295,8 @@ def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> C
         files = _files(table, TARS if rows_of is _tar_rows else BINARY.pattern)
         marks = stamps(files)
         said = []
-        changed = [f for f in files if listing.files.get(f, marks[f]) != marks[f]]
+        unlisted = listing.unlisted(files)
+        changed = [f for f in files if f not in unlisted and listing.files[f] != marks[f]]
         if changed:
             said.append(
                 f"{_names(changed)}: written again since listed; the images that are stored stay, and nothing is "
@@ -288,9 +307,8 @@ def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> C
             said.append(f"{_names(gone)}: gone; the images that are stored stay")
         rows: list[Row] = []
         done: dict[str, str] = {}
-        for file in files:
-            if file in listing.files:
-                continue
+        bare: list[str] = []
+        for file in unlisted:
             count = 0
             for row in rows_of(file, wanted, said):
                 rows.append(row)
@@ -298,11 +316,12 @@ def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> C
                 on_listed(1)
             done[file] = marks[file]
             if not count:
+                bare.append(file)
                 said.append(f"{file}: no images in it")
             if len(rows) >= _PART_ROWS:
-                listing.add(rows, done, False, wanted)
-                rows, done = [], {}
-        listing.add(rows, done, False, wanted)
+                listing.add(rows, done, False, wanted, bare)
+                rows, done, bare = [], {}, []
+        listing.add(rows, done, False, wanted, bare)
         return said
 
     return list_new
@@ -376,10 +395,12 @@ def _members(stream: IO[bytes], file: str, said: list[str]) -> Iterator[tuple[st
     stream.seek(0)
     count = 0
     try:
-        with tarfile.open(fileobj=stream, mode="r:") as tar:
+        with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as tar:
             while (info := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # or every member of a large tar is kept
-                if info.offset_data + info.size > size:
+                if info.issparse():
+                    continue  # its bytes are not those of the file
+                if info.size < 0 or info.offset_data + info.size > size:
                     raise tarfile.ReadError("unexpected end of data")
                 if info.isreg():
                     count += 1
@@ -393,9 +414,20 @@ def _members(stream: IO[bytes], file: str, said: list[str]) -> Iterator[tuple[st
             stream.seek(tar.offset)
             if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError("what follows is no member")
-    except (tarfile.TarError, EOFError, ValueError) as e:
+    except (tarfile.TarError, EOFError, ValueError, RecursionError) as e:
         why = " ".join(str(e).split())[:120]
         said.append(f"{file}: damaged behind member {count} ({why}); those before it are taken")
+
+
+class _Header(tarfile.TarInfo):
+    """A header as tarfile reads it, but for sizes that would lead backwards or fill the memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if info.size < 0 or (info.type in b"LKxgX" and info.size > _LONGEST_HEADER):
+            raise tarfile.ReadError(f"a header that claims {info.size} bytes")
+        return info
 
 
 def _tar_row(file: str, sample: Mapping[str, Any], wanted: Wanted) -> Row:
@@ -444,23 +476,43 @@ def _table_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
         batches: Iterator[Any] = iter(table.select(columns).to_batches(4096)) if columns else iter(())
         empty = table.num_rows
     else:
-        batches = reader.iter_batches(4096, columns=columns, use_threads=False) if columns else iter(())
+        # Group by group, so that damage in one takes nothing of those before it.
+        groups = range(reader.num_row_groups) if columns else ()
+        batches = (b for g in groups for b in reader.iter_batches(4096, [g], columns, use_threads=False))
         empty = reader.metadata.num_rows
     if not columns:
         batches = iter([pa.RecordBatch.from_pydict({"": pa.nulls(empty)})])
-    number = 0
-    for batch in batches:
-        for facts in batch.to_pylist():
-            location = locations.value(file, image, number)
-            given_url = facts.get(url) if url else None
-            row: Row = {
-                "url": given_url if isinstance(given_url, str) and given_url else location,
-                "place": location,
-                "fault": None,
-                "caption": _texts(facts.get(caption)) if caption else [],
-            }
-            yield row | {name: facts.get(name) for name in wanted.columns}
-            number += 1
+    for number, facts in enumerate(_facts(batches, file, said)):
+        location = locations.value(file, image, number)
+        given_url = facts.get(url) if url else None
+        row: Row = {
+            "url": given_url if isinstance(given_url, str) and given_url else location,
+            "place": location,
+            "fault": None,
+            "caption": _texts(facts.get(caption)) if caption else [],
+        }
+        yield row | {name: facts.get(name) for name in wanted.columns}
+
+
+def _facts(batches: Iterator[Any], file: str, said: list[str]) -> Iterator[Row]:
+    """The rows of batches, up to any damage."""
+    count = 0
+    try:
+        for batch in batches:
+            columns = {name: _readable(batch.column(name)) for name in batch.schema.names}
+            for facts in pa.RecordBatch.from_pydict(columns).to_pylist():
+                yield facts
+                count += 1
+    except (pa.ArrowException, OSError, ValueError) as e:
+        said.append(f"{file}: damaged behind row {count} ({' '.join(str(e).split())[:120]}); those before it are taken")
+
+
+def _readable(array: pa.Array) -> pa.Array:
+    """As tables have it: what is no number is text, and bytes are text as well; lists stay."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    plain = pa.types.is_string(kept_type(array.type)) and not pa.types.is_nested(array.type)
+    return text_array(array) if plain else array
 
 
 def image_column(schema: pa.Schema, given: str | None) -> str | None:
@@ -507,7 +559,12 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, on_listed: OnList
             captions = [image.rpartition("/")[0].rpartition("/")[2].replace("_", " ")]
         bare += not captions
         rows.append(
-            {"url": url, "place": url, "fault": None, "caption": captions}
+            {
+                "url": url,
+                "place": url,
+                "fault": None if _legal(url) == url else "source_unreadable",
+                "caption": captions,
+            }
             | {name: facts.get(name) for name in wanted.columns}
         )
         on_listed(1)
@@ -525,9 +582,18 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, on_listed: OnList
 
 
 def _images(table: str) -> tuple[list[tuple[str, str]], list[str]]:
-    """(URL, path) of every image below a folder or behind a glob, in order; and the paths of all files."""
+    """(URL, path) of every image below a folder or behind a glob, in order; and the paths of all files.
+
+    A link to a text that lies elsewhere is none: a caption may come from outside. Of such images the row tells.
+    """
     fs, path = _open_fs(table)
-    found = sorted(fs.glob(path) if _is_glob(fs, table, path) else fs.find(path))
+    infos = fs.glob(path, detail=True) if _is_glob(fs, table, path) else fs.find(path, detail=True)
+    below = locations.Below([folder_of(table)])
+    found = sorted(
+        p
+        for p, info in infos.items()  # but for pipes
+        if info["type"] == "file" or (info.get("islink") and (IMAGES.search(p) or below.holds(p)))
+    )
     found = [p for p in found if not any(part.startswith(".") for part in p[len(path.rstrip("/")) :].split("/"))]
     images = [p for p in found if IMAGES.search(p)]
     return [(str(fs.unstrip_protocol(p)) if "://" in table else p, p) for p in images], found
@@ -537,13 +603,17 @@ def _beside(fs: Any, image: str, there: set[str], wanted: Wanted) -> tuple[list[
     """The captions in the files beside an image, and what else a .json there says."""
     stem = image.rpartition(".")[0]
     for suffix in CAPTION_FILES:
-        name = next((n for n in (stem + suffix, image + suffix) if n in there), None)
+        name = next((n for s in (suffix, suffix.upper()) for n in (stem + s, image + s) if n in there), None)
         if name is None:
             continue
-        if fs.size(name) > _LONGEST_TEXT:
-            log.warning("%s: larger than %d bytes, which no caption is; it is left out", name, _LONGEST_TEXT)
+        try:
+            if fs.size(name) > _LONGEST_TEXT:
+                log.warning("%s: larger than %d bytes, which no caption is; it is left out", name, _LONGEST_TEXT)
+                continue
+            data = fs.cat_file(name)
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as e:
+            log.warning("%s: cannot be read (%s); it is left out", name, type(e).__name__)
             continue
-        data = fs.cat_file(name)
         if suffix == ".json":
             facts = _json(data)
             if captions := _captions_in(facts, wanted.given.caption):
@@ -609,7 +679,10 @@ def _texts(value: Any) -> list[str]:
 
 
 def _text(data: bytes) -> str:
-    return data.decode("utf-8-sig", "replace").strip()
+    """Text in UTF-16 where its byte order mark stands first, as Windows writes it; else as in tables."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace").strip()
+    return decoded(data.removeprefix(codecs.BOM_UTF8)).strip()
 
 
 def _json(data: bytes | None) -> Row:

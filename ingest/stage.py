@@ -1,7 +1,7 @@
 """The ingest stage: tables of URLs and captions into image shards in img2dataset's layout.
 
 A task is one line of the dataset's plan (shards/plan.py): a range of the table's rows, or rows that older shards could
-not get (a retry). Its worker filters the rows, fetches the pictures, makes them alike and commits tar, sidecar and
+not get (a retry). Its worker filters the rows, fetches the images, makes them alike and commits tar, sidecar and
 stats. `finish` looks over the whole run: it takes out what was taken down, excludes duplicates and checks that every
 row of the table came to exactly one end. What is in a shard is in packing.py.
 """
@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -21,19 +18,18 @@ import numpy as np
 import pyarrow as pa
 
 from ingest import captions, filters, removal, sources, statistics, tables, takedown
-from ingest.config import ColumnsConfig, FilterConfig, IngestConfig
-from ingest.digests import has_digests
+from ingest.config import ColumnsConfig, IngestConfig
+from ingest.digests import with_flags
 from ingest.duplicates import Sidecars, find_duplicates
-from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE, Rejected
+from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE
 from ingest.hosts import Exchange
-from ingest.img2dataset_engine import Img2datasetPool
 from ingest.img2dataset_engine import require as require_img2dataset
-from ingest.locations import Below, Location
-from ingest.packing import kept_columns, new_sidecar, rows_again
+from ingest.packing import kept_columns
+from ingest.retries import Anew, Retry, Taken, retry_lines, taken_from
 from ingest.statistics import Lines, RunCounts
 from ingest.tables import HeldoutRule, Layout, TableSource
 from ingest.takedown import TakenDown
-from ingest.work import FetchPool, Lies, Outcome
+from ingest.worker import ADOPTED, IngestWorker
 from shards import plan, storage
 from shards.commit import Folder
 from shards.dataset import MANIFEST, Dataset, ShardInfo, amend_manifest, read_stats, read_stats_of, write_manifest
@@ -45,8 +41,8 @@ from shards.made_with import read_made_with
 from shards.plan import Each, Line
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
-from shards.stage import Task, open_folder, persist
-from shards.takeover import take_over_as_it_is
+from shards.stage import Task
+from shards.takeover import is_old, take_over_as_it_is
 
 log = logging.getLogger("carrara.ingest")
 
@@ -54,18 +50,8 @@ VERSION = 4
 # What may lie in a dataset's folder before it is begun: the other split's walk has planned this one too.
 BEFORE_ANY_SHARD = (plan.FOLDER,)
 
-# What the JSON beside an image that is adopted may say of it.
-ADOPTED = ("width", "height", "original_width", "original_height", "sha256")
 
 Split = Literal["train", "heldout"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Retry:
-    """The payload of a task that fetches rows again: (older shard, codes of the rows that are taken from it)."""
-
-    line: Line
-    of: tuple[tuple[int, tuple[str, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +109,14 @@ class IngestStage:
                 self._listing(), self._table(), self._kind(), self._wanted(), f"{self.name}: listing"
             ):
                 log.warning("%s: %s", self.name, sentence)
-        layout = self.layout()
+        self.layout()  # what does not fit is refused before a folder is set aside
         stages = [self]
         if self.config.heldout_fraction and self.split == "train":  # one walk plans both
             stages.append(dataclasses.replace(self, root=RunPaths(self.run).heldout, split="heldout"))
         for stage in stages:
             Folder.begin(stage.root, stage.made_with(), redo=redo, take_over=True, known=BEFORE_ANY_SHARD)
             stage._plan_what_is_there()
+        layout = self.layout()
         roots: dict[str, str] = {stage.split: stage.root for stage in stages}
         former = any(plan.read(root).has(plan.BEFORE) for root in roots.values())
         source = TableSource(layout, self.config.samples_per_shard, self.heldout_rule(layout), former)
@@ -195,16 +182,20 @@ class IngestStage:
         files: set[str] | None = None  # a finished dataset is looked through without its table
         there = listed(self.root)
         begun = set(there.committed.tolist()) | set(there.begun.tolist())
-        taken = _Taken()
+        taken = Taken()
+        retries = {line.shard: Retry(line, taken.open_codes(line)) for line in known.retries()}
+        taking = taken_from(retries)
         for line in known.lines():
-            if line.takes_over:
-                yield Task(line.shard, None, Retry(line, taken.open_codes(line)))
-            elif line.shard in begun:
-                yield Task(line.shard, None, line)
-            else:
+            payload = retries.get(line.shard, line)
+            if line.shard in begun:
+                yield Task(line.shard, None, payload)
+                continue
+            if not line.takes_over:
                 files = set(tables.list_files(self._rows())) if files is None else files
-                if line.file in files:
-                    yield Task(line.shard, None, line)
+                if line.file not in files:
+                    continue
+            by = tuple((retries[number], codes) for number, codes in sorted(taking.get(line.shard, {}).items()))
+            yield Task(line.shard, None, Anew(payload, by) if by else payload)
 
     def worker(self) -> IngestWorker:
         """A worker with its connections and threads; `close()` ends them, as the end of the process does."""
@@ -249,7 +240,7 @@ class IngestStage:
                 if index in changed:
                     s = read_stats(self.root, index) or s
                 taken = sum(s.get("takes_over", {}).values())
-                if s["rows"] != rows.get(index) and not (taken and s["rows"] == taken):
+                if s["rows"] != (taken if "takes_over" in s else rows.get(index)):
                     raise StageError(
                         f"{self.root}: shard {shard_name(index)} holds {s['rows']} rows where the plan has "
                         f"{rows.get(index, 'none')}; run the same command again"
@@ -285,7 +276,7 @@ class IngestStage:
         why = f" (most often: {most[0][0]}, {ERRORS[most[0][0]].meaning})" if most else ""
         advice = statistics.ADVICE.get(most[0][0]) if most else None
         what = advice or "see the sidecars for each row's error"
-        return f"{self.root}: none of {rows} rows gave a picture{why}; {what}"
+        return f"{self.root}: none of {rows} rows gave an image{why}; {what}"
 
     def _conclude(self, counts: RunCounts, digests: dict[int, bool]) -> tuple[str | None, dict[str, Any]]:
         """Find duplicates; returns the name of the file of exclusions and what stands in the manifest."""
@@ -416,7 +407,7 @@ class IngestStage:
         """Take what is listed out of the committed shards that were not looked through for it; under the lease.
 
         Returns how many parts of the list that was, the shards that changed, and those with listed rows, whenever these
-        were taken out. Pictures with the bytes of one that is listed by its URL or host are listed by these bytes
+        were taken out. Images with the bytes of one that is listed by its URL or host are listed by these bytes
         first, in a part of their own. looked: what was found before.
         """
         hits, parts = self.listed_rows(looked)
@@ -504,7 +495,9 @@ class IngestStage:
             wanted, given = [*wanted, sources.FAULT], ColumnsConfig()
             wanted += ADOPTED if self.config.source.adopt else ()
         captionless = self.config.empty_captions == "keep"
-        layout = tables.read_layout(self._rows(), given, wanted, statistics.LOOKED_AT, captionless)
+        # One walk plans both splits, by the columns of one file that was there from the beginning.
+        planned = plan.first_files(RunPaths(self.run).images if self.config.heldout_fraction else self.root)
+        layout = tables.read_layout(self._rows(), given, wanted, statistics.LOOKED_AT, captionless, planned)
         types = {}
         for f in self.config.filters:
             if f.column not in filters.DERIVED:
@@ -521,9 +514,18 @@ class IngestStage:
     def heldout_rule(self, layout: Layout) -> HeldoutRule | None:
         """Which rows of the table are held out; None where it is all of one split."""
         c = self.config
-        return (
-            HeldoutRule(c.heldout_fraction, self.seed, c.captions, layout.caption_lists) if c.heldout_fraction else None
-        )
+        if not c.heldout_fraction:
+            return None
+        return HeldoutRule(c.heldout_fraction, self.seed, c.captions, layout.caption_lists, self._hash())
+
+    def _hash(self) -> str:
+        """The hash by which captions are held out: that of the run where it is begun, since a number keeps its rows."""
+        paths = RunPaths(self.run)
+        for root in (self.root, paths.images, paths.heldout):
+            split = ((read_made_with(root) or {}).get("settings") or {}).get("split")
+            if split or is_old(root):
+                return str((split or {}).get("hash", "blake2b"))
+        return HeldoutRule.hash
 
     def _settings(self) -> dict[str, Any]:
         """What a shard's bytes depend on. Limits of time and concurrency are not among it, nor the table's path."""
@@ -549,6 +551,8 @@ class IngestStage:
         settings |= {"quality": c.quality, "max_bytes": c.fetch.max_bytes, "caption_steps_version": captions.VERSION}
         if c.heldout_fraction:
             settings["split"] = {"part": self.split, "heldout_fraction": c.heldout_fraction, "seed": self.seed}
+            if (hash := self._hash()) != "blake2b":  # which has no name, since there was no other
+                settings["split"]["hash"] = hash
         return settings
 
 
@@ -557,262 +561,8 @@ def _repeats(most: int) -> str:
     return f"more than {most} of one caption"
 
 
-class _Taken:
-    """Which rows have been taken over by the lines so far: by shard, the codes."""
-
-    def __init__(self) -> None:
-        self._codes: dict[int, frozenset[str]] = {}
-
-    def open_codes(self, line: Line) -> tuple[tuple[int, tuple[str, ...]], ...]:
-        """What a line takes that no earlier one took: (shard, codes). The lines come in the order of their numbers."""
-        found = []
-        for shard in line.takes_over:
-            found.append((shard, tuple(sorted(self.left(shard, line.codes)))))
-            self._codes[shard] = self._codes.get(shard, frozenset()) | frozenset(line.codes)
-        return tuple(found)
-
-    def left(self, shard: int, codes: Iterable[str]) -> frozenset[str]:
-        """Which of these codes nothing has taken of a shard yet."""
-        return frozenset(codes) - self._codes.get(shard, frozenset())
-
-
-def codes_to_retry(text: str) -> frozenset[str]:
-    """`transient`, or codes of ERRORS with commas between; raises ConfigError."""
-    if text == "transient":
-        return RETRYABLE
-    codes = frozenset(c.strip() for c in text.split(","))
-    for code in sorted(codes):
-        if code not in ERRORS or not ERRORS[code].status.startswith("failed"):
-            known = ", ".join(c for c, e in ERRORS.items() if e.status.startswith("failed"))
-            raise ConfigError(f"--retry '{code}': write transient, or some of {known}")
-    return codes
-
-
-def retry_lines(root: str, known: plan.Plan, codes: frozenset[str], full: int) -> tuple[list[Line], int]:
-    """Lines for the rows with these codes that no line has taken over yet, at most `full` rows each; and how many rows.
-
-    A line takes all such rows of some shards that follow each other, so what is open is told by the stats alone.
-    """
-    taken = _Taken()
-    for line in known.retries():
-        taken.open_codes(line)
-    number, total = known.next_number, 0
-    lines: list[Line] = []
-    shards: list[int] = []
-    rows = 0
-
-    def close() -> None:
-        nonlocal shards, rows
-        if shards:
-            lines.append(Line(number + len(lines), "", 0, 0, rows, bytes(16), "", tuple(shards), tuple(sorted(codes))))
-        shards, rows = [], 0
-
-    for index, stats in read_stats_of(root, known.shards.tolist()):
-        errors = (stats or {}).get("errors", {})
-        count = sum(errors.get(c, 0) for c in taken.left(index, codes))
-        if not count:
-            continue
-        if rows + count > full:
-            close()
-        shards.append(index)
-        rows, total = rows + count, total + count
-    close()
-    return lines, total
-
-
-def with_flags(root: str, shards: Sequence[int]) -> Iterator[tuple[int, bool]]:
-    """(shard, whether its sidecar holds digests) of committed shards; those of an earlier version have none."""
-    made_with = read_made_with(root) or {}
-    if "taken_over_from" not in made_with:
-        yield from ((i, True) for i in shards)
-        return
-    try:
-        manifest = Dataset.open(root).manifest
-    except StageError:
-        manifest = {}
-    old = set(manifest.get("without_digests", ()))
-    known = {s["index"] for s in manifest.get("shards", ())} if manifest.get("format_version") == 2 else set()
-    for index in shards:
-        yield index, index not in old if index in known else has_digests(root, index)
-
-
 def _stored(root: str, shards: Sequence[int]) -> tuple[int, int]:
-    """How many of these shards are committed or begun, and how many pictures they hold."""
+    """How many of these shards are committed or begun, and how many images they hold."""
     there = listed(root)
     begun = [i for i in shards if i in set(there.committed.tolist()) | set(there.begun.tolist())]
     return len(begun), sum(int((s or {}).get("count", 0)) for _, s in read_stats_of(root, begun))
-
-
-class IngestWorker:
-    """Makes shards, one at a time. Holds a process's connections, threads and open table file between shards."""
-
-    def __init__(self, stage: IngestStage) -> None:
-        self.stage = stage
-        self.folder = open_folder(stage)
-        self.layout = stage.layout()
-        self.rule = stage.heldout_rule(self.layout)
-        self.cursor = tables.Cursor()
-        self.taken_down = TakenDown.read(stage.run)
-        self.pool = make_pool(stage.config, self.taken_down, stage.hosts, stage.below())
-        self.below = Below(stage.below())
-        self._packed: tuple[int, dict[str, bytes], dict[str, Any]] | None = None
-
-    def __call__(self, task: Task) -> dict[str, Any]:
-        """Fetch a shard's rows and commit it; returns its committed stats."""
-        found = self.folder.adopt(task.index)
-        if found is not None:
-            return found
-        if takedown.length(self.stage.run) != self.taken_down.parts:
-            self.taken_down = self.pool.taken_down = TakenDown.read(self.stage.run)
-        files, stats = self._again(task) if isinstance(task.payload, Retry) else self._first(task)
-        stats |= {"digests": True, "list": self.taken_down.parts}
-        return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
-
-    def close(self) -> None:
-        """Close connections, threads and files."""
-        self.pool.close()
-        self.cursor.close()
-
-    def _first(self, task: Task) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """A shard of the table's rows."""
-        began, cpu, config = time.time(), _cpu_seconds(), self.stage.config
-        if task.payload.file == plan.BEFORE:
-            raise StageError(f"shard {shard_name(task.index)}: its rows are not in the table any more")
-        rows = tables.read_range(self.layout, task.payload, self.rule, self.stage.split, self.cursor)
-        raw = rows["caption"].to_pylist()
-        firsts = [tables.first_caption(t) for t in raw] if self.layout.caption_lists else raw
-        cleaned = [captions.clean(text or "", config.captions) for text in firsts]
-        outcomes = self._judge(rows, cleaned)
-        urls = rows["url"].to_pylist()
-        locations = rows[sources.LOCATION].to_pylist() if sources.LOCATION in rows.column_names else urls
-        if config.source.adopt:
-            done = [o or a for o, a in zip(outcomes, self._adopt(rows, locations, outcomes), strict=True)]
-        else:
-            done = self._fetch(task, locations, outcomes)
-        sidecar = new_sidecar(task.index, rows, self.layout, config, raw, cleaned, self.stage.kept())
-        files = sidecar.pack(done, config.source.adopt)
-        stats = statistics.of_shard(done, urls, began)
-        stats["cpu_seconds"] = round(_cpu_seconds() - cpu, 3)
-        stats["checks"] = statistics.checks(rows, self.layout, done, config.swapped_sizes)
-        return files, stats
-
-    def _adopt(self, rows: pa.Table, locations: Sequence[str], known: Sequence[Outcome | None]) -> Iterator[Outcome]:
-        """What becomes of images that stay where they are; nothing of them is read."""
-        facts = {name: rows[name].to_pylist() for name in ADOPTED if name in rows.column_names}
-        inside = ""  # the file that was last found to be below the folders: many images in a row are of one
-        for i, text in enumerate(locations):
-            if known[i] is not None:
-                yield known[i]  # type: ignore[misc]
-                continue
-            try:
-                location = Location.parse(text)
-                if location.file != inside:
-                    self.below.require(location.file)
-                    inside = location.file
-            except Rejected as e:
-                yield Outcome.of(e.code)
-                continue
-            said = {name: values[i] for name, values in facts.items()}
-            sha256 = said.pop("sha256", None)
-            sha256 = sha256 if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) else None
-            extension = text.partition("&offset=")[0].rpartition(".")[2].lower()
-            size = location.size or 0
-            if sha256 and self.taken_down.has_bytes(sha256):
-                yield Outcome.of("taken_down", sha256=sha256)
-            elif location.offset is None or size == 0:
-                yield Outcome.of("body_empty")
-            elif size > self.stage.config.fetch.max_bytes:
-                yield Outcome.of("body_too_large")
-            elif extension not in ("jpg", "jpeg", "png", "webp"):
-                yield Outcome.of("image_unsupported", f"a .{extension} cannot be adopted; ingest it without adopt")
-            else:
-                sides: dict[str, Any] = {
-                    n: int(v) if isinstance(v, int) and 0 < v < 1 << 20 else None for n, v in said.items()
-                }
-                lies = Lies(location.file, location.offset, size, extension, **sides)
-                yield Outcome("success", sha256=sha256, lies=lies)
-
-    def _again(self, task: Task) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """A shard of rows that older shards could not get, under their own keys."""
-        began, cpu = time.time(), _cpu_seconds()
-        parts, taken = [], Counter[str]()
-        for shard, codes in task.payload.of:
-            table = storage.read_parquet(storage.join(self.stage.root, shard_name(shard) + ".parquet"))
-            errors = table["error"].to_pylist()
-            chosen = [i for i, e in enumerate(errors) if e in codes]
-            taken.update(errors[i] for i in chosen)
-            parts.append(table.take(pa.array(chosen, pa.int64())))
-        if taken.total() != task.payload.line.rows:
-            raise StageError(
-                f"{self.stage.root}: shard {shard_name(task.index)} is to take {task.payload.line.rows} rows over, and "
-                f"the older shards have {taken.total()}; see `carrara verify`"
-            )
-        sidecar, urls = rows_again(parts)
-        outcomes: list[Outcome | None] = [
-            Outcome.of("taken_down") if self.taken_down.has_url(url or "") else None for url in urls
-        ]
-        done = self._fetch(task, sidecar.columns.get(sources.LOCATION, urls), outcomes)
-        files = sidecar.pack(done)
-        stats = statistics.of_shard(done, urls, began)
-        return files, stats | {
-            "cpu_seconds": round(_cpu_seconds() - cpu, 3),
-            "checks": {},
-            "takes_over": dict(sorted(taken.items())),
-        }
-
-    def _fetch(self, task: Task, urls: Sequence[str | None], outcomes: list[Outcome | None]) -> list[Outcome]:
-        """Fetch what is not decided yet; raises StageError unless every row came to an end."""
-        todo = {i: url or "" for i, url in enumerate(urls) if outcomes[i] is None}
-        for i, outcome in self.pool.fetch_all(todo).items():
-            outcomes[i] = outcome
-        done = [o for o in outcomes if o is not None]
-        if len(done) != len(urls):
-            raise StageError(f"shard {shard_name(task.index)}: {len(urls) - len(done)} rows came to no end")
-        return done
-
-    def _judge(self, rows: pa.Table, cleaned: list[str]) -> list[Outcome | None]:
-        """What is decided before anything is fetched; None for rows that are to be fetched."""
-        config = self.stage.config
-        verdicts = judge_rows(config, self.layout, rows, cleaned)
-        outcomes: list[Outcome | None] = []
-        none = [None] * rows.num_rows
-        faults = rows[sources.FAULT].to_pylist() if sources.FAULT in rows.column_names else none
-        for caption, url, verdict, fault in zip(cleaned, rows["url"].to_pylist(), verdicts, faults, strict=True):
-            if self.taken_down.has_url(url or ""):
-                outcomes.append(Outcome.of("taken_down"))
-            elif fault is not None:
-                outcomes.append(Outcome.of(fault))
-            elif not caption and config.empty_captions == "drop":
-                outcomes.append(Outcome.of("caption_empty"))
-            elif verdict is not None:
-                outcomes.append(Outcome.of("filtered_out", verdict.label))
-            else:
-                outcomes.append(None)
-        return outcomes
-
-
-def _cpu_seconds() -> float:
-    """What this process and its ended children have used."""
-    return sum(os.times()[:4])
-
-
-def judge_rows(
-    config: IngestConfig, layout: Layout, rows: pa.Table | pa.RecordBatch, cleaned: list[str]
-) -> list[FilterConfig | None]:
-    """The first filter that each row of the table fails; None for rows that pass. cleaned: their captions."""
-    other = {"width": "height", "height": "width"} if config.swapped_sizes else {}
-    names = {n: tables.resolve(layout, other.get(n.lower(), n)) for n in filters.needed_columns(config.filters)}
-    columns = {asked: rows.column(name).to_pylist() for asked, name in names.items() if name is not None}
-    for f in config.filters:
-        if f.column.lower() == "url":
-            columns[f.column] = rows.column("url").to_pylist()
-    return filters.judge(config.filters, columns, cleaned)
-
-
-def make_pool(
-    config: IngestConfig, taken_down: TakenDown, hosts: Exchange | None = None, below: Sequence[str] = ()
-) -> FetchPool | Img2datasetPool:
-    """What fetches: our own client, or img2dataset in a process of its own."""
-    if config.engine == "img2dataset":
-        return Img2datasetPool(config, taken_down)
-    return FetchPool(config, taken_down, hosts, below)

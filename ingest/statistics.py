@@ -18,11 +18,11 @@ import pyarrow as pa
 from ingest import tables
 from ingest.errors import ERRORS, RETRYABLE
 from ingest.filters import out_of_range
-from ingest.work import Outcome
+from ingest.pool import Outcome
 from shards import storage
 
 COUNTED = ("success", "failed_to_download", "failed_to_resize", "filtered", "opted_out")
-LOOKED_AT = ("width", "height")  # columns of the table that are compared with the pictures, where there are such
+LOOKED_AT = ("width", "height")  # columns of the table that are compared with the images, where there are such
 LINES = "statistics.jsonl"
 HOSTS_KEPT = 50
 _SIDES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -65,7 +65,7 @@ def counts_of(statuses: Sequence[str], errors: Sequence[str | None], messages: S
 
 
 def checks(rows: pa.Table, layout: tables.Layout, outcomes: Sequence[Outcome], swapped: bool) -> dict[str, int]:
-    """How often the table's claims are wrong: sizes against the pictures, similarities against their range."""
+    """How often the table's claims are wrong: sizes against the images, similarities against their range."""
     found: Counter[str] = Counter()
     for name in rows.column_names:
         if "similarity" in name.lower():
@@ -190,7 +190,7 @@ def summary(name: str, counts: dict[str, int], errors: Counter[str]) -> list[str
     """
     rows = max(counts["rows"], 1)
     failed = counts["failed_to_download"] + counts["failed_to_resize"]
-    parts = [f"{counts['success']:,} pictures ({100 * counts['success'] / rows:.1f} %)"]
+    parts = [f"{counts['success']:,} images ({100 * counts['success'] / rows:.1f} %)"]
     kinds = (("duplicates", "duplicate"), ("filtered", "filtered"), ("opted out", "opted_out"))
     parts += [f"{counts[key]:,} {word}" for word, key in kinds if counts[key]]
     parts += [f"{failed:,} failed"] if failed else []

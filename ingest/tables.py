@@ -11,10 +11,11 @@ edited table is seen. The worker reads that range again. Neither ever holds more
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import fsspec
 import numpy as np
@@ -37,10 +38,10 @@ _TEXT = re.compile(r"\.txt(\.gz)?\Z", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which columns are read, under which names and types they go on, from the first file of the table.
+    """Which columns are read, under which names and types they go on, from the first file that was planned.
 
     columns: (name in the table, name from here on, type), URL and caption first. looked_at: so many of the last ones
-    are merely compared with the pictures: they are no part of what a shard is made of. caption_lists: the caption
+    are merely compared with the images: they are no part of what a shard is made of. caption_lists: the caption
     column holds lists of captions, which go on as JSON text; the first of them is the caption.
     """
 
@@ -99,26 +100,33 @@ def _hidden(path: str) -> bool:
 
 
 def read_layout(
-    table: str, columns: ColumnsConfig, wanted: Sequence[str], welcome: Sequence[str] = (), captionless: bool = False
+    table: str,
+    columns: ColumnsConfig,
+    wanted: Sequence[str],
+    welcome: Sequence[str] = (),
+    captionless: bool = False,
+    planned: Sequence[str] = (),
 ) -> Layout:
     """Find the URL, caption and `wanted` columns; raises ConfigError naming the columns that there are.
 
-    welcome: columns that are read where the table has them, in any case. captionless: captions may be absent.
+    welcome: columns that are read where the table has them, in any case. captionless: captions may be absent. planned:
+    the files that were there first, so that one that came later and sorts before them changes no types.
     """
     files = list_files(table)
-    if _TEXT.search(files[0]):
-        _require_urls(files[0])
-    schema = read_schema(files[0], dict(columns.types))
-    url = _find(schema, columns.url, URL_NAMES, "url", files[0])
+    first = next((f for f in planned if f in files), files[0])
+    if _TEXT.search(first):
+        _require_urls(first)
+    schema = read_schema(first, dict(columns.types))
+    url = _find(schema, columns.url, URL_NAMES, "url", first)
     names = {n.lower() for n in schema.names}
     absent = captionless and columns.caption is None and names.isdisjoint(CAPTION_NAMES)
-    caption = None if absent else _find(schema, columns.caption, CAPTION_NAMES, "caption", files[0])
-    _check_texts(schema, url, caption, files[0])
+    caption = None if absent else _find(schema, columns.caption, CAPTION_NAMES, "caption", first)
+    _check_texts(schema, url, caption, first)
     chosen: list[tuple[str | None, str, pa.DataType]] = [(url, "url", pa.string()), (caption, "caption", pa.string())]
     for name in dict.fromkeys(wanted):
         if name.lower() in ("url", "caption"):
             continue
-        column = _named(schema, name, f"ingest names the column '{name}'", files[0])
+        column = _named(schema, name, f"ingest names the column '{name}'", first)
         if column not in (url, caption):
             chosen.append((column, column, kept_type(schema.field(column).type)))
     taken = {source for source, _, _ in chosen}
@@ -132,7 +140,7 @@ def read_layout(
 
 
 def _require_urls(file: str) -> None:
-    """Raise ConfigError where a .txt is no list of URLs: the captions beside the pictures of a folder, say."""
+    """Raise ConfigError where a .txt is no list of URLs: the captions beside the images of a folder, say."""
     try:
         with fsspec.open(file, "rb", compression="infer") as stream:
             line = stream.readline(1000).decode("utf-8", "replace").strip()
@@ -141,7 +149,7 @@ def _require_urls(file: str) -> None:
     if line and "://" not in line:
         raise ConfigError(
             f"{file}: a .txt is read as a list of URLs, one a line, and this one begins with '{line[:60]}'; give "
-            "ingest.table a table of URLs and captions (.parquet, .csv, .tsv, .jsonl), or the folder of pictures with "
+            "ingest.table a table of URLs and captions (.parquet, .csv, .tsv, .jsonl), or the folder of images with "
             "their captions beside"
         )
 
@@ -161,7 +169,7 @@ def _check_texts(schema: pa.Schema, url: str, caption: str | None, file: str) ->
             what = "URLs" if name == url else "captions"
             raise ConfigError(
                 f"{file}: the column '{name}' holds {kind}, not {what}"
-                + ("; set ingest.source.kind: parquet to read pictures from it" if name == url else "")
+                + ("; set ingest.source.kind: parquet to read images from it" if name == url else "")
             )
 
 
@@ -199,28 +207,73 @@ class HeldoutRule:
     """Which rows are held out: by the hash of the caption, cleaned and without case, so that a caption is on one side.
 
     fraction: of distinct captions. seed: of the hash. steps: of the cleaning. lists: the captions are lists in JSON.
+    hash: a name in HASHES; a run keeps the one that it was begun with.
     """
 
     fraction: float
     seed: int
     steps: tuple[str, ...]
     lists: bool = False
+    hash: str = "polynomial"
 
     def __call__(self, batch: pa.RecordBatch) -> np.ndarray:
         """Which rows of a batch are held out, bool [rows]."""
-        salt = self.seed.to_bytes(8, "little", signed=True)
         column = batch.column("caption")
         if self.lists:
             column = pa.array([first_caption(t) for t in column.to_pylist()], pa.string())
-        salted = hashlib.blake2b(digest_size=8, salt=salt)
+        hashes = HASHES[self.hash](captions.clean_all(column, self.steps), self.seed)
+        return hashes < int(self.fraction * 2**64)
 
-        def digest(text: bytes) -> bytes:
-            one = salted.copy()  # half the time of making one anew
-            one.update(text)
-            return one.digest()
 
-        hashes = b"".join(map(digest, captions.fold_all(column, self.steps)))
-        return np.frombuffer(hashes, "<u8") < int(self.fraction * 2**64)
+def blake2b(texts: pa.Array, seed: int) -> np.ndarray:
+    """A hash of each text without case, uint64 [texts]: that of runs which were begun before there was another."""
+    salt = seed.to_bytes(8, "little", signed=True)
+    words = (text.casefold().encode("utf-8", "surrogatepass") for text in texts.to_pylist())
+    return np.frombuffer(b"".join(hashlib.blake2b(w, digest_size=8, salt=salt).digest() for w in words), "<u8")
+
+
+_BLOCK = 1 << 16  # of a longer caption so many bytes count
+
+
+def polynomial(texts: pa.Array, seed: int) -> np.ndarray:
+    """A hash of each text (string array without nulls) in lower case, uint64 [texts].
+
+    The sum of its bytes by the powers of a number, modulo 2**64 (Karp and Rabin, 1987), then a key and MurmurHash3's
+    last steps, so that alike texts have unlike hashes. Number and key are drawn by the seed.
+    """
+    powers, inverses, key = _drawn(seed)
+    found = np.zeros(len(texts), np.uint64)
+    edges, data = captions.bytes_of(pc.utf8_lower(texts)) if len(texts) else (np.zeros(1, np.int32), np.zeros(0))
+    row = 0
+    while row < len(texts):
+        stop = max(int(np.searchsorted(edges, edges[row] + _BLOCK, side="right")) - 1, row + 1)
+        block = data[edges[row] : min(edges[stop], edges[row] + _BLOCK)]
+        some = row + np.flatnonzero(
+            edges[row:stop] < edges[row + 1 : stop + 1]
+        )  # a sum of no bytes is not known to numpy
+        at = edges[some] - edges[row]
+        if len(some):  # the powers begin anew with each block, and what a text's place in it adds is taken out
+            found[some] = np.add.reduceat(block * powers[: len(block)], at) * inverses[at]
+        row = stop
+    found ^= key
+    for factor in (np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)):
+        found ^= found >> np.uint64(33)
+        found *= factor
+    return found ^ (found >> np.uint64(33))
+
+
+@functools.lru_cache(4)
+def _drawn(seed: int) -> tuple[np.ndarray, np.ndarray, np.uint64]:
+    """The powers of a number, those of its inverse, uint64 [_BLOCK], and a key."""
+    drawn = hashlib.blake2b(seed.to_bytes(8, "little", signed=True)).digest()
+    number = int.from_bytes(drawn[:8], "little") & ~7 | 5  # of these the powers repeat latest
+    found = np.ones((2, _BLOCK), np.uint64)
+    found[0, 1:], found[1, 1:] = np.uint64(number), np.uint64(pow(number, -1, 2**64))
+    powers, inverses = np.cumprod(found, axis=1)
+    return powers, inverses, np.uint64(int.from_bytes(drawn[8:16], "little"))
+
+
+HASHES: dict[str, Callable[[pa.Array, int], np.ndarray]] = {"blake2b": blake2b, "polynomial": polynomial}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +376,7 @@ def _find(schema: pa.Schema, given: str | None, names: Sequence[str], what: str,
     holds = [f"'{f.name}' holds {f.type}" for f in schema if _holds_bytes(f.type)] if what == "url" else []
     if holds:
         raise ConfigError(
-            f"{file}: no column is known to hold the url, and {holds[0]}: if these are pictures, set "
+            f"{file}: no column is known to hold the url, and {holds[0]}: if these are images, set "
             "ingest.source.kind: parquet and ingest.source.image_column"
         )
     or_not = " (or ingest.empty_captions to keep, to do without)" if what == "caption" else ""
@@ -370,7 +423,7 @@ class RowDigest:
         for (nulls, lengths, values), array in zip(self._hashes, batch.columns, strict=False):
             nulls.update(array.is_null().to_numpy(zero_copy_only=False).astype(np.uint8).tobytes())
             if pa.types.is_string(array.type):
-                array = array.fill_null("")
+                array = array.fill_null("") if array.null_count else array
                 lengths.update(pc.binary_length(array).to_numpy(zero_copy_only=False).astype("<i4").tobytes())
                 offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
                 if len(array) and offsets[-1] > offsets[0]:

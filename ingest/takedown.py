@@ -1,4 +1,4 @@
-"""Take-downs: the list of what is never to be fetched or stored again, by URL, host, or the bytes of the picture.
+"""Take-downs: the list of what is never to be fetched or stored again, by URL, host, or the bytes of the image.
 
 The list is `taken_down/00000.parquet`, `00001.parquet`, ... in the run's folder. Each part is created once, so that
 nothing that was asked for can be lost; it outlives any number of ingests. It names hosts, but URLs by their sha256
@@ -37,6 +37,7 @@ _PLAIN = re.compile(
     r"https?://(?:[a-z0-9][a-z0-9-]*\.)+[a-z][a-z0-9]+(?:/[\w~-][\w.~-]*)+(?:\?[\w.~-]+=[\w.~-]*(?:&[\w.~-]+=[\w.~-]*)*)?",
     re.ASCII,
 )
+_PLACE = re.compile(r"/|(?:file|local|s3|s3a|gs|gcs|abfs|az)://")
 _PATHLESS = re.compile(r"\A(https?://[^/?#]+)(?=\?|\Z)")
 
 
@@ -74,7 +75,10 @@ def number(hexdigest: str) -> int:
 
 def url_forms(text: str) -> set[str]:
     """The digests of all URLs that a person who writes `text` may mean: by http and https, and where the host is an
-    international name in the forms of IDNA 2003 and 2008; empty where it is no URL."""
+    international name in the forms of IDNA 2003 and 2008; of an image of one's own, of its place. Empty where it is no
+    URL."""
+    if _PLACE.match(text.strip()):
+        return {url_digest(text)}
     try:
         url = URL(normal_url(text))
         host = URL(text.strip()).host
@@ -243,7 +247,7 @@ class TakenDown:
         return forms & self.hosts
 
     def has_bytes(self, sha256: str | None) -> bool:
-        """Whether a picture of these bytes is on the list."""
+        """Whether an image of these bytes is on the list."""
         return sha256 is not None and sha256 in self.bytes
 
 
@@ -295,7 +299,8 @@ def requested(urls: str | None, sha256: str | None, host: str | None) -> Asked:
         forms = url_forms(line)
         if not forms:
             raise ConfigError(
-                f"{urls}: '{line[:80]}' is not a URL; write one a line, beginning with http:// or https://"
+                f"{urls}: '{line[:80]}' is not a URL; write one a line, beginning with http:// or https://, or the "
+                "place of an image of your own as the sidecar's column `url` has it"
             )
         by_url += forms
         entries.append((line, frozenset(map(number, forms))))

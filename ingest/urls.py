@@ -1,6 +1,6 @@
 """URLs as they stand: what is legal in one goes out letter for letter, what is not is quoted as browsers do it.
 
-Many picture servers sign the exact target that they gave out, so `%2C` may not become `,`, nor `/a/../b` `/b`.
+Many image servers sign the exact target that they gave out, so `%2C` may not become `,`, nor `/a/../b` `/b`.
 So nothing is decoded, sorted or shortened here. Quoted are controls, blanks, letters beyond ASCII and
 `"<>\\^`{}`; a lone `%` and `[]|` stay, as in the address bar (url.spec.whatwg.org, percent-encode sets). Hosts are
 brought to one form: small letters, IDNA, numeric addresses in four decimals.

@@ -1,9 +1,9 @@
-"""Aspect-ratio buckets: the few shapes that pictures are brought to, so that batches have one shape.
+"""Aspect-ratio buckets: the few shapes that images are brought to, so that batches have one shape.
 
 The rule is NovelAI's ("NovelAI improvements on Stable Diffusion", 2022), with which SDXL was trained too
 (Podell et al. 2023, arXiv:2307.01952, section 2.3): for each width that is a multiple of `step`, the greatest
 multiple for the height that keeps the area within resolution**2, and the same with width and height exchanged.
-A picture goes to the bucket whose aspect ratio is nearest to its own by the difference of logarithms, so that
+An image goes to the bucket whose aspect ratio is nearest to its own by the difference of logarithms, so that
 it makes no difference which side is called the width.
 """
 
@@ -41,7 +41,7 @@ def make_buckets(resolution: int, step: int, max_aspect: float) -> list[Bucket]:
 
 
 def nearest(buckets: Sequence[Bucket], widths: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """int64 [N]: for pictures of these sizes, the place in `buckets` of the nearest; of two as near, the first."""
+    """int64 [N]: for images of these sizes, the place in `buckets` of the nearest; of two as near, the first."""
     own = np.log(np.asarray(widths, np.float64)) - np.log(np.asarray(heights, np.float64))
     theirs = np.array([math.log(b.width / b.height) for b in buckets])
     return np.abs(own[:, None] - theirs[None, :]).argmin(axis=1)

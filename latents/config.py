@@ -62,19 +62,19 @@ class FeaturesConfig(Strict):
 
 
 class LatentsConfig(Strict):
-    """Settings of the latents stage. Resolutions are in pixels, `batch_size` in pictures of `resolution`."""
+    """Settings of the latents stage. Resolutions are in pixels, `batch_size` in images of `resolution`."""
 
     resolution: int = Field(default=256, ge=8, le=4096, description="side of the square, or of one of the same area")
-    more_resolutions: list[int] = Field(default=[], description="encoded too, from the same decoded pictures")
-    buckets: BucketsConfig | None = Field(default=None, description="null: every picture is cropped to the square")
+    more_resolutions: list[int] = Field(default=[], description="encoded too, from the same decoded images")
+    buckets: BucketsConfig | None = Field(default=None, description="null: every image is cropped to the square")
     enlarge: bool = Field(
-        default=False, description="make latents of a resolution above ingest.image_size: every picture is enlarged"
+        default=False, description="make latents of a resolution above ingest.image_size: every image is enlarged"
     )
     batch_size: int = Field(default=32, ge=1, le=4096)
     moments: bool = Field(default=True, description="store the posterior's log-std too, so that epochs draw afresh")
     flip: bool = Field(
         default=False,
-        description="store the moments of the mirrored picture too, for train.flip: twice the encoding and the bytes",
+        description="store the moments of the mirrored image too, for train.flip: twice the encoding and the bytes",
     )
     crop: Literal["center", "random"] = Field(
         default="center",
@@ -108,7 +108,7 @@ class LatentsConfig(Strict):
     # One thread a worker: a matrix product's rounding may depend on the number of threads, and a cluster's
     # parallelism comes from workers. It is part of the fingerprint.
     threads: int = Field(default=1, ge=1, le=256, description="threads of the encoders in one worker")
-    decode_threads: int = Field(default=2, ge=1, le=256, description="threads that decode pictures ahead")
+    decode_threads: int = Field(default=2, ge=1, le=256, description="threads that decode images ahead")
     channels_last: bool = Field(default=False, description="memory layout of the VAE; often faster in half precision")
     compile: bool = Field(default=False, description="torch.compile the VAE's encoder; pays on a GPU, after a minute")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -125,8 +125,9 @@ class LatentsConfig(Strict):
             raise ValueError("resolution and more_resolutions must all be different")
         if any(not 8 <= r <= 4096 for r in self.more_resolutions):
             raise ValueError("more_resolutions must lie between 8 and 4096")
-        for side in self.resolutions if self.buckets else ():
-            if side % self.buckets.step:  # type: ignore[union-attr]
+        step = self.buckets.step if self.buckets else 1
+        for side in self.resolutions:
+            if side % step:
                 raise ValueError(f"with buckets every resolution must be a multiple of buckets.step; {side} is not")
         if self.text_pooled and self.text != "embeddings":
             raise ValueError("text_pooled needs text: embeddings; with tokens the trainer's own CLIP gives it")

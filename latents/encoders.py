@@ -21,17 +21,7 @@ from safetensors import safe_open
 
 from latents.moments import LOGSTD_MIN, LOGSTD_STEP
 from latents.text import ClipPair, Features, SequenceEncoder, Text
-from latents.weights import (
-    PADS,
-    PAIR,
-    SEQUENCE,
-    ClipWeights,
-    VaeWeights,
-    clips_of,
-    find_clip,
-    find_sequence,
-    find_vae,
-)
+from latents.weights import PADS, PAIR, SEQUENCE, ClipWeights, VaeWeights, clips_of, find_clip, find_sequence, find_vae
 from shards.settings import ConfigError, StageError
 
 TEXT_LAYERS = ("last", "penultimate", "last_no_norm", "penultimate_no_norm")
@@ -48,7 +38,7 @@ def pick_device(name: str = "auto") -> str:
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """Moments as they are stored. mean: float16 [B,C,h,w]; codes: uint8 [B,C,h,w], None without a posterior;
-    finite: bool [B], whether all of a picture's moments are finite in half precision."""
+    finite: bool [B], whether all of an image's moments are finite in half precision."""
 
     mean: np.ndarray
     codes: np.ndarray | None

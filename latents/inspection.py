@@ -1,7 +1,7 @@
 """A look at finished latents: decoded beside their originals, in numbers, and encoded again to see whether they drift.
 
 Writes `<run>/reports/latents.html`, a page that needs no other file, and `latents.png`, its contact sheet. The drift
-check encodes a random few pictures and captions again with the encoders of today and compares with what is stored:
+check encodes a random few images and captions again with the encoders of today and compares with what is stored:
 the same weights give the same latents up to rounding, whatever the batch, so more than that means that a shard was
 edited, or that a library or a driver computes something else now.
 """
@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from latents.arithmetic import fixed_arithmetic
 from latents.buckets import Bucket
+from latents.columns import FEATURES
 from latents.encoders import Vae, load_text_of, load_vae, pick_device, require_digest
 from latents.moments import dequantise_logstd
 from latents.resize import crop_place, resize_crop_to
-from latents.stage import FEATURES, LatentsStage, fixed_arithmetic
+from latents.stage import LatentsStage
 from latents.text import Text
 from latents.weights import text_facts
 from shards import images, storage
@@ -96,7 +98,7 @@ class Inspection:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures, in dB; infinite for equal ones."""
+    """Peak signal-to-noise ratio of two uint8 images, in dB; infinite for equal ones."""
     error = np.mean(np.square(a.astype(np.float64) - b.astype(np.float64)))
     return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
 
@@ -131,7 +133,7 @@ def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
             for n in chosen:
                 if keys[n] not in own:
                     raise StageError(
-                        f"{source.root}: the picture of sample {keys[n]} is not there any more; run latents again"
+                        f"{source.root}: the image of sample {keys[n]} is not there any more; run latents again"
                     )
                 i = own[keys[n]]
                 for r in range(columns.arrays["bucket"].shape[1] if "bucket" in columns.arrays else 1):

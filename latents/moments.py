@@ -1,6 +1,6 @@
 """Posterior moments as stored, and per-channel statistics that merge.
 
-A KL autoencoder gives each picture a diagonal Gaussian (Kingma & Welling 2013, eq. 9). The mean is
+A KL autoencoder gives each image a diagonal Gaussian (Kingma & Welling 2013, eq. 9). The mean is
 stored in float16, unscaled; the log of the standard deviation in 8 bits on a fixed grid. A trainer then
 draws mean + std * noise afresh each epoch at 1.5x the bytes of one frozen draw, where a second float16
 column would take 2x.

@@ -1,8 +1,8 @@
 """What pre-encoding would store, take and cost, for each choice there is, before any of it is done.
 
-Rates are measured on pictures of the run's own image shards, with the run's own encoders, and kept in
+Rates are measured on images of the run's own image shards, with the run's own encoders, and kept in
 `<run>/status/latents-rates.json` for as long as settings and weights stay the same; everything else is arithmetic,
-which needs neither encoders nor pictures. Whoever trains in the cloud pays for three things: the encoders' hours, the
+which needs neither encoders nor images. Whoever trains in the cloud pays for three things: the encoders' hours, the
 storage by the month, and, for what is not stored, the trainer's own hours in every epoch.
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
 
 import numpy as np
 
+from latents.columns import id_type
 from latents.config import LatentsConfig
-from latents.stage import LatentsStage, id_type
+from latents.stage import LatentsStage
 from latents.weights import clips_of, find_clip, find_sequence, find_vae, text_facts
 from shards import images, storage
 from shards.fingerprint import digest_json
@@ -27,9 +27,9 @@ RATES = "latents-rates.json"
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What one worker was measured to need, in seconds: for the decoding and cutting of a picture (on one thread), for
+    """What one worker was measured to need, in seconds: for the decoding and cutting of an image (on one thread), for
     its VAE, and for the CLIP of a distinct caption. distinct: distinct captions a sample, within a shard. sidecar:
-    bytes a row beside the columns. where: the machine. samples: how many pictures that was measured on."""
+    bytes a row beside the columns. where: the machine. samples: how many images that was measured on."""
 
     decode: float
     vae: float
@@ -79,7 +79,7 @@ class Choice:
 
 def column_bytes(text: str, moments: bool, rates: Rates, facts: dict[str, int], resolutions: int = 1) -> float:
     """Bytes of a sample's columns. facts: channels, context, width, pooled (0 where it is not stored), flips (2 where
-    mirrored pictures are encoded too), how many encoders have tokens of their own; one each, where left out. And of an
+    mirrored images are encoded too), how many encoders have tokens of their own; one each, where left out. And of an
     id, 2 where left out, and of what says how long a caption is, 0 where left out; and how many values a vision tower's
     features have, 0 where left out."""
     flips = facts.get("flips", 1)
@@ -161,12 +161,12 @@ def rates_key(stage: LatentsStage) -> str:
 
 
 def _measure(stage: LatentsStage, samples: int) -> Rates:
-    """Time the three parts on the first pictures of the first shard that has some."""
+    """Time the three parts on the first images of the first shard that has some."""
     import platform
 
     import torch
 
-    from latents.stage import fixed_arithmetic
+    from latents.arithmetic import fixed_arithmetic
 
     try:
         dataset = stage.images()
@@ -177,17 +177,17 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
         raise ConfigError(
             f"plan: {stage.run.images} has no finished image shards to measure on; ingest a small table first"
         )
-    worker: Any = stage.worker()
+    worker = stage.worker()
     shard = images.ImageShard(dataset, position)
     count = min(samples, len(shard))
-    plan = worker._plan(shard)
-    load = worker._loader(shard, plan)
+    plan = worker.images.plan(shard)
+    load = worker.images.loader(shard, plan)
     began = time.thread_time()
     loaded = [(int(plan.order[k]), load(k)) for k in range(count)]
     decode = (time.thread_time() - began) / count
     live = [(i, s) for i, s in loaded if s.error is None]
     if not live:
-        raise StageError(f"{shard.url}: not one of the first {count} pictures can be decoded")
+        raise StageError(f"{shard.url}: not one of the first {count} images can be decoded")
     seconds = features = 0.0
     with fixed_arithmetic(stage.config.threads):
         for r in range(len(stage.config.resolutions)):
@@ -208,12 +208,12 @@ def _measure(stage: LatentsStage, samples: int) -> Rates:
                     for stack in stacks:
                         worker.vision.encode_stored(stack)()
                     features += time.perf_counter() - began
-        tokens, index = worker._tokenise(shard.captions)
+        tokens, index = worker.tokenise(shard.captions)
         distinct = len(np.unique(index[:-1]))
-        worker._embed_captions({n: ids[:1] for n, ids in tokens.items()}, np.zeros(1, np.int64))
+        worker.embed_captions({n: ids[:1] for n, ids in tokens.items()}, np.zeros(1, np.int64))
         rows = np.unique(index, return_index=True)[1][: max(count, stage.config.batch_size)]
         began = time.perf_counter()
-        worker._embed_captions({n: ids[rows] for n, ids in tokens.items()}, np.arange(len(rows)))
+        worker.embed_captions({n: ids[rows] for n, ids in tokens.items()}, np.arange(len(rows)))
         text = (time.perf_counter() - began) / len(rows)
     shard.close()
     downscale = worker.vae.downscale
@@ -239,11 +239,11 @@ def report(
 ) -> str:
     """The plan as text."""
     threads = max(1, int(np.ceil(rates.decode / (rates.vae + rates.features))))
-    tower = f"the vision tower {1e3 * rates.features:.3g} ms a picture, " if rates.features else ""
+    tower = f"the vision tower {1e3 * rates.features:.3g} ms an image, " if rates.features else ""
     lines = [
-        f"{samples:,} pictures; measured on {rates.samples} of them on {rates.where}:",
-        f"  VAE {1e3 * rates.vae:.3g} ms a picture, CLIP {1e3 * rates.text:.3g} ms a distinct caption "
-        f"({rates.distinct:.2f} a picture), {tower}decoding {1e3 * rates.decode:.3g} ms on one thread",
+        f"{samples:,} images; measured on {rates.samples} of them on {rates.where}:",
+        f"  VAE {1e3 * rates.vae:.3g} ms an image, CLIP {1e3 * rates.text:.3g} ms a distinct caption "
+        f"({rates.distinct:.2f} an image), {tower}decoding {1e3 * rates.decode:.3g} ms on one thread",
         f"  so {threads} decoding thread{'s' if threads > 1 else ''} can keep one worker's encoders busy",
         "",
     ]
@@ -278,7 +278,7 @@ def report(
 
 
 def image_count(stage: LatentsStage, rows: int | None) -> int:
-    """How many pictures there are to plan for: those of the run, or `rows` times the share that was a success there."""
+    """How many images there are to plan for: those of the run, or `rows` times the share that was a success there."""
     try:
         dataset = stage.images()
     except StageError:

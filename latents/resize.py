@@ -1,4 +1,4 @@
-"""One picture to the encoder's size, and decoding in threads ahead of the encoder."""
+"""One image to the encoder's size, and decoding in threads ahead of the encoder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from PIL import Image
 
 T = TypeVar("T")
 
-MAX_SCALED = 64_000_000  # pixels of a scaled picture that are held in memory
+MAX_SCALED = 64_000_000  # pixels of a scaled image that are held in memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How a picture is cut: scaled to `scaled_width` x `scaled_height`, then cropped at (left, top), in pixels."""
+    """How an image is cut: scaled to `scaled_width` x `scaled_height`, then cropped at (left, top), in pixels."""
 
     scaled_width: int
     scaled_height: int
@@ -38,7 +38,7 @@ def crop_place(key: str) -> tuple[float, float]:
 
 
 def fit_cover(width: int, height: int, to_width: int, to_height: int, place: tuple[float, float] | None = None) -> Fit:
-    """The smallest scale at which the picture covers the target; what stands out is cropped evenly on both sides.
+    """The smallest scale at which the image covers the target; what stands out is cropped evenly on both sides.
 
     place: of `crop_place`; each way in which the target fits in is then as likely.
     """
@@ -53,7 +53,7 @@ def fit_cover(width: int, height: int, to_width: int, to_height: int, place: tup
 
 
 def crop_before(original: tuple[int, int], stored: tuple[int, int], fit: Fit) -> tuple[int, int]:
-    """What a picture had lost already when it was stored, as left and top in pixels of the picture scaled as by `fit`.
+    """What an image had lost already when it was stored, as left and top in pixels of the image scaled as by `fit`.
 
     original, stored: width and height as it was fetched, and as it lies in the tar, to which it was scaled and cropped
     evenly (resize_mode center_crop). Nothing where they have one shape.

@@ -19,7 +19,7 @@ NOT_SELECTED = "not_selected"  # the error of an image that latents.select left 
 
 
 def take_out(root: str, images: str, each: Callable[[int], Any] = lambda n: None) -> dict[int, list[int]]:
-    """Blank the samples of a latents dataset whose pictures were taken down; returns rows by shard.
+    """Blank the samples of a latents dataset whose images were taken down; returns rows by shard.
 
     root, images: the folders of the latents and of the image shards. each: called with 1 for each shard looked at.
     Under the lease of the latents stage.

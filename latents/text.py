@@ -138,7 +138,7 @@ class SequenceEncoder:
         found = self.tokenizer(
             clean, truncation=True, max_length=self.context_length, padding=False, return_attention_mask=False
         )
-        # Some tokenizers have added words beyond the model's, such as one that stands for a picture.
+        # Some tokenizers have added words beyond the model's, such as one that stands for an image.
         return [[i for i in ids if i < self.vocabulary] for ids in found["input_ids"]]
 
     def tokens_of(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
@@ -218,7 +218,7 @@ def _as_fake(model: Any, like: Any, dtype: torch.dtype) -> Any:
         found = like.fake_mode.from_tensor(tensor).to(like.device)
         if isinstance(tensor, torch.nn.Parameter):
             return torch.nn.Parameter(found.to(dtype), requires_grad=False)
-        return found  # type: ignore[no-any-return]
+        return found
 
     return copy.deepcopy(model, {id(t): fake(t) for t in (*model.parameters(), *model.buffers())})
 

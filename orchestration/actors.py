@@ -36,7 +36,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from orchestration.config import Pool, RayConfig, Span
 from orchestration.hosts import shared
 from orchestration.job import Job, build_worker, sentence
-from orchestration.nodes import Nodes, autoscaled_room
+from orchestration.nodes import Autoscaler, Nodes
 from shards.layout import shard_name
 from shards.settings import NodeTrouble, StageError
 from shards.stage import Stage, Task
@@ -139,7 +139,7 @@ class Fleet:
             "max_concurrency": self.max_in_flight,
         }
         self.actor = ray.remote(ShardWorker)
-        self.nodes = Nodes(stage.name, config)
+        self.nodes, self.autoscaler = Nodes(stage.name, config), Autoscaler()
         self.calls: dict[Any, _Call] = {}
         self.workers: dict[_Worker, None] = {}  # in the order of their making
         self.free: dict[_Worker, None] = {}  # those that may be given a shard
@@ -181,7 +181,10 @@ class Fleet:
         if self.room is not None and room > self.room:  # somebody adds nodes: more are asked for at a time
             self.beyond = max(BEYOND_ROOM, room)
         self.room = room
-        self.target = self._target(room, room if self._overcommitted(room) else autoscaled_room(needs))
+        waiting = sum(w.node is None for w in self.workers)
+        self.target = self._target(
+            room, room if self._overcommitted(room) else self.autoscaler.room(needs, room, waiting)
+        )
         if room < 1:
             self._complain(now, needs)
         left_out = set(self.nodes.left_out())
@@ -212,8 +215,8 @@ class Fleet:
         return True
 
     def _target(self, room: int, most: float) -> int:
-        """How many workers are wanted. Those that wait for a node are what makes an autoscaler add one, and cost
-        nothing where there is none: Ray does not tell whether there is. most: where it is known (autoscaled_room)."""
+        """How many workers are wanted. Those that wait for a node are what makes an autoscaler add one. most: how many
+        there may be room for in time."""
         workers = self.pool.workers
         if isinstance(workers, int):
             return workers

@@ -19,7 +19,7 @@ from shards.settings import ConfigError
 
 log = logging.getLogger("carrara")
 
-SQUARE = ("center_crop", "border")  # resize modes after which every picture has one shape
+SQUARE = ("center_crop", "border")  # resize modes after which every image has one shape
 
 
 def check_static(name: str, config: RunConfig) -> None:
@@ -55,7 +55,7 @@ def _ingest(config: RunConfig) -> None:
 def _fit(name: str) -> Callable[[RunConfig], None]:
     def check(config: RunConfig) -> None:
         from train import trackers
-        from train.config import layout
+        from train.fit_config import layout
 
         fit: Any = getattr(config, name)
         layout(name, fit, fit.ranks)
@@ -99,7 +99,7 @@ def _clip(config: RunConfig) -> None:
 
 
 def _latents(config: RunConfig) -> None:
-    """What the latents ask of the pictures must be what the ingest stores, and weights that they name be there."""
+    """What the latents ask of the images must be what the ingest stores, and weights that they name be there."""
     if config.latents.text_encoder is not None:
         from latents.weights import find_clip, find_sequence
 
@@ -114,17 +114,17 @@ def _latents(config: RunConfig) -> None:
     mode = config.ingest.resize_mode
     if mode != "no" and wanted > stored and not getattr(config.latents, "enlarge", False):
         raise ConfigError(
-            f"latents.resolution is {wanted} and ingest.image_size {stored}, so every picture would be enlarged; set "
+            f"latents.resolution is {wanted} and ingest.image_size {stored}, so every image would be enlarged; set "
             f"ingest.image_size to {wanted}, or the resolution to {stored}, or latents.enlarge to true if that is meant"
         )
     if config.latents.buckets is not None and mode in SQUARE and config.latents.buckets.max_aspect > 1:
         raise ConfigError(
-            f"latents.buckets are for pictures of many shapes, and ingest.resize_mode '{mode}' makes them square; "
+            f"latents.buckets are for images of many shapes, and ingest.resize_mode '{mode}' makes them square; "
             "set ingest.resize_mode to keep_ratio, or leave latents.buckets out"
         )
     if config.latents.crop == "random" and mode in SQUARE:
         raise ConfigError(
-            f"latents.crop is random, and ingest.resize_mode '{mode}' makes pictures square, of which there is nothing "
+            f"latents.crop is random, and ingest.resize_mode '{mode}' makes images square, of which there is nothing "
             "to choose from; set ingest.resize_mode to keep_ratio, or leave latents.crop out"
         )
 
@@ -201,7 +201,7 @@ CHECKS: dict[str, Callable[[RunConfig], None]] = {
 
 
 def warn_of_small_data(name: str, config: RunConfig) -> None:
-    """A batch that is larger than the data set holds each picture several times."""
+    """A batch that is larger than the data set holds each image several times."""
     from shards.settings import StageError
     from train.state import open_input
 
@@ -212,7 +212,7 @@ def warn_of_small_data(name: str, config: RunConfig) -> None:
         return  # which the stage itself says better
     if 0 < samples < fit.batch_size:
         log.warning(
-            "%s.batch_size is %d, and there are %d pictures: each comes %.1f times in every batch",
+            "%s.batch_size is %d, and there are %d images: each comes %.1f times in every batch",
             name,
             fit.batch_size,
             samples,

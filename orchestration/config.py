@@ -38,7 +38,8 @@ from orchestration.notify import NotifyConfig
 from shards import storage
 from shards.layout import RunPaths
 from shards.settings import ConfigError, Strict, absolute, apply_overrides, load_yaml, resolved, validate
-from train.config import AutoencoderConfig, ClipConfig, TrainConfig
+from train.config import TrainConfig
+from train.encoder_config import AutoencoderConfig, ClipConfig
 
 log = logging.getLogger("carrara")
 

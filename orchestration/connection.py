@@ -32,8 +32,14 @@ OBJECT_STORE_BYTES = 100_000_000  # of a Ray of our own; shards never go through
 
 
 @contextlib.contextmanager
-def connected(config: RayConfig) -> Iterator[None]:
-    """Within, Ray is connected: to `ray.address`, else RAY_ADDRESS (which is set in jobs), else a Ray started here."""
+def connected(config: RayConfig, local: bool = False) -> Iterator[None]:
+    """Within, Ray is connected: to `ray.address`, else RAY_ADDRESS (which is set in jobs), else a Ray started here.
+
+    local: all is done in this process, and nothing is connected.
+    """
+    if local:
+        yield
+        return
     address = config.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"logging_level": logging.WARNING, "namespace": "carrara"}
     if address and address.startswith("http"):

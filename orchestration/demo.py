@@ -38,7 +38,7 @@ from shards.settings import StageError
 PORT = 8090
 TAIL = 40  # lines of a failed job's log that are shown
 LINE_EVERY_S = 10.0
-ATTEMPTS = 3  # how often pictures that were missed are fetched again
+ATTEMPTS = 3  # how often images that were missed are fetched again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Wanted:
 
 
 def run(config_file: str, overrides: list[str], images: int, heldout: int) -> None:
-    """The demo from the first incomplete stage on. pictures, heldout: size of the corpus, dirt apart."""
+    """The demo from the first incomplete stage on. images, heldout: size of the corpus, dirt apart."""
     args = Wanted(config_file, overrides, images, heldout)
     began = time.monotonic()
     config = load(args.config, args.overrides, os.getcwd(), tables=False)
@@ -65,7 +65,7 @@ def run(config_file: str, overrides: list[str], images: int, heldout: int) -> No
             corpus = Path(config.ingest.table).parent
             needs_images = "ingest" in open_stages
             url = _base_url(corpus)
-            _say(f"[0/{len(stages.STAGES)}] corpus: {args.images} pictures and {args.heldout} held out, in {corpus}")
+            _say(f"[0/{len(stages.STAGES)}] corpus: {args.images} images and {args.heldout} held out, in {corpus}")
             try:
                 draw_corpus(corpus, url, args.images, args.heldout, config.seed)
                 with contextlib.ExitStack() as stack:
@@ -88,7 +88,7 @@ def _incomplete(config: RunConfig) -> list[str]:
 
 
 def _missed(config: RunConfig) -> int:
-    """Pictures that were not fetched though they were there: the server, or the network to it, had gone for a while.
+    """Images that were not fetched though they were there: the server, or the network to it, had gone for a while.
 
     The corpus knows which of its links fail, and how.
     """
@@ -105,7 +105,7 @@ def _missed(config: RunConfig) -> int:
 
 
 def _base_url(corpus: Path) -> str:
-    """Where the pictures are served: as the table says where it is drawn already, else at a free port."""
+    """Where the images are served: as the table says where it is drawn already, else at a free port."""
     with contextlib.suppress(CorpusError):
         return str(load_summary(corpus).settings["base_url"])
     with socket.socket() as s:
@@ -117,14 +117,14 @@ def _base_url(corpus: Path) -> str:
 
 
 def _stage(cluster: Cluster, config: RunConfig, name: str, args: Wanted, server: Server | None = None) -> None:
-    """One stage as a job. A server of pictures that died meanwhile is started again, and what was missed is fetched."""
+    """One stage as a job. A server of images that died meanwhile is started again, and what was missed is fetched."""
     if not stages.is_complete(name, config):
         _job(cluster, config, name, args, server)
     for _ in range(ATTEMPTS if name == "ingest" else 0):
         missed = _missed(config)
         if not missed:
             return
-        _say(f"{missed} pictures were missed while their server was away: they are fetched now")
+        _say(f"{missed} images were missed while their server was away: they are fetched now")
         _job(cluster, config, name, args, server, "--retry", "transient")
 
 
@@ -147,7 +147,7 @@ def _job(cluster: Cluster, config: RunConfig, name: str, args: Wanted, server: S
         def while_waiting() -> None:
             follower.look()
             if server is not None and server.revive():
-                follower.write("  WARNING the server of the pictures died, and was started again")
+                follower.write("  WARNING the server of the images died, and was started again")
 
         command = [name, *options, "--config", _config_in_job(args.config), *args.overrides]
         code = cluster.submit(command, on_line, while_waiting=while_waiting)

@@ -18,6 +18,7 @@ from eval.report import history
 from eval.report.page import rounded, spread
 from orchestration import notify, stages
 from orchestration.config import RayConfig, RunConfig, base_folder, find_config
+from orchestration.connection import connected
 from orchestration.notify import NotifyConfig
 from shards import storage
 from shards.layout import RunPaths
@@ -67,14 +68,9 @@ def evaluate_model(
     found = Evaluation(chosen.eval, paths, None, own, chosen.seed)
     log.info("eval: %s as %s: %s", model, found.model.name, found.label)
     with notify.notified(chosen.notify, chosen.run, "eval") as outcome:
-        if local:
-            outcome.report = stages.run_evaluation(found, chosen, local, redo)  # type: ignore[arg-type]
-            return outcome.report
-        from orchestration.connection import connected
-
-        with connected(chosen.ray):
-            outcome.report = stages.run_evaluation(found, chosen, local, redo)  # type: ignore[arg-type]
-            return outcome.report
+        with connected(chosen.ray, local):
+            outcome.report = stages.run_evaluation(found, chosen, local, redo)
+        return outcome.report
 
 
 def numbers(config: RunConfig) -> str:
@@ -125,6 +121,9 @@ def compare(a: str, b: str, write_json: str | None = None) -> str:
                 f"{d.metric:<24}{d.tag[:20]:<22}{d.a:>12.4g}{d.b:>12.4g}{rounded(d.value, d.se):>12}   {interval:<22} "
                 f"{d.verdict}"
             )
+    for name, own, other in ((a, x, y), (b, y, x)):
+        if alone := sorted(own["metrics"].keys() - other["metrics"].keys()):
+            lines.append(f"not compared, since only {name} has it: {', '.join(alone)}")
     if write_json:
         import dataclasses
 

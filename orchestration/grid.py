@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from typing import Any
 
@@ -11,6 +10,7 @@ from eval.evaluation import Evaluation
 from eval.report import page
 from orchestration import engine, notify, stages
 from orchestration.config import RunConfig
+from orchestration.connection import connected
 from shards.layout import RunPaths
 
 log = logging.getLogger("carrara.grid")
@@ -25,11 +25,7 @@ def run(config: RunConfig, local: bool = False, redo: bool = False) -> str:
     paths, vae, clip = RunPaths(config.run), stages.vae_ref(config), stages.text_ref(config)
     cells = [Evaluation(c, paths, vae, clip, config.seed) for c in grid.cells(config.eval)]
     log.info("grid: %d cells of %s: %s", len(cells), cells[0].model.name, ", ".join(c.config.cell for c in cells))
-    with contextlib.ExitStack() as stack:
-        if not local:
-            from orchestration.connection import connected
-
-            stack.enter_context(connected(config.ray))
+    with connected(config.ray, local):
 
         def drive(stage: Any) -> None:
             engine.run(stage, paths.status, config.ray, config.ray.eval, local, redo)

@@ -1,6 +1,6 @@
 """The ledger of hosts as actors: what all workers of a run ask of a host is counted in one place.
 
-The ledger itself and the workers' side of it are ingest/hosts.py, which knows nothing of Ray. The actor lives on
+The ledger is ingest/hosts.py, the workers' side of it ingest/desk.py; neither knows anything of Ray. The actor lives on
 the driver's node and ends with the run. Where it is lost, Ray starts it again, empty; the workers tell it what
 they hold. One ledger takes some 180,000 rows a second, so large clusters have several, each with its part of the hosts.
 """

@@ -10,6 +10,7 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -76,7 +77,7 @@ def _table(path: str) -> Found:
     said = [f"{len(layout.files):,} file{'s' * (len(layout.files) > 1)}; {columns}"]
     rows, urls, captions = _rows(layout)
     said[0] += f"; about {rows:,} rows" if rows is not None else ""
-    own = [u.removeprefix("file://") for u in urls if not locations.is_web(u)]
+    own = [unquote(u[7:]) if u.startswith("file://") else u for u in urls if not locations.is_web(u)]
     below = None
     if urls and len(own) == len(urls):
         levels = zip(*(o.split("/")[:-1] for o in own), strict=False)

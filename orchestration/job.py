@@ -63,7 +63,7 @@ class Job:
             figures["success"] = f"{self.samples / self.rows:.0%}"
         elapsed = max(time.monotonic() - self.began, 1e-9)
         if self.busy_s:
-            # Of the time that the encoders were there: at work, and at rest for want of decoded pictures.
+            # Of the time that the encoders were there: at work, and at rest for want of decoded images.
             figures["busy"] = f"{min(1.0, self.busy_s / (elapsed * max(self.workers, 1))):.0%}"
             figures["wait"] = f"{self.wait_s / (self.busy_s + self.wait_s):.0%}"
         rate = self.samples / elapsed

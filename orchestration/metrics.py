@@ -36,7 +36,7 @@ METRICS = {
     "carrara_shards_left": Metric("gauge", "shards that are neither committed nor set aside"),
     "carrara_workers": Metric("gauge", "workers at work"),
     "carrara_busy_seconds": Metric("counter", "seconds that encoders were at work, over all workers"),
-    "carrara_wait_seconds": Metric("counter", "seconds that encoders waited for decoded pictures, over all workers"),
+    "carrara_wait_seconds": Metric("counter", "seconds that encoders waited for decoded images, over all workers"),
     "carrara_images": Metric("gauge", "images that the training has seen"),
     "carrara_loss": Metric("gauge", "mean loss since the line before"),
     "carrara_images_per_second": Metric("gauge", "training speed, over all ranks"),

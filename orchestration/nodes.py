@@ -8,12 +8,18 @@ rest of the run, and named. What ends with a node that is lost or drained is nob
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
+import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from ray.exceptions import RayError
 
 from orchestration.config import RayConfig
 from shards.settings import ConfigError, StageError
@@ -24,6 +30,8 @@ LOOK_EVERY_S = 5.0
 LOST_LATELY_S = 60.0
 REST_FACTOR = 5.0  # of ray.back_off_s: how long a node rests after its first strike; doubles with each
 REST_MOST_S = 300.0
+JOINED_BY_HAND = re.compile("node_[0-9a-f]{56}")  # the kind of a node that no autoscaler made: its id
+ASK_AGAIN_S = 300.0  # after which an autoscaler that had no node to give is asked again
 UNKNOWN = ""  # where a worker died before it could say
 
 
@@ -146,10 +154,42 @@ def fits(node: dict[str, Any], needs: dict[str, float]) -> int:
     return min((math.floor(have.get(k, 0.0) / v + 1e-9) for k, v in needs.items()), default=1)
 
 
-def autoscaled_room(needs: dict[str, float]) -> float:
-    """How many workers the cluster would have room for once its autoscaler has made it as large as it may; infinity
-    where that is not known: autoscalers up to Ray 2.60 do not tell."""
-    most = ray._private.state.state.get_max_resources_from_cluster_config()
-    if not most:
-        return math.inf
-    return min((most.get(k, 0.0) / v for k, v in needs.items() if k in most or k in ("CPU", "GPU")), default=math.inf)
+class Autoscaler:
+    """What Ray tells of the cluster's autoscaler; one that has told nothing, as `ray status` shows it, is none.
+
+    Where nodes were joined by hand, something reports all the same. Of version 1 the kinds of nodes tell: it has no
+    names for them. Of version 2 what it refuses tells: there, and where nodes are as many as they may be, every worker
+    that waits. That is kept in mind, or they would be asked for again once they wait no more.
+    """
+
+    def __init__(self) -> None:
+        self._full, self._full_at = -1, -math.inf  # the room there was when no node came for who waited, and when
+
+    def room(self, needs: dict[str, float], room: int, waiting: int) -> float:
+        """How many workers there may be room for in time: infinity where that is not known, `room` where no more than
+        there is now. waiting: workers with these needs that wait for a node."""
+        if most := ray._private.state.state.get_max_resources_from_cluster_config():
+            known = (most.get(k, 0.0) / v for k, v in needs.items() if k in most or k in ("CPU", "GPU"))
+            return min(known, default=math.inf)
+        if room < 1:
+            return math.inf
+        gcs = ray._private.worker.global_worker.gcs_client
+        try:
+            told = gcs.internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode(), None, timeout=LOOK_EVERY_S)
+            reply = GetClusterStatusReply.FromString(gcs.get_cluster_status(timeout_s=LOOK_EVERY_S))
+        except RayError:  # the control store is gone for a while
+            return room
+        if told:
+            kinds = (json.loads(told).get("autoscaler_report") or {}).get("active_nodes", {})
+            return room if all(map(JOINED_BY_HAND.fullmatch, kinds)) else math.inf
+        if not reply.HasField("autoscaling_state"):
+            return room
+        refused = [_rounded(r.resources_bundle) for r in reply.autoscaling_state.infeasible_resource_requests]
+        now = time.monotonic()
+        if 0 < waiting <= refused.count(_rounded(needs)):
+            self._full, self._full_at = room, now
+        return self._full if room <= self._full and now - self._full_at < ASK_AGAIN_S else math.inf
+
+
+def _rounded(resources: Mapping[str, float]) -> dict[str, float]:
+    return {k: round(v, 4) for k, v in resources.items()}  # as finely as Ray counts

@@ -14,7 +14,9 @@ from shards.stage import Stage
 
 if TYPE_CHECKING:
     from eval.evaluation import Evaluation
+    from ingest.stage import IngestStage
     from latents.config import LatentsConfig
+    from latents.stage import LatentsStage
 
 STAGES = ("ingest", "autoencoder", "clip", "latents", "train", "eval")
 FITS = ("autoencoder", "clip", "train")
@@ -68,7 +70,7 @@ def check_inputs(name: str, config: RunConfig) -> None:
     if name == "score" and _needs_clip(config) and not pretrained("clip", config):
         needs.append((text_ref(config), "a finished clip", "clip"))
     if name == "prior" and config.train.prior is None:
-        raise ConfigError("prior: train.prior is not set, so no pictures are to be drawn; see docs/train.md")
+        raise ConfigError("prior: train.prior is not set, so no images are to be drawn; see docs/train.md")
     if name in ("latents", "prior", "eval"):
         fitted = [n for n in ("autoencoder", "clip") if not pretrained(n, config)]
         if name != "eval" and config.latents.sequence is not None:
@@ -103,21 +105,32 @@ def order(config: RunConfig) -> tuple[str, ...]:
     return (*STAGES[:at], *curated, *STAGES[at:train], *(["prior"] if config.train.prior else []), *STAGES[train:])
 
 
+def ingest_stages(config: RunConfig) -> list[IngestStage]:
+    """The ingest of the images to train on, and that of the held-out ones where there are some."""
+    from ingest.stage import IngestStage
+
+    paths = RunPaths(config.run)
+    stages = [IngestStage(config.ingest, paths.images, "train", config.seed)]
+    if config.ingest.has_heldout:
+        stages.append(IngestStage(config.ingest, paths.heldout, "heldout", config.seed))
+    return stages
+
+
+def latents_stage(config: RunConfig) -> LatentsStage:
+    """The latents stage of this configuration."""
+    from latents.stage import LatentsStage
+
+    paths = RunPaths(config.run)
+    return LatentsStage(latents_settings(config), paths, vae_ref(config), text_ref(config), config.seed)
+
+
 def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
     """The stages over shards that `name` consists of, in order, and whose workers make them."""
     paths = RunPaths(config.run)
     if name == "ingest":
-        from ingest.stage import IngestStage
-
-        stages: list[Stage] = [IngestStage(config.ingest, paths.images, "train", config.seed)]
-        if config.ingest.has_heldout:
-            stages.append(IngestStage(config.ingest, paths.heldout, "heldout", config.seed))
-        return [(s, config.ray.ingest) for s in stages]
+        return [(s, config.ray.ingest) for s in ingest_stages(config)]
     if name == "latents":
-        from latents.stage import LatentsStage
-
-        latents = latents_settings(config)
-        return [(LatentsStage(latents, paths, vae_ref(config), text_ref(config), config.seed), config.ray.latents)]
+        return [(latents_stage(config), config.ray.latents)]
     if name == "prior":
         from eval import prior
 

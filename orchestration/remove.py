@@ -1,7 +1,7 @@
-"""`carrara remove`: take pictures out of a run, see that they stay out, and say which checkpoints saw them.
+"""`carrara remove`: take images out of a run, see that they stay out, and say which checkpoints saw them.
 
-    carrara remove --config mine.yaml --urls list.txt      the pictures behind these URLs, and copies of the same bytes
-    carrara remove --config mine.yaml --sha256 list.txt    pictures by the sha256 of what was fetched
+    carrara remove --config mine.yaml --urls list.txt      the images behind these URLs, and copies of the same bytes
+    carrara remove --config mine.yaml --sha256 list.txt    images by the sha256 of what was fetched
     carrara remove --config mine.yaml --host example.com   all that came from a host or those below it
 
 First a part of the list (`taken_down/`), so that no ingest fetches them again from then on; then the account of who
@@ -20,7 +20,8 @@ import numpy as np
 
 from curate import takedown as curate_takedown
 from ingest import removal
-from ingest.stage import IngestStage, with_flags
+from ingest.digests import with_flags
+from ingest.stage import IngestStage
 from ingest.takedown import TakenDown, requested
 from latents import takedown as latents_takedown
 from orchestration.config import RunConfig
@@ -76,7 +77,7 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
         for split, some in hits.items()
     }
     before = {c["folder"]: c for c in account["checkpoints"]}
-    # Also of those that are out already: a second request for the same pictures is answered as the first.
+    # Also of those that are out already: a second request for the same images is answered as the first.
     saw = sorted((before | checkpoints(config, paths, hits.get("train", ()))).values(), key=lambda c: str(c["folder"]))
     unknown = asked.unknown({form for some in hits.values() for h in some for form in h.by})
     pages = _pages(paths, set().union(*keys.values()) if keys else set())
@@ -84,7 +85,7 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
     storage.write_json(
         account_url, {"keys": keys, "checkpoints": saw, "unknown": unknown, "pages": pages, "models": models}
     )
-    lines = [f"taken down: {sum(map(len, keys.values())):,} pictures"]
+    lines = [f"taken down: {sum(map(len, keys.values())):,} images"]
     for stage in ingests:
         done = _apply(stage, paths, looked[stage.split], len(keys[stage.split]))
         lines.append(f"  {'images' if stage.split == 'train' else 'heldout':9} {done}")
@@ -113,7 +114,7 @@ def _find(stage: IngestStage, shards: list[int], wanted: TakenDown) -> list[remo
 def _apply(stage: IngestStage, paths: RunPaths, looked: removal.Looked, count: int) -> str:
     """Blank what is listed in a split's committed shards, unless an ingest is at work; returns what was done.
 
-    looked: what was found there. count: the pictures that are told."""
+    looked: what was found there. count: the images that are told."""
     if not len(listed(stage.root).committed):
         return "nothing is stored"
     shards: set[int] = set()
@@ -128,12 +129,12 @@ def _apply(stage: IngestStage, paths: RunPaths, looked: removal.Looked, count: i
                     shards |= stage.apply_list(looked)[1]
         except Busy:
             return (
-                f"{count:,} pictures: the running ingest takes them out when it finishes; stop it first where it must "
+                f"{count:,} images: the running ingest takes them out when it finishes; stop it first where it must "
                 "be at once"
             )
         # Looked at once more now that the lease is let go: another may have asked meanwhile, and was told to wait.
         if not stage.list_grew():
-            return f"{len(shards):,} shards blanked; {count:,} pictures are out"
+            return f"{len(shards):,} shards blanked; {count:,} images are out"
 
 
 def _known(paths: RunPaths) -> dict[str, Any]:
@@ -207,7 +208,7 @@ def settle_curated(paths: RunPaths, again: bool = True) -> dict[str, str]:
 
 
 def checkpoints(config: RunConfig, paths: RunPaths, hits: Iterable[removal.Hit]) -> dict[str, dict[str, Any]]:
-    """By folder, the checkpoints of every fit that saw some of these pictures: how many, None where it is not known."""
+    """By folder, the checkpoints of every fit that saw some of these images: how many, None where it is not known."""
     seen: dict[str, dict[str, Any]] = {}
     by_shard: dict[int, list[int]] = {}
     for h in hits:

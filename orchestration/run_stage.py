@@ -12,7 +12,7 @@ ray job submit --working-dir . -- python orchestration/run_stage.py latents --co
 Exit codes: 0 done, 1 the stage failed, 2 the configuration or an input is wrong (before any work),
 75 stopped by SIGTERM and to be resumed by the same command, 130 Ctrl-C.
 
-The commands are in orchestration/commands.py. What is here turns their errors into a sentence and an exit code.
+The commands are in orchestration/commands/. What is here turns their errors into a sentence and an exit code.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(other, 2)
 
     def work() -> None:
-        from orchestration import commands
+        from orchestration.commands import parser
 
-        commands.run(list(sys.argv[1:] if arguments is None else arguments))
+        parser.run(list(sys.argv[1:] if arguments is None else arguments))
 
     return guarded(work)
 

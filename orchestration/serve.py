@@ -13,6 +13,7 @@ that has it, or use ssh.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hmac
 import http.server
 import ipaddress
@@ -183,6 +184,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """One request, and with it the end of its connection, so that nothing behind it is taken for a further one. The
     class attributes are set by `make_server`."""
 
+    server: _Server
     look: Look
     token: bytes
     page: tuple[bytes, str]
@@ -191,9 +193,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer; a request without the token learns nothing, not even what is there."""
-        self.server.heard(self.request)  # type: ignore[attr-defined]
+        self.server.heard(self.request)
         path, _, asked = self.path.partition("?")
-        cookie = f"carrara-{self.server.server_port}"  # type: ignore[attr-defined]  # of this port: hosts share cookies
+        cookie = f"carrara-{self.server.server_port}"  # of this port: hosts share cookies
         query = urllib.parse.parse_qs(asked)
         if path == "/" and "token" in query:
             if not self._is_token(query["token"][0]):
@@ -314,16 +316,16 @@ class Look:
         found = []
         for title, root in (("Training images", self.paths.images), ("Held-out images", self.paths.heldout)):
             url = storage.join(root, "dataset.json")
-            steps = self._unless_changed(url, lambda root=root: [vars(s) for s in gather.funnel(root)])  # type: ignore[misc]
+            steps = self._unless_changed(url, functools.partial(gather.funnel, root))
             if steps:
-                found.append({"title": title, "steps": steps})
+                found.append({"title": title, "steps": [vars(s) for s in steps]})
         return found
 
     def _curves(self) -> list[dict[str, Any]]:
         found = []
         for folder in dict.fromkeys(c[0] for c in CURVES):
             logs = storage.join(self.paths.run, folder)
-            lines = self._unless_changed(storage.join(logs, "log.jsonl"), lambda logs=logs: gather.log_lines(logs))  # type: ignore[misc]
+            lines = self._unless_changed(storage.join(logs, "log.jsonl"), functools.partial(gather.log_lines, logs))
             for _, key, title, log_scale in (c for c in CURVES if c[0] == folder):
                 points = [(x["images"], x[key]) for x in lines or () if gather.is_number(x, key)]
                 if len(points) >= 2:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestration import checks, engine, notify
 from orchestration.config import Pool, RunConfig
+from orchestration.connection import connected
 from orchestration.metrics import Exporter
 from orchestration.parts import (
     CURATED,
@@ -17,6 +17,7 @@ from orchestration.parts import (
     STAGES,
     check_inputs,
     evaluation,
+    ingest_stages,
     is_complete,
     order,
     pretrained,
@@ -33,6 +34,7 @@ from shards.stage import Stage
 
 if TYPE_CHECKING:
     from eval.evaluation import Evaluation
+    from orchestration.evaluation import PipelineRun
 
 __all__ = [
     "FITS",
@@ -94,20 +96,18 @@ def _work(name: str, config: RunConfig, local: bool, redo: bool, add_changed: bo
         from orchestration import trainer
 
         checks.warn_of_small_data(name, config)
-        work: Callable[[], Any] = lambda: trainer.run(name, config, local, redo, adopt)  # noqa: E731
-    elif name == "eval":
-        work = lambda: run_evaluation(evaluation(config), config, local, redo)  # noqa: E731
-    else:
-        stages = shard_stages(name, config)
-        if name == "ingest":
-            stages = [(dataclasses.replace(s, add_changed=add_changed), pool) for s, pool in stages]  # type: ignore[type-var]
-        work = lambda: _run_shards(name, stages, config, local, redo)  # noqa: E731
-    if local:
-        return work()
-    from orchestration.connection import connected
-
-    with connected(config.ray):
-        return work()
+        with connected(config.ray, local):
+            trainer.run(name, config, local, redo, adopt)
+        return None
+    if name == "eval":
+        with connected(config.ray, local):
+            return run_evaluation(evaluation(config), config, local, redo)
+    stages = shard_stages(name, config)
+    if name == "ingest":
+        stages = [(dataclasses.replace(s, add_changed=add_changed), config.ray.ingest) for s in ingest_stages(config)]
+    with connected(config.ray, local):
+        _run_shards(name, stages, config, local, redo)
+    return None
 
 
 def check_all(config: RunConfig) -> None:
@@ -120,21 +120,15 @@ def check_all(config: RunConfig) -> None:
 
 def retry_ingest(config: RunConfig, codes: str, local: bool = False) -> None:
     """Fetch the rows again that ended with these codes (`transient`: all that may pass), in shards of their own."""
-    from ingest.stage import codes_to_retry
+    from ingest.retries import codes_to_retry
 
     chosen = codes_to_retry(codes)
     stages: list[tuple[Stage, Pool]] = [
-        (dataclasses.replace(s, retry=chosen), pool)  # type: ignore[type-var]
-        for s, pool in shard_stages("ingest", config)
+        (dataclasses.replace(s, retry=chosen), config.ray.ingest) for s in ingest_stages(config)
     ]
     checks.claim(config)
     with notify.notified(config.notify, config.run, "ingest"):
-        if local:
-            _run_shards("ingest", stages, config, local, False)
-            return
-        from orchestration.connection import connected
-
-        with connected(config.ray):
+        with connected(config.ray, local):
             _run_shards("ingest", stages, config, local, False)
 
 
@@ -143,11 +137,11 @@ def dry_run(config: RunConfig, rows: int | None = None) -> str:
     from ingest import dryrun
 
     parts = []
-    for stage, pool in shard_stages("ingest", config):
-        stage.check()  # type: ignore[attr-defined]
-        funnel = dryrun.funnel(stage, rows)  # type: ignore[arg-type]
-        cost = dryrun.image_cost(stage)  # type: ignore[arg-type]
-        workers = pool.most_workers or os.cpu_count() or 1
+    for stage in ingest_stages(config):
+        stage.check()
+        funnel = dryrun.funnel(stage, rows)
+        cost = dryrun.image_cost(stage)
+        workers = config.ray.ingest.most_workers or os.cpu_count() or 1
         parts.append(f"{stage.name}\n{funnel.text()}\n\n{cost.text(funnel.to_fetch, workers)}\n")
     return "\n".join(parts)
 
@@ -182,7 +176,7 @@ def _settle(name: str, config: RunConfig) -> None:
         remove.settle_curated(paths, again=False)
 
 
-def run_evaluation(found: Evaluation, config: RunConfig, local: bool, redo: bool = False) -> str:
+def run_evaluation(found: Evaluation, config: RunConfig | PipelineRun, local: bool, redo: bool = False) -> str:
     """All stages of one evaluation, then its numbers and its report, whose path is returned: of the one checkpoint that
     was resolved at the beginning, whatever training writes meanwhile."""
     for stage in found.stages():

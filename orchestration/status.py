@@ -20,30 +20,36 @@ BELONGS = {
 }  # lines of their own that belong to a stage
 UNDER_WAY = ("planning", "running", "finishing")
 QUIET_S = 60.0  # a running stage that has not written for so long is said to be silent
+UNREADABLE = "unreadable"  # the state of a stage whose record was cut short, or is something else
 
 
 def read(run: str) -> list[dict[str, Any]]:
     """The status record of every stage in order, {} where it has not begun, and of whatever else has one: the held-out
-    split, the reference, retries. Raises ConfigError without a run."""
+    split, the reference, retries. One that cannot be shown has the state UNREADABLE and its `url`. Raises ConfigError
+    without a run."""
     paths = existing(run)
     names = storage.list_names(paths.status)
     there = [n.removesuffix(".json") for n in names if n.endswith(".json")]
     failures = [n.removesuffix("-failed") for n in names if n.endswith("-failed")]
     records = []
     for stage in [*STAGES, *sorted({*there, *failures} - set(STAGES))]:
-        record = _record(storage.join(paths.status, f"{stage}.json"))
+        record = _record(paths.status, stage)
         if stage in STAGES or stage in failures or "state" in record:
             failed = storage.list_names(storage.join(paths.status, f"{stage}-failed")) if stage in failures else []
             records.append({**record, "stage": stage, "failed": sum(n.endswith(".json") for n in failed)})
     return sorted(records, key=lambda r: _order(r["stage"]))
 
 
-def _record(url: str) -> dict[str, Any]:
+def _record(folder: str, stage: str) -> dict[str, Any]:
+    url = storage.join(folder, f"{stage}.json")
     try:
         found = storage.read_json(url)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        if found is None or (stage not in STAGES and isinstance(found, dict) and "state" not in found):
+            return {}  # or a file of another kind
+        cells({**found, "stage": stage, "failed": 0}, 0.0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {"state": UNREADABLE, "url": url}
+    return dict(found)
 
 
 def _order(stage: str) -> tuple[int, str]:
@@ -79,8 +85,12 @@ def table(records: list[dict[str, Any]], now: float | None = None) -> str:
 def cells(record: dict[str, Any], now: float) -> tuple[str, ...]:
     """A record as texts: stage, state, done, failed, rate, time left, when it was updated, figures."""
     r = record
+    aside = str(r["failed"] or "")
     if "state" not in r:
-        return (r["stage"], "not begun", "", str(r["failed"] or ""), "", "", "", "")
+        return (r["stage"], "not begun", "", aside, "", "", "", "")
+    if r["state"] == UNREADABLE:
+        why = f"{r['url']} is damaged or cut short; the stage's next command writes it anew"
+        return (r["stage"], UNREADABLE, "", aside, "", "", "", why)
     age = now - r["updated"]
     state = f"silent ({r['state']})" if r["state"] in UNDER_WAY and age > QUIET_S else r["state"]
     total = r["total"] or "?"
@@ -89,7 +99,7 @@ def cells(record: dict[str, Any], now: float) -> tuple[str, ...]:
     left = duration(r["seconds_left"]) if r["seconds_left"] is not None and state in UNDER_WAY else ""
     figures = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in r.get("figures", {}).items())
     done = f"{r['done']}/{total} {r['unit']}{share}"
-    return (r["stage"], state, done, str(r["failed"] or ""), rate, left, f"{duration(age)} ago", figures)
+    return (r["stage"], state, done, aside, rate, left, f"{duration(age)} ago", figures)
 
 
 def duration(seconds: float) -> str:

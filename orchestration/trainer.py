@@ -29,7 +29,8 @@ from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
 from shards import storage
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
-from train.config import FitConfig, TrainingSections, layout
+from train.config import TrainingSections
+from train.fit_config import FitConfig, layout
 
 log = logging.getLogger("carrara")
 

@@ -122,11 +122,7 @@ def write_manifest(
 
 
 def amend_manifest(
-    root: str,
-    manifest: Mapping[str, Any],
-    shards: list[ShardInfo],
-    exclusions: str | None,
-    extra: Mapping[str, Any],
+    root: str, manifest: Mapping[str, Any], shards: list[ShardInfo], exclusions: str | None, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Replace `dataset.json` after samples were taken out of its shards, and return it.
 

@@ -2,7 +2,7 @@
 
 The tar is what img2dataset writes (members `key.jpg`, `key.txt`, `key.json` side by side, successes
 only), the parquet beside it has one row per input row and, beyond img2dataset's columns, where in the
-tar each picture lies. So a reader takes any sample at once, and resuming never reads a shard to skip it.
+tar each image lies. So a reader takes any sample at once, and resuming never reads a shard to skip it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 STATUSES = ("success", "failed_to_download", "failed_to_resize", "filtered", "duplicate", "opted_out")
 
 MAX_PIXELS = 64_000_000
-LOCATION = ("image_offset", "image_size", "image_file")  # of the sidecar: where a picture lies
-_GAP = 16 << 10  # what may lie between two pictures that are read at once: headers, a caption, its JSON
+LOCATION = ("image_offset", "image_size", "image_file")  # of the sidecar: where an image lies
+_GAP = 16 << 10  # what may lie between two images that are read at once: headers, a caption, its JSON
 
 
 def pack_tar(samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[bytes, list[dict[str, tuple[int, int]]]]:
@@ -77,7 +77,7 @@ _BLANK_HEADER = _tar_info("", 0).tobuf(tarfile.USTAR_FORMAT)
 
 
 class ImageShard:
-    """One image shard: captions and keys from the sidecar, pictures by offset from the tar.
+    """One image shard: captions and keys from the sidecar, images by offset from the tar.
 
     Positions 0 .. len-1 run over the samples that can be used: success, and not excluded since. Safe to
     read from several threads. columns: of the sidecar, where not all are wanted; status and the tar's among them.
@@ -94,7 +94,7 @@ class ImageShard:
         self.rows: np.ndarray = np.flatnonzero(live)
         self._offsets = self.table["image_offset"].fill_null(-1).to_numpy()[self.rows]
         self._sizes = self.table["image_size"].fill_null(-1).to_numpy()[self.rows]
-        # Pictures that were adopted lie in tars of others, which are only read.
+        # Images that were adopted lie in tars of others, which are only read.
         files = self.table["image_file"].to_pylist() if "image_file" in self.table.column_names else None
         self._elsewhere = None if files is None else np.array(files, object)[self.rows]
         self._fetched: dict[int, bytes] = {}
@@ -126,7 +126,7 @@ class ImageShard:
         return list(self.table[name].take(pa.array(self.rows[samples])).to_pylist())
 
     def encoded_images(self, samples: np.ndarray) -> list[bytes]:
-        """The encoded pictures of these samples; where they lie together, by one read."""
+        """The encoded images of these samples; where they lie together, by one read."""
         if len(samples) == 0:
             return []
         if self._elsewhere is not None:
@@ -134,7 +134,7 @@ class ImageShard:
         return _read(self.url, self._offsets[samples], self._sizes[samples])
 
     def _from_elsewhere(self, samples: np.ndarray) -> list[bytes]:
-        """Pictures that lie in others' tars; one read a tar where they lie together."""
+        """Images that lie in others' tars; one read a tar where they lie together."""
         assert self._elsewhere is not None
         found: list[bytes] = [b""] * len(samples)
         files = self._elsewhere[samples]
@@ -146,14 +146,14 @@ class ImageShard:
         return found
 
     def image_bytes(self, i: int) -> bytes:
-        """The encoded picture of sample `i`."""
+        """The encoded image of sample `i`."""
         if self._elsewhere is not None:
             with self._lock:
                 fetched = self._fetched.pop(i, None)
             return fetched if fetched is not None else self._from_elsewhere(np.array([i]))[0]
         offset, size = int(self._offsets[i]), int(self._sizes[i])
         if self._file is None and not storage.is_local(self.url):
-            # A file object of an object store reads ahead by many times a picture.
+            # A file object of an object store reads ahead by many times an image.
             return storage.read_ranges(self.url, [(offset, offset + size)])[0]
         with self._lock:
             if self._file is None:
@@ -164,11 +164,11 @@ class ImageShard:
                 self._file.seek(offset)
                 data = self._file.read(size)
         if len(data) != size:
-            raise ValueError(f"{self.url}: ends before the picture of sample {self.keys[i]}")
+            raise ValueError(f"{self.url}: ends before the image of sample {self.keys[i]}")
         return data
 
     def fetch(self) -> None:
-        """From an object store, read the tar as a whole: for whoever wants every picture, in any order."""
+        """From an object store, read the tar as a whole: for whoever wants every image, in any order."""
         if self._elsewhere is not None:
             if any(not storage.is_local(f) for f in set(self._elsewhere.tolist())):
                 found = self._from_elsewhere(np.arange(len(self)))
@@ -199,7 +199,7 @@ def _read(url: str, offsets: np.ndarray, sizes: np.ndarray) -> list[bytes]:
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode a picture to uint8 [H,W,3], upright; raises ValueError where that is not possible.
+    """Decode an image to uint8 [H,W,3], upright; raises ValueError where that is not possible.
 
     The size is read from the header and checked before anything is decoded. What ingest stores is upright; what is
     adopted where it lies, or given by hand, is turned as its EXIF orientation says.
@@ -207,19 +207,19 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             if image.width * image.height > max_pixels:
-                raise ValueError(f"the picture has {image.width}x{image.height} pixels, more than {max_pixels}")
+                raise ValueError(f"the image has {image.width}x{image.height} pixels, more than {max_pixels}")
             return np.asarray((image if _orientation(image) == 1 else ImageOps.exif_transpose(image)).convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(_undecodable(e)) from None
 
 
 def is_image(data: bytes) -> bool:
-    """Whether this begins as JPEG, PNG and WebP do. A picture that is taken down is a comment of the tar, or zeros."""
+    """Whether this begins as JPEG, PNG and WebP do. An image that is taken down is a comment of the tar, or zeros."""
     return data.startswith((b"\xff\xd8", b"\x89PNG", b"RIFF"))
 
 
 def is_rgb(data: bytes) -> bool:
-    """Whether a picture is stored as plain 8-bit RGB, so that `decode_rgb` converts no colours; reads the header."""
+    """Whether an image is stored as plain 8-bit RGB, so that `decode_rgb` converts no colours; reads the header."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             return image.mode == "RGB"
@@ -228,7 +228,7 @@ def is_rgb(data: bytes) -> bool:
 
 
 def pixel_size(data: bytes) -> tuple[int, int]:
-    """Width and height of a picture as `decode_rgb` gives it, from its header; raises ValueError where it has none."""
+    """Width and height of an image as `decode_rgb` gives it, from its header; raises ValueError where it has none."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             lying = _orientation(image) >= 5  # a quarter turn
@@ -251,5 +251,5 @@ def _orientation(image: Image.Image) -> int:
 def _undecodable(error: Exception) -> str:
     """Why, in words that are the same in every process: Pillow's own may hold an address in memory."""
     if isinstance(error, UnidentifiedImageError):
-        return "the picture cannot be decoded: it is neither JPEG, PNG nor WebP"
-    return f"the picture cannot be decoded: {error}"
+        return "the image cannot be decoded: it is neither JPEG, PNG nor WebP"
+    return f"the image cannot be decoded: {error}"

@@ -24,7 +24,7 @@ class RunPaths:
 
     @property
     def heldout(self) -> str:
-        """Image shards that are never trained on: prompts and real pictures for the evaluation."""
+        """Image shards that are never trained on: prompts and real images for the evaluation."""
         return join(self.run, "heldout")
 
     @property
@@ -44,7 +44,7 @@ class RunPaths:
 
     @property
     def prior(self) -> str:
-        """A run of its own, images/ and latents/: the pictures of train.prior."""
+        """A run of its own, images/ and latents/: the images of train.prior."""
         return join(self.run, "prior")
 
     @property

@@ -169,6 +169,12 @@ def is_grown(root: str, files: Sequence[str]) -> bool:
     return all({**without_rows, **planned}.get(file) == {stamp} for file, stamp in stamps(files).items())
 
 
+def first_files(root: str) -> list[str]:
+    """The files of the first part of a dataset's plan, sorted, also those without rows; none where there is no plan."""
+    url = part_url(root, 0)
+    return sorted(pc.unique(_part(url)["file"]).to_pylist()) if storage.exists(url) else []
+
+
 def part_url(root: str, number: int) -> str:
     """Where a part of a dataset's plan lies."""
     return storage.join(root, FOLDER, f"{number:05d}.parquet")
@@ -223,9 +229,14 @@ def write_part(root: str, number: int, lines: Iterable[Line]) -> None:
 
 
 def stamps(files: Sequence[str]) -> dict[str, str]:
-    """By file, what changes when it is written again: size and time of the last change, on a store the ETag."""
+    """By file, what changes when it is written again: size and time of the last change, on a store the ETag.
+
+    Raises ConfigError where a file's name is not UTF-8, in which a plan could not name it.
+    """
     found = {}
     for file in files:
+        if file != file.encode("utf-8", "replace").decode():
+            raise ConfigError(f"{file.encode('utf-8', 'backslashreplace').decode()}: its name is not UTF-8; rename it")
         if storage.is_local(file):
             status = os.stat(storage.local_path(file))
             found[file] = f"{status.st_size}-{status.st_mtime_ns}"
@@ -382,7 +393,7 @@ class _Growing:
         committed, samples = stored(self.split, [line.shard for line in bad])
         what = (
             f"{_name(file)} is not the file that was planned: {len(bad)} of its {len(old)} shards "
-            f"({shard_name(bad[0].shard)} to {shard_name(bad[-1].shard)}, {samples:,} pictures) were made of other rows"
+            f"({shard_name(bad[0].shard)} to {shard_name(bad[-1].shard)}, {samples:,} images) were made of other rows"
         )
         if committed and not add_changed:
             raise ConfigError(
@@ -451,7 +462,7 @@ class _Growing:
         if committed:
             raise ConfigError(
                 f"{len(lost)} shards that an earlier version made ({shard_name(shards[0])} to "
-                f"{shard_name(shards[-1])}, {samples:,} pictures) were made of other rows than the table has now, and "
+                f"{shard_name(shards[-1])}, {samples:,} images) were made of other rows than the table has now, and "
                 f"it makes {new} new ones. "
                 "Nothing was touched. Put the table back as it was, and give new rows as a file of their own; or take "
                 "its rows anew, as further shards, with --add-changed: what is stored stays, and a row that is there "

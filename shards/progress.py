@@ -38,13 +38,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        stage: str,
-        total: int,
-        unit: str,
-        status_url: str | None = None,
-        done: int = 0,
-        state: str = "running",
+        self, stage: str, total: int, unit: str, status_url: str | None = None, done: int = 0, state: str = "running"
     ) -> None:
         self.stage, self.status_url = stage, status_url
         self.figures: dict[str, Any] = {}

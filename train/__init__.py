@@ -19,11 +19,11 @@ who bring no weights a VAE (`autoencoder`) and a CLIP (`clip`). Modules, from th
     denoising    the UNet's loss
     inversion    a new word's loss
     engine       DeepSpeed around an objective
-    validation   the loss on held-out pictures, early stopping
+    validation   the loss on held-out images, early stopping
     journal      the log, TensorBoard, events
     loop         the training loop
     finish       what a finished stage leaves: a model folder and its marker
     main         the command
     export       checkpoint into a diffusers pipeline
-    samples      grids of pictures while training
+    samples      grids of images while training
 """

@@ -15,8 +15,9 @@ from typing import Any
 
 from shards.fingerprint import digest_file, digest_json
 from shards.settings import ConfigError, StageError
-from train.config import AdapterConfig, TextEncoderConfig, TrainConfig
+from train.config import TrainConfig
 from train.order import derive_key
+from train.part_config import AdapterConfig, TextEncoderConfig
 
 log = logging.getLogger("carrara.train")
 

@@ -2,7 +2,7 @@
 
 The discriminator is a part of the model, so that its weights and moments are shared out, saved and gone on from like
 all others, and it learns in the same step: one backward pass gives the VAE the generator's gradient and the
-discriminator its own. Everything is of each picture by itself (the norms within the discriminator, the adaptive
+discriminator its own. Everything is of each image by itself (the norms within the discriminator, the adaptive
 weight), so that what is learned does not depend on ranks or micro-batches.
 """
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import leaky_relu, relu
 from torch.nn.grad import conv2d_weight
 
-from train.config import AdversarialConfig
+from train.encoder_config import AdversarialConfig
 from train.order import derive_key
 
 GROUP = 16  # channels of a norm's group
@@ -46,7 +46,7 @@ class Discriminator(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Pictures float [B,3,H,W] in -1..1 -> how real each patch is, float [B,1,h,w]."""
+        """Images float [B,3,H,W] in -1..1 -> how real each patch is, float [B,1,h,w]."""
         x = leaky_relu(self.convolutions[0](x), 0.2)
         for convolution, norm in zip(list(self.convolutions)[1:], self.norms, strict=True):
             x = leaky_relu(norm(convolution(x)), 0.2)
@@ -55,7 +55,7 @@ class Discriminator(nn.Module):
 
 
 def hinge(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """The discriminator's loss (Lim & Ye 2017, arXiv:1705.02894) of each picture: patches [B,1,h,w] -> float32 [B]."""
+    """The discriminator's loss (Lim & Ye 2017, arXiv:1705.02894) of each image: patches [B,1,h,w] -> float32 [B]."""
     found: torch.Tensor = 0.5 * (relu(1.0 - real.float()) + relu(1.0 + fake.float())).mean(dim=(1, 2, 3))
     return found
 
@@ -78,7 +78,7 @@ class Balance(torch.autograd.Function):
 
     Backward, the gradient of the second counts `weight` [B] times and, where `hidden` is given, is made as long as that
     of the first: as VQGAN's lambda (Esser et al. 2021, equation 7), the lengths are those of the gradients of the last
-    layer's weight, a convolution whose input was `hidden` [B,C,H,W], but of each picture. They are known in the
+    layer's weight, a convolution whose input was `hidden` [B,C,H,W], but of each image. They are known in the
     backward pass alone, which then needs no second one.
     """
 
@@ -103,7 +103,7 @@ class Balance(torch.autograd.Function):
 
 
 def last_layer_lengths(hidden: torch.Tensor, gradient: torch.Tensor, kernel: int) -> torch.Tensor:
-    """Lengths, float32 [B], of each picture's gradient of a convolution's weight, from its input and its output's
+    """Lengths, float32 [B], of each image's gradient of a convolution's weight, from its input and its output's
     gradient, [B,C,H,W] and [B,O,H,W]."""
     shape = (gradient.shape[1], hidden.shape[1], kernel, kernel)
     pairs = zip(hidden.float().split(1), gradient.float().split(1), strict=True)

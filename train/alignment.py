@@ -27,9 +27,9 @@ from torch import nn
 from torch.nn import functional
 
 from shards.settings import ConfigError
-from train.config import AlignmentConfig
 from train.diffusion import other_targets
 from train.order import derive_key
+from train.part_config import AlignmentConfig
 
 NAME = "projector"  # the model's part
 

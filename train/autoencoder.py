@@ -1,4 +1,4 @@
-"""The VAE's objective: pictures through a KL-regularised posterior and back.
+"""The VAE's objective: images through a KL-regularised posterior and back.
 
 Beside the errors of values and the KL there are, where they are asked for, a perceptual term (perceptual.py) and an
 adversarial one (adversarial.py), whose discriminator is a part of the model as long as it is trained.
@@ -19,15 +19,15 @@ from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, perceptual, segments
 from train.adversarial import Balance, Discriminator, frozen, hinge
-from train.config import AdversarialConfig, AutoencoderConfig
 from train.data import Batch, ImageSamples
-from train.objective import Objective, construct, public_config
+from train.encoder_config import AdversarialConfig, AutoencoderConfig
+from train.objective import ImageObjective, construct, public_config
 from train.randomness import Randomness
 from train.segments import History
 
 
-class Autoencoder(Objective):
-    """Reconstruction of pictures through a KL-regularised posterior (Kingma & Welling 2013; Rombach 2022).
+class Autoencoder(ImageObjective):
+    """Reconstruction of images through a KL-regularised posterior (Kingma & Welling 2013; Rombach 2022).
 
     The loss that is told is that of reconstruction and KL: the adversarial term has a gradient, and no value that says
     how good a model is.
@@ -63,7 +63,7 @@ class Autoencoder(Objective):
         self.figures = tuple(figures)
 
     def side(self, position: int) -> int:
-        """The side, in pixels, of the pictures of the batch that a position belongs to: they take turns."""
+        """The side, in pixels, of the images of the batch that a position belongs to: they take turns."""
         sides = self.config.resolutions
         begin = int(self.placement.split(np.array([position]))[0][0])
         return sides[begin // self.placement.batch_size(position) % len(sides)]
@@ -81,18 +81,6 @@ class Autoencoder(Objective):
             found["adversarial"] = torch.from_numpy(begun.astype(np.float32))
         return found
 
-    def expect(self, positions: np.ndarray) -> None:
-        """Begin to read these pictures."""
-        self.image_samples.expect(positions)
-
-    def close(self) -> None:
-        """Let go of what reads ahead."""
-        self.image_samples.close()
-
-    def keys(self, positions: np.ndarray) -> list[str]:
-        """The pictures' keys."""
-        return self.image_samples.keys(positions)
-
     def networks(self) -> list[torch.nn.Module]:
         """The two halves, which are what is called."""
         return [self.model.encoder, self.model.decoder]
@@ -105,7 +93,7 @@ class Autoencoder(Objective):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss; mean absolute and squared error of values in -1..1, KL in nats per value, PSNR in dB, and of the
-        further terms the distance, the discriminator's hinge loss, and what it says of pictures and reconstructions."""
+        further terms the distance, the discriminator's hinge loss, and what it says of images and reconstructions."""
         c, x = self.config, to_unit(batch["pixels"], self.config.channels_last)
         posterior = self.model.encode(x).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -115,7 +103,7 @@ class Autoencoder(Objective):
         if c.adversarial:
             output, adversarial, adversarial_figures = self._adversarial(c.adversarial, x, output, batch["adversarial"])
         l1, mse = (output - x).abs().mean(), (output - x).square().mean(dim=(1, 2, 3))
-        # KL(N(mean, var) | N(0, 1)) summed over the latent (Kingma & Welling 2013, appendix B), per picture value.
+        # KL(N(mean, var) | N(0, 1)) summed over the latent (Kingma & Welling 2013, appendix B), per image value.
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum() / x.numel()
         loss = c.l1_weight * l1 + c.mse_weight * mse.mean() + c.kl_weight * kl
         psnr = -10 * torch.log10(mse.detach().clamp(min=1e-10) / 4).mean()

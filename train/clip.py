@@ -1,4 +1,4 @@
-"""The CLIP's objective: pictures and captions of the global batch told apart by each other."""
+"""The CLIP's objective: images and captions of the global batch told apart by each other."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
-from latents.stage import texts_in
+from latents.source import texts_in
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, segments
-from train.config import ClipConfig
 from train.data import Batch, ImageSamples
-from train.objective import Objective, construct, refuse_unknown
+from train.encoder_config import ClipConfig
+from train.objective import ImageObjective, construct, refuse_unknown
 from train.segments import History
 
 # 1 / 0.01, as in CLIP (Radford et al. 2021, section 2.5): keeps the logits from growing without bound.
 MAX_LOGIT_SCALE = 100.0
 
 
-class Clip(Objective):
+class Clip(ImageObjective):
     """CLIP's symmetric cross-entropy over all pairs of the global batch (Radford et al. 2021, figure 3).
 
     With `wrong_captions` an image must also prefer its caption to its own wrong ones (NegCLIP, Yuksekgonul et al. 2023,
@@ -107,21 +107,9 @@ class Clip(Objective):
         accuracy = (to_text.detach().argmax(dim=1) == labels).float().mean()
         return loss, torch.stack([accuracy, scale.detach().float().reshape(())])
 
-    def expect(self, positions: np.ndarray) -> None:
-        """Begin to read these pictures."""
-        self.image_samples.expect(positions)
-
-    def close(self) -> None:
-        """Let go of what reads ahead."""
-        self.image_samples.close()
-
-    def keys(self, positions: np.ndarray) -> list[str]:
-        """The pictures' keys."""
-        return self.image_samples.keys(positions)
-
     def checkpoint_activations(self) -> None:
         """open_clip's own name for it."""
-        self.model.set_grad_checkpointing(True)  # type: ignore[operator]
+        self.model.set_grad_checkpointing(True)
 
     def _features(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         pixels = batch["pixels"]

@@ -194,7 +194,7 @@ class Learning(Encoded):
     def checkpoint_activations(self) -> None:
         """transformers' own name for it."""
         for encoder in self.networks():
-            encoder.gradient_checkpointing_enable()  # type: ignore[operator]
+            encoder.gradient_checkpointing_enable()
 
 
 class Joint(nn.Module):

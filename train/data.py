@@ -18,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from latents.columns import FEATURES, FLIPPED
 from latents.encoders import other_encoder
 from latents.resize import crop_place
-from latents.stage import FEATURES, FLIPPED, texts_in
+from latents.source import texts_in
 from shards import storage
 from shards.columns import COLUMN_ROW, ENDS, ColumnFile, Columns, column, column_rows, members, packed_rows
 from shards.dataset import Dataset
@@ -28,7 +29,8 @@ from shards.images import LOCATION, ImageShard, decode_rgb, is_image
 from shards.selection import Selection
 from shards.settings import ConfigError, StageError
 from train import segments
-from train.config import FitConfig, TrainConfig
+from train.config import TrainConfig
+from train.fit_config import FitConfig
 from train.placement import Placement
 from train.reader import Reader, Window
 from train.segments import History
@@ -42,7 +44,7 @@ Batch = dict[str, torch.Tensor]
 
 TOKENS = ("tokens", "tokens_2", "text_length")  # columns of what a caption's encoders read of it (latents/text.py)
 
-DECODERS = 4  # threads that decode pictures for one rank
+DECODERS = 4  # threads that decode images for one rank
 # Steps whose windows are asked for before their batches are made: at least, and at most where a quarter of what the
 # streams hold lasts that long. A step of 50 ms then leaves a store more than a second to answer.
 LEAST_PREFETCH, MOST_PREFETCH = 4, 32
@@ -118,9 +120,9 @@ class Kept(Generic[K]):
 
 
 class ImageSamples:
-    """Pictures and captions of image shards, by position.
+    """Images and captions of image shards, by position.
 
-    fit: uint8 [H,W,3] -> uint8 [R,R,3], where `pixels` is given no other. cache_bytes: fitted pictures are kept in
+    fit: uint8 [H,W,3] -> uint8 [R,R,3], where `pixels` is given no other. cache_bytes: fitted images are kept in
     memory up to this size; there is no eviction, since an order in which each sample comes once an epoch gains nothing
     from it.
     more: a column of the sidecar that is read too, for `texts`.
@@ -217,7 +219,7 @@ class Latents:
     """Posterior moments and text of the latent shards of one or several datasets, by position in the run.
 
     history: what the run takes its samples from (segments.py), the last of its segments from these datasets. A batch is
-    of one bucket, and so of one shape, on all ranks. beside: of each dataset the pictures that `pictures` gives; a
+    of one bucket, and so of one shape, on all ranks. beside: of each dataset the images that `pictures` gives; a
     sample without one counts as taken down.
 
     Raises ConfigError where datasets were made with different encoders or shapes, which no model could tell apart.
@@ -307,7 +309,7 @@ class Latents:
     def moments(self, positions: np.ndarray, flipped: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """Mean and log-std, float32 [B,C,h,w], unscaled; the latter is None where only means are stored.
 
-        flipped: bool [B], of which samples those of the mirrored picture are given; None: of none.
+        flipped: bool [B], of which samples those of the mirrored image are given; None: of none.
         """
         mean = self._one_of("mean", positions, np.float32, flipped)
         if not self.has_spread:
@@ -353,7 +355,7 @@ class Latents:
     def sizes(self, positions: np.ndarray, flipped: np.ndarray | None = None) -> np.ndarray:
         """SDXL's micro-conditioning (Podell et al. 2023, arXiv:2307.01952, section 2.2), float32 [B,6].
 
-        Original height and width, top and left of the crop in the scaled picture, and the height and width that
+        Original height and width, top and left of the crop in the scaled image, and the height and width that
         were aimed at; in pixels. flipped: as for `moments`. Raises StageError where the latents lack it.
         """
         return self._one_of("micro", positions, np.float32, flipped)
@@ -366,12 +368,12 @@ class Latents:
                     file.sidecar_texts(name)
 
     def require_flipped(self) -> None:
-        """Raises ConfigError where a dataset lacks the moments of mirrored pictures."""
+        """Raises ConfigError where a dataset lacks the moments of mirrored images."""
         for file in self._first:
             if "mean" + FLIPPED not in file.kinds:
                 raise ConfigError(
-                    f"train.flip: {file.dataset.root} lacks the moments of mirrored pictures, which cannot be had from "
-                    "those of the pictures; make the latents again with latents.flip true (carrara latents --redo)"
+                    f"train.flip: {file.dataset.root} lacks the moments of mirrored images, which cannot be had from "
+                    "those of the images; make the latents again with latents.flip true (carrara latents --redo)"
                 )
 
     def require_features(self) -> dict[str, Any]:
@@ -392,12 +394,12 @@ class Latents:
         return facts[0]
 
     def require_images(self) -> None:
-        """Raises StageError where beside the first shard of a dataset there is not one picture of its samples."""
+        """Raises StageError where beside the first shard of a dataset there is not one image of its samples."""
         for file, beside in zip(self._first, self._beside, strict=False):
             keys = file.keys
             if not beside.has_any(file.info.index, keys):
                 raise StageError(
-                    f"{beside.dataset.root}: its shard {file.info.name} has no picture of the samples in shard "
+                    f"{beside.dataset.root}: its shard {file.info.name} has no image of the samples in shard "
                     f"{file.info.name} of {file.dataset.root}, such as {keys[0] if keys else 'none'}; make both from "
                     "the same table, with the same samples_per_shard"
                 )

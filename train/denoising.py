@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from latents.columns import FEATURES, FLIPPED
 from latents.encoders import load_clip_of, load_text_of
-from latents.stage import FEATURES, FLIPPED
 from latents.weights import PAIR, SEQUENCE, clips_of, find_pad
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import adapters, diffusion, initial, segments
 from train.alignment import NAME, Alignment
 from train.conditioning import Conditioning, Encoded, Joint, Learning, Stored, require_added_width
-from train.config import AlignmentConfig, TrainConfig
+from train.config import TrainConfig
 from train.data import Batch, Latents
 from train.image_conditioning import LEVELS, WAYS, ByKey, Controlled, ImageConditioning, add_levels, control_net, widen
 from train.inversion import Word
 from train.objective import Objective, construct, public_config
 from train.order import derive_key, permute
+from train.part_config import AlignmentConfig
 from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of, require_layer
 from train.randomness import Randomness
 from train.segments import History
@@ -93,7 +94,7 @@ class Diffusion(Objective):
     @property
     def process(self) -> diffusion.Process:
         """The forward process, where the objective lies."""
-        return diffusion.Process(self.signal, self.noise, self.time)  # type: ignore[arg-type]
+        return diffusion.Process(self.signal, self.noise, self.time)
 
     # ---- batches, on the CPU -----------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class Diffusion(Objective):
         u = self.random.uniform("caption", positions)
         dropped = u < self.config.caption_dropout
         if self.image_conditioning:
-            # Of the captions that are dropped, the second half loses its picture too (InstructPix2Pix's scheme).
+            # Of the captions that are dropped, the second half loses its image too (InstructPix2Pix's scheme).
             batch |= self.image_conditioning.batch(self.latents, positions, (u - self.config.caption_dropout / 2) % 1)
         chosen = None
         if columns := self.config.captions:
@@ -340,7 +341,7 @@ def conditioning_of(
     field = "train.start_from" if config.start_from else "train.unet"
     if sized and config.conditioned_by:
         raise ConfigError(
-            f"train.{config.conditioned_by}: a UNet given sizes (SDXL's) cannot be given a picture here; {field}"
+            f"train.{config.conditioned_by}: a UNet given sizes (SDXL's) cannot be given an image here; {field}"
         )
     if config.textual_inversion:
         if sized:

@@ -20,10 +20,6 @@ import numpy as np
 import scipy.special
 import torch
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
-SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-
-
 # ---- schedules -------------------------------------------------------------------------------------
 
 
@@ -52,7 +48,7 @@ def alphas_cumprod(betas: torch.Tensor) -> torch.Tensor:
 
 
 def shift_snr(alpha_bar: torch.Tensor, shift: float) -> torch.Tensor:
-    """alpha_bar whose SNR is divided by shift^2, for pictures `shift` times as large as the schedule was made for.
+    """alpha_bar whose SNR is divided by shift^2, for images `shift` times as large as the schedule was made for.
 
     Simple diffusion (Hoogeboom et al. 2023, arXiv:2301.11093, section 3.1): averaging over shift x shift pixels
     takes away that much of the noise.
@@ -219,7 +215,7 @@ def normal_quantile(u: np.ndarray) -> np.ndarray:
 
 
 def offset_noise(noise: np.ndarray, shift: np.ndarray, strength: float) -> np.ndarray:
-    """noise [B,C,h,w] plus `strength` times one normal number a channel, [B,C]: whole pictures may be dark or bright.
+    """noise [B,C,h,w] plus `strength` times one normal number a channel, [B,C]: whole images may be dark or bright.
 
     Guttenberg 2023, "Diffusion with offset noise" (crosslabs.org/blog/diffusion-with-offset-noise).
     """
@@ -229,7 +225,7 @@ def offset_noise(noise: np.ndarray, shift: np.ndarray, strength: float) -> np.nd
 def nearest_noise(candidates: np.ndarray, x0: np.ndarray) -> np.ndarray:
     """Of each sample's k draws, [B,k,C,h,w], the nearest to its x0 [B,C,h,w] by Euclidean distance, [B,C,h,w].
 
-    Paths from pictures to noise then cross less, and the target is surer (immiscible diffusion: Li et al. 2024,
+    Paths from images to noise then cross less, and the target is surer (immiscible diffusion: Li et al. 2024,
     arXiv:2406.12303; by k draws a sample in place of an assignment: Li et al. 2025, arXiv:2505.18521). The first of
     equals is taken.
     """

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from shards.settings import ConfigError
-from train.config import FitConfig, ema_name
 from train.data import Batch
+from train.fit_config import FitConfig, ema_name
 from train.objective import Objective
 from train.optimizer import AdamW, AdamW8bit, parameter_groups, shape_of
 from train.ranks import Ranks, import_deepspeed
@@ -389,11 +389,8 @@ def _settings(config: FitConfig, objective: Objective, ranks: Ranks, micro: int,
     }
 
 
-def _compile(objective: Objective, how: bool | str) -> None:
-    """Compile the model in place, so that names stay as they are: as a whole, or its repeated blocks one by one.
-
-    Whole: each shape of a bucket is compiled once. Blocks: each kind of block once, for any size of batch and picture.
-    """
+def require_compiler(option: str) -> None:
+    """Raise ConfigError where torch.compile would find no C++ compiler; option: the setting that asks for it."""
     from torch._inductor import exc
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -403,9 +400,17 @@ def _compile(objective: Objective, how: bool | str) -> None:
         compiler = ""
     if not shutil.which(compiler):
         raise ConfigError(
-            "compile: torch.compile builds its kernels with a C++ compiler, and there is none here; install g++, or "
-            "set compile to false"
+            f"{option}: torch.compile builds its kernels with a C++ compiler, and there is none here; install g++, or "
+            f"set {option} to false"
         )
+
+
+def _compile(objective: Objective, how: bool | str) -> None:
+    """Compile the model in place, so that names stay as they are: as a whole, or its repeated blocks one by one.
+
+    Whole: each shape of a bucket is compiled once. Blocks: each kind of block once, for any size of batch and picture.
+    """
+    require_compiler("compile")
     # Beyond its limit torch would go on without compiling, and say so in a log at most.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
     networks = objective.networks()

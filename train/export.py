@@ -193,7 +193,7 @@ class _Source:
 
     def pipeline(self) -> Any:
         """The StableDiffusionPipeline, the StableDiffusionXLPipeline of a UNet that is given sizes, the class for the
-        way in which it is given a picture (image_conditioning.py), or our own for an encoder of transformers
+        way in which it is given an image (image_conditioning.py), or our own for an encoder of transformers
         (sequence_pipeline.py).
         """
         vae = self._vae()
@@ -301,7 +301,7 @@ class _Source:
                 self.tuned = {"rows": learned["rows"]}
         if self.config.learned_variance:
             unet = without_variance(unet)
-        # The pipeline draws pictures of this size unless told otherwise.
+        # The pipeline draws images of this size unless told otherwise.
         unet.register_to_config(sample_size=self.manifest["resolution"] // vae.downscale)
         return unet.eval().requires_grad_(False), learned
 

@@ -28,7 +28,7 @@ from train.objective import Objective
 from train.ranks import Ranks
 from train.state import MARKER, StagePaths, to_export
 
-# Pictures that the scale of the latents is measured on: its standard error is then far below 1 %.
+# Images that the scale of the latents is measured on: its standard error is then far below 1 %.
 SCALE_IMAGES = 2048
 SCALE_BATCH = 16
 
@@ -56,16 +56,16 @@ def finish(
             facts = {"scaling_factor": was.scaling_factor, "shift_factor": was.shift_factor}
         else:
             mean, std = measure_latents(objective, ranks)
-            shifted = objective.config.measure_shift or was.shift_factor is not None  # which the pictures moved
+            shifted = objective.config.measure_shift or was.shift_factor is not None  # which the images moved
             facts = {"scaling_factor": 1.0 / std, "shift_factor": mean if shifted else None}
-        objective.model.register_to_config(**facts)  # type: ignore[operator]
+        objective.model.register_to_config(**facts)
     if ranks.first:
         model = storage.local_path(paths.model)
         tmp = storage.temporary_folder(model)
         if isinstance(objective, Clip):
             _save_clip(objective, tmp)
         else:
-            objective.model.cpu().save_pretrained(tmp)  # type: ignore[operator]
+            objective.model.cpu().save_pretrained(tmp)
         manifest = folders.read_manifest(last)
         marker = {
             "stage": stage,
@@ -83,14 +83,14 @@ def finish(
 
 @torch.inference_mode()
 def measure_latents(objective: Autoencoder, ranks: Ranks) -> tuple[float, float]:
-    """Mean and standard deviation of posterior draws over training pictures, all channels and places together
+    """Mean and standard deviation of posterior draws over training images, all channels and places together
     (Rombach 2022, section G); a VAE's shift_factor is the one, its scaling_factor 1 over the other.
 
-    The std is exact for the measured pictures, from the moments: Var = E[mean^2 + var] - E[mean]^2.
+    The std is exact for the measured images, from the moments: Var = E[mean^2 + var] - E[mean]^2.
     Collective: each rank measures its share.
     """
     count = min(SCALE_IMAGES, objective.placement.size)
-    first = objective.placement.segments[-1].images  # of the pictures that are there by now
+    first = objective.placement.segments[-1].images  # of the images that are there by now
     sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     for begin in range(ranks.rank * SCALE_BATCH, count, ranks.world * SCALE_BATCH):
         positions = first + np.arange(begin, min(begin + SCALE_BATCH, count))

@@ -1,14 +1,14 @@
-"""What a UNet is given of a picture, beside x_t, the time and the caption: a table with a row for each way.
+"""What a UNet is given of an image, beside x_t, the time and the caption: a table with a row for each way.
 
     inpaint   a mask, and the latents of what lies around it, as further input channels (Stable Diffusion's inpainting)
-    edit      the latents of the picture before, as further input channels (Brooks et al. 2023, arXiv:2211.09800)
-    upscale   the picture made small, with noise, as further input channels; the noise's level as its class
+    edit      the latents of the image before, as further input channels (Brooks et al. 2023, arXiv:2211.09800)
+    upscale   the image made small, with noise, as further input channels; the noise's level as its class
               (Stable Diffusion's x4 upscaler)
     control   a control image, given to a second network whose outputs are added to the frozen UNet's
               (ControlNet; Zhang et al. 2023, arXiv:2302.05543)
 
-A row has two halves, as captions have (conditioning.py): `batch` makes what one micro-batch needs of the pictures, on
-the CPU in the loader's thread; `inputs` is called within the step, and gives what the UNet is called with. The pictures
+A row has two halves, as captions have (conditioning.py): `batch` makes what one micro-batch needs of the images, on
+the CPU in the loader's thread; `inputs` is called within the step, and gives what the UNet is called with. The images
 come by key from image shards (segments.image_sets), cut as they were for their latents. Masks and drop-outs are
 functions of a sample's place in the run. Both halves do what the row's pipeline in diffusers does.
 """
@@ -33,9 +33,10 @@ from shards.dataset import Dataset
 from shards.images import LOCATION, ImageShard, decode_rgb, is_image
 from shards.layout import shard_name
 from shards.settings import ConfigError, StageError
-from train.config import ControlConfig, TrainConfig
+from train.config import TrainConfig
 from train.data import DECODERS, Batch, Kept
 from train.diffusion import alphas_cumprod
+from train.part_config import ControlConfig
 from train.randomness import Randomness
 from train.segments import MOST_STREAMS
 
@@ -48,7 +49,7 @@ Inputs = tuple[torch.Tensor, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a UNet is given a picture. channels: its input channels beside x_t's, by those of a latent. pipeline: the
+    """How a UNet is given an image. channels: its input channels beside x_t's, by those of a latent. pipeline: the
     class in diffusers. encodes: whether the frozen VAE runs within the step."""
 
     channels: Callable[[int], int]
@@ -61,7 +62,7 @@ class Way:
 
 
 class ImageConditioning:
-    """The pictures of a run that its UNet is given, in the way that `config.conditioned_by` names.
+    """The images of a run that its UNet is given, in the way that `config.conditioned_by` names.
 
     vae: facts of the latents' VAE. Raises StageError where it is not that one any more.
     """
@@ -81,7 +82,7 @@ class ImageConditioning:
     def batch(self, latents: Any, positions: np.ndarray, u: np.ndarray, first: int = 0) -> Batch:
         """What samples of `latents` (data.Latents) need; draws are those of place + first.
 
-        u: uniform float64 [B]; below the configured share a sample's picture is left out.
+        u: uniform float64 [B]; below the configured share a sample's image is left out.
         """
         _, h, w = latents.shape(positions)
         size = (w * self.downscale, h * self.downscale)
@@ -125,14 +126,14 @@ class ImageConditioning:
             pixels = np.ascontiguousarray(resize_crop_to(decode_rgb(data), *size, place)[0])
         except (OSError, ValueError) as e:
             raise StageError(
-                f"train.{self.config.conditioned_by}: the picture of sample {key} cannot be read: {e}"
+                f"train.{self.config.conditioned_by}: the image of sample {key} cannot be read: {e}"
             ) from e
         control = self.config.control
         return control_image(pixels, control) if control and control.images is None else pixels
 
 
 class ByKey:
-    """Pictures by key from image shards, those of a shard of latents from the shard with the same number.
+    """Images by key from image shards, those of a shard of latents from the shard with the same number.
 
     Safe to call from several threads.
     """
@@ -150,11 +151,11 @@ class ByKey:
         return shard, keys[order], order
 
     def has_any(self, index: int, keys: Sequence[str]) -> bool:
-        """Whether shard `index` has a picture of one of these samples."""
+        """Whether shard `index` has an image of one of these samples."""
         return index in self._position and bool(np.isin(np.array(keys, np.str_), self._shard(index)[1]).any())
 
     def read(self, index: int, keys: Sequence[str]) -> tuple[list[bytes], np.ndarray]:
-        """The encoded pictures of samples of shard `index`, and which of them are there, bool [n]; the others are
+        """The encoded images of samples of shard `index`, and which of them are there, bool [n]; the others are
         empty. Raises StageError where the shard cannot be read."""
         found = [b""] * len(keys)
         if index not in self._position:
@@ -228,7 +229,7 @@ def _inpaint_inputs(
     text: torch.Tensor,
     added: dict[str, torch.Tensor] | None,
 ) -> Inputs:
-    """x_t, the mask at the latents' places, and the latents of the picture that is grey under the mask."""
+    """x_t, the mask at the latents' places, and the latents of the image that is grey under the mask."""
     mask = batch["mask"].to(xt.dtype)
     mean, logstd = conditioning.posterior(_unit(batch["image"]) * (1 - mask))
     around = (mean + logstd.exp() * batch["masked_noise"]) * conditioning.scale
@@ -240,7 +241,7 @@ def _inpaint_inputs(
 
 
 def _edit_batch(conditioning: ImageConditioning, pixels: np.ndarray, positions: np.ndarray, u: np.ndarray) -> Batch:
-    """before uint8 [B,H,W,3], kept float32 [B]: 0 where the picture is left out."""
+    """before uint8 [B,H,W,3], kept float32 [B]: 0 where the image is left out."""
     assert conditioning.config.edit is not None
     kept = (u >= conditioning.config.edit.dropout).astype(np.float32)
     return {"before": torch.from_numpy(pixels), "kept": torch.from_numpy(kept)}
@@ -254,7 +255,7 @@ def _edit_inputs(
     text: torch.Tensor,
     added: dict[str, torch.Tensor] | None,
 ) -> Inputs:
-    """x_t and the mean of the latents of the picture before, which InstructPix2Pix does not scale."""
+    """x_t and the mean of the latents of the image before, which InstructPix2Pix does not scale."""
     mean, _ = conditioning.posterior(_unit(batch["before"]))
     return torch.cat([xt, (mean * batch["kept"][:, None, None, None]).to(xt.dtype)], dim=1), {}
 
@@ -278,7 +279,7 @@ def _upscale_batch(conditioning: ImageConditioning, pixels: np.ndarray, position
 
 
 def shrink(image: Image.Image, width: int, height: int) -> Image.Image:
-    """A picture made small, as for training and for those who measure: bicubic, antialiased."""
+    """An image made small, as for training and for those who measure: bicubic, antialiased."""
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -286,7 +287,7 @@ LOW_RES_BETAS = (0.0001, 0.02)  # first and last, linear: DDPM's own, and those 
 
 
 def low_res_scheduler() -> Any:
-    """diffusers' scheduler of the noise that a small picture gets."""
+    """diffusers' scheduler of the noise that a small image gets."""
     from diffusers import DDPMScheduler
 
     first, last = LOW_RES_BETAS
@@ -311,7 +312,7 @@ def _upscale_inputs(
     text: torch.Tensor,
     added: dict[str, torch.Tensor] | None,
 ) -> Inputs:
-    """x_t and the small picture; its level of noise as the class."""
+    """x_t and the small image; its level of noise as the class."""
     return torch.cat([xt, batch["small"].to(xt.dtype)], dim=1), {"class_labels": batch["level"]}
 
 
@@ -351,7 +352,7 @@ def control_net(unet: Any, downscale: int) -> Any:
 
 
 def control_image(pixels: np.ndarray, config: ControlConfig) -> np.ndarray:
-    """A control image of a picture, uint8 [H,W,3] each; light on black, which says nothing."""
+    """A control image of an image, uint8 [H,W,3] each; light on black, which says nothing."""
     if config.kind == "canny":
         try:
             import cv2

@@ -1,6 +1,6 @@
 """Where a fit begins: weights that already do something sensible, so that small budgets are not spent on getting there.
 
-diffusers builds its models with torch's default weights. A VAE then needs thousands of pictures to learn
+diffusers builds its models with torch's default weights. A VAE then needs thousands of images to learn
 to copy flat colours through its GroupNorms, and a UNet's residual branches begin as noise.
 """
 
@@ -17,12 +17,12 @@ _CARRY = 12
 def thumbnail(vae: nn.Module, logvar: float = -5.0) -> None:
     """Make a fresh diffusers AutoencoderKL the map "shrink by averaging, enlarge by repetition", in place.
 
-    The first three latent channels begin as a small copy of the picture, the others as torch made them, and
+    The first three latent channels begin as a small copy of the image, the others as torch made them, and
     the posterior is narrow (log variance about `logvar`). The colours travel in twelve carry channels that
     every layer begins by copying: residual branches begin at zero (Goyal et al. 2017, section 5.1),
     downsamplers as averages, upsamplers and shortcuts as the identity. Through the last GroupNorm and SiLU
     they survive, up to a scale near one, because each lies beside its negative, SiLU(a) - SiLU(-a) = a, and beside
-    +1 and -1, which keep a group's scale from being the picture's own.
+    +1 and -1, which keep a group's scale from being the image's own.
 
     Raises ValueError where the model has too few channels for that, or a group is too small to hold +1 or -1.
     """

@@ -18,8 +18,8 @@ from latents.encoders import TextEncoder, has_final_norm, kept_blocks
 from latents.text import Text
 from shards.settings import ConfigError
 from train.conditioning import Condition, Conditioning
-from train.config import InversionConfig
 from train.data import Batch
+from train.part_config import InversionConfig
 from train.randomness import Randomness
 
 

@@ -13,9 +13,9 @@ import torch
 from shards.fingerprint import Fingerprint
 from shards.settings import ConfigError, StageError
 from train import checkpoint, plan
-from train.config import FitConfig, layout
 from train.data import Batch
 from train.engine import Engine, resolve_precision
+from train.fit_config import FitConfig, layout
 from train.folders import Keep, folder_name
 from train.guard import Guard
 from train.objective import Objective
@@ -32,7 +32,7 @@ log = logging.getLogger("carrara.train")
 class Job:
     """One fit. checkpoints, logs: URLs of folders. status_url: where progress is written. facts: stored in manifests.
 
-    validator: None for no validation. samples: pictures at every checkpoint; None for none. notes: of what the run
+    validator: None for no validation. samples: images at every checkpoint; None for none. notes: of what the run
     takes its samples from, for the journal. tell: called with every line of the journal, on rank 0.
     """
 
@@ -119,7 +119,7 @@ def begin(job: Job, objective: Objective, ranks: Ranks, images: int, fresh: bool
             raise ConfigError(f"{field}: a batch does not go through this model: {why}") from e
 
     found = ranks.found_by_first(planned)  # it takes seconds, and is the same for all
-    # A batch by area holds fewer of large pictures; the clock counts places of the batch.
+    # A batch by area holds fewer of large images; the clock counts places of the batch.
     found = dataclasses.replace(found, flops=found.flops * size / micro)
     if ranks.first:
         for line in plan.describe(found, config, precision, ranks.device, ranks.world, micro).splitlines():

@@ -37,7 +37,8 @@ from shards import storage
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError, load_sections
 from train import trackers
-from train.config import STAGES, TrainConfig, TrainingSections, layout
+from train.config import STAGES, TrainConfig, TrainingSections
+from train.fit_config import layout
 from train.ranks import Ranks, Stopped, join
 from train.state import describe, discard, fingerprint, history, judge, open_input, stage_config, stage_paths
 

@@ -12,27 +12,27 @@ pipeline_tag: {task}
 
 # {title}
 
-A latent diffusion model that was trained with Carrara. It draws pictures of {resolution} x {resolution} pixels{more}.
+A latent diffusion model that was trained with Carrara. It draws images of {resolution} x {resolution} pixels{more}.
 
 ```python
 from diffusers import DiffusionPipeline
 {imports}
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{trust})
-pipeline("your prompt"{given}, num_inference_steps=30, guidance_scale=5.0).images[0].save("picture.png")
+pipeline("your prompt"{given}, num_inference_steps=30, guidance_scale=5.0).images[0].save("image.png")
 ```
 
-{needs} There is no safety checker in it: whoever shows its pictures to
+{needs} There is no safety checker in it: whoever shows its images to
 others decides what to let through. {licence}
 {tuning}
 ## What it was trained on
 
-- {samples} pictures with captions ({shards}), of {rows} rows in the table they came from.
-{status}- The dataset's fingerprint: `{dataset}`. The same run's folders name every picture in it by its key.
+- {samples} images with captions ({shards}), of {rows} rows in the table they came from.
+{status}- The dataset's fingerprint: `{dataset}`. The same run's folders name every image in it by its key.
 
 ## How it was trained
 
 - {objective} ({process}).
-- Pictures seen: {images_seen}; steps of the optimizer: {steps}; batch: {batch_size}; captions dropped for
+- Images seen: {images_seen}; steps of the optimizer: {steps}; batch: {batch_size}; captions dropped for
   classifier-free guidance: {caption_dropout}.
 - Weights: {weights}, from the checkpoint `{checkpoint}`.
 
@@ -54,30 +54,30 @@ _DC_CLASS = """diffusers' StableDiffusionPipeline cannot decode with an Autoenco
 that can: half a page of code that imports torch, transformers and diffusers alone, and that `trust_remote_code=True`
 allows to run. Nothing else but diffusers and transformers is needed."""
 
-_OBJECTIVES = {
+OBJECTIVES = {
     "epsilon": "The UNet predicts the noise",
     "sample": "The UNet predicts the clean latent",
     "v_prediction": "The UNet predicts the velocity",
     "flow_prediction": "The UNet predicts the direction from the latent to the noise (rectified flow)",
 }
-# By the field of train that tells the model a picture: task, title, how it draws, and its pipeline's arguments.
+# By the field of train that tells the model an image: task, title, how it draws, and its pipeline's arguments.
 _KINDS = {
     None: ("text-to-image", "A text-to-image model", "", ""),
     "inpaint": (
         "image-to-image",
         "An inpainting model",
         ", painting anew what lies under a mask",
-        ', image=load_image("picture.png"), mask_image=load_image("mask.png")',
+        ', image=load_image("image.png"), mask_image=load_image("mask.png")',
     ),
     "edit": (
         "image-to-image",
-        "A model that edits pictures as it is told",
+        "A model that edits images as it is told",
         ", changing one as the prompt says",
-        ', image=load_image("picture.png"), image_guidance_scale=1.5',
+        ', image=load_image("image.png"), image_guidance_scale=1.5',
     ),
     "upscale": (
         "image-to-image",
-        "A decoder for small pictures",
+        "A decoder for small images",
         ", from the same ones made small",
         ', image=load_image("small.png"), noise_level=20',
     ),
@@ -105,7 +105,7 @@ def model_card(provenance: dict[str, Any]) -> str:
     task, title, more, given = _KINDS[way]
     if way == "control":
         control = training["control"]
-        more = more.format(made="brought with the pictures" if control["images"] else control["kind"])
+        more = more.format(made="brought with the images" if control["images"] else control["kind"])
     own = p["text"].get("kind") == "transformers"
     needs = _OWN_CLASS if own else "Nothing but diffusers and transformers is needed."
     if compressed := not own and p["vae"].get("kind") == "AutoencoderDC":
@@ -123,7 +123,7 @@ def model_card(provenance: dict[str, Any]) -> str:
         rows=f"{data['rows']:,}",
         status=f"- Left out: {left_out}.\n" if left_out else "",
         dataset=data["fingerprint"],
-        objective=_OBJECTIVES[training["prediction_type"]],
+        objective=OBJECTIVES[training["prediction_type"]],
         process=_process(training),
         licence=_licence(p.get("licence")),
         licence_tag=f"license: other\nlicense_name: {json.dumps(p['licence'])}\n" if p.get("licence") else "",

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from shards.settings import ConfigError
-from train.data import Batch, batch_slots
+from train.data import Batch, ImageSamples, batch_slots
 from train.order import derive_key
 from train.placement import Placement
 
@@ -37,7 +37,7 @@ class Objective(nn.Module):
     def positions(self, images: int, rank: int, world: int, micro_step: int, micro: int) -> np.ndarray:
         """The places in the run, int64 [B], of one rank's micro-batch of the global batch that begins at `images`.
 
-        micro: samples of a micro-batch; where batches go by area, of one of the smallest pictures.
+        micro: samples of a micro-batch; where batches go by area, of one of the smallest images.
         """
         accumulation = self.placement.batch_size(images) // (world * micro)
         return images + batch_slots(self.placement.samples(images), rank, world, micro_step, accumulation)
@@ -71,7 +71,25 @@ class Objective(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keep no activations inside blocks, and compute them again in the backward pass."""
-        self.model.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.model.enable_gradient_checkpointing()
+
+
+class ImageObjective(Objective):
+    """An objective on images, and their captions, as they lie in image shards."""
+
+    image_samples: ImageSamples
+
+    def expect(self, positions: np.ndarray) -> None:
+        """See Objective."""
+        self.image_samples.expect(positions)
+
+    def close(self) -> None:
+        """See Objective."""
+        self.image_samples.close()
+
+    def keys(self, positions: np.ndarray) -> list[str]:
+        """See Objective."""
+        return self.image_samples.keys(positions)
 
 
 def construct(kind: Any, arguments: dict[str, Any], field: str, seed: int) -> Any:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from shards.dataset import Dataset
 from train.autoencoder import Autoencoder
 from train.clip import Clip
-from train.config import AutoencoderConfig, ClipConfig, TrainConfig
+from train.config import TrainConfig
 from train.denoising import Diffusion
+from train.encoder_config import AutoencoderConfig, ClipConfig
 from train.objective import Objective
 from train.segments import History
 

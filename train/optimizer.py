@@ -63,7 +63,7 @@ class AdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
         """One update of the groups that DeepSpeed left in `param_groups`: all of them, or one at a time."""
         del closure
         for group in self.param_groups:

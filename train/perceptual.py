@@ -1,4 +1,4 @@
-"""How unlike two pictures look to a frozen network: a loss for the VAE, and a measure of its reconstructions.
+"""How unlike two images look to a frozen network: a loss for the VAE, and a measure of its reconstructions.
 
     FILE.safetensors            LPIPS (Zhang et al. 2018, arXiv:1801.03924), version 0.1, on VGG16 or AlexNet
     a folder of transformers    a vision tower (CLIP, SigLIP, DINOv2, ...): the outputs of all its blocks
@@ -32,7 +32,7 @@ FIELD = "autoencoder.perceptual.weights"
 ENDS = {"vgg16": (3, 8, 15, 22, 29), "alexnet": (1, 4, 7, 9, 11)}
 SMALLEST = {"vgg16": 16, "alexnet": 31}  # sides, in pixels, which leave a place to the last part
 CHANNELS = {"vgg16": (64, 128, 256, 512, 512), "alexnet": (64, 192, 384, 256, 256)}
-# LPIPS's ScalingLayer, for pictures in -1..1: ImageNet's mean and deviation.
+# LPIPS's ScalingLayer, for images in -1..1: ImageNet's mean and deviation.
 MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 TOWER_MEAN, TOWER_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of 0..1
 
@@ -46,7 +46,7 @@ class Distance(nn.Module):
         return self
 
     def features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Pictures float [B,3,H,W] in -1..1 -> features, of each layer."""
+        """Images float [B,3,H,W] in -1..1 -> features, of each layer."""
         raise NotImplementedError
 
     def compared(self, layer: int, squared: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ class Distance(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Distances of pictures float [B,3,H,W] in -1..1, float32 [B]; `target` gets no gradient."""
+        """Distances of images float [B,3,H,W] in -1..1, float32 [B]; `target` gets no gradient."""
         with torch.no_grad():
             wanted = self.features(target)
         total = torch.zeros(len(x), device=x.device)
@@ -64,13 +64,13 @@ class Distance(nn.Module):
         return total
 
     axis = 1
-    smallest = 1  # side of pictures, in pixels
+    smallest = 1  # side of images, in pixels
 
     def require(self, side: int, field: str) -> None:
-        """Raises ConfigError, naming the setting, where pictures of that side are too small to be compared."""
+        """Raises ConfigError, naming the setting, where images of that side are too small to be compared."""
         if side < self.smallest:
             raise ConfigError(
-                f"{FIELD}: its network needs pictures of {self.smallest} pixels, and {field} is {side}; name another "
+                f"{FIELD}: its network needs images of {self.smallest} pixels, and {field} is {side}; name another "
                 "network"
             )
 
@@ -115,7 +115,7 @@ class Lpips(Distance):
 class Tower(Distance):
     """1 - cosine of a vision tower's features, over places and over blocks, in the mean.
 
-    size: pictures are brought to this square. mean, std: of values in 0..1.
+    size: images are brought to this square. mean, std: of values in 0..1.
     """
 
     axis = -1

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from shards.settings import ConfigError
-from train.config import FitConfig
 from train.data import Batch, shortened
+from train.fit_config import FitConfig
 
 if TYPE_CHECKING:
     from train.objective import Objective
@@ -125,7 +125,7 @@ def _run(
         given = {n: torch.empty((samples, *t.shape[1:]), dtype=t.dtype) for n, t in batch.items()}
     cast = contextlib.nullcontext()
     if precision in DTYPES:
-        cast = torch.autocast("cpu", DTYPES[precision])  # type: ignore[assignment]
+        cast = torch.autocast("cpu", DTYPES[precision])
     was = [m.gradient_checkpointing for m in objective.modules() if hasattr(m, "gradient_checkpointing")]
     counter, lives = FlopCounterMode(display=False), Live()
     watch: Any = lives if live else counter

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from shards.settings import StageError
-from train.config import FitConfig, ema_name
 from train.engine import Outcome
+from train.fit_config import FitConfig, ema_name
 from train.optimizer import ema_decay, learning_rate
 from train.posthoc import decay
 

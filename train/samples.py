@@ -1,7 +1,7 @@
-"""Grids of pictures while training goes on, so that a person sees how far the model is.
+"""Grids of images while training goes on, so that a person sees how far the model is.
 
 They are drawn by the weights that are at hand on all ranks, the average in their place (engine.using), each rank its
-share of the prompts: no second UNet is built. Rank 0 decodes, one picture at a time.
+share of the prompts: no second UNet is built. Rank 0 decodes, one image at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from latents.encoders import load_text_of, load_vae, require_digest
 from latents.weights import find_vae
-from train.config import SamplesConfig
+from train.part_config import SamplesConfig
 from train.ranks import Ranks
 from train.schedulers import scheduler
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("carrara.train")
 
-GAP = 2  # pixels between two pictures
+GAP = 2  # pixels between two images
 
 
 class Samples:
-    """One picture a prompt, with the same noise at every checkpoint: its own generator, seeded with config.seed and its
+    """One image a prompt, with the same noise at every checkpoint: its own generator, seeded with config.seed and its
     place.
 
-    Raises StageError where the CLIP of the latents is not there any more; what fails later, while a picture is decoded,
-    is a warning and no picture.
+    Raises StageError where the CLIP of the latents is not there any more; what fails later, while an image is decoded,
+    is a warning and no image.
     """
 
     def __init__(self, config: SamplesConfig, objective: Diffusion, ranks: Ranks) -> None:
@@ -78,7 +78,7 @@ class Samples:
                 found.setdefault(i * self.ranks.world + rank, one)
         try:
             return tile(self._decode([found[i] for i in range(len(config.prompts))]))
-        except Exception as e:  # pictures are for a look; the training is not to end for want of them
+        except Exception as e:  # images are for a look; the training is not to end for want of them
             log.warning("no samples could be drawn: %s", e)
             return None
 
@@ -113,7 +113,7 @@ class Samples:
 
 
 def tile(images: np.ndarray) -> np.ndarray:
-    """uint8 [N,h,w,3] -> one picture of ceil(sqrt(N)) columns, white where there is none."""
+    """uint8 [N,h,w,3] -> one image of ceil(sqrt(N)) columns, white where there is none."""
     n, h, w, _ = images.shape
     columns = int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)

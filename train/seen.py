@@ -41,7 +41,7 @@ class Account:
         self._ranges: dict[str, Range] = {}
         self._by_rules: dict[str, int] = {}  # from where on samples of a range may have stood for others of it
         config = manifest.get("config") or {}
-        # Which samples lacked the picture that was brought for them, nobody has recorded.
+        # Which samples lacked the image that was brought for them, nobody has recorded.
         brought = config.get("edit") or (config.get("control") or {}).get("images")
         for record in history.segments:
             for r in record.ranges:
@@ -61,7 +61,7 @@ class Account:
     def first(self, shard_index: int, samples: Sequence[int]) -> list[int | None]:
         """Of samples of a shard the position, in images, at which each came first; None for never.
 
-        By rules on scores, and where a picture is brought for each, one stands for others, of any place: then the
+        By rules on scores, and where an image is brought for each, one stands for others, of any place: then the
         position before which it cannot have come, whether or not it passes them.
 
         samples: their places in the columns' sample axis (shards.columns.column_rows), of images among the usable ones.

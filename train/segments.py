@@ -18,7 +18,9 @@ from shards.dataset import Dataset
 from shards.fingerprint import digest_json
 from shards.selection import Rule, Selection
 from shards.settings import ConfigError
-from train.config import PRIOR, FitConfig, SourceConfig, TrainConfig
+from train.config import TrainConfig
+from train.fit_config import FitConfig
+from train.part_config import PRIOR, SourceConfig
 from train.placement import Placement, Segment, Source
 
 VERSION = 2  # 1 was an order by windows of shards, which kept no record
@@ -50,7 +52,7 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """The image shards whose pictures the UNet is given beside one source's latents. given, again: the source, as
+    """The image shards whose images the UNet is given beside one source's latents. given, again: the source, as
     Range's. shards: how many there were; digest: of which they were, whatever was taken down in them since; empty where
     their format does not say."""
 
@@ -73,7 +75,7 @@ class Record:
     ranges: tuple[Range, ...]
     changes: tuple[str, ...] = ()
     select: tuple[tuple[dict[str, Any], ...], ...] = ()  # by source, the rules with their thresholds; none: all pass
-    pictures: tuple[ImageSet, ...] = ()  # by source, where the UNet is given pictures; none: it is not, or no record
+    pictures: tuple[ImageSet, ...] = ()  # by source, where the UNet is given images; none: it is not, or no record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,10 +258,10 @@ def resume(
     others = [now.root for then, now in pairs if then.digest and now.digest and then.digest != now.digest]
     for root in others:
         refusal = refusal or (
-            f"the pictures in {root} are others than those this training was given until now; put them back, or give "
+            f"the images in {root} are others than those this training was given until now; put them back, or give "
             "--adopt to go on with these"
         )
-        adopted.append(f"{root}: other pictures")
+        adopted.append(f"{root}: other images")
     select = selected(config, datasets, last.select)
     sizes = batch_sizes(config, datasets)
     pictures = tuple(_image_set(s, d) for s, d in zip(names(config), beside, strict=False))
@@ -295,7 +297,7 @@ def rules_of(config: FitConfig, source: int) -> tuple[Rule, ...]:
     if not isinstance(config, TrainConfig):
         return ()
     chosen = config.all_sources[source]
-    # The prior's pictures have no scores.
+    # The prior's images have no scores.
     return () if chosen.latents == PRIOR else (*config.select, *chosen.select)
 
 
@@ -305,7 +307,7 @@ def run_of(dataset: Dataset) -> str:
 
 
 def image_sets(config: FitConfig, datasets: Sequence[Dataset], folder: str = "images") -> list[Dataset]:
-    """Of each data set of latents, the image shards whose pictures the UNet is given by key; none without.
+    """Of each data set of latents, the image shards whose images the UNet is given by key; none without.
 
     folder: `images`, or `heldout`.
     """
@@ -315,7 +317,7 @@ def image_sets(config: FitConfig, datasets: Sequence[Dataset], folder: str = "im
 
 
 def run_of_images(config: TrainConfig, run: str) -> str:
-    """The run that has the pictures which latents of `run` are given."""
+    """The run that has the images which latents of `run` are given."""
     other = config.edit.before if config.edit else config.control.images if config.control else None
     if other is None:
         return run
@@ -323,7 +325,7 @@ def run_of_images(config: TrainConfig, run: str) -> str:
 
 
 def _image_set(source: tuple[str | None, int], dataset: Dataset, shards: int | None = None) -> ImageSet:
-    """Which pictures the first `shards` shards hold, or all; more may come, and some be taken down."""
+    """Which images the first `shards` shards hold, or all; more may come, and some be taken down."""
     some = dataset.shards[:shards]
     lines = [f"{s.index} {s.born}" for s in some]
     return ImageSet(*source, dataset.root, len(lines), "" if dataset.format == 1 else digest_json(lines)[:32])
@@ -368,7 +370,7 @@ def _row_bytes(dataset: Dataset, laid: np.ndarray) -> int:
 def batch_sizes(config: FitConfig, datasets: Sequence[Dataset]) -> tuple[int, ...]:
     """Samples of a global batch of each bucket, 0 for those that are not trained on.
 
-    Raises ConfigError where a resolution is not there, or a bucket's pictures leave room for none.
+    Raises ConfigError where a resolution is not there, or a bucket's images leave room for none.
     """
     laid = np.sum([rows_laid(d).sum(axis=0, dtype=np.int64) for d in datasets], axis=0)
     if not isinstance(config, TrainConfig):
@@ -392,7 +394,7 @@ def batch_sizes(config: FitConfig, datasets: Sequence[Dataset]) -> tuple[int, ..
         if 0 in sizes.values():
             largest = shapes[max(areas, key=lambda b: areas[b])]
             raise ConfigError(
-                f"train.batch_by_area is {unit}, but a batch_size of {config.batch_size} leaves fewer pictures of "
+                f"train.batch_by_area is {unit}, but a batch_size of {config.batch_size} leaves fewer images of "
                 f"{largest['width']} x {largest['height']} pixels than that; raise batch_size, or lower it"
             )
     return tuple(sizes.get(b, 0) for b in range(len(laid)))

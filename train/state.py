@@ -22,7 +22,10 @@ from shards.fingerprint import Fingerprint, digest_file, digest_json
 from shards.layout import MANIFEST, RunPaths
 from shards.settings import ConfigError, StageError, resolved
 from train import folders, segments
-from train.config import PRIOR, AutoencoderConfig, ClipConfig, FitConfig, Kind, TrainConfig, TrainingSections, kind_of
+from train.config import TrainConfig, TrainingSections
+from train.encoder_config import AutoencoderConfig, ClipConfig
+from train.fit_config import FitConfig, Kind, kind_of
+from train.part_config import PRIOR
 
 VERSION = 2  # raise it when the same settings lead to other weights
 MARKER = "carrara.json"
@@ -73,7 +76,7 @@ def open_input(stage: str, run: RunPaths, config: StageConfig) -> list[Dataset]:
         prior = RunPaths(run.prior).latents
         if config.prior and not storage.exists(storage.join(prior, MANIFEST)):
             raise StageError(
-                f"train.prior: {prior} holds no pictures yet; `carrara prior` draws them, as `carrara train` does first"
+                f"train.prior: {prior} holds no images yet; `carrara prior` draws them, as `carrara train` does first"
             )
         roots = [prior if s.latents == PRIOR else s.latents or run.latents for s in config.all_sources]
     datasets = [Dataset.open(root) for root in roots]

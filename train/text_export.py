@@ -41,7 +41,7 @@ def clip_text_model(text: TextEncoder, projected: bool = False, first_of_two: bo
     require_layer(STABLE_DIFFUSION_XL if whole else STABLE_DIFFUSION, text.layer)
     tower = text.tower
     blocks = list(tower.transformer.resblocks) if whole else kept_blocks(tower, text.layer)
-    first = blocks[0]
+    first = tower.transformer.resblocks[0]
     projection = getattr(tower, "text_projection", None)
     config = CLIPTextConfig(
         vocab_size=tower.token_embedding.num_embeddings,

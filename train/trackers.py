@@ -51,7 +51,7 @@ class Tracker(Protocol):
         """Finite numbers by name, at so many images."""
 
     def image(self, images: int, name: str, pixels: np.ndarray) -> None:
-        """A picture, uint8 [H,W,3]."""
+        """An image, uint8 [H,W,3]."""
 
     def close(self) -> None:
         """Send what is left."""
@@ -105,7 +105,7 @@ class Trackers:
                 thread.put(series, images, lambda tracker: tracker.scalars(images, finite))
 
     def image(self, name: str, images: int, pixels: np.ndarray, series: str | None = None) -> None:
-        """A picture, uint8 [H,W,3]. series: `name`, unless such pictures come in any order."""
+        """An image, uint8 [H,W,3]. series: `name`, unless such images come in any order."""
         for thread in self._threads:
             thread.put(series or name, images, lambda tracker: tracker.image(images, name, pixels))
 

@@ -1,6 +1,6 @@
-"""The loss on pictures that are never trained on: the same pictures, noise and timesteps at every validation.
+"""The loss on images that are never trained on: the same images, noise and timesteps at every validation.
 
-Its samples' timesteps are spread evenly, so that a few hundred pictures give a number that moves with the model and
+Its samples' timesteps are spread evenly, so that a few hundred images give a number that moves with the model and
 not with the draw. Which samples they are depends neither on ranks nor on micro-batches, also where the latents have
 buckets; two validations of the same weights agree up to the rounding of a sum. It is measured on the EMA, which is what
 is exported.
@@ -27,11 +27,12 @@ from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from shards.stage import begin
 from train import segments
-from train.config import IMAGE_CONDITIONS, SourceConfig, TrainConfig, ValidationConfig
+from train.config import IMAGE_CONDITIONS, TrainConfig
 from train.data import Batch, Latents
 from train.denoising import Diffusion
 from train.image_conditioning import ByKey
 from train.order import permute
+from train.part_config import SourceConfig, ValidationConfig
 from train.ranks import Ranks
 from train.reader import Window
 
@@ -123,7 +124,7 @@ class Chosen(Latents):
 
     def __init__(self, config: TrainConfig, dataset: Dataset, count: int, beside: Sequence[ByKey] = ()) -> None:
         plain = {"sources": (SourceConfig(),), "resolution": config.resolutions[:1] or None, "batch_by_area": None}
-        plain |= dict.fromkeys(IMAGE_CONDITIONS)  # the pictures are those of `beside`
+        plain |= dict.fromkeys(IMAGE_CONDITIONS)  # the images are those of `beside`
         plain["prior"] = None
         plain["select"] = ()  # scores are of what is trained on
         super().__init__(config.model_copy(update=plain), [dataset], 0, beside=beside)
@@ -151,7 +152,7 @@ class Chosen(Latents):
 
 
 def _open(root: str, objective: Diffusion) -> Dataset:
-    """Latents of pictures that nobody trains on, of the same encoders as the training's."""
+    """Latents of images that nobody trains on, of the same encoders as the training's."""
     dataset = Dataset.open(root)
     if different := other_encoder(objective.latents.dataset.manifest, dataset.manifest):
         raise StageError(
@@ -162,7 +163,7 @@ def _open(root: str, objective: Diffusion) -> Dataset:
 
 
 def _beside(config: ValidationConfig, objective: Diffusion, run: RunPaths) -> list[ByKey]:
-    """The pictures that the UNet is given of the samples that it is validated on; none where it is given none."""
+    """The images that the UNet is given of the samples that it is validated on; none where it is given none."""
     train = objective.config
     if not train.conditioned_by:
         return []
@@ -172,7 +173,7 @@ def _beside(config: ValidationConfig, objective: Diffusion, run: RunPaths) -> li
 
 
 def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, device: str, folder: str) -> str:
-    """The run's held-out pictures as a dataset of latents, made as those that are trained on were.
+    """The run's held-out images as a dataset of latents, made as those that are trained on were.
 
     Raises ConfigError where there are none, StageError where not one can be used.
     """
@@ -181,7 +182,7 @@ def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, dev
         heldout = Dataset.open(run.heldout)
     except StageError:
         raise ConfigError(
-            f"train.validation: {run.heldout} holds no pictures; give ingest.heldout_table, or name a folder of "
+            f"train.validation: {run.heldout} holds no images; give ingest.heldout_table, or name a folder of "
             "latents with train.validation.latents"
         ) from None
     known = {k: v for k, v in facts.get("settings", {}).items() if k in LatentsConfig.model_fields}
@@ -192,11 +193,11 @@ def _held_out(config: ValidationConfig, objective: Diffusion, run: RunPaths, dev
         "flip": False,
         "features": None,
         "crop": "center",
-    }  # it is measured on pictures as they are, by the prediction alone
+    }  # it is measured on images as they are, by the prediction alone
     settings = LatentsConfig(**known)
     few = _first(heldout, config.images)
     if len(few) == 0:
-        raise StageError(f"{heldout.root}: there is not one held-out picture to validate on")
+        raise StageError(f"{heldout.root}: there is not one held-out image to validate on")
     stage = _Stage(settings, RunPaths(folder), facts["vae"]["ref"], clips_of(facts["text"])[0]["ref"])
     stage.image_dataset = few
     begin(stage)

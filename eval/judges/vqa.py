@@ -20,6 +20,7 @@ import numpy as np
 
 from eval.config import JudgeConfig
 from eval.networks.weights import Rows
+from eval.shardwork import Halving
 from shards.fingerprint import digest_file, digest_json
 from shards.settings import ConfigError
 
@@ -53,6 +54,7 @@ class Judge:
         self.model.eval().requires_grad_(False).to(device)
         self.tokenizer: Any = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
+        self._in_pieces = Halving("questions")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
@@ -70,8 +72,11 @@ class Judge:
 
     def __call__(self, prepared: tuple[list[Any], list[tuple[int, str, str]], int]) -> dict[str, np.ndarray]:
         images, asked, count = prepared
-        size = self.config.batch_size
-        log_p = [p for at in range(0, len(asked), size) for p in self.log_chances(images, asked[at : at + size])]
+        size, log_p = self.config.batch_size, []
+        for at in range(0, len(asked), size):
+            batch = asked[at : at + size]
+            for part in self._in_pieces(len(batch), lambda piece: self.log_chances(images, batch[piece])):  # noqa: B023
+                log_p += part
         whole, atoms = np.full((count, 1), np.nan, np.float32), np.full((count, ATOMS), np.nan)
         filled = [-1] * count  # the first of an image's questions is VQAScore's
         for (i, _, _), value in zip(asked, log_p, strict=True):
@@ -92,7 +97,11 @@ class Judge:
         import torch
 
         texts = [self._text(question) for _, question, _ in asked]
-        given = self.processor(text=texts, images=[[images[i]] for i, _, _ in asked], padding=True, return_tensors="pt")
+        # A template that writes the first token itself gets no second one, as where transformers tokenizes templates.
+        bos = self.tokenizer.bos_token
+        once = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
+        pictures = [[images[i]] for i, _, _ in asked]
+        given = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt", **once)
         answers = [self.tokenizer(a, add_special_tokens=False)["input_ids"] for _, _, a in asked]
         longest = max(map(len, answers))
         padding = self.tokenizer.pad_token_id
@@ -114,9 +123,10 @@ class Judge:
 
     def _text(self, question: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        if getattr(self.processor, "chat_template", None):
-            message = [{"role": "user", "content": content}]
-            return str(self.processor.apply_chat_template(message, add_generation_prompt=True))
+        message = [{"role": "user", "content": content}]
+        for owner in (self.processor, self.tokenizer):  # older models keep the template with the tokenizer
+            if getattr(owner, "chat_template", None):
+                return str(owner.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
         return f"{getattr(self.processor, 'image_token', '<image>')}\n{question}\n"
 
 

@@ -9,12 +9,12 @@ DISTANCES = ("fid_clean", "fid_tf", "fd_dinov2_pil", "fd_clip_unit")
 DEFINITIONS: dict[str, tuple[str, str, str]] = {
     "fid_clean": (
         "lower",
-        "FID, as clean-fid",
+        "FID (clean-fid)",
         "FID as clean-fid measures it: the Inception of 2015, Pillow's bicubic resize in float32",
     ),
     "fid_tf": (
         "lower",
-        "FID, as torch-fidelity",
+        "FID (torch-fidelity)",
         "FID as torch-fidelity measures it: the Inception of 2015, TensorFlow 1's resize",
     ),
     "kid_tf": ("lower", "KID", "unbiased KID of all images at once on fid_tf's features; may be negative"),
@@ -25,17 +25,17 @@ DEFINITIONS: dict[str, tuple[str, str, str]] = {
     ),
     "fd_dinov2_pil": (
         "lower",
-        "Fr\u00e9chet distance, DINOv2",
+        "Fr\u00e9chet distance (DINOv2)",
         "Frechet distance on DINOv2's class token, images stretched to 224 px by Pillow",
     ),
     "kd_dinov2_pil": (
         "lower",
-        "Kernel distance, DINOv2",
+        "Kernel distance (DINOv2)",
         "KID's unbiased kernel distance on fd_dinov2_pil's features; may be negative",
     ),
     "fd_clip_unit": (
         "lower",
-        "Fr\u00e9chet distance, CLIP",
+        "Fr\u00e9chet distance (CLIP)",
         "Frechet distance between unit-length CLIP features of generated and of real images; not an FID, which is "
         "measured on Inception features",
     ),
@@ -49,10 +49,10 @@ DEFINITIONS: dict[str, tuple[str, str, str]] = {
     "clip_cosine": ("higher", "CLIP cosine", "mean cosine of image and prompt"),
     "clip_score_control": (
         "",
-        "CLIP score, other prompts",
+        "CLIP score (other prompts)",
         "CLIP score of the same images with other prompts: what chance alone gives",
     ),
-    "clip_score_real": ("", "CLIP score, real images", "CLIP score of the real images with their own captions"),
+    "clip_score_real": ("", "CLIP score (real images)", "CLIP score of the real images with their own captions"),
     "retrieval": (
         "higher",
         "Prompt found from image",
@@ -68,7 +68,7 @@ DEFINITIONS: dict[str, tuple[str, str, str]] = {
         "Diversity within a prompt",
         "mean of 1 - cosine of CLIP features over the pairs of images of one prompt; needs replicates",
     ),
-    "vae_psnr": ("", "VAE PSNR, dB", "mean PSNR in dB of the VAE's reconstruction of real images"),
+    "vae_psnr": ("", "VAE PSNR (dB)", "mean PSNR in dB of the VAE's reconstruction of real images"),
     "near_training": (
         "",
         "Near a training image",
@@ -82,12 +82,12 @@ DEFINITIONS: dict[str, tuple[str, str, str]] = {
     ),
     "soft_tifa_am": (
         "higher",
-        "Soft-TIFA, atoms",
+        "Soft-TIFA (atoms)",
         "mean over prompts of the arithmetic mean of the judge's chances of the right answers (GenEval 2, AM)",
     ),
     "soft_tifa_gm": (
         "higher",
-        "Soft-TIFA, prompts",
+        "Soft-TIFA (prompts)",
         "mean over prompts of the geometric mean of the judge's chances of the right answers (GenEval 2, GM)",
     ),
     "pickscore": ("higher", "PickScore", "PickScore_v1: logit scale times cosine of prompt and image"),
@@ -109,7 +109,7 @@ for _space, _where in SPACES.items():
     for _name, (_better, _title, _text) in _SHARES.items():
         DEFINITIONS[f"{_name}_{_space}"] = (
             _better,
-            f"{_title}, {_space}",
+            f"{_title} ({_space})",
             f"{_text}, on {_where}; depends on the numbers of images",
         )
 SHARES = (

@@ -9,7 +9,7 @@ import base64
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def draw(line: Line) -> Chart:
             f"{line.title} over {count(finite[-1][0])} images: from {finite[0][1]:.3g} to {finite[-1][1]:.3g}, "
             f"between {low:.3g} and {high:.3g}"
         )
-    return Chart(line.title, line.note, _uri(line, "light"), _uri(line, "dark"), words)
+    return _chart(line.title, line.note, words, lambda axes, colour: _curve(axes, colour, line))
 
 
 def count(value: float, _position: object = None) -> str:
@@ -77,43 +77,38 @@ def smoothed(y: Sequence[float]) -> list[float]:
     return [float(v) for v in np.convolve(values, kernel, "same") / weight]
 
 
-def _uri(line: Line, palette: str) -> str:
+def _curve(axes: Any, colour: Mapping[str, str], line: Line) -> None:
     from matplotlib import ticker
 
-    colour = PALETTES[palette]
-
-    def paint(axes: Any) -> None:
-        many = len(line.y) >= SMOOTH_FROM and line.error is None and line.noisy
-        axes.plot(line.x, line.y, color=colour["faint" if many else "line"], linewidth=0.9 if many else 1.7)
-        if many:
-            axes.plot(line.x, smoothed(line.y), color=colour["line"], linewidth=1.7)
-        if line.error is not None:
-            below = [max(0.0, y - low) for y, (low, _) in zip(line.y, line.error, strict=True)]
-            above = [max(0.0, high - y) for y, (_, high) in zip(line.y, line.error, strict=True)]
-            axes.errorbar(
-                line.x,
-                line.y,
-                yerr=[below, above],
-                fmt="o",
-                color=colour["line"],
-                markersize=4,
-                capsize=3,
-                elinewidth=1.1,
-            )
-        if line.log_scale and min(line.y, default=0) > 0:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-            axes.yaxis.set_minor_locator(ticker.NullLocator())
-        else:
-            axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
-        axes.xaxis.set_major_formatter(ticker.FuncFormatter(count))
-        axes.margins(x=0.01 if line.error is None else 0.06)
-        axes.set_xlabel("images seen", color=colour["ink"])
-        axes.set_ylabel(line.title.rpartition(": ")[2], color=colour["ink"])
-
-    return _figure(paint, palette, (4.3, 2.35))
+    many = len(line.y) >= SMOOTH_FROM and line.error is None and line.noisy
+    axes.plot(line.x, line.y, color=colour["faint" if many else "line"], linewidth=0.9 if many else 1.7)
+    if many:
+        axes.plot(line.x, smoothed(line.y), color=colour["line"], linewidth=1.7)
+    if line.error is not None:
+        below = [max(0.0, y - low) for y, (low, _) in zip(line.y, line.error, strict=True)]
+        above = [max(0.0, high - y) for y, (_, high) in zip(line.y, line.error, strict=True)]
+        axes.errorbar(
+            line.x,
+            line.y,
+            yerr=[below, above],
+            fmt="o",
+            color=colour["line"],
+            markersize=4,
+            capsize=3,
+            elinewidth=1.1,
+        )
+    if line.log_scale and min(line.y, default=0) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+    else:
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(4))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(count))
+    axes.margins(x=0.01 if line.error is None else 0.06)
+    axes.set_xlabel("images seen", color=colour["ink"])
+    axes.set_ylabel(line.title.rpartition(": ")[2], color=colour["ink"])
 
 
 def distribution(
@@ -125,23 +120,10 @@ def distribution(
         words += f", most of those trained on at {_likeliest(edges, after):.3g}"
     note = "Filled: all images. Line: those that were trained on." if after is not None else "All images."
     note += " Dotted: where a rule cuts." if ends else ""
-    light, dark = (_distribution_uri(edges, before, after, ends, palette) for palette in ("light", "dark"))
-    return Chart(title, note, light, dark, words)
 
+    def paint(axes: Any, colour: Mapping[str, str]) -> None:
+        from matplotlib import ticker
 
-def _likeliest(edges: Sequence[float], shares: Sequence[float]) -> float:
-    top = int(np.argmax(shares))
-    return (edges[top] + edges[top + 1]) / 2
-
-
-def _distribution_uri(
-    edges: Sequence[float], before: Sequence[float], after: Sequence[float] | None, ends: Sequence[float], palette: str
-) -> str:
-    from matplotlib import ticker
-
-    colour = PALETTES[palette]
-
-    def paint(axes: Any) -> None:
         axes.stairs(before, edges, fill=True, color=colour["faint"])
         if after is not None:
             axes.stairs(after, edges, color=colour["line"], linewidth=1.7)
@@ -154,7 +136,12 @@ def _distribution_uri(
         axes.set_ylabel("share of images", color=colour["ink"])
         axes.margins(x=0.01)
 
-    return _figure(paint, palette, (4.3, 2.35))
+    return _chart(title, note, words, paint)
+
+
+def _likeliest(edges: Sequence[float], shares: Sequence[float]) -> float:
+    top = int(np.argmax(shares))
+    return (edges[top] + edges[top + 1]) / 2
 
 
 def pareto(points: Sequence[dict[str, Any]], distance: str) -> Chart:
@@ -165,19 +152,8 @@ def pareto(points: Sequence[dict[str, Any]], distance: str) -> Chart:
     frontier = [p["cell"] for p in points if p["frontier"]]
     words = f"{len(points)} cells; on the frontier {', '.join(frontier)}" + (f"; the knee is {knee}" if knee else "")
     note = "Better is up and to the left. Larger dots take longer. Bars are 95 % intervals."
-    return Chart(
-        "Distance against CLIP score",
-        note,
-        _pareto_uri(points, distance, "light"),
-        _pareto_uri(points, distance, "dark"),
-        words,
-    )
 
-
-def _pareto_uri(points: Sequence[dict[str, Any]], distance: str, palette: str) -> str:
-    colour = PALETTES[palette]
-
-    def paint(axes: Any) -> None:
+    def paint(axes: Any, colour: Mapping[str, str]) -> None:
         slowest = max((p["seconds"] for p in points), default=0) or 1
         for p in points:
             (x, *wide), (y, *high) = p["distance"], p["score"]
@@ -212,7 +188,7 @@ def _pareto_uri(points: Sequence[dict[str, Any]], distance: str, palette: str) -
                 color=colour["ink"],
             )
 
-    return _figure(paint, palette, (6.2, 3.6))
+    return _chart("Distance against CLIP score", note, words, paint, (6.2, 3.6))
 
 
 def _flat(p: dict[str, Any], points: Sequence[dict[str, Any]]) -> bool:
@@ -239,17 +215,24 @@ def _labelled(wanted: Sequence[dict[str, Any]], axes: Any) -> list[tuple[dict[st
     return found
 
 
-def _figure(paint: Callable[[Any], None], palette: str, size: tuple[float, float]) -> str:
+Paint = Callable[[Any, Mapping[str, str]], None]  # draws on axes in a palette's colours
+
+
+def _chart(title: str, note: str, words: str, paint: Paint, size: tuple[float, float] = (4.3, 2.35)) -> Chart:
+    light, dark = (_figure(paint, PALETTES[palette], size) for palette in ("light", "dark"))
+    return Chart(title, note, light, dark, words)
+
+
+def _figure(paint: Paint, colour: Mapping[str, str], size: tuple[float, float]) -> str:
     """An SVG as a data: URI: `paint` draws on the axes, the frame is the report's."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    colour = PALETTES[palette]
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "carrara", "font.size": 8.5, "font.family": "DejaVu Sans"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
-        paint(axes)
+        paint(axes, colour)
         axes.grid(axis="y", color=colour["grid"], linewidth=0.8)
         axes.set_axisbelow(True)
         for side in ("top", "right", "left"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import itertools
 import json
 import math
 import unicodedata
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from eval.report import charts, scores
+from eval.rows import images_of
 from latents.resize import resize_crop
 from shards import storage
 from shards.columns import ColumnShard
@@ -181,16 +183,14 @@ class Images:
 
 
 def thumbnails(run: RunPaths, result: dict[str, Any], count: int) -> list[tuple[str, str]]:
-    """(caption, data: URI) of the first images of a result, small; reads its first shard alone."""
-    dataset = Dataset.open(storage.join(run.eval, result["checkpoint"], result["images"]))
+    """(caption, data: URI) of the first images of a result, small."""
+    kept = images_of(Dataset.open(storage.join(run.eval, result["checkpoint"], result["images"])))
     found: list[tuple[str, str]] = []
-    shard = ImageShard(dataset, 0)
-    for i, row in enumerate(shard.table.take(shard.rows).to_pylist()):
-        if row["image_offset"] is not None and row["replicate"] == 0 and len(found) < count:
-            image = Image.fromarray(decode_rgb(shard.image_bytes(i)))
-            image.thumbnail((64, 64), Image.Resampling.LANCZOS)
-            found.append((plain(row["caption"], 120), data_uri(np.asarray(image))))
-    shard.close()
+    first = ((row, data) for row, data in kept if data is not None and row["replicate"] == 0)
+    for row, data in itertools.islice(first, count):
+        image = Image.fromarray(decode_rgb(data))
+        image.thumbnail((64, 64), Image.Resampling.LANCZOS)
+        found.append((plain(row["caption"], 120), data_uri(np.asarray(image))))
     return found
 
 
@@ -438,7 +438,8 @@ def flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
         name = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(inner, dict) and inner:
             result |= flat(inner, name)
-        elif inner is not None:
-            text = inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)
+        elif inner not in (None, "", {}, []):
+            texts = inner if isinstance(inner, list) and all(isinstance(i, str) for i in inner) else [inner]
+            text = ", ".join(i if isinstance(i, str) else json.dumps(i, ensure_ascii=False) for i in texts)
             result[plain(name, 120)] = plain(text, 240)
     return result

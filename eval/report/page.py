@@ -111,6 +111,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"count": charts.count, "percent": percent, "number": lambda n: f"{n:,}"}
+    environment.filters["short"] = lambda value: rounded(value, None)
     return environment
 
 
@@ -192,9 +193,8 @@ def percent(value: float) -> str:
 def rounded(value: float, se: float | None) -> str:
     """A value to as many decimals as its standard error's second digit."""
     if not se or not math.isfinite(se):
-        return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
-    text = f"{value:.{max(0, 1 - math.floor(math.log10(se)))}f}"
-    return text.replace("-", "\N{MINUS SIGN}")
+        return f"{value:z.4g}".replace("-", "\N{MINUS SIGN}")
+    return f"{value:z.{max(0, 1 - math.floor(math.log10(se)))}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def spread(estimate: dict[str, Any]) -> tuple[str, str]:
@@ -286,8 +286,10 @@ def _arrow(d: compare.Difference) -> dict[str, str]:
 
 
 def _difference(d: compare.Difference) -> tuple[str, str]:
-    sign = "+" if d.value > 0 else ""
-    return sign + rounded(d.value, d.se), f"{rounded(d.low, d.se)} to {rounded(d.high, d.se)}"
+    """A difference and its interval as text; of shares, which are shown in per cent, in points."""
+    scale, unit = (100, " points") if d.share else (1, "")
+    value, low, high = (rounded(scale * x, scale * d.se) for x in (d.value, d.low, d.high))
+    return ("+" if d.value > 0 and value.strip("0.") else "") + value + unit, f"{low} to {high}"
 
 
 def tag_table(result: dict[str, Any]) -> dict[str, Any]:
@@ -366,6 +368,7 @@ def _index(run: RunPaths, every: list[dict[str, Any]], watch: WatchConfig | None
         "labels": labels,
         "rows": rows,
         "trends": [(r["label"], t) for r in kinds.values() if (t := trend(every, r))],
+        "kinds": len(kinds),
         "protocols": len({r["protocol"]["id"] for r in every}),
     }
 

@@ -26,7 +26,7 @@ function part(name, items, build) {
 }
 
 function stage(s) {
-  const kind = s.state === "done" ? "done" : s.state === "failed" || s.state.startsWith("silent") ? "bad"
+  const kind = s.state === "done" ? "done" : ["failed", "unreadable"].includes(s.state) || s.state.startsWith("silent") ? "bad"
     : ["planning", "running", "finishing"].includes(s.state) ? "running" : "";
   const facts = [s.done, s.rate, s.left && s.left + " left", s.failed && s.failed + " set aside"].filter(Boolean);
   const bar = make("b", {});

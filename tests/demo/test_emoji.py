@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 
@@ -71,6 +73,28 @@ def test_other_bytes_than_the_registrys_are_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(emoji, "LARGEST", len(data) - 1)
     with pytest.raises(ValueError, match="more than"):
         emoji.fetch(url, digest)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError("the disk is full")])
+def test_what_is_stopped_half_way_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException
+) -> None:
+    monkeypatch.setattr(emoji, "fetch", package)
+    monkeypatch.setattr(sys, "argv", ["emoji", str(tmp_path / "corpus")])
+    written: list[Path] = []
+
+    def cut(path: Path, text: str) -> None:
+        written.extend(path.parent.iterdir())
+        raise end
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", cut)
+        with pytest.raises(KeyboardInterrupt) if isinstance(end, KeyboardInterrupt) else contextlib.nullcontext():
+            assert emoji.main() == 1
+    assert written
+    assert not list(tmp_path.iterdir())
+    assert emoji.main() == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
 
 
 def test_the_configuration_is_whole() -> None:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from orchestration import commands
+from orchestration.commands import options, parser
 from shards.settings import ConfigError
 
 AT_ONCE = {"--help", "-h", "--version", "--install-completion", "--show-completion"}  # are done as they are read
@@ -21,22 +21,22 @@ def parse(arguments: Sequence[str], mentioned: bool = False) -> None:
     words = [w for w in arguments if w not in AT_ONCE]
     if not words or words == ["submit", "COMMAND"]:
         return
-    commands._refuse_unknown(words)
-    command = commands._command()
+    parser.refuse_unknown(words)
+    command = parser.group()
     try:
         while True:
             context = command.make_context(command.name, words)
             if not hasattr(command, "commands") or not (rest := [*context._protected_args, *context.args]):
                 break
             _, command, words = command.resolve_command(context, rest)
-    except commands.USAGE_ERROR as e:
+    except parser.USAGE_ERROR as e:
         if mentioned and re.match(r"Missing argument|Option .* requires an argument", e.format_message()):
             return
         raise ConfigError(f"carrara {shlex.join(arguments)}: {e.format_message()}") from None
     named = context.params
     settings = [*(named.get("overrides") or ()), *(w for w in named.get("rest") or () if "=" in w)]
     for setting in settings:
-        commands._refuse_run([setting])
+        options.overrides_of([setting])
     if (name := getattr(command, "name", "")) == "submit":
         parse(named["command"])
     elif name == "watch" and named.get("once") and named.get("forever"):

@@ -174,6 +174,22 @@ def test_each_command_is_one_that_carrara_takes_with_a_configuration_that_is_the
         assert config.ray.latents.num_gpus == config.ray.train.num_gpus == config.ray.eval.num_gpus == 1
 
 
+@pytest.mark.parametrize("mode", ["HTTPMode", "SidecarMode"])
+@pytest.mark.parametrize("folder", [f for f in APPLIED if str(f) == "rayjob" or f.parent.name == "stages"], ids=str)
+def test_a_job_may_be_submitted_as_the_operator_can(folder: Path, mode: str) -> None:
+    """Without a pod that submits it. KubeRay's rules for SidecarMode, in which bash on the head's pod is given the
+    entrypoint as a part of a line, are those of ValidateRayJobSpec and BuildJobSubmitCommand."""
+    [job] = [r for r in rendered(str(folder)) if r["kind"] == "RayJob"]
+    spec = {**job["spec"], "submissionMode": mode}
+    check({**job, "spec": spec})
+    assert not {"clusterSelector", "submitterPodTemplate", "submitterConfig"} & set(spec)
+    head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert head.get("restartPolicy", "Never") == "Never"
+    [container] = head["containers"]
+    assert {"name": "dashboard", "containerPort": 8265} in container["ports"]  # where it is submitted, on loopback
+    assert shlex.join(shlex.split(spec["entrypoint"])) == spec["entrypoint"]
+
+
 def test_there_is_a_job_for_every_stage_and_its_name_says_which() -> None:
     assert {f.name for f in FOLDERS if f.parent.name == "stages"} == set(STAGES)
     for name in STAGES:

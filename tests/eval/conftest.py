@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -21,11 +23,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from demo import scenes
 from eval.config import EvalConfig
 from eval.evaluation import Evaluation
+from eval.generate import Sample, generators
+from latents.weights import find_clip, find_vae
 from shards.dataset import commit_shard, write_manifest
-from shards.fingerprint import Fingerprint
+from shards.fingerprint import Fingerprint, digest_file
 from shards.images import pack_tar
 from shards.layout import RunPaths, sample_key
 from shards.stage import begin
+from train.config import TrainConfig
 from train.text_export import write_tokenizer
 
 SIDE, PER_SHARD = 32, 12
@@ -173,6 +178,11 @@ def config() -> EvalConfig:
     )
 
 
+def start_noise(samples: Sequence[Sample], shape: tuple[int, ...]) -> torch.Tensor:
+    """What the samples' generators give first: float32 [len(samples), *shape]."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators(samples)])
+
+
 def refs(run: RunPaths) -> tuple[str, str]:
     return run.autoencoder + "/model", run.clip + "/model"
 
@@ -224,3 +234,77 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_features(n: int, d: int, seed: int, scale: float = 1.0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.standard_normal((n, d)) * scale * np.arange(1, d + 1) ** -0.5
+
+
+def write_checkpoint(run: RunPaths, step: int, unet: UNet2DConditionModel, images: int) -> Path:
+    """A checkpoint folder as the trainer leaves it; its EMA is twice its weights, so that the two differ."""
+    folder = Path(run.checkpoints) / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    weights = {k: v.contiguous() for k, v in unet.state_dict().items()}
+    for name in ("weights", "exp_avg", "exp_avg_sq", "ema"):
+        save_file({k: v * (2 if name == "ema" else 1) for k, v in weights.items()}, folder / f"{name}.safetensors")
+    files = {f.name: {"size": f.stat().st_size, "sha256": digest_file(f)} for f in sorted(folder.iterdir())}
+    manifest = {
+        "format_version": 1,
+        "step": step,
+        "images": images,
+        "files": files,
+        "config": TrainConfig().model_dump(mode="json"),
+        "model_config": json.loads(json.dumps(dict(unet.config))),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def trained(run: RunPaths, tmp_path: Path) -> RunPaths:
+    """The tiny run with two checkpoints and the latents' manifest in place of the exported model."""
+    folder = tmp_path / "run"
+    shutil.copytree(run.run, folder)
+    own = RunPaths(str(folder))
+    unet = UNet2DConditionModel.from_pretrained(own.model + "/unet")
+    shutil.rmtree(own.model)
+    vae, clip = (find(ref) for find, ref in zip((find_vae, find_clip), refs(own), strict=True))
+    text = {"ref": clip.ref, "digest": clip.digest, "layer": "penultimate", "context_length": 24, "width": 32}
+    latents = {
+        "kind": "latents",
+        "format_version": 1,
+        "fingerprint": "f",
+        "rows": 1,
+        "count": 1,
+        "shards": [],
+        "resolution": SIDE,
+        "text": text,
+        "vae": {"ref": vae.ref, "digest": vae.digest, "scaling_factor": 0.5, "config": vae.config},
+    }
+    Path(own.latents).mkdir()
+    (Path(own.latents) / "dataset.json").write_text(json.dumps(latents))
+    write_checkpoint(own, 1, unet, 64)
+    write_checkpoint(own, 2, unet, 128)
+    return own
+
+
+@pytest.fixture
+def workplace(run: RunPaths, tmp_path: Path) -> tuple[Path, RunPaths]:
+    """A run, and its configuration with a grid of four cells in three shards each."""
+    shutil.copytree(run.run, tmp_path / "run")
+    own = RunPaths(str(tmp_path / "run"))
+    Path(own.checkpoints).mkdir()
+    vae, text = refs(own)
+    (tmp_path / "table.csv").write_text("url,caption\nhttp://127.0.0.1/x.png,x\n")
+    settings = {
+        "run": own.run,
+        "ingest": {"table": str(tmp_path / "table.csv")},
+        "autoencoder": {"pretrained": vae},
+        "clip": {"pretrained": text},
+        "eval": {
+            "num_prompts": 12,
+            "batch_size": 4,
+            "shard_size": 4,
+            "guidance_scale": 2.0,
+            "jackknife_groups": 4,
+            "grid": {"samplers": ["ddim"], "steps": [1, 3], "guidance_scales": [2], "first_percent": 30},
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path, own

@@ -7,70 +7,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from eval import model as checkpoints
 from eval.config import EvalConfig, GridConfig
 from eval.evaluation import Evaluation
 from eval.grid import cells
-from latents.weights import find_clip, find_vae
 from shards.fingerprint import digest_file
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError, validate
 from tests.eval.conftest import SIDE, drive, refs, shard_bytes
-from train.config import TrainConfig
 from train.export import export
 from train.folders import POSTHOC
 from train.posthoc import coefficients
-
-
-def write_checkpoint(run: RunPaths, step: int, unet: UNet2DConditionModel, images: int) -> Path:
-    """A checkpoint folder as the trainer leaves it; its EMA is twice its weights, so that the two differ."""
-    folder = Path(run.checkpoints) / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    weights = {k: v.contiguous() for k, v in unet.state_dict().items()}
-    for name in ("weights", "exp_avg", "exp_avg_sq", "ema"):
-        save_file({k: v * (2 if name == "ema" else 1) for k, v in weights.items()}, folder / f"{name}.safetensors")
-    files = {f.name: {"size": f.stat().st_size, "sha256": digest_file(f)} for f in sorted(folder.iterdir())}
-    manifest = {
-        "format_version": 1,
-        "step": step,
-        "images": images,
-        "files": files,
-        "config": TrainConfig().model_dump(mode="json"),
-        "model_config": json.loads(json.dumps(dict(unet.config))),
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
-@pytest.fixture
-def trained(run: RunPaths, tmp_path: Path) -> RunPaths:
-    """The tiny run with two checkpoints and the latents' manifest in place of the exported model."""
-    folder = tmp_path / "run"
-    shutil.copytree(run.run, folder)
-    own = RunPaths(str(folder))
-    unet = UNet2DConditionModel.from_pretrained(own.model + "/unet")
-    shutil.rmtree(own.model)
-    vae, clip = (find(ref) for find, ref in zip((find_vae, find_clip), refs(own), strict=True))
-    text = {"ref": clip.ref, "digest": clip.digest, "layer": "penultimate", "context_length": 24, "width": 32}
-    latents = {
-        "kind": "latents",
-        "format_version": 1,
-        "fingerprint": "f",
-        "rows": 1,
-        "count": 1,
-        "shards": [],
-        "resolution": SIDE,
-        "text": text,
-        "vae": {"ref": vae.ref, "digest": vae.digest, "scaling_factor": 0.5, "config": vae.config},
-    }
-    Path(own.latents).mkdir()
-    (Path(own.latents) / "dataset.json").write_text(json.dumps(latents))
-    write_checkpoint(own, 1, unet, 64)
-    write_checkpoint(own, 2, unet, 128)
-    return own
 
 
 def test_the_newest_complete_checkpoint_is_found(trained: RunPaths) -> None:

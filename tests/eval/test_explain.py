@@ -77,6 +77,6 @@ def test_bad_sets_are_one_sentence(folders: list[Path], tmp_path: Path) -> None:
         explain.explain(str(tmp_path), str(folders[0]), "file")
     (tmp_path / "a.png").write_bytes(b"nothing")
     (tmp_path / "b.png").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"a\.png: the picture cannot be decoded"):
+    with pytest.raises(ConfigError, match=r"a\.png: the image cannot be decoded"):
         explain.explain(str(tmp_path), str(folders[0]), "file")
     assert main(["explain-fid", str(tmp_path), str(tmp_path)]) == 2  # without --inception

@@ -86,32 +86,6 @@ def test_the_frontier_and_its_knee() -> None:
     assert not any(p.knee for p in placed((10, 20, 10), (20, 25, 20), (30, 30, 30)))  # nor has a line
 
 
-@pytest.fixture
-def workplace(run: RunPaths, tmp_path: Path) -> tuple[Path, RunPaths]:
-    """A run, and its configuration with a grid of four cells in three shards each."""
-    shutil.copytree(run.run, tmp_path / "run")
-    own = RunPaths(str(tmp_path / "run"))
-    Path(own.checkpoints).mkdir()
-    vae, text = refs(own)
-    (tmp_path / "table.csv").write_text("url,caption\nhttp://127.0.0.1/x.png,x\n")
-    settings = {
-        "run": own.run,
-        "ingest": {"table": str(tmp_path / "table.csv")},
-        "autoencoder": {"pretrained": vae},
-        "clip": {"pretrained": text},
-        "eval": {
-            "num_prompts": 12,
-            "batch_size": 4,
-            "shard_size": 4,
-            "guidance_scale": 2.0,
-            "jackknife_groups": 4,
-            "grid": {"samplers": ["ddim"], "steps": [1, 3], "guidance_scales": [2], "first_percent": 30},
-        },
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    return tmp_path, own
-
-
 def digests(root: str) -> dict[str, bytes]:
     return {
         str(p.relative_to(root)): p.read_bytes()

@@ -159,6 +159,49 @@ def test_batched_answers_are_those_of_a_plain_loop(vlm: str) -> None:
     assert np.isnan(found["atoms"][2, 1:]).all()
 
 
+def test_questions_that_memory_does_not_hold_are_asked_in_halves(vlm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = vqa.Judge(JudgeConfig(model=vlm, precision="float32", batch_size=6), "cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 40, 40, 3), dtype=np.uint8)
+    prepared = judge.prepare(pixels, [{"caption": f"a {w} circle"} for w in ("red", "blue", "the", "a", "one", "four")])
+    whole, sizes, ask = judge(prepared)["vqa_score"], [], judge.log_chances
+
+    def little(images: list[Any], asked: list[tuple[int, str, str]]) -> list[float]:
+        sizes.append(len(asked))
+        if len(asked) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ask(images, asked)
+
+    monkeypatch.setattr(judge, "log_chances", little)
+    np.testing.assert_allclose(judge(prepared)["vqa_score"], whole, rtol=1e-4)
+    assert sizes == [6, 3, 1, 1, 1, 1, 1, 1]
+    monkeypatch.setattr(judge, "log_chances", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("one alone")))
+    with pytest.raises(torch.OutOfMemoryError):
+        judge(prepared)
+
+
+def test_a_template_of_the_tokenizer_is_used_and_begins_once(vlm: str) -> None:
+    """A tokenizer's template, which writes the first token, whose tokenizer adds one as well, and tokenizes by itself
+    where it is not told otherwise: the ids are those of that tokenizer's own rendering."""
+    from tokenizers.processors import TemplateProcessing
+
+    judge = vqa.Judge(JudgeConfig(model=vlm, precision="float32"), "cpu")
+    template, judge.processor.chat_template = judge.processor.chat_template, None
+    judge.tokenizer.chat_template = "<s>" + template
+    judge.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert judge.tokenizer("star")["input_ids"][:1] == [1]
+    text = judge._text("is it red ?")
+    assert text.startswith("<s>USER <image> is it red ?")
+    seen: list[torch.Tensor] = []
+    forward = judge.model.forward
+    judge.model.forward = lambda **given: seen.append(given["input_ids"]) or forward(**given)
+    judge.log_chances([Image.fromarray(np.zeros((32, 32, 3), np.uint8))], [(0, "is it red ?", "Yes")])
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is it red ?"}]}]
+    plain_ids = judge.tokenizer.apply_chat_template(message, tokenize=True)["input_ids"]
+    image = judge.tokenizer.convert_tokens_to_ids("<image>")
+    assert [i for i in seen[0][0].tolist()[:-1] if i != image] == [i for i in plain_ids if i != image]
+    assert seen[0][0].tolist().count(1) == 1
+
+
 SUITE = [
     {
         "prompt": "a red circle",

@@ -14,15 +14,14 @@ import pytest
 import yaml
 
 from shards.layout import RunPaths
-from tests.eval.test_checkpoints import trained  # noqa: F401  (a fixture)
-from tests.eval.test_grid import digests, workplace  # noqa: F401  (a fixture)
+from tests.eval.test_grid import digests
 from tests.eval.test_watch import configured, done
 from tests.orchestration.head import ROOT, actors, ended, head, run_stage, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_a_grid_whose_worker_is_killed_ends_with_the_same_bytes(workplace: tuple[Path, RunPaths]) -> None:  # noqa: F811
+def test_a_grid_whose_worker_is_killed_ends_with_the_same_bytes(workplace: tuple[Path, RunPaths]) -> None:
     folder, own = workplace
     config = folder / "run.yaml"
     ended(run_stage("grid", config, "--local"))
@@ -42,7 +41,7 @@ def test_a_grid_whose_worker_is_killed_ends_with_the_same_bytes(workplace: tuple
     assert Path(own.reports, "step-00000004.html").exists()
 
 
-def test_watch_and_sample_end_on_ray(trained: RunPaths, tmp_path: Path) -> None:  # noqa: F811
+def test_watch_and_sample_end_on_ray(trained: RunPaths, tmp_path: Path) -> None:
     config = configured(trained).model_dump(mode="json")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     ended(run_stage("watch", tmp_path / "c.yaml", "--once"))
@@ -61,7 +60,7 @@ def test_watch_and_sample_end_on_ray(trained: RunPaths, tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "ray" / "samples.json").read_text())["images"]) == 3
 
 
-def test_two_watchers_that_are_killed_end_with_the_same_bytes(trained: RunPaths, tmp_path: Path) -> None:  # noqa: F811
+def test_two_watchers_that_are_killed_end_with_the_same_bytes(trained: RunPaths, tmp_path: Path) -> None:
     config = configured(trained, backfill=True).model_dump(mode="json")
     config["eval"] |= {"shard_size": 5, "batch_size": 5}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))

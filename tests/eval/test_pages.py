@@ -14,6 +14,7 @@ from eval import grid, human
 from eval.config import EvalConfig
 from eval.report import history, page
 from shards.layout import RunPaths
+from tests.eval import gallery
 from tests.eval.browser import Tab, visit
 from tests.eval.conftest import build_run, evaluate
 
@@ -26,6 +27,29 @@ HOSTILE = [
     "",
     "e" + "\u0301" * 60 + " \x07\x1b[31m \U0001f680",
 ]
+
+
+# Texts that are not fully visible: wider than the window, beside what scrolls, or hidden behind their own box.
+CUT = """(() => [...document.querySelectorAll('.stack td, .stack th, h1, h2, h3, dd, .badge, .facts div, .note')]
+  .filter(e => e.checkVisibility({checkOpacity: true}) && e.getClientRects().length)
+  .filter(e => { const r = e.getBoundingClientRect(); return r.right > innerWidth + 1 || r.left < 0
+    || e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != 'inline'; })
+  .map(e => e.className + ': ' + e.textContent.trim().slice(0, 60)))()"""
+# Texts whose contrast with what is behind them is below 4.5, as WCAG 2 computes it.
+FAINT = """(() => {
+  const parse = c => c.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => { const f = v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+    return .2126 * f(r) + .7152 * f(g) + .0722 * f(b); };
+  const behind = e => { for (; e; e = e.parentElement) {
+    const c = parse(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3]) return c; } };
+  const found = new Set();
+  for (const e of document.querySelectorAll('body *')) {
+    if (![...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()) || !e.checkVisibility()) continue;
+    if (e.closest('.vh, .skip, script, style')) continue;
+    const [a, b] = [light(parse(getComputedStyle(e).color)), light(behind(e))].sort((x, y) => y - x);
+    if ((a + .05) / (b + .05) < 4.5) found.add(`${e.tagName}.${e.className}: ${e.textContent.trim().slice(0, 40)}`);
+  }
+  return [...found]; })()"""
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +144,30 @@ def test_nothing_overflows_a_narrow_window(two: RunPaths) -> None:
         await tab.call("Emulation.setDeviceMetricsOverride", width=340, height=800, deviceScaleFactor=1, mobile=True)
         await asyncio.sleep(0.2)
         assert await tab.value("document.documentElement.scrollWidth") <= 340
+        assert await tab.value(CUT) == []
 
     for name in ("step-00000008.html", "step-00000004.html", "index.html"):
         visit(Path(two.reports) / name, look)
+
+
+@pytest.mark.slow
+def test_a_run_of_thirty_checkpoints_is_readable_at_any_width_in_light_and_dark(tmp_path: Path) -> None:
+    """The index, the last checkpoint and one with alarms: nothing is cut off, every text stands out from its ground."""
+    run = gallery.build(tmp_path, 30)
+
+    async def look(tab: Tab) -> None:
+        alarms.append(await tab.value("document.querySelectorAll('.alarm, .alarmed').length"))
+        for width in gallery.WIDTHS:
+            for scheme in gallery.SCHEMES:
+                await gallery.size(tab, width, 900, scheme)
+                assert await tab.value("document.documentElement.scrollWidth") <= width
+                assert await tab.value(CUT) == [], (width, scheme)
+                assert await tab.value(FAINT) == [], (width, scheme)
+
+    alarms: list[int] = []
+    for name in ("index", gallery.name_of(29), gallery.name_of(gallery.BROKEN)):
+        visit(Path(run.reports) / f"{name}.html", look)
+    assert alarms == [1, 0, 1]
 
 
 def test_the_grid_and_the_numbers_are_on_the_page(two: RunPaths) -> None:

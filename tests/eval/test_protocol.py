@@ -14,11 +14,12 @@ from scipy import stats
 
 from eval import prompts, protocol
 from eval.config import EvalConfig
-from eval.generate import SAMPLERS, Sample, evaluations, generator_of, seed_of, start_noise, swap_sampler, to_uint8
+from eval.generate import SAMPLERS, Sample, evaluations, generator_of, seed_of, swap_sampler, to_uint8
 from eval.protocol import require_comparable
 from shards.dataset import Dataset
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError, validate
+from tests.eval.conftest import start_noise
 
 FIELDS: dict[str, Any] = {
     "prompts": "a" * 64,

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from eval import compare
 from eval.config import EvalConfig
 from eval.report import charts, gather, page
 from shards.layout import RunPaths
@@ -203,6 +204,14 @@ def test_numbers_read_as_people_write_them() -> None:
     assert page.rounded(12.34567, 0.0213) == "12.346"
     assert page.rounded(-12.34567, 2.5) == "\u221212.3"
     assert [charts.count(v) for v in (950, 1200, 3_400_000, 2e9)] == ["950", "1.2k", "3.4M", "2B"]
+
+
+def test_a_difference_of_shares_is_in_points_and_nothing_has_no_sign() -> None:
+    def moved(value: float, share: bool) -> str:
+        return page._difference(compare.Difference("x", "higher", 0, 0, value, 0.01, -1, 1, 0.5, 20, share=share))[0]
+
+    assert [moved(v, True) for v in (0.1234, -0.05)] == ["+12.3 points", "\u22125.0 points"]
+    assert [moved(v, False) for v in (0.1234, 0.0004, -0.0004)] == ["+0.123", "0.000", "0.000"]
 
 
 def test_smoothing_keeps_a_straight_line_and_does_not_lag() -> None:

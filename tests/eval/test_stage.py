@@ -18,7 +18,7 @@ import torch
 from eval import model as models
 from eval.config import EvalConfig
 from eval.evaluation import Evaluation
-from eval.generate import ImageGenerator, Sample, seed_of, start_noise
+from eval.generate import ImageGenerator, Sample, seed_of
 from eval.metrics import frechet, moments
 from eval.networks import truncated
 from eval.report import history, page
@@ -30,7 +30,7 @@ from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from shards.stage import begin
-from tests.eval.conftest import CONTEXT, SIDE, drive, evaluate, evaluation_of, refs, shard_bytes
+from tests.eval.conftest import CONTEXT, SIDE, drive, evaluate, evaluation_of, refs, shard_bytes, start_noise
 from tests.orchestration.head import ROOT
 
 
@@ -284,6 +284,38 @@ def test_an_interval_that_would_do_nothing_is_refused(run: RunPaths, monkeypatch
     generator = ImageGenerator(pipeline, "ddim", 2, 6.0, guidance_interval=(0.2, 0.8))
     with pytest.raises(ConfigError, match="StableDiffusionPipeline's is not; leave it out"):
         generator([Sample("a", 0, "a red circle")])
+
+
+def drawn_by(run: RunPaths, **how: bool) -> tuple[np.ndarray, ImageGenerator]:
+    generator = ImageGenerator(models.build_pipeline(run, models.find(run)), "ddim", 4, 3.0, **how)
+    return generator([Sample(f"{i}", 0, "a red circle") for i in range(3)])[0].astype(int), generator
+
+
+def test_channels_last_draws_the_same_images_up_to_rounding(run: RunPaths) -> None:
+    plain, _ = drawn_by(run)
+    assert plain.std() > 10
+    last, generator = drawn_by(run, channels_last=True)
+    assert np.abs(last - plain).max() <= 1
+    weights = [p for p in generator.denoiser.parameters() if p.ndim == 4 and p.shape[2] > 1]
+    assert weights
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_denoiser_draws_the_same_images_up_to_rounding(run: RunPaths) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    compiled, _ = drawn_by(run, compile=True)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert np.abs(compiled - drawn_by(run)[0]).max() <= 1
+
+
+def test_compile_without_a_compiler_is_one_sentence(run: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(ConfigError, match=r"eval\.compile: .* install g\+\+, or set eval\.compile to false"):
+        ImageGenerator(models.build_pipeline(run, models.find(run)), "ddim", 4, 3.0, compile=True)
 
 
 def test_a_batch_that_memory_does_not_hold_is_halved(run: RunPaths) -> None:

@@ -12,7 +12,6 @@ from eval import trackers
 from eval.report import history
 from orchestration import watch
 from shards.layout import RunPaths
-from tests.eval.test_checkpoints import trained  # noqa: F401  (a fixture)
 from tests.eval.test_watch import configured
 
 
@@ -26,7 +25,7 @@ def points(run: RunPaths) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
-def test_numbers_and_images_are_told_once(trained: RunPaths, tmp_path: Path) -> None:  # noqa: F811
+def test_numbers_and_images_are_told_once(trained: RunPaths, tmp_path: Path) -> None:
     """The newest checkpoint first, then the one before: two points each, and a second telling adds none."""
     watch.watch(configured(trained, backfill=True), local=True, once=True)
     results = history.read_all(trained)
@@ -46,7 +45,7 @@ def test_numbers_and_images_are_told_once(trained: RunPaths, tmp_path: Path) -> 
         assert [v for _, v in sorted(found[name])] == pytest.approx([v for _, v in values], rel=1e-5)
 
 
-def test_a_contact_sheet_is_of_the_first_images(trained: RunPaths) -> None:  # noqa: F811
+def test_a_contact_sheet_is_of_the_first_images(trained: RunPaths) -> None:
     watch.watch(configured(trained), local=True, once=True)
     [result] = history.read_all(trained)
     sheet = trackers.contact_sheet(trained, result)

@@ -25,8 +25,7 @@ from orchestration.stopping import Stopped
 from shards.fingerprint import digest_file
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError, validate
-from tests.eval.conftest import refs
-from tests.eval.test_checkpoints import trained, write_checkpoint  # noqa: F401  (a fixture)
+from tests.eval.conftest import refs, write_checkpoint
 
 
 def configured(run: RunPaths, **watching: Any) -> RunConfig:
@@ -54,7 +53,7 @@ def done(run: RunPaths) -> list[str]:
     return [r["checkpoint"] for r in history.read_all(run)]
 
 
-def test_the_newest_comes_first_and_what_is_late_is_skipped(trained: RunPaths) -> None:  # noqa: F811
+def test_the_newest_comes_first_and_what_is_late_is_skipped(trained: RunPaths) -> None:
     config = configured(trained)
     assert watch.next_checkpoint(config, []) == "step-00000002"
     watch.watch(config, local=True, once=True)
@@ -66,7 +65,7 @@ def test_the_newest_comes_first_and_what_is_late_is_skipped(trained: RunPaths) -
     assert (Path(trained.reports) / "step-00000002.html").is_file()
 
 
-def test_two_watchers_do_no_work_twice(trained: RunPaths) -> None:  # noqa: F811
+def test_two_watchers_do_no_work_twice(trained: RunPaths) -> None:
     config = configured(trained)
     made: list[str] = []
     real = stages.run
@@ -95,14 +94,14 @@ def test_two_watchers_do_no_work_twice(trained: RunPaths) -> None:  # noqa: F811
     assert set(made) == {"step-00000002"}
 
 
-def test_a_busy_run_is_waited_for(trained: RunPaths) -> None:  # noqa: F811
+def test_a_busy_run_is_waited_for(trained: RunPaths) -> None:
     config = configured(trained)
     with Lease(trained.status, "features-real-clip", trained.eval):
         assert watch._evaluate(config, "step-00000002", local=True) == "busy"
     assert watch.next_checkpoint(config, []) == "step-00000002"
 
 
-def collapse(trained: RunPaths) -> None:  # noqa: F811
+def collapse(trained: RunPaths) -> None:
     """Checkpoint 3 has collapsed: its UNet's last layer says the same of every picture."""
     unet = UNet2DConditionModel.from_config(
         json.loads((Path(trained.checkpoints) / "step-00000002" / "manifest.json").read_text())["model_config"]
@@ -118,10 +117,7 @@ def collapse(trained: RunPaths) -> None:  # noqa: F811
 
 
 def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
-    trained: RunPaths,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    trained: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, also where the watcher was killed between its numbers and its alarm."""
     collapse(trained)
@@ -156,7 +152,7 @@ def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
     assert [e["report"] for e in events if e["event"] == "end"] == reports
 
 
-def test_a_checkpoint_that_cannot_be_evaluated_is_left_aside(trained: RunPaths) -> None:  # noqa: F811
+def test_a_checkpoint_that_cannot_be_evaluated_is_left_aside(trained: RunPaths) -> None:
     weights = Path(trained.checkpoints) / "step-00000002" / "weights.safetensors"
     weights.write_bytes(b"\0" * weights.stat().st_size)  # the size is right, so only the reading fails
     config = configured(trained, backfill=True)
@@ -195,7 +191,7 @@ def test_cron_is_of_local_time_on_either_side_of_summer() -> None:
     assert not isinstance(here.tzinfo, datetime.timezone)  # a zone with its rules, not an offset
 
 
-def test_one_moment_evaluates_everything_that_is_due(trained: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_one_moment_evaluates_everything_that_is_due(trained: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     left = ["step-00000002", "step-00000001"]
     moments = iter([True])
     evaluated: list[str] = []
@@ -212,7 +208,7 @@ def test_one_moment_evaluates_everything_that_is_due(trained: RunPaths, monkeypa
     assert evaluated == ["step-00000002", "step-00000001"]
 
 
-def test_a_checkpoint_is_evaluated_from_beginning_to_end(trained: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_checkpoint_is_evaluated_from_beginning_to_end(trained: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training writes another checkpoint between the stages and the report: `latest` was resolved once."""
     config = configured(trained)
     shutil.move(Path(trained.checkpoints) / "step-00000002", Path(trained.run) / "later")
@@ -230,7 +226,7 @@ def test_a_checkpoint_is_evaluated_from_beginning_to_end(trained: RunPaths, monk
     assert sorted(p.name for p in Path(trained.reports).glob("step-*.html")) == ["step-00000001.html"]
 
 
-def test_a_moment_with_nothing_to_do_has_passed(trained: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_moment_with_nothing_to_do_has_passed(trained: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint that appears after a moment of the cron expression waits for the next one."""
     looks = iter([(None, True), ("step-00000002", False), ("step-00000002", True)])
     moments: list[bool] = []
@@ -254,8 +250,7 @@ def test_a_moment_with_nothing_to_do_has_passed(trained: RunPaths, monkeypatch: 
 
 
 def test_what_breaks_on_one_checkpoint_does_not_end_the_watch(
-    trained: RunPaths,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    trained: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = stages.run
 
@@ -271,9 +266,7 @@ def test_what_breaks_on_one_checkpoint_does_not_end_the_watch(
 
 
 def test_watch_has_a_run_on_its_command_line(
-    trained: RunPaths,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    trained: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from orchestration.run_stage import main
 

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from aiohttp import web
 from orchestration.cluster import Cluster, _marked
 from shards.dataset import Dataset
 from tests.faults.test_engine_on_two_nodes import drain
-from tests.faults.test_two_nodes import first_node
+from tests.faults.test_two_nodes import first_node, own_address
 from tests.ingest.site import Site, image_bytes
 from tests.orchestration.head import ROOT, ended, folder_bytes
 
@@ -66,12 +65,9 @@ def autoscaled(kinds: dict[str, dict[str, float]]) -> Iterator[Cluster]:
         **{f"{name}_commands": [] for name in ("initialization", "setup", "head_setup", "worker_setup")},
         **{f"{name}_start_ray_commands": [] for name in ("head", "worker")},
     }
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:  # which address would be used; nothing is sent
-        s.connect(("10.255.255.255", 1))
-        address = s.getsockname()[0]
     names = ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING")
     more = {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    with first_node(address, 0, config, {**more, **dict.fromkeys(names, HEAD)}) as cluster:
+    with first_node(own_address(), 0, config, {**more, **dict.fromkeys(names, HEAD)}) as cluster:
         yield cluster
 
 
@@ -201,3 +197,45 @@ def test_nodes_come_from_none_and_go_in_mid_run_and_no_row_is_lost_or_twice(site
         with under_way("null", {"workers": None}) as (process, said):
             wait_for(lambda: len(gate.shards) >= 4, process, said)
             gate.open = True
+
+
+WAITING = """
+import json, math, sys, time
+import ray
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from orchestration.nodes import Autoscaler
+
+ray.init()
+
+@ray.remote(num_cpus=1)
+class Worker:
+    pass
+
+def reported():
+    gcs = ray._private.worker.global_worker.gcs_client
+    if sys.argv[1] == "1":
+        return b"active_nodes" in (gcs.internal_kv_get(b"__autoscaling_status", None) or b"")
+    return GetClusterStatusReply.FromString(gcs.get_cluster_status()).HasField("autoscaling_state")
+
+workers = [Worker.remote() for _ in range(4)]
+told, until = Autoscaler(), time.monotonic() + 60
+while not reported() or told.room({"CPU": 1.0}, 1, 3) > 1:
+    assert time.monotonic() < until
+    time.sleep(0.5)
+workers.clear()
+time.sleep(4)
+print(told.room({"CPU": 1.0}, 1, 0), told.room({"CPU": 1.0}, 2, 0))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("version", "known"), [("1", "1 2"), ("2", "1 inf")])
+def test_ray_says_that_no_node_comes_where_they_were_joined_by_hand(version: str, known: str) -> None:
+    """One place, four workers: the other three will wait for ever, which is remembered once they are let go."""
+    more = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": str(int(version == "2"))}
+    with first_node(own_address(), 1, {}, more) as cluster:
+        env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address}
+        done = subprocess.run(
+            [sys.executable, "-c", WAITING, version], env=env, cwd=ROOT, capture_output=True, text=True, timeout=200
+        )
+    assert done.stdout.split() == known.split(), done.stdout + done.stderr

@@ -43,12 +43,20 @@ class Nodes:
     lose: Callable[[], None]  # what happens to the second
 
 
+def own_address() -> str:
+    """Of this machine, as other nodes reach it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:  # which address would be used; nothing is sent
+        s.connect(("10.255.255.255", 1))
+        return str(s.getsockname()[0])
+
+
 @contextlib.contextmanager
 def first_node(
     address: str, cpus: int = 1, scaling: dict[str, Any] | None = None, more: dict[str, str] | None = None
 ) -> Iterator[Cluster]:
     """A head at an address that other nodes can reach, which loopback is not for Ray; with a token, as everywhere.
-    scaling: the configuration of an autoscaler beside it. more: variables of its environment."""
+    scaling: the configuration of an autoscaler beside it, {} for none; None: nothing reports. more: variables of its
+    environment."""
     cluster = Cluster(cpus=cpus, cwd=ROOT)
     port, dashboard = (free_port(address) for _ in range(2))
     cluster.address, cluster.url = f"{address}:{port}", f"http://{address}:{dashboard}"
@@ -60,7 +68,7 @@ def first_node(
         command += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}"]
         if scaling is None:
             command.append("--no-monitor")
-        else:
+        elif scaling:
             scaling["provider"]["gcs_address"] = cluster.address
             (Path(folder) / "autoscaler.yaml").write_text(yaml.safe_dump(scaling))
             command.append(f"--autoscaling-config={folder}/autoscaler.yaml")
@@ -90,9 +98,7 @@ def start_ray(cluster: Cluster, command: list[str], more: dict[str, str] | None 
 @contextlib.contextmanager
 def killed() -> Iterator[Nodes]:
     """The second node's daemon is killed; its workers live on for a while."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:  # which address would be used; nothing is sent
-        s.connect(("10.255.255.255", 1))
-        address = s.getsockname()[0]
+    address = own_address()
     with first_node(address) as cluster:
         node = second_node(cluster, address)
         with ending(node):

@@ -38,8 +38,9 @@ from protego import Protego
 from ingest import fetch, formats
 from ingest.config import FetchConfig, OptOutConfig
 from ingest.errors import Rejected
+from ingest.headers import header_size
 from ingest.optout import robots_txt_refuses
-from ingest.pixels import PixelSettings, header_size, is_quick, process
+from ingest.pixels import PixelSettings, is_quick, process
 from ingest.takedown import url_digest
 from ingest.urls import parse_url, redirect
 from shards.settings import ConfigError

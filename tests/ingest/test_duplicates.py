@@ -22,6 +22,8 @@ from ingest import digests
 from ingest.config import DuplicatesConfig
 from ingest.duplicates import Found, Sidecars, find_duplicates
 from shards.exclusions import Exclusions, shard_row, write_exclusions
+from shards.layout import sample_key, shard_name
+from shards.listing import STATS, listed
 
 Row = dict[str, Any]
 TEXTS = ("status", "error", "url", "sha256", "caption", "phash")
@@ -169,6 +171,23 @@ def test_a_caption_is_kept_so_often(tmp_path: Path) -> None:
         (4, "caption_repeated", 0),
         (7, "caption_repeated", 0),
     ]
+
+
+def test_of_shards_beyond_99999_the_lower_number_wins(tmp_path: Path) -> None:
+    """Their names and keys are longer, so that they come first as texts; what is to have an order goes by numbers."""
+    keys = [sample_key(index, 0, 10_000) for index in (99_999, 100_000)]
+    assert keys == ["999990000", "1000000000"] != sorted(keys)
+    for index in (99_999, 100_000):
+        write(tmp_path, index, [live("1", "A", "one")])
+        for suffix in (".tar", STATS):
+            (tmp_path / (shard_name(index) + suffix)).touch()
+    committed = listed(str(tmp_path)).committed.tolist()
+    assert committed == [99_999, 100_000]
+    names: list[Any] = []
+    sidecars = Sidecars(str(tmp_path), lambda: ((i, True) for i in committed))
+    find_duplicates(sidecars, lambda ts: names.append(write_exclusions(str(tmp_path), ts)))
+    out = Exclusions(str(tmp_path), names[0])
+    assert (out.reasons(99_999), out.reasons(100_000)) == ({}, {0: "duplicate_url"})
 
 
 def test_train_and_heldout_never_share_bytes(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.client_proto import ResponseHandler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingest.addresses import AddressRefused, Guard, embedded_ipv4, is_public
+from ingest.addresses import AT_ONCE, AddressRefused, BoundedSocket, Guard, embedded_ipv4, is_public
 from ingest.config import FetchConfig, OptOutConfig
 from ingest.errors import ERRORS, Rejected
 from ingest.fetch import Fetcher
@@ -161,6 +162,26 @@ def test_an_address_inside_another_is_judged_like_itself(address: Any) -> None:
             assert embedded_ipv4(mapped) == address
             assert is_public(mapped) == is_public(address)
             assert Guard([f"{address}/32"]).permits(outer)
+
+
+def test_an_answer_comes_to_the_parser_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
+    """A piece of a quarter of a megabyte may be 15,000 `100 Continue` or 40,000 chunks, which hold the event loop."""
+    sizes = []
+    real = ResponseHandler.data_received
+
+    def data_received(self: ResponseHandler, data: bytes) -> None:
+        sizes.append(len(data))
+        real(self, data)
+
+    monkeypatch.setattr(ResponseHandler, "data_received", data_received)
+    body = bytes(4 << 20)
+    assert fetch(site.add("/large", body)) == body
+    assert sum(sizes) > len(body)
+    assert max(sizes) <= AT_ONCE
+    ours, theirs = socket.socketpair()  # TLS reads into a buffer of its own
+    with ours, theirs, BoundedSocket(fileno=ours.detach()) as bounded:
+        theirs.sendall(bytes(2 * AT_ONCE))
+        assert bounded.recv_into(bytearray(4 * AT_ONCE)) <= AT_ONCE
 
 
 def test_bodies_are_bounded(site: Site) -> None:

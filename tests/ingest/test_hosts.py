@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingest.config import FetchConfig, OptOutConfig
+from ingest.desk import Desk
 from ingest.errors import Rejected
 from ingest.fetch import Fetcher
-from ingest.hosts import LAPSE_S, ROBOTS_FETCH_S, Answer, Desk, Ledger, Message, joined, parted
+from ingest.hosts import LAPSE_S, ROBOTS_FETCH_S, Answer, Ledger, Message, joined, parted
 from tests.ingest.site import Site
 
 
@@ -206,7 +207,7 @@ def test_the_limit_of_a_host_holds_over_several_workers(site: Site) -> None:
 
 def test_retry_after_keeps_the_other_workers_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """One worker hears 429 with a second to wait; another, which heard nothing, asks nothing for that second."""
-    monkeypatch.setattr("ingest.hosts.QUANTUM_S", 0.1)
+    monkeypatch.setattr("ingest.desk.QUANTUM_S", 0.1)
     asked: list[float] = []
 
     async def limited(_: web.Request) -> web.Response:
@@ -272,8 +273,8 @@ def test_retry_after_keeps_other_requests_of_the_host_away_in_one_worker(site: S
 
 
 def test_a_worker_goes_on_by_itself_where_the_ledger_is_lost(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ingest.hosts.LOST_S", 0.0)
-    monkeypatch.setattr("ingest.hosts.RETRY_S", 0.01)
+    monkeypatch.setattr("ingest.desk.LOST_S", 0.0)
+    monkeypatch.setattr("ingest.desk.RETRY_S", 0.01)
 
     def lost(worker: str, message: Message) -> Answer:
         raise ConnectionError

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ingest.config import IngestConfig
-from ingest.locations import Reader
+from ingest.errors import Rejected
+from ingest.locations import Below, Reader
 from ingest.stage import IngestStage
 from ingest.takedown import requested
 from shards.dataset import Dataset, read_stats
@@ -188,8 +189,25 @@ def test_rows_that_name_files_elsewhere_are_refused(tmp_path: Path) -> None:
     urls[0] = f"{below}/none.png"
     pq.write_table(pa.table({"url": urls, "caption": list("abcd")}), tmp_path / "u.parquet")
     stage = IngestStage(make_config(tmp_path / "u.parquet"), str(tmp_path / "bare" / "images"))
-    with pytest.raises(Exception, match="none of 4 rows gave a picture"):  # no folder is named: they are no URLs
+    with pytest.raises(Exception, match="none of 4 rows gave an image"):  # no folder is named: they are no URLs
         run(stage)
+
+
+def test_rows_may_name_files_by_urls_with_percent_signs(tmp_path: Path) -> None:
+    """As `Path.as_uri` and file managers write them; what they stand for is judged, not how it is written."""
+    photos, names = tmp_path / "my photos", ["a b.png", "größe#1.png", "100%25.png"]
+    photos.mkdir()
+    for n, name in enumerate(names):
+        (photos / name).write_bytes(image_bytes(n))
+    (tmp_path / "secret.png").write_bytes(image_bytes(9))
+    urls = [(photos / n).as_uri() for n in names] + [
+        f"file://{photos / names[2]}",
+        f"{photos.as_uri()}/%2e%2e/secret.png",
+    ]
+    reader = Reader(Below([str(photos)]), 1 << 20)
+    assert [reader.read(u) for u in urls[:4]] == [image_bytes(n) for n in (0, 1, 2, 2)]
+    with pytest.raises(Rejected, match="place_refused"):
+        reader.read(urls[4])
 
 
 def test_duplicates_and_the_held_out_fraction_are_those_of_a_table(tmp_path: Path) -> None:
@@ -245,6 +263,17 @@ def test_a_take_down_by_the_url_of_then(tmp_path: Path) -> None:
     webdataset(tmp_path / "own", 4, 1)
     manifest = run(stage)
     assert ends(manifest) == {"rows": 11, "success": 9, "opted_out": 2}
+
+
+@pytest.mark.parametrize("make", [folder, parquet])
+def test_a_take_down_by_the_place_that_the_sidecar_names(make: Make, tmp_path: Path) -> None:
+    stage = stage_of(make, tmp_path / "own", make(tmp_path / "own", 0, 4), tmp_path / "run")
+    run(stage)
+    place = Dataset.open(stage.root).sidecar(0)["place"].to_pylist()[1]
+    (tmp_path / "list.txt").write_text(f"{place}\n")
+    requested(str(tmp_path / "list.txt"), None, None).listed.create(str(tmp_path / "run"))
+    assert not stage.is_current()
+    assert ends(run(stage)) == {"rows": 4, "success": 3, "opted_out": 1}
 
 
 def test_images_of_one_caption_in_one_file_are_no_duplicates(tmp_path: Path) -> None:

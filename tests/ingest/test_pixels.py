@@ -20,7 +20,8 @@ from PIL import Image, ImageCms, ImageOps
 
 from benchmarks.ingest import draw
 from ingest.errors import Rejected
-from ingest.pixels import PixelSettings, decode, header_size, perceptual_hash, process, resize, target_size
+from ingest.headers import header_size
+from ingest.pixels import PixelSettings, decode, perceptual_hash, process, resize, target_size
 from tests.ingest.site import image_bytes
 
 PLAIN = PixelSettings(64, "no", False, "png", 1, (255, 255, 255), 1_000_000, downscale_filter="lanczos")

@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from ingest.errors import RETRYABLE
-from ingest.stage import IngestStage, Retry, codes_to_retry
+from ingest.retries import Retry, codes_to_retry
+from ingest.stage import IngestStage
 from ingest.takedown import TakenDown, url_digest
 from shards import plan
 from shards.dataset import Dataset, read_stats
 from shards.images import ImageShard
 from shards.settings import ConfigError
+from shards.verify import discard
 from tests.ingest.conftest import make_config, run
 from tests.ingest.site import Site, image_bytes
 
@@ -156,14 +158,44 @@ def test_a_line_takes_no_row_that_another_took(tmp_path: Path) -> None:
         plan.Line(4, "", 0, 0, 2, bytes(16), "", (1, 2, 3), ("http_rate_limited", "timeout")),
     ]
     plan.write_part(root, 0, lines)
-    from ingest.stage import _Taken
+    from ingest.retries import Taken
 
-    taken = _Taken()
+    taken = Taken()
     retries = plan.read(root).retries()
     assert [line.shard for line in retries] == [3, 4]
     assert taken.open_codes(retries[0]) == ((0, ("timeout",)), (1, ("timeout",)))
     both = ("http_rate_limited", "timeout")
     assert taken.open_codes(retries[1]) == ((1, ("http_rate_limited",)), (2, both), (3, both))
+
+
+@pytest.mark.parametrize("duplicates", [{}, {"url": False, "bytes": False}])
+def test_a_damaged_shard_is_made_anew_without_the_rows_that_retries_took(
+    site: Site, tmp_path: Path, duplicates: dict[str, bool]
+) -> None:
+    """Nothing is stored twice then, and the accounts hold: an older shard, a retry, a retry of a retry, and several."""
+    pages = [site.add(f"/{i}.png", image_bytes(i), 503 if i in (1, 2, 5, 9) else 200) for i in range(16)]
+    site.add("/6.png", b"no picture")
+    table = tmp_path / "table.csv"
+    table.write_text("url,caption\n" + "".join(f"{url},caption {i}\n" for i, url in enumerate(pages)))
+    stage = IngestStage(
+        make_config(table, fetch={"retries": 0}, duplicates=duplicates), str(tmp_path / "run" / "images")
+    )
+    run(stage)
+    for i in (1, 9):
+        site.add(f"/{i}.png", image_bytes(i))
+    again(stage, "http_server_error,not_an_image")  # shard 2: rows 1 and 9 come
+    site.add("/2.png", image_bytes(2))
+    manifest = again(stage)  # shard 3, of shard 2: row 2 comes, row 5 does not
+    assert manifest["counts"] | {"duplicate": 0} == manifest["counts"]
+    assert manifest["counts"]["success"] == 14
+    ends = {key: (row["status"], row["error"]) for key, row in by_key(stage.root).items()}
+    for damaged in ([0], [1], [2], [3], [0, 1], [2, 3], [1, 3], [0, 2]):
+        for index in damaged:
+            discard(stage.root, index)
+        found = run(stage)
+        assert found["counts"] == manifest["counts"], damaged
+        assert found["errors"] == manifest["errors"], damaged
+        assert {key: (row["status"], row["error"]) for key, row in by_key(stage.root).items()} == ends, damaged
 
 
 def test_a_retry_that_was_killed_goes_on(site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -91,7 +91,7 @@ def test_values_that_cannot_be_in_a_column_are_refused() -> None:
 )
 def test_captions(raw: str, clean: str) -> None:
     assert captions.clean(raw, STEPS) == clean
-    assert captions.clean_all(pa.array([raw]), STEPS) == [clean]
+    assert captions.clean_all(pa.array([raw]), STEPS).to_pylist() == [clean]
     assert captions.clean(raw, ()) == raw
 
 
@@ -111,7 +111,7 @@ ODD = (
 def test_the_short_cut_for_sound_texts_changes_nothing(text: str) -> None:
     expected = slowly(text)
     assert captions.clean(text, STEPS) == expected
-    assert captions.clean_all(pa.array([text], pa.string()), STEPS) == [expected]
+    assert captions.clean_all(pa.array([text], pa.string()), STEPS).to_pylist() == [expected]
 
 
 def test_the_short_cut_is_right_for_every_letter() -> None:
@@ -120,7 +120,7 @@ def test_the_short_cut_is_right_for_every_letter() -> None:
     texts = [text for c in letters for text in (f"a{c}b", f" {c} x")]
     texts = [t for t in texts if t.isascii() or captions._is_sound(t)]
     assert len(texts) > 66_000
-    assert captions.clean_all(pa.array(texts), STEPS) == [
+    assert captions.clean_all(pa.array(texts), STEPS).to_pylist() == [
         " ".join(ftfy.fix_text(html.unescape(t)).split()) for t in texts
     ]
 

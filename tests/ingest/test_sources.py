@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import datetime
+import decimal
 import io
 import json
 import os
@@ -82,6 +85,23 @@ def test_images_at_any_depth_with_captions_beside_them(tmp_path) -> None:
     assert reader.read(found["d e#f.jpg"]["place"]) == picture(4)
 
 
+def test_captions_as_windows_writes_them(tmp_path) -> None:
+    for n, (name, data) in enumerate(
+        {
+            "a.txt": "größe".encode("utf-16"),  # what Notepad calls Unicode
+            "b.txt": codecs.BOM_UTF16_BE + "größe".encode("utf-16-be"),
+            "c.txt": "größe".encode("cp1252"),
+            "d.txt": "\ufeffgröße".encode(),
+            "e.TXT": "größe".encode(),
+        }.items()
+    ):
+        (tmp_path / name).write_bytes(data)
+        (tmp_path / name).with_suffix(".JPG").write_bytes(picture(n))
+    listing = str(tmp_path / ".listing")
+    assert refresh(listing, str(tmp_path), "folder", wanted()) == []
+    assert [r["caption"] for r in rows(listing)] == [["größe"]] * 5
+
+
 def test_lines_or_the_folders_name_as_captions_by_choice(tmp_path) -> None:
     folder = tmp_path / "golden_retriever"
     folder.mkdir()
@@ -148,6 +168,67 @@ def test_a_folder_grows_and_loses_files_without_a_change_to_what_is_listed(tmp_p
     assert [r["caption"] for r in rows(listing)] == [["2"], ["4"], ["1"], ["3"]]
 
 
+def test_what_no_table_can_hold_ends_its_own_row_alone(tmp_path) -> None:
+    """Half characters in JSON and in the names of files, numbers beyond all types, values of another type later."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for name, facts in (
+        ("a", '{"caption": "half \\ud800", "score": 1, "nsfw": true}'),
+        ("b", '{"caption": "b", "score": 1' + "0" * 400 + ', "nsfw": "no"}'),
+        ("c", '{"caption": "c", "score": 1' + "0" * 30 + ', "nsfw": 0.5}'),
+        ("d", '{"caption": "d", "score": NaN, "nsfw": false}'),
+    ):
+        (folder / f"{name}.jpg").write_bytes(picture(1))
+        (folder / f"{name}.json").write_text(facts)
+    odd = os.fsencode(folder) + b"/e\xff"
+    Path(os.fsdecode(odd + b".jpg")).write_bytes(picture(2))
+    Path(os.fsdecode(odd + b".txt")).write_text("e")
+    listing = str(tmp_path / "listing")
+    refresh(listing, str(folder), "folder", wanted("score", "nsfw"))
+    found = rows(listing)
+    assert [r["caption"] for r in found] == [["half ?"], ["b"], ["c"], ["d"], ["e"]]
+    assert [r["score"] for r in found] == [1, None, None, None, None]
+    assert [r["nsfw"] for r in found] == ["true", "no", "0.5", "false", None]
+    assert [r["fault"] for r in found] == [None] * 4 + ["source_unreadable"]
+    assert sources.is_listed(listing, str(folder), "folder")
+    assert refresh(listing, str(folder), "folder", wanted("score", "nsfw")) == []
+    # A column whose first part had yes and no alone stays of that type.
+    other = str(tmp_path / "other")
+    (folder / "b.json").unlink()
+    (folder / "c.json").unlink()
+    refresh(other, str(folder), "folder", wanted("nsfw"))
+    (folder / "f.jpg").write_bytes(picture(3))
+    (folder / "f.json").write_text('{"caption": "f", "nsfw": "UNLIKELY"}')
+    refresh(other, str(folder), "folder", wanted("nsfw"))
+    assert rows(other)[-1]["nsfw"] is None
+
+
+def test_links_that_lead_nowhere_and_pipes_are_passed_by(tmp_path, caplog) -> None:
+    folder = tmp_path / "own"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "loop").symlink_to("..")
+    for name in ("a", "b", "c", "d"):
+        (folder / f"{name}.jpg").write_bytes(picture(1))
+    (folder / "a.txt").symlink_to("nowhere.txt")
+    os.mkfifo(folder / "b.txt")
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "c.txt").symlink_to("sub/c.txt")
+    (folder / "sub" / "c.txt").write_text("c")
+    (folder / "d.txt").symlink_to("../secret.txt")
+    (tmp_path / "secret.txt").write_text("what lies elsewhere")
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    listing = str(tmp_path / "listing")
+    refresh(listing, str(folder), "folder", wanted())
+    assert [(Path(r["url"]).name, r["caption"]) for r in rows(listing)] == [
+        ("a.jpg", []),
+        ("b.jpg", []),
+        ("c.jpg", ["c"]),
+        ("d.jpg", []),
+        ("gone.jpg", []),
+    ]
+    assert "a.txt: cannot be read (FileNotFoundError)" in caplog.text
+
+
 # ---- tars --------------------------------------------------------------------------------------------------
 
 
@@ -208,6 +289,72 @@ def test_damaged_tars_are_told_and_the_rest_goes_on(tmp_path) -> None:
             assert Image.open(io.BytesIO(reader.read(row["place"]))).size == (20, 20)
 
 
+def raw_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A tar's header with whatever size; tarfile itself writes a negative one as 256-base."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize(
+    ("odd", "sentence"),
+    [
+        (raw_header("b.txt", -1024) + padded(b"b"), "a header that claims -1024 bytes"),  # leads back to itself
+        (raw_header("x", 1 << 30, tarfile.XHDTYPE) + padded(b"9 path=x\n"), "a header that claims 1073741824 bytes"),
+        (raw_header("x", 1 << 30, tarfile.GNUTYPE_LONGNAME) + padded(b"b"), "a header that claims 1073741824 bytes"),
+        (raw_header("x", 11, tarfile.XHDTYPE) + padded(b"11 size=-9\n") + raw_header("b.txt", 1) + padded(b"b"), ""),
+        ((raw_header("x", 9, tarfile.XGLTYPE) + padded(b"9 path=x\n")) * 2000, ""),  # each calls for the next
+    ],
+)
+def test_headers_that_lie_end_their_tar_and_nothing_else(tmp_path, odd: bytes, sentence: str) -> None:
+    good = make_tar(tmp_path / "z.tar", [("a.jpg", picture(1)), ("a.txt", b"a")]).read_bytes()
+    end = good.rindex(b"a" + bytes(511)) + 512
+    (tmp_path / "0.tar").write_bytes(good[:end] + odd + good)
+    listing = str(tmp_path / "listing")
+    said = refresh(listing, str(tmp_path), "webdataset", wanted())
+    assert "0.tar: damaged behind member 2" in said[0]
+    assert sentence in said[0]
+    assert [(Path(r["url"].partition("#")[0]).name, r["caption"]) for r in rows(listing)] == [
+        ("0.tar", ["a"]),
+        ("z.tar", ["a"]),
+    ]
+
+
+def test_a_sparse_member_is_no_image_and_the_rest_of_the_tar_is_taken(tmp_path) -> None:
+    data = picture(1)
+    head = bytearray(raw_header("b.jpg", len(data), tarfile.GNUTYPE_SPARSE))
+    head[386:410] = b"%011o\0%011o\0" % (0, len(data))
+    head[483:495] = b"%011o\0" % (1 << 32)  # what it would be, unpacked
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    good = make_tar(tmp_path / "0.tar", [("c.jpg", picture(3)), ("c.txt", b"c")]).read_bytes()
+    (tmp_path / "0.tar").write_bytes(bytes(head) + padded(data) + raw_header("b.txt", 1) + padded(b"b") + good)
+    listing = str(tmp_path / "listing")
+    refresh(listing, str(tmp_path), "webdataset", wanted())
+    assert [(r["caption"], r["fault"]) for r in rows(listing)] == [(["b"], "source_missing"), (["c"], None)]
+
+
+def test_members_whose_names_are_not_utf_8_are_taken(tmp_path) -> None:
+    make_tar(tmp_path / "0.tar", [("b\udcff.jpg", picture(2)), ("b\udcff.txt", b"b"), ("c\udcff.txt", b"c")])
+    listing = str(tmp_path / "listing")
+    refresh(listing, str(tmp_path), "webdataset", wanted())
+    found = rows(listing)
+    assert [(r["caption"], r["fault"]) for r in found] == [(["b"], None), (["c"], "source_missing")]
+    assert Reader(Below([str(tmp_path)]), 1 << 20).read(found[0]["place"]) == picture(2)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_file_whose_name_is_not_utf_8_is_one_sentence(tmp_path, kind) -> None:
+    suffix = ".tar" if kind == "webdataset" else ".parquet"
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff" + suffix.encode())).write_bytes(b"x")
+    with pytest.raises(ConfigError, match="its name is not UTF-8; rename it"):
+        refresh(str(tmp_path / "listing"), str(tmp_path), kind, wanted())
+
+
 def test_links_and_folders_in_a_tar_are_no_samples(tmp_path) -> None:
     path = tmp_path / "0.tar"
     with tarfile.open(path, "w") as tar:
@@ -219,8 +366,8 @@ def test_links_and_folders_in_a_tar_are_no_samples(tmp_path) -> None:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, target
             tar.addfile(info)
-    said = refresh(str(tmp_path / "listing"), str(path), "webdataset", wanted())
-    assert said == [f"{path}: no images in it"]
+    with pytest.raises(ConfigError, match=f"there are no images in '{path}'; {path}: no images in it"):
+        refresh(str(tmp_path / "listing"), str(path), "webdataset", wanted())
 
 
 def test_new_tars_are_added_and_one_that_was_written_again_keeps_its_rows(tmp_path) -> None:
@@ -298,6 +445,86 @@ def test_bytes_in_a_column_are_read_row_by_row_in_any_order(tmp_path, form) -> N
     with pytest.raises(Rejected) as e:
         reader.read(locations.value(str(path), "jpg" if form == "binary" else "image", 200))
     assert e.value.code == "source_missing"
+
+
+def test_a_file_that_was_half_copied_is_taken_once_it_is_whole(tmp_path) -> None:
+    own, listing = tmp_path / "own", str(tmp_path / "listing")
+    own.mkdir()
+    for n in (1, 2):
+        pq.write_table(pa.table({"image": [picture(n)], "text": [f"picture {n}"]}), own / f"{n}.parquet")
+    whole = (own / "2.parquet").read_bytes()
+    (own / "2.parquet").write_bytes(whole[: len(whole) // 2])
+    said = refresh(listing, str(own), "parquet", wanted())
+    assert "2.parquet: cannot be read" in said[0]
+    assert sources.is_listed(listing, str(own), "parquet")  # there is nothing to do until it changes
+    (own / "2.parquet").write_bytes(whole)
+    assert not sources.is_listed(listing, str(own), "parquet")
+    assert refresh(listing, str(own), "parquet", wanted()) == []
+    assert [r["caption"] for r in rows(listing)] == [["picture 1"], ["picture 2"]]
+    assert sources.is_listed(listing, str(own), "parquet")
+    pq.write_table(pa.table({"image": [picture(3)], "text": ["another"]}), own / "2.parquet")
+    (told,) = refresh(listing, str(own), "parquet", wanted())
+    assert "2.parquet: written again since listed" in told
+    assert len(rows(listing)) == 2
+
+
+def test_damage_within_a_parquet_file_is_told_and_the_rest_goes_on(tmp_path) -> None:
+    def write(path: Path, first: int, **how: Any) -> None:
+        captions = [f"picture {n}" for n in range(first, first + 4)]
+        table = pa.table({"image": [picture(n) for n in range(4)], "text": captions})
+        pq.write_table(table, path, row_group_size=2, **how)
+
+    write(tmp_path / "a.parquet", 0)
+    write(tmp_path / "b.parquet", 10)
+    write(tmp_path / "c.parquet", 20)
+    column = pq.read_metadata(tmp_path / "b.parquet").row_group(1).column(1)
+    data = bytearray((tmp_path / "b.parquet").read_bytes())
+    begin = column.dictionary_page_offset
+    data[begin : begin + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    (tmp_path / "b.parquet").write_bytes(data)
+    listing = str(tmp_path / "listing")
+    (said,) = refresh(listing, str(tmp_path), "parquet", wanted())
+    assert "b.parquet: damaged behind row 2" in said
+    assert [r["caption"] for r in rows(listing)] == [[f"picture {n}"] for n in (0, 1, 2, 3, 10, 11, 20, 21, 22, 23)]
+
+
+def test_damage_among_the_images_takes_those_of_its_row_group_alone(tmp_path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [picture(n) for n in range(6)]}), path, row_group_size=2, use_dictionary=False)
+    column = pq.read_metadata(path).row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    begin = column.data_page_offset
+    data[begin : begin + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(data)
+    reader = Reader(Below([str(tmp_path)]), 1 << 20)
+    ends = []
+    for row in range(6):
+        try:
+            ends.append(reader.read(locations.value(str(path), "image", row)) == picture(row))
+        except (Rejected, OSError) as e:
+            ends.append(type(e).__name__ if isinstance(e, OSError) else e.code)
+    assert ends == [True, True, "OSError", "OSError", True, True]
+
+
+def test_columns_of_any_type_are_kept_as_those_of_tables(tmp_path) -> None:
+    bad = pa.Array.from_buffers(pa.string(), 3, pa.array([b"ok", b"caf\xe9", b"x"], pa.binary()).buffers())
+    table = pa.table(
+        {
+            "image": [picture(n) for n in range(3)],
+            "text": pa.array([b"as bytes", b"caf\xe9", None]),
+            "when": pa.array([datetime.datetime(2020, 1, 2)] * 3),
+            "price": pa.array([decimal.Decimal("1.5")] * 3),
+            "odd": bad,
+            "tags": pa.array([["x"], [], None]),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    listing = str(tmp_path / "listing")
+    assert refresh(listing, str(tmp_path), "parquet", wanted("when", "price", "odd", "tags")) == []
+    found = rows(listing)
+    assert [r["caption"] for r in found] == [["as bytes"], ["caf\xe9"], []]
+    assert [r["odd"] for r in found] == ["ok", "caf\xe9", "x"]
+    assert (found[0]["when"][:10], found[0]["price"], found[0]["tags"]) == ("2020-01-02", "1.5", '["x"]')
 
 
 def test_a_table_of_urls_is_a_table_and_a_column_can_be_named(tmp_path) -> None:

@@ -9,6 +9,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import stat
 import tarfile
@@ -29,7 +30,7 @@ from demo import server as demo_server
 from ingest.config import IngestConfig
 from ingest.errors import RETRYABLE
 from ingest.stage import IngestStage
-from latents.stage import texts_in
+from latents.source import texts_in
 from shards import storage
 from shards.dataset import Dataset, read_stats
 from shards.exclusions import shard_row
@@ -266,7 +267,7 @@ def test_a_shard_without_any_success_is_committed(site: Site, tmp_path: Path) ->
     run(IngestStage(make_config(lost, fetch={"retries": 3}), str(tmp_path / "lost")))
     assert (read_stats(str(tmp_path / "lost"), 0) or {})["retries"] == 3 == site.hits["/down"] - 1
     table.write_text("url,caption\n" + f"{site.url('/none')},x\n")
-    with pytest.raises(StageError, match=r"none of 1 rows gave a picture .*http_not_found"):
+    with pytest.raises(StageError, match=r"none of 1 rows gave an image .*http_not_found"):
         run(IngestStage(make_config(table), str(tmp_path / "none")))
 
 
@@ -282,7 +283,7 @@ def test_an_edited_table_and_changed_settings_are_refused(site: Site, tmp_path: 
     edited = [line.replace("caption 9", "caption IX") for line in lines]
     table.write_text("\n".join(["url,caption", *edited]))
     assert not stage.is_current()
-    with pytest.raises(ConfigError, match=r"1 of its 3 shards \(00001 to 00001, 8 pictures\) were made of other rows"):
+    with pytest.raises(ConfigError, match=r"1 of its 3 shards \(00001 to 00001, 8 images\) were made of other rows"):
         stage.begin()
     assert {p.name: p.read_bytes() for p in (tmp_path / "images").iterdir() if p.is_file()} == before
     table.write_text("\n".join(["url,caption", *lines]))
@@ -296,6 +297,37 @@ def test_an_edited_table_and_changed_settings_are_refused(site: Site, tmp_path: 
     table.write_text("\n".join(["url,caption", *edited]))
     manifest = run(IngestStage(make_config(table), stage.root, add_changed=True))
     assert manifest["counts"] | {"rows": 28, "success": 21, "duplicate": 7} == manifest["counts"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"keep_columns": ["score"]}, {"heldout_fraction": 0.3, "keep_columns": ["score"]}]
+)
+def test_a_file_that_sorts_first_changes_no_types_of_what_was_planned(
+    site: Site, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    def write(name: str, first: int, count: int, kind: pa.DataType) -> None:
+        numbers = range(first, first + count)
+        urls = [site.add(f"/{n}.png", image_bytes(n)) for n in numbers]
+        table = pa.table({"url": urls, "caption": [f"c {n}" for n in numbers], "score": pa.array(numbers, kind)})
+        pq.write_table(table, tmp_path / "table" / name)
+
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "0-empty.csv").write_text("url,caption,score\n")  # all of it would be text
+    write("b.parquet", 0, 40, pa.int64())
+    stage = IngestStage(make_config(tmp_path / "table", **settings), str(tmp_path / "run" / "images"))
+    stages = (
+        [stage]
+        if len(settings) == 1
+        else [stage, dataclasses.replace(stage, root=str(tmp_path / "run" / "heldout"), split="heldout")]
+    )
+    stage.begin()
+    worker = stage.worker()
+    worker(next(iter(stage.tasks())))
+    worker.close()
+    write("0-early.parquet", 40, 8, pa.int32())  # before the empty one, of which the types are
+    counts = [run(s)["counts"] for s in stages]
+    assert sum(c["rows"] for c in counts) == sum(c["success"] for c in counts) == 48
+    assert {type(v) for v in Dataset.open(stage.root).sidecar(0)["score"].to_pylist()} == {str}
 
 
 def test_a_table_that_changes_while_a_shard_is_made_is_seen(site: Site, tmp_path: Path) -> None:
@@ -377,6 +409,33 @@ def test_heldout_fraction_splits_by_caption(site: Site, tmp_path: Path) -> None:
     assert len(captions["train"] | captions["heldout"]) == 60
     with pytest.raises(ConfigError, match="there is no held-out split"):
         IngestStage(make_config(table), str(tmp_path / "x"), "heldout").check()
+
+
+def test_a_run_keeps_the_hash_that_it_was_begun_with(tmp_path: Path) -> None:
+    """Also where the process was killed before the second of its folders was begun."""
+    pq.write_table(pa.table({"url": list("abcdefgh"), "caption": list("abcdefgh")}), tmp_path / "t.parquet")
+    stage = IngestStage(make_config(tmp_path / "t.parquet", heldout_fraction=0.5), str(tmp_path / "run" / "images"))
+    heldout = dataclasses.replace(stage, root=str(tmp_path / "run" / "heldout"), split="heldout")
+    stage.begin()
+    both = (stage, heldout)
+    assert [hash_of(one) for one in both] == ["polynomial"] * 2
+    facts = json.loads(Path(stage.root, "made_with.json").read_text())
+    assert facts["settings"]["split"].pop("hash") == "polynomial"
+    Path(stage.root, "made_with.json").write_text(json.dumps(facts))  # as before there was another hash
+    shutil.rmtree(heldout.root)
+    assert [hash_of(one) for one in both] == ["blake2b"] * 2
+    stage.begin()
+    assert [json.loads(Path(s.root, "made_with.json").read_text())["settings"]["split"].get("hash") for s in both] == [
+        None,
+        None,
+    ]
+
+
+def hash_of(stage: IngestStage) -> str:
+    rule = stage.heldout_rule(stage.layout())
+    assert rule is not None
+    assert rule.hash == stage.made_with().settings["split"].get("hash", "blake2b")
+    return rule.hash
 
 
 def child(config: str, root: str, first: Any) -> None:

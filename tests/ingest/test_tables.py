@@ -340,7 +340,7 @@ def test_of_a_list_of_captions_the_first_is_the_caption(site: Site, tmp_path: Pa
         ),
         (
             {"jpg": pa.array([b"x"]), "txt": ["a"]},
-            "'jpg' holds binary: if these are pictures, set ingest.source.kind: parquet",
+            "'jpg' holds binary: if these are images, set ingest.source.kind: parquet",
         ),
         ({"url": pa.array([b"x"], pa.binary()), "caption": ["a"]}, "the column 'url' holds binary, not URLs"),
         (

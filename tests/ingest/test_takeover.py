@@ -8,10 +8,12 @@ import os
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from ingest import tables
 from ingest.stage import IngestStage
 from ingest.takedown import TakenDown, url_digest
 from orchestration.run_stage import main
@@ -109,6 +111,23 @@ def test_it_grows_is_retried_and_gives_up_pictures(old: Path) -> None:
         assert pq.read_schema("run/images/00001.parquet").get_field_index("url_digest") >= 0
     finally:
         site.close()
+
+
+def test_rows_that_are_added_are_held_out_by_the_hash_of_then(old: Path) -> None:
+    """At the first command, which takes the run over, and at those behind it."""
+    for name in ("part-3.csv", "part-4.csv"):
+        captions = [f"{name} {i}" for i in range(100)]
+        Path("table", name).write_text("url,caption\n" + "".join(f"http://127.0.0.1:1/{c},{c}\n" for c in captions))
+        stage_of().begin()
+        then = tables.blake2b(pa.array(captions), 3) < int(0.2 * 2**64)
+        for split in ("train", "heldout"):
+            stage = stage_of(split)
+            assert "hash" not in json.loads(Path(stage.root, "made_with.json").read_text())["settings"]["split"]
+            layout = stage.layout()
+            lines = [line for line in plan.read(stage.root).lines() if line.file.endswith(name)]
+            parts = [tables.read_range(layout, line, stage.heldout_rule(layout), split) for line in lines]
+            found = [c for part in parts for c in part["caption"].to_pylist()]
+            assert found == [c for c, out in zip(captions, then.tolist(), strict=True) if out == (split == "heldout")]
 
 
 def test_the_list_of_then_still_holds(old: Path) -> None:

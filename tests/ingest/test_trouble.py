@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ingest.headers
 import ingest.pixels
 from ingest import decoders, trouble, work
 from ingest.addresses import AddressRefused, Guard
@@ -28,8 +29,8 @@ from ingest.config import FetchConfig
 from ingest.errors import Rejected
 from ingest.fetch import Room
 from ingest.names import Names
+from ingest.pool import FetchPool
 from ingest.takedown import TakenDown
-from ingest.work import FetchPool
 from shards.settings import ConfigError, NodeTrouble, validate
 from tests.ingest.conftest import make_config
 from tests.ingest.site import Site, image_bytes
@@ -147,7 +148,7 @@ def test_what_an_error_says_of_this_machine_is_found_behind_it() -> None:
     assert "thread" in trouble.own_fault(RuntimeError("can't start new thread"))
     assert "disk is full" in trouble.own_fault(OSError(errno.ENOSPC, ""))
     assert not trouble.own_fault(OSError(errno.ECONNRESET, ""))
-    assert not trouble.own_fault(MemoryError()), "there is plenty: then it is the picture's"
+    assert not trouble.own_fault(MemoryError()), "there is plenty: then it is the image's"
 
 
 def health(run_rate: float | None, reachable: bool, canaries: tuple[str, ...] = ("canary.test:80",)) -> trouble.Health:
@@ -489,7 +490,7 @@ def test_a_jpeg_of_many_scans_over_many_pixels_is_refused_at_once() -> None:
     small = scan_bomb(640, 480, 40)
     for scans in (40, 499):
         bomb = scan_bomb(640, 480, scans).replace(struct.pack(">HH", 480, 640), struct.pack(">HH", 7999, 7999), 1)
-        assert ingest.pixels.jpeg_header(bomb) == (7999, 7999, 3, 0xC2, small.index(b"\xff\xc2"), scans)
+        assert ingest.headers.jpeg_header(bomb) == (7999, 7999, 3, 0xC2, small.index(b"\xff\xc2"), scans)
         assert not ingest.pixels.is_quick(bomb, settings)
         began = time.process_time()
         with pytest.raises(Rejected, match="image_too_large"):

@@ -165,7 +165,7 @@ def test_every_sample_is_in_its_bucket_at_each_resolution(made):
                     shape["width"],
                 ]
         assert taken == manifest["laid"][position]
-    assert len(seen) >= 6, "the pictures of this world have several shapes"
+    assert len(seen) >= 6, "the images of this world have several shapes"
     assert manifest["errors"] == {"decode_error": 1}
 
 

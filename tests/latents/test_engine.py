@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from latents.stage import LatentsStage
-from orchestration import commands, engine
+from orchestration import engine
+from orchestration.commands import parser
 from orchestration.config import Pool, RayConfig
 from shards.columns import ColumnShard
 from shards.dataset import Dataset, read_stats, write_manifest
@@ -112,21 +113,21 @@ def config(stage, tmp_path) -> Path:
 
 
 def test_carrara_plan_says_what_is_left(stage, config, capsys):
-    commands.run(["plan", "--config", str(config), "--samples", "8", "--rows", "1000000", "--workers", "16"])
+    parser.run(["plan", "--config", str(config), "--samples", "8", "--rows", "1000000", "--workers", "16"])
     text = capsys.readouterr().out
     assert "of this run, 0 of 4 shards are made and 4 are left" in text
     assert "16 workers" in text
     assert "online: nothing stored" in text
     run(stage)
-    commands.run(["plan", "--config", str(config)])
+    parser.run(["plan", "--config", str(config)])
     assert "4 of 4 shards are made and 0 are left" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="'--workers'"):
-        commands.run(["plan", "--config", str(config), "--workers", "0"])
+        parser.run(["plan", "--config", str(config), "--workers", "0"])
 
 
 def test_carrara_inspect_writes_its_page_and_fails_on_drift(stage, config, capsys):
     run(stage)
-    commands.run(["inspect", "--config", str(config), "--count", "4"])
+    parser.run(["inspect", "--config", str(config), "--count", "4"])
     assert "PSNR" in capsys.readouterr().out
     assert Path(stage.run.reports, "latents.html").stat().st_size > 1000
     path = Path(stage.root, "00000.safetensors")
@@ -134,4 +135,4 @@ def test_carrara_inspect_writes_its_page_and_fails_on_drift(stage, config, capsy
     data[-5] ^= 64
     path.write_bytes(data)
     with pytest.raises(StageError, match="does not have the sha256 that was committed"):
-        commands.run(["inspect", "--config", str(config), "--count", "60"])
+        parser.run(["inspect", "--config", str(config), "--count", "60"])

@@ -87,7 +87,7 @@ def test_the_crop_is_that_of_the_whole_picture_whatever_ingest_did(
         assert (top, left) == pytest.approx(expected, abs=1.01)
     lost = shard.arrays["micro"][0].tolist()
     if mode == "center_crop":
-        assert lost[3] == 12, "a picture that lost 44 % of its width is not called uncropped"
+        assert lost[3] == 12, "an image that lost 44 % of its width is not called uncropped"
 
 
 @pytest.mark.parametrize("original", [(1600, 900), (900, 1600), (512, 512)])

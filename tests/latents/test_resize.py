@@ -18,10 +18,7 @@ from latents.resize import fit_cover, prefetch, resize_crop
 def test_the_crop_lies_in_the_scaled_picture_and_in_its_middle(width, height, side):
     fit = fit_cover(width, height, side, side)
     assert min(fit.scaled_width, fit.scaled_height) == side
-    for scaled, crop, original in (
-        (fit.scaled_width, fit.crop_left, width),
-        (fit.scaled_height, fit.crop_top, height),
-    ):
+    for scaled, crop, original in ((fit.scaled_width, fit.crop_left, width), (fit.scaled_height, fit.crop_top, height)):
         assert 0 <= crop <= scaled - side
         assert abs((scaled - side - crop) - crop) <= 1
         assert abs(scaled - original * side / min(width, height)) <= 0.5 + 1e-9 or scaled == side

@@ -349,7 +349,7 @@ def test_lost_rows_are_found(make):
     with pytest.raises(StageError, match="rows were lost"):
         stage.finish([stats[0], short])
     moved = {**stats[1], "status": {"success": 10, "failed_to_download": 3}, "count": 10}
-    with pytest.raises(StageError, match="10 latents and 0 set aside where there were 11 pictures"):
+    with pytest.raises(StageError, match="10 latents and 0 set aside where there were 11 images"):
         stage.finish([stats[0], moved])
     odd = {**stats[1], "status": {**stats[1]["status"], "vanished": 1}}
     with pytest.raises(StageError, match="unknown status 'vanished'"):

@@ -258,7 +258,7 @@ def test_the_plan_counts_the_towers_time_among_the_encoders() -> None:
     assert "so 4 decoding threads can keep" in found[0]
     assert "vision tower" not in found[0]
     assert "so 1 decoding thread can keep" in found[1]
-    assert "the vision tower 3 ms a picture" in found[1]
+    assert "the vision tower 3 ms an image" in found[1]
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ import zoneinfo
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 
-from orchestration import commands, status, watch
 from orchestration import config as config_module
+from orchestration import status, watch
+from orchestration.commands import parser
 from orchestration.config import RunConfig, base_folder, find_config, load, load_of_run
 from orchestration.demo import _headline
 from orchestration.run_stage import main
@@ -272,6 +272,8 @@ def test_status_reads_the_run_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "status/reference-failed/00000.json").write_text("{}")
     (tmp_path / "status/config.json").write_text("{}")
     (tmp_path / "status/clip.json").write_text("half a fi")
+    (tmp_path / "status/eval.json").write_text(json.dumps({**base, **records["train"], "done": "\x00"}))
+    (tmp_path / "status/prior.json").write_text('{"state": "running"}')
     assert main(["status", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     cells = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
@@ -283,6 +285,7 @@ def test_status_reads_the_run_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
         "autoencoder",
         "clip",
         "latents",
+        "prior",
         "train",
         "eval",
         "reference",
@@ -293,11 +296,15 @@ def test_status_reads_the_run_alone(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cells["ingest"] == "done 8/8 shards (100 %) 2 shards/s 1 h 01 min ago images/s 12.35"
     assert cells["latents"] == "running 3/12 shards (25 %) 1 0.5 shards/s 1 min 35 s 1 s ago images/s 12.35"
     assert cells["train"].startswith("silent (running) 10/100 shards (10 %)")
-    assert cells["clip"] == cells["eval"] == "not begun"
+    assert cells["autoencoder"] == "not begun"
+    for stage in ("clip", "eval", "prior"):
+        url = tmp_path / f"status/{stage}.json"
+        assert cells[stage] == f"unreadable {url} is damaged or cut short; the stage's next command writes it anew"
     assert main(["status", str(tmp_path), "--json"]) == 0
     output = {r["stage"]: r for r in json.loads(capsys.readouterr().out)}
     assert output["latents"]["failed"] == 1
     assert output["heldout"]["state"] == "finishing"
+    assert output["clip"]["state"] == "unreadable"
 
 
 def test_the_demo_ends_with_labelled_numbers() -> None:
@@ -338,19 +345,19 @@ def test_doctor_knows_the_token_trap(
 
 def test_every_command_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     seen = set()
-    for name in [*commands.names(), "judge pack"]:
+    for name in [*parser.names(), "judge pack"]:
         assert main([*name.split(), "--help"]) == 0
         text = capsys.readouterr().out
         assert f"Usage: carrara {name} " in text
         assert len(text.split("\n\n")[1].strip()) > 20, f"{name} says nothing of what it does"
         seen.add(text)
-    assert len(seen) == len(commands.names()) + 1
+    assert len(seen) == len(parser.names()) + 1
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("carrara 0.")
 
 
 def test_one_option_has_one_spelling_everywhere() -> None:
-    groups = typer.main.get_command(commands.app)
+    groups = parser.group()
     options = {o for c in groups.commands.values() for p in c.params for o in p.opts if o.startswith("--")}
     assert "--guidance-scale" in options
     assert not options & {"--guidance", "--dtype", "--output", "--n", "--num-inference-steps"}

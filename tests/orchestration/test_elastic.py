@@ -14,7 +14,7 @@ from orchestration import trainer
 from orchestration.config import Ranks as RanksConfig
 from orchestration.config import RayConfig
 from orchestration.stopping import Stopped
-from train.config import FitConfig
+from train.fit_config import FitConfig
 
 
 class FakeGang:

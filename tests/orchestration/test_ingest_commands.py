@@ -95,8 +95,8 @@ def test_a_picture_is_taken_out_of_the_whole_run(
         assert main(command) == 0
     assert [(len(w.urls) > 0, len(w.bytes) > 0) for w in looks] == [(True, False), (False, True)]  # then for copies
     output = capsys.readouterr().out
-    assert "taken down: 2 pictures" in output  # and the copy, row 17
-    assert "images    2 shards blanked; 2 pictures are out" in output
+    assert "taken down: 2 images" in output  # and the copy, row 17
+    assert "images    2 shards blanked; 2 images are out" in output
     assert "latents   2 shards blanked" in output
     assert "1 of 2 entries are not in this run: http://127.0.0.1:1/never-there.png" in output
     assert f"{reports}/latents.html shows some of them" in output
@@ -121,13 +121,13 @@ def test_a_picture_is_taken_out_of_the_whole_run(
     parts = sorted(p.name for p in (tmp_path / "run" / "taken_down").iterdir())
     assert main(command) == 0
     again = capsys.readouterr().out
-    assert "taken down: 2 pictures" in again
+    assert "taken down: 2 images" in again
     assert "1 of 2 entries" in again
     assert sorted(p.name for p in (tmp_path / "run" / "taken_down").iterdir()) == parts
 
     # A second removal, by host, takes the rest.
     assert main(["remove", "--config", str(config), "--host", "127.0.0.1"]) == 0
-    assert f"taken down: {ROWS - 2} pictures" in capsys.readouterr().out
+    assert f"taken down: {ROWS - 2} images" in capsys.readouterr().out
     assert (
         Dataset.open(paths.images).manifest["counts"] | {"success": 0, "opted_out": ROWS}
         == Dataset.open(paths.images).manifest["counts"]
@@ -244,11 +244,7 @@ def test_latents_are_looked_through_again_where_the_images_were_blanked_later(
 
 
 def test_a_dry_run_then_an_ingest_then_a_retry(
-    site: Site,
-    config: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    site: Site, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "carrara")
     command = ["ingest", "--config", str(config)]

@@ -178,10 +178,10 @@ def test_images_without_captions_are_kept_and_that_is_said(tmp_path: Path, monke
 
 def test_rows_of_files_elsewhere_have_their_common_folder_and_no_other(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = ["/data/photos/a/1.jpg", "file:///data/photos/b/2.jpg", "/data/photos/ab.jpg"]
+    rows = ["/data/my photos/a/1.jpg", "file:///data/my%20photos/b/2.jpg", "/data/my photos/ab.jpg"]
     pq.write_table(pa.table({"url": rows, "caption": ["x"] * 3}), "table.parquet")
     assert main(["init", "table.parquet"]) == 0
-    assert yaml.safe_load(Path("carrara.yaml").read_text())["ingest"]["source"] == {"files_below": ["/data/photos"]}
+    assert yaml.safe_load(Path("carrara.yaml").read_text())["ingest"]["source"] == {"files_below": ["/data/my photos"]}
     mixed = [*rows, "http://photos.example/3.jpg"]
     pq.write_table(pa.table({"url": mixed, "caption": ["x"] * 4}), "table.parquet")
     assert main(["init", "table.parquet", "--out", "mixed.yaml"]) == 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import types
 from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import ActorDiedError
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from ray.exceptions import ActorDiedError, RpcError
 
 from orchestration import actors, nodes
 from orchestration.actors import Fleet, _Call, _Worker
@@ -28,12 +30,31 @@ class World:
         self.draining: dict[str, int] = {}
         self.now, self.cpus = 0.0, cpus
         self.most: dict[str, float] | None = None  # what there is once an autoscaler has made all nodes, if it tells
+        self.away = False  # the control store
+        self.kinds: list[str] = []  # of the nodes, by an autoscaler of version 1
+        self.refused: list[dict[str, float]] | None = []  # what one of version 2 has no node for; None: there is none
         monkeypatch.setattr(ray, "nodes", self.nodes)
         monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", lambda: self.draining)
         monkeypatch.setattr(ray._private.state.state, "get_max_resources_from_cluster_config", lambda: self.most)
+        monkeypatch.setattr(ray._private.worker.global_worker, "gcs_client", self, raising=False)
         monkeypatch.setattr(nodes.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus * count})
         monkeypatch.setattr(ray, "kill", lambda actor: None)
+
+    def internal_kv_get(self, key: bytes, namespace: bytes | None, timeout: float) -> bytes | None:
+        assert (key, namespace) == (b"__autoscaling_status", None)
+        report = {"autoscaler_report": {"active_nodes": dict.fromkeys(self.kinds, 1)}}
+        return json.dumps(report).encode() if self.kinds else None
+
+    def get_cluster_status(self, timeout_s: float) -> bytes:
+        if self.away:
+            raise RpcError("gone")
+        reply = GetClusterStatusReply()
+        if self.refused is not None:
+            reply.autoscaling_state.autoscaler_state_version = 1
+            for bundle in self.refused:
+                reply.autoscaling_state.infeasible_resource_requests.add().resources_bundle.update(bundle)
+        return bytes(reply.SerializeToString())
 
     def nodes(self) -> list[dict[str, Any]]:
         return [
@@ -220,10 +241,69 @@ def test_how_many_workers_are_asked_for(
     assert len(found.workers) == expected[1]
 
 
+def test_where_nobody_adds_nodes_no_more_workers_are_asked_for_than_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    by_hand = [f"node_{i:056x}" for i in range(2)]
+    for kinds, refused, expected in (
+        ([], None, 16),  # no autoscaler has ever told anything
+        (by_hand, None, 16),  # version 1 looks on
+        (["head", "node_big"], None, 24),  # and adds nodes
+        ([], [], 24),  # version 2
+    ):
+        world = World(monkeypatch, 2, cpus=8.0)
+        world.kinds, world.refused = kinds, refused
+        found, _ = fleet(world, beyond=actors.BEYOND_ROOM)
+        found.grow(10_000)
+        assert len(found.workers) == expected, (kinds, refused)
+
+
+def test_what_version_2_of_the_autoscaler_has_no_node_for_is_asked_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 2, cpus=8.0)
+    found, _ = fleet(world, beyond=actors.BEYOND_ROOM)
+
+    def workers() -> int:
+        world.now += 10
+        found.grow(10_000)
+        return len(found.workers)
+
+    world.away = True
+    assert workers() == 16
+    world.away = False
+    assert workers() == 24
+    for worker in list(found.workers)[:16]:
+        worker.node = "n0"
+    world.refused = [{"CPU": 1.0}] * 5 + [{"CPU": 4.0}] * 9
+    assert workers() == 24, "three nodes of the eight that are wanted are on their way"
+    world.refused = [{"CPU": 1.0}] * 8
+    assert workers() == 16
+    world.refused = []  # nobody waits any more
+    assert workers() == 16
+    world.alive["n1"] = False
+    for worker in list(found.workers)[8:]:
+        found._retire(worker)
+    assert workers() == 16, "the node that went may come again"
+    world.alive |= {"n1": True, "n2": True}  # and another one, by hand
+    assert workers() > 24
+    for worker in list(found.workers)[24:]:
+        found._retire(worker)
+    for worker in found.workers:
+        worker.node = "n0"
+    workers()
+    world.refused = [{"CPU": 1.0}] * 24
+    assert workers() == 24
+    world.refused = []
+    world.now += nodes.ASK_AGAIN_S
+    assert workers() > 24, "it may be allowed more by now"
+
+
 def test_from_zero_nodes_an_autoscaler_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _ = fleet(World(monkeypatch, 0), beyond=actors.BEYOND_ROOM)
-    found.grow(10_000)
-    assert len(found.workers) == 8
+    world = World(monkeypatch, 0)
+    found, _ = fleet(world, beyond=actors.BEYOND_ROOM)
+    for refused in ([], [{"CPU": 1.0}] * 8, None):  # there is nothing else to do
+        world.refused, world.now = refused, world.now + 10
+        found.grow(10_000)
+        assert len(found.workers) == 8
 
 
 def test_a_drained_node_gets_no_more_and_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,14 +125,14 @@ def test_rules_and_scores_are_not_asked_of_it(base: Any) -> None:
 
 def test_without_its_pictures_training_says_how_they_come(base: Any, tmp_path: Path) -> None:
     sections = load_sections_of(begun(base, tmp_path))
-    with pytest.raises(StageError, match=r"train\.prior: .* holds no pictures yet; `carrara prior` draws them"):
+    with pytest.raises(StageError, match=r"train\.prior: .* holds no images yet; `carrara prior` draws them"):
         open_input("train", RunPaths(sections.run), sections.train)
 
 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({}, "prior's pictures are drawn by a model that is there; name it with start_from"),
+        ({}, "prior's images are drawn by a model that is there; name it with start_from"),
         ({"start_from": "x", "edit": {}}, "prior cannot go with edit"),
         (
             {"start_from": "x", "textual_inversion": {"token": "<a>", "initial": "b"}},

@@ -231,7 +231,9 @@ def test_the_state_is_what_the_run_holds(run: Path) -> None:
 
 def test_a_part_that_cannot_be_read_hides_no_other(run: Path) -> None:
     (run / "status" / "latents-failed" / "00002.json").write_text("{torn")
+    (run / "status" / "ingest.json").write_text("{torn")
     state = seen(run)
+    assert [s["state"] for s in state["stages"]][:3] == ["unreadable", "not begun", "not begun"]
     assert [t.split(":")[0] for t in state["trouble"]] == ["failures"]
     assert state["samples"]
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from orchestration import submit
-from orchestration.commands import looks_for_configuration
+from orchestration.commands.parser import looks_for_configuration
 from orchestration.stopping import Stopped
 from shards.dataset import Dataset
 from shards.settings import ConfigError, StageError

@@ -282,7 +282,7 @@ def test_a_take_down_that_writes_the_sidecar_first_is_found():
 
     def still_to_do(store: Store) -> str:
         done = PARQUET in store and store[PARQUET][-1] == CUT
-        return "the sidecar says done, the picture is there" if done and store[TAR][-1] != CUT else ""
+        return "the sidecar says done, the image is there" if done and store[TAR][-1] != CUT else ""
 
     start = [(TAR, ("tar", "A", "")), (PARQUET, ("parquet", "A", "")), (STATS, ("stats", "A", "A", ""))]
     assert not explore([REMOVE, READER], still_to_do, start=start)[1]

@@ -15,7 +15,8 @@ from latents.encoders import load_text
 from shards.settings import ConfigError
 from tests.latents import world
 from train import adapters
-from train.config import AdapterConfig, TextEncoderConfig, TrainConfig
+from train.config import TrainConfig
+from train.part_config import AdapterConfig, TextEncoderConfig
 from train.text_export import clip_text_model
 
 SHAPE: dict[str, Any] = {

@@ -20,7 +20,8 @@ from tests.train import forked, tiny
 from train import checkpoint, folders
 from train.adversarial import Discriminator
 from train.autoencoder import to_unit
-from train.config import AdversarialConfig, AutoencoderConfig, TrainingSections
+from train.config import TrainingSections
+from train.encoder_config import AdversarialConfig, AutoencoderConfig
 from train.objectives import build
 from train.state import stage_state
 

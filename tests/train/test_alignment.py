@@ -22,9 +22,10 @@ from tests.train.test_tuning import make_run
 from tests.train.test_zero import STEPS, assert_close, assert_same, settings, step_folder, tensors
 from train import folders
 from train.alignment import losses
-from train.config import TrainConfig, layout
+from train.config import TrainConfig
 from train.data import _LatentFile, batch_slots
 from train.export import _Source, build_pipeline
+from train.fit_config import layout
 from train.objectives import build
 from train.optimizer import parameter_groups
 

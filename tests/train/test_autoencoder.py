@@ -16,7 +16,7 @@ from shards.images import ImageShard, decode_rgb
 from shards.settings import ConfigError, validate
 from tests.latents import world
 from tests.train import forked, tiny
-from train.config import AutoencoderConfig
+from train.encoder_config import AutoencoderConfig
 from train.objectives import build
 
 pytestmark = pytest.mark.timeout(900)

@@ -11,7 +11,8 @@ import torch
 from shards.dataset import Dataset
 from shards.settings import ConfigError, load_sections
 from tests.train import tiny
-from train.config import FitConfig, TrainingSections, layout
+from train.config import TrainingSections
+from train.fit_config import FitConfig, layout
 from train.main import main
 from train.objectives import build
 

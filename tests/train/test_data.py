@@ -17,8 +17,9 @@ from shards.images import ImageShard, decode_rgb
 from shards.settings import StageError, load_sections
 from tests.train import tiny
 from train import segments
-from train.config import AutoencoderConfig, TrainConfig, TrainingSections
+from train.config import TrainConfig, TrainingSections
 from train.data import ImageSamples, Latents, Prefetcher
+from train.encoder_config import AutoencoderConfig
 from train.objectives import build
 from train.placement import Placement
 

@@ -22,8 +22,8 @@ from tests.train.test_zero import objective_of, settings
 from train import engine as engines
 from train import guard as guards
 from train import muon
-from train.config import FitConfig
 from train.engine import Engine
+from train.fit_config import FitConfig
 from train.guard import Guard
 from train.objective import Objective
 from train.optimizer import AdamW8bit, parameter_groups

@@ -35,12 +35,14 @@ from tests.train.test_export import save_checkpoint
 from tests.train.test_tuning import make_run
 from tests.train.test_zero import assert_same, step_folder, tensors
 from train import folders, segments
-from train.config import ClipConfig, ControlConfig, TrainConfig, TrainingSections
+from train.config import TrainConfig, TrainingSections
 from train.data import ImageSamples
 from train.denoising import Diffusion
+from train.encoder_config import ClipConfig
 from train.export import build_pipeline, export, fold_shift
 from train.image_conditioning import WAYS, ByKey, control_image, control_net, draw_mask, low_res_scheduler, widen
 from train.objectives import build
+from train.part_config import ControlConfig
 from train.randomness import Randomness
 from train.seen import Account
 from train.segments import History, Taken, resume
@@ -370,10 +372,10 @@ def test_on_resume_the_pictures_are_those_it_was_told_until_now(
     shutil.rmtree(root)
     shutil.copytree(base[0].images, root)  # upright: the same keys and as many, others to see
     taken = resume(stored, 16, 2, config, datasets)
-    assert f"the pictures in {root} are others" in taken.refusal
+    assert f"the images in {root} are others" in taken.refusal
     taken = resume(stored, 16, 2, config, datasets, adopt=True)
     assert taken.refusal == ""
-    assert taken.history.segments[-1].changes == (f"{root}: other pictures",)
+    assert taken.history.segments[-1].changes == (f"{root}: other images",)
     again = resume(json.loads(json.dumps(taken.history.to_json())), 24, 3, config, datasets)
     assert (again.refusal, again.history) == ("", taken.history)
 
@@ -397,7 +399,7 @@ def test_on_resume_each_sources_pictures_are_compared_with_its_own(tmp_path: Pat
     shutil.rmtree(tmp_path / "b" / "images")
     shutil.copytree(tmp_path / "a" / "images", tmp_path / "b" / "images")
     for order in ((a, b), (b, a)):
-        assert f"the pictures in {tmp_path / 'b' / 'images'} are others" in taken(both, *order).refusal
+        assert f"the images in {tmp_path / 'b' / 'images'} are others" in taken(both, *order).refusal
 
 
 def test_no_sample_with_a_picture_comes_before_the_account_says(base: Any, tmp_path: Path) -> None:
@@ -453,7 +455,7 @@ def test_pictures_with_other_keys_are_refused(base: Any, tmp_path: Path) -> None
         row["key"] = "9" + row["key"][1:]
     table = tiny.pa.Table.from_pylist(rows)
     tiny.pq.write_table(table, root / "00000.parquet")
-    with pytest.raises(StageError, match="has no picture of the samples in shard 00000"):
+    with pytest.raises(StageError, match="has no image of the samples in shard 00000"):
         objective_of(config)
 
 

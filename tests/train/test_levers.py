@@ -17,8 +17,9 @@ from tests.train import forked, tiny
 from tests.train.test_resume import FILES, config_of, state_of
 from tests.train.test_zero import assert_same, step_folder, tensors
 from train import diffusion, folders
-from train.config import TrainConfig, layout
+from train.config import TrainConfig
 from train.data import batch_slots
+from train.fit_config import layout
 from train.objectives import build
 from train.randomness import Randomness
 

@@ -27,10 +27,12 @@ from tests.latents import world
 from tests.train import forked, tiny
 from tests.train.test_zero import assert_close, step_folder, tensors
 from train import segments
-from train.config import SourceConfig, TrainConfig, layout
+from train.config import TrainConfig
 from train.data import Latents
 from train.denoising import choose_caption, process_of
+from train.fit_config import layout
 from train.objectives import build
+from train.part_config import SourceConfig
 from train.schedulers import scheduler
 
 SHAPES = [(4, 4), (4, 8), (8, 4)]
@@ -159,7 +161,7 @@ def test_batches_by_area_are_equal_work_and_take_each_sample_equally_often(tmp_p
     held = segments.rows_laid(dataset).sum(axis=0)
     often = batches * np.array([8, 4, 4]) / held
     assert max(often) < 1.01 * min(often)
-    with pytest.raises(ConfigError, match=r"batch_by_area is 8, but a batch_size of 8 leaves fewer pictures of"):
+    with pytest.raises(ConfigError, match=r"batch_by_area is 8, but a batch_size of 8 leaves fewer images of"):
         latents_of(dataset, 8, batch_by_area=8)
 
 

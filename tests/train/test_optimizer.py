@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from train.config import FitConfig
 from train.engine import Engine
+from train.fit_config import FitConfig
 from train.muon import direction, orthogonalise
 from train.optimizer import AdamW, ema_decay, is_hidden, learning_rate, parameter_groups
 

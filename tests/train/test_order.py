@@ -136,9 +136,7 @@ def some(placement: Placement, positions: np.ndarray) -> list[tuple[int, int, in
     return found
 
 
-def test_every_number_of_ranks_sees_the_same_batches_and_all_ranks_the_same_bucket(
-    sources: tuple[Source, ...],
-) -> None:
+def test_every_number_of_ranks_sees_the_same_batches_and_all_ranks_the_same_bucket(sources: tuple[Source, ...]) -> None:
     placement = Placement([Segment(0, 96, SIZES, sources[:2])], 7, V, R)
     dealt = np.zeros(2, np.int64)
     for step in range(60):

@@ -12,7 +12,9 @@ from diffusers import UNet2DConditionModel
 from benchmarks import parallelism
 from benchmarks.parallelism import LINKS, UNETS
 from shards.settings import ConfigError, validate
-from train.config import KEPT_BY_DATA, KEPT_BY_TENSOR, MOST_WEIGHTS, ClipConfig, TrainConfig
+from train.config import TrainConfig
+from train.encoder_config import ClipConfig
+from train.fit_config import KEPT_BY_DATA, KEPT_BY_TENSOR, MOST_WEIGHTS
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from shards.dataset import Dataset
 from shards.settings import ConfigError
 from tests.train import tiny
 from train import perceptual
-from train.config import AutoencoderConfig
+from train.encoder_config import AutoencoderConfig
 from train.objectives import build
 
 
@@ -153,6 +153,6 @@ def test_pictures_too_small_for_the_network_are_refused_before_the_first_step(
         "perceptual": {"weights": str(tmp_path / "lpips.safetensors")},
     }
     config = AutoencoderConfig(**{**given, "resolution": [32, 8]})
-    sentence = rf"needs pictures of {smallest} pixels, and autoencoder\.resolution is 8"
+    sentence = rf"needs images of {smallest} pixels, and autoencoder\.resolution is 8"
     with pytest.raises(ConfigError, match=sentence):
         build("autoencoder", config, [Dataset.open(str(tmp_path / "images"))], 3)

@@ -14,7 +14,7 @@ from tests.train import tiny
 from tests.train.test_engine import config_of
 from tests.train.test_zero import settings
 from train import plan
-from train.config import FitConfig
+from train.fit_config import FitConfig
 
 GIB = 2**30
 

@@ -16,9 +16,10 @@ from tests.train import tiny
 from tests.train.test_facts import facts_of, save_checkpoint
 from tests.train.test_tuning import make_run
 from train import samples
-from train.config import SamplesConfig, TrainConfig
+from train.config import TrainConfig
 from train.export import build_pipeline
 from train.objectives import build
+from train.part_config import SamplesConfig
 
 PROMPTS = ("a red circle", "a blue square", "")
 

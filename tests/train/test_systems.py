@@ -21,8 +21,8 @@ from PIL import Image
 
 from tests.train import small_world
 from tests.train.small_world import COLOURS, CORNERS, DRAWING, SIDE, Things, draw_all, read
-from train.config import ControlConfig
 from train.image_conditioning import control_image
+from train.part_config import ControlConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -24,8 +24,9 @@ from tests.train.test_mixture import bucketed
 from tests.train.test_tuning import make_run, run_and_export
 from tests.train.test_zero import step_folder
 from train import folders, samples, validation
-from train.config import TrainingSections, ValidationConfig
+from train.config import TrainingSections
 from train.objectives import build
+from train.part_config import ValidationConfig
 from train.ranks import Ranks
 from train.state import stage_state
 
@@ -115,7 +116,7 @@ def test_held_out_pictures_are_encoded_as_the_latents_are(tmp_path: Path, flip: 
     sections = load_sections(str(tiny.write_config(tmp_path, data)), (), TrainingSections)
     objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5)
     config = ValidationConfig(images=5)
-    with pytest.raises(ConfigError, match=r"holds no pictures; give ingest\.heldout_table"):
+    with pytest.raises(ConfigError, match=r"holds no images; give ingest\.heldout_table"):
         validation.Validator(config, objective, run, HERE, 4)
     Path(run.heldout).symlink_to(run.images)
     validator = validation.Validator(config, objective, run, HERE, 5)

@@ -52,7 +52,7 @@ class Lies:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a row. picture: for a success alone. bytes_fetched and attempts go to statistics only.
+    """What became of a row. image: for a success alone. bytes_fetched and attempts go to statistics only.
 
     final_url: where redirects led, None where there were none.
     """
@@ -65,7 +65,7 @@ class Outcome:
     bytes_fetched: int = 0
     attempts: int = 0
     final_url: str | None = None
-    lies: Lies | None = None  # of a success that is adopted in place, which has no picture
+    lies: Lies | None = None  # of a success that is adopted in place, which has no image
 
     @classmethod
     def of(cls, code: str, message: str = "", **more: object) -> Outcome:
@@ -74,7 +74,7 @@ class Outcome:
 
 
 def pixel_settings(config: IngestConfig) -> PixelSettings:
-    """How the configuration wants pictures stored."""
+    """How the configuration wants images stored."""
     return PixelSettings(
         image_size=config.image_size,
         resize_mode=config.resize_mode,
@@ -117,7 +117,7 @@ class FetchPool:
         self._turn = asyncio.Lock()
         self._fetcher: Fetcher | None = None
         gc.collect()
-        gc.freeze()  # or each full collection walks over all that was imported: a tenth of the time of small pictures
+        gc.freeze()  # or each full collection walks over all that was imported: a tenth of the time of small images
         atexit.register(self.close)  # or the client complains of connections left open
 
     def fetch_all(self, urls: dict[int, str]) -> dict[int, Outcome]:
@@ -189,9 +189,9 @@ class FetchPool:
             if self.taken_down.has_bytes(fetched.sha256) or (led_to and self.taken_down.has_url(led_to)):
                 raise Rejected("taken_down")
             if is_quick(fetched.body, self.pixels):
-                # To hand a picture of a few milliseconds over costs a good part of what it takes: both
+                # To hand an image of a few milliseconds over costs a good part of what it takes: both
                 # threads want the interpreter, and a thread's own memory is given back after each
-                # picture. One a turn of the loop, so that requests are looked after in between.
+                # image. One a turn of the loop, so that requests are looked after in between.
                 async with self._turn:
                     image = process(fetched.body, self.pixels)
                     await asyncio.sleep(0)
