@@ -111,8 +111,16 @@ def import_deepspeed() -> Any:
     """DeepSpeed, quiet, and without anything that it would have to compile first."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
+    # Its autotuner, which is not used here, imports MLflow where that is installed: 4 s in every rank.
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+        import deepspeed.ops
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # On a CPU it would build its shared-memory collectives with ninja and a compiler. A fresh machine has
