@@ -7,6 +7,7 @@ the second in as one more source (train/config.py: PriorConfig).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ from shards.dataset import write_manifest
 from shards.layout import RunPaths
 from shards.settings import ConfigError
 from shards.stage import Stage
+from train.adapters import find_unet
 from train.config import TrainConfig
 
 SHARD_SIZE = 32  # images: what a kill costs at the most
@@ -51,6 +53,18 @@ class PriorLatents(LatentsStage):
     name = "prior-latents"
 
 
+def require_prompt_alone(start_from: str) -> None:
+    """Raises ConfigError where the pipeline's UNet is given a picture too, as an inpainting model's is."""
+    config = json.loads((find_unet(start_from).folder / "config.json").read_bytes())
+    given, drawn = config.get("in_channels", 4), config.get("out_channels", 4)
+    if given > drawn:
+        raise ConfigError(
+            "train.prior: its pictures are drawn by train.start_from from a prompt alone, and the UNet of "
+            f"{start_from} is given a picture too ({given} channels in, {drawn} out); leave prior out, and name "
+            "latents of pictures of the class that you have in train.sources"
+        )
+
+
 def stages(
     train: TrainConfig, latents: LatentsConfig, run: RunPaths, vae_ref: str, text_ref: str, seed: int
 ) -> list[Stage]:
@@ -61,6 +75,7 @@ def stages(
     prior = train.prior
     assert prior is not None
     assert train.start_from is not None
+    require_prompt_alone(train.start_from)
     try:
         model = models.of_pipeline(train.start_from)
     except ConfigError as e:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from latents.arithmetic import fixed_arithmetic
 from latents.buckets import Bucket
+from latents.columns import FEATURES
 from latents.encoders import Vae, load_text_of, load_vae, pick_device, require_digest
 from latents.moments import dequantise_logstd
 from latents.resize import crop_place, resize_crop_to
@@ -56,10 +57,12 @@ class Seen:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What was found. text_drift: as Seen.drift, of the captions' embeddings; None where tokens alone are stored."""
+    """What was found. text_drift: as Seen.drift, of the captions' embeddings; None where tokens alone are stored.
+    features_drift: the largest, of a vision tower's features; None where there are none."""
 
     samples: list[Seen]
     text_drift: float | None
+    features_drift: float | None
     tokens_differ: int
     channels: dict[str, Any]
     scaling_factor: float
@@ -87,6 +90,10 @@ class Inspection:
             return f"{self.tokens_differ} captions have other tokens now; open_clip's tokenizer or the captions changed"
         if self.text_drift is not None and not self.text_drift <= self.tolerance:
             return f"the captions' embeddings are off by {100 * self.text_drift:.2g} %; make them again with --redo"
+        if self.features_drift is not None and not self.features_drift <= self.tolerance:
+            return (
+                f"the vision tower's features are off by {100 * self.features_drift:.2g} %; make them again with --redo"
+            )
         return ""
 
 
@@ -111,6 +118,8 @@ def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
     differ = 0
     rows_then: list[np.ndarray] = []
     rows_now: list[np.ndarray] = []
+    vision = _tower(stage, manifest.get(FEATURES), device)
+    features: list[tuple[np.ndarray, np.ndarray]] = []  # stored, and of today
     with fixed_arithmetic(config.threads):
         for position, chosen in _draw(dataset, count, rng):
             info = dataset.shards[position]
@@ -131,6 +140,9 @@ def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
                     drawn = manifest["settings"].get("crop") == "random"
                     place = crop_place(keys[n]) if drawn else None
                     seen.append(_look(vae, columns, image_shard, i, n, r, buckets, (keys[n], captions[i]), place))
+                    stored = value_of(columns.arrays, FEATURES, n, r)
+                    if vision is not None and stored is not None:
+                        features.append((stored, vision.encode(seen[-1].original[None]).numpy()[0]))
             then, now, others = _text(text, columns, [captions[own[keys[n]]] for n in chosen], chosen)
             differ += others
             rows_then, rows_now = [*rows_then, *then], [*rows_now, *now]
@@ -138,12 +150,24 @@ def inspect(stage: LatentsStage, count: int = 32, seed: int = 0) -> Inspection:
     return Inspection(
         seen,
         _relative(np.stack(rows_then), np.stack(rows_now)) if rows_then else None,
+        max((_relative(*pair) for pair in features), default=None),
         differ,
         manifest["channels"],
         float(manifest["vae"]["scaling_factor"]),
         damaged,
         TOLERANCE[config.precision],
     )
+
+
+def _tower(stage: LatentsStage, facts: dict[str, Any] | None, device: str) -> Any:
+    """The vision tower of stored features with these facts; None where none are stored."""
+    if facts is None:
+        return None
+    from latents.vision import VisionEncoder, find_vision
+
+    asked = stage.config.features
+    tower = find_vision(asked.pretrained if asked is not None else facts["ref"])
+    return VisionEncoder(tower, facts, device, stage.config.precision)
 
 
 def _draw(dataset: Dataset, count: int, rng: np.random.Generator) -> list[tuple[int, list[int]]]:
@@ -239,6 +263,8 @@ def summary(found: Inspection) -> str:
     ]
     if found.text_drift is not None:
         lines.append(f"captions embedded again: off by {100 * found.text_drift:.3g} %")
+    if found.features_drift is not None:
+        lines.append(f"seen by the vision tower again: off by {100 * found.features_drift:.3g} % at the most")
     lines += ["", f"{'channel':>8}{'mean':>10}{'std':>10}{'least':>10}{'most':>10}{'std drawn':>12}{'x scaling':>12}"]
     c = found.channels
     for k, row in enumerate(zip(c["mean"], c["std"], c["min"], c["max"], c["sample_std"], strict=True)):

@@ -93,10 +93,13 @@ class LatentsStage:
                 "set latents.moments to false"
             )
         weights = {"vae": vae.digest, "text": text["digest"]}
-        if (features := self.features()) is not None:
-            weights["features"] = features["digest"]
         stored = read_made_with(self.root)
         settings = {**self.config.settings(), **self._curated(None if redo else stored)}
+        if self.config.features is not None:
+            from latents.vision import find_vision
+
+            tower = find_vision(self.config.features.pretrained)
+            weights["features"], settings["features"] = tower.digest, tower.settings(self.config.features)
         kept = stored is not None and stored.get("taken_over_from") and stored["version"] in READABLE
         version = stored["version"] if stored is not None and kept else VERSION
         return Fingerprint(self.name, version, settings, None, weights)

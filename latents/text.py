@@ -169,7 +169,7 @@ class SequenceEncoder:
         return out, out.new_empty(len(lengths), 0)
 
     def features_of(self, batch: Mapping[str, torch.Tensor], dtype: torch.dtype, pooled: bool = False) -> Features:
-        """[B,context_length,width] where the batch lies. The encoder moves there at the first call, and stays."""
+        """[B,L,width] of tokens [B,L] where the batch lies. The encoder moves there at the first call, and stays."""
         ids, own = batch["tokens"], _own_type(dtype)
         model = self.model
         if hasattr(ids, "fake_mode"):  # memory and FLOPs are counted, and the weights stay as they are
@@ -254,4 +254,7 @@ def _tokenizer(weights: SequenceWeights) -> Any:
         return AutoTokenizer.from_pretrained(weights.tokenizer, local_files_only=True, trust_remote_code=False)
     except Exception as e:
         line = " ".join(str(e).split())[:200]
-        raise ConfigError(f"the tokenizer in {weights.tokenizer} cannot be opened by transformers: {line}") from None
+        raise ConfigError(
+            f"the tokenizer in {weights.tokenizer} cannot be opened by transformers ({line}); load it from where it "
+            "came from, and save it there with save_pretrained, which writes tokenizer.json"
+        ) from None

@@ -77,6 +77,12 @@ class VisionWeights:
             )
         return {"ref": self.ref, "digest": self.digest, "size": size, "grid": grid, "width": self.width}
 
+    def settings(self, config: FeaturesConfig) -> dict[str, Any]:
+        """What of a configuration is a setting of latents: a number that is the tower's own counts as null."""
+        facts = self.facts(config)
+        own = {"size": self.size, "grid": facts["size"] // self.patch}
+        return {name: None if facts[name] == own[name] else facts[name] for name in own}
+
 
 def find_vision(ref: str) -> VisionWeights:
     """Find the vision tower named `ref`, without building it; raises ConfigError with one sentence."""

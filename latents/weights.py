@@ -2,9 +2,9 @@
 
 A VAE is named by a diffusers folder, a single safetensors file, or a hub name; a CLIP by a folder with
 open_clip_config.json (or the text_encoder of a diffusers pipeline), `MODEL:TAG`, `MODEL:/path/to/weights.safetensors`,
-or `hf-hub:org/name`; any other text encoder by what transformers saved. A name that leads nowhere is one sentence
-(ConfigError). A digest covers the weights' bytes and those parts of the configuration that shape the network, so it is
-the same wherever the files lie.
+or `hf-hub:org/name` (with `/text_encoder` behind it, of a pipeline); any other text encoder by what transformers saved.
+A name that leads nowhere is one sentence (ConfigError). A digest covers the weights' bytes and those parts of the
+configuration that shape the network, so it is the same wherever the files lie.
 """
 
 from __future__ import annotations
@@ -305,8 +305,9 @@ def find_clip(ref: str) -> ClipWeights:
     if path.is_dir():
         return _clip_folder(ref, path)
     if ref.startswith("hf-hub:"):
-        name = ref.removeprefix("hf-hub:")
-        return _clip_folder(ref, hub_folder(name, "the CLIP", _CLIP_HUB_FILES))
+        name, part = re.fullmatch(r"hf-hub:([^/]*/?[^/]*)/?(.*)", ref).groups()  # type: ignore[union-attr]
+        wanted = [f"{part}/{file}" for file in _CLIP_TEXT_HUB_FILES] if part else _CLIP_HUB_FILES
+        return _clip_folder(ref, hub_folder(name, "the CLIP", wanted) / part)
     model, colon, weights = ref.partition(":")
     if ref.startswith("local-dir:") or not colon or os.path.exists(ref):
         raise ConfigError(
@@ -400,6 +401,7 @@ _VAE_HUB_FILES = [
     for name in ("config.json", "diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model[.-]*.safetensors")
 ]
 _CLIP_HUB_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.*"]
+_CLIP_TEXT_HUB_FILES = ["config.json", "model.safetensors", "model.fp16.safetensors"]
 
 
 def _vae_folder(ref: str, folder: Path) -> VaeWeights:

@@ -156,7 +156,11 @@ def _train(config: RunConfig) -> None:
 
 
 def _prior(config: RunConfig) -> None:
-    """That the model it is drawn by is there is seen when it is looked at."""
+    """The model that it is drawn by must draw from a prompt alone."""
+    if config.train.prior is not None and config.train.start_from:
+        from eval.prior import require_prompt_alone
+
+        require_prompt_alone(config.train.start_from)
 
 
 def _eval(config: RunConfig) -> None:

@@ -37,7 +37,11 @@ KOHYA = "kohya.safetensors"
 # DoRA's paper and peft have a magnitude for each output; A1111 takes `dora_scale` for one of each input, and would draw
 # other pictures from it without a word.
 NO_DORA = "programs that read kohya's names take DoRA's magnitudes for those of inputs, and peft's are of outputs"
-KOHYA_PREFIXES = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1", "lora_te2")}
+KOHYA_PREFIXES = {
+    "unet": ("lora_unet",),
+    "text_encoder": ("lora_te", "lora_te1"),
+    "text_encoder_2": ("lora_te2",),
+}
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -205,20 +209,40 @@ def peft_config(config: AdapterConfig) -> Any:
 
 
 def learning_text(text: Any, projected: bool, config: TextEncoderConfig, seed: int) -> Any:
-    """transformers' model of a text tower (TextEncoder), which learns: all of it, or the updates of its attention."""
+    """transformers' model of a text tower (TextEncoder), which learns: all of it, or the updates of its attention.
+
+    Of a ClipPair it is a ModuleDict of both, by their names in a pipeline.
+    """
     import torch
     from peft import inject_adapter_in_model
 
+    from latents.encoders import kept_blocks
+    from latents.text import ClipPair
     from train.text_export import clip_text_model
 
-    model = clip_text_model(text, projected=projected)
-    if config.kind == "full":
-        # The positions and words of a caption learn too, as in diffusers' script for DreamBooth.
-        return model.requires_grad_(True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_key("init", "text adapter", seed) >> 1)
-        inject_adapter_in_model(text_peft_config(config), model)
-    return model
+    if isinstance(text, ClipPair):
+        first = clip_text_model(text.first, first_of_two=True)
+        models = {"text_encoder": first, "text_encoder_2": clip_text_model(text.second, projected=True)}
+    else:
+        models = {"": clip_text_model(text, projected=projected)}
+    for name, model in models.items():
+        if config.kind == "full":
+            # The positions and words of a caption learn too, as in diffusers' script for DreamBooth.
+            model.requires_grad_(True)
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_key("init", f"text adapter {name}".rstrip(), seed) >> 1)
+            inject_adapter_in_model(text_peft_config(config), model)
+    if not isinstance(text, ClipPair):
+        return models[""]
+    # Of the first, what lies behind the layer that is read has no gradient.
+    inner = getattr(first, "text_model", first)
+    for unread in (
+        *inner.encoder.layers[len(kept_blocks(text.first.tower, text.first.layer)) :],
+        inner.final_layer_norm,
+    ):
+        unread.requires_grad_(False)
+    return torch.nn.ModuleDict(models)
 
 
 def text_peft_config(config: TextEncoderConfig) -> Any:
@@ -235,6 +259,7 @@ def tuned_text(encoder: Any, learned: dict[str, Any], config: TextEncoderConfig,
     from peft import inject_adapter_in_model
 
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of what is not read, and so was not learned
         inject_adapter_in_model(text_peft_config(config), encoder)
     loaded = encoder.load_state_dict(learned, strict=False)
     if loaded.unexpected_keys:
@@ -273,15 +298,15 @@ def merged_weights(model: Any) -> dict[str, Any]:
 def save_lora(
     unet: dict[str, Any],
     config: AdapterConfig | None,
-    text: dict[str, Any],
+    texts: dict[str, dict[str, Any]],
     text_config: TextEncoderConfig | None,
     sized: bool,
     folder: Path,
 ) -> None:
     """`pytorch_lora_weights.safetensors`, which diffusers' load_lora_weights takes, with the alphas beside them.
 
-    unet, text: the updates of either under peft's names; empty where there are none. sized: of an SDXL pipeline, whose
-    text encoder is its second.
+    unet: its updates under peft's names; empty where there are none. texts: those of text encoders, by their names in a
+    pipeline. sized: of an SDXL pipeline.
     """
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -289,24 +314,21 @@ def save_lora(
     if unet:
         assert config is not None
         given |= {"unet_lora_layers": unet, "unet_lora_adapter_metadata": _metadata(peft_config(config))}
-    if text:
+    for part, updates in texts.items():
         assert text_config is not None
-        part = "text_encoder_2" if sized else "text_encoder"
-        given |= {
-            f"{part}_lora_layers": text,
-            f"{part}_lora_adapter_metadata": _metadata(text_peft_config(text_config)),
-        }
+        given[f"{part}_lora_layers"] = updates
+        given[f"{part}_lora_adapter_metadata"] = _metadata(text_peft_config(text_config))
     (StableDiffusionXLPipeline if sized else StableDiffusionPipeline).save_lora_weights(folder, **given)
     if config and config.dora:
         log.warning("%s is not written: %s; take pytorch_lora_weights.safetensors, or the merged model", KOHYA, NO_DORA)
         return
-    save_kohya(unet, config, text, text_config, sized, folder / KOHYA)
+    save_kohya(unet, config, texts, text_config, sized, folder / KOHYA)
 
 
 def save_kohya(
     unet: dict[str, Any],
     config: AdapterConfig | None,
-    text: dict[str, Any],
+    texts: dict[str, dict[str, Any]],
     text_config: TextEncoderConfig | None,
     sized: bool,
     file: Path,
@@ -316,10 +338,8 @@ def save_kohya(
     from safetensors.torch import save_file
 
     out: dict[str, Any] = {}
-    for prefix, values, settings in (
-        ("lora_unet", unet, config),
-        ("lora_te2" if sized else "lora_te", text, text_config),
-    ):
+    named = [(KOHYA_PREFIXES[part][-1 if sized else 0], updates, text_config) for part, updates in texts.items()]
+    for prefix, values, settings in (("lora_unet", unet, config), *named):
         if not values or settings is None:
             continue
         alpha = float(settings.rank if settings.alpha is None else settings.alpha)
@@ -334,11 +354,14 @@ def save_kohya(
 
 
 def load_lora(file: str, unet: Any, text: Any = None) -> None:
-    """Put a LoRA file's updates into a UNet, and a text encoder, that have updates of that rank, in place.
+    """Put a LoRA file's updates into a UNet, and text encoders, that have updates of that rank, in place.
+
+    text: as learning_text gives it; one encoder alone takes those of either of a pipeline's.
 
     The file has kohya's, diffusers' or peft's names. Its alphas are folded in, so that it begins as what the file is.
     Raises ConfigError where it cannot be read or is of other layers or ranks.
     """
+    import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
     from peft.tuners.lora import LoraLayer
@@ -364,11 +387,11 @@ def load_lora(file: str, unet: Any, text: Any = None) -> None:
         raise ConfigError(
             f"train.adapter.start_from: {file} changes the text encoder too; set train.text_encoder to {{kind: lora}}"
         )
-    for part, model, convert in (
-        ("unet", unet, convert_unet_state_dict_to_peft),
-        ("text_encoder", text, convert_state_dict_to_peft),
-    ):
-        mine = {k.partition(".")[2]: v for k, v in found.items() if k.partition(".")[0].removesuffix("_2") == part}
+    pair = isinstance(text, torch.nn.ModuleDict)
+    for part in KOHYA_PREFIXES:
+        model = unet if part == "unet" else text[part] if pair else text
+        convert = convert_unet_state_dict_to_peft if part == "unet" else convert_state_dict_to_peft
+        mine = {k.partition(".")[2]: v for k, v in found.items() if k.partition(".")[0] == part}
         if model is None or not mine:
             continue
         layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
@@ -417,7 +440,7 @@ def _stored_alphas(file: str) -> dict[str, float]:
         stored = json.loads(text) if text else {}
     except ValueError:
         return {}
-    return {k.removesuffix(".lora_alpha").removesuffix("_2"): v for k, v in stored.items() if k.endswith(".lora_alpha")}
+    return {k.removesuffix(".lora_alpha"): v for k, v in stored.items() if k.endswith(".lora_alpha")}
 
 
 def _metadata(config: Any) -> dict[str, Any]:

@@ -97,7 +97,10 @@ class Alignment:
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """After a forward pass of the UNet: the loss of each sample, float32 [B], with its weight, and the two figures,
-        detached."""
+        detached. Of a batch without features it is 0, and the figures are not a number."""
+        if "features" not in batch:  # the projector has a gradient all the same, as ZeRO wants it, of one place
+            idle = self.model.projector(self._seen.pop().detach()[:1, :, :1, :1]).float().sum()
+            return 0 * idle.expand(len(batch["t"])), idle.detach().new_full((2,), float("nan"))
         similarity, manifold = losses(self.model.projector(self._seen.pop()), batch["features"])
         loss = self.config.weight * (self.config.manifold_weight * manifold - similarity)
         figures = torch.stack([similarity.mean(), manifold.mean()]).detach()

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from latents.encoders import TextEncoder, kept_blocks
-from latents.text import Text, mask_of
+from latents.text import ClipPair, Text, mask_of
 from shards.settings import ConfigError
 from train.data import Batch
 
@@ -75,6 +75,10 @@ class Conditioning:
     def mask(self, batch: Batch, text: torch.Tensor) -> torch.Tensor | None:
         """Which places of `condition`'s text the UNet attends to, int64 [B,context]; None for all, as of a CLIP."""
         return mask_of(batch["text_length"], text.shape[1]) if "text_length" in batch else None
+
+    def networks(self) -> list[nn.Module]:
+        """What of `module` is called by itself."""
+        return [] if self.module is None else [self.module]
 
     def checkpoint_activations(self) -> None:
         """Keep no activations inside blocks of `module`; nothing where it is not a network."""
@@ -161,27 +165,36 @@ class Encoded(Conditioning):
 
 
 class Learning(Encoded):
-    """As Encoded, but `module`, transformers' model of the same tower, learns with the UNet."""
+    """As Encoded, but `module`, transformers' model of the same tower, or of each of a pair, learns with the UNet."""
 
-    def __init__(self, sized: bool, text: TextEncoder, module: nn.Module) -> None:
+    def __init__(self, sized: bool, text: TextEncoder | ClipPair, module: nn.Module) -> None:
         super().__init__(sized, text)
         self.module = module
+        towers = [text.first, text.second] if isinstance(text, ClipPair) else [text]
         # Whether the layer that the UNet reads is the model's last one, or lies before it (SDXL).
-        self.depth = len(kept_blocks(text.tower, text.layer))
-        del text.model, text.tower  # the same weights a second time
+        self.depths = [len(kept_blocks(one.tower, one.layer)) for one in towers]
+        for one in towers:
+            del one.model, one.tower  # the same weights a second time
+
+    def networks(self) -> list[nn.Module]:
+        """The encoders."""
+        assert self.module is not None
+        return list(self.module.values()) if isinstance(self.module, nn.ModuleDict) else [self.module]
 
     def condition(self, batch: Batch) -> Condition:
-        """The learning encoder's features, with their gradient."""
-        assert self.module is not None
+        """The learning encoders' features, with their gradient."""
         if not self.sized:
+            assert self.module is not None
             return self.module(batch["tokens"]).last_hidden_state, None
-        out = self.module(batch["tokens"], output_hidden_states=True)
-        return out.hidden_states[self.depth], {"text_embeds": out.text_embeds, "time_ids": batch["sizes"]}
+        called = zip(self.networks(), self.text.names, strict=True)
+        outs = [encoder(batch[name], output_hidden_states=True) for encoder, name in called]
+        rows = [out.hidden_states[depth] for out, depth in zip(outs, self.depths, strict=True)]
+        return torch.cat(rows, dim=-1), {"text_embeds": outs[-1].text_embeds, "time_ids": batch["sizes"]}
 
     def checkpoint_activations(self) -> None:
         """transformers' own name for it."""
-        assert self.module is not None
-        self.module.gradient_checkpointing_enable()
+        for encoder in self.networks():
+            encoder.gradient_checkpointing_enable()
 
 
 class Joint(nn.Module):

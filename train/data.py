@@ -73,7 +73,7 @@ def micro_batches(objective: Objective, config: FitConfig, ranks: Ranks, images:
     steps = max(least, min(MOST_PREFETCH, capacity // (4 * config.batch_size)))
 
     def made(positions: np.ndarray) -> Batch:
-        batch = objective.batch(positions)
+        batch = shortened(objective.batch(positions), config)
         return {k: v.pin_memory() for k, v in batch.items()} if ranks.device.type == "cuda" else batch
 
     for begin in range(images, config.images, config.batch_size):
@@ -85,6 +85,15 @@ def micro_batches(objective: Objective, config: FitConfig, ranks: Ranks, images:
             yield made(waiting.popleft())
     while waiting:
         yield made(waiting.popleft())
+
+
+def shortened(batch: Batch, config: FitConfig) -> Batch:
+    """The text of a micro-batch cut to as many places as its longest caption has tokens, in steps of 8: those behind
+    are masked, in the encoder and in the UNet. As it is for a CLIP, and where each length would be compiled anew."""
+    if "text_length" not in batch or config.compile:
+        return batch
+    places = -(-int(batch["text_length"].max().clamp(min=1)) // 8) * 8
+    return {k: v[:, :places].contiguous() if k in ("tokens", "text") else v for k, v in batch.items()}
 
 
 K = TypeVar("K")

@@ -168,7 +168,11 @@ class Diffusion(Objective):
         }
 
     def _features(self, config: AlignmentConfig, positions: np.ndarray, flipped: np.ndarray | None) -> Batch:
-        """features float32 [B,g,g,D] of a vision tower; with an end, aligned float32 [B]: 0 from there on."""
+        """features float32 [B,g,g,D] of a vision tower; with an end, aligned float32 [B]: 0 from there on. Nothing
+        where the whole batch lies beyond the end, from where on none are read."""
+        if config.until_images is not None and self.placement.split(positions)[0].min() >= config.until_images:
+            self.latents.wants = self.latents.wants - {FEATURES, FEATURES + FLIPPED}  # threads go through the old one
+            return {}
         batch = {FEATURES: torch.from_numpy(self.latents.features(positions, flipped))}
         if config.until_images is not None:
             batch["aligned"] = torch.from_numpy((positions < config.until_images).astype(np.float32))
@@ -285,7 +289,7 @@ class Diffusion(Objective):
         """The UNet, and what learns beside it: the text encoder, or the ControlNet."""
         if isinstance(self.model, Controlled):
             return [self.unet, self.model.control]
-        return [self.unet, *([] if self.conditioning.module is None else [self.conditioning.module])]
+        return [self.unet, *self.conditioning.networks()]
 
     def checkpoint_activations(self) -> None:
         """Of the UNet and of what else learns; a frozen UNet's forward pass is kept for the word's gradient."""
@@ -355,16 +359,11 @@ def conditioning_of(
                 )
             require_added_width(unet, len(latents.empty_pooled), field)
         return Stored(sized)
-    if config.text_encoder and pair:
-        raise ConfigError(
-            "train.text_encoder: of two CLIPs side by side none can learn here; leave it out, and let the UNet learn"
-        )
-    encoder = load_text_of(text)
+    encoder: Any = load_text_of(text)
     if sized:
         require_added_width(unet, encoder.pooled_width, field)
     if config.text_encoder:
-        clip = load_clip_of(text)
-        return Learning(sized, clip, adapters.learning_text(clip, sized, config.text_encoder, seed))
+        return Learning(sized, encoder, adapters.learning_text(encoder, sized, config.text_encoder, seed))
     return Encoded(sized, encoder)
 
 

@@ -173,9 +173,9 @@ class _Source:
             self.manifest |= _facts_of_old(paths, self.folder, self.manifest, self.config)
         self.vae_facts, self.text_facts = self.manifest["encoders"]["vae"], self.manifest["encoders"]["text"]
         self.licence = licence or self.config.licence
-        # What fine-tuning made of the UNet and of the text encoder, under its own names.
+        # What fine-tuning made of the UNet and of the text encoders, under its own names.
         self.tuned: dict[str, torch.Tensor] = {}
-        self.tuned_text: dict[str, torch.Tensor] = {}
+        self.tuned_texts: dict[str, dict[str, torch.Tensor]] = {}  # by the encoders' names in the pipeline
 
     @property
     def pads(self) -> list[str]:
@@ -218,8 +218,12 @@ class _Source:
             return found
         sized = pipeline_of(unet.config) is STABLE_DIFFUSION_XL
         encoder = clip_text_model(text.second if isinstance(text, ClipPair) else text, projected=sized)
-        if self.config.text_encoder:
-            self._learned_text(encoder, learned)
+        encoders = {"text_encoder_2" if sized else "text_encoder": encoder}
+        if isinstance(text, ClipPair):
+            encoders["text_encoder"] = clip_text_model(text.first, first_of_two=True)
+        for name, one in encoders.items() if self.config.text_encoder else ():
+            own = {k.partition(".")[2]: v for k, v in learned.items() if k.startswith(f"{name}.")}
+            self._learned_text(name, one, own if len(encoders) > 1 else learned)
         parts = {"vae": model, "unet": unet, "scheduler": scheduler(self.config)}
         if self.config.control:
             parts["controlnet"] = self._control(unet, vae, learned)
@@ -231,7 +235,7 @@ class _Source:
         if vae.weights.kind == "AutoencoderDC":
             kind = AutoencoderDCPipeline
         if isinstance(text, ClipPair):
-            first = {"text_encoder": clip_text_model(text.first, first_of_two=True), "tokenizer": tokenizer(text.first)}
+            first = {"text_encoder": encoders["text_encoder"], "tokenizer": tokenizer(text.first)}
             pipeline = _sdxl(text.second, encoder, parts | first)
         else:
             pipeline = _sdxl(text, encoder, parts) if sized else _sd(kind, text, encoder, parts)
@@ -307,14 +311,14 @@ class _Source:
         control.load_state_dict(learned)
         return control.eval().requires_grad_(False)
 
-    def _learned_text(self, encoder: Any, learned: dict[str, torch.Tensor]) -> None:
-        """Put what a text encoder learned into transformers' model of it, in place."""
+    def _learned_text(self, name: str, encoder: Any, learned: dict[str, torch.Tensor]) -> None:
+        """Put what a text encoder learned into transformers' model of it, in place. name: in the pipeline."""
         assert self.config.text_encoder is not None
         if self.config.text_encoder.kind == "full":
-            encoder.load_state_dict(learned)
+            require_all(encoder.load_state_dict(learned, strict=False), self.folder)  # what is not read did not learn
             return
         tuned = adapters.tuned_text(copy.deepcopy(encoder), learned, self.config.text_encoder, self.folder)
-        self.tuned_text = adapters.state(tuned)
+        self.tuned_texts[name] = adapters.state(tuned)
         encoder.load_state_dict(adapters.merged_weights(tuned))
 
     def _base(self) -> Any:
@@ -339,14 +343,14 @@ class _Source:
 
         dtype = getattr(torch, self.dtype)
         values = {k: v.to(dtype).contiguous() for k, v in self.tuned.items()}
-        text = {k: v.to(dtype).contiguous() for k, v in self.tuned_text.items()}
+        texts = {n: {k: v.to(dtype).contiguous() for k, v in own.items()} for n, own in self.tuned_texts.items()}
         if self.config.textual_inversion:
             save_file({self.config.textual_inversion.token: values["rows"]}, folder / "learned_embeds.safetensors")
             return
         unet = self.config.adapter if self.config.adapter and self.config.adapter.is_lora else None
-        if unet or text:
+        if unet or texts:
             sized = pipeline_of(self.manifest["model_config"]) is STABLE_DIFFUSION_XL
-            adapters.save_lora(values if unet else {}, unet, text, self.config.text_encoder, sized, folder / "lora")
+            adapters.save_lora(values if unet else {}, unet, texts, self.config.text_encoder, sized, folder / "lora")
         if self.config.adapter and not unet:
             adapters.save_peft(values, self.config.adapter, folder / "adapter")
 

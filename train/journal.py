@@ -13,11 +13,9 @@ folder that the thread copies there.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import math
-import os
 import queue
 import shutil
 import tempfile
@@ -36,7 +34,7 @@ from train import folders
 from train.plan import peak_flops
 from train.ranks import Stopped
 from train.run import Run, StepResult, crossed
-from train.trackers import STATE, Trackers
+from train.trackers import STATE, Trackers, append_whole
 
 if TYPE_CHECKING:
     from train.guard import Guard
@@ -278,12 +276,4 @@ class _Writer:
 
 def _append(file: Path, line: dict[str, Any]) -> None:
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-    with open(file, "ab", buffering=0) as f:
-        size, data = os.fstat(f.fileno()).st_size, (json.dumps(finite) + "\n").encode()
-        try:
-            if f.write(data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
-        except OSError:  # a full disk: half a line would take the next one with it
-            with contextlib.suppress(OSError):
-                f.truncate(size)
-            raise
+    append_whole(file, (json.dumps(finite) + "\n").encode())

@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from shards.settings import ConfigError
+from train.data import Batch, shortened
 from train.fit_config import FitConfig
 
 if TYPE_CHECKING:
-    from train.data import Batch
     from train.objective import Objective
 
 # Dense peaks in FLOP/s of the makers' data sheets, by a part of the device's name: (16-bit, fp32 or TF32).
@@ -102,7 +102,8 @@ def plan(objective: Objective, batch: Batch, config: FitConfig, precision: str, 
     Raises what the model raises where the batch does not go through it.
     """
     size = min(len(next(iter(batch.values()))), 2)
-    small = _run(objective, batch, size, precision, checkpointing=False, live=False)
+    usual = shortened(batch, config)  # and as long as captions may be, which is what must fit
+    small = _run(objective, usual, size, precision, checkpointing=False, live=False)
     large = _run(objective, batch, micro, precision, config.activation_checkpointing, live=True)
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad)

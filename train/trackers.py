@@ -15,12 +15,16 @@ from a copy and none is there twice. The steps are images seen.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
+import io
 import logging
 import math
 import os
 import queue
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -220,26 +224,45 @@ class _About:
 
 
 class _TensorBoard:
-    """Event files in `<folder>/tensorboard`; a resumed run drops there what lies beyond its checkpoint."""
+    """Event files in `<folder>/tensorboard`; a resumed run drops there what lies beyond its checkpoint.
+
+    Written here record by record: the writers of TensorBoard and torch end with the first error of a disk, for good.
+    """
 
     def __init__(self, about: _About, _id: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        # What is purged is at this step and beyond, and the checkpoint's own step was told before it was saved.
-        purge_step = None if about.images is None else about.images + 1
-        self._board = SummaryWriter(str(about.folder / "tensorboard"), purge_step=purge_step)
+        self._event = Event
+        self._head = [Event(file_version="brain.Event:2")]
+        if about.images is not None:
+            # What is dropped is at this step and beyond, and the checkpoint's own was told before it was saved.
+            self._head.append(Event(step=about.images + 1, session_log=SessionLog(status=SessionLog.START)))
+        name = f"{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._file = about.folder / "tensorboard" / f"events.out.tfevents.{name}"
 
     def scalars(self, images: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(name, value, images)
-        self._board.flush()
+        from torch.utils.tensorboard.summary import scalar
+
+        self._put(images, [scalar(name, value) for name, value in values.items()])
 
     def image(self, images: int, name: str, pixels: np.ndarray) -> None:
-        self._board.add_image(name, pixels, images, dataformats="HWC")
-        self._board.flush()
+        from torch.utils.tensorboard.summary import image
+
+        self._put(images, [image(name, pixels, dataformats="HWC")])
+
+    def _put(self, images: int, summaries: Sequence[Any]) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        begun = self._file.exists() and self._file.stat().st_size > 0
+        records = io.BytesIO()
+        for event in (*(() if begun else self._head), *(self._event(step=images, summary=s) for s in summaries)):
+            event.wall_time = time.time()
+            RecordWriter(records).write(event.SerializeToString())
+        append_whole(self._file, records.getvalue())
 
     def close(self) -> None:
-        self._board.close()
+        pass
 
 
 class _Wandb:
@@ -317,6 +340,19 @@ _MAKERS: dict[Name, Callable[[_About, str], Tracker]] = {
     "wandb": _Wandb,
     "mlflow": _Mlflow,
 }
+
+
+def append_whole(file: Path, data: bytes) -> None:
+    """Append to a file, all or nothing: on a full disk, half a record would take the next one with it."""
+    with open(file, "ab", buffering=0) as f:
+        size = os.fstat(f.fileno()).st_size
+        try:
+            if f.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        except OSError:
+            with contextlib.suppress(OSError):
+                f.truncate(size)
+            raise
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

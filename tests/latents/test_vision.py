@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from latents import inspection
 from latents.config import FeaturesConfig, LatentsConfig
 from latents.encoders import load_text
 from latents.planning import Prices, Rates, facts_of, report
@@ -25,6 +26,7 @@ from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 from tests.latents import world
+from tests.latents.test_inspection import edit
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -213,6 +215,33 @@ def test_another_tower_is_another_dataset(stage_of: Any, tmp_path: Path) -> None
         stage.begin()
     with pytest.raises(StageError, match="vision tower"):
         VisionEncoder(find_vision(str(folder)), {**stage.features(), "digest": work.vision.digest})
+
+
+def test_a_number_that_is_the_towers_own_is_no_other_setting(stage_of: Any, tower: Path) -> None:
+    def settings(**features: Any) -> dict[str, Any]:
+        found: dict[str, Any] = stage_of({"pretrained": str(tower), **features}).made_with().settings["features"]
+        return found
+
+    assert settings() == settings(size=32) == settings(grid=4) == settings(size=32, grid=4)
+    assert settings(size=48) == settings(size=48, grid=6)
+    assert len({str(settings(**s)) for s in ({}, {"size": 48}, {"grid": 2}, {"size": 48, "grid": 4})}) == 4
+
+
+def test_inspection_sees_with_the_tower_again(stage_of: Any, tower: Path) -> None:
+    stage = stage_of({"pretrained": str(tower), "grid": 2}, more_resolutions=[16], enlarge=True)
+    finished(stage)
+    found = inspection.inspect(stage, count=6)
+    assert found.complaint == ""
+    assert found.features_drift is not None
+    assert found.features_drift < 1e-3
+    assert "seen by the vision tower again: off by 0.0" in inspection.summary(found)
+
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        for name in [n for n in arrays if n.startswith("features")]:
+            arrays[name] = (arrays[name] * 1.1).astype(np.float16)
+
+    edit(stage, change)
+    assert "the vision tower's features are off by 10 %" in inspection.inspect(stage, count=100).complaint
 
 
 def test_the_plan_counts_them(stage_of: Any, tower: Path) -> None:

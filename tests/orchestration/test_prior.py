@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a photo of a circle"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +154,15 @@ def test_what_draws_no_pictures_is_refused_in_the_words_of_training(base: Any, t
     said = capsys.readouterr().err
     assert "train.prior: its pictures are drawn by train.start_from" in said
     assert "eval.model" not in said
+    shutil.copytree(base[1], tmp_path / "inpainting", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = tmp_path / "inpainting" / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 9}))
+    shutil.copyfile(base[1] / "unet" / WEIGHTS, config.parent / WEIGHTS)
+    given = f"train.start_from={config.parents[1]}"
+    for command in ("prior", "train"):
+        assert carrara(command, "--config", file, "--local", given) == 2
+        assert "is given a picture too (9 channels in, 4 out); leave prior out" in capsys.readouterr().err
+    assert not (tmp_path / "r" / "prior").exists()
     assert carrara("prior", "--config", file, "--local", "train.prior=null") == 2
     assert "train.prior is not set" in capsys.readouterr().err
 

@@ -103,7 +103,8 @@ def test_the_text_encoders_part_too(file: str, tmp_path: Path) -> None:
     tokens = text.tokenize(["a red circle"])
     with torch.no_grad():
         ours = encoder(tokens).last_hidden_state
-    adapters.save_lora(adapters.state(unet), unet_config, adapters.state(encoder), config, False, tmp_path)
+    texts = {"text_encoder": adapters.state(encoder)}
+    adapters.save_lora(adapters.state(unet), unet_config, texts, config, False, tmp_path)
     theirs = clip_text_model(text)
     with torch.no_grad():
         before = theirs(tokens).last_hidden_state

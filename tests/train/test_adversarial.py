@@ -235,12 +235,15 @@ def test_the_export_is_the_vae_alone(fitted: Path) -> None:
 
 
 def test_the_discriminator_does_not_move_before_its_start(run: Path) -> None:
-    """Nor by weight decay."""
+    """Nor by weight decay; and nothing of that time is in its moments."""
     forked.fit(configured(run, {**TERM, "start_images": 48}, weight_decay=0.5), 1, stage="autoencoder")
     sections = load_sections(str(run / "config.yaml"), (), TrainingSections)
     begun = Discriminator(AdversarialConfig(**TERM), sections.seed).state_dict()
     found = checkpoint.whole(str(step(run, 6)), "weights")
     assert all(torch.equal(v, found[f"discriminator.{n}"]) for n, v in begun.items())
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments = checkpoint.whole(str(step(run, 6)), name)
+        assert not any(moments[f"discriminator.{n}"].any() for n in begun)
 
 
 @pytest.mark.slow

@@ -19,11 +19,11 @@ from tests.train import forked, tiny
 from tests.train.test_export import save_checkpoint
 from tests.train.test_resume import config_of, state_of
 from tests.train.test_tuning import make_run
-from tests.train.test_zero import assert_same, step_folder, tensors
+from tests.train.test_zero import STEPS, assert_close, assert_same, settings, step_folder, tensors
 from train import folders
 from train.alignment import losses
 from train.config import TrainConfig
-from train.data import batch_slots
+from train.data import _LatentFile, batch_slots
 from train.export import _Source, build_pipeline
 from train.fit_config import layout
 from train.objectives import build
@@ -145,7 +145,24 @@ def test_it_stops_counting_where_it_should(latents: Path) -> None:
             batch = objective.batch(positions)
             own = float(plain({k: v for k, v in batch.items() if k not in ("features", "aligned")})[0])
             assert (float(objective(batch)[0]) == pytest.approx(own, rel=1e-6)) == ends
+            assert ("features" in batch, "features" in objective.latents.wants) == (not ends, not ends)
         assert objective.batch(np.arange(8, 16))["aligned"].tolist() == [1.0] * 4 + [0.0] * 4
+
+
+def test_beyond_its_end_no_features_are_read(latents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = objective_of(latents, alignment={**ALIGNMENT, "until_images": 8})
+    objective.batch(np.arange(8, 16))  # where that is seen
+    read: list[set[str]] = []
+    inner = _LatentFile.read
+    monkeypatch.setattr(_LatentFile, "read", lambda f, b, i, j, wants: read.append(wants) or inner(f, b, i, j, wants))
+    for begin in range(16, 64, 8):
+        loss, details = objective(objective.batch(np.arange(begin, begin + 8)))
+        assert torch.isnan(details[1:3]).all(), "there is nothing to be told of it"
+    loss.backward()
+    given = [p.grad for p in objective.model.projector.parameters()]
+    assert all(g is not None and not g.any() for g in given), "ZeRO reduces a gradient of every parameter"
+    assert read
+    assert not any("features" in wants for wants in read)
 
 
 @pytest.mark.parametrize("block", ["down_blocks.0", "up_blocks.1"])
@@ -232,6 +249,33 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_bytes(tmp_path: Path) -> 
     a, b = step_folder(whole, 6), step_folder(killed, 6)
     for name in ("weights", "ema"):
         assert_same(tensors(a, name), tensors(b, name))
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained by one rank with features up to its middle, eagerly."""
+    folder = tmp_path_factory.mktemp("one")
+    tiny.make_latents(folder / "latents", features=(3, 12))
+    forked.fit(settings(folder, **AWAKE, alignment={**ALIGNMENT, "until_images": 16}), 1)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "given"),
+    [(2, {"zero_stage": 2}), (2, {"zero_stage": 3}), (1, {"compile": True}), (1, {"compile": "blocks"})],
+    ids=["zero2", "zero3", "compiled", "blocks"],
+)
+def test_shared_out_or_compiled_it_learns_the_same(
+    one_rank: Path, tmp_path: Path, ranks: int, given: dict[str, Any]
+) -> None:
+    (tmp_path / "latents").symlink_to(one_rank / "latents")
+    forked.fit(settings(tmp_path, **AWAKE, alignment={**ALIGNMENT, "until_images": 16}, **given), ranks)
+    for name in ("weights", "ema"):
+        assert_close(tensors(step_folder(tmp_path, STEPS), name), tensors(step_folder(one_rank, STEPS), name))
+    logs = [[json.loads(x) for x in (r / "train" / "log.jsonl").read_text().splitlines()] for r in (one_rank, tmp_path)]
+    for one, other in zip(*logs, strict=True):
+        assert other["similarity"] == (None if one["images"] > 16 else pytest.approx(one["similarity"], rel=1e-4))
 
 
 # ---- what is refused -----------------------------------------------------------------------------------

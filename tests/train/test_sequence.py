@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
     GemmaConfig,
     GemmaModel,
     PreTrainedTokenizerFast,
@@ -45,8 +49,10 @@ from shards.settings import ConfigError, load_sections, validate
 from tests.eval.conftest import drive
 from tests.latents import world
 from tests.train import forked, tiny
-from train import checkpoint
+from tests.train.test_padding import STABLE_DIFFUSION_1, public_tokenizer
+from train import checkpoint, plan
 from train.config import TrainConfig, TrainingSections
+from train.data import micro_batches
 from train.export import build_pipeline
 from train.objectives import build
 
@@ -287,6 +293,64 @@ def test_ids_that_the_encoder_does_not_know_are_left_out(images: Path, tmp_path:
         SequenceEncoder(find_sequence(str(folder)), 32)
 
 
+def test_t5s_sentencepiece_model_alone_is_a_tokenizer(images: Path, tmp_path: Path) -> None:
+    """Which is what T5's and UMT5's own repositories hold; what is exported has the same tokenizer in one file."""
+    folder = tmp_path / "t5"
+    shutil.copytree(images / "t5", folder, ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    words = "a red circle on blue square low left green ring white it's naïve über don't on ground"
+    rng = np.random.default_rng(0)
+    lines = (" ".join(rng.choice(words.split(), 8)) for _ in range(300))
+    specials = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    name = str(folder / "spiece")
+    SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=name, vocab_size=40, minloglevel=2, **specials)
+    text = SequenceEncoder(find_sequence(str(folder)), 32)
+    theirs = SentencePieceProcessor(model_file=f"{name}.model")
+    captions = [*PROMPTS[:2], "  two  spaces, it's naïve 绿", "a </s> <extra_id_0>"]
+    found = text.tokens_of(captions)
+    for i, caption in enumerate(captions[:3]):
+        expected = [*theirs.encode(caption), 1]
+        assert found["tokens"][i, : found["text_length"][i]].tolist() == expected
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 100}')
+    again = SequenceEncoder(find_sequence(str(folder)), 32)
+    assert {n: v.tolist() for n, v in again.tokens_of(captions).items()} == {n: v.tolist() for n, v in found.items()}
+    shutil.copytree(folder, tmp_path / "saved", ignore=shutil.ignore_patterns("spiece*", "tokenizer*"))
+    text.tokenizer.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("spiece*"))
+    saved = SequenceEncoder(find_sequence(str(tmp_path / "saved")), 32)
+    assert {n: v.tolist() for n, v in saved.tokens_of(captions).items()} == {n: v.tolist() for n, v in found.items()}
+    whole = find_sequence(str(folder)).digest
+    (folder / "spiece.model").write_bytes(b"no model")
+    assert find_sequence(str(folder)).digest != whole
+    with pytest.raises(ConfigError, match=r"opened by transformers \(.*\); load it .* writes tokenizer\.json"):
+        SequenceEncoder(find_sequence(str(folder)), 32)
+
+
+def test_clips_vocabulary_and_merges_are_a_tokenizer(tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
+    config = CLIPTextConfig(vocab_size=49408, max_position_embeddings=40, **sizes)
+    CLIPTextModel(config).save_pretrained(folder)
+    tokenizer = public_tokenizer(folder / "names", STABLE_DIFFUSION_1, context=40)
+    for file in (folder / "names").iterdir():
+        file.rename(folder / file.name)
+    assert not (folder / "tokenizer.json").exists()
+    text = SequenceEncoder(find_sequence(str(folder)), 40)
+    found = text.tokens_of(PROMPTS)
+    rows = text.encode_tokens(found)[0]
+    model = CLIPTextModel.from_pretrained(folder).eval()
+    for i, prompt in enumerate(PROMPTS):
+        ids = tokenizer(prompt, truncation=True, max_length=40, return_tensors="pt")["input_ids"]
+        assert found["tokens"][i, : found["text_length"][i]].tolist() == ids[0].tolist()
+        with torch.no_grad():
+            states = model(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(rows[i, : len(states)], states, rtol=1e-4, atol=1e-5)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "special_tokens_map.json").unlink()
+    with pytest.raises(ConfigError, match=r"opened by transformers \(.*\); load it .* writes tokenizer\.json"):
+        SequenceEncoder(find_sequence(str(folder)), 40)
+
+
 def test_captions_longer_than_the_encoders_places_are_refused_beforehand(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bert"
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 32}
@@ -388,6 +452,32 @@ def test_half_precision_masks_too_and_captions_are_drawn(runs: dict[str, RunPath
     assert abs(half.item() / loss.item() - 1) < 0.02
     half.backward()
     assert {n for n, _ in objective.named_parameters()} == {f"model.{n}" for n, _ in objective.model.named_parameters()}
+
+
+@pytest.mark.parametrize("text", ["tokens", "embeddings"])
+def test_a_micro_batch_is_as_long_as_its_longest_caption(runs: dict[str, RunPaths], text: str) -> None:
+    """In steps of 8; to the model it is what all places are. Where lengths are compiled it stays whole."""
+    objective = objective_of(runs[text], caption_dropout=0.4, initialisation="torch", batch_size=2)
+    config, name = objective.config, "tokens" if text == "tokens" else "text"
+    ranks: Any = SimpleNamespace(world=1, rank=0, device=torch.device("cpu"))
+    given = list(micro_batches(objective, config, ranks, 0))
+    whole = [objective.batch(np.arange(i, i + 2)) for i in range(0, 16, 2)]
+    lengths = [int(b["text_length"].max()) for b in whole]
+    assert [b[name].shape[1] for b in given] == [-(-n // 8) * 8 for n in lengths]
+    assert len({b[name].shape[1] for b in given}) > 2
+    with torch.no_grad():
+        for short, long in zip(given, whole, strict=True):
+            assert long[name].shape[1] == LENGTH
+            torch.testing.assert_close(
+                objective.predict(long["noise"], short), objective.predict(long["noise"], long), rtol=1e-4, atol=1e-5
+            )
+    compiled = config.model_copy(update={"compile": "blocks"})
+    assert next(micro_batches(objective, compiled, ranks, 0))[name].shape[1] == LENGTH
+    # What is counted as work is what is done; what must fit is the longest caption that may come.
+    at = int(np.argmin(lengths))
+    found, full = (plan.plan(objective, whole[at], c, "fp32", 2, 1) for c in (config, compiled))
+    assert found.flops < 0.9 * full.flops
+    assert found.activations == full.activations
 
 
 def test_memory_and_flops_are_counted_without_moving_the_encoder(runs: dict[str, RunPaths]) -> None:

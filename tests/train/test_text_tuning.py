@@ -17,8 +17,9 @@ from shards.layout import RunPaths
 from shards.settings import load_sections
 from tests.train import forked, tiny
 from tests.train.test_export import pictures
+from tests.train.test_sdxl import sdxl  # noqa: F401 (a fixture)
 from tests.train.test_tuning import base, make_run, plain, save_public  # noqa: F401 (a fixture)
-from train import checkpoint
+from train import adapters, checkpoint
 from train.config import TrainConfig, TrainingSections
 from train.export import build_pipeline
 from train.objectives import build
@@ -140,6 +141,64 @@ def test_sdxls_text_encoder_learns_too(kind: str, tmp_path: Path) -> None:
         assert (
             np.abs(pictures(public, prompt="a blue square") - pictures(pipeline, prompt="a blue square")).max() < 5e-5
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_both_of_sdxls_text_encoders_learn(sdxl: Any, kind: str, tmp_path: Path) -> None:  # noqa: F811
+    """On 2 ranks under ZeRO 2; what diffusers alone opens encodes and draws as what was trained."""
+    root = tmp_path / "r"
+    root.mkdir()
+    for name in ("latents", "autoencoder", "clip"):
+        (root / name).symlink_to(Path(sdxl[0].run) / name)
+    data = tiny.configuration(root, images=16, learning_rate=1e-2, ema_halflife_images=1, zero_stage=2)
+    data["train"] |= {"unet": {}, "start_from": str(sdxl[1]), "text_encoder": {"kind": kind, "rank": 4, "alpha": 2}}
+    data["train"] |= {"adapter": {"rank": 4}} if kind == "lora" else {"activation_checkpointing": True}
+    config, run = tiny.write_config(tmp_path, data), RunPaths(str(root))
+    forked.fit(config, 2)
+    sections = load_sections(str(config), (), TrainingSections)
+    objective: Any = build("train", sections.train, [Dataset.open(run.latents)], 5)
+    values = checkpoint.load_weights(Path(run.checkpoints) / "step-00000002", "ema")
+    fresh = {k: v.clone() for k, v in objective.model.state_dict().items()}
+    objective.model.load_state_dict({**fresh, **values})
+    moved = {n.split(".")[1] for n, v in values.items() if n.startswith("text.") and not torch.equal(v, fresh[n])}
+    assert moved == {"text_encoder", "text_encoder_2"}
+    # What nothing reads does not learn: the first's last block, and its last norm.
+    still = {n for n in fresh if n.startswith("text.") and n not in values and (".lora_" in n or kind == "full")}
+    last = max(
+        int(n.partition(".layers.")[2].partition(".")[0]) for n in fresh if "text_encoder." in n and "layers" in n
+    )
+    assert still
+    assert all(n.startswith("text.text_encoder.") for n in still)
+    assert all(f".layers.{last}." in n or "final_layer_norm" in n for n in still)
+    batch = objective.batch(np.arange(8))
+    objective(batch)[0].backward()
+    assert all(p.grad is not None for p in objective.model.parameters() if p.requires_grad)
+    pipeline = DiffusionPipeline.from_pretrained(run.model)
+    rows, _, pooled, _ = pipeline.encode_prompt("a blue square", device="cpu", do_classifier_free_guidance=False)
+    with torch.no_grad():
+        prompt = objective.conditioning.prompts(["a blue square"])
+        text, added = objective.conditioning.condition({**prompt, "sizes": torch.zeros(1, 6)})
+    torch.testing.assert_close(rows, text, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pooled, added["text_embeds"], rtol=1e-4, atol=1e-5)
+    if kind == "full":
+        return
+    drawn = pictures(pipeline, prompt="a blue square")
+    for file in ("pytorch_lora_weights.safetensors", adapters.KOHYA):
+        public = DiffusionPipeline.from_pretrained(sdxl[1], scheduler=pipeline.scheduler)
+        before = pictures(public, prompt="a blue square")
+        public.load_lora_weights(Path(run.model) / "lora", weight_name=file)
+        for name in ("text_encoder", "text_encoder_2"):
+            assert getattr(public, name).peft_config["default_0"].lora_alpha == 2, file
+        assert np.abs(pictures(public, prompt="a blue square") - drawn).max() < 5e-5, file
+        assert np.abs(before - drawn).max() > 1e-3
+        # And it is gone on from as what it is.
+        given = {"rank": 4, "start_from": str(Path(run.model) / "lora" / file)}
+        again = TrainConfig(images=16, start_from=str(sdxl[1]), adapter=given, text_encoder={"rank": 4, "alpha": 8})
+        other: Any = build("train", again, [Dataset.open(run.latents)], 9)
+        with torch.no_grad():
+            rows, _ = other.conditioning.condition({**prompt, "sizes": torch.zeros(1, 6)})
+        torch.testing.assert_close(rows, text, rtol=1e-4, atol=1e-5)
 
 
 def frozen_encoder(run: RunPaths) -> Any:

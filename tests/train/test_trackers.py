@@ -288,6 +288,33 @@ def test_a_full_disk_takes_one_line_of_the_log_and_not_the_next(tmp_path: Path) 
     assert [json.loads(x)["images"] for x in file.read_text().splitlines()] == [1, 3]
 
 
+def test_a_full_disk_takes_points_of_tensorboard_and_not_those_behind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One warning, and once there is room again it is told what comes then; the file stays readable, and one."""
+    found = made(tmp_path, ("tensorboard",), 0)
+    found.scalars("line", 8, {"loss": 1.0})
+    forked.wait_for(lambda: len(list((tmp_path / "tensorboard").glob("*"))) == 1)
+    found.image("samples", 8, np.zeros((4, 4, 3), np.uint8))
+    (file,) = (tmp_path / "tensorboard").glob("*")
+    forked.wait_for(lambda: b"samples" in file.read_bytes())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 5, hard))
+    try:
+        for images in (16, 24, 32):
+            found.scalars("line", images, {"loss": 2.0})
+        forked.wait_for(lambda: not found._threads[0]._todo.qsize() and caplog.messages)
+        time.sleep(0.2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    found.scalars("line", 40, {"loss": 3.0})
+    found.close()
+    assert in_tensorboard(tmp_path)["loss"] == [(8, 1.0), (40, 3.0)]
+    assert list((tmp_path / "tensorboard").glob("*")) == [file]
+    assert [m.split(":")[0] for m in caplog.messages] == ["the tracker tensorboard is not told everything"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_store_that_is_away_at_the_end_ends_no_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
