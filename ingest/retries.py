@@ -38,7 +38,7 @@ def taken_from(retries: Mapping[int, Retry]) -> dict[int, dict[int, tuple[str, .
     retries: by number, ascending.
     """
     found: dict[int, dict[int, tuple[str, ...]]] = {}
-    for number, retry in reversed(retries.items()):
+    for number, retry in reversed(list(retries.items())):
         for shard, codes in retry.of:
             if codes:
                 found.setdefault(shard, {}).update(dict.fromkeys((number, *found.get(number, ())), codes))
