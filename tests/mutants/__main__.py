@@ -16,8 +16,10 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import queue
+import random
 import re
 import shutil
 import subprocess
@@ -137,10 +139,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="entries whose file name, promise or source file holds this text")
     parser.add_argument("--jobs", type=int, default=2, help="mutants tested at a time")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="test what this time allows, in an order")
+    parser.add_argument("--seed", default="", help="that this text decides")
     parser.add_argument("--passed", action="store_true", help="the tests have just passed: do not run them unchanged")
     args = parser.parse_args()
     tables = sorted(Path(__file__).parent.glob("*.toml"))
     mutants = [m for t in tables for m in Mutant.read(t) if args.only in f"{t.name} {m.file} {m.promise}"]
+    if args.minutes < math.inf:
+        random.Random(args.seed).shuffle(mutants)
     if not mutants:
         print("no entry of the mutation table fits", file=sys.stderr)
         return 1
@@ -158,24 +164,29 @@ def main() -> int:
                 return 1
             print(f"the tests pass as they are, {time.monotonic() - began:.0f} s", flush=True)
 
-        def one(mutant: Mutant) -> tuple[str, str, float]:
+        until = time.monotonic() + 60 * args.minutes
+
+        def one(mutant: Mutant) -> tuple[str, str, float] | None:
             pytester, began = free.get(), time.monotonic()
             try:
-                return *seen(mutant, pytester), time.monotonic() - began
+                return (*seen(mutant, pytester), time.monotonic() - began) if began < until else None
             finally:
                 free.put(pytester)
 
+        tested = 0
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            for number, (mutant, (problem, by, took)) in enumerate(
-                zip(mutants, pool.map(one, mutants), strict=True), 1
-            ):
-                mark = "UNSEEN" if problem else "seen"
-                print(f"{number:4}/{len(mutants)} {mark:6} {took:4.0f} s {mutant.file}: {mutant.promise}", flush=True)
+            for mutant, result in zip(mutants, pool.map(one, mutants), strict=True):
+                if result is None:
+                    continue
+                problem, by, took = result
+                tested, mark = tested + 1, "UNSEEN" if problem else "seen"
+                print(f"{tested:4}/{len(mutants)} {mark:6} {took:4.0f} s {mutant.file}: {mutant.promise}", flush=True)
                 if by:
                     print(f"            by {by}", flush=True)
                 if problem:
                     wrong.append(f"{mutant.file}: {mutant.promise}: {problem}")
-    print(f"{len(mutants) - len(wrong)} of {len(mutants)} mutations are seen, {time.monotonic() - began:.0f} s")
+    left = f"; {len(mutants) - tested} were left for want of time" if tested < len(mutants) else ""
+    print(f"{tested - len(wrong)} of {tested} mutations are seen, {time.monotonic() - began:.0f} s{left}")
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong else 0
