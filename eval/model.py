@@ -281,7 +281,7 @@ def _folder(ref: str) -> Path:
     path = Path(storage.local_path(ref)) if "://" not in ref else None
     if path is not None and path.is_dir():
         return path
-    if (path is not None and (path.is_absolute() or ref.startswith("."))) or ref.count("/") != 1:
+    if ref.startswith((".", "/", "~")) or ref.count("/") != 1:
         raise ConfigError(f"eval.model: there is no folder {ref}; name a diffusers pipeline's folder or its hub name")
     from huggingface_hub import snapshot_download
 
