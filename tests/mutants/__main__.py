@@ -2,6 +2,7 @@
 
     make test-mutants
     python -m tests.mutants --only plan --jobs 2
+    python -m tests.mutants --passed --minutes 10 --seed today     what ten minutes allow, in an order of its own
 
 The table is the TOML files beside this one: a promise, the file and exact text that keep it, what stands there
 instead, and the tests that must notice. Everything happens in copies of the tree; the checkout itself is never
