@@ -86,6 +86,7 @@ def test_sdxl_by_its_name_trains_to_the_same_bytes(
         root.mkdir()
         (root / "images").symlink_to(Path(sdxl[0].run) / "images")
         data = settings(root, f"{clip}/text_encoder_2", text="tokens")
+        data["ingest"] = {"table": str(root / "images")}  # its validation wants one that is there
         data["autoencoder"]["pretrained"], data["clip"]["pretrained"] = pipeline, f"{clip}/text_encoder"
         data["train"] |= {"start_from": pipeline, "images": 8, "text_encoder": {"kind": "lora"}, "threads": 1}
         file = tmp_path / f"{kind}.yaml"
