@@ -47,7 +47,6 @@ class IngestWorker:
         self.taken_down = TakenDown.read(stage.run)
         self.pool = make_pool(stage.config, self.taken_down, stage.hosts, stage.below())
         self.below = Below(stage.below())
-        self._packed: tuple[int, dict[str, bytes], dict[str, Any]] | None = None
         self._anew: Anew | None = None
 
     def __call__(self, task: Task) -> dict[str, Any]:

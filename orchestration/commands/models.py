@@ -60,13 +60,13 @@ def sample(
     negative: Annotated[str, typer.Option("--negative", help="what not to draw")] = "",
     seed: Seed = 0,
     count: Annotated[int, typer.Option("--count", help="images a prompt")] = 1,
-    checkpoint: Annotated[str, typer.Option("--checkpoint")] = "latest",
+    checkpoint: str = "latest",
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
-    sampler: Annotated[str, typer.Option("--sampler")] = "ddim",
-    steps: Annotated[int, typer.Option("--steps")] = 25,
-    guidance_scale: Annotated[float, typer.Option("--guidance-scale")] = 3.0,
-    width: Annotated[int | None, typer.Option("--width")] = None,
-    height: Annotated[int | None, typer.Option("--height")] = None,
+    sampler: str = "ddim",
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+    width: int | None = None,
+    height: int | None = None,
     image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="an image to start from")] = None,
     mask: Annotated[
         str | None, typer.Option("--mask", metavar="FILE", help="white where that image is to be drawn anew")
@@ -95,7 +95,7 @@ def sample(
         int, typer.Option("--noise-level", help="of an upscaler: noise on the small image, of 1000")
     ] = 20,
     batch_size: BatchSize = 8,
-    shard_size: Annotated[int, typer.Option("--shard-size")] = 64,
+    shard_size: int = 64,
     precision: Precision = "float32",
     device: Device = "auto",
     out: Annotated[
@@ -160,13 +160,13 @@ def edit(
     ] = 3,
     seed: Seed = 0,
     count: Annotated[int, typer.Option("--count", help="images, each from another noise")] = 1,
-    checkpoint: Annotated[str, typer.Option("--checkpoint")] = "latest",
+    checkpoint: str = "latest",
     weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
-    sampler: Annotated[str, typer.Option("--sampler")] = "ddim",
-    steps: Annotated[int, typer.Option("--steps")] = 25,
-    guidance_scale: Annotated[float, typer.Option("--guidance-scale")] = 3.0,
-    width: Annotated[int | None, typer.Option("--width")] = None,
-    height: Annotated[int | None, typer.Option("--height")] = None,
+    sampler: str = "ddim",
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+    width: int | None = None,
+    height: int | None = None,
     precision: Precision = "float32",
     device: Device = "auto",
     out: Annotated[
@@ -333,7 +333,7 @@ def pack(
         str,
         typer.Option("--out", help="folder for index.html (to give away) and key.json (to keep)", callback=from_base),
     ],
-    pairs: Annotated[int, typer.Option("--pairs")] = 60,
+    pairs: int = 60,
     seed: Seed = 0,
 ) -> None:
     """Write a page of pairs."""

@@ -2,7 +2,6 @@
 
     make test-mutants
     python -m tests.mutants --only plan --jobs 2
-    python -m tests.mutants --passed --minutes 10 --seed today     what ten minutes allow, in an order of its own
 
 The table is the TOML files beside this one: a promise, the file and exact text that keep it, what stands there
 instead, and the tests that must notice. Everything happens in copies of the tree; the checkout itself is never
@@ -17,10 +16,8 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import queue
-import random
 import re
 import shutil
 import subprocess
@@ -140,14 +137,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="entries whose file name, promise or source file holds this text")
     parser.add_argument("--jobs", type=int, default=2, help="mutants tested at a time")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="test what this time allows, in an order")
-    parser.add_argument("--seed", default="", help="that this text decides")
     parser.add_argument("--passed", action="store_true", help="the tests have just passed: do not run them unchanged")
     args = parser.parse_args()
     tables = sorted(Path(__file__).parent.glob("*.toml"))
     mutants = [m for t in tables for m in Mutant.read(t) if args.only in f"{t.name} {m.file} {m.promise}"]
-    if args.minutes < math.inf:
-        random.Random(args.seed).shuffle(mutants)
     if not mutants:
         print("no entry of the mutation table fits", file=sys.stderr)
         return 1
@@ -165,29 +158,23 @@ def main() -> int:
                 return 1
             print(f"the tests pass as they are, {time.monotonic() - began:.0f} s", flush=True)
 
-        until = time.monotonic() + 60 * args.minutes
-
-        def one(mutant: Mutant) -> tuple[str, str, float] | None:
+        def one(mutant: Mutant) -> tuple[str, str, float]:
             pytester, began = free.get(), time.monotonic()
             try:
-                return (*seen(mutant, pytester), time.monotonic() - began) if began < until else None
+                return *seen(mutant, pytester), time.monotonic() - began
             finally:
                 free.put(pytester)
 
-        tested = 0
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            for mutant, result in zip(mutants, pool.map(one, mutants), strict=True):
-                if result is None:
-                    continue
-                problem, by, took = result
-                tested, mark = tested + 1, "UNSEEN" if problem else "seen"
-                print(f"{tested:4}/{len(mutants)} {mark:6} {took:4.0f} s {mutant.file}: {mutant.promise}", flush=True)
+            results = zip(mutants, pool.map(one, mutants), strict=True)
+            for number, (mutant, (problem, by, took)) in enumerate(results, 1):
+                mark = "UNSEEN" if problem else "seen"
+                print(f"{number:4}/{len(mutants)} {mark:6} {took:4.0f} s {mutant.file}: {mutant.promise}", flush=True)
                 if by:
                     print(f"            by {by}", flush=True)
                 if problem:
                     wrong.append(f"{mutant.file}: {mutant.promise}: {problem}")
-    left = f"; {len(mutants) - tested} were left for want of time" if tested < len(mutants) else ""
-    print(f"{tested - len(wrong)} of {tested} mutations are seen, {time.monotonic() - began:.0f} s{left}")
+    print(f"{len(mutants) - len(wrong)} of {len(mutants)} mutations are seen, {time.monotonic() - began:.0f} s")
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong else 0

@@ -7,6 +7,8 @@ import contextlib
 import gc
 import math
 import shutil
+import subprocess
+import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -418,3 +420,13 @@ def test_without_bitsandbytes_8_bits_are_refused_with_what_to_install(
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a))
     with pytest.raises(forked.RankError, match=r"ConfigError: optimizer adamw8bit needs bitsandbytes.*pip install"):
         forked.fit(tiny.write_config(run, tiny.configuration(run, optimizer="adamw8bit")), 1)
+
+
+def test_deepspeed_comes_without_mlflow() -> None:
+    """In a process of its own: here all may have been imported already. MLflow itself can be imported afterwards."""
+    script = (
+        "import sys; from train.ranks import import_deepspeed; import_deepspeed()\n"
+        "assert not [m for m in sys.modules if m.partition('.')[0] == 'mlflow']\n"
+        "import importlib.util; assert importlib.util.find_spec('mlflow')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tiny.ROOT, check=True)
