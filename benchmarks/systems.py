@@ -1,11 +1,11 @@
 """What editing by prompt and upscaling do to images: python -m benchmarks.systems [edit] [upscale] [--images N ...]
 
 edit       in the world of the tests (tests/train/small_world.py), where captions say a square's colour alone: a model
-           with cross-attention in all its blocks is fitted, and one word of its prompts exchanged, "a red square" for "a
-           blue square", by prompt-to-prompt as `carrara edit` does it. An image is right where none of its world's is
-           nearer than one of the prompt's colour, and this one is at most LIMIT levels away (root mean square), which
-           a square of another size or place is not. Of those that are right before: how many are right afterwards, in
-           the new colour, where they stood and on the ground that was; beside two prompts drawn from one noise
+           with cross-attention in all its blocks is fitted, and one word of its prompts exchanged, "a red square" for
+           "a blue square", by prompt-to-prompt as `carrara edit` does it. An image is right where the nearest of its
+           world's has the prompt's colour and is at most LIMIT levels away (root mean square); a square of another
+           size or place would be further. Of those that are right before: how many are right afterwards, where they
+           stood, on the ground that was, in the new colour; beside two prompts that are drawn from one noise
 upscale    on a run's images (--run, whose VAE, CLIP and latents are there): an upscaler is fitted and draws the
            held-out ones from what is left of them at the size of a latent; beside bicubic enlargement, and beside the
            run's VAE, which sees the whole image and is the most that it can reach

@@ -57,7 +57,7 @@ class Autoencoder(ImageObjective):
             figures.append("perceptual")
         if config.adversarial:
             figures += ["discriminator", "real", "fake"]
-            self.beside = "discriminator."
+            self.beside, self.beside_from = "discriminator.", config.adversarial.start_images
             vae.discriminator = Discriminator(config.adversarial, seed)
             vae.decoder.conv_out.register_forward_pre_hook(self._see)
         self.figures = tuple(figures)
