@@ -533,7 +533,7 @@ def bench_waits() -> None:
 def bench_resume() -> None:
     from shards.dataset import Dataset
     from train.config import TrainConfig
-    from train.data import Latents
+    from train.latent_samples import Latents
     from train.order import Order
 
     counts = np.full(200_000, 10_000)

@@ -19,8 +19,9 @@ from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, perceptual, segments
 from train.adversarial import Balance, Discriminator, frozen, hinge
-from train.data import Batch, ImageSamples
+from train.data import Batch
 from train.encoder_config import AdversarialConfig, AutoencoderConfig
+from train.image_samples import ImageSamples
 from train.objective import ImageObjective, construct, public_config
 from train.randomness import Randomness
 from train.segments import History

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from shards.settings import ConfigError
-from train.data import Batch, ImageSamples, batch_slots
+from train.data import Batch, batch_slots
+from train.image_samples import ImageSamples
 from train.order import derive_key
 from train.placement import Placement
 
