@@ -13,7 +13,7 @@ waits        how often a step makes the host wait for the device, under ZeRO 0 t
 resume       the first batch at the start of an epoch and at its end: its place in 2e9 samples, its latents from shards
 
 Peer and ours, each in a process of its own, take turns step by step until the interval is narrow; the median of the
-pairs' ratios is printed with it, and what is asked of it. On two cores all of it takes about ten minutes. Of a GPU: benchmarks/gpu.
+pairs' ratios is printed with it, and what is asked of it. On two cores all of it takes about ten minutes.
 """
 
 from __future__ import annotations
