@@ -211,7 +211,7 @@ def enlarged(base: str, model: str, count: int, steps: int) -> list[str]:
         distance = frechet.distance_of(reference, features(pixels))
         lines.append(
             f"{name:16s} PSNR {psnr.mean():.2f} +- {1.96 * psnr.std(ddof=1) / len(psnr) ** 0.5:.2f} dB; "
-            f"Frechet distance by the run's CLIP {distance:.3f}; gradient energy {sharp:.2f} of the originals'; "
+            f"Frechet distance by the run's CLIP {distance:.4f}; gradient energy {sharp:.2f} of the originals'; "
             f"made small again {faithful.mean():.1f} dB"
         )
     return lines
