@@ -253,8 +253,8 @@ def test_its_first_step_is_adams_first(run: Path) -> None:
     before, after = (checkpoint.whole(str(step(run, n)), "weights")["discriminator.last.weight"] for n in (4, 5))
     assert float((after - before).abs().median()) == pytest.approx(1e-3, rel=1e-3)
     wanted = states(step(run, 6))
-    for number in (5, 6):
-        shutil.rmtree(step(run, number))
+    for folder in (step(run, 5), step(run, 6), run / "autoencoder" / "model"):
+        shutil.rmtree(folder)
     forked.fit(config, 1, stage="autoencoder")
     found = states(step(run, 6))
     assert all(torch.equal(v, found[state][n]) for state, values in wanted.items() for n, v in values.items())
