@@ -12,10 +12,12 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from eval.metrics.definitions import DEFINITIONS
 from eval.metrics.estimate import paired, quantile95
 from eval.protocol import require_comparable
 
-# What a verdict and an alarm look at, where measured: how far from the real images, and whether images fit prompts.
+# What a verdict and an alarm look at, where measured: how far from the real images, and whether images fit prompts; and
+# every score of one's own or made elsewhere.
 WATCHED = (
     "fid_clean",
     "fid_tf",
@@ -27,6 +29,11 @@ WATCHED = (
 )
 HORIZON = 30  # checkpoints over which the rate of false alarms is held
 BAD = ("failed", "blank", "repeated")
+
+
+def is_watched(metric: str) -> bool:
+    """Whether a verdict and an alarm look at it."""
+    return metric in WATCHED or metric not in DEFINITIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +115,7 @@ def _paired(a: dict[str, Any], b: dict[str, Any], left_a: dict[str, Any], left_b
 
 def verdict(found: Sequence[Difference], before: str, after: str) -> tuple[str, str]:
     """(better, worse, mixed or same; one sentence) over the watched metrics, each held to 0.05 over their number."""
-    watched = [d for d in found if d.metric in WATCHED and not d.tag]
+    watched = [d for d in found if is_watched(d.metric) and not d.tag]
     sure = [d for d in watched if d.p * len(watched) < 0.05]
     better = [d.label or d.metric for d in sure if d.verdict == "better"]
     worse = [d.label or d.metric for d in sure if d.verdict == "worse"]
@@ -181,7 +188,7 @@ def _against(
 ) -> list[Alarm]:
     """Alarms of a result beside those of fewer images seen among `sound`."""
     rivals = [r for r in sound if _seen(r) < _seen(result)]
-    compared = [(r, [d for d in differences(r, result) if d.metric in WATCHED]) for r in rivals]
+    compared = [(r, [d for d in differences(r, result) if is_watched(d.metric)]) for r in rivals]
     comparisons = sum(len(d) for _, d in compared) + len(BAD) * max(1, len(rivals))
     found = _bad_images(result, rivals, rate / (comparisons * HORIZON), bad_images)
     worst: dict[str, tuple[float, dict[str, Any], Difference]] = {}

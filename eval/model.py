@@ -190,13 +190,13 @@ def _own_pipeline(folder: Path, index: dict[str, Any]) -> Any:
 def from_prompts(pipeline: Any) -> Any:
     """The pipeline that draws from prompts alone, around the same parts: of a ControlNet's, the model that it steers.
 
-    Raises StageError where the denoiser cannot do without a picture.
+    Raises StageError where the denoiser cannot do without an image.
     """
     import diffusers
 
     if takes_image(pipeline):
         raise StageError(
-            f"a {type(pipeline).__name__} is given a picture beside each prompt, and cannot be judged by prompts "
+            f"a {type(pipeline).__name__} is given an image beside each prompt, and cannot be judged by prompts "
             "alone; draw with `carrara sample RUN --image ...`"
         )
     if getattr(pipeline, "controlnet", None) is None:
@@ -205,7 +205,7 @@ def from_prompts(pipeline: Any) -> Any:
 
 
 def takes_image(pipeline: Any) -> bool:
-    """Whether the UNet has input channels for a picture beside those of the latents."""
+    """Whether the UNet has input channels for an image beside those of the latents."""
     unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
     return unet is not None and vae is not None and unet.config.in_channels != vae.config.latent_channels
 

@@ -100,8 +100,8 @@ class Judge:
         # A template that writes the first token itself gets no second one, as where transformers tokenizes templates.
         bos = self.tokenizer.bos_token
         once = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
-        pictures = [[images[i]] for i, _, _ in asked]
-        given = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt", **once)
+        shown = [[images[i]] for i, _, _ in asked]
+        given = self.processor(text=texts, images=shown, padding=True, return_tensors="pt", **once)
         answers = [self.tokenizer(a, add_special_tokens=False)["input_ids"] for _, _, a in asked]
         longest = max(map(len, answers))
         padding = self.tokenizer.pad_token_id

@@ -146,7 +146,7 @@ def _context(
         "date": when,
         "verdict": found,
         "alarms": found.alarms,
-        "arrows": [_arrow(d) for d in _whole(before) if d.metric in compare.WATCHED],
+        "arrows": [_arrow(d) for d in _whole(before) if compare.is_watched(d.metric)],
         "sheet": images.in_order(SHEET),
         "best": best,
         "worst": worst,
