@@ -246,6 +246,15 @@ def test_the_value_shown_is_the_one_that_was_published(html: str, done: RunPaths
     assert "fewer than 2,048" in html
 
 
+def test_after_a_grid_the_page_is_of_the_knee() -> None:
+    results = [{"folder": f, "counts": {"images": n}} for f, n in (("a", 10), ("b", 10), ("c", 99))]
+    kinds = {"a": (True, True, 3.0), "b": (False, True, 2.0), "c": (False, False, 1.0)}
+    points = [{"folder": f, "knee": k, "frontier": on, "distance": [d]} for f, (k, on, d) in kinds.items()]
+    assert page._shown(results, {"points": points})["folder"] == "a"
+    assert page._shown(results[1:], {"points": points})["folder"] == "b"  # the frontier's nearest
+    assert page._shown(results, None)["folder"] == "c"
+
+
 def test_provenance_is_folded_and_says_where_and_how(html: str) -> None:
     text = " ".join(" ".join(Page(html).texts).split())
     for words in ("command", "commit", "versions.torch", "hardware", "images_per_second"):
