@@ -148,7 +148,7 @@ def test_the_bias_is_taken_out_only_where_it_can_be(power: float) -> None:
 @pytest.mark.parametrize("groups", [4, 10, 20])
 def test_intervals_hold_what_other_images_would_give(groups: int) -> None:
     """The 95 % interval of the value as published covers its expectation over draws of as many images."""
-    d, n, runs = 8, 160, 1600
+    d, n, runs = 8, 160, 1000
     scale, shift = np.arange(1, d + 1) ** -0.5, np.full(d, 0.15)
     ref = frechet.Reference(0, np.zeros(d), np.diag(scale), float((scale**2).sum()))
     rng = np.random.default_rng(groups)

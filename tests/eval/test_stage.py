@@ -526,16 +526,15 @@ def test_seconds_are_those_of_the_work(own: RunPaths, config: EvalConfig) -> Non
     stage = evaluation_of(own, config.model_copy(update={"scorer": None})).generate
     begin(stage)
     work = stage.worker()
-    generate = work.generator
+    make = work.generator._make
 
     def slow(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
         time.sleep(0.5)
-        return generate(samples)
+        return make(samples)
 
-    work.generator = slow
+    work.generator._make = slow
     first, second, *_ = stage.tasks()
     assert work(first)["seconds"] >= 1  # two batches
-    done: dict[str, float] = {}
     with ThreadPoolExecutor(1) as pool, work.lock:
         began = time.perf_counter()
         of = Task(second.index, "x")
