@@ -339,7 +339,7 @@ def _label(result: dict[str, Any], name: str) -> str:
 
 def trend(every: list[dict[str, Any]], result: dict[str, Any]) -> list[charts.Chart]:
     """The first numbers over checkpoints of this result's protocol; none for one point."""
-    same = sorted((r for r in every if verdict.alike(r, result) and r["images_seen"] is not None), key=verdict.seen)
+    same = sorted((r for r in every if compare.alike(r, result) and r["images_seen"] is not None), key=compare.seen)
     figures = []
     for name in _headline(result)[:8]:
         points = [(r["images_seen"], e) for r in same if (e := r["metrics"].get(name)) and "low" in e]
@@ -353,7 +353,7 @@ def trend(every: list[dict[str, Any]], result: dict[str, Any]) -> list[charts.Ch
 
 
 def _index(run: RunPaths, every: list[dict[str, Any]], watch: WatchConfig | None, when: str) -> dict[str, Any]:
-    order = sorted(every, key=lambda r: (-verdict.seen(r), r["checkpoint"], r["cell"], r["folder"]))
+    order = sorted(every, key=lambda r: (-compare.seen(r), r["checkpoint"], r["cell"], r["folder"]))
     pages = set(storage.list_names(run.reports))
     columns = list(dict.fromkeys(n for r in order for n in _headline(r)[:6]))[:6]
     labels = {n: next(_label(r, n) for r in order if n in r["metrics"]) for n in columns}
