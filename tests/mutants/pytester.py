@@ -12,6 +12,7 @@ import compileall
 import contextlib
 import gc
 import importlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -44,7 +45,8 @@ def main() -> None:
     os.dup2(2, 1)  # what a library says as it is imported is no answer
     # By its content: a mutation may be as long as what it replaces, and be made within the same second.
     compileall.compile_dir(".", quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
-    for name in LARGE:
+    sys.dont_write_bytecode = False  # whatever the environment says: pytest keeps what it makes of the tests
+    for name in (*LARGE, *(plugin.module for plugin in importlib.metadata.entry_points(group="pytest11"))):
         importlib.import_module(name)
     gc.freeze()  # or each fork would walk through, and so copy, all that was imported
     for line in sys.stdin:
