@@ -72,7 +72,7 @@ exit $code
 """
 CARRARA = """
 trap 'echo asked >> "$FAKE_ASKED"; exit 75' TERM
-echo "carrara $* at $RAY_ADDRESS with $RAY_AUTH_TOKEN" >> "$FAKE_ASKED"
+echo "carrara $* at $RAY_ADDRESS with $RAY_AUTH_TOKEN below ${RAY_TMPDIR-}" >> "$FAKE_ASKED"
 [ -n "${FAKE_CODE:-}" ] && exit "$FAKE_CODE"
 for _ in $(seq 600); do sleep 0.1; done
 """
@@ -181,7 +181,7 @@ def test_it_ends_as_the_command_ends_and_only_75_is_queued_again(
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code, out
     [line, *others] = asked(tmp_path)
-    token = re.fullmatch(r"carrara ingest --config a b\.yaml at 127\.0\.0\.1:\d+ with ([0-9a-f]{64})", line)
+    token = re.fullmatch(r"carrara ingest --config a b\.yaml at 127\.0\.0\.1:\d+ with ([0-9a-f]{64}) below /tmp", line)
     assert token, line
     assert f"joined {token[1]}" in out  # the other node has the same token, and waited for the head
     assert [o.split()[0] for o in others] == (["requeue"] if code == 75 else [])
