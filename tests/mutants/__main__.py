@@ -98,7 +98,7 @@ class Pytester:
         """Pytest's exit code and output for these tests, to the first that fails. limit_s: for each of them."""
         options = ["-q", "-x", "--no-header", "--durations=0", "-p", "no:cacheprovider", f"--timeout={limit_s:.0f}"]
         # A test that hangs where no signal arrives is ended from outside.
-        job = {"arguments": [*options, *tests], "output": str(self.output), "timeout": (limit_s + 60) * len(tests)}
+        job = {"arguments": [*options, *tests], "output": str(self.output), "timeout": (limit_s + 30) * len(tests)}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline().strip()
         if not answer:
