@@ -41,7 +41,7 @@ types: setup
 	.venv/bin/mypy
 
 docs: setup
-	$(PY) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 clean:
 	rm -rf .venv runs/demo site
