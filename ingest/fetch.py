@@ -35,7 +35,7 @@ from ingest.desk import Desk
 from ingest.errors import Rejected
 from ingest.hosts import Exchange, Robots
 from ingest.names import Names
-from ingest.optout import product_name, robots_refusal, robots_txt_refuses, tdm_refusal
+from ingest.optout import product_name, robots_refusal, robots_txt_refuses, rules_in, tdm_refusal
 from ingest.trouble import Health, no_route, own_fault, split
 from ingest.urls import parse_url
 from ingest.urls import redirect as _redirect
@@ -61,6 +61,7 @@ _UNREACHED = frozenset(("connect_timeout", "timeout"))
 _ROBOTS_BYTES = 512 << 10  # RFC 9309, 2.5: at least 500 KiB are to be read
 _MANY_ROBOTS, _ALL_ROBOTS_BYTES = 10_000, 4 << 20  # hosts whose rules are held at once, and their text's bytes
 _LONG_ROBOTS = 1 << 14  # bytes of rules from which on a thread reads them
+_MOST_RULES, _RULE_BYTES = 200_000, 80  # in a robots.txt, and what each takes in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,9 +361,9 @@ class Fetcher:
                 raise Rejected(code, (body or b"").decode())
             rules, size = None, 0
             if body is not None:
-                text = zlib.decompressobj().decompress(body, _ROBOTS_BYTES)
-                size = len(text)
-                rules = await _aside(size, lambda: Protego.parse(text.decode("utf-8-sig", "replace")))
+                text = zlib.decompressobj().decompress(body, _ROBOTS_BYTES).decode("utf-8-sig", "replace")
+                size = len(text) + _RULE_BYTES * await _aside(len(text), lambda: rules_in(text))
+                rules = await _aside(size, lambda: Protego.parse(text))
             self._robots[origin] = known = (rules, size)
             self._robots_bytes += size
             while len(self._robots) > _MANY_ROBOTS or (
@@ -371,8 +372,9 @@ class Fetcher:
                 self._robots_bytes -= self._robots.popitem(last=False)[1][1]
         rules, size = known
         if rules is not None:
-            asked = rules
-            if await _aside(size, lambda: robots_txt_refuses(asked, str(url), self.agents)):
+            asked, target = rules, str(url)
+            long = size * max(1, len(target) >> 8)  # each rule may be looked for in all of the URL
+            if await _aside(long, lambda: robots_txt_refuses(asked, target, self.agents)):
                 raise Rejected("robots_txt")
 
     async def _read_robots_txt(self, origin: URL) -> Robots:
@@ -380,6 +382,9 @@ class Fetcher:
         try:
             async with asyncio.timeout(self.config.timeout):
                 body, _ = await self._follow(origin.with_path("/robots.txt"), None)
+                text = body.decode("utf-8-sig", "replace")
+                if await _aside(len(text), lambda: rules_in(text)) > _MOST_RULES:
+                    raise Rejected("http_malformed", "a robots.txt of more rules than anybody could mean")
         except NodeTrouble:
             raise
         except Exception as e:

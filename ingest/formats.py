@@ -29,6 +29,9 @@ LONGEST_RECORD = 64 << 20
 
 FORMAT = re.compile(r"\.(parquet|csv|tsv|jsonl|ndjson|txt)(\.gz)?\Z", re.IGNORECASE)
 
+# What reading a damaged file raises; a parquet file's names of columns may be no text.
+DAMAGED = (pa.ArrowException, EOFError, OSError, zlib.error, UnicodeDecodeError)
+
 # (name in the file, name from here on, type from here on) of each column that is read. Without a name in the file it
 # is null throughout.
 Columns = tuple[tuple[str | None, str, pa.DataType], ...]
@@ -80,7 +83,7 @@ def batches(
         stream = (cursor or own).open(file)
         read = _parquet_batches if _format(file)[0] == "parquet" else _text_batches
         yield from read(stream, file, columns, start, stop)
-    except (pa.ArrowException, EOFError, OSError, zlib.error) as e:
+    except DAMAGED as e:
         raise ConfigError(f"{file}: cannot be read: {' '.join(str(e).split())[:300]}") from e
     finally:
         own.close()
@@ -305,7 +308,7 @@ def read_schema(file: str, types: dict[str, str]) -> pa.Schema:
                 schema = pq.ParquetFile(stream).schema_arrow
             else:
                 schema = _infer_schema(stream, file)
-    except (pa.ArrowException, EOFError, OSError, zlib.error) as e:
+    except DAMAGED as e:
         raise ConfigError(f"{file}: cannot be read as a table: {' '.join(str(e).split())[:300]}") from None
     kinds = {"string": pa.string(), "int": pa.int64(), "float": pa.float64()}
     for name, word in types.items():

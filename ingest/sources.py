@@ -96,7 +96,7 @@ def _kind_of_file(file: str) -> Kind:
         try:
             with fsspec.open(file, "rb") as stream:
                 schema = pq.read_schema(stream)
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError, UnicodeError):
             return "table"  # which says what is wrong with it
         return "parquet" if image_column(schema, None) and not _has_urls(schema) else "table"
     return "table"
@@ -458,7 +458,7 @@ def _table_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
             stream = fsspec.open(file, "rb").open()
             reader = pq.ParquetFile(stream, pre_buffer=False)
             schema = reader.schema_arrow
-    except (pa.ArrowException, OSError) as e:
+    except (pa.ArrowException, OSError, UnicodeError) as e:  # names of columns may be no text
         said.append(f"{file}: cannot be read ({' '.join(str(e).split())[:120]}); it is left out")
         return
     image = image_column(schema, wanted.source.image_column)
@@ -509,6 +509,8 @@ def _facts(batches: Iterator[Any], file: str, said: list[str]) -> Iterator[Row]:
 
 def _readable(array: pa.Array) -> pa.Array:
     """As tables have it: what is no number is text, and bytes are text as well; lists stay."""
+    # An Arrow file is taken as it lies there: what points beyond its end would end the process. Texts may be damaged.
+    (array.view(pa.binary()) if pa.types.is_string(array.type) else array).validate(full=True)
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     plain = pa.types.is_string(kept_type(array.type)) and not pa.types.is_nested(array.type)
