@@ -318,6 +318,19 @@ def read_schema(file: str, types: dict[str, str]) -> pa.Schema:
     return schema
 
 
+def holds_lists(file: str, column: str) -> bool:
+    """Whether a column of a file holds lists, those of text tables by their first block; CSV has none."""
+    if _format(file)[0] not in ("parquet", "jsonl"):
+        return False
+    schema = read_schema(file, {})
+    return column in schema.names and is_list(schema.field(column).type)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a type is one of lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def _infer_schema(stream: IO[bytes], file: str) -> pa.Schema:
     fields: dict[str, pa.DataType] = {}
     if _format(file)[0] == "txt":
@@ -341,6 +354,9 @@ def _infer_schema(stream: IO[bytes], file: str) -> pa.Schema:
 
 def _json_type(values: list[Any]) -> pa.DataType:
     kinds = {type(v) for v in values}
+    texts = (t for v in values for t in (v if isinstance(v, list) else [v]) if t is not None)
+    if list in kinds and all(isinstance(t, str) for t in texts):
+        return pa.list_(pa.string())
     if kinds == {bool}:
         return pa.bool_()
     if not kinds or not kinds <= {int, float} or any(abs(v) >= 2**63 for v in values if isinstance(v, int)):

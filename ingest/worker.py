@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from ingest import captions, filters, sources, statistics, tables, takedown
 from ingest.config import FilterConfig, IngestConfig
+from ingest.digests import as_before
 from ingest.errors import Rejected
 from ingest.hosts import Exchange
 from ingest.img2dataset_engine import Img2datasetPool
@@ -27,6 +28,7 @@ from shards import plan, storage
 from shards.layout import shard_name
 from shards.settings import StageError
 from shards.stage import Task, open_folder, persist
+from shards.verify import discarded
 
 if TYPE_CHECKING:
     from ingest.stage import IngestStage
@@ -60,6 +62,8 @@ class IngestWorker:
         if self._anew is not None:
             task = dataclasses.replace(task, payload=self._anew.was)
         files, stats = self._again(task) if isinstance(task.payload, Retry) else self._first(task)
+        if self.taken_down and (before := discarded(self.stage.root, task.index)) is not None:
+            files[".parquet"] = as_before(files[".parquet"], before)
         stats |= {"digests": True, "list": self.taken_down.parts}
         return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
 
