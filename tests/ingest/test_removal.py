@@ -19,6 +19,7 @@ from ingest.stage import IngestStage
 from ingest.takedown import TakenDown, host_forms, number, url_digest
 from shards.dataset import Dataset, read_stats
 from shards.images import ImageShard
+from shards.stage import open_folder
 from shards.verify import discard, verify_shard
 from tests.ingest.conftest import PRELOAD, make_config, run
 from tests.ingest.site import Site, image_bytes
@@ -132,6 +133,7 @@ def test_a_look_alike_stays_out_where_the_shard_is_made_anew(site: Site, tmp_pat
         assert pq.read_table(f"{stage.root}/00000.parquet").drop_columns(["image_offset"]) == sidecar
         assert Dataset.open(stage.root).excluded_rows(1).tolist() == [0]
     assert "/1.png" not in site.hits
+    open_folder(stage).sweep()
     assert not any("discarded" in name for _, _, names in os.walk(stage.root) for name in names)
 
 
