@@ -40,7 +40,8 @@ from multidict import CIMultiDict
 from PIL import Image
 from protego import Protego
 
-from ingest import fetch, formats, locations, sources
+from ingest import fetch, formats, listing, locations, sources
+from ingest.bodies import inflater
 from ingest.config import ColumnsConfig, FetchConfig, OptOutConfig, SourceConfig
 from ingest.errors import Rejected
 from ingest.headers import header_size
@@ -222,7 +223,7 @@ def _judge(response: Any) -> None:
     for call in (_fetcher()._check_opt_out, fetch._check_status):
         with contextlib.suppress(Rejected, fetch._Failed):
             call(response)
-    inflate = fetch._inflater(response.headers.get("Content-Encoding", ""))
+    inflate = inflater(response.headers.get("Content-Encoding", ""))
     if inflate is not None:
         sum(map(len, inflate.pieces(b"\x1f\x8b\x08" + response.body)))
     redirect(_BASE, response.headers.get("Location"))
@@ -394,7 +395,7 @@ def _folder() -> str:
 
 
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []  # until the process ends
-WANTED = sources.Wanted(("score",), ColumnsConfig(), SourceConfig())
+WANTED = listing.Wanted(("score",), ColumnsConfig(), SourceConfig())
 TEXTS = [
     b"a caption",
     b"\xff\xfea\0 \0c\0",
@@ -445,10 +446,9 @@ def _written(name: str, data: bytes) -> str:
     return path
 
 
-def _read_all(rows: list[sources.Row]) -> None:
+def _read_all(rows: list[listing.Row]) -> None:
     """As the listing makes them, then each image's bytes."""
-    for field in sources._schema(rows, WANTED):
-        sources._as([row.get(field.name) for row in rows], field.type).validate(full=True)
+    listing.table_of(rows, False, WANTED).validate(full=True)
     reader = locations.Reader(_below(), 1 << 20)  # a new one, which has no table open
     for row in rows:
         _read_one(reader, row["place"])

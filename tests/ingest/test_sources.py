@@ -24,8 +24,9 @@ from ingest import locations, sources
 from ingest.config import ColumnsConfig, SourceConfig
 from ingest.errors import Rejected
 from ingest.formats import read_schema
+from ingest.listing import Wanted
 from ingest.locations import Below, Location, Reader
-from ingest.sources import Wanted, detect, refresh
+from ingest.sources import detect, refresh
 from shards import storage
 from shards.settings import ConfigError
 from tests.objects import bucket
