@@ -117,7 +117,8 @@ def on_s3(root: Path, delay: float) -> Iterator[str]:
 def walk(url: str, batch: int, step: float, steps: int) -> dict[str, Any]:
     """Take `steps` batches, each `step` seconds after the one before; what was waited is of all but the first."""
     from train.config import TrainConfig
-    from train.data import Latents, Prefetcher, micro_batches
+    from train.data import Prefetcher, micro_batches
+    from train.latent_samples import Latents
     from train.ranks import Ranks
 
     config = TrainConfig(images=batch * (steps + 1), batch_size=batch)

@@ -1,6 +1,6 @@
 """Training side by side with its peers:
 
-    python -m benchmarks.train [loop] [diffusers] [ema] [save] [waits] [resume] [gpu]
+    python -m benchmarks.train [loop] [diffusers] [ema] [save] [waits] [resume]
 
 loop         our loop from latent shards against a bare PyTorch loop on batches that lie in memory; wait for data
 diffusers    our loop from latents against the steps of diffusers' train_text_to_image.py (pixels -> VAE -> UNet, with
@@ -11,10 +11,9 @@ save         for how long the loop stands still when a checkpoint is saved, on 1
              and what the fullest rank keeps for it in memory
 waits        how often a step makes the host wait for the device, under ZeRO 0 to 3 (counted)
 resume       the first batch at the start of an epoch and at its end: its place in 2e9 samples, its latents from shards
-gpu          what benchmarks/gpu.py does: correctness and speed on the GPU here, in five minutes
 
 Peer and ours, each in a process of its own, take turns step by step until the interval is narrow; the median of the
-pairs' ratios is printed with it, and what is asked of it. On two cores all but `gpu` take about ten minutes.
+pairs' ratios is printed with it, and what is asked of it. On two cores all of it takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -533,7 +532,7 @@ def bench_waits() -> None:
 def bench_resume() -> None:
     from shards.dataset import Dataset
     from train.config import TrainConfig
-    from train.data import Latents
+    from train.latent_samples import Latents
     from train.order import Order
 
     counts = np.full(200_000, 10_000)
@@ -581,8 +580,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each side, without a GPU")
     parser.add_argument("--compile", action="store_true", help="beside diffusers' script, with train.compile")
     parser.add_argument("--side", type=int, default=256, help="pixels, beside diffusers' script")
-    parser.add_argument("--out", default=os.environ.get("OUT", "."), help="where gpu writes gpu.json")
-    parser.add_argument("--minutes", type=float, default=8.0, help="on the GPU")
     parser.add_argument("--until", type=float, default=0.02, help="half-width of the ratio's interval to stop at")
     given = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
@@ -598,10 +595,6 @@ def main() -> None:
         bench_waits()
     if "resume" in what:
         bench_resume()
-    if "gpu" in what:
-        from benchmarks import gpu
-
-        gpu.run(given.out, given.minutes)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,8 @@ def _fit_once(
         if gang is not None and gang.processes and not regroup and time.monotonic() - looked > LOOK_EVERY_S:
             looked = time.monotonic()
             more = gang.began is not None and looked - gang.began > GROW_AFTER_S
-            regroup = gang.leaving() or (gang.room_for(counts[0] - gang.count) if more else "")
+            larger = min((n for n in counts if n > gang.count), default=gang.count)  # step by step, not all or none
+            regroup = gang.leaving() or (gang.room_for(larger - gang.count) if more else "")
             if regroup:
                 log.warning("%s: %s; saving, to go on with other ranks", stage, regroup)
                 gang.signal(signal.SIGTERM)

@@ -12,7 +12,8 @@ who bring no weights a VAE (`autoencoder`) and a CLIP (`clip`). Modules, from th
     guard        which steps must not be taken
     folders      checkpoint folders and their manifests, without torch
     checkpoint   name-keyed safetensors that belong to no world size
-    data         shards into batches, ahead of the loop
+    reader       windows of that order, read ahead; image_samples, latent_samples, latent_file: what is in them
+    data         micro-batches, made ahead of the loop
     pipelines    which of diffusers' pipelines a UNet becomes, and which text it reads
     adapters     where a UNet comes from; LoRA and its kin
     objectives   what the loop can fit: the VAE's and the CLIP's losses

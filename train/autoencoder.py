@@ -19,8 +19,9 @@ from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, perceptual, segments
 from train.adversarial import Balance, Discriminator, frozen, hinge
-from train.data import Batch, ImageSamples
+from train.data import Batch
 from train.encoder_config import AdversarialConfig, AutoencoderConfig
+from train.image_samples import ImageSamples
 from train.objective import ImageObjective, construct, public_config
 from train.randomness import Randomness
 from train.segments import History
@@ -57,7 +58,7 @@ class Autoencoder(ImageObjective):
             figures.append("perceptual")
         if config.adversarial:
             figures += ["discriminator", "real", "fake"]
-            self.beside = "discriminator."
+            self.beside, self.beside_from = "discriminator.", config.adversarial.start_images
             vae.discriminator = Discriminator(config.adversarial, seed)
             vae.decoder.conv_out.register_forward_pre_hook(self._see)
         self.figures = tuple(figures)

@@ -373,7 +373,8 @@ def load(folder: str, manifest: dict[str, Any], engine: Engine) -> None:
     for flat in range(len(engine.flats)):
         for state in ("weights", *engine.optimizer.names(engine.flats[flat])):
             _fill(index, state, [p for p in engine.pieces if p.flat == flat], engine)
-    engine.optimizer.restored(int(manifest["optimizer_steps"]))
+    steps = int(manifest["optimizer_steps"])
+    engine.optimizer.restored(steps, steps - int(manifest.get("run", {}).get("early", 0)))
     engine.load_scaling(manifest.get("loss_scale"))
     for name, buffer in engine.model.named_buffers():
         if name in index.others:

@@ -17,8 +17,9 @@ from latents.source import texts_in
 from shards.dataset import Dataset
 from shards.settings import ConfigError
 from train import initial, segments
-from train.data import Batch, ImageSamples
+from train.data import Batch
 from train.encoder_config import ClipConfig
+from train.image_samples import ImageSamples
 from train.objective import ImageObjective, construct, refuse_unknown
 from train.segments import History
 

@@ -33,6 +33,8 @@ from train.part_config import (
 STAGES = ("autoencoder", "clip", "train")
 
 
+# What a denoiser predicts (diffusion.target has the formulas).
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 IMAGE_CONDITIONS = ("inpaint", "edit", "upscale", "control")  # fields of TrainConfig
 
 
@@ -81,7 +83,7 @@ class TrainConfig(FitConfig):
         description="rules on scores that a sample must pass; the place of one that does not goes to a sample of its "
         "window that does",
     )
-    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = Field(
+    prediction_type: PredictionType = Field(
         default="epsilon", description="flow_prediction: rectified flow, whose straight path has no betas"
     )
     num_train_timesteps: int = Field(default=1000, ge=2, le=100_000)

@@ -18,9 +18,10 @@ from train import adapters, diffusion, initial, segments
 from train.alignment import NAME, Alignment
 from train.conditioning import Conditioning, Encoded, Joint, Learning, Stored, require_added_width
 from train.config import TrainConfig
-from train.data import Batch, Latents
+from train.data import Batch
 from train.image_conditioning import LEVELS, WAYS, ByKey, Controlled, ImageConditioning, add_levels, control_net, widen
 from train.inversion import Word
+from train.latent_samples import Latents
 from train.objective import Objective, construct, public_config
 from train.order import derive_key, permute
 from train.part_config import AlignmentConfig

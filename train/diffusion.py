@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
 import scipy.special
 import torch
+
+if TYPE_CHECKING:
+    from train.config import PredictionType
 
 # ---- schedules -------------------------------------------------------------------------------------
 
@@ -122,7 +126,9 @@ def add_noise(process: Process, x0: torch.Tensor, noise: torch.Tensor, t: torch.
     return a * x0 + s * noise
 
 
-def target(process: Process, prediction: str, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def target(
+    process: Process, prediction: PredictionType, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
     """What the network is to predict, [B,...].
 
     epsilon: the noise. sample: x_0. v_prediction: signal eps - noise x_0 (Salimans & Ho 2022, arXiv:2202.00512,
@@ -137,11 +143,11 @@ def target(process: Process, prediction: str, x0: torch.Tensor, noise: torch.Ten
         return a * noise - s * x0
     if prediction == "flow_prediction":
         return noise - x0
-    raise ValueError(f"unknown prediction type '{prediction}'")
+    assert_never(prediction)
 
 
 def to_x0_and_noise(
-    process: Process, prediction: str, output: torch.Tensor, xt: torch.Tensor, t: torch.Tensor
+    process: Process, prediction: PredictionType, output: torch.Tensor, xt: torch.Tensor, t: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x_0, eps) that a network's output stands for at x_t: `target` and `add_noise` solved for both."""
     a, s = process.at(t, xt)
@@ -153,14 +159,18 @@ def to_x0_and_noise(
         return a * xt - s * output, s * xt + a * output
     if prediction == "flow_prediction":
         return (xt - s * output) / (a + s), (xt + a * output) / (a + s)
-    raise ValueError(f"unknown prediction type '{prediction}'")
+    assert_never(prediction)
 
 
 # ---- weights ---------------------------------------------------------------------------------------
 
 
 def loss_weight(
-    process: Process, prediction: str, t: torch.Tensor, snr_gamma: float | None = None, p2_gamma: float | None = None
+    process: Process,
+    prediction: PredictionType,
+    t: torch.Tensor,
+    snr_gamma: float | None = None,
+    p2_gamma: float | None = None,
 ) -> torch.Tensor:
     """Weight of each squared error, float32 [B]: 1, min-SNR-gamma or P2.
 

@@ -119,8 +119,9 @@ class Engine:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
-    def rates(self, learning_rate: float, decays: dict[str, float]) -> None:
-        """Set the learning rate of the step to come, and by what factor each average keeps its past in it.
+    def rates(self, learning_rate: float, decays: dict[str, float], waits: bool = False) -> None:
+        """Set the learning rate of the step to come, by what factor each average keeps its past in it, and whether what
+        is beside the model waits.
 
         Beside Muon, AdamW's rate keeps its ratio to it.
         """
@@ -129,6 +130,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate if group.get("muon") else beside
             group["decays"] = {} if group.get("beside") else decays
+            group["waits"] = waits and bool(group.get("beside"))
 
     def step(self, judge: Judge, *flags: bool) -> Outcome:
         """Take the step, or not: judge(figures, norm) -> bool, on the device, called once, alike on all ranks.

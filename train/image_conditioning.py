@@ -34,10 +34,12 @@ from shards.images import LOCATION, ImageShard, decode_rgb, is_image
 from shards.layout import shard_name
 from shards.settings import ConfigError, StageError
 from train.config import TrainConfig
-from train.data import DECODERS, Batch, Kept
+from train.data import Batch
 from train.diffusion import alphas_cumprod
+from train.image_samples import DECODERS
 from train.part_config import ControlConfig
 from train.randomness import Randomness
+from train.reader import Kept
 from train.segments import MOST_STREAMS
 
 if TYPE_CHECKING:

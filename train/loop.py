@@ -63,7 +63,7 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
                 engine.backward(next(prefetcher))
 
             # ---- the step, or a veto: decided on the device, alike on all ranks -------------------------
-            engine.rates(*run.rates(config))
+            engine.rates(*run.rates(config, objective.beside_from))
             outcome = engine.step(guard, sigterm.asked, saver.error is not None)
             run.step, run.images = run.step + 1, run.images + config.batch_size
             ends = run.images >= config.images
@@ -74,7 +74,7 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
             for result in late.read(outcome, run, engine.rate, everything=bool(saves or validates)):
                 if run.exhausted(config.max_skips):
                     break
-                run.count(result)
+                run.count(result, objective.beside_from)
                 journal.step(result, prefetcher.waited)
                 if not (result.applied or result.overflow):
                     journal.skipped(result, run, guard, objective)

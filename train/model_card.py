@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.config import PredictionType
 
 _CARD = """---
 library_name: diffusers
@@ -54,7 +57,7 @@ _DC_CLASS = """diffusers' StableDiffusionPipeline cannot decode with an Autoenco
 that can: half a page of code that imports torch, transformers and diffusers alone, and that `trust_remote_code=True`
 allows to run. Nothing else but diffusers and transformers is needed."""
 
-OBJECTIVES = {
+OBJECTIVES: dict[PredictionType, str] = {
     "epsilon": "The UNet predicts the noise",
     "sample": "The UNet predicts the clean latent",
     "v_prediction": "The UNet predicts the velocity",

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from shards.settings import ConfigError
-from train.data import Batch, ImageSamples, batch_slots
+from train.data import Batch, batch_slots
+from train.image_samples import ImageSamples
 from train.order import derive_key
 from train.placement import Placement
 
@@ -28,6 +29,7 @@ class Objective(nn.Module):
     bins = 0  # where above 0, forward also gives loss by timestep: a sum and a share of the batch for each bin
     saves_frozen = True  # whether checkpoints hold the frozen weights too
     beside = ""  # begins the names of what the training alone needs: it has no averages, and is not decayed
+    beside_from = 0  # images before which that learns nothing, and its optimizer does not step
     facts: dict[str, Any] = {}  # noqa: RUF012 (what a manifest says of where the samples come from; set, never changed)
 
     def __init__(self, model: nn.Module, model_config: dict[str, Any], placement: Placement) -> None:

@@ -35,7 +35,7 @@ class AdamW(torch.optim.Optimizer):
 
     averages: their names; each begins as the value before the first step; those of a group with "beside" have none. A
     parameter group has `lr`, `weight_decay` and `decays`, for each average the factor by which it keeps its past; set
-    them before each step.
+    them before each step. One with `waits` set is left as it is, and the step is none of its own.
     scale: what gradients are divided by. veto: 1 where the step must not be taken, else 0. Float32 scalars on the
     arrays' device, set before each step.
     """
@@ -55,10 +55,10 @@ class AdamW(torch.optim.Optimizer):
         """
         del replicated
         beside = tuple(g["beside"] for g in self.param_groups if g.get("beside"))
-        without = {p.flat for p in pieces if p.name.startswith(beside)}
-        for i, flat in enumerate(flats):
+        self._beside = {flats[p.flat] for p in pieces if p.name.startswith(beside)}
+        for flat in flats:
             state = self.state[flat] = {n: torch.zeros_like(flat.data) for n in MOMENTS}
-            if i not in without:
+            if flat not in self._beside:
                 state |= {n: flat.data.clone() for n in self.averages}
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
 
@@ -68,7 +68,7 @@ class AdamW(torch.optim.Optimizer):
         del closure
         for group in self.param_groups:
             live = [p for p in group["params"] if p.grad is not None]
-            if not live:
+            if not live or group.get("waits"):
                 continue
             self.update(group, live)
             for name, decay in group["decays"].items():
@@ -134,10 +134,10 @@ class AdamW(torch.optim.Optimizer):
         """Put float32 `values` at `start` of a state."""
         self.state[flat][name].view(-1).narrow(0, start, len(values)).copy_(values)
 
-    def restored(self, steps: int) -> None:
-        """All states are filled in; `steps` were taken to come to them."""
-        for state in self.state.values():
-            state["step"].fill_(float(steps))
+    def restored(self, steps: int, beside: int) -> None:
+        """All states are filled in; so many steps were taken to come to them, and to those of a group with "beside"."""
+        for flat, state in self.state.items():
+            state["step"].fill_(float(beside if flat in self._beside else steps))
 
 
 class AdamW8bit(AdamW):
@@ -219,11 +219,11 @@ class AdamW8bit(AdamW):
             whole[flat, name] = torch.zeros_like(flat.data).view(-1)
         whole[flat, name].narrow(0, start, len(values)).copy_(values)
 
-    def restored(self, steps: int) -> None:
+    def restored(self, steps: int, beside: int) -> None:
         """As AdamW's."""
         for (flat, name), values in self.__dict__.pop("_restoring", {}).items():
             self.state[flat][name] = [self._pack(name, part) for part in self._parts(values)]
-        super().restored(steps)
+        super().restored(steps, beside)
 
 
 def require_bitsandbytes() -> None:

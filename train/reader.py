@@ -7,14 +7,17 @@ once its turn is near.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from shards.dataset import Dataset
 from shards.settings import StageError
 from train.order import mix64
 from train.placement import Placement
@@ -127,3 +130,37 @@ class Reader:
         raise StageError(
             "all samples of a bucket were taken down or are left out by train.select; nothing of it is left"
         )
+
+
+K = TypeVar("K")
+
+
+class Kept(Generic[K]):
+    """What was made last for some arguments, at most `limit` of it; several threads that ask for one make it once."""
+
+    def __init__(self, make: Callable[..., K], limit: int) -> None:
+        self._make, self._limit = make, limit
+        self._found: OrderedDict[tuple[Any, ...], tuple[threading.Lock, list[K]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, *arguments: Any) -> K:
+        with self._lock:
+            lock, value = self._found.setdefault(arguments, (threading.Lock(), []))
+            self._found.move_to_end(arguments)
+            while len(self._found) > self._limit:
+                self._found.popitem(last=False)
+        with lock:
+            if not value:
+                value.append(self._make(*arguments))
+        return value[0]
+
+
+@contextlib.contextmanager
+def named(dataset: Dataset, position: int) -> Iterator[None]:
+    """Context: what cannot be read is said of a shard of a dataset."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as e:
+        raise StageError(
+            f"{dataset.root}: shard {dataset.shards[position].name} cannot be read: {e}; run its stage again"
+        ) from e

@@ -24,6 +24,8 @@ def crossed(images: int, batch: int, every: int) -> bool:
 class Run:
     """What a checkpoint keeps beside tensors. step, images: taken or vetoed; applied: steps that were taken.
 
+    early: those of them in which what is beside the model waited.
+
     in_a_row, skipped: vetoed steps, the last ones and all; last_veto: where the last of them ended, in images.
     rollbacks: how often the weights went back. finished: ended before its images were reached.
     """
@@ -31,6 +33,7 @@ class Run:
     step: int = 0
     images: int = 0
     applied: int = 0
+    early: int = 0
     in_a_row: int = 0
     skipped: int = 0
     last_veto: int = 0
@@ -52,9 +55,10 @@ class Run:
         """Whether the last step passed a multiple of `every` images."""
         return crossed(self.images, config.batch_size, every)
 
-    def count(self, result: StepResult) -> None:
+    def count(self, result: StepResult, beside_from: int) -> None:
         """Take in what became of a step. An overflow of fp16 is neither taken nor wrong."""
         self.applied += result.applied
+        self.early += result.applied and result.images <= beside_from
         if result.applied:
             self.in_a_row = 0
         elif not result.overflow:
@@ -75,11 +79,13 @@ class Run:
                 f"{stage}: {self.in_a_row} steps in a row were skipped up to {self.last_veto} images, and {why}; lower "
                 f"learning_rate, or look at the samples in {events}"
             )
-        self.in_a_row, self.rollbacks, self.applied = 0, self.rollbacks + 1, int(to[1]["optimizer_steps"])
+        there = Run.of(to[1])
+        self.in_a_row, self.rollbacks, self.applied, self.early = 0, self.rollbacks + 1, there.applied, there.early
         return to
 
-    def rates(self, config: FitConfig) -> tuple[float, dict[str, float]]:
-        """The learning rate, and the averages' factors, of the step that begins here."""
+    def rates(self, config: FitConfig, beside_from: int) -> tuple[float, dict[str, float], bool]:
+        """The learning rate, the averages' factors, and whether what is beside the model waits, of the step that begins
+        here."""
         rate = learning_rate(
             self.images,
             config.batch_size,
@@ -93,7 +99,7 @@ class Run:
         after = self.images + config.batch_size
         decays = {ema_name(): ema_decay(after, config.batch_size, config.ema_halflife_images, config.ema_rampup)}
         decays |= {ema_name(std): decay(after, config.batch_size, std) for std in config.ema_stds}
-        return rate, decays
+        return rate, decays, after <= beside_from
 
 
 @dataclasses.dataclass(frozen=True)

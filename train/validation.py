@@ -28,9 +28,10 @@ from shards.settings import ConfigError, StageError
 from shards.stage import begin
 from train import segments
 from train.config import IMAGE_CONDITIONS, TrainConfig
-from train.data import Batch, Latents
+from train.data import Batch
 from train.denoising import Diffusion
 from train.image_conditioning import ByKey
+from train.latent_samples import Latents
 from train.order import permute
 from train.part_config import SourceConfig, ValidationConfig
 from train.ranks import Ranks

@@ -31,8 +31,8 @@ from tests.ingest.test_sources import make_tar
 from tests.latents import world
 from tests.objects import bucket
 from train import segments
-from train.data import ImageSamples
 from train.encoder_config import AutoencoderConfig
+from train.image_samples import ImageSamples
 
 SIDE = 96
 

@@ -28,7 +28,7 @@ from shards.stage import Task
 from tests.curate.test_captions import completion, endpoint, picture_of, serve  # noqa: F401
 from tests.latents import world
 from train.config import TrainConfig
-from train.data import Latents
+from train.latent_samples import Latents
 
 COUNT = 24
 

@@ -86,19 +86,20 @@ def test_a_node_that_is_about_to_go_saves_first_and_the_rest_goes_on(
     assert FakeGang.made[-1].count == 4
 
 
-def test_it_grows_again_when_ranks_come_back(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeGang, "room", 4)
+@pytest.mark.parametrize(("few", "more"), [(4, 8), (2, 4)])  # all of them, and some
+def test_it_grows_again_when_ranks_come_back(asked: Any, monkeypatch: pytest.MonkeyPatch, few: int, more: int) -> None:
+    monkeypatch.setattr(FakeGang, "room", few)
     run = FakeGang.run
 
     def come_back(self: FakeGang, work: Any, argument: Any) -> list[str | None]:
-        FakeGang.room = 8
+        FakeGang.room = more
         return run(self, work, argument)
 
     monkeypatch.setattr(FakeGang, "run", come_back)
     monkeypatch.setattr(trainer, "GROW_AFTER_S", -1.0)
     assert once(asked) is False
     assert once(asked) is True
-    assert [g.count for g in FakeGang.made] == [4, 8]
+    assert [g.count for g in FakeGang.made] == [few, more]
     assert FakeGang.made[0].signals == [signal.SIGTERM]
 
 

@@ -8,6 +8,7 @@ exported by the product's own stages, and judged from pixels.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,25 @@ def read(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     colour = np.square(middles[rows, corner][:, None] - palette).sum(-1).argmin(1)
     ground = np.median(middles.mean(2), axis=1)
     return colour, corner, np.abs(ground[:, None] - np.array(GREYS)).argmin(1)
+
+
+def clean() -> np.ndarray:
+    """Every picture there is without its noise, uint8 [colour,corner,grey,16,16,3]."""
+    out = np.empty((len(COLOURS), len(CORNERS), len(GREYS), SIDE, SIDE, 3), np.uint8)
+    for (c, colour), (k, (y, x)), (g, grey) in itertools.product(
+        enumerate(COLOURS.values()), enumerate(CORNERS), enumerate(GREYS)
+    ):
+        out[c, k, g] = grey
+        out[c, k, g, y : y + SQUARE, x : x + SQUARE] = colour
+    return out
+
+
+def distances(pixels: np.ndarray, to: np.ndarray) -> np.ndarray:
+    """Root mean square differences, in levels of 255, float64 [N,colour,corner,grey], of pictures from those in `to`,
+    shaped as `clean` has them."""
+    off = pixels.astype(np.float64)[:, None, None, None] - to[None]
+    found: np.ndarray = np.sqrt(np.square(off).mean(axis=(-1, -2, -3)))
+    return found
 
 
 def prepare(run: Path, count: int = 1500, **latents: Any) -> None:

@@ -246,6 +246,21 @@ def test_the_discriminator_does_not_move_before_its_start(run: Path) -> None:
         assert not any(moments[f"discriminator.{n}"].any() for n in begun)
 
 
+def test_its_first_step_is_adams_first(run: Path) -> None:
+    """Which moves every value by the learning rate, whatever its gradient; so does that of a run that goes on there."""
+    config = configured(run, {**TERM, "start_images": 32}, schedule="constant", checkpoint_every_images=8)
+    forked.fit(config, 1, stage="autoencoder")
+    before, after = (checkpoint.whole(str(step(run, n)), "weights")["discriminator.last.weight"] for n in (4, 5))
+    assert float((after - before).abs().median()) == pytest.approx(1e-3, rel=1e-3)
+    wanted = states(step(run, 6))
+    for folder in (step(run, 5), step(run, 6), run / "autoencoder" / "model"):
+        shutil.rmtree(folder)
+    forked.fit(config, 1, stage="autoencoder")
+    found = states(step(run, 6))
+    assert all(torch.equal(v, found[state][n]) for state, values in wanted.items() for n, v in values.items())
+    assert json.loads((step(run, 6) / "manifest.json").read_text())["run"]["early"] == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])  # fitted is of stage 1
 def test_all_stages_of_zero_give_the_same(stage: int, fitted: Path, tmp_path: Path) -> None:

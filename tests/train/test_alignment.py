@@ -23,9 +23,10 @@ from tests.train.test_zero import STEPS, assert_close, assert_same, settings, st
 from train import folders
 from train.alignment import losses
 from train.config import TrainConfig
-from train.data import _LatentFile, batch_slots
+from train.data import batch_slots
 from train.export import _Source, build_pipeline
 from train.fit_config import layout
+from train.latent_file import LatentFile
 from train.objectives import build
 from train.optimizer import parameter_groups
 
@@ -153,8 +154,8 @@ def test_beyond_its_end_no_features_are_read(latents: Path, monkeypatch: pytest.
     objective = objective_of(latents, alignment={**ALIGNMENT, "until_images": 8})
     objective.batch(np.arange(8, 16))  # where that is seen
     read: list[set[str]] = []
-    inner = _LatentFile.read
-    monkeypatch.setattr(_LatentFile, "read", lambda f, b, i, j, wants: read.append(wants) or inner(f, b, i, j, wants))
+    inner = LatentFile.read
+    monkeypatch.setattr(LatentFile, "read", lambda f, b, i, j, wants: read.append(wants) or inner(f, b, i, j, wants))
     for begin in range(16, 64, 8):
         loss, details = objective(objective.batch(np.arange(begin, begin + 8)))
         assert torch.isnan(details[1:3]).all(), "there is nothing to be told of it"

@@ -18,8 +18,10 @@ from shards.settings import StageError, load_sections
 from tests.train import tiny
 from train import segments
 from train.config import TrainConfig, TrainingSections
-from train.data import ImageSamples, Latents, Prefetcher
+from train.data import Prefetcher
 from train.encoder_config import AutoencoderConfig
+from train.image_samples import ImageSamples
+from train.latent_samples import Latents
 from train.objectives import build
 from train.placement import Placement
 

@@ -12,10 +12,10 @@ import torch
 from diffusers import DDPMScheduler
 
 from train import diffusion
-from train.config import TrainConfig
+from train.config import PredictionType
 from train.model_card import OBJECTIVES
 
-PREDICTIONS = get_args(TrainConfig.model_fields["prediction_type"].annotation)
+PREDICTIONS = get_args(PredictionType)
 SCHEDULES = [
     ("linear", 1e-4, 0.02),
     ("scaled_linear", 0.00085, 0.012),

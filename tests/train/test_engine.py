@@ -406,7 +406,7 @@ def test_moments_in_8_bits_follow_adamw(config: str) -> None:
     other.begin([flat], [], True)
     for name, values in kept.items():
         other.restore(flat, name, 0, values)
-    other.restored(29)
+    other.restored(29, 29)
     for name, values in other.arrays(flat):
         assert (values - kept[name]).norm() <= 0.02 * kept[name].norm(), name
 

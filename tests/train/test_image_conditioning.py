@@ -36,11 +36,11 @@ from tests.train.test_tuning import make_run
 from tests.train.test_zero import assert_same, step_folder, tensors
 from train import folders, segments
 from train.config import TrainConfig, TrainingSections
-from train.data import ImageSamples
 from train.denoising import Diffusion
 from train.encoder_config import ClipConfig
 from train.export import build_pipeline, export, fold_shift
 from train.image_conditioning import WAYS, ByKey, control_image, control_net, draw_mask, low_res_scheduler, widen
+from train.image_samples import ImageSamples
 from train.objectives import build
 from train.part_config import ControlConfig
 from train.randomness import Randomness

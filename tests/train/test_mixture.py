@@ -28,9 +28,9 @@ from tests.train import forked, tiny
 from tests.train.test_zero import assert_close, step_folder, tensors
 from train import segments
 from train.config import TrainConfig
-from train.data import Latents
 from train.denoising import choose_caption, process_of
 from train.fit_config import layout
+from train.latent_samples import Latents
 from train.objectives import build
 from train.part_config import SourceConfig
 from train.schedulers import scheduler

@@ -23,7 +23,7 @@ from tests.train.test_guard import events
 from tests.train.tiny import ROOT
 from train import folders
 from train.config import TrainConfig, TrainingSections
-from train.data import Latents
+from train.latent_samples import Latents
 from train.state import stage_state
 
 

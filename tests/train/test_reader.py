@@ -22,8 +22,10 @@ from tests.train import tiny
 from tests.train.test_mixture import bucketed, latents_of
 from train import segments
 from train.config import TrainConfig
-from train.data import ImageSamples, Latents, Prefetcher, batch_slots, micro_batches
+from train.data import Prefetcher, batch_slots, micro_batches
 from train.encoder_config import AutoencoderConfig
+from train.image_samples import ImageSamples
+from train.latent_samples import Latents
 from train.placement import Placement, Segment, Source
 from train.ranks import Ranks
 from train.reader import Reader, Window

@@ -15,7 +15,7 @@ from tests.train.test_mixture import bucketed
 from tests.train.test_segments import grow, take_down
 from train import segments
 from train.config import TrainConfig
-from train.data import Latents
+from train.latent_samples import Latents
 from train.seen import Account, Unknown, first_seen
 
 

@@ -20,9 +20,9 @@ from tests.train.test_guard import events
 from tests.train.test_mixture import bucketed
 from train import folders, segments
 from train.config import TrainConfig, TrainingSections
-from train.data import Latents
 from train.encoder_config import AutoencoderConfig, ClipConfig
 from train.fit_config import FitConfig, Kind, kind_of
+from train.latent_samples import Latents
 from train.order import Order
 from train.segments import History
 from train.state import differences, fingerprint, stage_state

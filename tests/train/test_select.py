@@ -21,7 +21,8 @@ from shards.sketch import merge, sketch
 from tests.train import tiny
 from train import segments
 from train.config import TrainConfig
-from train.data import Latents, batch_slots
+from train.data import batch_slots
+from train.latent_samples import Latents
 from train.seen import Account
 from train.segments import History
 from train.validation import Chosen

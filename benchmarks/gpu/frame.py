@@ -1,0 +1,127 @@
+"""The frame that every part runs in: its time limit, what it found, a configuration and an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.models import CUDA
+
+STARTED = time.monotonic()
+STEPS, BATCH, DECAY, RATE, CLIP = 8, 8, 0.9, 1e-3, 0.5
+
+
+class Report:
+    """What was found, written after each part."""
+
+    def __init__(self, out: Path, minutes: float) -> None:
+        self.file, self.ends = out / "gpu.json", STARTED + 60 * minutes
+        self.found: dict[str, Any] = {"parts": {}, "machine": machine()}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def part(self, name: str, limit_s: float, work: Callable[[], Any]) -> None:
+        left = self.ends - time.monotonic()
+        began = time.monotonic()
+        entry: dict[str, Any] = {}
+        if left < min(limit_s, 20):
+            entry["skipped"] = f"{left:.0f} s were left"
+        else:
+            try:
+                with limited(min(limit_s, left)):
+                    entry["result"] = work()
+            except BaseException as e:
+                if isinstance(e, KeyboardInterrupt):
+                    raise
+                frames = traceback.extract_tb(e.__traceback__)[-6:]
+                entry["failed"] = f"{type(e).__name__}: {' '.join(str(e).split())[:600]}"
+                entry["where"] = [f"{f.filename}:{f.lineno} {f.name}" for f in frames]
+                clean = getattr(e, "partial", None)
+                if clean:
+                    entry["partial"] = clean
+        free()
+        entry["seconds"] = round(time.monotonic() - began, 1)
+        self.found["parts"][name] = entry
+        self.file.write_text(json.dumps(self.found, indent=1, default=str) + "\n", encoding="utf-8")
+        print(
+            f"{name:24} {entry['seconds']:6.1f} s  {json.dumps(entry.get('result', entry), default=str)[:900]}",
+            flush=True,
+        )
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Context that raises TimeoutError after so long."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    # Again and again: where it rings within a callback of the interpreter's, the error is dropped.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 3.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def free() -> None:
+    gc.collect()
+    if CUDA:
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def machine() -> dict[str, Any]:
+    import deepspeed
+    import diffusers
+
+    found = {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "diffusers": diffusers.__version__}
+    found |= {"python": sys.version.split()[0], "cpus": os.cpu_count()}
+    if CUDA:
+        free_, total = torch.cuda.mem_get_info()
+        found |= {"gpu": torch.cuda.get_device_name(), "memory_gib": total / 2**30, "free_gib": free_ / 2**30}
+    return found
+
+
+def synchronised() -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@functools.cache
+def ranks() -> Any:
+    """This process as the only rank."""
+    from train.ranks import join
+
+    return join(None if CUDA else 1)
+
+
+def config_of(**changes: Any) -> Any:
+    from train.fit_config import FitConfig
+
+    values = {"images": 10**9, "batch_size": BATCH, "eps": 1e-4, "grad_clip": CLIP, "learning_rate": RATE}
+    return FitConfig.model_validate(values | {"warmup_images": 0, "schedule": "constant"} | changes)
+
+
+def engine_of(objective: Any, **changes: Any) -> Any:
+    from train.engine import Engine
+
+    config = config_of(**changes)
+    parts = changes.get("accumulation_", 1)
+    return Engine(config, objective.to(ranks().device), ranks(), config.batch_size // parts, parts)
