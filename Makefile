@@ -31,7 +31,7 @@ test-container: setup
 	$(PY) -m pytest -q -n 0 -m container
 
 test-mutants: setup
-	$(PY) -m tests.mutants
+	$(PY) -m tests.mutants $(MUTANTS)
 
 lint: setup
 	.venv/bin/ruff check .
@@ -41,7 +41,7 @@ types: setup
 	.venv/bin/mypy
 
 docs: setup
-	$(PY) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 clean:
 	rm -rf .venv runs/demo site

@@ -133,39 +133,6 @@ def write_plan(root: str, shards: int, stage: Any) -> None:
         plan.write_part(root, plan.read(root).parts, rest)
 
 
-class Stage:
-    """As much of a stage as the ledger asks for."""
-
-    name, unit, data = "scale", "images", ".tar"
-
-    def __init__(self, root: str, shards: int) -> None:
-        self.root, self.shards = root, shards
-
-    def made_with(self) -> Any:
-        return ingest_stage(self.root).made_with()
-
-    def tasks(self) -> Iterator[Any]:
-        from shards.stage import Task
-
-        return (Task(i) for i in range(self.shards))
-
-    def worker(self) -> Any:
-        raise NotImplementedError("nothing is made here")
-
-    def finish(self, stats: Any) -> dict[str, Any]:
-        from shards.dataset import write_manifest
-
-        errors: dict[str, int] = {}
-
-        def folded() -> Iterator[Any]:
-            for s in stats:
-                for code, count in s["errors"].items():
-                    errors[code] = errors.get(code, 0) + count
-                yield s
-
-        return write_manifest(self.root, "images", folded(), lambda: {"errors": errors})
-
-
 def resume(folder: str, shards: int) -> dict[str, Any]:
     """What an ingest does before the first shard: the plan brought up to the table, and what is left, by names."""
     from orchestration.ledger import Ledger
@@ -228,27 +195,6 @@ def _at_full_size(shards: int, seconds: float, cpu: float, mb: float) -> dict[st
         "at 200,000 shards": f"{seconds:.2f} s x {factor:g} = {seconds * factor:.1f} s; {mb:.0f} MB x {factor:g} = "
         f"{mb * factor:.0f} MB",
         "wanted": "at most 10 s and 500 MiB",
-    }
-
-
-def finish(folder: str, shards: int) -> dict[str, Any]:
-    """The fold of all stats into the manifest, one after another; without the search for duplicates."""
-    from orchestration.ledger import Ledger
-
-    stage = Stage(folder, shards)
-    ledger = Ledger(stage, os.path.join(folder, "..", "status"))
-    base, began = peak_mb(), time.perf_counter()
-    manifest = stage.finish(ledger.stats())
-    seconds = time.perf_counter() - began
-    assert len(manifest["shards"]) == shards
-    factor = FULL_SHARDS / shards
-    grown = peak_mb() - base
-    return {
-        "measured": f"{shards:,} stats of {len(json.dumps(stats_of(0, ''), indent=1)):,} bytes: {seconds:.1f} s, "
-        f"{grown:.0f} MB, dataset.json {os.path.getsize(os.path.join(folder, 'dataset.json')) / 1e6:.1f} MB",
-        "at 200,000 shards": f"{seconds:.1f} s x {factor:g} = {seconds * factor / 60:.1f} min; "
-        f"{grown:.0f} MB x {factor:g} = {grown * factor:.0f} MB",
-        "wanted": "part of the finish: at most 20 min and 2 GiB in all",
     }
 
 
@@ -325,7 +271,7 @@ def read_exclusions(root: str, shards: int) -> dict[str, Any]:
     return {"mb": peak_mb() - base, "footer_mb": footer, "first_ms": first * 1e3, "next_ms": after * 1e3}
 
 
-PARTS: dict[str, Part] = {"resume": resume, "nothing": nothing, "finish": finish, "exclusions": exclusions}
+PARTS: dict[str, Part] = {"resume": resume, "nothing": nothing, "exclusions": exclusions}
 INNER: dict[str, Part] = {"read_exclusions": read_exclusions, "nothing_to_do": nothing_to_do}
 
 

@@ -1,7 +1,5 @@
 """Draw the demo's corpus: pictures, a table of URLs and captions in LAION's schema, and the dirt that real tables have.
 
-    python -m demo.corpus FOLDER --base-url http://127.0.0.1:8090 --pictures 6000 --heldout 600
-
     FOLDER/pictures/00/000000.jpg ...   what demo/server.py serves
     FOLDER/server.json                  the files that it serves badly, and how
     FOLDER/table.parquet                for training, in the columns of SCHEMA
@@ -13,7 +11,6 @@ The same settings give the same bytes. The folder appears whole or not at all.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import html
 import io
@@ -21,7 +18,6 @@ import json
 import os
 import random
 import shutil
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -427,27 +423,3 @@ def _dirty_row(
     elif kind == "wordless":
         row["TEXT"] = (None, "", "   ")[i % 3]
     return row
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; gives the exit code."""
-    parser = argparse.ArgumentParser(description="Draw the demo's corpus.")
-    parser.add_argument("folder")
-    parser.add_argument("--base-url", default="http://127.0.0.1:8090", help="where demo.server will serve it")
-    parser.add_argument("--pictures", dest="images", type=int, default=6000)
-    parser.add_argument("--heldout", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    try:
-        summary = draw_corpus(args.folder, args.base_url, args.images, args.heldout, args.seed)
-    except CorpusError as error:
-        print(error, file=sys.stderr)
-        return 2
-    expected = summary.expected
-    print(f"{summary.table}: {expected['rows']} rows, of which {expected['status']['success']} are good")
-    print(f"{summary.heldout_table}: {summary.heldout['rows']} rows, {summary.heldout['captions']} distinct captions")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,11 +18,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import html
-import itertools
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -110,12 +109,6 @@ def pair(first: Thing, second: Thing, ground: str) -> Scene:
     order = list(POSITIONS)
     a, b = sorted((first, second), key=lambda thing: order.index(thing.position))
     return Scene((a, b), ground)
-
-
-def single_scenes() -> Iterator[Scene]:
-    """Every scene of one thing, in a fixed order."""
-    for colour, shape, size, position, ground in itertools.product(COLOURS, SHAPES, SIZES, POSITIONS, GROUNDS):
-        yield Scene((Thing(colour, shape, size, position),), ground)
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -93,16 +93,8 @@ class Cluster:
         self.address, self.url = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
         names = ["ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port"]
         names += ["runtime-env-agent-port", "metrics-export-port", "node-manager-port"]
-        command = [
-            sys.executable,
-            "-m",
-            "orchestration.ray_head",
-            "start",
-            "--head",
-            "--block",
-            "--node-ip-address=127.0.0.1",
-            f"--port={gcs}",
-        ]
+        command = [sys.executable, "-m", "orchestration.ray_head", "start", "--head", "--block"]
+        command += ["--node-ip-address=127.0.0.1", f"--port={gcs}"]
         command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
         command += [f"--{name}={port}" for name, port in zip(names, others, strict=True)]
         command += ["--object-manager-port=0", "--min-worker-port=0", "--max-worker-port=0", "--no-monitor"]

@@ -153,7 +153,7 @@ def _watched(address: str | None) -> Iterator[None]:
 
 def _is_ray(address: str) -> bool:
     """Whether a Ray answers there, asked by another process: Ray's client ends the one that asks in vain."""
-    if address.startswith("ray://"):
+    if address.startswith("ray://") or ":" not in address:  # a client's, or `auto`, which is no place to ask at
         return True
     code = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).internal_kv_get(b'-', None)"
     try:

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from demo.corpus import CorpusError, draw_corpus, load_summary
 from demo.server import Server, ServerError, serve
 from ingest.errors import RETRYABLE
-from orchestration import stages, status
-from orchestration.cluster import Cluster
+from orchestration import parts, status
+from orchestration.cluster import ROOT, Cluster
 from orchestration.config import RunConfig, load
 from orchestration.stopping import Stopped
 from shards import storage
@@ -65,7 +65,7 @@ def run(config_file: str, overrides: list[str], images: int, heldout: int) -> No
             corpus = Path(config.ingest.table).parent
             needs_images = "ingest" in open_stages
             url = _base_url(corpus)
-            _say(f"[0/{len(stages.STAGES)}] corpus: {args.images} images and {args.heldout} held out, in {corpus}")
+            _say(f"[0/{len(parts.STAGES)}] corpus: {args.images} images and {args.heldout} held out, in {corpus}")
             try:
                 draw_corpus(corpus, url, args.images, args.heldout, config.seed)
                 with contextlib.ExitStack() as stack:
@@ -81,9 +81,9 @@ def run(config_file: str, overrides: list[str], images: int, heldout: int) -> No
 
 def _incomplete(config: RunConfig) -> list[str]:
     """The stages from the first incomplete one on; those after it are judged when their turn comes."""
-    for i, name in enumerate(stages.STAGES):
-        if not stages.is_complete(name, config) or (name == "ingest" and _missed(config)):
-            return list(stages.STAGES[i:])
+    for i, name in enumerate(parts.STAGES):
+        if not parts.is_complete(name, config) or (name == "ingest" and _missed(config)):
+            return list(parts.STAGES[i:])
     return []
 
 
@@ -99,8 +99,8 @@ def _missed(config: RunConfig) -> int:
     paths = RunPaths(config.run)
     missed = 0
     for root, known in ((paths.images, expected), (paths.heldout, {})):
-        manifest = _read(storage.join(root, "dataset.json")) or {"errors": {}}
-        missed += sum(max(0, n - known.get(code, 0)) for code, n in manifest["errors"].items() if code in RETRYABLE)
+        errors = storage.read_object(storage.join(root, "dataset.json")).get("errors", {})
+        missed += sum(max(0, n - known.get(code, 0)) for code, n in errors.items() if code in RETRYABLE)
     return missed
 
 
@@ -118,7 +118,7 @@ def _base_url(corpus: Path) -> str:
 
 def _stage(cluster: Cluster, config: RunConfig, name: str, args: Wanted, server: Server | None = None) -> None:
     """One stage as a job. A server of images that died meanwhile is started again, and what was missed is fetched."""
-    if not stages.is_complete(name, config):
+    if not parts.is_complete(name, config):
         _job(cluster, config, name, args, server)
     for _ in range(ATTEMPTS if name == "ingest" else 0):
         missed = _missed(config)
@@ -129,7 +129,7 @@ def _stage(cluster: Cluster, config: RunConfig, name: str, args: Wanted, server:
 
 
 def _job(cluster: Cluster, config: RunConfig, name: str, args: Wanted, server: Server | None, *options: str) -> None:
-    step = f"[{stages.STAGES.index(name) + 1}/{len(stages.STAGES)}] {name}"
+    step = f"[{parts.STAGES.index(name) + 1}/{len(parts.STAGES)}] {name}"
     began = time.monotonic()
     logs = storage.local_path(RunPaths(config.run).status) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -159,15 +159,15 @@ def _job(cluster: Cluster, config: RunConfig, name: str, args: Wanted, server: S
 
 def _config_in_job(path: str) -> str:
     """The configuration's path as the job sees it: relative ones are in the copy of the working folder too."""
-    return path if (Path(stages.__file__).resolve().parent.parent / path).is_file() else os.path.abspath(path)
+    return path if (ROOT / path).is_file() else os.path.abspath(path)
 
 
 class _Follower:
     """A bar over the status file of the stage that is running; plain lines where there is no terminal."""
 
     def __init__(self, config: RunConfig, name: str, step: str) -> None:
-        parts = {"ingest": ("ingest", "heldout"), "eval": ("features-real-clip", "eval")}.get(name, (name,))
-        self.urls = [storage.join(RunPaths(config.run).status, f"{part}.json") for part in parts]
+        lines = {"ingest": ("ingest", "heldout"), "eval": ("features-real-clip", "eval")}.get(name, (name,))
+        self.urls = [storage.join(RunPaths(config.run).status, f"{line}.json") for line in lines]
         self.step, self.began = step, time.time()
         self.bar: tqdm[Any] | None = None
         self.stage = ""
@@ -187,7 +187,7 @@ class _Follower:
 
     def look(self) -> None:
         """Read the newest status of this job and show it."""
-        records = [r for url in self.urls if isinstance(r := _read(url), dict) and r.get("updated", 0) >= self.began]
+        records = [r for url in self.urls if (r := storage.read_object(url)).get("updated", 0) >= self.began]
         if not records:
             return
         record = max(records, key=lambda r: r["began"])
@@ -215,25 +215,18 @@ def _figures(record: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
 
 
-def _read(url: str) -> Any:
-    try:
-        return storage.read_json(url)
-    except (ValueError, OSError):
-        return None
-
-
 def _farewell(config: RunConfig, seconds: float) -> None:
     """Where the results are, and the numbers that one looks at first."""
     from eval import measure
     from eval.evaluation import METRICS
 
     paths = RunPaths(config.run)
-    found = stages.evaluation(config)
+    found = parts.evaluation(config)
     metrics = measure.read(storage.join(found.folder, METRICS))
     _say("")
     for line in _headline(metrics):
         _say(line)
-    _say(f"report  {stages.report_path(config, found.model.name)}")
+    _say(f"report  {parts.report_path(config, found.model.name)}")
     _say(f"model   {paths.model}   (diffusers: StableDiffusionPipeline.from_pretrained)")
     _say(f"total   {status.duration(seconds)}")
 

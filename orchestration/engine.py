@@ -47,7 +47,9 @@ def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = 
     """
     status_url = storage.join(status, f"{stage.name}.json")
     with stop_on_sigterm(StopFlag(stage.name)) as stop, Lease(status, stage.name, stage.root) as lease:
-        before = _record(status_url)
+        before: dict[str, Any] = {}  # the status as the last run of it left it, on which nothing hangs
+        with contextlib.suppress(OSError):
+            before = storage.read_object(status_url)
         progress = Progress(stage.name, 0, "shards", status_url, state="planning")
         state, begun = "failed", False
         try:
@@ -91,15 +93,6 @@ def run(stage: Stage, status: str, config: RayConfig, pool: Pool, local: bool = 
                 with contextlib.suppress(Exception):
                     storage.write_json(status_url, before)
     return True
-
-
-def _record(status_url: str) -> dict[str, Any]:
-    """The stage's status as the last run of it left it."""
-    with contextlib.suppress(Exception):  # nothing hangs on it
-        found = storage.read_json(status_url)
-        if isinstance(found, dict):
-            return found
-    return {}
 
 
 def _known_peak(record: dict[str, Any]) -> int:

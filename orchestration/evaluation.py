@@ -16,7 +16,7 @@ from eval.config import EvalConfig
 from eval.evaluation import METRICS, Evaluation
 from eval.report import history
 from eval.report.page import rounded, spread
-from orchestration import notify, stages
+from orchestration import notify, parts, stages
 from orchestration.config import RayConfig, RunConfig, base_folder, find_config
 from orchestration.connection import connected
 from orchestration.notify import NotifyConfig
@@ -75,8 +75,8 @@ def evaluate_model(
 
 def numbers(config: RunConfig) -> str:
     """Metrics of whatever images are committed now, as text; nothing is written."""
-    stages.check_inputs("eval", config)
-    found = stages.evaluation(config).metrics()
+    parts.check_inputs("eval", config)
+    found = parts.evaluation(config).metrics()
     missing = found["missing"]["images"]
     lines = [f"{found['checkpoint']} {found['cell']}, protocol {found['protocol']['id']}, {missing} images missing"]
     for name, metric in found["metrics"].items():

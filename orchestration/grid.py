@@ -8,7 +8,7 @@ from typing import Any
 from eval import grid
 from eval.evaluation import Evaluation
 from eval.report import page
-from orchestration import engine, notify, stages
+from orchestration import engine, notify, parts
 from orchestration.config import RunConfig
 from orchestration.connection import connected
 from shards.layout import RunPaths
@@ -21,8 +21,8 @@ def run(config: RunConfig, local: bool = False, redo: bool = False) -> str:
 
     First the first part of each cell is drawn and judged in pairs, then the rest of those that were not beaten.
     """
-    stages.check_inputs("eval", config)
-    paths, vae, clip = RunPaths(config.run), stages.vae_ref(config), stages.text_ref(config)
+    parts.check_inputs("eval", config)
+    paths, vae, clip = RunPaths(config.run), parts.vae_ref(config), parts.text_ref(config)
     cells = [Evaluation(c, paths, vae, clip, config.seed) for c in grid.cells(config.eval)]
     log.info("grid: %d cells of %s: %s", len(cells), cells[0].model.name, ", ".join(c.config.cell for c in cells))
     with connected(config.ray, local):

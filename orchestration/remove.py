@@ -270,12 +270,8 @@ def _samples(dataset: Dataset, shard: int, rows: list[int]) -> list[int]:
 
 def _manifest(folder: str) -> dict[str, Any] | None:
     """What a checkpoint was made from; None where the folder holds no complete one."""
-    try:
-        manifest = storage.read_json(storage.join(folder, "manifest.json"))
-    except ValueError:
-        return None
-    whole = isinstance(manifest, dict) and {"images", "fingerprint"} <= manifest.keys()
-    return manifest if whole else None
+    manifest = storage.read_object(storage.join(folder, "manifest.json"))
+    return manifest if {"images", "fingerprint"} <= manifest.keys() else None
 
 
 def _how_many(line: dict[str, Any]) -> str:
@@ -286,11 +282,8 @@ def _how_many(line: dict[str, Any]) -> str:
 
 def _models(paths: RunPaths, saw: list[dict[str, Any]]) -> list[str]:
     """The exported pipeline of the run, where it is of a checkpoint that saw them or is not there any more."""
-    try:
-        made = storage.read_json(storage.join(paths.model, "carrara.json"))
-    except ValueError:
-        made = None
-    if not isinstance(made, dict) or not saw:
+    made = storage.read_object(storage.join(paths.model, "carrara.json"))
+    if not made or not saw:
         return []
     least = min(c["images"] for c in saw if c["fit"] == "train") if any(c["fit"] == "train" for c in saw) else None
     names = {c["folder"].rpartition("/")[2] for c in saw if c["fit"] == "train"}

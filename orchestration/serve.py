@@ -361,19 +361,10 @@ class Look:
 
 def _stage(record: dict[str, Any], now: float) -> dict[str, Any]:
     """A stage's record as the table of `carrara status` has it, with the share that is done."""
-    name, state, done, failed, rate, left, updated, figures = status.cells(record, now)
+    names = ("name", "state", "done", "failed", "rate", "left", "updated", "figures")
+    shown: dict[str, Any] = dict(zip(names, status.cells(record, now), strict=True))
     share = record["done"] / record["total"] if record.get("total") else None
-    return {
-        "name": name,
-        "state": state,
-        "done": done,
-        "failed": failed,
-        "rate": rate,
-        "left": left,
-        "updated": updated,
-        "figures": figures.replace("  ", ", "),
-        "share": share,
-    }
+    return {**shown, "figures": shown["figures"].replace("  ", ", "), "share": share}
 
 
 def thinned(points: list[tuple[float, float]], most: int) -> list[tuple[float, float]]:

@@ -14,18 +14,14 @@ from orchestration.metrics import Exporter
 from orchestration.parts import (
     CURATED,
     FITS,
-    STAGES,
     check_inputs,
     evaluation,
     ingest_stages,
     is_complete,
     order,
     pretrained,
-    report_path,
     shard_stages,
     taken_down_mark,
-    text_ref,
-    vae_ref,
 )
 from shards import storage
 from shards.layout import RunPaths
@@ -35,24 +31,6 @@ from shards.stage import Stage
 if TYPE_CHECKING:
     from eval.evaluation import Evaluation
     from orchestration.evaluation import PipelineRun
-
-__all__ = [
-    "FITS",
-    "STAGES",
-    "check_all",
-    "check_inputs",
-    "dry_run",
-    "evaluation",
-    "is_complete",
-    "order",
-    "pretrained",
-    "report_path",
-    "retry_ingest",
-    "run",
-    "shard_stages",
-    "text_ref",
-    "vae_ref",
-]
 
 log = logging.getLogger("carrara")
 

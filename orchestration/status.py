@@ -7,8 +7,8 @@ import sys
 import time
 from typing import Any
 
+from orchestration.parts import STAGES
 from orchestration.runs import existing
-from orchestration.stages import STAGES
 from shards import storage
 
 WATCH_EVERY_S = 2.0

@@ -109,9 +109,10 @@ def end(address: str, job: str, code: int) -> None:
 def _job(address: str, job: str) -> tuple[str, int | None] | None:
     """(status, exit code) of a job that has ended; None where the cluster knows of none."""
     code = (
-        "import json, sys\n"
+        "import json, os, sys\n"
         "from ray.job_submission import JobSubmissionClient\n"
-        "found = JobSubmissionClient(sys.argv[1]).get_job_info(sys.argv[2])\n"
+        "headers = json.loads(os.environ.get('RAY_JOB_HEADERS') or 'null')\n"  # which `ray job submit` reads by itself
+        "found = JobSubmissionClient(sys.argv[1], headers=headers).get_job_info(sys.argv[2])\n"
         "print(json.dumps([str(found.status.value), found.driver_exit_code]))"
     )
     while True:

@@ -226,21 +226,13 @@ def _status_ends(paths: RunPaths, stage: str) -> Iterator[None]:
     """On an exception, have the stage's status file say so: the ranks that write it may be dead. A finished fit stays
     finished where this try wrote nothing."""
     url = storage.join(paths.status, f"{stage}.json")
-    before = _status(url)
+    before = storage.read_object(url)
     try:
         yield
     except BaseException as e:
         with contextlib.suppress(Exception):
-            record = _status(url)
+            record = storage.read_object(url)
             if record and not (record == before and record.get("state") == "done"):
                 state = "stopped" if isinstance(e, Stopped | KeyboardInterrupt) else "failed"
                 storage.write_json(url, {**record, "state": state, "seconds_left": None})
         raise
-
-
-def _status(url: str) -> dict[str, Any]:
-    with contextlib.suppress(Exception):
-        found = storage.read_json(url)
-        if isinstance(found, dict):
-            return found
-    return {}

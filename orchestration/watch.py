@@ -14,7 +14,6 @@ of its moments everything that is due is evaluated.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -30,7 +29,7 @@ from cronsim import CronSim
 
 from eval import compare, model
 from eval.report import history
-from orchestration import notify, stages
+from orchestration import notify, parts, stages
 from orchestration.config import RunConfig
 from orchestration.lease import Busy, Lease
 from orchestration.stopping import StopFlag, Stopped, stop_on_sigterm
@@ -61,7 +60,7 @@ def watch(config: RunConfig, local: bool = False, once: bool = False, forever: b
             open_ = due() or open_  # asked in any case: a moment at which there was nothing to do has passed
             if checkpoint is None:
                 open_ = False
-                if once or (not forever and stages.is_complete("train", config)):
+                if once or (not forever and parts.is_complete("train", config)):
                     break
             elif once or open_:
                 outcome = _evaluate(config, checkpoint, local)
@@ -84,7 +83,7 @@ def next_checkpoint(config: RunConfig, leave_out: list[str]) -> str | None:
     """The newest complete checkpoint, if it has no result yet; with backfill the newest of all that have none. Those
     in `leave_out` have failed too often."""
     for name in model.complete(RunPaths(config.run)):
-        if name not in leave_out and not stages.is_complete("eval", for_checkpoint(config, name)):
+        if name not in leave_out and not parts.is_complete("eval", for_checkpoint(config, name)):
             return name
         if not config.eval.watch.backfill:
             return None
@@ -133,11 +132,8 @@ def _note_file(paths: RunPaths, result: dict[str, Any]) -> str:
 
 def _note(paths: RunPaths, result: dict[str, Any]) -> dict[str, Any]:
     """The numbers that alarms were raised for, and the alarms; empty where there is no note, or a torn one."""
-    with contextlib.suppress(ValueError):
-        found = storage.read_json(_note_file(paths, result))
-        if isinstance(found, dict) and found.keys() >= {"metrics", "alarms"}:
-            return found
-    return {"metrics": "", "alarms": []}
+    found = storage.read_object(_note_file(paths, result))
+    return found if found.keys() >= {"metrics", "alarms"} else {"metrics": "", "alarms": []}
 
 
 def raise_alarms(
@@ -146,18 +142,14 @@ def raise_alarms(
     """Log what is alarming about a result and was not raised before, call the user's command for each; returns the
     alarms."""
     watch, checkpoint = config.eval.watch, result["checkpoint"]
-    like = [
-        r
-        for r in every
-        if r["protocol"]["id"] == result["protocol"]["id"] and r["model"]["weights"] == result["model"]["weights"]
-    ]
+    like = [r for r in every if compare.alike(r, result)]
     limits = (watch.alarm_rate, watch.alarm_min_change, watch.alarm_bad_images)
     found = compare.alarms(like, checkpoint, *limits)
     # One that was evaluated late may be what newer ones are to be held against.
     newer = sorted({r["checkpoint"] for r in like if (r["images_seen"] or 0) > (result["images_seen"] or 0)})
     found += [alarm for name in newer for alarm in compare.alarms(like, name, *limits) if alarm.best == checkpoint]
     found = [alarm for alarm in found if str(alarm) not in raised]
-    report = stages.report_path(config, checkpoint)
+    report = parts.report_path(config, checkpoint)
     for alarm in found:
         log.warning("ALARM %s", alarm)
         print(f"ALARM {alarm}", file=sys.stdout, flush=True)

@@ -73,7 +73,7 @@ def look(paths: RunPaths, index: int) -> Iterator[Found]:
 def _look(paths: RunPaths, stage: str, root: str, index: int) -> Found | None:
     name = shard_name(index)
     events = attempts.read(paths.status, stage, name)
-    aside = _json(storage.join(paths.status, f"{stage}-failed", f"{name}.json"))
+    aside = storage.read_object(storage.join(paths.status, f"{stage}-failed", f"{name}.json"))
     stats = read_stats(root, index)
     line = _planned(root, index)
     # Names and not a listing of the folder, which may have a million.
@@ -148,14 +148,6 @@ def _taken_out(root: str, index: int) -> int:
         return len(Dataset.open(root).excluded_rows(index))
     except (StageError, FileNotFoundError):
         return 0
-
-
-def _json(url: str) -> dict[str, Any]:
-    try:
-        found = storage.read_json(url)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _text(found: Found) -> str:

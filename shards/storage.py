@@ -192,6 +192,15 @@ def read_json(url: str) -> Any | None:
         return None
 
 
+def read_object(url: str) -> dict[str, Any]:
+    """The object in a JSON file that no run hangs on: empty where it is absent, torn, or something else."""
+    try:
+        found = read_json(url)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
 def open_read(url: str) -> IO[bytes]:
     """A seekable binary reader."""
     fs, path = _fs(url)

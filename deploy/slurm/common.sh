@@ -45,7 +45,8 @@ stage() {
 
 # fit ARGUMENTS...: train/main.py with these arguments by DeepSpeed's launcher, a node at a time and without ssh.
 fit() {
-    main=$(python -c 'import importlib.util; print(importlib.util.find_spec("train.main").origin)') || exit 1
+    # -P: a train.py of one's own where the job was submitted is not taken for this one.
+    main=$(python -P -c 'import importlib.util; print(importlib.util.find_spec("train.main").origin)') || exit 1
     slots=${CARRARA_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     hosts=$(printf "%s slots=$slots\n" "${nodes[@]}")
     export state head_ip port main hosts

@@ -147,9 +147,9 @@ def all_(
     overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
 ) -> None:
     """All stages in order. What can be known to be wrong with any of them is said before the first begins."""
-    from orchestration import stages
+    from orchestration import parts, stages
 
     found = configured(config, overrides_of(overrides))
     stages.check_all(found)
-    for name in stages.order(found):
+    for name in parts.order(found):
         stages.run(name, found, local, redo, adopt=adopt)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from demo.corpus import CorpusError, CorpusSummary, draw_corpus, load_summary, main
+from demo.corpus import CorpusError, CorpusSummary, draw_corpus, load_summary
 from demo.scenes import parse, split
 
 COLUMNS = ["URL", "TEXT", "WIDTH", "HEIGHT", "similarity", "punsafe", "pwatermark", "aesthetic", "LANGUAGE", "WRONG"]
@@ -166,10 +166,3 @@ def test_stated_digests_are_those_of_the_files(corpus: CorpusSummary) -> None:
     assert set(corpus.sha256) == {"table.parquet", "heldout.parquet", "server.json"}
     for name, digest in corpus.sha256.items():
         assert hashlib.sha256(Path(corpus.folder, name).read_bytes()).hexdigest() == digest
-
-
-def test_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert main([str(tmp_path / "c"), "--pictures", "12", "--heldout", "3"]) == 0
-    assert "12 are good" in capsys.readouterr().out

@@ -229,6 +229,20 @@ def test_tls_is_a_component_that_adds_one_field(tmp_path: Path) -> None:
     check(job)
 
 
+def test_the_image_is_named_in_one_place_as_the_documents_have_it(tmp_path: Path) -> None:
+    copy = tmp_path / "kubernetes"
+    shutil.copytree(FOLDER, copy)
+    [line] = re.findall(r"^ +(images: .+)$", (ROOT / "docs/kubernetes.md").read_text(), flags=re.M)
+    for folder in ("raycluster", "watch-cronjob"):
+        with open(copy / folder / "kustomization.yaml", "a") as f:
+            f.write(line + "\n")
+    for folder in ("stages/ingest", "rayjob", "watch", "watch-cronjob"):
+        done = subprocess.run(["kubectl", "kustomize", str(copy / folder)], capture_output=True, text=True)
+        images = re.findall(r" image: (.+)", done.stdout)
+        assert images, done.stderr
+        assert set(images) == {"REGISTRY/carrara:0.1.0"}
+
+
 def test_a_line_that_carrara_would_refuse_is_refused_here() -> None:
     for line in (
         "ingst",

@@ -72,7 +72,7 @@ exit $code
 """
 CARRARA = """
 trap 'echo asked >> "$FAKE_ASKED"; exit 75' TERM
-echo "carrara $* at $RAY_ADDRESS with $RAY_AUTH_TOKEN" >> "$FAKE_ASKED"
+echo "carrara $* at $RAY_ADDRESS with $RAY_AUTH_TOKEN below ${RAY_TMPDIR-}" >> "$FAKE_ASKED"
 [ -n "${FAKE_CODE:-}" ] && exit "$FAKE_CODE"
 for _ in $(seq 600); do sleep 0.1; done
 """
@@ -89,9 +89,17 @@ def _free() -> int:
 
 @pytest.fixture
 def allocation(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts a script as Slurm would on the first of some nodes. standins: further commands that stand in."""
+    """Starts a script as Slurm would on the first of some nodes. standins: further commands that stand in; cwd: where
+    the job was submitted."""
 
-    def start(script: str, *arguments: str, nodes: int, standins: dict[str, str] | None = None, **more: str):
+    def start(
+        script: str,
+        *arguments: str,
+        nodes: int,
+        standins: dict[str, str] | None = None,
+        cwd: Path = ROOT,
+        **more: str,
+    ) -> subprocess.Popen[str]:
         (tmp_path / "bin").mkdir(exist_ok=True)
         for name, text in {**STANDINS, **(standins or {})}.items():
             (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}")
@@ -112,7 +120,7 @@ def allocation(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
             **more,
         }
         line = ["bash", str(ROOT / "deploy/slurm" / script), *arguments]
-        return subprocess.Popen(line, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen(line, env=env, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     return start
 
@@ -173,7 +181,7 @@ def test_it_ends_as_the_command_ends_and_only_75_is_queued_again(
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code, out
     [line, *others] = asked(tmp_path)
-    token = re.fullmatch(r"carrara ingest --config a b\.yaml at 127\.0\.0\.1:\d+ with ([0-9a-f]{64})", line)
+    token = re.fullmatch(r"carrara ingest --config a b\.yaml at 127\.0\.0\.1:\d+ with ([0-9a-f]{64}) below /tmp", line)
     assert token, line
     assert f"joined {token[1]}" in out  # the other node has the same token, and waited for the head
     assert [o.split()[0] for o in others] == (["requeue"] if code == 75 else [])
@@ -227,6 +235,26 @@ def test_other_nodes_do_not_wait_for_ever_for_a_head_that_failed(
             process.communicate()
     assert process.returncode == 1
     assert "carrara: no Ray at 127.0.0.1:" in out
+
+
+def test_a_train_py_of_ones_own_where_the_job_is_submitted_is_not_taken_for_ours(
+    tmp_path: Path, allocation: Callable[..., subprocess.Popen[str]]
+) -> None:
+    (tmp_path / "train.py").write_text("raise SystemExit('not ours')")
+    launcher = 'while [ "$1" != --master_port ]; do shift; done; echo "$3 $*" >> "$FAKE_ASKED"'
+    process = allocation(
+        "train.sbatch",
+        "--config",
+        "x.yaml",
+        nodes=1,
+        standins={"deepspeed": launcher},
+        cwd=tmp_path,
+        CARRARA_SLURM=str(ROOT / "deploy/slurm"),
+        PYTHONPATH=str(ROOT),
+    )
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert [line.split()[0] for line in asked(tmp_path)] == [str(ROOT / "train/main.py")]
 
 
 def test_the_stand_in_for_ray_takes_what_the_real_one_takes() -> None:

@@ -203,7 +203,7 @@ def test_one_moment_evaluates_everything_that_is_due(trained: RunPaths, monkeypa
     monkeypatch.setattr(watch, "next_checkpoint", lambda *_: left[0] if left else None)
     monkeypatch.setattr(watch, "clock", lambda _: lambda: next(moments, False))
     monkeypatch.setattr(watch, "_evaluate", evaluate)
-    monkeypatch.setattr(watch.stages, "is_complete", lambda *_: True)
+    monkeypatch.setattr(watch.parts, "is_complete", lambda *_: True)
     watch.watch(configured(trained, cron="0 12 * * *", backfill=True), local=True)
     assert evaluated == ["step-00000002", "step-00000001"]
 

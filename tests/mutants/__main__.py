@@ -5,8 +5,9 @@
 
 The table is the TOML files beside this one: a promise, the file and exact text that keep it, what stands there
 instead, and the tests that must notice. Everything happens in copies of the tree; the checkout itself is never
-changed. First the tests named in the table run unchanged and must pass (--passed: they have just done so). Exit
-code 1 where a mutation goes unseen or an entry does not fit.
+changed. First the tests named in the table run unchanged and must pass (--passed: they have just done so). How long
+they take says how long they may take under a mutation; one that makes its test hang is told from one that makes it
+fail. Exit code 1 where a mutation goes unseen or an entry does not fit.
 """
 
 from __future__ import annotations
@@ -25,13 +26,18 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 240  # for the tests of one mutant; a mutation that makes a test hang is seen as well
-UNCHANGED_S = 1800  # for all tests of the table in the unchanged tree
+UNCHANGED_S = 300.0  # for a test in the unchanged tree
+LEAST_S, TIMES = 20.0, 3.0  # a test of a mutant may take so long, and so many times what it takes unchanged
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)  # in pytest's short summary
+TOOK = re.compile(r"^([\d.]+)s (setup|call|teardown) +(.+)$", re.MULTILINE)  # in its list of durations
+HANGS = "from pytest-timeout"
+T, R = TypeVar("T"), TypeVar("R")
 SKIPPED = shutil.ignore_patterns(
     ".git", ".venv", "runs", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "build"
 )
@@ -82,54 +88,90 @@ class Pytester:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.mutants.pytester"],
             cwd=tree,
-            env={**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**os.environ, "PYTHONPATH": str(tree)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def run(self, tests: Sequence[str], timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
-        """Pytest's exit code and output for these tests, to the first that fails; 1 where they ran out of time."""
-        options = ["-q", "-x", "--no-header", "--durations=0", "-p", "no:cacheprovider", "--timeout=120"]
-        job = {"arguments": [*options, *tests], "output": str(self.output), "timeout": timeout_s}
+    def run(self, tests: Sequence[str], limit_s: float) -> tuple[int, str]:
+        """Pytest's exit code and output for these tests, to the first that fails. limit_s: for each of them."""
+        options = ["-q", "-x", "--no-header", "--durations=0", "-p", "no:cacheprovider", f"--timeout={limit_s:.0f}"]
+        # A test that hangs where no signal arrives is ended from outside.
+        job = {"arguments": [*options, *tests], "output": str(self.output), "timeout": (limit_s + 30) * len(tests)}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline().strip()
         if not answer:
             raise RuntimeError("the process that runs pytest has ended")
-        return (1, "out of time") if answer == "timeout" else (int(answer), self.output.read_text(errors="replace"))
+        return (1, HANGS) if answer == "timeout" else (int(answer), self.output.read_text(errors="replace"))
 
     def close(self) -> None:
         """End the process."""
         self.process.communicate()
 
 
-def seen(mutant: Mutant, pytester: Pytester) -> tuple[str, str]:
-    """(what is wrong with the entry, empty where a test of it fails in this copy of the tree; the test that failed)."""
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a mutant. mark: seen, hangs or UNSEEN; says: the test that noticed, or what is wrong."""
+
+    mark: str
+    says: str
+    seconds: float
+
+
+def outcome(mutant: Mutant, pytester: Pytester, limit_s: float) -> Outcome:
+    """Run the mutant's tests in this copy of the tree."""
+    began = time.monotonic()
     try:
         before = mutant.apply(pytester.tree)
     except (OSError, ValueError) as e:
-        return str(e), ""
+        return Outcome("UNSEEN", str(e), 0.0)
     try:
-        code, output = pytester.run(mutant.tests)
+        code, output = pytester.run(mutant.tests, limit_s)
     finally:
         (pytester.tree / mutant.file).write_text(before)
+    took = time.monotonic() - began
     if code == 1:
         failed = FAILED.search(output)
-        return "", failed[1] if failed else output.strip().rpartition("\n")[2]
-    if code == 0:
-        return "no test fails without this line", ""
-    return f"pytest ended with {code}: {output[-500:]}", ""
+        by = failed[1] if failed else output.strip().rpartition("\n")[2]
+        return Outcome("hangs" if HANGS in output else "seen", by, took)
+    says = "no test fails without this line" if code == 0 else f"pytest ended with {code}: {output[-500:]}"
+    return Outcome("UNSEEN", says, took)
 
 
-def unchanged(pytesters: Sequence[Pytester], tests: Sequence[str]) -> str:
-    """Empty where these tests pass in the unchanged tree, those of a file in one process; else what pytest says."""
+def in_turn(pytesters: Sequence[Pytester], work: Callable[[T, Pytester], R], items: Sequence[T]) -> Iterator[R]:
+    """`work` of each item with whichever process is free, in the order of the items."""
+    free: queue.SimpleQueue[Pytester] = queue.SimpleQueue()
+    for pytester in pytesters:
+        free.put(pytester)
+
+    def one(item: T) -> R:
+        pytester = free.get()
+        try:
+            return work(item, pytester)
+        finally:
+            free.put(pytester)
+
+    with concurrent.futures.ThreadPoolExecutor(len(pytesters)) as pool:
+        yield from pool.map(one, items)
+
+
+def unchanged(pytesters: Sequence[Pytester], tests: Sequence[str]) -> tuple[str, Counter[str]]:
+    """(what pytest says where one of these tests fails in the unchanged tree, else empty; how many seconds each of them
+    takes, with what the tests of its file share)."""
     files: dict[str, list[str]] = {}
     for test in tests:
         files.setdefault(test.partition("::")[0], []).append(test)
-    with concurrent.futures.ThreadPoolExecutor(len(pytesters)) as pool:
-        parts = [[t for f in list(files)[n :: len(pytesters)] for t in files[f]] for n in range(len(pytesters))]
-        found = [pool.submit(p.run, part, UNCHANGED_S) for p, part in zip(pytesters, parts, strict=True) if part]
-    return "\n".join(output[-4000:] for code, output in (f.result() for f in found) if code)
+    run = in_turn(pytesters, lambda some, pytester: pytester.run(some, UNCHANGED_S), list(files.values()))
+    wrong, took = "", Counter[str]()
+    for some, (code, output) in zip(files.values(), run, strict=True):
+        wrong += output[-4000:] if code else ""
+        phases = [(float(seconds), phase, test.partition("[")[0]) for seconds, phase, test in TOOK.findall(output)]
+        shared = max((seconds for seconds, phase, _ in phases if phase == "setup"), default=0.0)
+        for test in some:
+            mine = [seconds for seconds, phase, name in phases if phase != "setup" and name == test.partition("[")[0]]
+            took[test] = shared + max(mine, default=0.0)
+    return wrong, took
 
 
 def main() -> int:
@@ -145,36 +187,30 @@ def main() -> int:
         print("no entry of the mutation table fits", file=sys.stderr)
         return 1
     began = time.monotonic()
-    wrong: list[str] = []
+    marks: Counter[str] = Counter()
+    wrong, took = [], Counter[str]()
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch, contextlib.ExitStack() as stack:
         pytesters = [Pytester(Path(scratch) / str(job)) for job in range(args.jobs)]
-        free: queue.SimpleQueue[Pytester] = queue.SimpleQueue()
         for pytester in pytesters:
             stack.callback(pytester.close)
-            free.put(pytester)
         if not args.passed:
-            if problem := unchanged(pytesters, sorted({t for m in mutants for t in m.tests})):
+            problem, took = unchanged(pytesters, sorted({t for m in mutants for t in m.tests}))
+            if problem:
                 print(f"the tests of the table do not pass as they are:\n{problem}", file=sys.stderr)
                 return 1
             print(f"the tests pass as they are, {time.monotonic() - began:.0f} s", flush=True)
 
-        def one(mutant: Mutant) -> tuple[str, str, float]:
-            pytester, began = free.get(), time.monotonic()
-            try:
-                return *seen(mutant, pytester), time.monotonic() - began
-            finally:
-                free.put(pytester)
+        def one(mutant: Mutant, pytester: Pytester) -> Outcome:
+            return outcome(mutant, pytester, LEAST_S + TIMES * max(took[test] or LEAST_S for test in mutant.tests))
 
-        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            results = zip(mutants, pool.map(one, mutants), strict=True)
-            for number, (mutant, (problem, by, took)) in enumerate(results, 1):
-                mark = "UNSEEN" if problem else "seen"
-                print(f"{number:4}/{len(mutants)} {mark:6} {took:4.0f} s {mutant.file}: {mutant.promise}", flush=True)
-                if by:
-                    print(f"            by {by}", flush=True)
-                if problem:
-                    wrong.append(f"{mutant.file}: {mutant.promise}: {problem}")
-    print(f"{len(mutants) - len(wrong)} of {len(mutants)} mutations are seen, {time.monotonic() - began:.0f} s")
+        for number, (mutant, found) in enumerate(zip(mutants, in_turn(pytesters, one, mutants), strict=True), 1):
+            marks[found.mark] += 1
+            said = f"{number:4}/{len(mutants)} {found.mark:6} {found.seconds:4.0f} s {mutant.file}: {mutant.promise}"
+            print(f"{said}\n            by {found.says}" if found.mark != "UNSEEN" else said, flush=True)
+            if found.mark == "UNSEEN":
+                wrong.append(f"{mutant.file}: {mutant.promise}: {found.says}")
+    seen = f"{len(mutants) - len(wrong)} of {len(mutants)} mutations are seen, {marks['hangs']} by a test that hangs"
+    print(f"{seen}, {time.monotonic() - began:.0f} s")
     for line in wrong:
         print(line, file=sys.stderr)
     return 1 if wrong else 0

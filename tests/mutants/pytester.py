@@ -1,18 +1,24 @@
 """Pytest over and over in one tree, each time in a fork of a process that has imported the large libraries already.
 
-Their import takes longer than most tests do. Of the project itself nothing is imported before the fork. A line of
-standard input is a job in JSON, {arguments, output, timeout}; the answer is pytest's exit code, or "timeout".
+Their import takes longer than most tests do. Of the project itself nothing is imported before the fork, but all of it
+is compiled. A line of standard input is a job in JSON, {arguments, output, timeout}; the answer is pytest's exit code,
+or "timeout".
 """
 
 from __future__ import annotations
 
+import atexit
+import compileall
 import contextlib
+import gc
 import importlib
+import importlib.metadata
 import json
 import os
 import signal
 import sys
 import time
+from py_compile import PycInvalidationMode
 
 # Ray is not among them: it reads the mode of authentication once, as it is loaded.
 LARGE = (
@@ -37,8 +43,12 @@ def main() -> None:
     """Serve the jobs of standard input."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library says as it is imported is no answer
-    for name in LARGE:
+    # By its content: a mutation may be as long as what it replaces, and be made within the same second.
+    compileall.compile_dir(".", quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
+    sys.dont_write_bytecode = False  # whatever the environment says: pytest keeps what it makes of the tests
+    for name in (*LARGE, *(plugin.module for plugin in importlib.metadata.entry_points(group="pytest11"))):
         importlib.import_module(name)
+    gc.freeze()  # or each fork would walk through, and so copy, all that was imported
     for line in sys.stdin:
         job = json.loads(line)
         if (child := os.fork()) == 0:
@@ -50,7 +60,11 @@ def main() -> None:
             import pytest
 
             sys.argv = ["pytest"]
-            sys.exit(pytest.main(job["arguments"]))
+            code = pytest.main(job["arguments"])
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # the teardown of so many libraries takes longer than many a test
         until = time.monotonic() + job["timeout"]
         while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
             time.sleep(0.05)

@@ -199,6 +199,12 @@ def test_a_wrong_ray_address_is_a_sentence_at_once() -> None:
     assert seconds < 15
 
 
+@pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:1"])
+def test_an_address_that_cannot_be_asked_is_waited_for(address: str) -> None:
+    """`auto` is what a platform's image may set: a slow head is no reason to say that it is no Ray."""
+    assert connection._is_ray(address)
+
+
 @pytest.mark.slow
 def test_an_address_where_something_else_listens_is_a_sentence_within_half_a_minute() -> None:
     code, err, seconds = wrong_address(lambda server: server.listen(50))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -88,6 +91,26 @@ def test_a_configuration_goes_along_only_where_the_command_would_look_for_it(
     (tmp_path / "carrara.yaml").write_text("run: y")
     sent = submit.pack(tmp_path / "sent", command.split(), looks_for_configuration)
     assert ("carrara.yaml" in sent[-1]) == goes_along
+
+
+def test_a_job_is_asked_with_the_headers_that_it_was_submitted_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dashboard(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.headers.get("X-Gate") == "open" else 403)
+            self.end_headers()
+            details = {"type": "SUBMISSION", "status": "FAILED", "entrypoint": "x", "driver_exit_code": 75}
+            version = {"version": "4", "ray_version": "2.60.0", "ray_commit": "x", "session_name": "x"}
+            self.wfile.write(json.dumps(version if self.path.endswith("version") else details).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setenv("RAY_JOB_HEADERS", '{"X-Gate": "open"}')
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = submit._job(f"http://127.0.0.1:{server.server_port}", "job")
+        server.shutdown()
+    assert found == ("FAILED", 75)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from latents.encoders import load_text, load_text_of, other_encoder
 from latents.stage import LatentsStage
 from latents.weights import find_pad
 from orchestration.config import RunConfig
-from orchestration.stages import shard_stages
+from orchestration.parts import shard_stages
 from shards.dataset import Dataset
 from shards.layout import RunPaths
 from shards.settings import ConfigError, validate

@@ -19,7 +19,7 @@ from latents.inspection import inspect
 from latents.stage import LatentsStage
 from latents.weights import find_clip
 from orchestration.config import RunConfig
-from orchestration.stages import shard_stages
+from orchestration.parts import shard_stages
 from shards.dataset import Dataset
 from shards.layout import RunPaths
 from shards.settings import ConfigError, load_sections, validate

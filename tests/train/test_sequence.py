@@ -40,7 +40,7 @@ from latents.inspection import inspect
 from latents.text import SequenceEncoder
 from latents.weights import find_sequence
 from orchestration.config import RunConfig
-from orchestration.stages import check_inputs, shard_stages
+from orchestration.parts import check_inputs, shard_stages
 from shards.blank import blank_columns
 from shards.columns import keep_rows, pack_columns, unpack_columns
 from shards.dataset import Dataset
