@@ -1,4 +1,4 @@
-"""Every `carrara ...` in the documents is a command line that Carrara takes. (`make docs` looks at the site's links.)"""
+"""Every `carrara ...` in the documents is a command line that Carrara takes. (`make docs` looks at the links.)"""
 
 from __future__ import annotations
 
