@@ -3,7 +3,7 @@
 frechet    Frechet distance of 2048-d moments: ours against scipy's sqrtm (clean-fid, pytorch-fid) and against the
            eigenvalues of S1 S2 (torch-fidelity, torchmetrics); full rank, and fewer vectors than dimensions
 features   images/s of the feature stage against the bare network on ready batches; peak memory at N and 4 N images
-generate   images/s of the whole evaluation against the bare pipeline in a loop; what a checkpoint costs beside that
+generate   images/s of the whole evaluation against the bare pipeline in a loop
 tail       distances from finished features, for a first checkpoint and for a second one
 alarms     share of runs of 30 equally good checkpoints that raise an alarm, by simulation
 
@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import scipy
@@ -31,12 +32,14 @@ from eval import compare
 from eval.metrics import frechet, moments
 from eval.metrics.moments import Moments
 
+T = TypeVar("T")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["frechet", "features"])
     parser.add_argument("--dim", type=int, default=2048)
-    parser.add_argument("--images", type=int, default=32, help="of generate")
+    parser.add_argument("--images", type=int, default=16, help="of generate")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peak:
@@ -61,7 +64,7 @@ def features_like(n: int, d: int, seed: int) -> np.ndarray:
     return (rng.standard_normal((n, d)) * scale) @ q + 0.05 * seed
 
 
-def taken(work: Callable[[], float]) -> tuple[float, float]:
+def taken(work: Callable[[], T]) -> tuple[float, T]:
     began = time.perf_counter()
     value = work()
     return time.perf_counter() - began, value
@@ -276,10 +279,9 @@ def peak(count: int) -> None:
 # ---- generation, end to end -------------------------------------------------------------------------
 
 
-def bench_generate(images: int = 32, side: int = 128, steps: int = 12, batch: int = 8) -> None:
+def bench_generate(images: int, side: int = 128, steps: int = 12, batch: int = 8) -> None:
     """Images made, encoded, judged by a CLIP and committed, two shards in hand as the engine has them, against the bare
-    pipeline in a loop; then the driver's part after a first and after a second checkpoint."""
-    import json
+    pipeline in a loop."""
     from concurrent.futures import ThreadPoolExecutor
 
     import torch
@@ -295,7 +297,7 @@ def bench_generate(images: int = 32, side: int = 128, steps: int = 12, batch: in
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        run: RunPaths = build_run(Path(folder) / "run", 240)
+        run: RunPaths = build_run(Path(folder) / "run", images)
         torch.manual_seed(0)
         UNet2DConditionModel(
             sample_size=side // 4,
@@ -308,112 +310,70 @@ def bench_generate(images: int = 32, side: int = 128, steps: int = 12, batch: in
             norm_num_groups=8,
         ).save_pretrained(f"{run.model}/unet")
         config = EvalConfig(num_prompts=images, steps=steps, batch_size=batch, shard_size=batch, device="cpu")
-        refs = (run.autoencoder + "/model", run.clip + "/model")
-        evaluation = Evaluation(config, run, *refs)
+        evaluation = Evaluation(config, run, f"{run.autoencoder}/model", f"{run.clip}/model")
+        stage = evaluation.generate
+        begin(stage)
+        work = stage.worker()
         bare_pipeline = ImageGenerator(models.build_pipeline(run, evaluation.model), "ddim", steps, 3.0)
         samples = [Sample(p.id, 0, p.text) for p in evaluation.prompts]
-        numbers = iter(range(100))
-
-        def bare() -> float:
+        ratios = []
+        for turn in range(3):  # one after the other, so that a busy machine is busy for both
+            began = time.perf_counter()
             for i in range(0, images, batch):
                 bare_pipeline(samples[i : i + batch])
-            return 0.0
-
-        def staged() -> float:
-            own = Evaluation(config, RunPaths(run.run), *refs)
-            own.generate.root = f"{folder}/{next(numbers)}"
-            stage = own.generate
-            begin(stage)
-            for features in stage.features():
-                begin(features)
-            work = workers.pop()
-            work.stage, work.folder = stage, begin(stage)
-            work.features = [f.worker() for f in stage.features()]
-            for f in work.features:
-                f.lock = work.lock
+            bare = time.perf_counter() - began
+            stage.root = f"{folder}/{turn}"
+            work.folder, work.features = begin(stage), [f.worker() for f in stage.features()]
+            for features in work.features:
+                features.lock = work.lock
             began = time.perf_counter()
-            with ThreadPoolExecutor(2) as pool:
+            with ThreadPoolExecutor(stage.max_in_flight) as pool:
                 list(pool.map(work, stage.tasks()))
-            took.append(time.perf_counter() - began)
-            workers.append(work)
-            return 0.0
-
-        begin(evaluation.generate)
-        for f in evaluation.generate.features():
-            begin(f)
-        workers, took = [evaluation.generate.worker()], []
-        ratios = []
-        for _ in range(3):  # in turn, so that a busy machine is busy for both
-            began = time.perf_counter()
-            bare()
-            alone = time.perf_counter() - began
-            staged()
-            ratios.append(alone / took[-1])
-        rate = images / took[-1]
-        print(f"generate, {images} images of {side} px, {steps} steps, one thread: {rate:.2f} images/s end to end,")
+            took = time.perf_counter() - began
+            ratios.append(bare / took)
+        print(f"generate, {images} images of {side} px, {steps} steps, one thread: {images / took:.2f} images/s,")
         print(f"  {', '.join(f'{100 * r:.1f} %' for r in ratios)} of the bare pipeline's rate")
-        tails = []
-        for name, seen in (("step-00000004", 256), ("step-00000008", 512)):
-            (Path(run.model) / "carrara.json").write_text(json.dumps({"checkpoint": name, "images_seen": seen}))
-            own = Evaluation(config, run, *refs)
-            began, sampled_s = time.perf_counter(), 0.0
-            for stage in own.stages():
-                begin(stage)
-                todo = list(stage.tasks())
-                if stage is own.generate or "generated" in stage.name:
-                    since = time.perf_counter()
-                    work = stage.worker()
-                    stage.finish([work(t) for t in todo])
-                    sampled_s += time.perf_counter() - since
-                    continue
-                from eval.shardwork import committed_stats
-
-                if all(s is not None for s in committed_stats(stage, todo)):
-                    continue
-                work = stage.worker()
-                stage.finish([work(t) for t in todo])
-            own.measure()
-            tails.append(time.perf_counter() - began - sampled_s)
-        print(f"  beside making images: {tails[0]:.1f} s for the first checkpoint, {tails[1]:.1f} s for the second")
 
 
-def bench_tail(n: int = 4000, real: int = 8000, d: int = 1024) -> None:
+def bench_tail(n: int = 1000, real: int = 20_000, d: int = 256) -> None:
     """What the driver works out of finished features, for a first checkpoint and for a second one: the real side's
     factor, kernel sums and radii are kept, the generated side's are its own."""
-    from eval.metrics import frechet, kernel, neighbours
+    from eval.metrics import kernel, neighbours
     from eval.metrics.statistics import RealSide
     from shards.columns import pack_columns
     from shards.dataset import Dataset, commit_shard, write_manifest
     from shards.fingerprint import Fingerprint
 
-    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        keys = [f"{i:06d}" for i in range(real)]
         sink = io.BytesIO()
-        pq.write_table(pa.table({"key": keys, "status": ["success"] * real}), sink)
-        y = rng.standard_normal((real, d)).astype(np.float32)
+        pq.write_table(pa.table({"key": [f"{i:06d}" for i in range(real)], "status": ["success"] * real}), sink)
+        y = np.random.default_rng(0).standard_normal((real, d)).astype(np.float32)
         files = {".safetensors": pack_columns({"x": y}, {}), ".parquet": sink.getvalue()}
         stats = commit_shard(folder, 0, files, {"rows": real, "count": real}, Fingerprint("f", 1, {}))
         write_manifest(folder, "features", [stats])
-        seconds = []
+        print(f"tail, {n:,} generated and {real:,} real vectors, d = {d}:")
+        few = y[:40, :8]
+        neighbours.prdc(few, few, range(40))  # what is loaded at its first use belongs to neither checkpoint
+        kernel.kid(few, few, np.arange(40) % 2)
+        frechet.estimate_of(frechet.reference_of(few), few, np.arange(40) % 2)
+        whole = []
         for seed in (1, 2):
             x = np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
-            group = np.arange(n) % 20
-            side, began = RealSide(Dataset.open(folder), "x"), time.perf_counter()
-            real_side = side.frechet, side.kernel("polynomial"), side.radii
-            apart = time.perf_counter() - began
-            frechet.estimate(real_side[0], {g: moments.of(x[group == g]) for g in range(20)})
-            kernel.kid(x, side.features, group, real_side[1])
-            neighbours.prdc(side.features, x, range(n), real_side[2])
-            seconds.append((apart, time.perf_counter() - began))
-    (first, whole), (second, again) = seconds
-    print(
-        f"tail, {n:,} generated and {real:,} real vectors, d = {d}: the real side {first:.2f} s, then {second:.3f} s;"
-    )
-    print(f"  all of it {whole:.1f} s, then {again:.1f} s")
+            group, side = np.arange(n) % 20, RealSide(Dataset.open(folder), "x")
+            parts: dict[str, Callable[[], object]] = {
+                "real side": lambda: (side.frechet, side.kernel("polynomial"), side.radii),  # noqa: B023
+                "Frechet": lambda: frechet.estimate(side.frechet, {g: moments.of(x[group == g]) for g in range(20)}),  # noqa: B023
+                "KID": lambda: kernel.kid(x, side.features, group, side.kernel("polynomial")),  # noqa: B023
+                "neighbours": lambda: neighbours.prdc(side.features, x, range(n), side.radii),  # noqa: B023
+            }
+            seconds = {name: taken(work)[0] for name, work in parts.items()}
+            whole.append(sum(seconds.values()))
+            shown = ", ".join(f"{name} {s:.2f} s" for name, s in seconds.items())
+            print(f"  checkpoint {seed}: {whole[-1]:.2f} s ({shown})", flush=True)
+        print(f"  the second takes {100 * whole[1] / whole[0]:.1f} % of the first")
 
 
 # ---- alarms -----------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ def edited(model: str, count: int, steps: int) -> list[str]:
         right = (c0 == asked[:, 0]) & (before.min(1) <= LIMIT)
         kept, said = (k1 == k0) & (g1 == g0) & (after.min(1) <= LIMIT), c1 == asked[:, 1]
         n = int(right.sum())
-        text = f"{exchange:20s} right before {n} of {len(pairs)}"
+        far = float(np.median(before.min(1)))
+        text = f"{exchange:20s} right before {n} of {len(pairs)} (median {far:.1f} levels from the nearest)"
         for what, found in {"place, size and ground kept": kept, "new colour": said, "both": kept & said}.items():
             share = float(found[right].mean()) if n else 0.0
             low, high = wilson(share, n) if n else (0.0, 1.0)

@@ -12,10 +12,12 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from eval.metrics.definitions import DEFINITIONS
 from eval.metrics.estimate import paired, quantile95
 from eval.protocol import require_comparable
 
-# What a verdict and an alarm look at, where measured: how far from the real images, and whether images fit prompts.
+# What a verdict and an alarm look at, where measured: how far from the real images, and whether images fit prompts; and
+# every score of one's own or made elsewhere.
 WATCHED = (
     "fid_clean",
     "fid_tf",
@@ -27,6 +29,11 @@ WATCHED = (
 )
 HORIZON = 30  # checkpoints over which the rate of false alarms is held
 BAD = ("failed", "blank", "repeated")
+
+
+def is_watched(metric: str) -> bool:
+    """Whether a verdict and an alarm look at it."""
+    return metric in WATCHED or metric not in DEFINITIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +115,7 @@ def _paired(a: dict[str, Any], b: dict[str, Any], left_a: dict[str, Any], left_b
 
 def verdict(found: Sequence[Difference], before: str, after: str) -> tuple[str, str]:
     """(better, worse, mixed or same; one sentence) over the watched metrics, each held to 0.05 over their number."""
-    watched = [d for d in found if d.metric in WATCHED and not d.tag]
+    watched = [d for d in found if is_watched(d.metric) and not d.tag]
     sure = [d for d in watched if d.p * len(watched) < 0.05]
     better = [d.label or d.metric for d in sure if d.verdict == "better"]
     worse = [d.label or d.metric for d in sure if d.verdict == "worse"]
@@ -167,10 +174,10 @@ def alarms(
     where there is no earlier result: a collapsed model can have a fine CLIP score.
     """
     found: list[Alarm] = []
-    for mine in [r for r in results if r["checkpoint"] == checkpoint and _whole(r)]:
+    for mine in [r for r in results if r["checkpoint"] == checkpoint and alike(r, r)]:
         sound: list[dict[str, Any]] = []
-        for result in sorted((r for r in results if _whole(r) and _kind(r) == _kind(mine)), key=_seen):
-            if _seen(result) < _seen(mine) and not _against(result, sound, rate, min_change, bad_images):
+        for result in sorted((r for r in results if alike(r, mine)), key=seen):
+            if seen(result) < seen(mine) and not _against(result, sound, rate, min_change, bad_images):
                 sound.append(result)
         found += _against(mine, sound, rate, min_change, bad_images)
     return found
@@ -180,8 +187,8 @@ def _against(
     result: dict[str, Any], sound: Sequence[dict[str, Any]], rate: float, min_change: float, bad_images: float
 ) -> list[Alarm]:
     """Alarms of a result beside those of fewer images seen among `sound`."""
-    rivals = [r for r in sound if _seen(r) < _seen(result)]
-    compared = [(r, [d for d in differences(r, result) if d.metric in WATCHED]) for r in rivals]
+    rivals = [r for r in sound if seen(r) < seen(result)]
+    compared = [(r, [d for d in differences(r, result) if is_watched(d.metric)]) for r in rivals]
     comparisons = sum(len(d) for _, d in compared) + len(BAD) * max(1, len(rivals))
     found = _bad_images(result, rivals, rate / (comparisons * HORIZON), bad_images)
     worst: dict[str, tuple[float, dict[str, Any], Difference]] = {}
@@ -228,13 +235,12 @@ def _bad_images(result: dict[str, Any], rivals: Sequence[dict[str, Any]], p_most
     return found
 
 
-def _kind(result: dict[str, Any]) -> tuple[str, str]:
-    return result["model"]["weights"], result["protocol"]["id"]
+def alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two results are of one protocol and one kind of weights, and the first one whole."""
+    same = a["protocol"]["id"] == b["protocol"]["id"] and a["model"]["weights"] == b["model"]["weights"]
+    return bool(same and not a["missing"]["images"])
 
 
-def _seen(result: dict[str, Any]) -> int:
+def seen(result: dict[str, Any]) -> int:
+    """Images that the model was trained on."""
     return int(result["images_seen"] or 0)
-
-
-def _whole(result: dict[str, Any]) -> bool:
-    return not result["missing"]["images"]

@@ -188,7 +188,7 @@ class PairGenerator:
         c = self.request = request
         pipeline = models.build_pipeline(run, model)
         if models.takes_image(pipeline):
-            raise ConfigError("edit: this model is given a picture beside each prompt; use `carrara sample --image`")
+            raise ConfigError("edit: this model is given an image beside each prompt; use `carrara sample --image`")
         pipeline = models.from_prompts(pipeline)
         if type(pipeline).__name__ != PIPELINE:
             raise ConfigError(f"edit: the model is a {type(pipeline).__name__}, and what is edited is a {PIPELINE}")

@@ -151,7 +151,10 @@ class Evaluation:
             "training_set": Dataset.open(self.run.images).fingerprint if c.memorisation else "",
             "retrieval_candidates": c.retrieval_candidates,
             "jackknife_groups": c.jackknife_groups,
-            "measured_with": protocol.libraries("numpy", "scipy", "pillow", "open_clip_torch", "torch-fidelity"),
+            "measured_with": {
+                "eval": protocol.MEASURES,
+                **protocol.libraries("numpy", "scipy", "pillow", "open_clip_torch", "torch-fidelity"),
+            },
         }
         return {"id": protocol.identity(found), **found}
 
@@ -275,7 +278,7 @@ class Evaluation:
         # The report of earlier numbers goes first, so that a kill in between cannot leave it standing for these.
         storage.remove(page.url_of(self.run, self.model.name))
         storage.write_atomic(storage.join(self.folder, "label.txt"), (self.label + "\n").encode())
-        storage.write_json(storage.join(self.folder, "provenance.json"), measure.provenance(self))
+        storage.write_json(storage.join(self.folder, "provenance.json"), protocol.provenance(self))
         measure.write(storage.join(self.folder, METRICS), found)
 
     def result(self) -> dict[str, Any]:

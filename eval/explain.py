@@ -1,9 +1,9 @@
-"""Why two FIDs of the same pictures differ: both sets under every protocol that people publish, in one pass.
+"""Why two FIDs of the same images differ: both sets under every protocol that people publish, in one pass.
 
     carrara explain-fid GENERATED REAL --inception weights-inception-2015-12-05-6726825d.pth
 
-The network is the same in all of them (the Inception of 2015); what differs is how a picture comes to 299 x 299 and
-what range it is fed in. Pictures are decoded once. A set is a folder of pictures or finished shards.
+The network is the same in all of them (the Inception of 2015); what differs is how an image comes to 299 x 299 and
+what range it is fed in. Images are decoded once. A set is a folder of images or finished shards.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Row:
 
 
 def explain(generated: str, real: str, inception: str, batch_size: int = 16, device: str = "auto") -> list[Row]:
-    """The distance of the two sets under each of PROTOCOLS. ConfigError where a set has fewer than two pictures."""
+    """The distance of the two sets under each of PROTOCOLS. ConfigError where a set has fewer than two images."""
     from latents.encoders import pick_device
 
     network = networks.Inception(networks.find("inception", inception), pick_device(device))
@@ -98,7 +98,7 @@ def _statistics(
 
     count, images = _images(source)
     if count < 2:
-        raise ConfigError(f"explain-fid: {source} has {count} pictures; a distance needs at least 2 on either side")
+        raise ConfigError(f"explain-fid: {source} has {count} images; a distance needs at least 2 on either side")
     kept: dict[str, list[np.ndarray]] = {name: [] for name in PROTOCOLS}
     moments = {name: Accumulator(WIDTH) for name in PROTOCOLS}
     progress = Progress("explain-fid", count, "images")
@@ -115,13 +115,13 @@ def _statistics(
 
 
 def _images(source: str) -> tuple[int, Iterator[np.ndarray]]:
-    """Number of pictures of a dataset of shards or of a folder, and the pictures uint8 [H, W, 3] in their order."""
+    """Number of images of a dataset of shards or of a folder, and the images uint8 [H, W, 3] in their order."""
     if storage.exists(storage.join(source, MANIFEST)):
         dataset = Dataset.open(source)
         return len(dataset), (decode_rgb(data) for _, data in images_of(dataset) if data is not None)
     folder = Path(source)
     if not folder.is_dir():
-        raise ConfigError(f"explain-fid: {source} is neither a folder of pictures nor finished shards")
+        raise ConfigError(f"explain-fid: {source} is neither a folder of images nor finished shards")
     found = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     files = [p for p in found if p.suffix.lower() in EXTENSIONS]
     if len(files) < len(found):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -199,12 +200,15 @@ class FeaturesWorker:
         errors: list[str | None],
         converted: list[bool],
     ) -> Made:
+        began, waited = time.perf_counter(), 0.0
         columns: dict[str, list[np.ndarray]] = {}
         kept: list[int] = []
         sheet: dict[int, bytes] = {}
         scores = self.stage.found.name in ("judge", "preference", "scorer")
         for indices, ready in batches:
+            asked = time.perf_counter()
             with self.lock, self._fixed(self.stage.threads):
+                waited += time.perf_counter() - asked
                 parts = self.network(ready)
                 if isinstance(self.network, networks.Reconstruction) and len(sheet) < SHEET:
                     sheet |= {i: png(p) for i, p in zip(indices, self.network.images, strict=True) if i < SHEET}
@@ -232,4 +236,5 @@ class FeaturesWorker:
             tar, located = tar_of([(k, {"png": sheet[i]}) if i in sheet else None for i, k in enumerate(keys)])
             files[".tar"], table = tar, table | located
         files[".parquet"] = parquet(table, converted=pa.bool_())
-        return files, {**counted(status), "converted": sum(converted)}
+        seconds = round(time.perf_counter() - began - waited, 3)
+        return files, {**counted(status), "converted": sum(converted), "seconds": seconds}

@@ -5,7 +5,7 @@
     carrara judge score pack votes-*.csv
 
 `pack` writes index.html, which opens from a USB stick and saves a CSV of votes, and key.json, which says what was what
-and stays with whoever asks. A pair shows two pictures of one prompt from one noise; which one stands left is decided
+and stays with whoever asks. A pair shows two images of one prompt from one noise; which one stands left is decided
 by a hash, and nothing on the page tells them apart. Pairs are drawn evenly over the pairings.
 
 Bradley & Terry 1952: P(i beats j) = 1 / (1 + exp(s_j - s_i)). A tie is half a win to either side. The scores are the
@@ -46,7 +46,7 @@ MAX_PAIRS = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two pictures (data: URIs) of one prompt; left and right: positions in the list of what is compared."""
+    """Two images (data: URIs) of one prompt; left and right: positions in the list of what is compared."""
 
     id: str
     prompt: str

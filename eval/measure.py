@@ -6,38 +6,42 @@ belongs to real images alone is worked out once and kept (metrics/statistics.py)
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Hashable, Sequence
-from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from eval import judges, suites
+from eval.config import EvalConfig
 from eval.metrics import clip_score, frechet, kernel, memorisation, moments, neighbours
 from eval.metrics.definitions import DEFINITIONS, DISTANCES, FEW, SHARES
 from eval.metrics.estimate import Estimate, mean_by_cluster, proportion, with_groups
 from eval.metrics.inception_score import inception_score
 from eval.metrics.retrieval import distinct, of_pairs
-from eval.metrics.statistics import RealSide, from_npz
+from eval.metrics.statistics import RealSide, floor, from_npz
 from eval.networks import INCEPTION_SHA256
 from eval.prompts import controls
 from eval.rows import column, group_of, live, table
 from shards import storage
-from shards.dataset import Dataset
+from shards.columns import ColumnShard
+from shards.dataset import MANIFEST, Dataset
 from shards.fingerprint import digest_json
 
 if TYPE_CHECKING:
     from eval.evaluation import Evaluation
+    from shards.stage import Stage
 
 log = logging.getLogger("carrara.eval")
 
 FORMAT = 2
+JUDGES = ("judge", "preference", "scorer")  # networks whose columns are scores, but for the chances of each question
+ATOMS = "atoms"
 
 
 def write(url: str, metrics: dict[str, Any]) -> None:
@@ -74,13 +78,13 @@ def _warn(url: str, _content: str, what: str) -> None:
 
 
 def inputs(evaluation: Evaluation, generated: Dataset) -> dict[str, str]:
-    """Fingerprints of everything that `measure` reads."""
-    found = {"images": generated.fingerprint}
+    """Fingerprints of everything that `measure` reads, and of the metrics that it knows."""
+    found = {"images": generated.fingerprint, "definitions": digest_json(DEFINITIONS)}
     for stage in evaluation.generate.features():
         if (dataset := stage.committed(generated)) is not None:
             found[f"generated {stage.found.name}"] = dataset.fingerprint
     for stage in evaluation.real():
-        if storage.exists(storage.join(stage.root, "dataset.json")):
+        if _is_finished(stage):
             found[f"real {stage.found.name}"] = Dataset.open(stage.root).fingerprint
     return found | {f"scores {n}": d for n, d in suites.imported_digests(generated.root).items()}
 
@@ -121,89 +125,261 @@ class Images:
             self._columns[network, name] = column(self.features[network], name)[self.feature_rows[network]]
         return self._columns[network, name]
 
+    def scores(self, network: str) -> list[str]:
+        """Names of the columns that are a score an image."""
+        return [n for n in _columns_of(self.features[network]) if n != ATOMS] if network in self.features else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What the numbers of all images, and those of each tag, are taken from. sides: the real side of each column that
+    distances are taken in; meaning: equal for captions that say the same, where the user's scorer has a rule for it."""
+
+    config: EvalConfig
+    images: Images
+    sides: dict[str, RealSide]
+    imported: dict[str, suites.Imported]
+    meaning: Callable[[str], Hashable] | None
+
+    def part(self, chosen: npt.ArrayLike, tag: bool = False) -> Part:
+        """The images at these indices."""
+        index = np.asarray(chosen, np.int64)
+        rows = {name: [values[i] for i in index] for name, values in self.images.rows.items()}
+        return Part(self, index, tag, rows, group_of(rows["prompt_id"], self.config.jackknife_groups))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """All images, or those of a tag, of which not every number is taken. groups [n]: the jackknife group of each."""
+
+    of: Measured
+    chosen: npt.NDArray[np.int64]
+    tag: bool
+    rows: dict[str, list[Any]]
+    groups: npt.NDArray[np.int64]
+
+    def estimates(self) -> dict[str, Estimate | None]:
+        """By name; None where there is nothing to take one from."""
+        found = self._of_scores()
+        if "clip" in self.of.images.features:
+            found |= self._of_clip()
+        if self._jackknifes():
+            found |= self._of_inception_and_dinov2()
+        return found
+
+    def counts(self) -> dict[str, int]:
+        """Of prompts, and of images that are blank or repeat another."""
+        found = {
+            "prompts": len(set(self.rows["prompt_id"])),
+            "distinct_captions": len(set(self.rows["caption"])),
+            "blank": sum(map(bool, self.rows["blank"])),
+            "repeated": len(self.chosen) - len(set(self.rows["sha256"])),
+        }
+        if "clip" in self.of.images.features:
+            cut = self._column("clip", "truncated")[:, 0]
+            found["truncated_prompts"] = len({p for p, t in zip(self.rows["prompt_id"], cut, strict=True) if t})
+            wanted = self.of.config.retrieval_candidates
+            found["retrieval_candidates"] = _candidates(wanted, self.rows["caption"], self.of.meaning)
+        return found
+
+    def _column(self, network: str, name: str) -> np.ndarray:
+        return self.of.images.column(network, name)[self.chosen]
+
+    def _jackknifes(self) -> bool:
+        """Whether there are two groups, and two images without any one of them."""
+        sizes = np.bincount(self.groups)
+        return int((sizes > 0).sum()) >= 2 and int(sizes.sum() - sizes.max()) >= 2
+
+    @property
+    def _enough(self) -> bool:
+        """Whether a Frechet distance is taken: of a tag with few images it would be bias alone."""
+        return not self.tag or len(self.chosen) >= FEW
+
+    def _of_scores(self) -> dict[str, Estimate | None]:
+        """Means of what judges say of each image, here and elsewhere."""
+        images = self.of.images
+        found: dict[str, Estimate | None] = {}
+        for network in JUDGES:
+            for name in images.scores(network):
+                found[name] = self._mean(self._column(network, name)[:, 0])
+        for name, scores in self.of.imported.items():
+            found[name] = self._mean(scores.of(self.rows["prompt_id"], self.rows["replicate"]))
+        return found
+
+    def _mean(self, values: np.ndarray) -> Estimate | None:
+        """Of a score an image; NaN where there is none. A yes-or-no score is a share."""
+        there = np.isfinite(values)
+        if not there.any():
+            return None
+        who = [p for p, t in zip(self.rows["prompt_id"], there, strict=True) if t]
+        x = values[there].astype(np.float64)
+        return with_groups((proportion if _yes_or_no(x) else mean_by_cluster)(x, who), x, self.groups[there])
+
+    def _of_clip(self) -> dict[str, Estimate | None]:
+        """How well images fit their prompts, how they differ, and how far they are from the real ones, to a CLIP."""
+        x, texts = self._column("clip", "images"), self._column("clip", "captions")
+        prompts, groups = self.rows["prompt_id"], self.groups
+        found: dict[str, Estimate | None] = {}
+        cosine = clip_score.cosines(x, texts)
+        score, mean_cosine = clip_score.clip_score(cosine, prompts)
+        found["clip_score"] = with_groups(score, 100 * np.maximum(cosine, 0), groups)
+        found["clip_cosine"] = with_groups(mean_cosine, cosine, groups)
+        found["diversity_clip"] = clip_score.diversity(x, prompts, groups)
+        if not self.tag:
+            captions, candidates = self.rows["caption"], self.of.config.retrieval_candidates
+            found["retrieval"] = of_pairs(x, texts, captions, candidates, self.of.meaning, prompts)
+            found["clip_score_control"] = self._with_other_prompts(x, texts)
+        side = self.of.sides.get("images")
+        if side is not None and self._jackknifes():
+            found["cmmd"] = kernel.cmmd(x, side.features, groups, side.kernel("gaussian"), side.device)
+            if self._enough:
+                found["fd_clip_unit"] = self._distance(side.frechet, x)
+        return found
+
+    def _with_other_prompts(self, x: np.ndarray, texts: np.ndarray) -> Estimate | None:
+        """CLIP score of each image [n, d] with another prompt's text [n, d]."""
+        prompts = self.rows["prompt_id"]
+        first = {p: i for i, p in reversed(list(enumerate(prompts)))}
+        unique = list(first)
+        other = dict(zip(unique, controls([self.rows["caption"][first[p]] for p in unique]), strict=True))
+        pairs = [(i, first[unique[j]]) for i, p in enumerate(prompts) if (j := other[p]) is not None]
+        if not pairs:
+            return None
+        a, b = (list(side) for side in zip(*pairs, strict=True))
+        return clip_score.clip_score(clip_score.cosines(x[a], texts[b]), [prompts[i] for i in a])[0]
+
+    def _of_inception_and_dinov2(self) -> dict[str, Estimate | None]:
+        """Distances to the real images; without those the Inception score alone."""
+        images = self.of.images
+        found: dict[str, Estimate | None] = {}
+        if "inception" in images.features and not self.tag:
+            found["inception_score"] = inception_score(self._column("inception", "inception_tf_logits"), self.groups)
+        for network, name, distance in (
+            ("inception", "inception_tf", "fid_tf"),
+            ("inception", "inception_clean", "fid_clean"),
+            ("dinov2", "dinov2", "fd_dinov2_pil"),
+        ):
+            if network not in images.features:
+                continue
+            x, side = self._column(network, name), self.of.sides.get(name)
+            file = self.of.config.fid_statistics.get(distance)  # type: ignore[call-overload]
+            if self._enough and file is not None:
+                known = from_npz(file, f"eval.fid_statistics.{distance}", x.shape[1])
+                found[distance] = self._distance(known, x)
+            elif self._enough and side is not None:
+                found[distance] = self._distance(side.frechet, x)
+            if side is None or name == "inception_clean":
+                continue
+            kernel_name = "kid_tf" if network == "inception" else "kd_dinov2_pil"
+            found[kernel_name] = kernel.kid(x, side.features, self.groups, side.kernel("polynomial"), side.device)
+            if not self.tag and min(len(x), len(side)) > neighbours.NEIGHBOURS:
+                shares = neighbours.prdc(side.features, x, self.rows["prompt_id"], side.radii, device=side.device)
+                found |= {f"{share}_{network}": e for share, e in shares.items()}
+        return found
+
+    def _distance(self, ref: frechet.Reference, x: np.ndarray) -> Estimate:
+        """Frechet distance; a prompt's images stay in one jackknife group."""
+        if len(x) <= ref.dim:
+            return frechet.estimate_of(ref, x, self.groups)
+        return frechet.estimate(ref, {int(g): moments.of(x[self.groups == g]) for g in np.unique(self.groups)})
+
 
 def measure(evaluation: Evaluation, generated: Dataset) -> dict[str, Any]:
     """`metrics` (name -> estimate, direction, label, definition), `by_tag` (tag -> the same), `counts`, `jackknife`
     (name -> groups, sizes, left_out) of the generated images against the real ones, from what is committed."""
     config = evaluation.config
     images = Images(evaluation, generated)
-    real = {
-        s.found.name: Dataset.open(s.root)
-        for s in evaluation.real()
-        if storage.exists(storage.join(s.root, "dataset.json"))
-    }
-    meaning: Callable[[str], Hashable] | None = None
-    definitions = dict(DEFINITIONS)
-    if config.scorer:
-        module = judges.scorer(config.scorer)
-        meaning = getattr(module, "meaning", None)
-        definitions |= {n: ("higher", _label(n), text) for n, text in module.SCORES.items()}
+    real = {s.found.name: Dataset.open(s.root) for s in evaluation.real() if _is_finished(s)}
+    module = judges.scorer(config.scorer) if config.scorer else None
+    meaning = getattr(module, "meaning", None)
     imported = suites.imported(generated.root)
-    definitions |= {n: ("higher", _label(n), f"scores made elsewhere: {s.source}") for n, s in imported.items()}
+    measured = Measured(config, images, _sides(config, real), imported, meaning)
+    tags = _scorer_tags(module, images.rows.get("caption", ()))
 
     found: dict[str, Estimate | None] = {}
+    by_tag: dict[str, dict[str, Estimate | None]] = {}
     counts = {"images": len(images), "failed": images.failed}
     nearest: list[dict[str, Any]] = []
-    tags: dict[str, dict[str, Estimate | None]] = {}
     floors: dict[str, float | None] = {}
     if len(images):
-        sides = _sides(evaluation, real)
-        everyone = np.arange(len(images))
-        found, more = _generated(evaluation, images, sides, imported, meaning, everyone)
-        counts |= more
-        tags = _by_tag(evaluation, images, sides, imported, meaning)
-        nearest_found = _memorisation(evaluation, images)
-        if nearest_found is not None:
-            found["near_training"], more, nearest = nearest_found
+        everything = measured.part(range(len(images)))
+        found, by_tag = everything.estimates(), _by_tag(measured, tags)
+        counts |= everything.counts()
+        near = _memorisation(evaluation, images)
+        if near is not None:
+            found["near_training"], more, nearest = near
             counts |= more
     if "clip" in real and len(real["clip"]):
-        of_real, more = _real(evaluation, real, meaning)
+        of_real, more = _real(config, real, meaning)
         found, counts = found | of_real, counts | more
         keys = live(table(real["clip"], "key", "status"))["key"]
         floors = {"fd_clip_unit": floor(column(real["clip"], "images"), keys, len(images))}
-    of_judges = {
-        name: round(float(np.nanmean(values)), 6)
-        for network in ("judge", "preference", "scorer")
-        if network in real and len(real[network])
-        for name in _columns_of(real[network])
-        if name != "atoms" and np.isfinite(values := column(real[network], name)).any()
-    }
-    weights = images.features["inception"].manifest["weights"] if "inception" in images.features else {}
-    note = ""
-    if weights.get("inception", INCEPTION_SHA256) != INCEPTION_SHA256:
-        note = f"; these weights ({weights['inception'][:12]}) are not the published ones"
-
-    def described(estimates: dict[str, Estimate | None]) -> dict[str, Any]:
-        result = {}
-        for name, e in sorted(estimates.items()):
-            if e is None:
-                continue
-            better, label, text = definitions[name]
-            text += note if name.startswith(("fid_", "kid_", "inception_")) or name.endswith("_inception") else ""
-            few = name in DISTANCES and e.n < FEW
-            result[name] = {**e.to_json(), "better": better, "label": label, "definition": text}
-            if few:
-                result[name]["caution"] = (
-                    f"of {e.n:,} images: fewer than {FEW:,}, so that bias is most of it; good for comparing results of "
-                    "as many images alone"
-                )
-            if name in SHARES or _is_share(images, imported, name):
-                result[name]["unit"] = "share"
-        return result
-
+    describe = functools.partial(_described, _definitions(module, measured), _shares(measured))
     return {
         "format": FORMAT,
-        "metrics": described(found),
-        "tags": _scorer_tags(config.scorer, images.rows.get("caption", [])),
-        "by_tag": {tag: described(estimates) for tag, estimates in sorted(tags.items())},
+        "metrics": describe(found),
+        "tags": tags,
+        "by_tag": {tag: describe(estimates) for tag, estimates in sorted(by_tag.items())},
         "counts": counts,
-        "real": of_judges,
+        "real": _judges_of_real(real),
         "floors": {n: v for n, v in floors.items() if v is not None},
         "jackknife": _groups(found),
-        "tag_jackknife": {tag: _groups(estimates) for tag, estimates in sorted(tags.items())},
+        "tag_jackknife": {tag: _groups(estimates) for tag, estimates in sorted(by_tag.items())},
         "nearest": nearest,
         "inputs": inputs(evaluation, generated),
     }
+
+
+# ---- what a number is called, and what it is ---------------------------------------------------------
+
+
+def _definitions(module: ModuleType | None, measured: Measured) -> dict[str, tuple[str, str, str]]:
+    """DEFINITIONS, with those of scores of one's own and of scores made elsewhere, and what is to be said of weights
+    that are not the published ones."""
+    own = dict(module.SCORES) if module else {}
+    own |= {n: f"scores made elsewhere: {s.source}" for n, s in measured.imported.items()}
+    found = DEFINITIONS | {n: ("higher", n.replace("_", " ").capitalize(), text) for n, text in own.items()}
+    inception = measured.images.features.get("inception")
+    weights = inception.manifest["weights"].get("inception", INCEPTION_SHA256) if inception else INCEPTION_SHA256
+    if weights != INCEPTION_SHA256:
+        note = f"; these weights ({weights[:12]}) are not the published ones"
+        of_inception = {n for n in found if n.startswith(("fid_", "kid_", "inception_")) or n.endswith("_inception")}
+        found |= {n: (found[n][0], found[n][1], found[n][2] + note) for n in of_inception}
+    return found
+
+
+def _shares(measured: Measured) -> set[str]:
+    """Names of the metrics that are shares of images: those known as such, and every yes-or-no score."""
+    images, found = measured.images, set(SHARES)
+    for name, scores in measured.imported.items() if len(images) else ():
+        if _yes_or_no(scores.of(images.rows["prompt_id"], images.rows["replicate"])):
+            found.add(name)
+    return found | {n for n in images.scores("scorer") if _yes_or_no(images.column("scorer", n))}
+
+
+def _yes_or_no(values: np.ndarray) -> bool:
+    """Whether every value that is there is 0 or 1."""
+    return bool(np.isin(values[np.isfinite(values)], (0.0, 1.0)).all())
+
+
+def _described(
+    definitions: dict[str, tuple[str, str, str]], shares: set[str], estimates: dict[str, Estimate | None]
+) -> dict[str, Any]:
+    """What metrics.json says of each estimate."""
+    result: dict[str, Any] = {}
+    for name, e in sorted(estimates.items()):
+        if e is None:
+            continue
+        better, label, text = definitions[name]
+        result[name] = {**e.to_json(), "better": better, "label": label, "definition": text}
+        if name in DISTANCES and e.n < FEW:
+            result[name]["caution"] = (
+                f"of {e.n:,} images: fewer than {FEW:,}, so that bias is most of it; good for comparing results of "
+                "as many images alone"
+            )
+        if name in shares:
+            result[name]["unit"] = "share"
+    return result
 
 
 def _groups(estimates: dict[str, Estimate | None]) -> dict[str, Any]:
@@ -215,32 +391,60 @@ def _groups(estimates: dict[str, Estimate | None]) -> dict[str, Any]:
     }
 
 
-def _label(name: str) -> str:
-    return name.replace("_", " ").capitalize()
+# ---- by tag, and beside the generated images ---------------------------------------------------------
 
 
-def _is_share(images: Images, imported: dict[str, suites.Imported], name: str) -> bool:
-    """Whether a scorer's or an imported score is yes or no for every image."""
-    if name in imported:
-        values = imported[name].of(images.rows["prompt_id"], images.rows["replicate"])
-    elif "scorer" in images.features and name in _columns_of(images.features["scorer"]):
-        values = images.column("scorer", name)
-    else:
-        return False
-    return bool(np.isin(values[np.isfinite(values)], (0.0, 1.0)).all())
+def _by_tag(measured: Measured, tags: dict[str, list[str]]) -> dict[str, dict[str, Estimate | None]]:
+    """Of each tag of a prompt, and of those that the user's scorer gives its caption."""
+    rows = measured.images.rows
+    chosen: dict[str, list[int]] = {}
+    for i, (own, caption) in enumerate(zip(rows["tags"], rows["caption"], strict=True)):
+        for tag in dict.fromkeys([*(own or ()), *tags.get(caption, ())]):
+            chosen.setdefault(tag, []).append(i)
+    result = {tag: measured.part(indices, tag=True).estimates() for tag, indices in chosen.items()}
+    if "judge" in measured.images.features:
+        for skill, estimate in _by_skill(measured).items():
+            result.setdefault(skill, {})["soft_tifa_am"] = estimate
+    return result
 
 
-def _columns_of(dataset: Dataset) -> list[str]:
-    from shards.columns import ColumnShard
+def _scorer_tags(module: ModuleType | None, captions: Sequence[str]) -> dict[str, list[str]]:
+    """Tags by caption, where the user's scorer has a rule for them."""
+    rule = getattr(module, "tags", None)
+    return {} if rule is None else {c: list(rule(c)) for c in dict.fromkeys(captions)}
 
-    position = next(p for p in range(len(dataset.shards)) if dataset.counts[p])
-    return list(ColumnShard(dataset, position).arrays)
+
+def _by_skill(measured: Measured) -> dict[str, Estimate]:
+    """Soft-TIFA's chances by the skill of each question, where a suite names one a question (GenEval 2)."""
+    atoms, rows = measured.images.column("judge", "atoms"), measured.images.rows
+    found: dict[str, list[tuple[float, str]]] = {}
+    for i, extra in enumerate(rows["extra"]):
+        skills = json.loads(extra).get("skills") if extra else None
+        for j, skill in enumerate(skills if isinstance(skills, list) else ()):
+            if j < atoms.shape[1] and np.isfinite(atoms[i, j]):
+                found.setdefault(str(skill), []).append((float(atoms[i, j]), rows["prompt_id"][i]))
+    result = {}
+    for skill, values in found.items():
+        x, who = (list(v) for v in zip(*values, strict=True))
+        groups = group_of(who, measured.config.jackknife_groups)
+        result[skill] = with_groups(mean_by_cluster(x, who), x, groups)
+    return result
 
 
-def _sides(evaluation: Evaluation, real: dict[str, Dataset]) -> dict[str, RealSide]:
+def _memorisation(
+    evaluation: Evaluation, images: Images
+) -> tuple[Estimate, dict[str, int], list[dict[str, Any]]] | None:
+    stages = evaluation.nearest() if evaluation.config.memorisation else {}
+    if len(stages) < 2 or not all(_is_finished(s) for s in stages.values()):
+        return None
+    rows = images.feature_rows["clip"]
+    return memorisation.measure(stages["generated"], stages["real"], images.rows["prompt_id"], images.keys, rows)
+
+
+def _sides(config: EvalConfig, real: dict[str, Dataset]) -> dict[str, RealSide]:
     from latents.encoders import pick_device
 
-    device = pick_device(evaluation.config.device)
+    device = pick_device(config.device)
     names = {"clip": ["images"], "inception": ["inception_tf", "inception_clean"], "dinov2": ["dinov2"]}
     return {
         c: RealSide(real[n], c, device)
@@ -250,211 +454,35 @@ def _sides(evaluation: Evaluation, real: dict[str, Dataset]) -> dict[str, RealSi
     }
 
 
-def _jackknifes(groups: np.ndarray) -> bool:
-    """Whether there are two groups, and two images without any one of them."""
-    sizes = np.bincount(groups) if len(groups) else np.zeros(0, np.int64)
-    filled = sizes[sizes > 0]
-    return len(filled) >= 2 and int(filled.sum() - filled.max()) >= 2
+def _is_finished(stage: Stage) -> bool:
+    return storage.exists(storage.join(stage.root, MANIFEST))
 
 
-def _generated(
-    evaluation: Evaluation,
-    images: Images,
-    sides: dict[str, RealSide],
-    imported: dict[str, suites.Imported],
-    meaning: Callable[[str], Hashable] | None,
-    chosen: np.ndarray,
-    tag: bool = False,
-) -> tuple[dict[str, Estimate | None], dict[str, int]]:
-    """The estimates of the chosen images (all, or those of a tag), and counts."""
-    config = evaluation.config
-    rows = {name: [values[i] for i in chosen] for name, values in images.rows.items()}
-    prompts: list[str] = rows["prompt_id"]
-    groups = group_of(prompts, config.jackknife_groups)
-    found: dict[str, Estimate | None] = {}
-    counts = {
-        "prompts": len(set(prompts)),
-        "distinct_captions": len(set(rows["caption"])),
-        "blank": sum(map(bool, rows["blank"])),
-        "repeated": len(chosen) - len(set(rows["sha256"])),
-    }
-
-    def mean(values: np.ndarray) -> Estimate | None:
-        """Of a score an image; NaN where there is none. A yes-or-no score is a share."""
-        there = np.isfinite(values)
-        if not there.any():
-            return None
-        who = [p for p, t in zip(prompts, there, strict=True) if t]
-        x = values[there].astype(np.float64)
-        yes_no = bool(np.isin(x, (0.0, 1.0)).all())
-        return with_groups((proportion if yes_no else mean_by_cluster)(x, who), x, groups[there])
-
-    if "clip" in images.features:
-        x, texts = images.column("clip", "images")[chosen], images.column("clip", "captions")[chosen]
-        cosine = clip_score.cosines(x, texts)
-        found["clip_score"] = with_groups(
-            clip_score.clip_score(cosine, prompts)[0], 100 * np.maximum(cosine, 0), groups
-        )
-        found["clip_cosine"] = with_groups(clip_score.clip_score(cosine, prompts)[1], cosine, groups)
-        found["diversity_clip"] = _diversity(x, prompts, groups)
-        if not tag:
-            truncated = images.column("clip", "truncated")[chosen][:, 0]
-            counts["truncated_prompts"] = len({p for p, t in zip(prompts, truncated, strict=True) if t})
-            counts["retrieval_candidates"] = _candidates(config.retrieval_candidates, rows["caption"], meaning)
-            found["retrieval"] = of_pairs(x, texts, rows["caption"], config.retrieval_candidates, meaning, prompts)
-            first = {p: i for i, p in reversed(list(enumerate(prompts)))}
-            unique = list(first)
-            other = dict(zip(unique, controls([rows["caption"][first[p]] for p in unique]), strict=True))
-            pairs = [(i, first[unique[j]]) for i, p in enumerate(prompts) if (j := other[p]) is not None]
-            if pairs:
-                a, b = (list(side) for side in zip(*pairs, strict=True))
-                cosines = clip_score.cosines(x[a], texts[b])
-                found["clip_score_control"] = clip_score.clip_score(cosines, [prompts[i] for i in a])[0]
-        if "images" in sides and _jackknifes(groups):
-            side = sides["images"]
-            found["cmmd"] = kernel.cmmd(x, side.features, groups, side.kernel("gaussian"), side.device)
-            if not tag or len(chosen) >= FEW:
-                found["fd_clip_unit"] = _distance(side.frechet, x, groups)
-    for network in ("judge", "preference", "scorer"):
-        if network in images.features:
-            for name in _columns_of(images.features[network]):
-                if name != "atoms":
-                    found[name] = mean(images.column(network, name)[chosen][:, 0])
-    for name, scores in imported.items():
-        found[name] = mean(scores.of(prompts, rows["replicate"]))
-    if _jackknifes(groups):
-        found |= _of_networks(evaluation, images, sides, groups, prompts, chosen, tag)
-    return found, counts
-
-
-def _of_networks(
-    evaluation: Evaluation,
-    images: Images,
-    sides: dict[str, RealSide],
-    groups: np.ndarray,
-    prompts: list[str],
-    chosen: np.ndarray,
-    tag: bool,
-) -> dict[str, Estimate | None]:
-    """What the Inception's and DINOv2's features say; without real images the Inception score alone."""
-    found: dict[str, Estimate | None] = {}
-    many = not tag or len(chosen) >= FEW
-    if "inception" in images.features and not tag:
-        found["inception_score"] = inception_score(images.column("inception", "inception_tf_logits")[chosen], groups)
-    columns = (
-        ("inception", "inception_tf", "fid_tf"),
-        ("inception", "inception_clean", "fid_clean"),
-        ("dinov2", "dinov2", "fd_dinov2_pil"),
-    )
-    for network, name, distance in columns:
-        if network not in images.features:
-            continue
-        x, side = images.column(network, name)[chosen], sides.get(name)
-        file = evaluation.config.fid_statistics.get(distance)  # type: ignore[call-overload]
-        if many and file is not None:
-            found[distance] = _distance(from_npz(file, f"eval.fid_statistics.{distance}", x.shape[1]), x, groups)
-        elif many and side is not None:
-            found[distance] = _distance(side.frechet, x, groups)
-        if side is None or name == "inception_clean":
-            continue
-        kernel_name = "kid_tf" if network == "inception" else "kd_dinov2_pil"
-        found[kernel_name] = kernel.kid(x, side.features, groups, side.kernel("polynomial"), side.device)
-        if not tag and min(len(x), len(side)) > neighbours.NEIGHBOURS:
-            shares = neighbours.prdc(side.features, x, prompts, side.radii, device=side.device)
-            found |= {f"{share}_{network}": e for share, e in shares.items()}
-    return found
-
-
-def _distance(ref: frechet.Reference, x: np.ndarray, groups: np.ndarray) -> Estimate | None:
-    """Frechet distance; a prompt's images stay in one jackknife group."""
-    if len(x) <= ref.dim:
-        return frechet.estimate_of(ref, x, groups)
-    return frechet.estimate(ref, {int(g): moments.of(x[groups == g]) for g in np.unique(groups)})
-
-
-def _diversity(x: np.ndarray, prompts: Sequence[str], groups: np.ndarray) -> Estimate | None:
-    """Mean of 1 - cosine over the pairs of each prompt's images, a prompt being one draw; None without replicates.
-
-    The mean over pairs of n unit vectors is (|sum|^2 - n) / (n (n - 1)).
-    """
-    _, index, counts = np.unique(np.asarray(prompts), return_inverse=True, return_counts=True)
-    if counts.max() < 2:
-        return None
-    unit = np.asarray(x, np.float64)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    sums = np.zeros((len(counts), unit.shape[1]))
-    np.add.at(sums, index, unit)
-    several = counts > 1
-    n = counts[several]
-    values = 1 - ((sums[several] ** 2).sum(1) - n) / (n * (n - 1))
-    group = np.zeros(len(counts), np.int64)
-    group[index] = groups
-    return with_groups(mean_by_cluster(values, range(len(values))), values, group[several])
-
-
-def _by_tag(
-    evaluation: Evaluation,
-    images: Images,
-    sides: dict[str, RealSide],
-    imported: dict[str, suites.Imported],
-    meaning: Callable[[str], Hashable] | None,
-) -> dict[str, dict[str, Estimate | None]]:
-    more = _scorer_tags(evaluation.config.scorer, images.rows["caption"])
-    tags = [[*(t or ()), *more.get(c, ())] for t, c in zip(images.rows["tags"], images.rows["caption"], strict=True)]
-    found: dict[str, list[int]] = {}
-    for i, mine in enumerate(tags):
-        for tag in dict.fromkeys(mine):
-            found.setdefault(tag, []).append(i)
-    result = {}
-    for tag, chosen in found.items():
-        result[tag] = _generated(evaluation, images, sides, imported, meaning, np.array(chosen), tag=True)[0]
-    if "judge" in images.features:
-        for skill, estimate in _by_skill(evaluation, images).items():
-            result.setdefault(skill, {})["soft_tifa_am"] = estimate
-    return result
-
-
-def _scorer_tags(name: str | None, captions: Sequence[str]) -> dict[str, list[str]]:
-    """Tags by caption, where the user's scorer has a rule for them."""
-    rule = getattr(judges.scorer(name), "tags", None) if name else None
-    return {} if rule is None else {c: list(rule(c)) for c in dict.fromkeys(captions)}
-
-
-def _by_skill(evaluation: Evaluation, images: Images) -> dict[str, Estimate]:
-    """Soft-TIFA's chances by the skill of each question, where a suite names one a question (GenEval 2)."""
-    atoms = images.column("judge", "atoms")
-    found: dict[str, list[tuple[float, str]]] = {}
-    for i, extra in enumerate(images.rows["extra"]):
-        skills = json.loads(extra).get("skills") if extra else None
-        for j, skill in enumerate(skills if isinstance(skills, list) else ()):
-            if j < atoms.shape[1] and np.isfinite(atoms[i, j]):
-                found.setdefault(str(skill), []).append((float(atoms[i, j]), images.rows["prompt_id"][i]))
-    result = {}
-    for skill, values in found.items():
-        x, who = (list(v) for v in zip(*values, strict=True))
-        groups = group_of(who, evaluation.config.jackknife_groups)
-        result[skill] = with_groups(mean_by_cluster(x, who), x, groups)
-    return result
-
-
-def _memorisation(
-    evaluation: Evaluation, images: Images
-) -> tuple[Estimate, dict[str, int], list[dict[str, Any]]] | None:
-    stages = evaluation.nearest() if evaluation.config.memorisation else {}
-    if len(stages) < 2 or not all(storage.exists(storage.join(s.root, "dataset.json")) for s in stages.values()):
-        return None
-    rows = images.feature_rows["clip"]
-    return memorisation.measure(stages["generated"], stages["real"], images.rows["prompt_id"], images.keys, rows)
+def _columns_of(dataset: Dataset) -> list[str]:
+    position = next(p for p in range(len(dataset.shards)) if dataset.counts[p])
+    return list(ColumnShard(dataset, position).arrays)
 
 
 def _candidates(wanted: int, captions: Sequence[str], meaning: Callable[[str], Hashable] | None) -> int:
     return min(wanted, len(distinct(captions, [meaning(c) for c in captions] if meaning else None)))
 
 
+def _judges_of_real(real: dict[str, Dataset]) -> dict[str, float]:
+    """Means of what judges say of the real images."""
+    return {
+        name: round(float(np.nanmean(values)), 6)
+        for network in JUDGES
+        if network in real and len(real[network])
+        for name in _columns_of(real[network])
+        if name != ATOMS and np.isfinite(values := column(real[network], name)).any()
+    }
+
+
 def _real(
-    evaluation: Evaluation, real: dict[str, Dataset], meaning: Callable[[str], Hashable] | None
+    config: EvalConfig, real: dict[str, Dataset], meaning: Callable[[str], Hashable] | None
 ) -> tuple[dict[str, Estimate | None], dict[str, int]]:
-    clip, wanted = real["clip"], evaluation.config.retrieval_candidates
+    """The tools' own quality, on real images: the CLIP's and the VAE's."""
+    clip, wanted = real["clip"], config.retrieval_candidates
     rows = live(table(clip, "key", "caption", "status"))
     x, texts = column(clip, "images"), column(clip, "captions")
     keys, captions = rows["key"], [c or "" for c in rows["caption"]]
@@ -471,60 +499,3 @@ def _real(
         "real_retrieval_candidates": _candidates(wanted, captions, meaning),
     }
     return found, counts
-
-
-def floor(x: np.ndarray, keys: Sequence[str], generated: int) -> float | None:
-    """What fd_clip_unit would be, as it is shown, of a model without any fault: from the distance of two random halves
-    of the real images x [m, d], whose bias is of order 1/n, brought to the sizes that are compared. None where the
-    halves are too small for that (fewer than 2 d).
-
-    Two samples of one distribution of a and b images are about c (1/a + 1/b) apart; halves are c * 4/m.
-    """
-    half = group_of([f"half {k}" for k in keys], 2)
-    small = int(min((half == 0).sum(), (half == 1).sum()))
-    if small < 2 * x.shape[1] or generated < 2 * x.shape[1]:
-        return None
-    a, b = (moments.of(x[half == side]) for side in (0, 1))
-    apart = frechet.distance(frechet.reference(a), b)
-    return apart * (1 / generated + 1 / len(x)) / (1 / a.n + 1 / b.n)
-
-
-def provenance(evaluation: Evaluation) -> dict[str, Any]:
-    """Where and how: command, git commit, versions, hardware, cost. Not part of the numbers."""
-    from importlib.metadata import version
-
-    done, _ = evaluation.generate.committed()
-    images, seconds = sum(s["count"] for s in done), sum(s["seconds"] for s in done)
-    features = [s for f in evaluation.generate.features() for s in _stats(f)]
-    found = {
-        "command": " ".join(sys.argv),
-        "commit": _commit(),
-        "versions": {
-            n: version(n) for n in ("torch", "diffusers", "transformers", "open_clip_torch", "numpy", "scipy")
-        },
-        "python": platform.python_version(),
-        "hardware": sorted({s.get("device", "") for s in done} - {""}),
-        "seconds": round(seconds + sum(s["seconds"] for s in features), 1),
-        "images_per_second": round(images / seconds, 3) if seconds else None,
-    }
-    return {k: v for k, v in found.items() if v not in (None, "", [], {})}
-
-
-def _stats(stage: Any) -> list[dict[str, Any]]:
-    from shards.dataset import read_stats
-
-    dataset = stage.committed()
-    return [s for i in (dataset.shards if dataset else ()) if (s := read_stats(stage.root, i.index))]
-
-
-def _commit() -> str | None:
-    """The commit of the code, `+` where the work tree differs from it; None outside git."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        if head.returncode:
-            return None
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=30)
-        return head.stdout.strip()[:12] + ("+" if dirty.stdout.strip() else "")
-    except (OSError, subprocess.TimeoutExpired):
-        return None

@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from eval.networks.weights import model_folder
 from latents.weights import SEQUENCE, clips_of
 from shards import storage
 from shards.dataset import Dataset
@@ -93,7 +94,7 @@ def of_pipeline(ref: str) -> Model:
 
     Its digest covers every part's configuration and weight files but the safety checker, which is not used.
     """
-    folder = _folder(ref)
+    folder = model_folder(ref, "eval.model", ["*.json", "*.safetensors", "*.txt", "*.model"], ["safety_checker/*"])
     index = _config(folder / "model_index.json", "eval.model")
     kind = next((k for k in DENOISERS if index.get(k, [None])[0]), None)
     if kind is None:
@@ -190,13 +191,13 @@ def _own_pipeline(folder: Path, index: dict[str, Any]) -> Any:
 def from_prompts(pipeline: Any) -> Any:
     """The pipeline that draws from prompts alone, around the same parts: of a ControlNet's, the model that it steers.
 
-    Raises StageError where the denoiser cannot do without a picture.
+    Raises StageError where the denoiser cannot do without an image.
     """
     import diffusers
 
     if takes_image(pipeline):
         raise StageError(
-            f"a {type(pipeline).__name__} is given a picture beside each prompt, and cannot be judged by prompts "
+            f"a {type(pipeline).__name__} is given an image beside each prompt, and cannot be judged by prompts "
             "alone; draw with `carrara sample RUN --image ...`"
         )
     if getattr(pipeline, "controlnet", None) is None:
@@ -205,7 +206,7 @@ def from_prompts(pipeline: Any) -> Any:
 
 
 def takes_image(pipeline: Any) -> bool:
-    """Whether the UNet has input channels for a picture beside those of the latents."""
+    """Whether the UNet has input channels for an image beside those of the latents."""
     unet, vae = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None)
     return unet is not None and vae is not None and unet.config.in_channels != vae.config.latent_channels
 
@@ -275,22 +276,6 @@ def _weights_digest(run: RunPaths, folder: str, manifest: dict[str, Any], weight
         averages = sorted(s for s in there if s.startswith("ema"))
         raise StageError(f"{folder} has no weights '{state}'; set eval.weights to {' or '.join([*averages, 'raw'])}")
     return folders.weights_digest(manifest, state)
-
-
-def _folder(ref: str) -> Path:
-    path = Path(storage.local_path(ref)) if "://" not in ref else None
-    if path is not None and path.is_dir():
-        return path
-    if ref.startswith((".", "/", "~")) or ref.count("/") != 1:
-        raise ConfigError(f"eval.model: there is no folder {ref}; name a diffusers pipeline's folder or its hub name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
-        return Path(snapshot_download(ref, allow_patterns=patterns, ignore_patterns=["safety_checker/*"]))
-    except Exception as e:  # offline, unknown, gated: the hub's own reasons
-        why = " ".join(str(e).split())[:160]
-        raise ConfigError(f"eval.model: {ref} is no folder here and cannot be had from the hub ({why})") from None
 
 
 def _config(file: Path, option: str) -> dict[str, Any]:

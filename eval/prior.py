@@ -1,4 +1,4 @@
-"""The pictures of a class that DreamBooth keeps in mind (Ruiz et al. 2022, arXiv:2208.12242, section 3.3): drawn by the
+"""The images of a class that DreamBooth keeps in mind (Ruiz et al. 2022, arXiv:2208.12242, section 3.3): drawn by the
 model that is to be fine-tuned, before it is, and made into latents beside the run's own.
 
 Two stages over shards in <run>/prior, images/ and latents/, each killed and gone on with as any other; training mixes
@@ -54,14 +54,14 @@ class PriorLatents(LatentsStage):
 
 
 def require_prompt_alone(start_from: str) -> None:
-    """Raises ConfigError where the pipeline's UNet is given a picture too, as an inpainting model's is."""
+    """Raises ConfigError where the pipeline's UNet is given an image too, as an inpainting model's is."""
     config = json.loads((find_unet(start_from).folder / "config.json").read_bytes())
     given, drawn = config.get("in_channels", 4), config.get("out_channels", 4)
     if given > drawn:
         raise ConfigError(
-            "train.prior: its pictures are drawn by train.start_from from a prompt alone, and the UNet of "
-            f"{start_from} is given a picture too ({given} channels in, {drawn} out); leave prior out, and name "
-            "latents of pictures of the class that you have in train.sources"
+            "train.prior: its images are drawn by train.start_from from a prompt alone, and the UNet of "
+            f"{start_from} is given an image too ({given} channels in, {drawn} out); leave prior out, and name "
+            "latents of images of the class that you have in train.sources"
         )
 
 
@@ -80,7 +80,7 @@ def stages(
         model = models.of_pipeline(train.start_from)
     except ConfigError as e:
         why = str(e).replace("eval.model: ", "")
-        raise ConfigError(f"train.prior: its pictures are drawn by train.start_from; {why}") from None
+        raise ConfigError(f"train.prior: its images are drawn by train.start_from; {why}") from None
     side = max(model.size, *latents.resolutions)
     config = SampleConfig(
         requests=[Request(prompt=prior.prompt, seed=seed)],

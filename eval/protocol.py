@@ -9,13 +9,21 @@ model's record, and no part of it.
 from __future__ import annotations
 
 import functools
+import platform
+import subprocess
+import sys
 from collections.abc import Collection
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from shards.fingerprint import digest_json
 from shards.settings import StageError
 
-CODE = 2  # raise it when the same settings come to other images or numbers
+if TYPE_CHECKING:
+    from eval.evaluation import Evaluation
+
+CODE = 2  # raise it when the same settings come to other images
+MEASURES = 1  # raise it when the same images come to other numbers, which are then measured again from their features
 SEED_RULE = "128 bits of sha256([prompt id, replicate]) fill one Mersenne Twister an image"
 RESIZE = "shorter side by antialiased Lanczos, centre crop; features by each network's own preprocessing"
 
@@ -62,3 +70,44 @@ def require_comparable(a: dict[str, Any], b: dict[str, Any], vary: Collection[st
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:12] + "..."
+
+
+def provenance(evaluation: Evaluation) -> dict[str, Any]:
+    """Where and how: command, git commit, versions, hardware, cost. Not part of the numbers."""
+    from importlib.metadata import version
+
+    done, _ = evaluation.generate.committed()
+    images, seconds = sum(s["count"] for s in done), sum(s["seconds"] for s in done)
+    features = [s for f in evaluation.generate.features() for s in _stats(f)]
+    found = {
+        "command": " ".join(sys.argv),
+        "commit": _commit(),
+        "versions": {
+            n: version(n) for n in ("torch", "diffusers", "transformers", "open_clip_torch", "numpy", "scipy")
+        },
+        "python": platform.python_version(),
+        "hardware": sorted({s.get("device", "") for s in done} - {""}),
+        "seconds": round(seconds + sum(s["seconds"] for s in features), 1),
+        "images_per_second": round(images / seconds, 3) if seconds else None,
+    }
+    return {k: v for k, v in found.items() if v not in (None, "", [], {})}
+
+
+def _stats(stage: Any) -> list[dict[str, Any]]:
+    from shards.dataset import read_stats
+
+    dataset = stage.committed()
+    return [s for i in (dataset.shards if dataset else ()) if (s := read_stats(stage.root, i.index))]
+
+
+def _commit() -> str | None:
+    """The commit of the code, `+` where the work tree differs from it; None outside git."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        if head.returncode:
+            return None
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=30)
+        return head.stdout.strip()[:12] + ("+" if dirty.stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,6 +1,6 @@
-"""What a VAE keeps of pictures that it never saw: `carrara reconstruct` writes <run>/reports/vae.html, .png and .json.
+"""What a VAE keeps of images that it never saw: `carrara reconstruct` writes <run>/reports/vae.html, .png and .json.
 
-    psnr                 of each picture, dB
+    psnr                 of each image, dB
     ssim                 structural similarity (Wang et al. 2004), Gaussian window of 11 px
     lpips, or the distance of the tower that autoencoder.perceptual.weights names
     rfid                 Frechet distance of reconstructions and originals, on torch-fidelity's Inception features
@@ -44,7 +44,7 @@ WINDOW, SIGMA = 11, 1.5  # of SSIM, as Wang et al. have them
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A picture of the page, uint8 [H,W,3] both, and its figures."""
+    """An image of the page, uint8 [H,W,3] both, and its figures."""
 
     key: str
     original: np.ndarray
@@ -73,10 +73,10 @@ def measure(
     inception: str | None = None,
     device: str = "auto",
 ) -> Found:
-    """Reconstruct the first `count` pictures of a dataset, fitted to the square `resolution`.
+    """Reconstruct the first `count` images of a dataset, fitted to the square `resolution`.
 
     lpips: what perceptual.load reads; inception: the file of its weights; without one, that figure is left out. Raises
-    ConfigError where weights cannot be read, StageError where there is no picture.
+    ConfigError where weights cannot be read, StageError where there is no image.
     """
     if resolution < WINDOW:
         raise ConfigError(f"reconstruct: latents.resolution is {resolution}, and SSIM looks at {WINDOW} pixels at once")
@@ -93,7 +93,7 @@ def measure(
         weights["inception"] = networks.find("inception", inception).digest
     total = min(count, len(dataset))
     if total == 0:
-        raise StageError(f"{dataset.root}: there is not one picture to reconstruct")
+        raise StageError(f"{dataset.root}: there is not one image to reconstruct")
     name = "lpips" if isinstance(distance, perceptual.Lpips) else "perceptual"
     values: dict[str, list[np.ndarray]] = {}
     features: list[list[np.ndarray]] = [[], []]
@@ -129,12 +129,12 @@ def measure(
         real, fake = (np.concatenate(side) for side in features)
         metrics["rfid"] = {"n": n, "value": frechet.distance_of(frechet.reference_of(real), fake)}
         if n < FEW:
-            notes.append(f"rFID on {n} pictures is mostly bias; {FEW} at least make a number that others can read")
+            notes.append(f"rFID on {n} images is mostly bias; {FEW} at least make a number that others can read")
     return Found(metrics, shown, resolution, weights, notes)
 
 
 def _batches(dataset: Dataset, resolution: int, count: int) -> Iterator[tuple[list[str], np.ndarray]]:
-    """(keys, uint8 [B,R,R,3]) of the first `count` pictures."""
+    """(keys, uint8 [B,R,R,3]) of the first `count` images."""
     kept = ((row["key"], data) for row, data in images_of(dataset) if data is not None)
     first = ((k, resize_crop(decode_rgb(data), resolution)[0]) for k, data in itertools.islice(kept, count))
     while batch := list(itertools.islice(first, BATCH)):
@@ -143,7 +143,7 @@ def _batches(dataset: Dataset, resolution: int, count: int) -> Iterator[tuple[li
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Structural similarity of uint8 pictures [B,H,W,3], float64 [B] (Wang et al. 2004, equation 13).
+    """Structural similarity of uint8 images [B,H,W,3], float64 [B] (Wang et al. 2004, equation 13).
 
     Of each colour by itself, then the mean; sides of 11 pixels at least.
     """
@@ -192,7 +192,7 @@ TITLES = {
 
 def summary(found: Found) -> str:
     """The figures as text."""
-    lines = [f"{next(iter(found.metrics.values()))['n']:,} pictures at {found.resolution} px"]
+    lines = [f"{next(iter(found.metrics.values()))['n']:,} images at {found.resolution} px"]
     for name, title in TITLES.items():
         if (m := found.metrics.get(name)) is not None:
             interval = f"   {m['low']:.4g} to {m['high']:.4g}" if m.get("low") is not None else ""

@@ -1,4 +1,4 @@
-"""Pictures from a checkpoint for people: prompts in, PNG files out; few in this process, many on a cluster.
+"""Images from a checkpoint for people: prompts in, PNG files out; few in this process, many on a cluster.
 
     carrara sample runs/demo --prompt "a large red circle on the left of a white background" --count 4
     carrara sample runs/demo --prompts prompts.jsonl --out images
@@ -10,7 +10,7 @@
 
 An image is a function of the weights, its prompt, the settings, the seed and its number: the n-th image of a seed
 has the same noise for every prompt, so that prompts compare. Image to image and inpainting are diffusers' own
-pipelines around the same networks; what lies outside of a mask is the given picture's, to the bit. Shards lie in
+pipelines around the same networks; what lies outside of a mask is the given image's, to the bit. Shards lie in
 OUT/shards, as everywhere, so that a killed run goes on where it stood; the PNGs are unpacked from them.
 """
 
@@ -79,7 +79,7 @@ class SampleConfig(GenerationConfig):
     image: str | None = None
     mask: str | None = None
     control: str | None = Field(default=None, description="a control image, for a ControlNet")
-    control_of: str | None = Field(default=None, description="a picture whose control image is made as in training")
+    control_of: str | None = Field(default=None, description="an image whose control image is made as in training")
     strength: float | None = Field(
         default=None,
         gt=0,
@@ -87,7 +87,7 @@ class SampleConfig(GenerationConfig):
         description="how far a given image may change; null: 0.6, or 1 where a model inpaints",
     )
     image_guidance_scale: float = Field(
-        default=1.5, ge=1.0, le=100.0, description="of a model that edits: how near to stay to the picture"
+        default=1.5, ge=1.0, le=100.0, description="of a model that edits: how near to stay to the image"
     )
     noise_level: int = Field(default=20, ge=0, lt=1000, description="of an upscaler: noise on the small image")
     upscale: str | None = Field(default=None, description="a run of train.upscale that draws the images larger")
@@ -320,7 +320,7 @@ class _Worker:
         return Image.fromarray(resize_crop_to(pixels, width, height)[0])
 
     def _control(self) -> Image.Image:
-        """The control image: the given one, or one that is made of the given picture."""
+        """The control image: the given one, or one that is made of the given image."""
         stage = self.stage
         if stage.control is not None:
             return self._fitted(stage.control)
@@ -349,7 +349,7 @@ def require_level(upscaler: Any, level: int) -> None:
 
 EDITS = "StableDiffusionInstructPix2PixPipeline"
 UPSCALES = "StableDiffusionUpscalePipeline"
-# What a model is given that cannot do without a picture, by its pipeline.
+# What a model is given that cannot do without an image, by its pipeline.
 NEEDS = {EDITS: {"image"}, UPSCALES: {"image"}, "StableDiffusionInpaintPipeline": {"image", "mask"}}
 
 
@@ -362,7 +362,7 @@ def _kind(base: Any, given: set[str]) -> Any:
         needs = NEEDS.get(type(base).__name__, set())
         if given != needs:
             wanted = " and ".join(f"--{n}" for n in sorted(needs))
-            raise ConfigError(f"sample: this model is given a picture beside each prompt; give {wanted} and no other")
+            raise ConfigError(f"sample: this model is given an image beside each prompt; give {wanted} and no other")
         return base
     if "control" in given:
         if getattr(base, "controlnet", None) is None:

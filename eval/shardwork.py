@@ -65,12 +65,13 @@ class Halving:
 
 
 def commit(folder: Folder, task: Task, make: Callable[[], Made]) -> dict[str, Any]:
-    """Make one shard and commit it, with the seconds that it took, unless it is there; returns its committed stats."""
+    """Make one shard and commit it, with the seconds that it took where `make` does not say them itself, unless it is
+    there; returns its committed stats."""
     if (found := folder.adopt(task.index)) is not None:
         return found
     started = time.perf_counter()
     files, stats = make()
-    stats["seconds"] = round(time.perf_counter() - started, 3)
+    stats.setdefault("seconds", round(time.perf_counter() - started, 3))
     return persist(lambda: folder.commit(task.index, files, stats, task.input))
 
 

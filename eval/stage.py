@@ -4,13 +4,14 @@ A shard holds its images as PNG in a tar and a row an image in a parquet. It is 
 settings and the weights; noise depends on the prompt and the replicate alone. Which images a shard holds is written
 once (plan.json) and grows: more prompts of a list are further shards, and none that is there is made again. Two shards
 are in hand at a time, so that encoding and committing one, and resizing for the networks, go on beside the making of
-the next; the networks get the images in memory.
+the next; the networks get the images in memory, and their features are committed before the images are.
 """
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -22,15 +23,16 @@ from eval import model as models
 from eval.features import FeaturesStage
 from eval.generate import ImageGenerator, Sample, seed_of
 from eval.prompts import Prompt
-from eval.rows import dataset_of
 from eval.shardwork import Made, accounted, commit, committed_stats, counted, parquet, png, tar_of
 from shards import storage
-from shards.commit import Folder
+from shards.commit import Folder, describe, set_aside
 from shards.dataset import write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
 from shards.layout import sample_key, shard_name
-from shards.settings import StageError
-from shards.stage import Task, open_folder
+from shards.settings import ConfigError, StageError
+from shards.stage import Task, is_begun, open_folder
+from shards.stage import committed as are_committed
+from shards.stats import born_of
 
 if TYPE_CHECKING:
     from eval.evaluation import Evaluation
@@ -77,7 +79,19 @@ class GenerateStage:
 
     def begin(self, redo: bool = False, each: Any = map) -> None:
         """Begin the folders of the images and of their features, and write the plan, grown by what is wanted; called
-        under the lease."""
+        under the lease.
+
+        A network may be asked for later, as long as it finds the images: where they did not stay, ConfigError says so,
+        and redo sets their folder aside.
+        """
+        if (network := self._asked_too_late()) is not None:
+            if not redo:
+                raise ConfigError(
+                    f"eval: {network} is to see the images in {self.root}, and not all of them stayed "
+                    f"(eval.keep_images); give --redo to set that folder aside and generate them again, or leave "
+                    f"{network} out"
+                )
+            set_aside(self.root)
         Folder.begin(self.root, self.made_with(), self.data, redo=redo, take_over=True, known=("features", "scores"))
         for stage in self.features():
             Folder.begin(stage.root, stage.made_with(), stage.data, redo=redo, take_over=True)
@@ -85,6 +99,20 @@ class GenerateStage:
         url = storage.join(self.root, PLAN)
         if (storage.read_json(url) or {}).get("ends") != ends:
             storage.write_json(url, {"ends": ends, "replicates": self.config.replicates})
+
+    def _asked_too_late(self) -> str | None:
+        """A network without features of a shard whose images did not all stay; None for none."""
+        tasks = list(self.tasks()) if is_begun(self) else []
+        there = [task for task, done in zip(tasks, are_committed(self, tasks), strict=True) if done]
+        for stage in self.features():
+            seen = are_committed(stage, there) if is_begun(stage) else [False] * len(there)
+            for task in (t for t, done in zip(there, seen, strict=True) if not done):
+                sidecar = storage.read_parquet(
+                    storage.join(self.root, shard_name(task.index) + ".parquet"), ["status", "image_offset"]
+                )
+                if any(r["status"] == STATUSES[0] and r["image_offset"] is None for r in sidecar.to_pylist()):
+                    return stage.found.name
+        return None
 
     def tasks(self) -> Iterator[Task]:
         """One task a planned shard that is wanted or there; a prompt's replicates lie side by side."""
@@ -162,27 +190,29 @@ class _Worker:
             worker.lock = self.lock  # one device, one at a time
 
     def __call__(self, task: Task) -> dict[str, Any]:
-        """Generate and commit one shard; returns its committed stats. Its features follow at once, from the images in
-        memory; should this process die in between, the feature stages make them from the shard."""
-        items: list[Item] = task.payload
+        """Generate and commit one shard; returns its committed stats. Its features come first, from the images in
+        memory, so that a shard that is there has those of its time, also where its images do not stay."""
         if (found := self.folder.adopt(task.index)) is not None:
             return found
+        items: list[Item] = task.payload
         images: list[np.ndarray] = []
         ok: list[bool] = []
         with self.lock, self.fixed(self.config.threads):
-            size = self.config.batch_size
+            began, size = time.perf_counter(), self.config.batch_size
             for start in range(0, len(items), size):
                 made, finite = self.generator([Sample(p.id, r, p.text) for p, r in items[start : start + size]])
                 images += list(made)
                 ok += finite.tolist()
-        committed = commit(self.folder, task, lambda: self._made(task.index, items, images, ok))
-        one = dataset_of(self.stage.root, [committed])
+            generated_s = time.perf_counter() - began
+        began = time.perf_counter()
+        files, stats = self._made(task.index, items, images, ok)
+        stats["seconds"] = round(generated_s + time.perf_counter() - began, 3)  # without the wait for the device
         live = [i for i, f in enumerate(ok) if f]
         keys, rows = self._keys(task.index, len(items)), [_row(p) for p, _ in items]
         for worker in self.features:
-            of = worker.stage.task(0, one.shards[0])
+            of = Task(task.index, born_of(describe(files)))
             worker.of_images(of, [keys[i] for i in live], [images[i] for i in live], [rows[i] for i in live])
-        return committed
+        return commit(self.folder, task, lambda: (files, stats))
 
     def _keys(self, index: int, count: int) -> list[str]:
         return [sample_key(index, row, max(self.config.shard_size, count)) for row in range(count)]

@@ -168,8 +168,11 @@ def bring_in(images: str, name: str, file: str, index: str | None = None) -> int
     if index is not None:
         for line in read_lines(index, "scores", "the index.jsonl of an export"):
             if line.strip():
-                entry = json.loads(line)
-                files[str(entry["file"])] = str(entry["id"])
+                try:
+                    entry = json.loads(line)
+                    files[str(entry["file"])] = str(entry["id"])
+                except (ValueError, KeyError, TypeError):
+                    raise ConfigError(f"scores: {index} is no index.jsonl of `carrara images`") from None
     scores: dict[tuple[str, int], float] = {}
     for number, line in enumerate(read_lines(file, "scores", "JSON lines with id and score"), 1):
         if not line.strip():

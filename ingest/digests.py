@@ -7,6 +7,7 @@ of an earlier version have none: `readable` makes them from the texts.
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ingest.takedown import digest, number, url_digest
@@ -74,6 +76,22 @@ def with_digests(table: pa.Table) -> pa.Table:
     for name, kind in DIGESTS:
         table = table.append_column(name, pa.array(made[name], kind))
     return table
+
+
+def as_before(sidecar: bytes, before: bytes) -> bytes:
+    """The sidecar of a shard that is made anew: what was taken down keeps the digests that it had `before`, so that
+    what it excluded as a duplicate stays excluded, though it is not fetched again."""
+    table, old = (pq.read_table(pa.BufferReader(data), pre_buffer=False) for data in (sidecar, before))
+    if not table["key"].equals(old["key"]):
+        return sidecar
+    old = with_digests(old)
+    both = pc.and_(*(pc.fill_null(pc.equal(t["error"], "taken_down"), False) for t in (table, old)))
+    for name in ("sha256", "phash", *dict(DIGESTS)):
+        at = table.schema.get_field_index(name)
+        table = table.set_column(at, table.schema.field(at), pc.if_else(both, old[name], table[name]))
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
 
 
 def has_digests(root: str, index: int) -> bool:

@@ -22,7 +22,7 @@ import ssl
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
 import aiohttp
@@ -30,12 +30,13 @@ from protego import Protego
 from yarl import URL
 
 from ingest.addresses import AddressRefused, Guard
+from ingest.bodies import Room, inflater
 from ingest.config import FetchConfig, OptOutConfig
 from ingest.desk import Desk
 from ingest.errors import Rejected
 from ingest.hosts import Exchange, Robots
 from ingest.names import Names
-from ingest.optout import product_name, robots_refusal, robots_txt_refuses, tdm_refusal
+from ingest.optout import product_name, robots_refusal, robots_txt_refuses, rules_in, tdm_refusal
 from ingest.trouble import Health, no_route, own_fault, split
 from ingest.urls import parse_url
 from ingest.urls import redirect as _redirect
@@ -43,11 +44,8 @@ from shards.settings import NodeTrouble
 
 _WITH_BODY = (200, 203)  # 203: a proxy on the way has changed something
 _REDIRECTS = (301, 302, 303, 307, 308)
-_COMPRESSIONS = ("gzip", "deflate", "br", "zstd", "compress", "dcb", "dcz", "lzma", "xz", "bzip", "exi", "pack200")
 _FORBIDDEN = (401, 402, 403, 407, 451)
 _CHUNK = 1 << 17  # of a connection's buffer; the client holds twice as much at most
-_INFLATED, _DEFLATED = 1 << 20, 1 << 14  # bytes out of and into the decompressor in one go: a few milliseconds
-_MEMBERS = 4096  # of a gzip body; each costs a copy of what follows it, however little it holds
 _HEADER_BYTES, _HEADERS = 1 << 15, 256  # the client's own limits, 8190 and 128, lose images of wordy servers
 _OPT_OUT_BYTES = 1 << 13  # of headers that say what may be done with an image
 _LEAST_COUNTED = 1 << 14  # bytes that a body counts at least
@@ -61,6 +59,7 @@ _UNREACHED = frozenset(("connect_timeout", "timeout"))
 _ROBOTS_BYTES = 512 << 10  # RFC 9309, 2.5: at least 500 KiB are to be read
 _MANY_ROBOTS, _ALL_ROBOTS_BYTES = 10_000, 4 << 20  # hosts whose rules are held at once, and their text's bytes
 _LONG_ROBOTS = 1 << 14  # bytes of rules from which on a thread reads them
+_MOST_RULES, _RULE_BYTES = 200_000, 80  # in a robots.txt, and what each takes in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,66 +74,6 @@ class Fetched:
     attempts: int
     final_url: str | None = None
     body_number: int = 0
-
-
-class Room:
-    """The bytes that bodies may take in a worker, all together.
-
-    The body that came first of those still coming in may always grow to `largest`, so much is kept free for it;
-    the others wait where there is no more. So there is always one that comes to its end and makes room.
-    """
-
-    def __init__(self, size: int, largest: int) -> None:
-        self.free, self.largest = max(size, largest), largest
-        self._taken: dict[int, int] = {}
-        self._growing: dict[int, None] = {}  # those that are still coming in, in the order in which they began
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
-        self._next = 0
-
-    def begin(self) -> int:
-        """A new body's number."""
-        self._next += 1
-        self._taken[self._next] = 0
-        self._growing[self._next] = None
-        return self._next
-
-    def take(self, body: int, size: int) -> bool:
-        """Whether a body may take so many bytes more, and then it has them."""
-        first = next(iter(self._growing))
-        kept = 0 if body == first else max(0, self.largest - self._taken[first])
-        if self.free - size < kept:
-            return False
-        self.free -= size
-        self._taken[body] += size
-        return True
-
-    async def wait(self, body: int, size: int) -> None:
-        """As `take`, once there is room."""
-        waiting = (body, size, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
-        try:
-            await waiting[2]
-        finally:
-            if waiting in self._waiting:
-                self._waiting.remove(waiting)
-
-    def done(self, body: int) -> None:
-        """All of the body is here."""
-        del self._growing[body]
-        self._serve()
-
-    def end(self, body: int) -> None:
-        """The body is no more."""
-        self.free += self._taken.pop(body)
-        self._growing.pop(body, None)
-        self._serve()
-
-    def _serve(self) -> None:
-        for waiting in list(self._waiting):
-            body, size, future = waiting
-            if body in self._growing and not future.done() and self.take(body, size):
-                self._waiting.remove(waiting)
-                future.set_result(None)
 
 
 class Fetcher:
@@ -360,9 +299,9 @@ class Fetcher:
                 raise Rejected(code, (body or b"").decode())
             rules, size = None, 0
             if body is not None:
-                text = zlib.decompressobj().decompress(body, _ROBOTS_BYTES)
-                size = len(text)
-                rules = await _aside(size, lambda: Protego.parse(text.decode("utf-8-sig", "replace")))
+                text = zlib.decompressobj().decompress(body, _ROBOTS_BYTES).decode("utf-8-sig", "replace")
+                size = len(text) + _RULE_BYTES * await _aside(len(text), lambda: rules_in(text))
+                rules = await _aside(size, lambda: Protego.parse(text))
             self._robots[origin] = known = (rules, size)
             self._robots_bytes += size
             while len(self._robots) > _MANY_ROBOTS or (
@@ -371,8 +310,9 @@ class Fetcher:
                 self._robots_bytes -= self._robots.popitem(last=False)[1][1]
         rules, size = known
         if rules is not None:
-            asked = rules
-            if await _aside(size, lambda: robots_txt_refuses(asked, str(url), self.agents)):
+            asked, target = rules, str(url)
+            long = size * max(1, len(target) >> 8)  # each rule may be looked for in all of the URL
+            if await _aside(long, lambda: robots_txt_refuses(asked, target, self.agents)):
                 raise Rejected("robots_txt")
 
     async def _read_robots_txt(self, origin: URL) -> Robots:
@@ -380,6 +320,9 @@ class Fetcher:
         try:
             async with asyncio.timeout(self.config.timeout):
                 body, _ = await self._follow(origin.with_path("/robots.txt"), None)
+                text = body.decode("utf-8-sig", "replace")
+                if await _aside(len(text), lambda: rules_in(text)) > _MOST_RULES:
+                    raise Rejected("http_malformed", "a robots.txt of more rules than anybody could mean")
         except NodeTrouble:
             raise
         except Exception as e:
@@ -399,7 +342,7 @@ class Fetcher:
         limit = _ROBOTS_BYTES if cut else self.config.max_bytes
         if not cut and response.content_length is not None and response.content_length > limit:
             raise Rejected("body_too_large", f"more than {limit} bytes")
-        inflate = _inflater(response.headers.get("Content-Encoding", ""))
+        inflate = inflater(response.headers.get("Content-Encoding", ""))
         pieces: list[bytes] = []
         size = received = 0
         digest = hashlib.sha256()
@@ -543,68 +486,6 @@ def _retry_after(response: aiohttp.ClientResponse) -> float | None:
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     return None
-
-
-class _Inflater:
-    """A bounded decompressor for gzip and deflate, which some servers send though asked not to."""
-
-    def __init__(self, encoding: str) -> None:
-        # 32: gzip or zlib by its header. Deflate comes with zlib's header, as it should, or without.
-        self._kinds = [zlib.MAX_WBITS | 32, *([-zlib.MAX_WBITS] if encoding == "deflate" else [])]
-        self._stream = zlib.decompressobj(self._kinds.pop(0))
-        self._begun = False
-        self._members = 0
-
-    def pieces(self, data: bytes) -> Iterator[bytes]:
-        """What so many bytes more give, in pieces of a bounded size. Raises Rejected where they are damaged."""
-        for at in range(0, len(data), _DEFLATED):
-            some = data[at : at + _DEFLATED]
-            while some:
-                try:
-                    if self._stream.eof and not self._next_member(some := some.lstrip(b"\0")):
-                        return
-                    piece, some = self._one(some)
-                except zlib.error:
-                    raise Rejected("http_malformed", "the compressed body is damaged") from None
-                if piece:
-                    yield piece
-
-    def _next_member(self, data: bytes) -> bool:
-        """Whether another gzip member begins there, rather than padding or what is none of it."""
-        if not data.startswith(b"\x1f"):
-            return False
-        self._members += 1
-        if self._members > _MEMBERS:
-            raise zlib.error("more gzip members than anybody could mean")
-        self._stream = zlib.decompressobj(zlib.MAX_WBITS | 32)
-        return True
-
-    def _one(self, data: bytes) -> tuple[bytes, bytes]:
-        """A piece, and what is left of the data."""
-        while True:
-            try:
-                piece = self._stream.decompress(data, _INFLATED)
-                break
-            except zlib.error:
-                if self._begun or not self._kinds:
-                    raise
-                self._stream = zlib.decompressobj(self._kinds.pop(0))
-        self._begun = True
-        return piece, self._stream.unused_data if self._stream.eof else self._stream.unconsumed_tail
-
-    @property
-    def complete(self) -> bool:
-        """Whether the end of the stream was seen."""
-        return self._stream.eof
-
-
-def _inflater(encoding: str) -> _Inflater | None:
-    encoding = encoding.strip().lower()
-    if encoding in ("gzip", "x-gzip", "deflate"):
-        return _Inflater(encoding)
-    if any(name in encoding for name in _COMPRESSIONS):
-        raise Rejected("encoding_unsupported", "a content encoding that was not asked for")
-    return None  # identity, or what is no encoding, such as utf-8 or none
 
 
 def _as_rejected(error: aiohttp.ClientError) -> Rejected:

@@ -29,6 +29,9 @@ LONGEST_RECORD = 64 << 20
 
 FORMAT = re.compile(r"\.(parquet|csv|tsv|jsonl|ndjson|txt)(\.gz)?\Z", re.IGNORECASE)
 
+# What reading a damaged file raises; a parquet file's names of columns may be no text.
+DAMAGED = (pa.ArrowException, EOFError, OSError, zlib.error, UnicodeDecodeError)
+
 # (name in the file, name from here on, type from here on) of each column that is read. Without a name in the file it
 # is null throughout.
 Columns = tuple[tuple[str | None, str, pa.DataType], ...]
@@ -80,7 +83,7 @@ def batches(
         stream = (cursor or own).open(file)
         read = _parquet_batches if _format(file)[0] == "parquet" else _text_batches
         yield from read(stream, file, columns, start, stop)
-    except (pa.ArrowException, EOFError, OSError, zlib.error) as e:
+    except DAMAGED as e:
         raise ConfigError(f"{file}: cannot be read: {' '.join(str(e).split())[:300]}") from e
     finally:
         own.close()
@@ -305,7 +308,7 @@ def read_schema(file: str, types: dict[str, str]) -> pa.Schema:
                 schema = pq.ParquetFile(stream).schema_arrow
             else:
                 schema = _infer_schema(stream, file)
-    except (pa.ArrowException, EOFError, OSError, zlib.error) as e:
+    except DAMAGED as e:
         raise ConfigError(f"{file}: cannot be read as a table: {' '.join(str(e).split())[:300]}") from None
     kinds = {"string": pa.string(), "int": pa.int64(), "float": pa.float64()}
     for name, word in types.items():
@@ -313,6 +316,19 @@ def read_schema(file: str, types: dict[str, str]) -> pa.Schema:
             raise ConfigError(f"ingest.columns.types: {file} has no column '{name}'; it has {', '.join(schema.names)}")
         schema = schema.set(schema.names.index(name), pa.field(name, kinds[word]))
     return schema
+
+
+def holds_lists(file: str, column: str) -> bool:
+    """Whether a column of a file holds lists, those of text tables by their first block; CSV has none."""
+    if _format(file)[0] not in ("parquet", "jsonl"):
+        return False
+    schema = read_schema(file, {})
+    return column in schema.names and is_list(schema.field(column).type)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a type is one of lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _infer_schema(stream: IO[bytes], file: str) -> pa.Schema:
@@ -338,6 +354,9 @@ def _infer_schema(stream: IO[bytes], file: str) -> pa.Schema:
 
 def _json_type(values: list[Any]) -> pa.DataType:
     kinds = {type(v) for v in values}
+    texts = (t for v in values for t in (v if isinstance(v, list) else [v]) if t is not None)
+    if list in kinds and all(isinstance(t, str) for t in texts):
+        return pa.list_(pa.string())
     if kinds == {bool}:
         return pa.bool_()
     if not kinds or not kinds <= {int, float} or any(abs(v) >= 2**63 for v in values if isinstance(v, int)):

@@ -89,7 +89,10 @@ class Below:
     def holds(self, url: str) -> bool:
         """Whether a file lies there, and no link on its way leads elsewhere."""
         scheme = _SCHEME.match(url)
-        if scheme is None or scheme[1].lower() in ("file", "local"):
+        # fsspec reads `simplecache::http://host/x` from that host, and takes all before :// for a protocol.
+        if "::" in url or "\0" in url or (scheme is None and "://" in url):
+            return False
+        if scheme is None or scheme[1] in ("file", "local"):
             path = os.path.realpath(url.partition("://")[2] if scheme else url)
             return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._local)
         return "/../" not in url and any(url == r or url.startswith(r + "/") for r in self._remote)
@@ -175,7 +178,9 @@ class _Values:
         if self._whole is not None:
             if row >= len(self._whole):
                 raise Rejected("source_missing")
-            return image_bytes(self._whole[row].as_py())
+            one = self._whole.slice(row, 1)
+            one.validate(full=True)  # what points beyond the end of the file would end the process
+            return image_bytes(one[0].as_py())
         for first, values in self._batches.items():
             if first <= row < first + len(values):
                 return image_bytes(values[row - first].as_py())

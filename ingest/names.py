@@ -28,6 +28,7 @@ from shards.settings import NodeTrouble
 MANY_NAMES = 20_000  # remembered, each some 300 bytes; those that were asked for longest ago go first
 SYSTEM_TTL_S, LONGEST_TTL_S, SHORTEST_TTL_S = 300.0, 3600.0, 5.0
 GONE_TTL_S = 60.0  # for which a name counts as not there
+MOST_ADDRESSES = 64  # of a name; an answer has room for thousands, and each is judged at every connection
 
 Addresses = tuple[tuple[socket.AddressFamily, str], ...]
 
@@ -119,7 +120,7 @@ class Names(AbstractResolver):
         except UnicodeError:
             return GONE_TTL_S, Rejected("url_invalid", "the host name is not valid")
         self.on_lookup(host, True)
-        return ttl, found
+        return ttl, found[:MOST_ADDRESSES]
 
     async def _ask_system(self, host: str) -> tuple[float, Addresses]:
         try:

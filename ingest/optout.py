@@ -16,6 +16,8 @@ from protego import Protego
 
 _VALUED = {"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"}
 _AGENT = re.compile(r"[a-z*][a-z0-9_*./-]*\Z")
+_AGENT_LINE = re.compile(r"\s*user[- ]?agent\s*:", re.IGNORECASE)
+_RULE_LINE = re.compile(r"\s*(?:dis)?allow\s*:", re.IGNORECASE)
 
 
 def robots_directives(headers: Iterable[str]) -> list[tuple[str | None, str]]:
@@ -55,6 +57,25 @@ def robots_refusal(headers: Iterable[str], agents: Sequence[str], refused: Itera
 def tdm_refusal(headers: Iterable[str]) -> bool:
     """Whether text and data mining is reserved: the header's value is 1."""
     return any(value.strip() == "1" for h in headers for value in h.split(","))
+
+
+def rules_in(text: str) -> int:
+    """At most how many rules a parser makes of a robots.txt, where each line stands for all crawlers named above it.
+
+    Half a megabyte may so be hundreds of millions. Lines in odd spellings, which parsers take as well, count as both.
+    """
+    agents = rules = 0
+    closed = False  # by a rule: the next name begins anew
+    for line in text.splitlines():
+        line = line.partition("#")[0]
+        if _RULE_LINE.match(line):
+            closed = True
+        elif "agent" in line.lower():
+            if _AGENT_LINE.match(line) and closed:
+                agents, closed = 0, False
+            agents += 1 + ("*" in line)
+        rules += agents * (1 + ("$" in line))
+    return rules
 
 
 def robots_txt_refuses(rules: Protego, url: str, agents: Sequence[str]) -> bool:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import codecs
 import csv
-import dataclasses
 import functools
-import hashlib
 import io
 import json
 import logging
@@ -30,12 +28,12 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ingest import locations
-from ingest.config import ColumnsConfig, SourceConfig
-from ingest.formats import as_text, decoded, kept_type, text_array
+from ingest.formats import decoded, kept_type, text_array
+from ingest.listing import Listing, Row, Wanted, hashes_of, legal
 from ingest.tables import CAPTION_NAMES, URL_NAMES
 from shards import storage
 from shards.plan import stamps
-from shards.settings import ConfigError, StageError
+from shards.settings import ConfigError
 
 log = logging.getLogger("carrara.ingest")
 
@@ -52,12 +50,6 @@ _LONGEST_HEADER = 1 << 20  # bytes of a tar's header that says more of the next 
 _AHEAD = 32 << 10  # bytes of a tar in a store that are read at a time: headers, and the texts of a sample
 _PART_ROWS = 200_000
 _LOOKED_AT = 1000  # files of a folder that are looked at to tell what it is
-
-LOCATION, FAULT = "place", "fault"  # columns of a listing: where the image lies, and the code of a row that has none
-
-# What a listing's rows hold beside the columns that the configuration asks for.
-FIXED = (("url", pa.string()), (LOCATION, pa.string()), (FAULT, pa.string()), ("caption", pa.list_(pa.string())))
-Row = dict[str, Any]
 
 
 @functools.lru_cache(maxsize=16)  # asked again and again within a command, also of stores that are far away
@@ -96,7 +88,7 @@ def _kind_of_file(file: str) -> Kind:
         try:
             with fsspec.open(file, "rb") as stream:
                 schema = pq.read_schema(stream)
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError, UnicodeError):
             return "table"  # which says what is wrong with it
         return "parquet" if image_column(schema, None) and not _has_urls(schema) else "table"
     return "table"
@@ -148,116 +140,6 @@ def folder_of(table: str) -> str:
 # ---- the listing -------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """Columns that the configuration names, and where captions are."""
-
-    columns: tuple[str, ...]
-    given: ColumnsConfig
-    source: SourceConfig
-
-
-class Listing:
-    """The parts of one listing, and what they hold already."""
-
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self.parts = 0
-        self.files: dict[str, str] = {}  # tars and tables that are listed, with their stamps
-        self.bare: set[str] = set()  # those that gave no row: half copied, perhaps, so they are looked at once more
-        self.hashes: list[np.ndarray] = []  # of the locations of single files, uint64
-        self.schema: pa.Schema | None = None
-        names = {n for n in storage.list_names(root) if n.endswith(".parquet")}
-        while f"{self.parts:05d}.parquet" in names:
-            url = storage.join(root, f"{self.parts:05d}.parquet")
-            table = storage.read_parquet(url, ["place", "single"])
-            said = json.loads((table.schema.metadata or {}).get(b"carrara", b"{}"))
-            files = said.get("files", {})
-            self.files |= files
-            self.bare = self.bare - files.keys() | set(said.get("bare", ()))
-            single = table.filter(table["single"])["place"].to_pylist()
-            self.hashes.append(_hashes(single))
-            if self.schema is None:
-                with fsspec.open(url, "rb") as stream:
-                    self.schema = pq.read_schema(stream).remove_metadata()
-            self.parts += 1
-
-    def known(self) -> np.ndarray:
-        """Hashes of all single files that are listed, sorted."""
-        return np.unique(np.concatenate(self.hashes)) if self.hashes else np.zeros(0, np.uint64)
-
-    def unlisted(self, files: Sequence[str]) -> list[str]:
-        """Which of these tars or tables are to be looked through: new ones, and such that gave no row and changed."""
-        bare = stamps([f for f in files if f in self.bare])
-        return [f for f in files if f not in self.files or bare.get(f, self.files[f]) != self.files[f]]
-
-    def add(
-        self, rows: Sequence[Row], files: Mapping[str, str], single: bool, wanted: Wanted, bare: Sequence[str] = ()
-    ) -> None:
-        """Create the next part; raises StageError where another process was faster. bare: files without a row."""
-        if not rows and not (files and self.parts):
-            return
-        schema = self.schema or _schema(rows, wanted)
-        columns: dict[str, Any] = {}
-        for field in schema:
-            values = [single] * len(rows) if field.name == "single" else [row.get(field.name) for row in rows]
-            columns[field.name] = _as(values, field.type)
-        table = pa.table(columns, schema)
-        sink = io.BytesIO()
-        said = {b"carrara": json.dumps({"files": dict(files), "bare": list(bare)}).encode()}
-        pq.write_table(table.replace_schema_metadata(said), sink, compression="zstd")
-        if not storage.create(storage.join(self.root, f"{self.parts:05d}.parquet"), sink.getvalue()):
-            raise StageError(f"{self.root}: another job has listed at this moment; run the same command again")
-        self.schema, self.parts = schema, self.parts + 1
-
-
-def _hashes(texts: Sequence[str]) -> np.ndarray:
-    found = [
-        int.from_bytes(hashlib.blake2b(t.encode("utf-8", "replace"), digest_size=8).digest(), "little") for t in texts
-    ]
-    return np.array(found, np.uint64)
-
-
-def _schema(rows: Sequence[Row], wanted: Wanted) -> pa.Schema:
-    """The types of the columns that are asked for, by the first rows that have them; text where none has."""
-    fields = [pa.field(n, t) for n, t in FIXED] + [pa.field("single", pa.bool_())]
-    types = {"string": pa.string(), "int": pa.int64(), "float": pa.float64()}
-    for name in wanted.columns:
-        kinds = {type(row[name]) for row in rows if row.get(name) is not None}
-        declared = types.get(wanted.given.types.get(name, ""))
-        kind = pa.string()
-        if kinds and kinds <= {bool}:
-            kind = pa.bool_()
-        elif kinds and kinds <= {int}:
-            kind = pa.int64()
-        elif kinds and kinds <= {int, float}:
-            kind = pa.float64()
-        fields.append(pa.field(name, declared or kind))
-    return pa.schema(fields)
-
-
-def _as(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """Values as one type; those that are of another one are null, or their text where the column is of text."""
-    fitting: list[Any] = []
-    for v in values:
-        if pa.types.is_string(kind):
-            fitting.append(None if v is None else _legal(v if isinstance(v, str) else as_text(v)))
-        elif pa.types.is_list(kind):
-            fitting.append([_legal(text) for text in v])
-        elif isinstance(v, bool) or pa.types.is_boolean(kind):
-            fitting.append(v if isinstance(v, bool) and pa.types.is_boolean(kind) else None)
-        elif isinstance(v, (int, float)) and abs(v) < 2**63:
-            fitting.append(float(v) if pa.types.is_floating(kind) else int(v) if float(v).is_integer() else None)
-        else:
-            fitting.append(None)
-    return pa.array(fitting, kind)
-
-
-def _legal(text: str) -> str:
-    """Without half characters, which JSON and the names of files may have and tables may not."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def refresh(root: str, table: str, kind: Kind, wanted: Wanted, progress: str = "") -> list[str]:
     """Bring a listing up to what lies at `table` now; returns what is to be told, a sentence each. Under the lease.
 
@@ -276,7 +158,7 @@ def is_listed(root: str, table: str, kind: Kind) -> bool:
     """Whether everything that lies at `table` is in the listing."""
     listing = Listing(root)
     if kind == "folder":
-        return bool(np.isin(_hashes([url for url, _ in _images(table)[0]]), listing.known()).all()) and bool(
+        return bool(np.isin(hashes_of([url for url, _ in _images(table)[0]]), listing.known()).all()) and bool(
             listing.parts
         )
     return not listing.unlisted(_files(table, TARS if kind == "webdataset" else BINARY.pattern))
@@ -458,7 +340,7 @@ def _table_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
             stream = fsspec.open(file, "rb").open()
             reader = pq.ParquetFile(stream, pre_buffer=False)
             schema = reader.schema_arrow
-    except (pa.ArrowException, OSError) as e:
+    except (pa.ArrowException, OSError, UnicodeError) as e:  # names of columns may be no text
         said.append(f"{file}: cannot be read ({' '.join(str(e).split())[:120]}); it is left out")
         return
     image = image_column(schema, wanted.source.image_column)
@@ -509,6 +391,8 @@ def _facts(batches: Iterator[Any], file: str, said: list[str]) -> Iterator[Row]:
 
 def _readable(array: pa.Array) -> pa.Array:
     """As tables have it: what is no number is text, and bytes are text as well; lists stay."""
+    # An Arrow file is taken as it lies there: what points beyond its end would end the process. Texts may be damaged.
+    (array.view(pa.binary()) if pa.types.is_string(array.type) else array).validate(full=True)
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     plain = pa.types.is_string(kept_type(array.type)) and not pa.types.is_nested(array.type)
@@ -538,7 +422,7 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, on_listed: OnList
     """Lists the images below a folder that are not listed yet, with their captions."""
     images, found = _images(table)
     fs, _ = _open_fs(table)
-    hashes = _hashes([url for url, _ in images])
+    hashes = hashes_of([url for url, _ in images])
     known = listing.known()
     new = [one for one, there in zip(images, np.isin(hashes, known), strict=True) if not there]
     said = []
@@ -562,7 +446,7 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, on_listed: OnList
             {
                 "url": url,
                 "place": url,
-                "fault": None if _legal(url) == url else "source_unreadable",
+                "fault": None if legal(url) == url else "source_unreadable",
                 "caption": captions,
             }
             | {name: facts.get(name) for name in wanted.columns}

@@ -24,6 +24,7 @@ from ingest.duplicates import Sidecars, find_duplicates
 from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE
 from ingest.hosts import Exchange
 from ingest.img2dataset_engine import require as require_img2dataset
+from ingest.listing import FAULT, LOCATION, Wanted
 from ingest.packing import kept_columns
 from ingest.retries import Anew, Retry, Taken, retry_lines, taken_from
 from ingest.statistics import Lines, RunCounts
@@ -470,12 +471,12 @@ class IngestStage:
         """Where the rows are: the configuration's table, or the listing of images of one's own."""
         return self._table() if self._kind() == "table" else self._listing()
 
-    def _wanted(self) -> sources.Wanted:
+    def _wanted(self) -> Wanted:
         named = (*self.config.keep_columns, *filters.needed_columns(self.config.filters))
         if self.config.source.adopt:
             named = (*named, *ADOPTED)
         columns = tuple(dict.fromkeys(n for n in named if n.lower() not in ("url", "caption")))
-        return sources.Wanted(columns, self.config.columns, self.config.source)
+        return Wanted(columns, self.config.columns, self.config.source)
 
     def below(self) -> tuple[str, ...]:
         """The folders below which rows may name files."""
@@ -485,14 +486,14 @@ class IngestStage:
 
     def kept(self) -> tuple[str, ...]:
         """The columns that are carried into the sidecar; of a listing the places too, which a retry asks for."""
-        return self.config.keep_columns if self._kind() == "table" else (*self.config.keep_columns, sources.LOCATION)
+        return self.config.keep_columns if self._kind() == "table" else (*self.config.keep_columns, LOCATION)
 
     def layout(self) -> Layout:
         """The table's files and the columns that are read; raises ConfigError where they do not fit the settings."""
         wanted = [*self.kept(), *filters.needed_columns(self.config.filters)]
         given = self.config.columns
         if self._kind() != "table":
-            wanted, given = [*wanted, sources.FAULT], ColumnsConfig()
+            wanted, given = [*wanted, FAULT], ColumnsConfig()
             wanted += ADOPTED if self.config.source.adopt else ()
         captionless = self.config.empty_captions == "keep"
         # One walk plans both splits, by the columns of one file that was there from the beginning.

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from ingest import captions
 from ingest.config import ColumnsConfig
-from ingest.formats import FORMAT, Columns, Cursor, batches, kept_type, read_schema, schema_of
+from ingest.formats import FORMAT, Columns, Cursor, batches, holds_lists, is_list, kept_type, read_schema, schema_of
 from shards.plan import Line, Range
 from shards.settings import ConfigError, StageError
 
@@ -135,7 +135,7 @@ def read_layout(
         for column in schema.names
         if column not in taken and column.lower() in welcome and schema.names.count(column) == 1
     ]
-    lists = caption is not None and _is_list(schema.field(caption).type)
+    lists = caption is not None and is_list(schema.field(caption).type)
     return Layout(tuple(files), (*chosen, *looked_at), len(looked_at), lists)
 
 
@@ -154,15 +154,11 @@ def _require_urls(file: str) -> None:
         )
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
 def _check_texts(schema: pa.Schema, url: str, caption: str | None, file: str) -> None:
     """Raise ConfigError where the URL or caption column cannot hold such."""
     kinds = {url: schema.field(url).type, **({caption: schema.field(caption).type} if caption is not None else {})}
     for name, kind in kinds.items():
-        value = kind.value_type if pa.types.is_dictionary(kind) or (name == caption and _is_list(kind)) else kind
+        value = kind.value_type if pa.types.is_dictionary(kind) or (name == caption and is_list(kind)) else kind
         if pa.types.is_nested(value) or (
             name == url and (pa.types.is_binary(value) or pa.types.is_large_binary(value))
         ):
@@ -181,13 +177,14 @@ def first_values(layout: Layout, names: Mapping[str, str]) -> dict[str, list[obj
 
 
 def first_caption(text: str | None) -> str:
-    """The first caption of a list in JSON that is not blank; empty where there is none."""
+    """The first caption of a list in JSON that is not blank, empty where there is none; a text that is no list."""
     try:
         values = json.loads(text or "[]")
-    except ValueError:
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, list):
         return text or ""
-    texts = values if isinstance(values, list) else [values]
-    return next((t for t in texts if isinstance(t, str) and t.strip()), "")
+    return next((t for t in values if isinstance(t, str) and t.strip()), "")
 
 
 def resolve(layout: Layout, name: str) -> str | None:
@@ -293,7 +290,14 @@ class TableSource:
         return self.layout.files
 
     def ranges(self, file: str, cuts: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Range]]:
-        """The ranges of a file's rows for each split in `cuts`, in one walk."""
+        """The ranges of a file's rows for each split in `cuts`, in one walk; raises ConfigError where its captions are
+        lists and those of the files before are not, since their shards have no place for more than one."""
+        caption = self.layout.columns[1][0]
+        if caption is not None and not self.layout.caption_lists and holds_lists(file, caption):
+            raise ConfigError(
+                f"{file}: the column '{caption}' holds lists of captions, and in the files before it one text; write "
+                "one text a row here too, or ingest this file into a run of its own"
+            )
         former = self.former and self.layout.looked_at > 0
         open_ = {split: _OpenRange(self.layout, self.samples_per_shard, sizes, former) for split, sizes in cuts.items()}
         for batch, ends in batches(file, self.layout.columns):

@@ -27,6 +27,7 @@ from shards import storage
 from shards.settings import ConfigError
 
 FOLDER = "taken_down"
+LONGEST_HOST = 254  # with a dot at its end (RFC 1035, 2.3.4)
 BEFORE = "taken_down.parquet"
 SCHEMA = pa.schema([("kind", pa.string()), ("value", pa.string())])
 
@@ -237,6 +238,8 @@ class TakenDown:
             parsed = URL(url.strip())
             host, port = (parsed.raw_host or "").lower().rstrip("."), parsed.port
         except (ValueError, UnicodeError, IndexError, TypeError):
+            return set()
+        if len(host) > LONGEST_HOST:  # of a table: nothing is fetched from there, and its names take the square of it
             return set()
         labels = [host] if ":" in host else host.split(".")
         forms: set[str] = set()

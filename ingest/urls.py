@@ -22,8 +22,8 @@ LONGEST = 1 << 15  # characters; servers read 8 to 16 KB of a request's first li
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
 _AROUND = "".join(map(chr, range(33))) + "\x7f\x85\xa0\u2028\u2029\u3000\ufeff"
 _WITHIN = str.maketrans("", "", "\t\r\n")
-_LEGAL = r"A-Za-z0-9\-._~!$&'()*+,;=:@/%\[\]|"
-_NOT_IN_PATH, _NOT_IN_QUERY = re.compile(f"[^{_LEGAL}]"), re.compile(f"[^{_LEGAL}?]")
+_LEGAL = "!$&'()*+,;=:@/%[]|"  # beside letters, digits and -._~; in a query ? too
+_HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # of a pair, but for what stands for a byte of a header
 _IPV6 = re.compile(r"[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%(?:25)?[A-Za-z0-9_.~-]+)?\Z")
 _NUMERIC = re.compile(r"(?:0[xX][0-9A-Fa-f]*|[0-9]+)\Z")
 
@@ -107,8 +107,8 @@ def _built(scheme: str, rest: str) -> URL:
     return URL.build(
         scheme=scheme,
         authority=base.raw_authority,
-        path=_NOT_IN_PATH.sub(_quoted, path) or "/",
-        query_string=_NOT_IN_QUERY.sub(_quoted, query or ""),
+        path=_quoted(path, _LEGAL) or "/",
+        query_string=_quoted(query or "", _LEGAL + "?"),
         encoded=True,
     )
 
@@ -129,14 +129,9 @@ def _host(host: str) -> str:
     return host
 
 
-def _quoted(found: re.Match[str]) -> str:
-    """A letter that may not stand in a URL, as its UTF-8 bytes; a byte of a header that is no UTF-8 as itself."""
-    letter = found[0]
-    try:
-        data = letter.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half of a pair
-        data = "\ufffd".encode()
-    return "".join(f"%{byte:02X}" for byte in data)
+def _quoted(text: str, legal: str) -> str:
+    """What may not stand in a URL as its UTF-8 bytes; a byte of a header that is no UTF-8 as itself."""
+    return urllib.parse.quote(_HALVES.sub("\ufffd", text), legal, errors="surrogateescape")
 
 
 def _without_dots(path: str) -> str:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from ingest import captions, filters, sources, statistics, tables, takedown
+from ingest import captions, filters, statistics, tables, takedown
 from ingest.config import FilterConfig, IngestConfig
+from ingest.digests import as_before
 from ingest.errors import Rejected
 from ingest.hosts import Exchange
 from ingest.img2dataset_engine import Img2datasetPool
+from ingest.listing import FAULT, LOCATION
 from ingest.locations import Below, Location
 from ingest.packing import new_sidecar, rows_again
 from ingest.pool import FetchPool, Lies, Outcome
@@ -27,6 +29,7 @@ from shards import plan, storage
 from shards.layout import shard_name
 from shards.settings import StageError
 from shards.stage import Task, open_folder, persist
+from shards.verify import discarded
 
 if TYPE_CHECKING:
     from ingest.stage import IngestStage
@@ -60,6 +63,8 @@ class IngestWorker:
         if self._anew is not None:
             task = dataclasses.replace(task, payload=self._anew.was)
         files, stats = self._again(task) if isinstance(task.payload, Retry) else self._first(task)
+        if self.taken_down and (before := discarded(self.stage.root, task.index)) is not None:
+            files[".parquet"] = as_before(files[".parquet"], before)
         stats |= {"digests": True, "list": self.taken_down.parts}
         return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
 
@@ -80,7 +85,7 @@ class IngestWorker:
         sidecar = new_sidecar(task.index, rows, self.layout, config, raw, cleaned, self.stage.kept())
         outcomes = self._taken_over(task, sidecar.columns["key"], self._judge(rows, cleaned))
         urls = rows["url"].to_pylist()
-        locations = rows[sources.LOCATION].to_pylist() if sources.LOCATION in rows.column_names else urls
+        locations = rows[LOCATION].to_pylist() if LOCATION in rows.column_names else urls
         if config.source.adopt:
             done = [o or a for o, a in zip(outcomes, self._adopt(rows, locations, outcomes), strict=True)]
         else:
@@ -142,7 +147,7 @@ class IngestWorker:
             Outcome.of("taken_down") if self.taken_down.has_url(url or "") else None for url in urls
         ]
         outcomes = self._taken_over(task, sidecar.columns["key"], outcomes)
-        done = self._fetch(task, sidecar.columns.get(sources.LOCATION, urls), outcomes)
+        done = self._fetch(task, sidecar.columns.get(LOCATION, urls), outcomes)
         files = sidecar.pack(done)
         stats = statistics.of_shard(done, urls, began)
         return files, stats | {
@@ -174,7 +179,7 @@ class IngestWorker:
         verdicts = judge_rows(config, self.layout, rows, cleaned)
         outcomes: list[Outcome | None] = []
         none = [None] * rows.num_rows
-        faults = rows[sources.FAULT].to_pylist() if sources.FAULT in rows.column_names else none
+        faults = rows[FAULT].to_pylist() if FAULT in rows.column_names else none
         for caption, url, verdict, fault in zip(cleaned, rows["url"].to_pylist(), verdicts, faults, strict=True):
             if self.taken_down.has_url(url or ""):
                 outcomes.append(Outcome.of("taken_down"))

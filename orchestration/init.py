@@ -21,6 +21,7 @@ from ingest import formats, locations, sources, tables
 from ingest.captions import DEFAULT_STEPS
 from ingest.config import ColumnsConfig, SourceConfig
 from ingest.errors import Rejected
+from ingest.listing import Wanted
 from ingest.locations import Below, Reader
 from shards.images import pixel_size
 from shards.settings import ConfigError
@@ -108,7 +109,7 @@ def _images(path: str, kind: sources.Kind) -> Found:
     images = captioned = captions = 0
     firsts: list[str] = []  # captions, of a few images
     with tempfile.TemporaryDirectory(prefix="carrara-init-") as scratch:
-        wanted = sources.Wanted((), ColumnsConfig(), SourceConfig())
+        wanted = Wanted((), ColumnsConfig(), SourceConfig())
         said = sources.refresh(scratch, path, kind, wanted, "init")
         for part in sorted(Path(scratch).glob("*.parquet")):
             for batch in pq.ParquetFile(part).iter_batches(columns=["place", "fault", "caption"]):

@@ -142,11 +142,7 @@ def raise_alarms(
     """Log what is alarming about a result and was not raised before, call the user's command for each; returns the
     alarms."""
     watch, checkpoint = config.eval.watch, result["checkpoint"]
-    like = [
-        r
-        for r in every
-        if r["protocol"]["id"] == result["protocol"]["id"] and r["model"]["weights"] == result["model"]["weights"]
-    ]
+    like = [r for r in every if compare.alike(r, result)]
     limits = (watch.alarm_rate, watch.alarm_min_change, watch.alarm_bad_images)
     found = compare.alarms(like, checkpoint, *limits)
     # One that was evaluated late may be what newer ones are to be held against.

@@ -75,7 +75,7 @@ class Folder:
             storage.probe(root)
         changes = made_with.differs(made_with_of(stored))
         if changes and (redo or (take_over and _is_empty(root, stored))):
-            _set_aside(root, stored)
+            set_aside(root)
             return cls.begin(root, made_with, data, take_over=take_over)
         if changes:
             raise ConfigError(
@@ -109,9 +109,7 @@ class Folder:
         if not {"count", "rows"} <= stats.keys():
             raise ValueError("the stats of a shard need 'count' and 'rows'")
         name = shard_name(index)
-        described: dict[str, dict[str, Any]] = {
-            s: {"size": len(d), "sha256": digest_bytes(d)} for s, d in sorted(files.items())
-        }
+        described = describe(files)
         record = {
             **stats,
             "shard": index,
@@ -161,6 +159,11 @@ class Folder:
         if stats is None:
             raise StageError(f"{self.root}: a shard's stats file cannot be read, or is not of Carrara; see `verify`")
         return stats
+
+
+def describe(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of a shard's files by suffix, as its stats have them."""
+    return {s: {"size": len(d), "sha256": digest_bytes(d)} for s, d in sorted(files.items())}
 
 
 def commit_shard(
@@ -280,8 +283,10 @@ def _is_empty(root: str, stored: Mapping[str, Any]) -> bool:
     )
 
 
-def _set_aside(root: str, stored: Mapping[str, Any]) -> None:
-    """Make room for another folder of this name. One in which no shard was begun leaves nothing."""
+def set_aside(root: str) -> None:
+    """Rename a begun folder, to make room for another of its name. One in which no shard was begun leaves nothing."""
+    stored = read_made_with(root)
+    assert stored is not None
     empty = _is_empty(root, stored)
     if not storage.is_local(root):
         if not empty:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from shards import storage
 from shards.layout import shard_name
 from shards.listing import STATS, listed
+from shards.made_with import read_made_with
 from shards.stats import parse_stats, read_stats, read_stats_of
 
 
@@ -50,12 +51,36 @@ def verify_shard(root: str, index: int, contents: bool = True) -> str:
 
 def discard(root: str, index: int) -> None:
     """Delete a damaged shard of a stage that can make it again from its input, the commit first; under the lease, and
-    when nothing else writes here: a late writer of this very shard could mix it with its own."""
+    when nothing else writes here: a late writer of this very shard could mix it with its own.
+
+    A sidecar that is whole is set aside until the shard is made anew: not all that it says can be made again.
+    """
     name = shard_name(index)
     try:
         stats = parse_stats(storage.read_bytes(storage.join(root, name + STATS)))
     except FileNotFoundError:
         stats = None
+    files = (stats or {"files": {}})["files"]
+    sidecar, aside = storage.join(root, name + ".parquet"), _aside(root, index)
+    if aside is not None and ".parquet" in files and storage.digest(sidecar) == files[".parquet"]["sha256"]:
+        storage.write_atomic(aside, storage.read_bytes(sidecar))
     storage.remove(storage.join(root, name + STATS))
-    for suffix in (stats or {"files": {}})["files"]:
+    for suffix in files:
         storage.remove(storage.join(root, name + suffix))
+
+
+def discarded(root: str, index: int) -> bytes | None:
+    """The sidecar of a shard that was discarded and is to be made anew; None where none was set aside."""
+    aside = _aside(root, index)
+    try:
+        return None if aside is None else storage.read_bytes(aside)
+    except FileNotFoundError:
+        return None
+
+
+def _aside(root: str, index: int) -> str | None:
+    """Beside what is being committed, from where it is swept once the shard is."""
+    known = read_made_with(root)
+    return (
+        None if known is None else storage.join(root, f".new-{known['id']}", f"{shard_name(index)}-discarded.parquet")
+    )

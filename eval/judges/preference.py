@@ -140,7 +140,7 @@ def digests(config: PreferenceConfig) -> dict[str, str]:
 
     found = {}
     if config.pickscore:
-        found["pickscore"] = digest(config.pickscore)
+        found["pickscore"] = digest(config.pickscore, "eval.preference.pickscore")
     for name in ("hps", "aesthetic"):
         if file := getattr(config, name):
             check_file(Path(file), f"eval.preference.{name}", "the file of its weights")

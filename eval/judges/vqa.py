@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from eval.config import JudgeConfig
-from eval.networks.weights import Rows
+from eval.networks.weights import Rows, model_folder
 from eval.shardwork import Halving
 from shards.fingerprint import digest_file, digest_json
 from shards.settings import ConfigError
@@ -100,8 +100,8 @@ class Judge:
         # A template that writes the first token itself gets no second one, as where transformers tokenizes templates.
         bos = self.tokenizer.bos_token
         once = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
-        pictures = [[images[i]] for i, _, _ in asked]
-        given = self.processor(text=texts, images=pictures, padding=True, return_tensors="pt", **once)
+        shown = [[images[i]] for i, _, _ in asked]
+        given = self.processor(text=texts, images=shown, padding=True, return_tensors="pt", **once)
         answers = [self.tokenizer(a, add_special_tokens=False)["input_ids"] for _, _, a in asked]
         longest = max(map(len, answers))
         padding = self.tokenizer.pad_token_id
@@ -135,24 +135,11 @@ def _local(ref: str) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def digest(ref: str) -> str:
-    """sha256 over the model's files; of a hub name, of its files in the local cache, fetched if need be."""
-    folder = Path(ref)
-    if not folder.is_dir():
-        if folder.is_absolute() or ref.startswith(".") or ref.count("/") != 1:
-            raise ConfigError(f"eval.judge.model: there is no folder {ref}; name a model's folder or its hub name")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(
-                snapshot_download(ref, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
-            )
-        except Exception as e:  # offline, unknown, gated
-            why = " ".join(str(e).split())[:160]
-            raise ConfigError(
-                f"eval.judge.model: {ref} is no folder here and cannot be had from the hub ({why})"
-            ) from None
+def digest(ref: str, field: str = "eval.judge.model") -> str:
+    """sha256 over the model's files; of a hub name, of its files in the local cache, fetched if need be. field: of the
+    configuration, for errors."""
+    folder = model_folder(ref, field, ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix in (".json", ".safetensors", ".jinja")]
     if not any(p.suffix == ".safetensors" for p in files):
-        raise ConfigError(f"eval.judge.model: {ref} has no .safetensors; weights are read from those alone")
+        raise ConfigError(f"{field}: {ref} has no .safetensors; weights are read from those alone")
     return digest_json([[p.name, digest_file(p)] for p in files])

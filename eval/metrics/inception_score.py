@@ -1,6 +1,6 @@
-"""Inception score: exp(mean KL(p(class | picture) || p(class))) (Salimans et al. 2016), over all pictures at once.
+"""Inception score: exp(mean KL(p(class | image) || p(class))) (Salimans et al. 2016), over all images at once.
 
-The published score is a mean over ten splits, which makes it lower the fewer pictures there are, and takes the spread
+The published score is a mean over ten splits, which makes it lower the fewer images there are, and takes the spread
 of the splits for an error. Here is one split, with a jackknife that also takes the bias out where there are
 four images a class. Logits are those without
 the last layer's bias, as in the original TensorFlow graph and in torch-fidelity (`logits_unbiased`).
@@ -15,7 +15,7 @@ from eval.metrics.estimate import Estimate, jackknife
 
 
 def inception_score(logits: npt.ArrayLike, group: npt.ArrayLike) -> Estimate:
-    """Score of logits [n, classes]; group [n]: jackknife group of each picture. ValueError for fewer than two groups.
+    """Score of logits [n, classes]; group [n]: jackknife group of each image. ValueError for fewer than two groups.
 
     From the groups' sums of p and of sum p log p alone, in float64.
     """

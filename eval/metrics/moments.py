@@ -1,7 +1,7 @@
 """Count, mean and scatter of feature vectors in float64: the sufficient statistics of a Frechet distance.
 
 They merge (Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances")
-and un-merge, so features of a million pictures need no more memory than those of one shard, and leaving a group out
+and un-merge, so features of a million images need no more memory than those of one shard, and leaving a group out
 costs a subtraction. Sums of floats depend on their order: `merge_all` takes parts in the order of their shard ids,
 which makes a result the same, bit for bit, however many workers made the parts and in whatever order they came.
 `Accumulator` takes rows in that order, however many there are.
@@ -50,10 +50,10 @@ def of(features: npt.ArrayLike) -> Moments:
     """
     x = np.asarray(features, dtype=np.float64)
     if x.ndim != 2:
-        raise ValueError(f"features must be [pictures, dimensions], not of shape {x.shape}")
+        raise ValueError(f"features must be [images, dimensions], not of shape {x.shape}")
     bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
     if bad.size:
-        raise ValueError(f"features of {bad.size} of {len(x)} pictures are not finite (first: row {bad[0]})")
+        raise ValueError(f"features of {bad.size} of {len(x)} images are not finite (first: row {bad[0]})")
     if len(x) == 0:
         return empty(x.shape[1])
     mean = x.mean(axis=0)
@@ -110,7 +110,7 @@ class Accumulator:
         """Rows [n, d] of any float type; ValueError as in `of`, once their block is full."""
         x = np.asarray(features)
         if x.ndim != 2 or x.shape[1] != self._total.dim:
-            raise ValueError(f"features must be [pictures, {self._total.dim}], not of shape {x.shape}")
+            raise ValueError(f"features must be [images, {self._total.dim}], not of shape {x.shape}")
         while len(x):
             part, x = x[: self._block - self._waiting], x[self._block - self._waiting :]
             self._rows.append(np.array(part))  # a copy: the caller's may be a view of a file that is closed

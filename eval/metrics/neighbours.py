@@ -76,7 +76,7 @@ def prdc(
     import torch
 
     a, b = np.asarray(real), np.asarray(generated)
-    around_real = torch.from_numpy(radii(a, k, device, tile) if real_radii is None else real_radii).to(device)
+    around_real = torch.tensor(radii(a, k, device, tile) if real_radii is None else real_radii).to(device)
     around_generated = torch.from_numpy(radii(b, k, device, tile)).to(device)
     precise, dense = np.zeros(len(b), bool), np.zeros(len(b))
     recalled, covered = np.zeros(len(a), bool), np.zeros(len(a), bool)

@@ -1,6 +1,6 @@
-"""Retrieval: is a picture's own caption the best match among a hundred distinct ones?
+"""Retrieval: is an image's own caption the best match among a hundred distinct ones?
 
-Which distractors a picture meets is a matter of luck. Instead of drawing them, the exact chance over all draws is
+Which distractors an image meets is a matter of luck. Instead of drawing them, the exact chance over all draws is
 taken: with k of the M - 1 other captions scoring at least as high as the right one, 99 distractors miss all k of them
 with probability C(M-1-k, 99) / C(M-1, 99). With M = 100 that is plain rank 1. Ties count against the model, so a
 model that gives every caption the same score has a retrieval of 0.
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from eval.metrics.estimate import Estimate, proportion
 
-ROWS_AT_ONCE = 1024  # pictures held against all captions at once: bounded memory
+ROWS_AT_ONCE = 1024  # images held against all captions at once: bounded memory
 TIE = 1e-9  # cosines nearer than this are a tie; rounding would decide between them
 
 
@@ -37,9 +37,9 @@ def of_pairs(
     meaning: Callable[[str], Hashable] | None = None,
     clusters: Sequence[Hashable] | None = None,
 ) -> Estimate | None:
-    """Rank-1 share of picture-caption pairs (unit rows [n, d] each) among `candidates` captions of distinct meaning.
+    """Rank-1 share of image-caption pairs (unit rows [n, d] each) among `candidates` captions of distinct meaning.
 
-    A picture's own caption is in its own words; its rivals are one wording each of the other meanings. None with fewer
+    An image's own caption is in its own words; its rivals are one wording each of the other meanings. None with fewer
     than two meanings. clusters default to the meanings.
     """
     meanings = [meaning(c) if meaning else " ".join(c.split()).casefold() for c in captions]
@@ -58,9 +58,9 @@ def rank_one(
     clusters: Sequence[Hashable],
     own_texts: npt.ArrayLike | None = None,
 ) -> Estimate | None:
-    """Expected share of pictures whose own caption is first among `candidates` captions.
+    """Expected share of images whose own caption is first among `candidates` captions.
 
-    images [n, d] and texts [M, d] are unit rows, own[i] is the row in texts of picture i's caption; own_texts [n, d]
+    images [n, d] and texts [M, d] are unit rows, own[i] is the row in texts of image i's caption; own_texts [n, d]
     are the captions' own wordings where texts holds another wording of the same meaning. Uses min(candidates, M)
     captions; None where there are fewer than two, which is no contest.
     """

@@ -9,13 +9,12 @@ own fingerprint, so that other images never meet it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from eval.metrics import frechet, kernel, neighbours
-from eval.metrics.moments import Accumulator
-from eval.rows import column, feature_parts
+from eval.metrics import frechet, kernel, moments, neighbours
+from eval.rows import column, feature_parts, group_of
 from shards import storage
 from shards.columns import pack_columns, unpack_columns
 from shards.dataset import Dataset
@@ -51,7 +50,7 @@ class RealSide:
             if len(self) <= dim:
                 ref = frechet.reference_of(self.features)
             else:
-                total = Accumulator(dim)
+                total = moments.Accumulator(dim)
                 for part in feature_parts(self.dataset, self.name):
                     total.add(part)
                 ref = frechet.reference(total.result())
@@ -87,6 +86,22 @@ class RealSide:
         arrays = make()
         storage.write_atomic(url, pack_columns(arrays, {"fingerprint": self.dataset.fingerprint}))
         return arrays
+
+
+def floor(x: np.ndarray, keys: Sequence[str], generated: int) -> float | None:
+    """What fd_clip_unit would be, as it is shown, of a model without any fault: from the distance of two random halves
+    of the real images x [m, d], whose bias is of order 1/n, brought to the sizes that are compared. None where the
+    halves are too small for that (fewer than 2 d).
+
+    Two samples of one distribution of a and b images are about c (1/a + 1/b) apart; halves are c * 4/m.
+    """
+    half = group_of([f"half {k}" for k in keys], 2)
+    small = int(min((half == 0).sum(), (half == 1).sum()))
+    if small < 2 * x.shape[1] or generated < 2 * x.shape[1]:
+        return None
+    a, b = (moments.of(x[half == side]) for side in (0, 1))
+    apart = frechet.distance(frechet.reference(a), b)
+    return apart * (1 / generated + 1 / len(x)) / (1 / a.n + 1 / b.n)
 
 
 def npz_digest(path: str, option: str) -> str:

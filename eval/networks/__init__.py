@@ -114,7 +114,7 @@ class Inception:
         *self._layers, self._fc = self.network.children()  # one after another, as in the library's own forward
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pictures float32 [B, 3, 299, 299] in 0..255 -> float32 [B, 2048]."""
+        """Images float32 [B, 3, 299, 299] in 0..255 -> float32 [B, 2048]."""
         import torch
 
         with torch.inference_mode(), exact():

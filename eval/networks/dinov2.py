@@ -3,7 +3,7 @@
     a folder   config.json and model.safetensors, as transformers saves facebook/dinov2-large
     a file     dinov2_vitl14_pretrain.pth, as torch.hub's facebookresearch/dinov2 has it
 
-Pictures are stretched to 224 px by Pillow's bicubic. The weights were trained at 518 px, so their position embeddings
+Images are stretched to 224 px by Pillow's bicubic. The weights were trained at 518 px, so their position embeddings
 are interpolated, and the two libraries do it differently: torch.hub's code by the factor (16 + 0.1) / 37, transformers
 to exactly 16. Published distances come from torch.hub's, so both layouts are read with its rule, and give the same
 features.
@@ -33,7 +33,7 @@ FILES = ("config.json", "model.safetensors")
 
 
 class Dinov2:
-    """The network; float32 [B, d] from pictures uint8 [B, H, W, 3]. state: tensors of a torch.hub file, None for a
+    """The network; float32 [B, d] from images uint8 [B, H, W, 3]. state: tensors of a torch.hub file, None for a
     folder. Raises ConfigError where `path` holds no DINOv2."""
 
     def __init__(self, path: Path, state: dict[str, torch.Tensor] | None, device: str) -> None:
@@ -61,7 +61,7 @@ class Dinov2:
 
 
 def positions(embeddings: torch.Tensor, patch: int) -> torch.Tensor:
-    """Position embeddings [1, 1 + M * M, d] for pictures of 224 px, as torch.hub's code interpolates them."""
+    """Position embeddings [1, 1 + M * M, d] for images of 224 px, as torch.hub's code interpolates them."""
     import torch
 
     side, wanted = math.isqrt(embeddings.shape[1] - 1), SIDE // patch

@@ -1,4 +1,4 @@
-"""How a picture comes to a feature network's size: the one step in which evaluation codes differ most.
+"""How an image comes to a feature network's size: the one step in which evaluation codes differ most.
 
 Each function takes uint8 [B, H, W, 3] and gives float32 [B, 3, S, S] in 0..255, not rounded unless its name says so.
 
@@ -32,7 +32,7 @@ def tf(pixels: np.ndarray, side: int = 299) -> torch.Tensor:
 
 
 def clean(pixels: np.ndarray, side: int = 299) -> torch.Tensor:
-    """clean-fid's: a channel at a time as a float32 picture, bicubic, clipped to 0..255."""
+    """clean-fid's: a channel at a time as a float32 image, bicubic, clipped to 0..255."""
     import torch
 
     channels = [
@@ -79,5 +79,5 @@ def _planes(pixels: np.ndarray) -> torch.Tensor:
     import torch
 
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-        raise ValueError(f"pictures are uint8 [B, H, W, 3], not {pixels.dtype} {pixels.shape}")
+        raise ValueError(f"images are uint8 [B, H, W, 3], not {pixels.dtype} {pixels.shape}")
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float()

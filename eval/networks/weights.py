@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from latents.weights import hub_folder
+from shards import storage
 from shards.fingerprint import digest_file
 from shards.settings import ConfigError
 
@@ -65,6 +67,17 @@ def check_file(path: Path, field: str, wanted: str) -> None:
         raise ConfigError(f"{field}: there is no file {path}; name {wanted}")
     if path.stat().st_size > MAX_WEIGHTS:
         raise ConfigError(f"{field}: {path} is larger than {MAX_WEIGHTS // 10**9} GB, which no such network is")
+
+
+def model_folder(ref: str, field: str, patterns: Sequence[str], ignore: Sequence[str] = ()) -> Path:
+    """The folder of a model: as it lies here, or of a hub name those of its files that match. ConfigError, naming the
+    field, where there is none."""
+    path = Path(storage.local_path(ref)) if "://" not in ref else None
+    if path is not None and path.is_dir():
+        return path
+    if ref.startswith((".", "/", "~")) or ref.count("/") != 1:
+        raise ConfigError(f"{field}: there is no folder {ref}; name the model's folder or its hub name")
+    return hub_folder(ref, f"{field}:", patterns, ignore)
 
 
 @functools.lru_cache(maxsize=16)

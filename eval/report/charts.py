@@ -174,7 +174,7 @@ def pareto(points: Sequence[dict[str, Any]], distance: str) -> Chart:
         line = [(p["distance"][0], p["score"][0]) for p in flat]
         axes.plot([x for x, _ in line], [y for _, y in line], color=colour["line"], linewidth=0.8, alpha=0.6)
         axes.set_xlabel(distance, color=colour["ink"])
-        axes.set_ylabel("clip_score", color=colour["ink"])
+        axes.set_ylabel("CLIP score", color=colour["ink"])
         axes.margins(0.12)
         others = [p for p in points if p["frontier"] and p not in flat]
         for p, left in _labelled([*(p for p in points if p["knee"]), *flat, *others], axes):

@@ -139,15 +139,17 @@ def _context(
     ):
         pairs = gather.pairs(gather.Images(run, before.other), images, PAIRS)
     best, worst = images.by_score(EXTREMES)
-    tried = history.read_grid(run, result["checkpoint"])
+    sheet, tried = images.in_order(SHEET), history.read_grid(run, result["checkpoint"])
+    distance = _label(result, tried["distance"]) if tried else ""
     return {
         "run": _run_name(run),
         "m": result,
         "date": when,
         "verdict": found,
         "alarms": found.alarms,
-        "arrows": [_arrow(d) for d in _whole(before) if d.metric in compare.WATCHED],
-        "sheet": images.in_order(SHEET),
+        "arrows": _arrows(before),
+        "sheet": sheet,
+        "dotted": any(v in (0, 1) for s in sheet for v in s.scores.values()),
         "best": best,
         "worst": worst,
         "tagged": images.by_tag(result["tags"], TAGS, PER_TAG),
@@ -163,7 +165,8 @@ def _context(
         "neighbours": gather.neighbours(run, result, images),
         "tried": tried,
         "few": [p for p in tried["points"] if p["frontier"]] if tried and len(tried["points"]) > CELLS else None,
-        "pareto": charts.pareto(tried["points"], _label(result, tried["distance"])) if tried else None,
+        "distance": distance,
+        "pareto": charts.pareto(tried["points"], distance) if tried else None,
         "others": [(r, [text(r, n) for n in _headline(result)[:4]]) for r in mine] if len(mine) > 1 else [],
         "other_columns": [_label(result, n) for n in _headline(result)[:4]],
         "trend": trend(every, result),
@@ -185,6 +188,8 @@ def _context(
 
 def percent(value: float) -> str:
     """0.8533 -> 85 %; nearer the ends with a decimal, so that 99.6 % does not read as 100 %."""
+    if 0 < value < 0.0005 or 0.9995 <= value < 1:
+        return "< 0.1 %" if value < 0.5 else "> 99.9 %"
     if 0 < value < 0.01 or 0.99 < value < 1:
         return f"{100 * value:.1f} %"
     return f"{100 * value:.0f} %"
@@ -278,6 +283,12 @@ def _scale(result: dict[str, Any], name: str) -> str:
     return {"higher": "higher is better", "lower": "lower is better"}.get(m[name]["better"], "")
 
 
+def _arrows(before: verdict.Against | None) -> list[dict[str, str]]:
+    """How what a verdict looks at has moved; of scores of one's own those that a difference is shown in."""
+    arrows = [(d.metric, _arrow(d)) for d in _whole(before) if compare.is_watched(d.metric)]
+    return [a for name, a in arrows if name in compare.WATCHED or a["way"] != "same"]
+
+
 def _arrow(d: compare.Difference) -> dict[str, str]:
     sign, way = verdict.arrow(d)
     change, interval = _difference(d)
@@ -328,7 +339,7 @@ def _label(result: dict[str, Any], name: str) -> str:
 
 def trend(every: list[dict[str, Any]], result: dict[str, Any]) -> list[charts.Chart]:
     """The first numbers over checkpoints of this result's protocol; none for one point."""
-    same = sorted((r for r in every if verdict.alike(r, result) and r["images_seen"] is not None), key=verdict.seen)
+    same = sorted((r for r in every if compare.alike(r, result) and r["images_seen"] is not None), key=compare.seen)
     figures = []
     for name in _headline(result)[:8]:
         points = [(r["images_seen"], e) for r in same if (e := r["metrics"].get(name)) and "low" in e]
@@ -342,7 +353,7 @@ def trend(every: list[dict[str, Any]], result: dict[str, Any]) -> list[charts.Ch
 
 
 def _index(run: RunPaths, every: list[dict[str, Any]], watch: WatchConfig | None, when: str) -> dict[str, Any]:
-    order = sorted(every, key=lambda r: (-verdict.seen(r), r["checkpoint"], r["cell"], r["folder"]))
+    order = sorted(every, key=lambda r: (-compare.seen(r), r["checkpoint"], r["cell"], r["folder"]))
     pages = set(storage.list_names(run.reports))
     columns = list(dict.fromkeys(n for r in order for n in _headline(r)[:6]))[:6]
     labels = {n: next(_label(r, n) for r in order if n in r["metrics"]) for n in columns}

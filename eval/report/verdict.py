@@ -39,8 +39,8 @@ class Verdict:
 def of(result: dict[str, Any], every: Sequence[dict[str, Any]], watch: WatchConfig | None = None) -> Verdict:
     """The verdict on a result among all of its run; those of its own protocol and weights count."""
     watch = watch or WatchConfig()
-    like = [r for r in every if alike(r, result)]
-    earlier = sorted((r for r in like if seen(r) < seen(result)), key=seen)
+    like = [r for r in every if compare.alike(r, result)]
+    earlier = sorted((r for r in like if compare.seen(r) < compare.seen(result)), key=compare.seen)
     found = []
     if earlier:
         before = earlier[-1]
@@ -50,17 +50,6 @@ def of(result: dict[str, Any], every: Sequence[dict[str, Any]], watch: WatchConf
             found.append(_against("best", best, result))
     limits = (watch.alarm_rate, watch.alarm_min_change, watch.alarm_bad_images)
     return Verdict(found, [str(a) for a in compare.alarms([*earlier, result], result["checkpoint"], *limits)])
-
-
-def alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two results are of one protocol and one kind of weights, and whole."""
-    same = a["protocol"]["id"] == b["protocol"]["id"] and a["model"]["weights"] == b["model"]["weights"]
-    return bool(same and not a["missing"]["images"])
-
-
-def seen(result: dict[str, Any]) -> int:
-    """Images that the model was trained on."""
-    return int(result["images_seen"] or 0)
 
 
 def best_of(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

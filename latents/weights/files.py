@@ -18,12 +18,13 @@ SAFE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def hub_folder(name: str, what: str, patterns: Sequence[str]) -> Path:
-    """The local copy of those files of a hub repository that match; raises ConfigError where it cannot be had."""
+def hub_folder(name: str, what: str, patterns: Sequence[str], ignore: Sequence[str] = ()) -> Path:
+    """The local copy of those files of a hub repository that match, but for those to ignore; raises ConfigError where
+    it cannot be had."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(ignore)))
     except Exception as e:
         raise ConfigError(f"{what} '{name}' is not a path here and cannot be had from the hub: {line(e)}") from None
 

@@ -1,4 +1,4 @@
-"""Every `carrara ...` in the documents is a command line that Carrara takes. (`make docs` looks at the links.)"""
+"""Every `carrara ...` in the documents is a command line that Carrara takes (`make docs` looks at links)."""
 
 from __future__ import annotations
 

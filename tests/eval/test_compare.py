@@ -160,6 +160,23 @@ def test_bad_images_alarm_whatever_the_metrics_say() -> None:
     assert simulation.spoilt(0.01, 256, 50, 0) <= 3
 
 
+def test_scores_of_ones_own_alarm_and_are_in_the_verdict() -> None:
+    rng = np.random.default_rng(4)
+    luck = rng.standard_normal(200)
+    levels = {"step-1": 4.0, "step-2": 4.1, "step-3": 1.0}
+    run = [
+        result(
+            n, i + 1, {"my_score": score(-v + luck + 0.1 * rng.standard_normal(200)), "kid_tf": score(luck * (1 + i))}
+        )
+        for i, (n, v) in enumerate(levels.items())
+    ]
+    assert not compare.alarms(run, "step-2")
+    [alarm] = compare.alarms(run, "step-3")
+    assert alarm.metric == "my_score"
+    way, words = compare.verdict(compare.differences(run[1], run[2]), "step-2", "step-3")
+    assert (way, words) == ("worse", "step-3 is worse than step-2 in my_score.")
+
+
 def test_groups_are_matched_by_name() -> None:
     """One result lost a group of images: the others' differences are paired as before, not by place."""
     rng = np.random.default_rng(2)

@@ -467,7 +467,7 @@ def test_models_that_cannot_be_edited_are_refused(
     shape = {"sample_size": SIDE // 4, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
     deaf = UNet2DConditionModel(**shape, **blocks, mid_block_type="UNetMidBlock2D", cross_attention_dim=32)
     conditioned = UNet2DConditionModel(**shape, in_channels=9, cross_attention_dim=32, **blocks)
-    for name, unet, says in (("deaf", deaf, "no cross-attention"), ("conditioned", conditioned, "given a picture")):
+    for name, unet, says in (("deaf", deaf, "no cross-attention"), ("conditioned", conditioned, "given an image")):
         shutil.copytree(run.model, tmp_path / name)
         shutil.rmtree(tmp_path / name / "unet")
         unet.save_pretrained(tmp_path / name / "unet")

@@ -71,9 +71,9 @@ def test_rows_are_the_libraries_numbers(folders: list[Path]) -> None:
 
 
 def test_bad_sets_are_one_sentence(folders: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neither a folder of pictures nor finished shards"):
+    with pytest.raises(ConfigError, match="neither a folder of images nor finished shards"):
         explain.explain(str(tmp_path / "no"), str(folders[0]), "file")
-    with pytest.raises(ConfigError, match="has 0 pictures"):
+    with pytest.raises(ConfigError, match="has 0 images"):
         explain.explain(str(tmp_path), str(folders[0]), "file")
     (tmp_path / "a.png").write_bytes(b"nothing")
     (tmp_path / "b.png").write_bytes(b"nothing")

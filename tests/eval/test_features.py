@@ -18,9 +18,8 @@ from PIL import Image
 from eval import networks
 from eval.config import EvalConfig
 from eval.features import FeaturesStage
-from eval.measure import floor
 from eval.metrics import frechet, kernel, memorisation, neighbours
-from eval.metrics.statistics import RealSide, from_npz
+from eval.metrics.statistics import RealSide, floor, from_npz
 from shards.columns import ColumnShard, pack_columns
 from shards.dataset import Dataset, commit_shard, read_stats, write_manifest
 from shards.fingerprint import Fingerprint

@@ -139,6 +139,8 @@ def test_voters_without_a_name_are_not_one_voter(two_cells: RunPaths, tmp_path: 
 def test_a_pack_is_blind_and_its_votes_come_back(two_cells: RunPaths, tmp_path: Path) -> None:
     found = human.pairs(two_cells, CELLS, 8, seed=1)
     assert human.pairs(two_cells, CELLS, 8, seed=1) == found
+    over_runs = [f"{two_cells.run}:{name}" for name in CELLS]
+    assert human.pairs(RunPaths(str(tmp_path / "another")), over_runs, 8, seed=1) == found
     assert len({p.id for p in found}) == 8
     assert {p.left for p in found} == {0, 1}  # neither stands on one side
     assert all(p.left_image != p.right_image for p in found)

@@ -321,6 +321,8 @@ def test_scores_made_elsewhere_are_a_metric_like_any_other(judged: Any, tmp_path
     assert "geneval" in metrics["by_tag"]["odd"]
     assert {"taste", "geneval"} <= set(metrics["jackknife"])
     assert "Geneval" in (Path(found.run.reports) / f"{found.model.name}.html").read_text()
+    with pytest.raises(ConfigError, match=r"hps\.jsonl is no index\.jsonl"):
+        suites.bring_in(images, "x", str(tmp_path / "results.jsonl"), str(tmp_path / "hps.jsonl"))
     for content, name, says in (
         ('{"id": "nobody", "score": 1}', "x", "there is no image 'nobody'"),
         (json.dumps({"id": keys[0]})[:-1] + ', "score": NaN}', "x", "finite number"),

@@ -78,7 +78,7 @@ def test_features_that_are_not_finite_are_named() -> None:
     accumulator = moments.Accumulator(3, 4)
     with pytest.raises(ValueError, match="not finite"):
         accumulator.add(x)
-    with pytest.raises(ValueError, match=r"\[pictures, 3\]"):
+    with pytest.raises(ValueError, match=r"\[images, 3\]"):
         accumulator.add(x[:, :2])
 
 

@@ -97,7 +97,7 @@ def test_every_figure_is_that_of_others(tmp_path: Path, inception_weights: Path)
 
 def test_nothing_to_look_at_is_one_sentence(tmp_path: Path) -> None:
     tiny.make_images(tmp_path / "images", counts=(2,))
-    with pytest.raises(StageError, match="there is not one picture to reconstruct"):
+    with pytest.raises(StageError, match="there is not one image to reconstruct"):
         reconstruct.measure(Dataset.open(str(tmp_path / "images")), str(world.save_vae(tmp_path / "vae")), 16, 0)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from eval import compare
 from eval.config import EvalConfig
-from eval.report import charts, gather, page
+from eval.report import charts, gather, page, verdict
 from shards.layout import RunPaths
 from shards.settings import StageError
 from tests.eval.conftest import build_run, evaluate
@@ -201,6 +201,7 @@ def test_long_captions_are_cut() -> None:
 
 def test_numbers_read_as_people_write_them() -> None:
     assert [page.percent(v) for v in (0.0, 0.004, 0.853, 0.996, 1.0)] == ["0 %", "0.4 %", "85 %", "99.6 %", "100 %"]
+    assert [page.percent(v) for v in (2e-6, 0.99996)] == ["< 0.1 %", "> 99.9 %"]
     assert page.rounded(12.34567, 0.0213) == "12.346"
     assert page.rounded(-12.34567, 2.5) == "\u221212.3"
     assert [charts.count(v) for v in (950, 1200, 3_400_000, 2e9)] == ["950", "1.2k", "3.4M", "2B"]
@@ -244,6 +245,22 @@ def test_the_value_shown_is_the_one_that_was_published(html: str, done: RunPaths
     for name in ("fd_clip_unit", "cmmd"):
         assert metrics[name]["low"] >= 0
     assert "fewer than 2,048" in html
+
+
+def test_arrows_are_of_what_is_watched_and_of_scores_of_ones_own_that_moved() -> None:
+    kinds = {"clip_score": 0.0, "my_score": 0.0, "your_score": 1.0, "kid_tf": 1.0}
+    found = [compare.Difference(n, "higher", 1, 1 + v, v, 0.1, v - 0.2, v + 0.2, 0.5, 20) for n, v in kinds.items()]
+    shown = page._arrows(verdict.Against("before", {}, "same", "", found))
+    assert [(a["metric"], a["way"]) for a in shown] == [("clip_score", "same"), ("your_score", "better")]
+
+
+def test_after_a_grid_the_page_is_of_the_knee() -> None:
+    results = [{"folder": f, "counts": {"images": n}} for f, n in (("a", 10), ("b", 10), ("c", 99))]
+    kinds = {"a": (True, True, 3.0), "b": (False, True, 2.0), "c": (False, False, 1.0)}
+    points = [{"folder": f, "knee": k, "frontier": on, "distance": [d]} for f, (k, on, d) in kinds.items()]
+    assert page._shown(results, {"points": points})["folder"] == "a"
+    assert page._shown(results[1:], {"points": points})["folder"] == "b"  # the frontier's nearest
+    assert page._shown(results, None)["folder"] == "c"
 
 
 def test_provenance_is_folded_and_says_where_and_how(html: str) -> None:

@@ -8,28 +8,36 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
+from demo.scorer import SCORES
 from eval import model as models
+from eval import protocol
 from eval.config import EvalConfig
 from eval.evaluation import Evaluation
 from eval.generate import ImageGenerator, Sample, seed_of
 from eval.metrics import frechet, moments
+from eval.metrics.definitions import DEFINITIONS
 from eval.networks import truncated
 from eval.report import history, page
 from latents.encoders import load_text
+from orchestration import stages
+from orchestration.config import RunConfig
 from shards import storage
 from shards.columns import ColumnShard
 from shards.dataset import Dataset, read_stats
 from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths
-from shards.settings import ConfigError, StageError
-from shards.stage import begin
+from shards.settings import ConfigError, StageError, validate
+from shards.stage import Task, begin
 from tests.eval.conftest import CONTEXT, SIDE, drive, evaluate, evaluation_of, refs, shard_bytes, start_noise
 from tests.orchestration.head import ROOT
 
@@ -440,6 +448,104 @@ def test_images_that_are_not_kept_leave_their_features(own: RunPaths, config: Ev
     shutil.rmtree(storage.join(few.generate.root, "features"))
     with pytest.raises(StageError, match=r"images are not kept \(eval\.keep_images\)"):
         drive(few.generate.features()[0])
+
+
+def test_a_worker_that_dies_owes_no_features_of_images_that_do_not_stay(
+    own: RunPaths, config: EvalConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = config.model_copy(update={"keep_images": 0, "scorer": None})
+    stage = evaluation_of(own, few).generate
+    begin(stage)
+    work, [first, *_] = stage.worker(), stage.tasks()
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work.features[0], "of_images", dies)
+    with pytest.raises(KeyboardInterrupt):
+        work(first)
+    found = evaluate(own, few)
+    assert found.result()["metrics"]["clip_score"]["n"] == 20
+
+
+def test_a_metric_added_to_a_finished_evaluation_needs_no_new_images(
+    workplace: tuple[Path, RunPaths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the configuration asks for, one that a later version knows, and what a later version measures anew."""
+    folder, own = workplace
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+
+    def run_eval(redo: bool = False, **more: object) -> tuple[dict[Path, int], set[str]]:
+        """When each shard of images was written, and what is measured in the newest result."""
+        settings["eval"] |= more
+        stages.run("eval", validate(RunConfig, settings, "run.yaml"), local=True, redo=redo)
+        newest = max(Path(own.eval).glob("step*/*/metrics.json"), key=lambda p: p.stat().st_mtime_ns)
+        tars = {p: p.stat().st_mtime_ns for p in Path(own.eval).glob("step*/images-*/*.tar")}
+        return tars, set(json.loads(newest.read_bytes())["metrics"])
+
+    images, before = run_eval(steps=1)
+    again, after = run_eval(redo=True, scorer="demo.scorer")
+    assert (again, len(images)) == (images, 3)
+    assert after - before == set(SCORES)
+    assert before < after
+    [numbers] = [p for p in Path(own.eval).glob("step*/*/metrics.json") if "shows_shape" in p.read_text()]
+    measured = numbers.stat().st_mtime_ns
+    run_eval()
+    assert numbers.stat().st_mtime_ns == measured
+    monkeypatch.setitem(DEFINITIONS, "sharpness", ("higher", "Sharpness", "a metric of a later version"))
+    assert run_eval()[0] == images
+    assert numbers.stat().st_mtime_ns > measured
+    monkeypatch.setattr(protocol, "MEASURES", protocol.MEASURES + 1)
+    assert run_eval()[0] == images
+    assert len(list(Path(own.eval).glob("step*/*/metrics.json"))) == 3
+
+
+def test_a_network_that_comes_too_late_is_one_sentence_and_redo_generates_again(
+    own: RunPaths, config: EvalConfig
+) -> None:
+    few = config.model_copy(update={"keep_images": 2, "scorer": None})
+    first = evaluate(own, few)
+    later = evaluation_of(own, few.model_copy(update={"scorer": "demo.scorer"}))
+    with pytest.raises(ConfigError, match=r"scorer is to see the images .* not all of them stayed .* give --redo"):
+        later.generate.begin()
+    before = shard_bytes(first.generate.root)
+    later.generate.begin(redo=True)
+    assert shard_bytes(first.generate.root + ".replaced-1") == before
+    for stage in later.stages():
+        drive(stage)
+    later.conclude()
+    assert shard_bytes(later.generate.root) == before
+    assert later.result()["metrics"]["shows_shape"]["n"] == 20
+    later.generate.begin(redo=True)  # nothing is to be made again, so nothing is set aside
+    assert not Path(first.generate.root + ".replaced-2").exists()
+
+
+def test_seconds_are_those_of_the_work(own: RunPaths, config: EvalConfig) -> None:
+    """Generation counts, and the wait for the device does not; the grid's seconds an image and the page's images/s are
+    of these."""
+    stage = evaluation_of(own, config.model_copy(update={"scorer": None})).generate
+    begin(stage)
+    work = stage.worker()
+    make = work.generator._make
+
+    def slow(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
+        time.sleep(0.5)
+        return make(samples)
+
+    work.generator._make = slow
+    first, second, *_ = stage.tasks()
+    assert work(first)["seconds"] >= 1  # two batches
+    with ThreadPoolExecutor(1) as pool, work.lock:
+        began = time.perf_counter()
+        of = Task(second.index, "x")
+        pixels, rows = [np.zeros((SIDE, SIDE, 3), np.uint8)], [{"caption": "a dog", "prompt_id": "x"}]
+        later = pool.submit(work.features[0].of_images, of, ["00001000"], pixels, rows)
+        time.sleep(1)
+        work.lock.release()
+        done = later.result()
+        waited = time.perf_counter() - began
+        work.lock.acquire()
+    assert done["seconds"] <= waited - 0.9
 
 
 def test_prompts_from_a_file_need_no_heldout_set(own: RunPaths, config: EvalConfig, tmp_path: Path) -> None:

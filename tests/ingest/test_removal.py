@@ -19,7 +19,8 @@ from ingest.stage import IngestStage
 from ingest.takedown import TakenDown, host_forms, number, url_digest
 from shards.dataset import Dataset, read_stats
 from shards.images import ImageShard
-from shards.verify import verify_shard
+from shards.stage import open_folder
+from shards.verify import discard, verify_shard
 from tests.ingest.conftest import PRELOAD, make_config, run
 from tests.ingest.site import Site, image_bytes
 from tests.ingest.test_retry import shard_bytes
@@ -111,6 +112,29 @@ def test_a_copy_that_was_excluded_does_not_come_back(site: Site, tmp_path: Path)
     assert {s: set(rows) - {5} for s, rows in out.items()} == {
         s.index: set(dataset.excluded_rows(s.index).tolist()) - {5} for s in dataset.shards
     }
+
+
+def test_a_look_alike_stays_out_where_the_shard_is_made_anew(site: Site, tmp_path: Path) -> None:
+    """What was taken down is not fetched again, and yet keeps what duplicates are found by."""
+    urls = [site.add(f"/{i}.png", image_bytes(i)) for i in range(8)]
+    urls += [site.add("/alike.bmp", image_bytes(1, fmt="BMP")), site.add("/other.png", image_bytes(9))]
+    pq.write_table(pa.table({"url": urls, "caption": urls}), tmp_path / "t.parquet")
+    config = make_config(tmp_path / "t.parquet", duplicates={"perceptual": "any_caption"})
+    stage = IngestStage(config, str(tmp_path / "run" / "images"))
+    assert run(stage)["counts"]["duplicate"] == 1
+    TakenDown.of(urls=[url_digest(urls[1])]).create(stage.run)
+    before = run(stage)
+    assert (before["counts"]["duplicate"], before["counts"]["opted_out"]) == (1, 1)
+    sidecar = pq.read_table(f"{stage.root}/00000.parquet").drop_columns(["image_offset"])
+    site.hits.clear()
+    for _ in range(2):
+        discard(stage.root, 0)
+        assert run(stage)["counts"] == before["counts"]
+        assert pq.read_table(f"{stage.root}/00000.parquet").drop_columns(["image_offset"]) == sidecar
+        assert Dataset.open(stage.root).excluded_rows(1).tolist() == [0]
+    assert "/1.png" not in site.hits
+    open_folder(stage).sweep()
+    assert not any("discarded" in name for _, _, names in os.walk(stage.root) for name in names)
 
 
 def test_the_list_is_looked_at_before_each_shard(site: Site, tmp_path: Path) -> None:

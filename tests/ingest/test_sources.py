@@ -8,6 +8,8 @@ import decimal
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,10 @@ from PIL import Image
 from ingest import locations, sources
 from ingest.config import ColumnsConfig, SourceConfig
 from ingest.errors import Rejected
+from ingest.formats import read_schema
+from ingest.listing import Wanted
 from ingest.locations import Below, Location, Reader
-from ingest.sources import Wanted, detect, refresh
+from ingest.sources import detect, refresh
 from shards import storage
 from shards.settings import ConfigError
 from tests.objects import bucket
@@ -506,6 +510,50 @@ def test_damage_among_the_images_takes_those_of_its_row_group_alone(tmp_path) ->
     assert ends == [True, True, "OSError", "OSError", True, True]
 
 
+def test_an_arrow_file_that_points_beyond_its_end_ends_its_rows_and_nothing_else(tmp_path) -> None:
+    """Arrow takes the offsets of texts and bytes as they stand: to follow one ends the process."""
+    table = pa.table({"image": [picture(n) for n in range(4)], "text": ["a caption" * 9] * 4})
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, 2)
+    for column, end in (("image", len(picture(0)) + len(picture(1))), ("text", 162)):
+        data = sink.getvalue()
+        at = data.index(end.to_bytes(4, "little"))  # where the second of a batch ends
+        (tmp_path / f"{column}.arrow").write_bytes(data[:at] + (1 << 30).to_bytes(4, "little") + data[at + 4 :])
+    found = subprocess.run([sys.executable, "-c", _LISTED_AND_READ, tmp_path], capture_output=True, text=True)
+    assert found.returncode == 0, found.returncode
+    said, ends = json.loads(found.stdout)
+    assert "text.arrow: damaged behind row 0" in said[0]
+    assert ends == ["image", "source_damaged", "image", "image"]
+
+
+_LISTED_AND_READ = """
+import json, sys
+from tests.ingest.test_sources import Below, Reader, Rejected, refresh, rows, wanted
+root, ends = sys.argv[1], []
+said = refresh(root + "/listing", root, "parquet", wanted())
+for row in rows(root + "/listing"):
+    try:
+        ends.append("image" if Reader(Below([root]), 1 << 20).read(row["place"]) else "")
+    except Rejected as e:
+        ends.append(e.code)
+print(json.dumps([said, ends]))
+"""
+
+
+def test_a_parquet_file_whose_column_names_are_no_text_is_left_out(tmp_path) -> None:
+    for name in ("a", "b"):
+        pq.write_table(
+            pa.table({"image": [picture(1)], "text": ["x"]}), tmp_path / f"{name}.parquet", store_schema=False
+        )
+    data = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(data.replace(b"text", b"te\xfft"))
+    said = refresh(str(tmp_path / "listing"), str(tmp_path), "parquet", wanted())
+    assert "b.parquet: cannot be read" in said[0]
+    with pytest.raises(ConfigError, match=r"b\.parquet: cannot be read as a table"):
+        read_schema(str(tmp_path / "b.parquet"), {})
+
+
 def test_columns_of_any_type_are_kept_as_those_of_tables(tmp_path) -> None:
     bad = pa.Array.from_buffers(pa.string(), 3, pa.array([b"ok", b"caf\xe9", b"x"], pa.binary()).buffers())
     table = pa.table(
@@ -558,7 +606,7 @@ def test_an_empty_folder_is_one_sentence(tmp_path) -> None:
 # ---- places ------------------------------------------------------------------------------------------------
 
 
-def test_only_files_below_the_named_folders_are_read(tmp_path) -> None:
+def test_only_files_below_the_named_folders_are_read(tmp_path, monkeypatch) -> None:
     inside, outside = tmp_path / "in", tmp_path / "out"
     inside.mkdir()
     outside.mkdir()
@@ -589,6 +637,21 @@ def test_only_files_below_the_named_folders_are_read(tmp_path) -> None:
         f"simplecache::file://{outside}/b.jpg",
         "relative.jpg",
         "~/.ssh/id_rsa",
+    ):
+        with pytest.raises(Rejected) as e:
+            reader.read(hostile)
+        assert e.value.code == "place_refused", hostile
+    # From within a folder every text is a path below it; fsspec would ask the host, or go out by a link.
+    monkeypatch.chdir(inside)
+    reader = Reader(Below(["."]), 1 << 20)
+    assert reader.read("a.jpg") == picture(1)
+    for hostile in (
+        "simplecache::http://127.0.0.1:9/x",
+        f"simplecache::file://{outside}/b.jpg",
+        f"file::{outside}/b.jpg",
+        "folder/b.jpg",
+        "x://a.jpg",
+        "a.jpg\0",
     ):
         with pytest.raises(Rejected) as e:
             reader.read(hostile)

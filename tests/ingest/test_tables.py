@@ -317,18 +317,48 @@ def test_of_a_list_of_captions_the_first_is_the_caption(site: Site, tmp_path: Pa
     )
     with open(tmp_path / "t.jsonl", "w") as f:
         f.writelines(json.dumps({"url": u, "caption": c}) + "\n" for u, c in zip(urls, captions, strict=True))
-    stage = IngestStage(make_config(tmp_path / "t.parquet"), str(tmp_path / "run" / "images"))
-    manifest = run(stage)
-    assert manifest["filtered_by"]["no caption"] == 2
-    rows = pq.read_table(tmp_path / "run" / "images" / "00000.parquet").to_pylist()
-    assert [r["caption"] for r in rows] == ["a dog", "a cat", "", ""]
-    assert [json.loads(r["captions"] or "null") for r in rows] == captions
+    for kind in ("parquet", "jsonl"):
+        stage = IngestStage(make_config(tmp_path / f"t.{kind}"), str(tmp_path / kind / "images"))
+        manifest = run(stage)
+        assert manifest["filtered_by"]["no caption"] == 2
+        rows = pq.read_table(tmp_path / kind / "images" / "00000.parquet").to_pylist()
+        assert [r["caption"] for r in rows] == ["a dog", "a cat", "", ""]
+        assert [json.loads(r["captions"] or "null") for r in rows] == captions
     # One caption is on one side of the split, whether it stands alone or first in a list.
     alone = pa.record_batch({"caption": pa.array(["a dog", "a cat"])})
     lists = pa.record_batch({"caption": pa.array(['["a dog", "x"]', '[" A  cat"]'])})
     for seed in range(8):
         a, b = (HeldoutRule(0.5, seed, ("whitespace",), lists=of) for of in (False, True))
         assert a(alone).tolist() == b(lists).tolist()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_lists_of_captions_and_plain_ones_in_one_table(site: Site, tmp_path: Path, kind: str) -> None:
+    """Texts beside lists are captions as they stand; lists beside texts have no place, and are refused."""
+
+    def write(folder: Path, name: str, captions: list[Any]) -> None:
+        folder.mkdir(exist_ok=True)
+        rows = [{"url": site.add(f"/{name}{i}.png", image_bytes(i)), "caption": c} for i, c in enumerate(captions)]
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+        else:
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    plain = ["a cat", "1984", "null", "[" * 100_000]
+    write(tmp_path / "a", "0", [["a dog", "a hound"]])
+    stage = IngestStage(make_config(tmp_path / "a", captions=[]), str(tmp_path / "run" / "images"))
+    run(stage)
+    write(tmp_path / "a", "1", plain)
+    run(stage)
+    rows = pq.read_table(tmp_path / "run" / "images" / "00001.parquet").to_pylist()
+    assert [(r["status"], r["caption"]) for r in rows] == [("success", c) for c in plain]
+
+    write(tmp_path / "b", "0", plain)
+    stage = IngestStage(make_config(tmp_path / "b", captions=[]), str(tmp_path / "run2" / "images"))
+    run(stage)
+    write(tmp_path / "b", "1", [["a dog", "a hound"]])
+    with pytest.raises(ConfigError, match=rf"b/1\.{kind}: the column 'caption' holds lists of captions"):
+        run(stage)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import hashlib
 import io
 import random
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 from yarl import URL
 
 from ingest import takedown
+from ingest.errors import Rejected
 from ingest.takedown import Digests, TakenDown, host_forms, normal_url, number, requested, url_digest
+from ingest.urls import parse_url
 from shards.settings import ConfigError
 from tests.ingest import fuzz
 
@@ -91,6 +94,21 @@ def test_a_host_is_known_with_ports_wildcards_and_international_names(
         assert listed.has_url(url), url
     for url in missed:
         assert not listed.has_url(url), url
+
+
+def test_a_url_whose_host_has_thousands_of_labels_takes_no_memory() -> None:
+    listed = TakenDown.of(hosts=["example.com"])
+    url = f"http://{'a.' * 4000}example.com/"
+    tracemalloc.start()
+    try:
+        assert not listed.has_url(url)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    longest = f"http://{'a.' * 121}example.com/"
+    assert listed.has_url(longest)
+    with pytest.raises(Rejected):
+        parse_url(url)
 
 
 @pytest.mark.parametrize(

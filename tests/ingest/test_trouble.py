@@ -25,9 +25,9 @@ import ingest.headers
 import ingest.pixels
 from ingest import decoders, trouble
 from ingest.addresses import AddressRefused, Guard
+from ingest.bodies import Room
 from ingest.config import FetchConfig
 from ingest.errors import Rejected
-from ingest.fetch import Room
 from ingest.names import Names
 from ingest.pool import FetchPool, Outcome, pixel_settings
 from ingest.takedown import TakenDown

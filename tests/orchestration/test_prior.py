@@ -152,7 +152,7 @@ def test_what_draws_no_pictures_is_refused_in_the_words_of_training(base: Any, t
     given = f"train.start_from={base[1] / 'unet'}"
     assert carrara("prior", "--config", file, "--local", given) == 2
     said = capsys.readouterr().err
-    assert "train.prior: its pictures are drawn by train.start_from" in said
+    assert "train.prior: its images are drawn by train.start_from" in said
     assert "eval.model" not in said
     shutil.copytree(base[1], tmp_path / "inpainting", ignore=shutil.ignore_patterns("*.safetensors"))
     config = tmp_path / "inpainting" / "unet" / "config.json"
@@ -161,7 +161,7 @@ def test_what_draws_no_pictures_is_refused_in_the_words_of_training(base: Any, t
     given = f"train.start_from={config.parents[1]}"
     for command in ("prior", "train"):
         assert carrara(command, "--config", file, "--local", given) == 2
-        assert "is given a picture too (9 channels in, 4 out); leave prior out" in capsys.readouterr().err
+        assert "is given an image too (9 channels in, 4 out); leave prior out" in capsys.readouterr().err
     assert not (tmp_path / "r" / "prior").exists()
     assert carrara("prior", "--config", file, "--local", "train.prior=null") == 2
     assert "train.prior is not set" in capsys.readouterr().err

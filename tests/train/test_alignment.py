@@ -117,11 +117,12 @@ def test_the_loss_is_the_predictions_and_the_alignments(latents: Path) -> None:
             slots = [batch_slots(8, r, world, m, accumulation) for r in range(world) for m in range(accumulation)]
             parts = [float(objective(objective.batch(s))[0]) for s in slots]
             assert np.mean(parts) == pytest.approx(float(loss), rel=1e-4)
-        # Where nothing is learned there is the prediction alone, with features or without.
-        for some in (batch, {k: v for k, v in batch.items() if k != "features"}):
-            loss_alone = objective.eval()(some)
+        # Where nothing is learned there is the prediction alone, and no features are asked for.
+        for given in (batch, {k: v for k, v in batch.items() if k != "features"}):
+            loss_alone = objective.eval()(given)
             assert float(loss_alone[0]) == pytest.approx(float(own), rel=1e-6)
             assert len(loss_alone[1]) == len(details)
+            assert not loss_alone[1][1:3].any(), "nothing was aligned, which is 0 and no missing number"
 
 
 def test_each_sample_has_its_own_features(tmp_path: Path) -> None:
@@ -151,8 +152,12 @@ def test_it_stops_counting_where_it_should(latents: Path) -> None:
         batch = objective.batch(np.arange(8, 16))
         assert batch["aligned"].tolist() == [1.0] * 4 + [0.0] * 4
         own = float(plain({k: v for k, v in batch.items() if k not in ("features", "aligned")})[0])
-        assert float(objective(batch)[0]) != pytest.approx(own, rel=1e-6)
-        assert float(objective({**batch, "aligned": torch.zeros(8)})[0]) == pytest.approx(own, rel=1e-6)
+        before, after, both = (
+            float(objective({**batch, "aligned": a})[0])
+            for a in (batch["aligned"], 1 - batch["aligned"], torch.ones(8))
+        )
+        assert before + after - own == pytest.approx(both, rel=1e-5)
+        assert min(abs(before - both), abs(after - both)) > 1e-3
 
 
 def test_beyond_its_end_no_features_are_read(latents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
