@@ -27,7 +27,6 @@ from shards import storage
 from shards.settings import ConfigError
 
 FOLDER = "taken_down"
-LONGEST_HOST = 254  # with a dot at its end (RFC 1035, 2.3.4)
 BEFORE = "taken_down.parquet"
 SCHEMA = pa.schema([("kind", pa.string()), ("value", pa.string())])
 
@@ -39,6 +38,8 @@ _PLAIN = re.compile(
     re.ASCII,
 )
 _PLACE = re.compile(r"/|(?:file|local|s3|s3a|gs|gcs|abfs|az)://")
+# Nothing is fetched from such a host. To bring it into form takes long, and its names the square of its length.
+_LONG_HOST = re.compile(r"[^/?#]*//[^/?#]{2048}")
 _PATHLESS = re.compile(r"\A(https?://[^/?#]+)(?=\?|\Z)")
 
 
@@ -48,7 +49,7 @@ def normal_url(text: str) -> str:
     if _PLAIN.fullmatch(text):
         return text
     text = text.strip()
-    if not is_web(text):
+    if not is_web(text) or _LONG_HOST.match(text):
         return text  # a place of one's own, in which what follows a # tells members of one tar apart
     try:
         url = URL(text).with_fragment(None)
@@ -234,12 +235,12 @@ class TakenDown:
 
     def hosts_of(self, url: str) -> set[str]:
         """The listed hosts that a URL belongs to."""
+        if _LONG_HOST.match(url):
+            return set()
         try:
             parsed = URL(url.strip())
             host, port = (parsed.raw_host or "").lower().rstrip("."), parsed.port
         except (ValueError, UnicodeError, IndexError, TypeError):
-            return set()
-        if len(host) > LONGEST_HOST:  # of a table: nothing is fetched from there, and its names take the square of it
             return set()
         labels = [host] if ":" in host else host.split(".")
         forms: set[str] = set()
@@ -255,7 +256,7 @@ class TakenDown:
 
 
 def _former(url: str) -> str:
-    if _PLAIN.fullmatch(url):
+    if _PLAIN.fullmatch(url) or _LONG_HOST.match(url):
         return url
     try:
         return str(URL(url.strip()).with_fragment(None))

@@ -6,6 +6,7 @@ import hashlib
 import io
 import random
 import re
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -96,8 +97,8 @@ def test_a_host_is_known_with_ports_wildcards_and_international_names(
         assert not listed.has_url(url), url
 
 
-def test_a_url_whose_host_has_thousands_of_labels_takes_no_memory() -> None:
-    listed = TakenDown.of(hosts=["example.com"])
+def test_a_url_whose_host_is_longer_than_any_takes_neither_memory_nor_time() -> None:
+    listed = TakenDown.of(urls=["00" * 32], hosts=["example.com"])
     url = f"http://{'a.' * 4000}example.com/"
     tracemalloc.start()
     try:
@@ -105,6 +106,10 @@ def test_a_url_whose_host_has_thousands_of_labels_takes_no_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()
+    for letter in ("é", "É`}"):
+        began = time.process_time()
+        assert not listed.has_url(f" http://{letter * 30_000}.com:/")
+        assert time.process_time() - began < 0.05
     longest = f"http://{'a.' * 121}example.com/"
     assert listed.has_url(longest)
     with pytest.raises(Rejected):
