@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ingest.errors import Rejected
 from ingest.pixels import EncodedImage, PixelSettings, is_light, process
-from ingest.trouble import short_of_memory
+from shards.machine import short_of_memory
 from shards.settings import NodeTrouble
 
 START_S = 60.0

@@ -37,9 +37,10 @@ from ingest.errors import Rejected
 from ingest.hosts import Exchange, Robots
 from ingest.names import Names
 from ingest.optout import product_name, robots_refusal, robots_txt_refuses, rules_in, tdm_refusal
-from ingest.trouble import Health, no_route, own_fault, split
+from ingest.trouble import Health, no_route, split
 from ingest.urls import parse_url
 from ingest.urls import redirect as _redirect
+from shards.machine import own_fault
 from shards.settings import NodeTrouble
 
 _WITH_BODY = (200, 203)  # 203: a proxy on the way has changed something

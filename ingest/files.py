@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from ingest.errors import Rejected
 from ingest.fetch import Fetched
 from ingest.locations import Below, Reader
-from ingest.trouble import own_fault
+from shards.machine import own_fault
 from shards.settings import NodeTrouble
 
 AT_ONCE = 8  # images that are read or held at a time, each of at most max_bytes

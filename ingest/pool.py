@@ -27,7 +27,8 @@ from ingest.hosts import Exchange
 from ingest.locations import is_web
 from ingest.pixels import EncodedImage, PixelSettings, is_quick, process
 from ingest.takedown import TakenDown
-from ingest.trouble import own_fault, raise_limits
+from ingest.trouble import raise_limits
+from shards.machine import own_fault
 from shards.settings import NodeTrouble
 
 DNS_THREADS = 32

@@ -1,8 +1,8 @@
 """Whether a failure is this machine's own: then the shard is given back, and no row of it is marked.
 
-Some failures say it themselves: no descriptors, no memory, no route. Others look alike from both sides: a name
-that cannot be looked up, a connection that does not come about. Where many different hosts fail so in a
-row, canaries decide, never the table's rows: hosts of the configuration, and those that answered before.
+Some failures say it themselves (shards/machine.py). Others look alike from both sides: a name that cannot be looked up,
+a connection that does not come about. Where many different hosts fail so in a row, canaries decide, never the table's
+rows: hosts of the configuration, and those that answered before.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 
-import psutil
-
 from ingest.errors import Rejected
 from shards.settings import NodeTrouble
 
@@ -27,43 +25,8 @@ EASE_S = 30.0  # for which a canary that answered is believed
 WINDOW = 400  # rows whose success is compared with the run's
 FAR_BELOW = 0.25  # of the run's rate of success
 MANY_ANSWERED = 32
-SHORT_OF_MEMORY = 0.03  # of the machine's that is still to be had
 
-_OWN = {
-    errno.EMFILE: "this process is out of file descriptors (raise the limit: ulimit -n)",
-    errno.ENFILE: "this machine is out of file descriptors",
-    errno.ENOBUFS: "this machine is out of network buffers",
-    errno.ENOMEM: "this machine is out of memory",
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the disk cannot be written to",
-}
 _NETWORK_CODES = frozenset(("dns_not_found", "dns_failure", "connect_timeout", "timeout", "host_unavailable"))
-
-
-def own_fault(error: BaseException | None) -> str:
-    """What is wrong with this machine by an error or one of those behind it; empty where that is not said."""
-    seen: set[int] = set()
-    todo = [error]
-    while todo:
-        e = todo.pop()
-        if e is None or id(e) in seen:
-            continue
-        seen.add(id(e))
-        if isinstance(e, OSError) and e.errno in _OWN and not isinstance(e, socket.gaierror):
-            return _OWN[e.errno]
-        if isinstance(e, RuntimeError) and "start new thread" in str(e):
-            return "no further thread can be started here"
-        if isinstance(e, MemoryError) and short_of_memory():
-            return _OWN[errno.ENOMEM]
-        todo += [getattr(e, "os_error", None), e.__cause__, e.__context__, *getattr(e, "exceptions", ())]
-    return ""
-
-
-def short_of_memory() -> bool:
-    """Whether the machine has next to none left."""
-    memory = psutil.virtual_memory()
-    return memory.available < SHORT_OF_MEMORY * memory.total
 
 
 def no_route(address: str) -> bool:

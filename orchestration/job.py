@@ -12,18 +12,32 @@ from orchestration.lease import Lease
 from orchestration.ledger import Ledger
 from orchestration.metrics import Exporter
 from orchestration.stopping import StopFlag
+from shards.machine import own_fault
 from shards.progress import Progress
-from shards.settings import ConfigError, StageError
+from shards.settings import ConfigError, NodeTrouble, StageError
 from shards.stage import Stage, Task, Worker
 
 
 def build_worker(stage: Stage, threads: int) -> Worker:
-    """The stage's worker with so many threads for arithmetic, here as on Ray: rounding may depend on their number."""
+    """The stage's worker with so many threads for arithmetic, here as on Ray: rounding may depend on their number.
+
+    Where it fails for want of disk, memory or the like, it raises NodeTrouble: no shard is blamed for its machine.
+    """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     worker = stage.worker()
     if "torch" in sys.modules:  # where it was imported before the variable was set
         sys.modules["torch"].set_num_threads(threads)
-    return worker
+
+    def make(task: Task) -> dict[str, Any]:
+        try:
+            return worker(task)
+        except Exception as e:
+            fault = own_fault(e)
+            if not fault or isinstance(e, NodeTrouble):
+                raise
+            raise NodeTrouble(sentence(e) if isinstance(e, StageError) else fault) from e
+
+    return make
 
 
 @dataclasses.dataclass

@@ -4,6 +4,7 @@ Nothing else in Carrara writes a shard or trusts one. Modules, from the bottom u
 
     settings     strict config models, YAML with dotted overrides, the two errors a user sees
     storage      local paths and fsspec URLs: atomic, durable writes, and create-if-absent
+    machine      whether an error says that something is wrong with this machine
     fingerprint  what the bytes of a shard depend on, as a hash that can say what changed
     layout       where everything of a run lies, and how shards and samples are named
     listing      which shards of a folder are committed and which begun, by names alone

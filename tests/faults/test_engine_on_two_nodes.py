@@ -1,4 +1,4 @@
-"""The engine on two Ray nodes, one of which is bad, or is drained in mid-run: the work goes on, nobody is blamed."""
+"""The engine on two Ray nodes, one of which is bad, has a full disk, or is drained: work goes on, nobody is blamed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,11 @@ def test_a_bad_node_is_left_out_and_a_drained_one_is_emptied(tmp_path: Path, mon
         address = s.getsockname()[0]
     with first_node(address) as cluster:
         monkeypatch.setenv("TOY_NODE", "bad")
-        node = second_node(cluster, address)
+        scratch = tmp_path / "scratch"
+        scratch.mkdir()
+        # The second node has a disk of its own there, which has no room.
+        small = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k none "$0" && exec "$@"', str(scratch)]
+        node = second_node(cluster, address, *small)
         monkeypatch.delenv("TOY_NODE")
         with ending(node):
             wait_for(lambda: alive(cluster) == 2, node)
@@ -62,6 +66,15 @@ def test_a_bad_node_is_left_out_and_a_drained_one_is_emptied(tmp_path: Path, mon
                 assert f"node {socket.gethostname()} ({address}) is left out from now on" in err
                 assert ("no such weights" in err) == (how == "raise")
                 assert calls(folder) == list(range(60))
+
+            folder = tmp_path / "full"
+            options = {"workers": 3, "attempts": 1, "seconds": 0.3, "shards": 60, "scratch": str(scratch)}
+            process = start(cluster, folder, options)
+            _, err = process.communicate(timeout=250)
+            assert process.returncode == 0, err
+            assert f"node {socket.gethostname()} ({address}) is left out from now on: the disk is full" in err
+            assert set(calls(folder)) == set(range(60))
+            assert not list((folder / "status").glob("toy-failed/*")), "no shard is blamed for a disk"
 
             # Every worker has a shard in hand, which none ends before the driver knows that the node is drained.
             folder, gate, said = tmp_path / "drained", tmp_path / "gate", tmp_path / "said.txt"

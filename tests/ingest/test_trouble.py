@@ -31,6 +31,7 @@ from ingest.errors import Rejected
 from ingest.names import Names
 from ingest.pool import FetchPool, Outcome, pixel_settings
 from ingest.takedown import TakenDown
+from shards import machine
 from shards.settings import ConfigError, NodeTrouble, validate
 from tests.ingest.conftest import make_config
 from tests.ingest.site import Site, image_bytes
@@ -144,11 +145,11 @@ def test_no_route_is_this_machines_and_a_router_that_says_so_is_not(pool: Any, m
 def test_what_an_error_says_of_this_machine_is_found_behind_it() -> None:
     outer = RuntimeError("x")
     outer.__cause__ = OSError(errno.EMFILE, "Too many open files")
-    assert "descriptors" in trouble.own_fault(ExceptionGroup("g", [ValueError(), outer]))
-    assert "thread" in trouble.own_fault(RuntimeError("can't start new thread"))
-    assert "disk is full" in trouble.own_fault(OSError(errno.ENOSPC, ""))
-    assert not trouble.own_fault(OSError(errno.ECONNRESET, ""))
-    assert not trouble.own_fault(MemoryError()), "there is plenty: then it is the image's"
+    assert "descriptors" in machine.own_fault(ExceptionGroup("g", [ValueError(), outer]))
+    assert "thread" in machine.own_fault(RuntimeError("can't start new thread"))
+    assert "disk is full" in machine.own_fault(OSError(errno.ENOSPC, ""))
+    assert not machine.own_fault(OSError(errno.ECONNRESET, ""))
+    assert not machine.own_fault(MemoryError()), "there is plenty: then it is the image's"
 
 
 def health(run_rate: float | None, reachable: bool, canaries: tuple[str, ...] = ("canary.test:80",)) -> trouble.Health:

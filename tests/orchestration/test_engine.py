@@ -228,6 +228,13 @@ def test_trouble_of_this_machine_is_not_the_shards_and_ends_the_run_where_it_sta
     assert local(toy(tmp_path / "stays"))
 
 
+def test_a_full_disk_is_no_shards_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    once = QUICK.model_copy(update={"attempts": 1})
+    assert run(toy(tmp_path, misbehave=[[4, "full-once"]]), f"{tmp_path}/status", once, Pool(), local=True)
+    assert calls(tmp_path) == sorted([*range(12), 4])
+    assert "/there: no room" in caplog.text
+
+
 def test_a_status_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, refused = storage.write_atomic, []
 

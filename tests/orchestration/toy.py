@@ -7,6 +7,7 @@ how often a shard was made.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import os
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 from shards.dataset import write_manifest
 from shards.fingerprint import Fingerprint
-from shards.settings import NodeTrouble
+from shards.settings import NodeTrouble, StageError
 from shards.stage import Task, open_folder
 
 
@@ -32,7 +33,8 @@ class ToyStage:
     salt: str = "salt"
     misbehave: tuple[
         tuple[int, str], ...
-    ] = ()  # (index, "raise" | "die" | "raise-once" | "hang-once" | "trouble" | "trouble-once")
+    ] = ()  # (index, "raise" | "die" | "raise-once" | "hang-once" | "trouble" | "trouble-once" | "full-once")
+    scratch: str = ""  # a folder of the machine's own, where the making of each shard takes a megabyte
     start: str = "ok"  # or "raise"; "raise NAME", "die NAME": only on the node whose environment has TOY_NODE=NAME
     max_in_flight: int = 1
     name: str = "toy"
@@ -75,6 +77,10 @@ class ToyStage:
             time.sleep(3600)
         if how == "trouble" or (how == "trouble-once" and before == 0):
             raise NodeTrouble("no name can be looked up here")
+        if how == "full-once" and before == 0:
+            raise StageError("/there: no room") from OSError(errno.ENOSPC, "No space left on device")
+        if self.scratch:
+            (Path(self.scratch) / str(os.getpid())).write_bytes(bytes(1_000_000))
         if how == "raise" or (how == "raise-once" and before == 0):
             raise ValueError(f"shard {task.index} does not like this")
         lines = [hashlib.sha256(f"{self.salt}-{task.index}-{r}".encode()).hexdigest() for r in range(self.rows)]
