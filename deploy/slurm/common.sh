@@ -58,6 +58,7 @@ fit() {
         launcher=$!
         [ "$SLURM_NODEID" != 0 ] || echo "$launcher" > "$state/pid"
         trap : TERM # which srun sends once another node has ended; what this one ended with is still told
+        wait "$launcher"; code=$? # before it is asked whether it lives: it may have failed at once
         while kill -0 "$launcher" 2> /dev/null; do wait "$launcher"; code=$?; done
         rm -f "$hostfile"
         [ "$SLURM_NODEID" != 0 ] || echo "$code" > "$state/code"
