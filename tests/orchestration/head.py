@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,20 @@ from orchestration.cluster import Cluster, _marked
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@functools.cache
 def head() -> Cluster:
+    """It; another one, with a warning, where Ray ended it: on a starved machine Ray takes its own node for dead."""
+    cluster = _started()
+    if cluster._head is not None and cluster._head.poll() is not None:
+        said = (cluster._folder / "head.log").read_text(errors="replace") if cluster._folder else ""
+        warnings.warn(f"the Ray head has ended by itself, a new one is started; it said: {said[-2000:]}", stacklevel=2)
+        cluster.stop()
+        _started.cache_clear()
+        cluster = _started()
+    return cluster
+
+
+@functools.cache
+def _started() -> Cluster:
     cluster = Cluster(cpus=2, cwd=ROOT)
     cluster.__enter__()
     atexit.register(cluster.stop)
