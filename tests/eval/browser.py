@@ -74,7 +74,7 @@ def visit(page: Path | str, look: Callable[[Tab], Awaitable[None]]) -> None:
 
 
 async def _visit(program: str, page: str, look: Callable[[Tab], Awaitable[None]]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # it writes as it ends
         process = subprocess.Popen(
             [
                 program,

@@ -189,7 +189,10 @@ def main() -> int:
     began = time.monotonic()
     marks: Counter[str] = Counter()
     wrong, took = [], Counter[str]()
-    with tempfile.TemporaryDirectory(prefix="mutants-") as scratch, contextlib.ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as scratch,
+        contextlib.ExitStack() as stack,
+    ):
         pytesters = [Pytester(Path(scratch) / str(job)) for job in range(args.jobs)]
         for pytester in pytesters:
             stack.callback(pytester.close)
