@@ -31,7 +31,7 @@ test-container: setup
 	$(PY) -m pytest -q -n 0 -m container
 
 test-mutants: setup
-	$(PY) -m tests.mutants $(MUTANTS)
+	$(PY) -m tests.mutants
 
 lint: setup
 	.venv/bin/ruff check .
