@@ -19,6 +19,7 @@ import functools
 import gc
 import io
 import json
+import math
 import os
 import random
 import struct
@@ -54,6 +55,7 @@ from tests.ingest.site import image_bytes
 
 CASES = 2_000
 IN_LOOP, ASIDE = 0.05, 1.0  # seconds of CPU that a case may take
+TRIES = 3  # the least counts: a walk of the garbage collector is nothing that the case does
 LONG = 1 << 15  # letters of a long text
 
 URLS = [
@@ -549,13 +551,17 @@ def run(name: str, seed: int, cases: int) -> Counter[str]:
     gc.collect()
     gc.freeze()  # or a case may wait for a walk over all that was imported
     for number in range(cases):
-        began = time.process_time()
-        try:
-            found[case(name, seed, number)] += 1
-        except Exception as e:
-            raise AssertionError(f"{name}, seed {seed}, case {number}: {type(e).__name__}: {e}") from e
-        seconds = time.process_time() - began
+        seconds = math.inf
+        for _ in range(TRIES):
+            began = time.process_time()
+            try:
+                kind = case(name, seed, number)
+            except Exception as e:
+                raise AssertionError(f"{name}, seed {seed}, case {number}: {type(e).__name__}: {e}") from e
+            if (seconds := min(seconds, time.process_time() - began)) < TARGETS[name][2]:
+                break
         assert seconds < TARGETS[name][2], f"{name}, seed {seed}, case {number}: {seconds:.1f} s"
+        found[kind] += 1
         if sys.stderr.isatty() and number % 10_000 == 0:
             print(f"\r{name} {number:,}", end="", file=sys.stderr)
     return found
