@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,14 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def head() -> Cluster:
-    """It; another one, with a warning, where Ray ended it: on a starved machine Ray takes its own node for dead."""
+    """It. Fails once, with what Ray said, where it has ended by itself; who comes next gets a new one."""
     cluster = _started()
     if cluster._head is not None and cluster._head.poll() is not None:
         said = (cluster._folder / "head.log").read_text(errors="replace") if cluster._folder else ""
-        warnings.warn(f"the Ray head has ended by itself, a new one is started; it said: {said[-2000:]}", stacklevel=2)
         cluster.stop()
         _started.cache_clear()
-        cluster = _started()
+        raise AssertionError(f"the Ray head has ended by itself; it said: {said[-2000:]}")
     return cluster
 
 
