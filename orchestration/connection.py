@@ -66,6 +66,7 @@ def connected(config: RayConfig, local: bool = False) -> Iterator[None]:
     import ray  # only now: its library reads the mode of authentication once, as it is loaded
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
+    others = frozenset(psutil.Process().children(recursive=True)) if address is None else frozenset()
     started = False
     try:
         with _watched(address):
@@ -87,7 +88,7 @@ def connected(config: RayConfig, local: bool = False) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
         if address is None and not started:
-            _end_what_was_begun()
+            _end_what_was_begun(others)
     try:
         yield
     finally:
@@ -100,14 +101,14 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def _end_what_was_begun() -> None:
-    """End the parts of a Ray whose start was broken off. Ray ends those that it knows; what these had just started
-    would outlive them by a minute."""
+def _end_what_was_begun(others: frozenset[psutil.Process]) -> None:
+    """End the parts of a Ray whose start was broken off, and none of the `others`, which this process had before. Ray
+    ends those that it knows; what these had just started would outlive them by a minute."""
     import ray
 
     parts = psutil.Process().children(recursive=True)  # while their parents are there
     ray.shutdown()
-    for part in parts:
+    for part in set(parts) - others:
         with contextlib.suppress(psutil.NoSuchProcess):
             part.kill()
 

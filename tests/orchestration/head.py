@@ -24,9 +24,10 @@ def head() -> Cluster:
     cluster = _started()
     if cluster._head is not None and cluster._head.poll() is not None:
         said = (cluster._folder / "head.log").read_text(errors="replace") if cluster._folder else ""
+        code = cluster._head.returncode
         cluster.stop()
         _started.cache_clear()
-        raise AssertionError(f"the Ray head has ended by itself; it said: {said[-2000:]}")
+        raise AssertionError(f"the Ray head has ended by itself with {code}; it said: {said[-2000:]}")
     return cluster
 
 

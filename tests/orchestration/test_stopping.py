@@ -63,14 +63,19 @@ def test_sigterm_while_ray_starts(tmp_path: Path, after: float) -> None:
 
 def test_what_ray_makes_of_a_sigterm_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """From one moment of its start on it is Ray's own handler that takes the signal: it sets an alarm that aborts a
-    process which is not gone within three seconds, and raises SystemExit."""
+    process which is not gone within three seconds, and raises SystemExit. What had been begun by then ends, and no
+    other child of this process."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_agent_register_timeout_ms"):
         monkeypatch.setenv(name, os.environ.get(name, "180000" if name.endswith("ms") else "token"))
     for name in ("keep_apart", "be_patient"):  # which change how this very process starts a Ray
         monkeypatch.setattr(connection, name, lambda: None)
 
+    sleep = ["sleep", "100"]
+    other, begun = subprocess.Popen(sleep), list[subprocess.Popen[bytes]]()
+
     def init(**_: object) -> None:
+        begun.append(subprocess.Popen(sleep))
         signal.alarm(3)
         sys.exit(15)
 
@@ -81,6 +86,10 @@ def test_what_ray_makes_of_a_sigterm_while_it_starts(monkeypatch: pytest.MonkeyP
         pytest.fail("no Ray was started")
     assert [a[1:] for a in last if a[0] is connection._leave] == [(75,)], "its library is not unloaded half connected"
     assert signal.alarm(0) == 0, "nothing will abort a process that takes its time to end"
+    assert begun[0].wait(10) == -signal.SIGKILL
+    assert other.poll() is None
+    other.kill()
+    other.wait()
 
 
 def test_sigterm_to_the_process_group_finishes_what_is_in_hand(tmp_path: Path) -> None:
