@@ -132,7 +132,7 @@ def test_a_request_to_stop_reaches_the_fit_of_this_process_and_no_other_child(
 ) -> None:
     there = tmp_path / "there"
     monkeypatch.setattr(trainer, "_rank", deaf)
-    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(100,))
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(100,), daemon=True)
     other.start()
 
     def ask() -> None:
