@@ -5,11 +5,16 @@ Only for the CPU: nothing may have joined a process group before the fork, and t
 
 from __future__ import annotations
 
+import atexit
+import functools
+import hashlib
 import importlib
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +25,7 @@ from typing import Any
 import torch
 
 from tests.train import tiny
+from train import plan
 from train.ranks import import_deepspeed
 
 # A process whose first backward comes after a compilation gives autograd a thread, for a device that the compiler made
@@ -43,6 +49,30 @@ def warm() -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
 
 
+@functools.cache
+def _reckoned() -> Path:
+    """A folder of what forks of this process have found a step to cost: most of a small fit's time goes into that."""
+    folder = Path(tempfile.mkdtemp(prefix="reckoned-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _reckon_once(run: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """plan._run, which answers from the folder where a fork has asked the same of the same model before."""
+
+    def known(objective: torch.nn.Module, batch: dict[str, torch.Tensor], *how: Any, **ways: bool) -> Any:
+        tensors = [*objective.named_parameters(), *objective.named_buffers(), *batch.items()]
+        shapes = [(name, t.shape[name in batch :], t.dtype, t.requires_grad) for name, t in tensors]
+        file = folder / hashlib.sha256(repr((objective, shapes, how, ways)).encode()).hexdigest()
+        if not file.exists():
+            found = run(objective, batch, *how, **ways)
+            file.with_suffix(".new").write_bytes(pickle.dumps(found))
+            file.with_suffix(".new").rename(file)
+        return pickle.loads(file.read_bytes())
+
+    return known
+
+
 class Fork:
     """One rank in a process of its own."""
 
@@ -50,8 +80,10 @@ class Fork:
         self, rank: int, world: int, port: int, function: Callable[..., Any], arguments: Sequence[Any]
     ) -> None:
         self._result, theirs = multiprocessing.Pipe(duplex=False)
+        folder = _reckoned()
         self.pid = os.fork()
         if self.pid == 0:
+            plan._run = _reckon_once(plan._run, folder)
             self._child(rank, world, port, function, arguments, theirs)
         theirs.close()
 
