@@ -1,12 +1,14 @@
 # What a newcomer needs:
 #   make demo    set-up, then the whole pipeline on the embedded default
 #   make emoji   the same on a folder of real pictures, fetched from npm's registry
-#   make test    set-up, then the tests but the slowest, which are make test-slow
+#   make test    set-up, then the tests but the slowest, which are make test-slow; both are make test-all
 SHELL := /bin/bash
 PY := .venv/bin/python
+# Of what the tests take, a third is waiting: for processes to start, to end, to be missed.
+TESTS := $(PY) -m pytest -q -n 3 --dist worksteal -m
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo emoji test test-slow test-mutants test-container lint types docs setup clean
+.PHONY: demo emoji test test-slow test-all test-mutants test-container lint types docs setup clean
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt setup.sh
@@ -21,11 +23,14 @@ emoji: setup
 	@$(PY) -m orchestration.run_stage all --config configs/emoji.yaml
 
 test: setup
-	$(PY) -m pytest -q -n 2 --dist loadfile -m 'not slow and not container'
+	$(TESTS) 'not slow and not container'
 	@echo "The slow tests were left out: make test-slow runs them."
 
 test-slow: setup
-	$(PY) -m pytest -q -n 2 --dist loadfile -m slow
+	$(TESTS) slow
+
+test-all: setup
+	$(TESTS) 'not container'
 
 test-container: setup
 	$(PY) -m pytest -q -n 0 -m container

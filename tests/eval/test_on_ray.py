@@ -16,7 +16,7 @@ import yaml
 from shards.layout import RunPaths
 from tests.eval.test_grid import digests
 from tests.eval.test_watch import configured, done
-from tests.orchestration.head import ROOT, actors, ended, head, run_stage, wait_for
+from tests.orchestration.head import ROOT, actors, ended, head, run_here, run_stage, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 def test_a_grid_whose_worker_is_killed_ends_with_the_same_bytes(workplace: tuple[Path, RunPaths]) -> None:
     folder, own = workplace
     config = folder / "run.yaml"
-    ended(run_stage("grid", config, "--local"))
+    run_here("grid", config)
     expected = digests(own.eval)
     shutil.rmtree(own.eval)
     before = actors("ShardWorker")
@@ -64,8 +64,8 @@ def test_two_watchers_that_are_killed_end_with_the_same_bytes(trained: RunPaths,
     config = configured(trained, backfill=True).model_dump(mode="json")
     config["eval"] |= {"shard_size": 5, "batch_size": 5}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    run_here("watch", tmp_path / "c.yaml", "--once")
     words = ("watch", tmp_path / "c.yaml", "--once", "--local")
-    ended(run_stage(*words))
     expected = digests(trained.eval)
     shutil.rmtree(trained.eval)
     for committed in (4, 11):  # among the first checkpoint's shards, and among the second's

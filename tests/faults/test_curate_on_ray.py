@@ -15,7 +15,7 @@ import yaml
 from shards.layout import RunPaths
 from tests.curate.test_captions import completion, endpoint, picture_of, serve  # noqa: F401
 from tests.latents.world import image_dataset, save_clip
-from tests.orchestration.head import actors, ended, folder_bytes, run_stage, wait_for
+from tests.orchestration.head import actors, ended, folder_bytes, run_here, run_stage, wait_for
 
 SHARDS = 8
 SCORES = ("alike", "clip", "pixels", "text")
@@ -72,7 +72,7 @@ def test_a_killed_worker_and_a_killed_driver_cost_time_and_nothing_else(
     server = serve(answer)
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     names = [f"scores/{n}" for n in SCORES] if stage == "score" else ["captions/seen"]
-    ended(run_stage(stage, prepare(world, whole, server), "--local"))
+    run_here(stage, prepare(world, whole, server))
     expected = {n: folder_bytes(whole / n) for n in names}
     assert all(len(files) == 2 * SHARDS + 1 for files in expected.values())
 

@@ -48,14 +48,18 @@ def digests(run: Path) -> dict[str, str]:
     return {re.sub(r"-[0-9a-f]{8}(?=\.)", "", name): file["sha256"] for name, file in manifest["files"].items()}
 
 
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("clean")
+    tiny.make_images(folder / "images")
+    forked.fit(write_config(folder), 2, stage="autoencoder")
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_killed_rank_and_a_stopped_job_cost_time_and_nothing_else(run: Path, tmp_path: Path) -> None:
-    clean = tmp_path / "clean"
-    clean.mkdir()
-    tiny.make_images(clean / "images")
-    forked.fit(write_config(clean), 2, stage="autoencoder")
-
+def test_a_killed_rank_and_a_stopped_job_cost_time_and_nothing_else(run: Path, clean: Path) -> None:
     config = write_config(run)
     process = run_stage("autoencoder", config)
     wait_for(lambda: len(checkpoints(run)) >= 2, process)
@@ -82,13 +86,8 @@ def test_a_killed_rank_and_a_stopped_job_cost_time_and_nothing_else(run: Path, t
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_node_lost_in_mid_run_leaves_fewer_ranks_that_go_on(run: Path, tmp_path: Path) -> None:
+def test_a_node_lost_in_mid_run_leaves_fewer_ranks_that_go_on(run: Path, clean: Path) -> None:
     """Two ranks; the node of at least one of them is killed; by itself the fit goes on with the one that has room."""
-    clean = tmp_path / "clean"
-    clean.mkdir()
-    tiny.make_images(clean / "images")
-    forked.fit(write_config(clean), 2, stage="autoencoder")
-
     data = yaml.safe_load(write_config(run).read_text())
     data["ray"] = {"autoencoder": {"min_ranks": 1}, "wait_for_nodes_s": 5}
     config = tiny.write_config(run, data)
@@ -148,18 +147,22 @@ from orchestration.config import RayConfig, Ranks
 from orchestration.connection import connected
 from orchestration.gang import Gang
 
+def until(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
 def waiting(state="PENDING"):
     return [len(g["bundles"]) for g in placement_group_table().values() if g["state"] == state]
 
 with connected(RayConfig()):
     with Gang("train", 1, Ranks(), 60, lambda: None) as gang:
         print([gang.room_for(0), gang.room_for(5), gang.room_for(5)], waiting(), flush=True)
-    while waiting():
-        time.sleep(0.1)
+    until(lambda: not waiting())
     with Gang("train", 1, Ranks(), 60, lambda: None) as gang:
         gang.room_for(1)
-        while len(waiting("CREATED")) < 2:
-            time.sleep(0.1)
+        until(lambda: len(waiting("CREATED")) == 2)
         print({gang.room_for(1) for _ in range(10)}, flush=True)  # said whenever it is asked, once there is room
     with Gang("train", 2, Ranks(), 60, lambda: None) as gang:  # nothing of what was asked for is left in its way
         print(len(gang.processes), flush=True)

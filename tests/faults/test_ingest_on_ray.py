@@ -16,7 +16,7 @@ import yaml
 
 from shards.verify import verify_shard
 from tests.ingest.site import Site, image_bytes
-from tests.orchestration.head import actors, ended, folder_bytes, run_stage, wait_for
+from tests.orchestration.head import actors, ended, folder_bytes, run_here, run_stage, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def test_killed_workers_and_drivers_cost_time_and_nothing_else(site: Site, tmp_p
     urls, texts = zip(*rows, strict=True)
     pq.write_table(pa.table({"url": urls, "caption": texts}), tmp_path / "table.parquet")
     clean, torn = tmp_path / "clean", tmp_path / "torn"
-    ended(run_stage("ingest", prepare(site, tmp_path, "clean"), "--local"))
+    run_here("ingest", prepare(site, tmp_path, "clean"))
     expected = folder_bytes(clean / "images")
 
     config, before = prepare(site, tmp_path, "torn"), actors("ShardWorker")

@@ -11,7 +11,7 @@ import yaml
 
 from shards.layout import RunPaths
 from tests.latents.world import image_dataset, save_clip, save_vae
-from tests.orchestration.head import actors, ended, folder_bytes, run_stage, wait_for
+from tests.orchestration.head import actors, ended, folder_bytes, run_here, run_stage, wait_for
 
 SHARDS = 10
 
@@ -50,7 +50,7 @@ def committed(run: Path) -> dict[str, int]:
 @pytest.mark.timeout(900)
 def test_killed_workers_and_drivers_cost_time_and_nothing_else(world: Path, tmp_path: Path) -> None:
     clean, torn = tmp_path / "clean", tmp_path / "torn"
-    ended(run_stage("latents", prepare(world, clean), "--local"))
+    run_here("latents", prepare(world, clean))
     expected = folder_bytes(clean / "latents")
     assert len(expected) == 2 * SHARDS + 1
 

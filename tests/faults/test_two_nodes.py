@@ -29,7 +29,7 @@ from shards.dataset import Dataset
 from shards.layout import RunPaths
 from shards.verify import verify_shard
 from tests.latents.world import image_dataset, save_clip, save_vae
-from tests.orchestration.head import ROOT, ended, folder_bytes
+from tests.orchestration.head import ROOT, ended, folder_bytes, run_here
 
 SHARDS, ROWS = 24, 40
 
@@ -170,62 +170,59 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.02)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """The folder of a VAE and a CLIP, and what one process makes with them."""
+    folder = tmp_path_factory.mktemp("alone")
+    save_vae(folder / "vae")
+    save_clip(folder / "clip")
+    run_here("latents", prepare(folder, folder / "run", workers=1))
+    return folder, folder_bytes(folder / "run/latents")
+
+
+def prepare(weights: Path, run: Path, workers: int) -> Path:
+    """A run's image shards and its configuration."""
+    image_dataset(RunPaths(str(run)), shards=SHARDS, rows=ROWS, corrupt={2: (3,)})
+    config = {
+        "run": str(run),
+        "ray": {"latents": {"workers": workers}, "back_off_s": 0.05},
+        "ingest": {"table": str(weights), "resize_mode": "keep_ratio"},
+        "autoencoder": {"pretrained": str(weights / "vae")},
+        "clip": {"pretrained": str(weights / "clip")},
+        "latents": {"resolution": 64, "batch_size": 8, "buckets": {"step": 16}, "device": "cpu"},
+    }
+    path = run.parent / f"{run.name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("nodes", [killed, cut_off])
 def test_a_node_lost_in_mid_run_costs_nothing(
-    tmp_path: Path, nodes: Callable[[], contextlib.AbstractContextManager[Nodes]]
+    tmp_path: Path,
+    nodes: Callable[[], contextlib.AbstractContextManager[Nodes]],
+    alone: tuple[Path, dict[str, bytes]],
 ) -> None:
+    weights, expected = alone
     with nodes() as both:
         wait_for(lambda: alive(both.cluster) == 2, both.node)
-        lose_one(tmp_path, both)
-
-
-def lose_one(tmp_path: Path, both: Nodes) -> None:
-    cluster, node = both.cluster, both.node
-    save_vae(tmp_path / "vae")
-    save_clip(tmp_path / "clip")
-    runs = {}
-    for name, workers in (("alone", 1), ("both", 3)):
-        run = tmp_path / name
-        image_dataset(RunPaths(str(run)), shards=SHARDS, rows=ROWS, corrupt={2: (3,)})
-        config = {
-            "run": str(run),
-            "ray": {"latents": {"workers": workers}, "back_off_s": 0.05},
-            "ingest": {"table": str(tmp_path), "resize_mode": "keep_ratio"},
-            "autoencoder": {"pretrained": str(tmp_path / "vae")},
-            "clip": {"pretrained": str(tmp_path / "clip")},
-            "latents": {
-                "resolution": 64,
-                "batch_size": 8,
-                "buckets": {"step": 16},
-                "device": "cpu",
-            },
-        }
-        runs[name] = tmp_path / f"{name}.yaml"
-        runs[name].write_text(yaml.safe_dump(config))
-
-    def start(name: str, *words: str) -> subprocess.Popen[str]:
-        env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address}
-        command = [sys.executable, "orchestration/run_stage.py", "latents", "--config", str(runs[name]), *words]
-        return subprocess.Popen(
+        config = prepare(weights, tmp_path / "both", workers=3)
+        env = {**both.cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": both.cluster.address}
+        command = [sys.executable, "orchestration/run_stage.py", "latents", "--config", str(config)]
+        latents = tmp_path / "both/latents"
+        process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
+        raylet = raylet_of(both.node)
 
-    ended(start("alone", "--local"))
-    expected = folder_bytes(tmp_path / "alone/latents")
+        def workers_of_the_node() -> int:
+            return sum("ray::ShardWorker" in " ".join(p.cmdline()) for p in raylet.children() if p.is_running())
 
-    latents = tmp_path / "both/latents"
-    process = start("both")
-    raylet = raylet_of(node)
-
-    def workers_of_the_node() -> int:
-        return sum("ray::ShardWorker" in " ".join(p.cmdline()) for p in raylet.children() if p.is_running())
-
-    wait_for(lambda: workers_of_the_node() >= 1 and len(list(latents.glob("*_stats.json"))) >= 2, process)
-    both.lose()
-    assert len(list(latents.glob("*_stats.json"))) < SHARDS, "killed in mid-run"
-    ended(process)
+        wait_for(lambda: workers_of_the_node() >= 1 and len(list(latents.glob("*_stats.json"))) >= 2, process)
+        both.lose()
+        assert len(list(latents.glob("*_stats.json"))) < SHARDS, "killed in mid-run"
+        ended(process)
 
     assert folder_bytes(latents) == expected, "the same bytes from one process and from what was left of two nodes"
     dataset = Dataset.open(str(latents))

@@ -178,7 +178,7 @@ def main() -> int:
     """Run the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="entries whose file name, promise or source file holds this text")
-    parser.add_argument("--jobs", type=int, default=2, help="mutants tested at a time")
+    parser.add_argument("--jobs", type=int, default=3, help="mutants tested at a time")
     parser.add_argument("--passed", action="store_true", help="the tests have just passed: do not run them unchanged")
     args = parser.parse_args()
     tables = sorted(Path(__file__).parent.glob("*.toml"))

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from orchestration.cluster import Cluster, _marked
+from orchestration.run_stage import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,6 +79,11 @@ def run_stage(stage: str, config: Path, *words: str) -> subprocess.Popen[str]:
     env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address}
     arguments = [sys.executable, "orchestration/run_stage.py", stage, "--config", str(config), *words]
     return subprocess.Popen(arguments, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def run_here(stage: str, config: Path, *words: str) -> None:
+    """`run_stage.py STAGE --config CONFIG --local WORDS` in this process, which has imported already what it takes."""
+    assert main([stage, "--config", str(config), "--local", *words]) == 0
 
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-from ray.exceptions import ActorDiedError, RpcError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RpcError
 
 from orchestration import actors, nodes
 from orchestration.actors import Fleet, _Call, _Worker
@@ -184,6 +184,18 @@ def test_starts_that_end_with_their_node_are_counted_nowhere(monkeypatch: pytest
         worker.node = "n5"
         found._answer(None, _Call(worker, None, 0.0), ActorDiedError())
     assert found.nodes.left_out() == ["n5"]
+
+
+def test_a_worker_that_ray_ends_for_want_of_memory_is_trouble_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = fleet(World(monkeypatch, 2))
+    found.grow(4)
+    worker, task, given = next(iter(found.workers)), Task(5, "x"), []
+    worker.node, worker.in_flight, found.busy = "n1", 1, 1
+    ledger = types.SimpleNamespace(trouble=lambda task, error, _: given.append((task, str(error))))
+    job: Any = types.SimpleNamespace(ledger=ledger)
+    found._answer(job, _Call(worker, task, 0.0), OutOfMemoryError("killed"))
+    assert given == [(task, "its worker was ended by Ray, since the node is short of memory")]
+    assert found.nodes.left_out() == ["n1"]
 
 
 def test_new_workers_are_kept_off_a_node_that_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
