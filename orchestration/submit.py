@@ -98,7 +98,10 @@ def end(address: str, job: str, code: int) -> None:
     """Raise as a job ended. Ray's command line says 0 for a job that was stopped, so the job itself is asked."""
     found = _job(address, job)
     if found is None:
-        raise StageError(f"the job could not be submitted to {address} (ray job submit ended with {code})")
+        raise StageError(
+            f"the job {job} could not be submitted to {address}, or be asked for there (ray job submit ended with "
+            f"{code}); `ray job status --address {address} {job}` tells whether it goes on"
+        )
     status, exit_code = found
     if status == "SUCCEEDED":
         return

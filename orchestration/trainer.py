@@ -34,6 +34,7 @@ from train.fit_config import FitConfig, layout
 log = logging.getLogger("carrara")
 
 FEWER_AFTER_S = 60.0  # how long all the ranks' room is waited for where fewer would do
+FEWER_YET_S = 5.0  # and then that of each smaller number: they may be many
 LOOK_EVERY_S = 5.0  # how often it is asked whether a node of the ranks is about to go
 GROW_AFTER_S = 300.0  # how long fewer ranks than configured train before there may be a stop to take in more
 
@@ -174,7 +175,8 @@ def _fit_once(
     counts = _counts(stage, fit, ranks)
     for count in counts:
         last = count == counts[-1]
-        patience = config.wait_for_nodes_s if last else min(FEWER_AFTER_S, config.wait_for_nodes_s)
+        most = config.wait_for_nodes_s
+        patience = most if last else min(FEWER_AFTER_S if gang is None else FEWER_YET_S, most)
         gang = Gang(stage, count, ranks, patience, check)
         try:
             with gang:

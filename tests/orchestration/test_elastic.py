@@ -27,11 +27,13 @@ class FakeGang:
     """Runs until it is signalled, or for ten ticks."""
 
     made: list[FakeGang]
+    waited: list[tuple[int, float]]
     draining = False
     room = 8
 
     def __init__(self, stage: str, count: int, ranks: Any, patience_s: float, check: Any) -> None:
         self.count, self.check, self.began = count, check, 0.0
+        FakeGang.waited.append((count, patience_s))
         self.processes: list[Any] = [SimpleNamespace(address="10.0.0.1", pid=1)]
         self.signals: list[int] = []
 
@@ -66,6 +68,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(gangs, "Gang", FakeGang)
     monkeypatch.setattr(trainer, "LOOK_EVERY_S", -1.0)
     monkeypatch.setattr(FakeGang, "made", [], raising=False)
+    monkeypatch.setattr(FakeGang, "waited", [], raising=False)
     monkeypatch.setattr(FakeGang, "draining", False)
     monkeypatch.setattr(FakeGang, "room", 8)
     flag = SimpleNamespace(set=False)
@@ -90,6 +93,14 @@ def test_a_node_that_is_about_to_go_saves_first_and_the_rest_goes_on(
     monkeypatch.setattr(FakeGang, "room", 4)
     assert once(asked) is True
     assert FakeGang.made[-1].count == 4
+
+
+def test_room_for_all_is_waited_for_once_and_not_for_each_smaller_number(
+    asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeGang, "room", 2)
+    assert once(asked) is True
+    assert FakeGang.waited == [(8, 60.0), (4, 5.0), (2, 600.0)]
 
 
 @pytest.mark.parametrize(("few", "more"), [(4, 8), (2, 4)])  # all of them, and some
