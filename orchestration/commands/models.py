@@ -251,7 +251,7 @@ def images(
 @app.command()
 def scores(
     result: Result,
-    file: Annotated[str, typer.Argument(help="JSON lines: id (or file) and score (or correct)")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON lines: id (or file) and score (or correct)")],
     name: Annotated[str, typer.Option("--name", help="of the metric: small letters, digits, _")],
     index: Annotated[
         str | None,
@@ -349,7 +349,7 @@ def pack(
 @judge.command()
 def score(
     pack: Annotated[str, typer.Argument(help="the folder with key.json", callback=from_base)],
-    votes: Annotated[list[str], typer.Argument(help="CSV files that the page saved")],
+    votes: Annotated[list[str], typer.Argument(metavar="FILE...", help="CSV files that the page saved")],
 ) -> None:
     """Bradley-Terry scores of the votes."""
     from eval import human
