@@ -90,10 +90,11 @@ class Below:
         """Whether a file lies there, and no link on its way leads elsewhere."""
         scheme = _SCHEME.match(url)
         # fsspec reads `simplecache::http://host/x` from that host, and takes all before :// for a protocol.
-        if "::" in url or "\0" in url or (scheme is None and "://" in url):
+        if "::" in url or "\0" in url or url.startswith("data:") or (scheme is None and "://" in url):
             return False
         if scheme is None or scheme[1] in ("file", "local"):
-            path = os.path.realpath(url.partition("://")[2] if scheme else url)
+            # As fsspec has it, for which `file:/x` is /x and `~` somebody's home.
+            path = os.path.realpath(LocalFileSystem._strip_protocol(url))
             return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._local)
         return "/../" not in url and any(url == r or url.startswith(r + "/") for r in self._remote)
 

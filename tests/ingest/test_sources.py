@@ -641,14 +641,19 @@ def test_only_files_below_the_named_folders_are_read(tmp_path, monkeypatch) -> N
         with pytest.raises(Rejected) as e:
             reader.read(hostile)
         assert e.value.code == "place_refused", hostile
-    # From within a folder every text is a path below it; fsspec would ask the host, or go out by a link.
+    # From within a folder every text is a path below it; fsspec would ask the host, or go out by a link, or to a home.
     monkeypatch.chdir(inside)
+    monkeypatch.setenv("HOME", str(outside))
     reader = Reader(Below(["."]), 1 << 20)
     assert reader.read("a.jpg") == picture(1)
     for hostile in (
         "simplecache::http://127.0.0.1:9/x",
         f"simplecache::file://{outside}/b.jpg",
         f"file::{outside}/b.jpg",
+        f"file:{outside}/b.jpg",
+        "~/b.jpg",
+        "file://~/b.jpg",
+        "data:,b.jpg",
         "folder/b.jpg",
         "x://a.jpg",
         "a.jpg\0",
