@@ -208,11 +208,9 @@ class _Values:
         raise Rejected("source_missing")
 
     def _rows(self, group: int) -> int:
-        """How many rows of a row group are read together, by what the values of its rows take."""
+        """How many rows of a row group are read together, by what they take."""
         facts = self._reader.metadata.row_group(group)
-        columns = [facts.column(i) for i in range(facts.num_columns)]
-        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == self.column)
-        return min(_BATCH, max(1, _BATCH_BYTES * facts.num_rows // max(1, size)))
+        return min(_BATCH, max(1, _BATCH_BYTES * facts.num_rows // max(1, facts.total_byte_size)))
 
     def _size(self) -> int:
         return sum(values.nbytes for values in self._batches.values())

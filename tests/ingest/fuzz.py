@@ -506,22 +506,44 @@ def packed(rng: random.Random) -> None:
 
 PLACES = [
     "f.jpg",
-    "/dev/shm/x.jpg",
-    "file:///dev/shm/a%20b.jpg",
+    "{out}/x.jpg",
+    "file://{out}/x%2Ejpg",
     "t.tar#member=a.jpg&offset=512&size=40",
     "p.parquet#column=image&row=2",
     "simplecache::http://127.0.0.1:9/x.jpg",
     "zip://a.jpg::t.zip",
     "memory://x",
-    "../../etc/passwd",
+    "../{name}/x.jpg",
+    "file:{out}/x.jpg",
+    "~/x.jpg",
 ]
+SECRET = b"nobody's business"
+
+
+@functools.cache
+def _outside() -> str:
+    """A folder, somebody's home, from which nothing may be read; files of the same names may be read where one is."""
+    made = tempfile.TemporaryDirectory(prefix="carrara-fuzz-", dir=os.path.dirname(_folder()))
+    _KEPT.append(made)
+    for name in ("x.jpg", "a.jpg", "f.jpg", "t.tar"):
+        with open(os.path.join(made.name, name), "wb") as file:
+            file.write(SECRET * 40)
+        _written(name, b"image" * 200)
+    os.symlink(made.name, os.path.join(_folder(), "link"))
+    return made.name
 
 
 def places(rng: random.Random) -> None:
-    """What a table from elsewhere may name in place of a URL."""
+    """What a table from elsewhere may name in place of a URL, from within the one folder that may be read from."""
     made = _mutated_text(rng, PLACES, URL_ALPHABET + "#&=").encode("utf-8", "replace").decode()
-    text = f"{_folder()}/{made}" if rng.random() < 0.5 else made
-    _read_one(locations.Reader(_below(), 1 << 20), text)
+    made = made.replace("{out}", _outside()).replace("{name}", os.path.basename(_outside()))
+    text = f"{_folder()}/{made}" if rng.random() < 0.25 else f"link/{made}" if rng.random() < 0.1 else made
+    home, os.environ["HOME"] = os.environ.get("HOME", ""), _outside()
+    try:
+        with contextlib.chdir(_folder()), contextlib.suppress(OSError):
+            assert SECRET[:9] not in locations.Reader(_below(), 1 << 20).read(text), text
+    finally:
+        os.environ["HOME"] = home
 
 
 # What a target may raise, and the seconds of CPU that a case of it may take.

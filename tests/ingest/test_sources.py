@@ -528,21 +528,23 @@ def test_damage_within_a_parquet_file_is_told_and_the_rest_goes_on(tmp_path) -> 
         table = pa.table({"image": [picture(n) for n in range(4)], "text": captions})
         pq.write_table(table, path, row_group_size=2, **how)
 
-    write(tmp_path / "a.parquet", 0)
-    write(tmp_path / "b.parquet", 10)
-    write(tmp_path / "c.parquet", 20)
-    column = pq.read_metadata(tmp_path / "b.parquet").row_group(1).column(1)
-    data = bytearray((tmp_path / "b.parquet").read_bytes())
+    own = tmp_path / "own"
+    own.mkdir()
+    write(own / "a.parquet", 0)
+    write(own / "b.parquet", 10)
+    write(own / "c.parquet", 20)
+    column = pq.read_metadata(own / "b.parquet").row_group(1).column(1)
+    data = bytearray((own / "b.parquet").read_bytes())
     begin = column.dictionary_page_offset
     data[begin : begin + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    (tmp_path / "b.parquet").write_bytes(data)
+    (own / "b.parquet").write_bytes(data)
     listing = str(tmp_path / "listing")
-    (said,) = refresh(listing, str(tmp_path), "parquet", wanted())
+    (said,) = refresh(listing, str(own), "parquet", wanted())
     assert "b.parquet: damaged behind row 2" in said
     there = [0, 1, 2, 3, 10, 11, 20, 21, 22, 23]
     assert [r["caption"] for r in rows(listing)] == [[f"picture {n}"] for n in there]
-    write(tmp_path / "b.parquet", 10)  # from a copy
-    assert refresh(listing, str(tmp_path), "parquet", wanted()) == []
+    write(own / "b.parquet", 10)  # from a copy
+    assert refresh(listing, str(own), "parquet", wanted()) == []
     assert [r["caption"] for r in rows(listing)] == [[f"picture {n}"] for n in [*there, 12, 13]]
 
 
