@@ -27,7 +27,7 @@ from eval.config import EvalConfig, JudgeConfig, PreferenceConfig
 from eval.judges import vqa
 from shards.dataset import Dataset
 from shards.layout import RunPaths
-from shards.settings import ConfigError
+from shards.settings import ConfigError, StageError
 from tests.eval.conftest import evaluate, refs
 
 WORDS = [
@@ -326,6 +326,9 @@ def test_scores_made_elsewhere_are_a_metric_like_any_other(judged: Any, tmp_path
     for content, name, says in (
         ('{"id": "nobody", "score": 1}', "x", "there is no image 'nobody'"),
         (json.dumps({"id": keys[0]})[:-1] + ', "score": NaN}', "x", "finite number"),
+        (json.dumps({"id": keys[0], "score": 10**400}), "x", "finite number"),
+        (json.dumps({"id": keys[0], "score": -1e200}), "x", "finite number"),
+        ("[" * 100_000, "x", "is no JSON"),
         ((json.dumps({"id": keys[0]})[:-1] + ', "score": 1}\n') * 2, "x", "has a score already"),
         ('{"score": 1}', "x", "names no image"),
         ("", "x", "has no scores"),
@@ -335,6 +338,41 @@ def test_scores_made_elsewhere_are_a_metric_like_any_other(judged: Any, tmp_path
         (tmp_path / "bad.jsonl").write_text(content)
         with pytest.raises(ConfigError, match=says):
             suites.bring_in(images, name, str(tmp_path / "bad.jsonl"))
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"deep\.jsonl is no index\.jsonl"):
+        suites.bring_in(images, "x", str(tmp_path / "results.jsonl"), str(tmp_path / "deep.jsonl"))
+    file = Path(images, "scores", "taste.json")
+    for damaged in (file.read_bytes()[:-9], b"[]", b'{"source": "x", "scores": [["a", 0, "b"]]}', b"[" * 100_000):
+        file.write_bytes(damaged)
+        with pytest.raises(StageError, match=r"taste\.json is damaged; delete it"):
+            found.is_current()
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("scores", "value", "says"),
+    [
+        ({"clip_score": "mine"}, 1.0, "calls a score 'clip_score', which is no free name"),
+        ({"a<b>": "mine"}, 1.0, "no free name"),
+        ({"mine": "mine"}, 10**400, "a mine that is no number"),
+        ({"mine": "mine"}, "much", "a mine that is no number"),
+        ({"mine": "mine"}, -1e300, "a mine that is no number"),
+    ],
+)
+def test_a_scorer_that_cannot_be_used_is_one_sentence(
+    scores: dict[str, str], value: Any, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = tmp_path.name
+    source = f"SCORES = {scores!r}\ndef score(images, captions): return {{n: [{value!r}] for n in SCORES}}\n"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def ask() -> None:
+        network = networks.load(networks.find("scorer", name))
+        network(network.prepare(np.zeros((1, 8, 8, 3), np.uint8), [{"caption": "a"}]))
+
+    with pytest.raises(ConfigError, match=says):
+        ask()
 
 
 def test_preference_scores_are_their_formulas(run: RunPaths, tmp_path: Path) -> None:
