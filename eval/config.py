@@ -182,7 +182,7 @@ class EvalConfig(Strict):
     scorer: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
-        description="Python module with SCORES and score(images, prompts): a judge of your own (docs/eval.md)",
+        description="Python module with SCORES and score(images, captions): scores of your own (docs/eval.md)",
     )
     retrieval_candidates: int = Field(default=100, ge=2, le=10_000)
     jackknife_groups: int = Field(default=20, ge=4, le=1000)

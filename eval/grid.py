@@ -92,7 +92,7 @@ class FirstPart:
 
 
 def first_shards(config: EvalConfig, total: int) -> int:
-    """How many of a cell's `total` shards are drawn before it is judged: the share that the grid names, rounded up."""
+    """How many of a cell's `total` shards are drawn before it may be given up: the grid's share, rounded up."""
     assert config.grid is not None
     return min(total, max(1, -(-total * config.grid.first_percent // 100)))
 

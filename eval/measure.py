@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from eval import judges, suites
+from eval import scoring, suites
 from eval.config import EvalConfig
 from eval.metrics import clip_score, frechet, kernel, memorisation, moments, neighbours
 from eval.metrics.definitions import DEFINITIONS, DISTANCES, FEW, SHARES
@@ -25,7 +25,7 @@ from eval.metrics.estimate import Estimate, mean_by_cluster, proportion, with_gr
 from eval.metrics.inception_score import inception_score
 from eval.metrics.retrieval import meanings_of, of_pairs
 from eval.metrics.statistics import RealSide, floor, from_npz
-from eval.networks import INCEPTION_SHA256
+from eval.networks import INCEPTION_SHA256, SCORING
 from eval.prompts import controls
 from eval.rows import column, group_of, live, table
 from shards import storage
@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("carrara.eval")
 
 FORMAT = 2
-JUDGES = ("judge", "preference", "scorer")  # networks whose columns are scores, but for the chances of each question
-ATOMS = "atoms"
+ATOMS = "atoms"  # the column of a judge that is no score an image: the chances of each question
 
 
 def write(url: str, metrics: dict[str, Any]) -> None:
@@ -217,10 +216,10 @@ class Part:
         return not self.tag or len(self.chosen) >= FEW
 
     def _of_scores(self) -> dict[str, Estimate | None]:
-        """Means of what judges say of each image, here and elsewhere."""
+        """Means of the scores of each image, made here and elsewhere."""
         images = self.of.images
         found: dict[str, Estimate | None] = {}
-        for network in JUDGES:
+        for network in SCORING:
             for name in images.scores(network):
                 found[name] = self._score(self._column(network, name)[:, 0])
         for name, scores in self.of.imported.items():
@@ -313,7 +312,7 @@ def measure(evaluation: Evaluation, generated: Dataset) -> dict[str, Any]:
     config = evaluation.config
     images = Images(evaluation, generated)
     real = {s.found.name: Dataset.open(s.root) for s in evaluation.real() if _is_finished(s)}
-    module = judges.scorer(config.scorer) if config.scorer else None
+    module = scoring.scorer(config.scorer) if config.scorer else None
     meaning = getattr(module, "meaning", None)
     imported = suites.imported(generated.root)
     measured = Measured(config, images, _sides(config, real), imported, meaning)
@@ -344,7 +343,7 @@ def measure(evaluation: Evaluation, generated: Dataset) -> dict[str, Any]:
         "tags": tags,
         "by_tag": {tag: describe(estimates) for tag, estimates in sorted(by_tag.items())},
         "counts": counts,
-        "real": _judges_of_real(real),
+        "real": _scores_of_real(real),
         "floors": {n: v for n, v in floors.items() if v is not None},
         "jackknife": _groups(found),
         "tag_jackknife": {tag: _groups(estimates) for tag, estimates in sorted(by_tag.items())},
@@ -490,11 +489,11 @@ def _candidates(config: EvalConfig, meanings: Sequence[Hashable]) -> int:
     return min(config.retrieval_candidates, len(set(meanings)))
 
 
-def _judges_of_real(real: dict[str, Dataset]) -> dict[str, float]:
-    """Means of what judges say of the real images."""
+def _scores_of_real(real: dict[str, Dataset]) -> dict[str, float]:
+    """Means of the scores of the real images."""
     return {
         name: round(float(np.nanmean(values)), 6)
-        for network in JUDGES
+        for network in SCORING
         if network in real and len(real[network])
         for name in _columns_of(real[network])
         if name != ATOMS and np.isfinite(values := column(real[network], name)).any()

@@ -1,4 +1,4 @@
-"""Benchmarks that judge images in an environment of their own: images out in the layouts they read, scores back in.
+"""Benchmarks that score images in an environment of their own: images out in the layouts they read, scores back in.
 
     carrara images RUN CHECKPOINT PROTOCOL --layout geneval --out DIR     images out, and index.jsonl that names them
     carrara scores RUN CHECKPOINT PROTOCOL --name geneval FILE            their scores in, as a metric like any other

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from eval.networks import SCORING
 from eval.report import charts, scores
 from eval.rows import images_of
 from latents.resize import resize_crop
@@ -31,7 +32,7 @@ THUMBNAIL = 320
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One generated image, and the real one of its caption; scores: name -> what judges say of it; data: URIs."""
+    """One generated image, and the real one of its caption; scores: by name; data: URIs."""
 
     prompt: str
     image: str
@@ -95,7 +96,7 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 class Images:
-    """The generated images of one result, with the real ones of the held-out set, CLIP cosines and judges' scores."""
+    """The generated images of one result, with the real ones of the held-out set, CLIP cosines and scores."""
 
     def __init__(self, run: RunPaths, result: dict[str, Any]) -> None:
         self.dataset = Dataset.open(storage.join(run.eval, result["checkpoint"], result["images"]))
@@ -110,14 +111,14 @@ class Images:
         self.cosines, self.scores = self._scored(result)
 
     def _scored(self, result: dict[str, Any]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        """By key: the CLIP's cosine, and what judges say, from the features of this result's networks."""
+        """By key: the CLIP's cosine, and the scores by name, from the features of this result's networks."""
         cosines: dict[str, float] = {}
         scores: dict[str, dict[str, float]] = {}
         folder = storage.join(self.dataset.root, "features")
         for name in storage.list_names(folder):
             network, root = name.rsplit("-", 1)[0], storage.join(folder, name)
             known = storage.exists(storage.join(root, MANIFEST))
-            if not known or network not in ("clip", "judge", "preference", "scorer"):
+            if not known or network not in ("clip", *SCORING):
                 continue
             features = Dataset.open(root)
             if features.manifest["weights"].get(network) != result["protocol"][network]:

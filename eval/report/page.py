@@ -225,7 +225,7 @@ def headline(result: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _headline(result: dict[str, Any]) -> list[str]:
-    """Names of the numbers that stand first: the known ones in their order, then what judges of one's own say."""
+    """Names of the numbers that stand first: the known ones in their order, then scores of one's own."""
     metrics = result["metrics"]
     known = [n for n in HEADLINE if n in metrics]
     own = [n for n, e in metrics.items() if e["definition"] and n not in DEFINITIONS]
@@ -306,7 +306,7 @@ def _difference(d: compare.Difference) -> tuple[str, str]:
 def tag_table(result: dict[str, Any]) -> dict[str, Any]:
     """Columns and rows of the numbers by tag, the worst first in the first column; empty without tags.
 
-    What a judge of one's own says comes first: it is what its tags are for.
+    Scores of one's own come first: they are what their tags are for.
     """
     tags = result["by_tag"]
     wanted = [n for n in [*_headline(result), "clip_score"] if n not in DISTANCES]

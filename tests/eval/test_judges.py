@@ -24,7 +24,7 @@ from transformers import (
 
 from eval import networks, suites
 from eval.config import EvalConfig, JudgeConfig, PreferenceConfig
-from eval.judges import vqa
+from eval.scoring import vqa
 from shards.dataset import Dataset
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
@@ -376,7 +376,7 @@ def test_a_scorer_that_cannot_be_used_is_one_sentence(
 
 
 def test_preference_scores_are_their_formulas(run: RunPaths, tmp_path: Path) -> None:
-    from eval.judges.preference import Preference
+    from eval.scoring.preference import Preference
 
     torch.manual_seed(1)
     layers = {

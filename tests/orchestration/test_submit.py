@@ -79,7 +79,7 @@ def test_what_is_sent_is_carrara_and_the_files_that_are_named(tmp_path: Path, mo
         ("images runs/x:a --out files", False),
         ("scores runs/x:a scores.jsonl --name mine", False),
         ("reference coco --annotations a.json --images val2014 --out coco", False),
-        ("judge pack runs/x a/1 b/1 --out pack", False),
+        ("human pack runs/x a/1 b/1 --out pack", False),
         ("export runs/x", False),
     ],
 )

@@ -27,10 +27,10 @@ from shards.settings import ConfigError
 
 
 def find(name: str, ref: Any) -> Found:
-    """The judge `name` of the configuration's section `ref`; ConfigError where its weights or module are missing."""
+    """What scores, by the configuration's section `ref`; ConfigError where weights or module are missing."""
     if name == "scorer":
         return Found(name, ref, None, digest_file(str(scorer(ref).__file__)))
-    from eval.judges import preference, vqa
+    from eval.scoring import preference, vqa
 
     if name == "judge":
         return Found(name, ref, None, digest_json([vqa.digest(ref.model), ref.question, ref.yes, ref.precision]))
@@ -38,10 +38,10 @@ def find(name: str, ref: Any) -> Found:
 
 
 def load(found: Found, device: str) -> Network:
-    """The judge, ready."""
+    """What scores, ready."""
     if found.name == "scorer":
         return Scorer(found.ref)
-    from eval.judges import preference, vqa
+    from eval.scoring import preference, vqa
 
     return vqa.Judge(found.ref, device) if found.name == "judge" else preference.Preference(found.ref, device)
 
