@@ -251,7 +251,7 @@ class Part:
             found["clip_score_control"] = self._with_other_prompts(x, texts)
         side = self.of.sides.get("images")
         if side is not None and self._jackknifes():
-            found["cmmd"] = kernel.cmmd(x, side.features, groups, side.kernel("gaussian"), side.device)
+            found["cmmd"] = kernel.cmmd(x, side.features, groups, side.kernel("gaussian"), device=side.device)
             if self._enough:
                 found["fd_clip_unit"] = self._distance(side.frechet, x)
         return found
@@ -291,7 +291,8 @@ class Part:
             if side is None or name == "inception_clean":
                 continue
             kernel_name = "kid_tf" if network == "inception" else "kd_dinov2_pil"
-            found[kernel_name] = kernel.kid(x, side.features, self.groups, side.kernel("polynomial"), side.device)
+            within = side.kernel("polynomial")
+            found[kernel_name] = kernel.kid(x, side.features, self.groups, within, device=side.device)
         for network, shares in self.of.neighbours.items():
             found[f"precision_{network}"] = self._mean(shares["precision"][self.chosen], share=True)
             found[f"density_{network}"] = self._mean(shares["density"][self.chosen])

@@ -358,6 +358,7 @@ def test_scores_made_elsewhere_are_a_metric_like_any_other(judged: Any, tmp_path
         ({"mine": "mine"}, "much", "a mine that is no number"),
         ({"mine": "mine"}, -1e300, "a mine that is no number"),
     ],
+    ids=["a metric's name", "no name", "too large", "a text", "too small"],
 )
 def test_a_scorer_that_cannot_be_used_is_one_sentence(
     scores: dict[str, str], value: Any, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
