@@ -32,9 +32,7 @@ from eval import measure
 from eval.metrics.estimate import quantile95
 from eval.report import gather
 from shards import storage
-from shards.dataset import Dataset
 from shards.fingerprint import digest_json
-from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 
@@ -121,22 +119,14 @@ class _Result:
         found = measure.read(storage.join(paths.eval, *parts, "metrics.json"))
         if found is None:
             raise ConfigError(f"human: there is no result {name}; the report says which there are")
-        dataset = Dataset.open(storage.join(paths.eval, parts[0], found["images"]))
-        self.shards = [ImageShard(dataset, p) for p in range(len(dataset.shards))]
-        self.positions: dict[tuple[str, int], tuple[int, int]] = {}
-        self.captions: dict[tuple[str, int], str] = {}
-        for p, shard in enumerate(self.shards):
-            for i, row in enumerate(shard.table.take(shard.rows).to_pylist()):
-                if row["image_offset"] is not None:
-                    self.positions[row["prompt_id"], row["replicate"]] = (p, i)
-                    self.captions[row["prompt_id"], row["replicate"]] = row["caption"]
+        self.images = gather.Images(paths, found)
+        self.positions = self.images.by_prompt()
 
     def prompt(self, key: tuple[str, int]) -> str:
-        return gather.plain(self.captions[key])
+        return gather.plain(self.images.caption(self.positions[key]))
 
     def image(self, key: tuple[str, int]) -> str:
-        shard, i = self.positions[key]
-        return gather.data_uri(decode_rgb(self.shards[shard].image_bytes(i)))
+        return self.images.uri(self.positions[key])
 
 
 def write_pack(out: str, names: Sequence[str], found: Sequence[Pair], run: RunPaths) -> str:

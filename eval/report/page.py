@@ -368,7 +368,7 @@ def _index(run: RunPaths, every: list[dict[str, Any]], watch: WatchConfig | None
                 "alarms": found.alarms,
                 "way": found.before.way if found.before else "",
                 "page": f"{r['checkpoint']}.html" in pages,
-                "thumbnails": _thumbnails(run, r),
+                "thumbnails": gather.thumbnails(run, r, THUMBNAILS),
             }
         )
     kinds = {(r["cell"], r["protocol"]["id"], r["model"]["weights"]): r for r in reversed(order)}
@@ -382,13 +382,6 @@ def _index(run: RunPaths, every: list[dict[str, Any]], watch: WatchConfig | None
         "kinds": len(kinds),
         "protocols": len({r["protocol"]["id"] for r in every}),
     }
-
-
-def _thumbnails(run: RunPaths, result: dict[str, Any]) -> list[tuple[str, str]]:
-    try:
-        return gather.thumbnails(run, result, THUMBNAILS)
-    except (StageError, ValueError, OSError):
-        return []  # images that are not kept, or gone
 
 
 def _run_name(run: RunPaths) -> str:
