@@ -159,7 +159,7 @@ def _context(
         "tags": tag_table(result),
         "every_number": [(n, e, *spread(e)) for n, e in sorted(result["metrics"].items())],
         "pairs": pairs,
-        "against": [(_arrow(d), d, *_difference(d)) for d in (before.differences if before else [])],
+        "against": [(_arrow(d), d, *_difference(d)) for d in sorted(before.differences if before else [], key=_place)],
         "changed": gather.settings_diff(run, before.other["checkpoint"], result["checkpoint"]) if before else None,
         **({"script": "", "script_hash": ""} if not pairs else script("slider.js")),
         "neighbours": gather.neighbours(run, result, images),
@@ -287,6 +287,11 @@ def _arrows(before: verdict.Against | None) -> list[dict[str, str]]:
     """How what a verdict looks at has moved; of scores of one's own those that a difference is shown in."""
     arrows = [(d.metric, _arrow(d)) for d in _whole(before) if compare.is_watched(d.metric)]
     return [a for name, a in arrows if name in compare.WATCHED or a["way"] != "same"]
+
+
+def _place(d: compare.Difference) -> tuple[bool, bool]:
+    """Where a difference stands among all: those of no tag first, and of either kind those that are shown."""
+    return bool(d.tag), d.verdict == "no difference shown"
 
 
 def _arrow(d: compare.Difference) -> dict[str, str]:
