@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from PIL import Image
 
 from curate.config import ControlImages, CurateConfig
 from curate.controls import ControlStage, Estimator, colours, control_stages
+from orchestration.run_stage import main
+from orchestration.status import read, table
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths
 from shards.settings import ConfigError
 from tests.curate.test_stage import files, score, write_images
+from tests.latents import world
 from train.config import TrainConfig
 from train.image_conditioning import ByKey
 from train.segments import image_sets
@@ -155,33 +160,34 @@ def test_poses_are_of_the_people_that_the_detector_finds(run: RunPaths, named: d
     processor = transformers.VitPoseImageProcessor.from_pretrained(named["pose"])
     finder = transformers.YolosForObjectDetection.from_pretrained(named["detector"]).eval()
     looks = transformers.YolosImageProcessor.from_pretrained(named["detector"])
-    counts, seen = list[int](), 0
+    counts: list[int] = []
     for key, pixels in real.items():
         out = finder(**looks(images=pixels, return_tensors="pt"))
         labels = out.logits.softmax(-1)[0, :, :-1].argmax(-1)
         middles = (out.pred_boxes[0] * torch.tensor([pixels.shape[1], pixels.shape[0]] * 2))[labels == 1]
         boxes = [[x - w / 2, y - h / 2, w, h] for x, y, w, h in middles.tolist()]
-        counts.append(len(boxes))
         np.testing.assert_allclose(estimator._people(pixels), boxes, rtol=1e-4, atol=1e-3)
-        if not boxes:
-            assert not found[key].any()
-            continue
-        outputs = model(**processor(images=pixels, boxes=[boxes], return_tensors="pt"))
-        people = processor.post_process_pose_estimation(outputs, boxes=[boxes])[0]
-        drawn = found[key].any(-1)
-        sure = [p for one in people for p, s in zip(one["keypoints"], one["scores"], strict=True) if s > 0]
-        inside = [(round(float(x)), round(float(y))) for x, y in sure]
-        inside = [(x, y) for x, y in inside if 0 <= x < drawn.shape[1] and 0 <= y < drawn.shape[0]]
-        seen += len(inside)
-        assert all(drawn[y, x] for x, y in inside)
-        assert not drawn.all()
+        counts.append(len(boxes))
+        assert boxes or not found[key].any()
     assert any(0 < n < 12 for n in counts), "some are cats"
-    assert seen
-    nobody = Estimator(ControlImages(**settings(named, "pose", threshold=1.0)))
-    assert not nobody(next(iter(real.values()))).any()
+    # Without a detector the image is one person: dots where the model says, and lines between those that it joins.
     whole = Estimator(ControlImages(kind="pose", model=named["pose"], threshold=0.0, device="cpu"))
-    assert whole._people(np.zeros((20, 30, 3), np.uint8)) == [[0, 0, 30, 20]]
-    assert whole(next(iter(real.values()))).any()
+    for pixels in real.values():
+        height, width = pixels.shape[:2]
+        boxes = [[0.0, 0.0, float(width), float(height)]]
+        outputs = model(**processor(images=pixels, boxes=[boxes], return_tensors="pt"))
+        (person,) = processor.post_process_pose_estimation(outputs, boxes=[boxes])[0]
+        drawn, at = whole(pixels).any(-1), person["keypoints"].numpy()
+        ends = [(at[a], at[b]) for a, b in model.config.edges]
+        places = np.concatenate([at] + [a + (b - a) * np.linspace(0, 1, 60)[:, None] for a, b in ends])
+        near = np.zeros_like(drawn)
+        for x, y in places:
+            near[max(0, int(y) - 2) : max(0, int(y) + 4), max(0, int(x) - 2) : max(0, int(x) + 4)] = True
+        assert drawn.any()
+        assert not (drawn & ~near).any()
+        sure = at[person["scores"].reshape(-1).numpy() > 0]
+        inside = [(round(float(x)), round(float(y))) for x, y in sure if 0 <= x < width - 1 and 0 <= y < height - 1]
+        assert all(drawn[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].any() for x, y in inside)  # of rounding
 
 
 # ---- the stage ---------------------------------------------------------------------------------------------
@@ -258,3 +264,55 @@ def test_pictures_of_any_size(named: dict[str, str]) -> None:
     draw = Estimator(ControlImages(**settings(named, "depth")))
     for size in ((1, 7), (50, 3)):
         assert draw(np.asarray(Image.new("RGB", size))).shape == size[::-1]
+
+
+# ---- over a run --------------------------------------------------------------------------------------------
+
+
+def test_by_its_command_and_a_take_down_reaches_both_splits(named: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(1)
+    for n in range(24):
+        world.draw(rng, 40, 48).save(photos / f"{n:02d}.png")
+        (photos / f"{n:02d}.txt").write_text(f"number {n}")
+    run = RunPaths(str(tmp_path / "run"))
+    given = {
+        "run": run.run,
+        "ingest": {
+            "table": str(photos), "samples_per_shard": 8, "image_size": 32, "heldout_fraction": 0.3,
+        },
+        "curate": {"controls": {"parts": settings(named, "segmentation")}},
+    }  # fmt: skip
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(given))
+    for stage in ("ingest", "control", "control"):
+        assert main([stage, "--config", str(config), "--local"]) == 0
+    roots = {split: f"{run.run}/controls/parts/{split}" for split in ("images", "heldout")}
+    gone, kept = {}, {}
+    for split, root in roots.items():
+        rows = [r for s in Dataset.open(f"{run.run}/{split}").shards for r in rows_of(run, split, s.index)]
+        real, made = pictures(Dataset.open(f"{run.run}/{split}")), pictures(Dataset.open(root))
+        assert real.keys() == made.keys()
+        assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in real.items()}
+        gone[split], kept[split] = next((r["key"], r["sha256"]) for r in rows if r["key"] in made), made
+    (tmp_path / "list").write_text("\n".join(digest for _, digest in gone.values()))
+    assert main(["remove", "--config", str(config), "--sha256", str(tmp_path / "list")]) == 0
+    said = capsys.readouterr().out
+    for split, root in roots.items():
+        assert f"controls/parts/{split} 1 shards blanked" in said
+        key, dataset = gone[split][0], Dataset.open(root)
+        left = pictures(dataset)
+        assert left.keys() == kept[split].keys() - {key}
+        assert all(np.array_equal(v, kept[split][k]) for k, v in left.items())
+        assert len(dataset) == len(left)
+        for tar in Path(root).glob("*.tar"):
+            with tarfile.open(tar) as found:
+                assert f"{key}.png" not in found.getnames()
+    assert main(["verify", run.run, "--deep"]) == 0
+    assert f"{roots['heldout']}: " in capsys.readouterr().out
+    assert "control-parts-heldout" in table(read(run.run))
+
+
+def rows_of(run: RunPaths, split: str, index: int) -> list[dict[str, Any]]:
+    return list(Dataset.open(f"{run.run}/{split}").sidecar(index).to_pylist())
