@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Generator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,13 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(900))
-
-
-def pytest_collection_finish() -> None:
-    """A first gradient before any test. PyTorch counts the devices at the first one, and torch.compile brings a kind of
-    its own along; were it counted, no fork of this process could take a gradient (tests/train/forked.py)."""
-    if torch := sys.modules.get("torch"):
-        torch.ones(1, requires_grad=True).backward()
 
 
 @pytest.hookimpl(wrapper=True)
