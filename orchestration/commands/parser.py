@@ -28,6 +28,7 @@ for group_ in (stages, runs, models, machines):
 # typer brings a click of its own, in which the base of all these errors has no public name.
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 INTERRUPTED = 130  # what typer makes of Ctrl-C
+RENAMED = {"judge": "human"}  # commands that had another name
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -95,7 +96,7 @@ def refuse_unknown(arguments: Sequence[str]) -> None:
     name = next((a for a in arguments if not a.startswith("-")), None)
     if name is None or name in names():
         return
-    near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
+    near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
     hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names())}"
     raise ConfigError(f"there is no stage or command '{name}'; {hint}")
 

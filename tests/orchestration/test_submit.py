@@ -99,7 +99,7 @@ def test_words_that_name_files_are_told_from_others(command: str, files: set[int
         ("images runs/x:a --out files", False),
         ("scores runs/x:a scores.jsonl --name mine", False),
         ("reference coco --annotations a.json --images val2014 --out coco", False),
-        ("judge pack runs/x a/1 b/1 --out pack", False),
+        ("human pack runs/x a/1 b/1 --out pack", False),
         ("export runs/x", False),
     ],
 )
