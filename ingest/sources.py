@@ -20,7 +20,7 @@ import logging
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Any, Literal, Self
+from typing import IO, Any, Literal
 
 import fsspec
 import numpy as np
@@ -350,12 +350,10 @@ def _members(stream: IO[bytes], file: str) -> Iterator[tuple[str, int, int, Call
 class _Header(tarfile.TarInfo):
     """A header as tarfile reads it, but for sizes that would lead backwards or fill the memory."""
 
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        info = super().frombuf(buf, encoding, errors)
-        if info.size < 0 or (info.type in b"LKxgX" and info.size > _LONGEST_HEADER):
-            raise tarfile.ReadError(f"a header that claims {info.size} bytes")
-        return info
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:  # of every header; not every Python calls frombuf
+        if self.size < 0 or (self.type in b"LKxgX" and self.size > _LONGEST_HEADER):
+            raise tarfile.ReadError(f"a header that claims {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc, no-any-return]
 
 
 def _tar_row(file: str, sample: Mapping[str, Any], wanted: Wanted) -> Row:
