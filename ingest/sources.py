@@ -353,7 +353,7 @@ class _Header(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:  # of every header; not every Python calls frombuf
         if self.size < 0 or (self.type in b"LKxgX" and self.size > _LONGEST_HEADER):
             raise tarfile.ReadError(f"a header that claims {self.size} bytes")
-        return super()._proc_member(tar)  # type: ignore[misc, no-any-return]
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 def _tar_row(file: str, sample: Mapping[str, Any], wanted: Wanted) -> Row:
