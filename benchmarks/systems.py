@@ -116,7 +116,8 @@ def drawn_pairs(
     source, target = (f"a {names[w]} square" for w in words)
     asked = {"source": source, "target": target, "steps": steps, "guidance_scale": 2.0, "device": "cpu"}
     asked |= {"cross_attention": shares[0], "self_attention": shares[1]}
-    generator = PairGenerator(EditRequest(**asked), models.of_pipeline(model), RunPaths(model), None)
+    generator = PairGenerator(EditRequest(**asked), models.of_pipeline(model), RunPaths(model))
+    generator.ask(source, target)
     return [generator.draw(number)[0] for number in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""What a user sets for scores and captions.
+"""What a user sets for scores, captions and control images.
 
     curate:
       scores:
@@ -8,12 +8,14 @@
         pixels: {kind: pixels}
         text: {kind: caption}
         semantic: {kind: duplicates, embeddings: clip}
+      controls:
+        depth: {kind: depth, model: /models/depth-anything}
       captions:
         long: {model: /models/a-vision-language-model, prompts: ["Describe this image in detail."]}
         short: {endpoint: {url: "http://127.0.0.1:8000/v1", model: served-name}, prompts: ["A caption of ten words."]}
 
-Each is a dataset of its own, `<run>/scores/<name>/` or `<run>/captions/<name>/`: one that is added next month touches
-nothing else.
+Each is a dataset of its own, `<run>/scores/<name>/`, `<run>/captions/<name>/` or `<run>/controls/<name>/images/`: one
+that is added next month touches nothing else.
 """
 
 from __future__ import annotations
@@ -172,15 +174,32 @@ class CaptionConfig(Strict):
         return self.model_dump(mode="json", exclude=PLACEMENT | {"endpoint"}) | {"endpoint": served}
 
 
+class ControlImages(_Score):
+    """A control image of every image, by a model of transformers: `train.control: {images: controls/<name>}`."""
+
+    kind: Literal["depth", "segmentation", "pose"]
+    model: str = Field(description="a folder or hub name")
+    metres: bool = Field(
+        default=False,
+        description="of depth: the model says how far things are (ZoeDepth, GLPN, Depth Pro), not how near",
+    )
+    detector: str | None = Field(
+        default=None, description="of pose: an object detection model that finds people; null: each image is of one"
+    )
+    threshold: float = Field(default=0.3, ge=0, le=1, description="of pose: below it, no person and no keypoint")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
 class CurateConfig(Strict):
-    """Scores and captions by name."""
+    """Scores, captions and control images by name."""
 
     scores: dict[str, Score] = Field(default={}, description="each becomes <run>/scores/<name>/")
     captions: dict[str, CaptionConfig] = Field(default={}, description="each becomes <run>/captions/<name>/")
+    controls: dict[str, ControlImages] = Field(default={}, description="each becomes <run>/controls/<name>/images/")
 
     @model_validator(mode="after")
     def _names_fit(self) -> CurateConfig:
-        for name in (*self.scores, *self.captions):
+        for name in (*self.scores, *self.captions, *self.controls):
             if not NAME.fullmatch(name):
                 raise ValueError(f"'{name}' is no name of lower-case letters, digits and _ that begins with a letter")
         for name, score in self.scores.items():

@@ -1,12 +1,14 @@
-"""Take-downs in scores and captions: what the images have no more is blanked where it lies.
+"""Take-downs in scores, captions and control images: what the images have no more is blanked where it lies.
 
-The values of such a row become null, its embeddings zeros; what was counted is counted again.
+The values of such a row become null, its embeddings zeros, its control image a comment of the tar; what was counted is
+counted again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -51,15 +53,17 @@ def amend(root: str) -> None:
     """Bring a finished manifest up to its shards' stats."""
     dataset = Dataset.open(root)
     stats = {i: s for i, s in read_stats_of(root, [s.index for s in dataset.shards]) if s is not None}
-    extra: Mapping[str, Any]
-    if dataset.kind == "scores":
+    shards, extra = dataset.shards, dict[str, Any]()
+    if dataset.kind == "images":
+        shards = [dataclasses.replace(s, count=stats[s.index]["count"]) if s.index in stats else s for s in shards]
+    elif dataset.kind == "scores":
         extra = {"columns": columns_of(stats.values())}
     else:
         fates: Counter[str] = Counter()
         for one in stats.values():
             fates.update(one["fates"])
         extra = {"fates": {f: fates[f] for f in FATES if fates[f]}}
-    amend_manifest(root, dataset.manifest, dataset.shards, dataset.manifest.get("exclusions"), extra)
+    amend_manifest(root, dataset.manifest, shards, dataset.manifest.get("exclusions"), extra)
 
 
 def _has_values(table: pa.Table) -> np.ndarray:

@@ -17,7 +17,7 @@ which the folder is known again: the same command finishes it, and does nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,24 +44,29 @@ INVERTIBLE = ("ddim", "flow-euler")  # deterministic, and of first order
 PIPELINE = "StableDiffusionPipeline"
 
 
-class EditRequest(GenerationConfig):
-    """What is changed, and how images are generated."""
+class DrawnPairs(GenerationConfig):
+    """How images before and after are generated."""
 
-    source: str = Field(max_length=MAX_CHARS, description="the prompt of the image before (--from)")
-    target: str = Field(max_length=MAX_CHARS, description="the prompt of the image after (--to)")
-    weight: dict[str, float] = Field(default_factory=dict, description="of words of `target`: times their maps")
     cross_attention: float = Field(
         default=0.8, ge=0, le=1, description="share of the steps in which the words' maps are those of the image before"
     )
     self_attention: float = Field(
         default=0.4, ge=0, le=1, description="the same of the maps between places of the image"
     )
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    count: int = Field(default=1, ge=1, le=1000, description="pairs of each two prompts, each from another noise")
+
+
+class EditRequest(DrawnPairs):
+    """What is changed."""
+
+    source: str = Field(max_length=MAX_CHARS, description="the prompt of the image before (--from)")
+    target: str = Field(max_length=MAX_CHARS, description="the prompt of the image after (--to)")
+    weight: dict[str, float] = Field(default_factory=dict, description="of words of `target`: times their maps")
     image: str | None = Field(default=None, description="an image to change, which `source` describes")
     inversion_iterations: int = Field(
         default=3, ge=1, le=100, description="for each step of an image's inversion; 1: plain DDIM inversion"
     )
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    count: int = Field(default=1, ge=1, le=1000, description="images, each from another noise")
 
     @field_validator("weight")
     @classmethod
@@ -139,6 +144,7 @@ class Editor:
         """were: how many pairs of images another edit may have left there."""
         c = self.request
         generator = PairGenerator(c, self.model, self.run, self.given)
+        generator.ask(c.source, c.target, c.weight)
         storage.remove(storage.join(out, SHEET))
         for number in range(c.count, were):
             for name in NAMES:
@@ -180,9 +186,9 @@ class Editor:
 class PairGenerator:
     """The pipeline, what it is given, and the noise of a given image."""
 
-    def __init__(self, request: EditRequest, model: models.Model, run: RunPaths, given: np.ndarray | None) -> None:
-        import torch
-
+    def __init__(
+        self, request: DrawnPairs, model: models.Model, run: RunPaths, given: np.ndarray | None = None
+    ) -> None:
         from latents.encoders import pick_device
 
         c = self.request = request
@@ -193,20 +199,34 @@ class PairGenerator:
         if type(pipeline).__name__ != PIPELINE:
             raise ConfigError(f"edit: the model is a {type(pipeline).__name__}, and what is edited is a {PIPELINE}")
         require_attention(pipeline.unet)
-        self.prompts = (read_prompt(pipeline, c.source, "--from"), read_prompt(pipeline, c.target, "--to"))
-        length = pipeline.tokenizer.model_max_length
-        self.edit = edit_of(*self.prompts, length, c.cross_attention, c.self_attention, c.weight)
         self.width, self.height = (side or model.size for side in (c.width, c.height))
         require_size(self.width, self.height, int(pipeline.vae_scale_factor))
         self.given = None if given is None else fitted(given, self.width, self.height)
-        device = pick_device(c.device)
-        made = ImageGenerator(pipeline, c.sampler, c.steps, c.guidance_scale, precision=c.precision, device=device)
+        self.device = pick_device(c.device)
+        made = ImageGenerator(pipeline, c.sampler, c.steps, c.guidance_scale, precision=c.precision, device=self.device)
         self.pipeline = made.pipeline
         self.pipeline.vae.enable_slicing()  # one image after the other, as where it is drawn alone
-        with torch.inference_mode():
-            texts = [self.pipeline.encode_prompt([t], device, 1, True, [""]) for t in (c.source, c.target)]
-        self.text, self.empty = (torch.cat([t[i] for t in texts]) for i in (0, 1))
         self.noise: Any = None
+
+    def ask(
+        self,
+        source: str,
+        target: str,
+        weight: Mapping[str, float] | None = None,
+        names: tuple[str, str] = ("--from", "--to"),
+    ) -> None:
+        """What the next images are of. weight: of words of `target`. names: of the prompts, for what is said of them.
+
+        Raises ConfigError where they cannot be exchanged."""
+        import torch
+
+        c, pipeline = self.request, self.pipeline
+        self.prompts = (read_prompt(pipeline, source, names[0]), read_prompt(pipeline, target, names[1]))
+        length = pipeline.tokenizer.model_max_length
+        self.edit = edit_of(*self.prompts, length, c.cross_attention, c.self_attention, weight)
+        with torch.inference_mode():
+            texts = [pipeline.encode_prompt([t], self.device, 1, True, [""]) for t in (source, target)]
+        self.text, self.empty = (torch.cat([t[i] for t in texts]) for i in (0, 1))
 
     def _inverted(self, image: Image.Image, tick: Callable[[], None]) -> Any:
         """The noise [1,C,h,w] that the given image is drawn from."""
@@ -221,6 +241,7 @@ class PairGenerator:
         mean = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latents  # of an AutoencoderTiny
         latents = mean * pipeline.vae.config.scaling_factor
         self.empty = torch.cat([self.text[:1]] * 2)  # negative-prompt inversion
+        assert isinstance(self.request, EditRequest)
         return invert(pipeline, latents, self.text[:1], self.request.steps, self.request.inversion_iterations, tick)
 
     def draw(self, number: int, tick: Callable[[], None] = lambda: None) -> tuple[np.ndarray, Maps]:
@@ -239,7 +260,7 @@ class PairGenerator:
             self.noise = self._inverted(self.given, tick)
         factor = int(self.pipeline.vae_scale_factor)
         control = Control(self.pipeline, self.edit, (self.height // factor, self.width // factor))
-        noise = [Sample(f"seed {c.seed}", number, text) for text in (c.source, c.target)]
+        noise = [Sample(f"seed {c.seed}", number, prompt.text) for prompt in self.prompts]
         with control(), torch.inference_mode():
             pixels = self.pipeline(
                 prompt_embeds=self.text,

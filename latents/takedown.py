@@ -18,14 +18,16 @@ TAKEN_DOWN = "taken_down"
 NOT_SELECTED = "not_selected"  # the error of an image that latents.select left out
 
 
-def take_out(root: str, images: str, each: Callable[[int], Any] = lambda n: None) -> dict[int, list[int]]:
+def take_out(
+    root: str, images: str, each: Callable[[int], Any] = lambda n: None, data: str = ".safetensors"
+) -> dict[int, list[int]]:
     """Blank the samples of a latents dataset whose images were taken down; returns rows by shard.
 
     root, images: the folders of the latents and of the image shards. each: called with 1 for each shard looked at.
-    Under the lease of the latents stage.
+    data: the suffix of the large files; `.tar` where it is images that were made of images. Under the stage's lease.
     """
     changed: dict[int, list[int]] = {}
-    for index in listed(root, ".safetensors").committed.tolist():
+    for index in listed(root, data).committed.tolist():
         name = shard_name(index) + ".parquet"
         gone = taken_down_rows(storage.join(images, name))
         if gone:

@@ -193,6 +193,7 @@ CHECKS: dict[str, Callable[[RunConfig], None]] = {
     "clip": _clip,
     "score": _curated,
     "caption": _curated,
+    "control": _curated,
     "latents": _latents,
     "prior": _prior,
     "train": _train,

@@ -7,7 +7,7 @@
     ingest: {table: ...}         # each section is the model in that stage's own config.py
     autoencoder: {...}
     clip: {...}
-    curate: {...}                # scores and captions, where there are any
+    curate: {...}                # scores, captions and control images, where there are any
     latents: {...}
     train: {...}
     eval: {...}
@@ -130,6 +130,7 @@ class RayConfig(Strict):
     latents: Pool = Pool()
     score: Pool = Pool()
     caption: Pool = Pool()
+    control: Pool = Pool()
     eval: Pool = Pool()
     autoencoder: Ranks = Ranks()
     clip: Ranks = Ranks()

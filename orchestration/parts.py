@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 STAGES = ("ingest", "autoencoder", "clip", "latents", "train", "eval")
 FITS = ("autoencoder", "clip", "train")
-CURATED = ("score", "caption")  # stages that a run has where its configuration names some
+CURATED = ("score", "caption", "control")  # stages that a run has where its configuration names some
 
 
 def vae_ref(config: RunConfig) -> str:
@@ -145,6 +145,10 @@ def shard_stages(name: str, config: RunConfig) -> list[tuple[Stage, Pool]]:
         from curate.captioning import caption_stages
 
         return [(s, config.ray.caption) for s in caption_stages(config.curate, paths, config.seed)]
+    if name == "control":
+        from curate.controls import control_stages
+
+        return [(s, config.ray.control) for s in control_stages(config.curate, paths)]
     if name == "eval":
         return [(s, config.ray.eval) for s in evaluation(config).stages()]
     raise ValueError(f"{name} is not a stage over shards")

@@ -137,9 +137,9 @@ def _apply(stage: IngestStage, paths: RunPaths, looked: removal.Looked, count: i
             return f"{len(shards):,} shards blanked; {count:,} images are out"
 
 
-def _known(paths: RunPaths) -> dict[str, Any]:
+def _known(images: str) -> dict[str, Any]:
     """What a mark says: for how many parts of the list the finished images are blanked, which comes before all else."""
-    manifest = storage.read_json(storage.join(paths.images, MANIFEST)) or {}
+    manifest = storage.read_json(storage.join(images, MANIFEST)) or {}
     return {"list": manifest.get("list", 0)}
 
 
@@ -150,7 +150,7 @@ def settle_latents(config: RunConfig, again: bool = True) -> str:
     """
     paths = RunPaths(config.run)
     shards = listed(paths.latents, ".safetensors").committed
-    known, mark = _known(paths), taken_down_mark(paths, "latents")
+    known, mark = _known(paths.images), taken_down_mark(paths, "latents")
     if not len(shards):
         return "none"
     if not again and storage.read_json(mark) == known:
@@ -180,20 +180,26 @@ def settle_latents(config: RunConfig, again: bool = True) -> str:
 
 
 def settle_curated(paths: RunPaths, again: bool = True) -> dict[str, str]:
-    """The same for scores and captions; by `scores/<name>`, what was done."""
-    outcome, known = {}, _known(paths)
+    """The same for scores, captions and control images; by `scores/<name>`, what was done."""
+    outcome = {}
     for stage, root in curated(paths):
-        name = "/".join(root.split("/")[-2:])
+        name = root.removeprefix(paths.run).strip("/")
+        drawn = stage.startswith("control-")  # images that were made of images, of one split or the other
+        images = storage.join(paths.run, root.rpartition("/")[2]) if drawn else paths.images
+        known, data = _known(images), ".tar" if drawn else ".safetensors"
         mark = taken_down_mark(paths, stage)
         if not again and storage.read_json(mark) == known:
             continue
-        shards = listed(root, ".safetensors").committed
+        shards = listed(root, data).committed
         if not len(shards):
             continue
         try:
             with Lease(paths.status, stage, root):
                 bar = Progress(f"{stage}: take-down", len(shards), "shards")
-                changed = curate_takedown.take_out(root, paths.images, bar.update)
+                if drawn:
+                    changed = list(latents_takedown.take_out(root, images, bar.update, data))
+                else:
+                    changed = curate_takedown.take_out(root, images, bar.update)
                 bar.close()
                 if storage.exists(storage.join(root, MANIFEST)):
                     curate_takedown.amend(root)

@@ -9,7 +9,11 @@ from shards.layout import RunPaths
 from shards.settings import ConfigError
 
 # What stands in a run's folder, whatever stage was begun first (shards/layout.py).
-NAMES = {name for name, value in vars(RunPaths).items() if isinstance(value, property)} | {"scores", "captions"}
+NAMES = {name for name, value in vars(RunPaths).items() if isinstance(value, property)} | {
+    "scores",
+    "captions",
+    "controls",
+}
 
 
 def existing(run: str) -> RunPaths:
@@ -42,13 +46,17 @@ def shard_folders(paths: RunPaths) -> Iterator[tuple[str, str, str]]:
 
 
 def curated(paths: RunPaths) -> Iterator[tuple[str, str]]:
-    """(stage, folder) of the scores and captions beside the images; no file that somebody, or a file manager, put
-    among them."""
-    for kind, stage in (("scores", "score"), ("captions", "caption")):
+    """(stage, folder) of the scores, captions and control images beside the images; no file that somebody, or a file
+    manager, put among them."""
+    for kind, stage in (("scores", "score"), ("captions", "caption"), ("controls", "control")):
         for name in storage.list_names(storage.join(paths.run, kind)):
             root = storage.join(paths.run, kind, name)
             try:
                 storage.list_names(root)
             except NotADirectoryError:
                 continue
-            yield f"{stage}-{name}", root
+            if stage == "control":
+                yield f"{stage}-{name}", storage.join(root, "images")
+                yield f"{stage}-{name}-heldout", storage.join(root, "heldout")
+            else:
+                yield f"{stage}-{name}", root

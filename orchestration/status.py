@@ -55,7 +55,7 @@ def _record(folder: str, stage: str) -> dict[str, Any]:
 def _order(stage: str) -> tuple[int, str]:
     """Where a line stands: what belongs to a stage behind it, and what belongs to none at the end."""
     first = BELONGS.get(stage.removesuffix("-retry"), stage.removesuffix("-retry"))
-    if first.startswith(("score-", "caption-")):
+    if first.startswith(("score-", "caption-", "control-")):
         return (STAGES.index("clip"), stage)
     return (STAGES.index(first) if first in STAGES else len(STAGES), "" if stage == first else stage)
 

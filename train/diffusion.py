@@ -189,7 +189,8 @@ def loss_weight(
     else:
         of_noise = (1 + snr) ** -p2_gamma  # type: ignore[operator]
         of_x0, of_v = of_noise * snr, of_noise * signal**2
-    return {"epsilon": of_noise, "sample": of_x0}.get(prediction, of_v).float()
+    of = {"epsilon": of_noise, "sample": of_x0, "v_prediction": of_v, "flow_prediction": of_v}
+    return of[prediction].float()
 
 
 # ---- timesteps and noise ---------------------------------------------------------------------------

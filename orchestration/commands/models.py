@@ -29,6 +29,11 @@ log = logging.getLogger("carrara")
 
 app = typer.Typer()
 
+CrossAttention = Annotated[
+    float, typer.Option("--cross-attention", help="share of the steps in which words look where they did before")
+]
+SelfAttention = Annotated[float, typer.Option("--self-attention", help="the same for where places of the image look")]
+
 
 @app.command()
 def export(
@@ -149,12 +154,8 @@ def edit(
     image: Annotated[
         str | None, typer.Option("--image", metavar="FILE", help="an image to change, which --from describes")
     ] = None,
-    cross_attention: Annotated[
-        float, typer.Option("--cross-attention", help="share of the steps in which words look where they did before")
-    ] = 0.8,
-    self_attention: Annotated[
-        float, typer.Option("--self-attention", help="the same for where places of the image look")
-    ] = 0.4,
+    cross_attention: CrossAttention = 0.8,
+    self_attention: SelfAttention = 0.4,
     inversion_iterations: Annotated[
         int, typer.Option("--inversion-iterations", help="for each step of --image's inversion; 1: plain DDIM")
     ] = 3,
@@ -189,6 +190,40 @@ def edit(
     folder = out or editor.default_folder()
     editor.draw(folder, redo)
     log.info("the edit is in %s", storage.join(folder, "sheet.html"))
+
+
+@app.command(name="edit-table")
+def edit_table(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN", help="the run's folder, or a diffusers pipeline's", callback=from_base)
+    ],
+    table: Annotated[
+        str, typer.Option("--table", metavar="FILE", help="JSON lines of input, edit, output", callback=from_base)
+    ],
+    out: Annotated[str, typer.Option("--out", help="folder for parquet files of triples", callback=from_base)],
+    cross_attention: CrossAttention = 0.8,
+    self_attention: SelfAttention = 0.4,
+    seed: Seed = 0,
+    count: Annotated[int, typer.Option("--count", help="triples of each line, each from another noise")] = 1,
+    checkpoint: str = "latest",
+    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
+    sampler: str = "ddim",
+    steps: int = 25,
+    guidance_scale: float = 3.0,
+    width: int | None = None,
+    height: int | None = None,
+    precision: Precision = "float32",
+    device: Device = "auto",
+) -> None:
+    """Images before and after, drawn from a table of edited captions, to train editing by instruction on."""
+    given = dict(locals())
+    from eval.edit import DrawnPairs
+    from eval.triples import draw_table
+    from shards.settings import validate
+
+    values = {k: v for k, v in given.items() if k in DrawnPairs.model_fields}
+    total, failed = draw_table(validate(DrawnPairs, values, "carrara edit-table"), model, table, out)
+    log.info("%d triples are in %s%s", total - failed, out, f"; {failed} could not be drawn" if failed else "")
 
 
 @app.command()
@@ -251,7 +286,7 @@ def images(
 @app.command()
 def scores(
     result: Result,
-    file: Annotated[str, typer.Argument(help="JSON lines: id (or file) and score (or correct)")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON lines: id (or file) and score (or correct)")],
     name: Annotated[str, typer.Option("--name", help="of the metric: small letters, digits, _")],
     index: Annotated[
         str | None,
@@ -349,7 +384,7 @@ def pack(
 @human.command()
 def score(
     pack: Annotated[str, typer.Argument(help="the folder with key.json", callback=from_base)],
-    votes: Annotated[list[str], typer.Argument(help="CSV files that the page saved")],
+    votes: Annotated[list[str], typer.Argument(metavar="FILE...", help="CSV files that the page saved")],
 ) -> None:
     """Bradley-Terry scores of the votes."""
     from eval import human

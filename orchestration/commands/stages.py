@@ -96,6 +96,12 @@ def caption(overrides: Overrides = None, config: Config = None, local: Local = F
 
 
 @app.command()
+def control(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
+    """Draw control images of the image shards (depth, segmentation, pose), for train.control.images."""
+    _stage("control", config, overrides, local, redo)
+
+
+@app.command()
 def latents(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
     """Encode the image shards into latent shards."""
     _stage("latents", config, overrides, local, redo)
