@@ -19,6 +19,10 @@ coco         COCO as a reference and its prompts
 human        blinded pairs and Bradley-Terry scores
 explain      the same images under every published FID's protocol
 sample       images on request
+edit, attention, triples   an image changed by changing its prompt; how words look; such pairs to train on
+prior        images of a class that a fine-tuning is to keep in mind
+reconstruct  what a VAE keeps of images that it never saw
+trackers     the numbers told to TensorBoard, wandb, MLflow
 report/      one HTML page a checkpoint, an index, the history
 rows, shardwork, inputs   reading columns; what every stage does with a shard; files that people name
 """
