@@ -96,7 +96,7 @@ def draw_table(request: DrawnPairs, ref: str, table: str, out: str) -> tuple[int
         with fixed_arithmetic(request.threads):
             generator = PairGenerator(request, model, run)
             storage.write_json(storage.join(out, ABOUT), {"fingerprint": made.to_json(), "checkpoint": model.name})
-            bar = Progress("triples", total, "triples", total - sum(min(ROWS, total - i * ROWS) for i in missing))
+            bar = Progress("triples", total, "triples", done=total - sum(min(ROWS, total - i * ROWS) for i in missing))
             for i in missing:
                 lines = list(_drawn(generator, rows, range(i * ROWS, min(total, (i + 1) * ROWS)), bar))
                 sink = io.BytesIO()
@@ -115,7 +115,7 @@ def _drawn(
 ) -> Iterator[dict[str, Any]]:
     for number in numbers:
         row = rows[number // generator.request.count]
-        line = {
+        line: dict[str, Any] = {
             "edit_prompt": row["edit"],
             "original_prompt": row["input"],
             "edited_prompt": row["output"],
