@@ -356,7 +356,7 @@ def bench_tail(n: int = 1000, real: int = 20_000, d: int = 256) -> None:
         write_manifest(folder, "features", [stats])
         print(f"tail, {n:,} generated and {real:,} real vectors, d = {d}:")
         few = y[:40, :8]
-        neighbours.prdc(few, few, range(40))  # what is loaded at its first use belongs to neither checkpoint
+        neighbours.prdc(few, few)  # what is loaded at its first use belongs to neither checkpoint
         kernel.kid(few, few, np.arange(40) % 2)
         frechet.estimate_of(frechet.reference_of(few), few, np.arange(40) % 2)
         whole = []
@@ -367,7 +367,7 @@ def bench_tail(n: int = 1000, real: int = 20_000, d: int = 256) -> None:
                 "real side": lambda: (side.frechet, side.kernel("polynomial"), side.radii),  # noqa: B023
                 "Frechet": lambda: frechet.estimate(side.frechet, {g: moments.of(x[group == g]) for g in range(20)}),  # noqa: B023
                 "KID": lambda: kernel.kid(x, side.features, group, side.kernel("polynomial")),  # noqa: B023
-                "neighbours": lambda: neighbours.prdc(side.features, x, range(n), side.radii),  # noqa: B023
+                "neighbours": lambda: neighbours.prdc(side.features, x, side.radii),  # noqa: B023
             }
             seconds = {name: taken(work)[0] for name, work in parts.items()}
             whole.append(sum(seconds.values()))

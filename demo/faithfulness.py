@@ -200,11 +200,6 @@ def _size(radius: float, sizes: dict[str, float]) -> str:
     return min(sizes, key=lambda word: abs(sizes[word] - radius))
 
 
-def judge(image: np.ndarray, scene: Scene, limits: Mapping[str, float] = PRESENT) -> dict[str, bool]:
-    """Whether a picture, uint8 [H, W, 3], shows a scene: one boolean for each of ATTRIBUTES."""
-    return compare(detect(image), scene, limits)
-
-
 def compare(found: Detection, scene: Scene, limits: Mapping[str, float] = PRESENT) -> dict[str, bool]:
     """Whether what was found is a scene: one boolean for each of ATTRIBUTES.
 

@@ -1,4 +1,4 @@
-"""The demo's judge as a scorer of the evaluation (eval.scorer: demo.scorer): does an image show what its caption says?
+"""The demo's detector as the evaluation's scorer (eval.scorer: demo.scorer): does an image show what its caption says?
 
 Captions of this corpus are a closed language, so that a detector reads each attribute back (faithfulness.py). There are
 two limits for what counts as a shape, `present` and `tight`, and results are told apart by kind of caption (KINDS).

@@ -9,7 +9,7 @@ generate     prompts to images, with noise that depends on the prompt and the re
 stage        the generated shards
 features     images of any shards through one network, once
 networks/    Inception, DINOv2, CLIP, the VAE; how images come to their sizes
-judges/      VQAScore and Soft-TIFA, learned preferences, a module of the user's own
+scoring/   VQAScore and Soft-TIFA, learned preferences, a module of the user's own
 metrics/     the metrics, one file each, and their errors
 measure      committed shards to metrics.json, whole and by tag
 compare      paired differences, a verdict, alarms

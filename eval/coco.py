@@ -88,7 +88,7 @@ def _read(annotations: str) -> tuple[dict[int, str], dict[int, str]]:
             if caption and (i not in first or int(a["id"]) < first[i][0]):
                 first[i] = (int(a["id"]), caption)
         names = {int(i["id"]): str(i["file_name"]) for i in found["images"]}
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ConfigError(f"reference: {annotations} is no captions file of COCO's ({e!r})") from None
     odd = next((n for n in names.values() if "/" in n or "\\" in n or n.startswith(".")), None)
     if odd is not None:

@@ -44,9 +44,13 @@ class WatchConfig(Strict):
     alarm_bad_images: float = Field(
         default=0.01, ge=0, le=1, description="share of failed, blank or repeated images beyond the best's that alarms"
     )
-    alarm_command: list[str] | None = Field(
-        default=None, min_length=1, description="program and arguments that an alarm calls; the alarm is added"
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _moved(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "alarm_command" in values:
+            raise ValueError("alarm_command is now notify.command, which is called for alarms too; put it there")
+        return values
 
     @field_validator("cron")
     @classmethod
@@ -178,7 +182,7 @@ class EvalConfig(Strict):
     scorer: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
-        description="Python module with SCORES and score(images, prompts): a judge of your own (docs/eval.md)",
+        description="Python module with SCORES and score(images, captions): scores of your own (docs/eval.md)",
     )
     retrieval_candidates: int = Field(default=100, ge=2, le=10_000)
     jackknife_groups: int = Field(default=20, ge=4, le=1000)

@@ -62,8 +62,8 @@ class Evaluation:
             self.model = models.find(run, config.checkpoint, config.weights)
         self.size = config.size or self.model.size
         self.resolution = config.resolution or self.size
-        judge = config.clip or (clip_ref if _judges(clip_ref) else None)
-        self.refs: dict[str, Any] = {"clip": judge, "inception": config.inception}
+        clip = config.clip or (clip_ref if _sees_images(clip_ref) else None)
+        self.refs: dict[str, Any] = {"clip": clip, "inception": config.inception}
         self.refs |= {"dinov2": config.dinov2, "judge": config.judge, "preference": config.preference}
         self.refs = {name: ref for name, ref in (self.refs | {"scorer": config.scorer}).items() if ref is not None}
         self.vae_ref = vae_ref
@@ -296,7 +296,7 @@ class Evaluation:
         return page.render(self.run, self.model.name, self.folder.rsplit("/", 1)[-1], self.config.watch)
 
 
-def _judges(clip_ref: str | None) -> bool:
+def _sees_images(clip_ref: str | None) -> bool:
     """Whether the run's CLIP has an image encoder; one that is a pipeline's text encoder alone has none."""
     from latents.weights import find_clip
 

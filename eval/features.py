@@ -2,7 +2,7 @@
 
 One feature shard an image shard, one float32 column a feature, one row an image in the parquet. A metric that is
 invented next month reads these and needs neither images nor networks. The same stage serves generated images, real
-ones and the training set, and every kind of network: Inception, DINOv2, CLIP, the VAE, judges. A generated shard's
+ones and the training set, and every kind of network: Inception, DINOv2, CLIP, the VAE, scoring. A generated shard's
 images are handed over in memory as they are made (`of_images`); others are read, decoded and resized in threads ahead
 of the network, three batches at most, so the network waits for nothing and memory does not grow with their number.
 """
@@ -204,7 +204,7 @@ class FeaturesWorker:
         columns: dict[str, list[np.ndarray]] = {}
         kept: list[int] = []
         sheet: dict[int, bytes] = {}
-        scores = self.stage.found.name in ("judge", "preference", "scorer")
+        scores = self.stage.found.name in networks.SCORING
         for indices, ready in batches:
             asked = time.perf_counter()
             with self.lock, self._fixed(self.stage.threads):

@@ -20,6 +20,7 @@ from eval.config import EvalConfig
 from eval.evaluation import METRICS, Evaluation
 from eval.generate import evaluations
 from eval.metrics.definitions import DISTANCES
+from eval.metrics.estimate import undominated
 from eval.rows import dataset_of
 from eval.shardwork import committed_stats
 from eval.stage import GenerateStage
@@ -92,7 +93,7 @@ class FirstPart:
 
 
 def first_shards(config: EvalConfig, total: int) -> int:
-    """How many of a cell's `total` shards are drawn before it is judged: the share that the grid names, rounded up."""
+    """How many of a cell's `total` shards are drawn before it may be given up: the grid's share, rounded up."""
     assert config.grid is not None
     return min(total, max(1, -(-total * config.grid.first_percent // 100)))
 
@@ -162,7 +163,7 @@ def points(found: Sequence[tuple[EvalConfig, dict[str, Any], float]]) -> tuple[s
         for c, r, seconds in found
         if "clip_score" in r["metrics"]
     ]
-    best = [p for p in made if not any(_beats(q, p) for q in made)]
+    best = undominated(made, lambda p: (p.distance[0], -p.score[0], p.evaluations))
     marked = knee(best)
     return name, [
         dataclasses.replace(p, frontier=p in best, knee=marked is not None and p.cell == marked.cell) for p in made
@@ -171,7 +172,7 @@ def points(found: Sequence[tuple[EvalConfig, dict[str, Any], float]]) -> tuple[s
 
 def knee(frontier: Sequence[Point]) -> Point | None:
     """The bend of the trade-off of distance and score; None with fewer than three points on it."""
-    flat = [p for p in frontier if not any(_better_two(q, p) for q in frontier)]
+    flat = undominated(frontier, lambda p: (p.distance[0], -p.score[0]))
     if len(flat) < 3:
         return None
     flat = sorted(flat, key=lambda p: (p.distance[0], -p.score[0]))
@@ -190,17 +191,6 @@ def knee(frontier: Sequence[Point]) -> Point | None:
 def _triple(metric: dict[str, Any]) -> tuple[float, float, float]:
     value = metric["value"]
     return value, metric.get("low", value), metric.get("high", value)
-
-
-def _beats(q: Point, p: Point) -> bool:
-    no_worse = q.distance[0] <= p.distance[0] and q.score[0] >= p.score[0] and q.evaluations <= p.evaluations
-    better = q.distance[0] < p.distance[0] or q.score[0] > p.score[0] or q.evaluations < p.evaluations
-    return no_worse and better
-
-
-def _better_two(q: Point, p: Point) -> bool:
-    no_worse = q.distance[0] <= p.distance[0] and q.score[0] >= p.score[0]
-    return no_worse and (q.distance[0] < p.distance[0] or q.score[0] > p.score[0])
 
 
 def seconds_an_image(stage: GenerateStage) -> float:

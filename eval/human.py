@@ -1,8 +1,8 @@
 """Judgement by people: blinded pairs on one HTML page, their votes, and Bradley-Terry scores with intervals.
 
-    carrara judge pack RUN --results step-00000600/30a96fd76c step-00000900/30a96fd76c --out pack
-    carrara judge pack RUN --results step-00000900/30a96fd76c /other/run:step-00000900/30a96fd76c --out pack
-    carrara judge score pack votes-*.csv
+    carrara human pack RUN step-00000600/30a96fd76c step-00000900/30a96fd76c --out pack
+    carrara human pack RUN step-00000900/30a96fd76c /other/run:step-00000900/30a96fd76c --out pack
+    carrara human score pack votes-*.csv
 
 `pack` writes index.html, which opens from a USB stick and saves a CSV of votes, and key.json, which says what was what
 and stays with whoever asks. A pair shows two images of one prompt from one noise; which one stands left is decided
@@ -32,9 +32,7 @@ from eval import measure
 from eval.metrics.estimate import quantile95
 from eval.report import gather
 from shards import storage
-from shards.dataset import Dataset
 from shards.fingerprint import digest_json
-from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths
 from shards.settings import ConfigError, StageError
 
@@ -86,17 +84,17 @@ def pairs(run: RunPaths, names: Sequence[str], count: int, seed: int = 0) -> lis
     StageError where the results share too few images.
     """
     if len(names) < 2 or len(set(names)) != len(names):
-        raise ConfigError("judge: name at least two different results, such as step-00000600/30a96fd76c")
+        raise ConfigError("human: name at least two different results, such as step-00000600/30a96fd76c")
     if not 1 <= count <= MAX_PAIRS:
-        raise ConfigError(f"judge: --pairs is {count}; ask for 1 to {MAX_PAIRS} on a page")
+        raise ConfigError(f"human: --pairs is {count}; ask for 1 to {MAX_PAIRS} on a page")
     sets = [_Result(run, name) for name in names]
     shared = sorted(set.intersection(*(set(s.positions) for s in sets)))
     if not shared:
-        raise StageError(f"judge: {', '.join(names)} have no prompt in common; evaluate them with the same prompts")
+        raise StageError(f"human: {', '.join(names)} have no prompt in common; evaluate them with the same prompts")
     order = sorted(shared, key=lambda p: digest_json(["prompt", seed, *p]))
     pairings = list(itertools.combinations(range(len(names)), 2))
     if count > len(order) * len(pairings):
-        raise ConfigError(f"judge: there are {len(order) * len(pairings)} pairs, not {count}; ask for fewer")
+        raise ConfigError(f"human: there are {len(order) * len(pairings)} pairs, not {count}; ask for fewer")
     found = []
     for n in range(count):
         # Each prompt begins at another pairing and meets the next one at every round: all come up, none twice.
@@ -116,27 +114,19 @@ class _Result:
         other, _, rest = name.rpartition(":")
         parts = rest.split("/")
         if len(parts) != 2 or any(not p or p.startswith(".") for p in parts):
-            raise ConfigError(f"judge: '{name}' must be [RUN:]MODEL/PROTOCOL, such as step-00000900/30a96fd76c")
+            raise ConfigError(f"human: '{name}' must be [RUN:]MODEL/PROTOCOL, such as step-00000900/30a96fd76c")
         paths = RunPaths(other) if other else run
         found = measure.read(storage.join(paths.eval, *parts, "metrics.json"))
         if found is None:
-            raise ConfigError(f"judge: there is no result {name}; the report says which there are")
-        dataset = Dataset.open(storage.join(paths.eval, parts[0], found["images"]))
-        self.shards = [ImageShard(dataset, p) for p in range(len(dataset.shards))]
-        self.positions: dict[tuple[str, int], tuple[int, int]] = {}
-        self.captions: dict[tuple[str, int], str] = {}
-        for p, shard in enumerate(self.shards):
-            for i, row in enumerate(shard.table.take(shard.rows).to_pylist()):
-                if row["image_offset"] is not None:
-                    self.positions[row["prompt_id"], row["replicate"]] = (p, i)
-                    self.captions[row["prompt_id"], row["replicate"]] = row["caption"]
+            raise ConfigError(f"human: there is no result {name}; the report says which there are")
+        self.images = gather.Images(paths, found)
+        self.positions = self.images.by_prompt()
 
     def prompt(self, key: tuple[str, int]) -> str:
-        return gather.plain(self.captions[key])
+        return gather.plain(self.images.caption(self.positions[key]))
 
     def image(self, key: tuple[str, int]) -> str:
-        shard, i = self.positions[key]
-        return gather.data_uri(decode_rgb(self.shards[shard].image_bytes(i)))
+        return self.images.uri(self.positions[key])
 
 
 def write_pack(out: str, names: Sequence[str], found: Sequence[Pair], run: RunPaths) -> str:
@@ -147,8 +137,8 @@ def write_pack(out: str, names: Sequence[str], found: Sequence[Pair], run: RunPa
     small = all("image/png" in p.left_image for p in found)
     page = (
         report.environment()
-        .get_template("judge.html.j2")
-        .render(pack=pack, pairs=found, pixelated=small, **report.script("judge.js"))
+        .get_template("human.html.j2")
+        .render(pack=pack, pairs=found, pixelated=small, **report.script("human.js"))
     )
     storage.write_atomic(storage.join(out, "index.html"), page.encode())
     key = {p.id: {"left": names[p.left], "right": names[p.right], "prompt": p.prompt} for p in found}
@@ -164,19 +154,19 @@ def read_votes(pack: str, files: Sequence[str]) -> tuple[list[str], list[Vote]]:
     """
     key = storage.read_json(storage.join(pack, "key.json"))
     if not isinstance(key, dict) or not isinstance(key.get("pairs"), dict):
-        raise ConfigError(f"judge: {pack} has no key.json; name the folder that `carrara judge pack` wrote")
+        raise ConfigError(f"human: {pack} has no key.json; name the folder that `carrara human pack` wrote")
     names = [str(n) for n in key["names"]]
     votes: dict[tuple[str, str], Vote] = {}
     for file in files:
         path = Path(file)
         if not path.is_file() or path.stat().st_size > MAX_VOTES:
-            raise ConfigError(f"judge: {file} is not a file of votes (or larger than {MAX_VOTES // 1_000_000} MB)")
+            raise ConfigError(f"human: {file} is not a file of votes (or larger than {MAX_VOTES // 1_000_000} MB)")
         try:
             rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
         except (UnicodeDecodeError, csv.Error) as e:
-            raise ConfigError(f"judge: {file} cannot be read as CSV: {e}") from None
+            raise ConfigError(f"human: {file} cannot be read as CSV: {e}") from None
         for line, row in enumerate(rows, 2):
-            where = f"judge: {file}, line {line}"
+            where = f"human: {file}, line {line}"
             if row.get("pack") != key["pack"]:
                 raise ConfigError(f"{where}: it is a vote on pack '{row.get('pack')}', not on {key['pack']}")
             pair, choice = key["pairs"].get(row.get("pair") or ""), row.get("choice")
@@ -198,7 +188,7 @@ def bradley_terry(names: Sequence[str], votes: Sequence[Vote]) -> list[Score]:
     ConfigError where there is no vote.
     """
     if not votes:
-        raise ConfigError("judge: there are no votes; give the CSV files that the page saved")
+        raise ConfigError("human: there are no votes; give the CSV files that the page saved")
     size = len(names)
     i, j = (np.array([v[k] for v in votes], np.int64) for k in (0, 1))
     won = np.array([v[2] for v in votes], np.float64)

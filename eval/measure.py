@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from eval import judges, suites
+from eval import scoring, suites
 from eval.config import EvalConfig
 from eval.metrics import clip_score, frechet, kernel, memorisation, moments, neighbours
 from eval.metrics.definitions import DEFINITIONS, DISTANCES, FEW, SHARES
 from eval.metrics.estimate import Estimate, mean_by_cluster, proportion, with_groups
 from eval.metrics.inception_score import inception_score
-from eval.metrics.retrieval import distinct, of_pairs
+from eval.metrics.retrieval import meanings_of, of_pairs
 from eval.metrics.statistics import RealSide, floor, from_npz
-from eval.networks import INCEPTION_SHA256
+from eval.networks import INCEPTION_SHA256, SCORING
 from eval.prompts import controls
 from eval.rows import column, group_of, live, table
 from shards import storage
@@ -40,8 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("carrara.eval")
 
 FORMAT = 2
-JUDGES = ("judge", "preference", "scorer")  # networks whose columns are scores, but for the chances of each question
-ATOMS = "atoms"
+ATOMS = "atoms"  # the column of a judge that is no score an image: the chances of each question
 
 
 def write(url: str, metrics: dict[str, Any]) -> None:
@@ -141,6 +140,28 @@ class Measured:
     imported: dict[str, suites.Imported]
     meaning: Callable[[str], Hashable] | None
 
+    @functools.cached_property
+    def meanings(self) -> list[Hashable]:
+        """What the caption of each image says."""
+        return meanings_of(self.images.rows["caption"], self.meaning)
+
+    @functools.cached_property
+    def retrieval(self) -> np.ndarray | None:
+        """Of each image [n] the chance that its prompt is found from it, among those of all images."""
+        x, texts = (self.images.column("clip", c) for c in ("images", "captions"))
+        return of_pairs(x, texts, self.meanings, self.config.retrieval_candidates)
+
+    @functools.cached_property
+    def neighbours(self) -> dict[str, dict[str, np.ndarray]]:
+        """By network what `neighbours.prdc` says of all images, where there are enough of them."""
+        columns = {"inception": "inception_tf", "dinov2": "dinov2"}
+        enough = {n: s for n, c in columns.items() if (s := self.sides.get(c)) and len(s) > neighbours.NEIGHBOURS}
+        return {
+            n: neighbours.prdc(s.features, self.images.column(n, columns[n]), s.radii, device=s.device)
+            for n, s in enough.items()
+            if n in self.images.features and len(self.images) > neighbours.NEIGHBOURS
+        }
+
     def part(self, chosen: npt.ArrayLike, tag: bool = False) -> Part:
         """The images at these indices."""
         index = np.asarray(chosen, np.int64)
@@ -178,8 +199,7 @@ class Part:
         if "clip" in self.of.images.features:
             cut = self._column("clip", "truncated")[:, 0]
             found["truncated_prompts"] = len({p for p, t in zip(self.rows["prompt_id"], cut, strict=True) if t})
-            wanted = self.of.config.retrieval_candidates
-            found["retrieval_candidates"] = _candidates(wanted, self.rows["caption"], self.of.meaning)
+            found["retrieval_candidates"] = _candidates(self.of.config, self.of.meanings)
         return found
 
     def _column(self, network: str, name: str) -> np.ndarray:
@@ -196,24 +216,25 @@ class Part:
         return not self.tag or len(self.chosen) >= FEW
 
     def _of_scores(self) -> dict[str, Estimate | None]:
-        """Means of what judges say of each image, here and elsewhere."""
+        """Means of the scores of each image, made here and elsewhere."""
         images = self.of.images
         found: dict[str, Estimate | None] = {}
-        for network in JUDGES:
+        for network in SCORING:
             for name in images.scores(network):
-                found[name] = self._mean(self._column(network, name)[:, 0])
+                found[name] = self._score(self._column(network, name)[:, 0])
         for name, scores in self.of.imported.items():
-            found[name] = self._mean(scores.of(self.rows["prompt_id"], self.rows["replicate"]))
+            found[name] = self._score(scores.of(self.rows["prompt_id"], self.rows["replicate"]))
         return found
 
-    def _mean(self, values: np.ndarray) -> Estimate | None:
-        """Of a score an image; NaN where there is none. A yes-or-no score is a share."""
-        there = np.isfinite(values)
-        if not there.any():
-            return None
-        who = [p for p, t in zip(self.rows["prompt_id"], there, strict=True) if t]
-        x = values[there].astype(np.float64)
-        return with_groups((proportion if _yes_or_no(x) else mean_by_cluster)(x, who), x, self.groups[there])
+    def _score(self, values: np.ndarray) -> Estimate | None:
+        """The mean of a score an image; NaN where there is none. A yes-or-no score is a share."""
+        there = np.flatnonzero(np.isfinite(values))
+        return self._mean(values[there], there, _yes_or_no(values)) if len(there) else None
+
+    def _mean(self, values: np.ndarray, rows: Any = slice(None), share: bool = False) -> Estimate:
+        """Of a value an image of these rows, a prompt's images being one draw."""
+        x, who = values.astype(np.float64), np.asarray(self.rows["prompt_id"])[rows]
+        return with_groups((proportion if share else mean_by_cluster)(x, who), x, self.groups[rows])
 
     def _of_clip(self) -> dict[str, Estimate | None]:
         """How well images fit their prompts, how they differ, and how far they are from the real ones, to a CLIP."""
@@ -221,17 +242,16 @@ class Part:
         prompts, groups = self.rows["prompt_id"], self.groups
         found: dict[str, Estimate | None] = {}
         cosine = clip_score.cosines(x, texts)
-        score, mean_cosine = clip_score.clip_score(cosine, prompts)
-        found["clip_score"] = with_groups(score, 100 * np.maximum(cosine, 0), groups)
-        found["clip_cosine"] = with_groups(mean_cosine, cosine, groups)
+        found["clip_score"] = self._mean(100 * np.maximum(cosine, 0))
+        found["clip_cosine"] = self._mean(cosine)
         found["diversity_clip"] = clip_score.diversity(x, prompts, groups)
+        if self.of.retrieval is not None:
+            found["retrieval"] = self._mean(self.of.retrieval[self.chosen], share=True)
         if not self.tag:
-            captions, candidates = self.rows["caption"], self.of.config.retrieval_candidates
-            found["retrieval"] = of_pairs(x, texts, captions, candidates, self.of.meaning, prompts)
             found["clip_score_control"] = self._with_other_prompts(x, texts)
         side = self.of.sides.get("images")
         if side is not None and self._jackknifes():
-            found["cmmd"] = kernel.cmmd(x, side.features, groups, side.kernel("gaussian"), side.device)
+            found["cmmd"] = kernel.cmmd(x, side.features, groups, side.kernel("gaussian"), device=side.device)
             if self._enough:
                 found["fd_clip_unit"] = self._distance(side.frechet, x)
         return found
@@ -271,10 +291,13 @@ class Part:
             if side is None or name == "inception_clean":
                 continue
             kernel_name = "kid_tf" if network == "inception" else "kd_dinov2_pil"
-            found[kernel_name] = kernel.kid(x, side.features, self.groups, side.kernel("polynomial"), side.device)
-            if not self.tag and min(len(x), len(side)) > neighbours.NEIGHBOURS:
-                shares = neighbours.prdc(side.features, x, self.rows["prompt_id"], side.radii, device=side.device)
-                found |= {f"{share}_{network}": e for share, e in shares.items()}
+            within = side.kernel("polynomial")
+            found[kernel_name] = kernel.kid(x, side.features, self.groups, within, device=side.device)
+        for network, shares in self.of.neighbours.items():
+            found[f"precision_{network}"] = self._mean(shares["precision"][self.chosen], share=True)
+            found[f"density_{network}"] = self._mean(shares["density"][self.chosen])
+            if not self.tag:  # of real images, which have no tags
+                found |= {f"{n}_{network}": proportion(shares[n]) for n in ("recall", "coverage")}
         return found
 
     def _distance(self, ref: frechet.Reference, x: np.ndarray) -> Estimate:
@@ -290,7 +313,7 @@ def measure(evaluation: Evaluation, generated: Dataset) -> dict[str, Any]:
     config = evaluation.config
     images = Images(evaluation, generated)
     real = {s.found.name: Dataset.open(s.root) for s in evaluation.real() if _is_finished(s)}
-    module = judges.scorer(config.scorer) if config.scorer else None
+    module = scoring.scorer(config.scorer) if config.scorer else None
     meaning = getattr(module, "meaning", None)
     imported = suites.imported(generated.root)
     measured = Measured(config, images, _sides(config, real), imported, meaning)
@@ -321,7 +344,7 @@ def measure(evaluation: Evaluation, generated: Dataset) -> dict[str, Any]:
         "tags": tags,
         "by_tag": {tag: describe(estimates) for tag, estimates in sorted(by_tag.items())},
         "counts": counts,
-        "real": _judges_of_real(real),
+        "real": _scores_of_real(real),
         "floors": {n: v for n, v in floors.items() if v is not None},
         "jackknife": _groups(found),
         "tag_jackknife": {tag: _groups(estimates) for tag, estimates in sorted(by_tag.items())},
@@ -463,15 +486,15 @@ def _columns_of(dataset: Dataset) -> list[str]:
     return list(ColumnShard(dataset, position).arrays)
 
 
-def _candidates(wanted: int, captions: Sequence[str], meaning: Callable[[str], Hashable] | None) -> int:
-    return min(wanted, len(distinct(captions, [meaning(c) for c in captions] if meaning else None)))
+def _candidates(config: EvalConfig, meanings: Sequence[Hashable]) -> int:
+    return min(config.retrieval_candidates, len(set(meanings)))
 
 
-def _judges_of_real(real: dict[str, Dataset]) -> dict[str, float]:
-    """Means of what judges say of the real images."""
+def _scores_of_real(real: dict[str, Dataset]) -> dict[str, float]:
+    """Means of the scores of the real images."""
     return {
         name: round(float(np.nanmean(values)), 6)
-        for network in JUDGES
+        for network in SCORING
         if network in real and len(real[network])
         for name in _columns_of(real[network])
         if name != ATOMS and np.isfinite(values := column(real[network], name)).any()
@@ -482,13 +505,14 @@ def _real(
     config: EvalConfig, real: dict[str, Dataset], meaning: Callable[[str], Hashable] | None
 ) -> tuple[dict[str, Estimate | None], dict[str, int]]:
     """The tools' own quality, on real images: the CLIP's and the VAE's."""
-    clip, wanted = real["clip"], config.retrieval_candidates
+    clip = real["clip"]
     rows = live(table(clip, "key", "caption", "status"))
     x, texts = column(clip, "images"), column(clip, "captions")
-    keys, captions = rows["key"], [c or "" for c in rows["caption"]]
+    keys, meanings = rows["key"], meanings_of([c or "" for c in rows["caption"]], meaning)
+    hits = of_pairs(x, texts, meanings, config.retrieval_candidates)
     found: dict[str, Estimate | None] = {
         "clip_score_real": clip_score.clip_score(clip_score.cosines(x, texts), keys)[0],
-        "clip_retrieval_real": of_pairs(x, texts, captions, wanted, meaning),
+        "clip_retrieval_real": None if hits is None else proportion(hits, meanings),
     }
     if "vae" in real and len(real["vae"]):
         psnr = column(real["vae"], "psnr")[:, 0]
@@ -496,6 +520,6 @@ def _real(
     counts = {
         "real_images": len(keys),
         "real_failed": clip.manifest["status"].get("failed", 0),
-        "real_retrieval_candidates": _candidates(wanted, captions, meaning),
+        "real_retrieval_candidates": _candidates(config, meanings),
     }
     return found, counts

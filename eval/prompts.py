@@ -113,7 +113,9 @@ def from_file(path: str, count: int) -> PromptList:
 def _of_line(line: str, where: str) -> Prompt:
     try:
         values = json.loads(line)
-    except ValueError as e:
+        extra = json.dumps(values, ensure_ascii=False, sort_keys=True)
+        extra.encode()  # halves of a surrogate pair are JSON, and no text
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f'{where}: it is no JSON ({e}); each line is an object such as {{"prompt": ...}}') from None
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str) or not values["prompt"].strip():
         raise ConfigError(f'{where}: it needs a text "prompt"')
@@ -140,7 +142,7 @@ def _of_line(line: str, where: str) -> Prompt:
         name=str(name) if name != "" else "",
         tags=tuple(dict.fromkeys(tags)),
         questions=tuple(questions),
-        extra=json.dumps(values, ensure_ascii=False, sort_keys=True),
+        extra=extra,
     )
 
 

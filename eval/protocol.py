@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from eval.evaluation import Evaluation
 
 CODE = 2  # raise it when the same settings come to other images
-MEASURES = 1  # raise it when the same images come to other numbers, which are then measured again from their features
+MEASURES = 2  # raise it when the same images come to other numbers, which are then measured again from their features
 SEED_RULE = "128 bits of sha256([prompt id, replicate]) fill one Mersenne Twister an image"
 RESIZE = "shorter side by antialiased Lanczos, centre crop; features by each network's own preprocessing"
 

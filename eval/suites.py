@@ -1,4 +1,4 @@
-"""Benchmarks that judge images in an environment of their own: images out in the layouts they read, scores back in.
+"""Benchmarks that score images in an environment of their own: images out in the layouts they read, scores back in.
 
     carrara images RUN CHECKPOINT PROTOCOL --layout geneval --out DIR     images out, and index.jsonl that names them
     carrara scores RUN CHECKPOINT PROTOCOL --name geneval FILE            their scores in, as a metric like any other
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from eval.inputs import read_lines
-from eval.metrics.definitions import DEFINITIONS
+from eval.metrics.definitions import is_free
 from eval.rows import images_of
 from eval.shardwork import png
 from shards import storage
@@ -39,7 +39,7 @@ from shards.settings import ConfigError, StageError
 LAYOUTS = ("files", "geneval", "dpg", "compbench")
 SQUARE = 4  # images of a prompt in one of DPG's
 SCORES = "scores"  # folder beside the shards
-NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
+LARGEST = 1e30  # size of a score: of larger ones not even the squares could be summed
 
 
 def export(images: str, layout: str, out: str) -> int:
@@ -105,7 +105,7 @@ def _is_ours(index: Path) -> bool:
         line = f.readline(1_000_000)
     try:
         return not line or json.loads(line).keys() == {"id", "file", "prompt"}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -157,7 +157,7 @@ def bring_in(images: str, name: str, file: str, index: str | None = None) -> int
     index: the export's index.jsonl, where the file names images by their files. ConfigError, with the line, where one
     cannot be used, and where there are scores of that name already.
     """
-    if not NAME.fullmatch(name) or name in DEFINITIONS:
+    if not is_free(name):
         raise ConfigError(f"scores: '{name}' is no free name; give one of small letters, digits and _, such as geneval")
     dataset = Dataset.open(images)
     keys: dict[str, tuple[str, int]] = {}
@@ -171,7 +171,7 @@ def bring_in(images: str, name: str, file: str, index: str | None = None) -> int
                 try:
                     entry = json.loads(line)
                     files[str(entry["file"])] = str(entry["id"])
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     raise ConfigError(f"scores: {index} is no index.jsonl of `carrara images`") from None
     scores: dict[tuple[str, int], float] = {}
     for number, line in enumerate(read_lines(file, "scores", "JSON lines with id and score"), 1):
@@ -187,8 +187,9 @@ def bring_in(images: str, name: str, file: str, index: str | None = None) -> int
     if not scores:
         raise ConfigError(f"scores: {file} has no scores; write JSON lines with id and score")
     url = storage.join(images, SCORES, f"{name}.json")
-    content = {"source": os.path.basename(file), "scores": sorted([p, r, s] for (p, r), s in scores.items())}
-    if storage.read_json(url) not in (None, content):
+    content: dict[str, Any] = {"source": os.path.basename(file)}
+    content["scores"] = sorted([p, r, s] for (p, r), s in scores.items())
+    if storage.exists(url) and _kept(url) != Imported(content["source"], scores):
         raise ConfigError(f"scores: {images} has other scores named {name}; give these another name")
     storage.write_json(url, content)
     return len(scores)
@@ -197,13 +198,13 @@ def bring_in(images: str, name: str, file: str, index: str | None = None) -> int
 def _score(line: str, where: str, files: dict[str, str]) -> tuple[str, float]:
     try:
         values = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"{where}: it is no JSON ({e})") from None
     if not isinstance(values, dict):
         raise ConfigError(f'{where}: it is no object such as {{"id": ..., "score": ...}}')
     score = values.get("score", values.get("correct"))
-    if not isinstance(score, int | float) or not math.isfinite(score):
-        raise ConfigError(f'{where}: it needs a finite number "score", or "correct"')
+    if not isinstance(score, int | float) or not abs(score) <= LARGEST:
+        raise ConfigError(f'{where}: it needs a finite number "score" (at most {LARGEST:g}), or "correct"')
     if isinstance(values.get("id"), str):
         return values["id"], float(score)
     file = values.get("file", values.get("filename"))
@@ -217,14 +218,19 @@ def _score(line: str, where: str, files: dict[str, str]) -> tuple[str, float]:
 
 
 def imported(images: str) -> dict[str, Imported]:
-    """The scores that were brought in for these images, by name."""
-    found = {}
-    for file in storage.list_names(storage.join(images, SCORES)):
-        content = storage.read_json(storage.join(images, SCORES, file)) if file.endswith(".json") else None
-        if isinstance(content, dict):
-            scores = {(str(p), int(r)): float(s) for p, r, s in content["scores"]}
-            found[file.removesuffix(".json")] = Imported(str(content["source"]), scores)
-    return found
+    """The scores that were brought in for these images, by name; StageError where a file of them is damaged."""
+    folder = storage.join(images, SCORES)
+    files = [f for f in storage.list_names(folder) if f.endswith(".json")]
+    return {f.removesuffix(".json"): _kept(storage.join(folder, f)) for f in files}
+
+
+def _kept(url: str) -> Imported:
+    try:
+        content: Any = storage.read_json(url)
+        scores = {(str(p), int(r)): float(s) for p, r, s in content["scores"]}
+        return Imported(str(content["source"]), scores)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        raise StageError(f"{url} is damaged; delete it, and bring the scores in again") from None
 
 
 def imported_digests(images: str) -> dict[str, str]:

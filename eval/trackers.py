@@ -7,7 +7,6 @@ own for the evaluation, since it may be at work while training is.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -17,12 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from eval.rows import images_of
+from eval.report import gather
 from shards import storage
-from shards.dataset import Dataset
-from shards.images import decode_rgb
 from shards.layout import RunPaths
-from shards.settings import StageError
 from train.trackers import STATE, Name, Trackers, check
 
 log = logging.getLogger("carrara.eval")
@@ -67,17 +63,12 @@ def _tell(names: Sequence[Name], run: RunPaths, result: dict[str, Any], folder: 
 
 def contact_sheet(run: RunPaths, result: dict[str, Any]) -> np.ndarray | None:
     """The first 24 prompts' images as one, uint8 [H,W,3], in the order of the report; None where they are not kept."""
-    try:
-        kept = images_of(Dataset.open(storage.join(run.eval, result["checkpoint"], result["images"])))
-        first = (decode_rgb(data) for row, data in kept if data is not None and row["replicate"] == 0)
-        images = list(itertools.islice(first, COLUMNS * ROWS))
-    except (StageError, OSError, ValueError):
-        return None
+    images = [image for _, image in gather.first_images(run, result, COLUMNS * ROWS)]
     if not images:
         return None
-    side = min(SIDE, max(p.shape[0] for p in images))
+    side = min(SIDE, max(image.height for image in images))
     sheet = Image.new("RGB", (COLUMNS * side, -(-len(images) // COLUMNS) * side))
-    for i, pixels in enumerate(images):
-        small = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
+    for i, image in enumerate(images):
+        small = image.resize((side, side), Image.Resampling.LANCZOS)
         sheet.paste(small, ((i % COLUMNS) * side, i // COLUMNS * side))
     return np.asarray(sheet)

@@ -28,9 +28,13 @@ class Files:
         """The bytes at a location; raises Rejected, or NodeTrouble where this machine is at fault."""
         async with self._gate:
             try:
-                body = await asyncio.get_running_loop().run_in_executor(None, self._reader.read, location)
+                body, digest = await asyncio.get_running_loop().run_in_executor(None, self._read, location)
             except OSError as e:
                 if fault := own_fault(e):
                     raise NodeTrouble(fault) from None
                 raise Rejected("source_unreadable", f"{type(e).__name__}") from None
-            yield Fetched(body, hashlib.sha256(body).hexdigest(), 1)
+            yield Fetched(body, digest, 1)
+
+    def _read(self, location: str) -> tuple[bytes, str]:
+        body = self._reader.read(location)
+        return body, hashlib.sha256(body).hexdigest()  # here, since that of a large one would hold up the loop

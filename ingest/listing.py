@@ -28,6 +28,14 @@ Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a tar or table has given: so many rows, and a digest of all of them but the last."""
+
+    rows: int = 0
+    digest: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Wanted:
     """Columns that the configuration names, and where captions are."""
 
@@ -43,7 +51,7 @@ class Listing:
         self.root = root
         self.parts = 0
         self.files: dict[str, str] = {}  # tars and tables that are listed, with their stamps
-        self.bare: set[str] = set()  # those that gave no row: half copied, perhaps, so they are looked at once more
+        self.cut: dict[str, Seen] = {}  # those that were not whole, since half copied, perhaps
         self.hashes: list[np.ndarray] = []  # of the locations of single files, uint64
         self.schema: pa.Schema | None = None
         names = {n for n in storage.list_names(root) if n.endswith(".parquet")}
@@ -53,7 +61,9 @@ class Listing:
             said = json.loads((table.schema.metadata or {}).get(b"carrara", b"{}"))
             files = said.get("files", {})
             self.files |= files
-            self.bare = self.bare - files.keys() | set(said.get("bare", ()))
+            self.cut = {file: seen for file, seen in self.cut.items() if file not in files}
+            self.cut |= dict.fromkeys(said.get("bare", ()), Seen())  # of listings of before
+            self.cut |= {file: Seen(*seen) for file, seen in said.get("cut", {}).items()}
             single = table.filter(table["single"])["place"].to_pylist()
             self.hashes.append(hashes_of(single))
             if self.schema is None:
@@ -66,19 +76,25 @@ class Listing:
         return np.unique(np.concatenate(self.hashes)) if self.hashes else np.zeros(0, np.uint64)
 
     def unlisted(self, files: Sequence[str]) -> list[str]:
-        """Which of these tars or tables are to be looked through: new ones, and such that gave no row and changed."""
-        bare = stamps([f for f in files if f in self.bare])
-        return [f for f in files if f not in self.files or bare.get(f, self.files[f]) != self.files[f]]
+        """Which of these tars or tables are to be looked through: new ones, and what was not whole and has changed."""
+        cut = stamps([f for f in files if f in self.cut])
+        return [f for f in files if f not in self.files or cut.get(f, self.files[f]) != self.files[f]]
 
     def add(
-        self, rows: Sequence[Row], files: Mapping[str, str], single: bool, wanted: Wanted, bare: Sequence[str] = ()
+        self,
+        rows: Sequence[Row],
+        files: Mapping[str, str],
+        single: bool,
+        wanted: Wanted,
+        cut: Mapping[str, Seen] | None = None,
     ) -> None:
-        """Create the next part; raises StageError where another process was faster. bare: files without a row."""
+        """Create the next part; raises StageError where another process was faster. cut: files that are not whole."""
         if not rows and not (files and self.parts):
             return
         table = table_of(rows, single, wanted, self.schema)
         sink = io.BytesIO()
-        said = {b"carrara": json.dumps({"files": dict(files), "bare": list(bare)}).encode()}
+        seen = {file: dataclasses.astuple(one) for file, one in (cut or {}).items()}
+        said = {b"carrara": json.dumps({"files": dict(files), "cut": seen}).encode()}
         pq.write_table(table.replace_schema_metadata(said), sink, compression="zstd")
         if not storage.create(storage.join(self.root, f"{self.parts:05d}.parquet"), sink.getvalue()):
             raise StageError(f"{self.root}: another job has listed at this moment; run the same command again")

@@ -29,7 +29,7 @@ _MEMBER = re.compile(r"(.+)#member=([^#&]*)&offset=(\d{1,18})&size=(\d{1,18})\Z"
 _VALUE = re.compile(r"(.+)#column=([^#&]+)&row=(\d{1,18})\Z", re.DOTALL)
 _WEB = re.compile(r"\s*https?:", re.IGNORECASE)
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-_BATCH = 64  # rows of a parquet file that are read together
+_BATCH, _BATCH_BYTES = 64, 8 << 20  # rows of a parquet file that are read together, and about how many bytes
 _KEPT = 8  # batches that a worker keeps, since rows are asked for nearly in order
 
 
@@ -90,10 +90,11 @@ class Below:
         """Whether a file lies there, and no link on its way leads elsewhere."""
         scheme = _SCHEME.match(url)
         # fsspec reads `simplecache::http://host/x` from that host, and takes all before :// for a protocol.
-        if "::" in url or "\0" in url or (scheme is None and "://" in url):
+        if "::" in url or "\0" in url or url.startswith("data:") or (scheme is None and "://" in url):
             return False
         if scheme is None or scheme[1] in ("file", "local"):
-            path = os.path.realpath(url.partition("://")[2] if scheme else url)
+            # As fsspec has it, for which `file:/x` is /x and `~` somebody's home.
+            path = os.path.realpath(LocalFileSystem._strip_protocol(url))
             return any(path == root or path.startswith(root.rstrip("/") + "/") for root in self._local)
         return "/../" not in url and any(url == r or url.startswith(r + "/") for r in self._remote)
 
@@ -149,17 +150,17 @@ class Reader:
         with self._lock:
             key = location.file, location.column
             if key not in self._tables:
-                while len(self._tables) >= 4:
+                while len(self._tables) >= 2:
                     self._tables.pop(next(iter(self._tables))).close()
-                self._tables[key] = _Values(location.file, location.column)
+                self._tables[key] = _Values(location.file, location.column, _KEPT * self.largest)
             return self._tables[key].get(location.row)
 
 
 class _Values:
-    """One column of one parquet or Arrow file, a few batches of it in memory."""
+    """One column of one parquet or Arrow file, a few batches of it in memory. most: about how many bytes these hold."""
 
-    def __init__(self, file: str, column: str) -> None:
-        self.column = column
+    def __init__(self, file: str, column: str, most: int) -> None:
+        self.column, self.most = column, most
         self._batches: dict[int, pa.ChunkedArray | pa.Array] = {}  # by the first row
         self._stream: Iterator[pa.RecordBatch] | None = None
         self._whole: pa.ChunkedArray | None = None
@@ -168,7 +169,7 @@ class _Values:
             self._whole = read_arrow(file)[column]
             return
         self._file = fsspec.open(file, "rb").open()
-        self._reader = pq.ParquetFile(self._file, pre_buffer=False)
+        self._reader = pq.ParquetFile(self._file, pre_buffer=False, buffer_size=1 << 20)
         self._begins = [0]
         for g in range(self._reader.num_row_groups):
             self._begins.append(self._begins[-1] + self._reader.metadata.row_group(g).num_rows)
@@ -193,18 +194,26 @@ class _Values:
             self._stream = (
                 batch
                 for g in range(group, len(self._begins) - 1)
-                for batch in self._reader.iter_batches(_BATCH, [g], [self.column], use_threads=False)
+                for batch in self._reader.iter_batches(self._rows(g), [g], [self.column], use_threads=False)
             )
         stream, self._stream = self._stream, None  # one that ends by damage gives nothing any more
         for batch in stream:
             first, self._next = self._next, self._next + batch.num_rows
             self._batches[first] = batch.column(0)
-            while len(self._batches) > _KEPT:
+            while len(self._batches) > _KEPT or (len(self._batches) > 1 and self._size() > self.most):
                 self._batches.pop(next(iter(self._batches)))
             if first <= row < self._next:
                 self._stream = stream
                 return image_bytes(batch.column(0)[row - first].as_py())
         raise Rejected("source_missing")
+
+    def _rows(self, group: int) -> int:
+        """How many rows of a row group are read together, by what they take."""
+        facts = self._reader.metadata.row_group(group)
+        return min(_BATCH, max(1, _BATCH_BYTES * facts.num_rows // max(1, facts.total_byte_size)))
+
+    def _size(self) -> int:
+        return sum(values.nbytes for values in self._batches.values())
 
     def close(self) -> None:
         """Close the file."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import codecs
 import csv
 import functools
+import hashlib
 import io
 import json
 import logging
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from ingest import locations
 from ingest.formats import decoded, kept_type, text_array
-from ingest.listing import Listing, Row, Wanted, hashes_of, legal
+from ingest.listing import Listing, Row, Seen, Wanted, hashes_of, legal
 from ingest.tables import CAPTION_NAMES, URL_NAMES
 from shards import storage
 from shards.plan import stamps
@@ -171,7 +172,8 @@ OnListed = Callable[[int], Any]
 
 
 def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> Callable[..., list[str]]:
-    """Lists tars or tables: each is looked through once, whole; one that was written again keeps its old rows."""
+    """Lists tars or tables: each is looked through once; one that was not whole gives what is new once it changes, and
+    one that was written again keeps its old rows."""
 
     def list_new(listing: Listing, table: str, wanted: Wanted, on_listed: OnListed) -> list[str]:
         files = _files(table, TARS if rows_of is _tar_rows else BINARY.pattern)
@@ -179,34 +181,62 @@ def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> C
         said = []
         unlisted = listing.unlisted(files)
         changed = [f for f in files if f not in unlisted and listing.files[f] != marks[f]]
-        if changed:
-            said.append(
-                f"{_names(changed)}: written again since listed; the images that are stored stay, and nothing is "
-                "read again: give new data under a new name"
-            )
         gone = [f for f in listing.files if f not in marks]
         if gone:
             said.append(f"{_names(gone)}: gone; the images that are stored stay")
         rows: list[Row] = []
         done: dict[str, str] = {}
-        bare: list[str] = []
+        cut: dict[str, Seen] = {}
         for file in unlisted:
-            count = 0
-            for row in rows_of(file, wanted, said):
-                rows.append(row)
-                count += 1
-                on_listed(1)
-            done[file] = marks[file]
-            if not count:
-                bare.append(file)
+            before = listing.cut.get(file, Seen())
+            try:
+                seen, whole = _look(rows_of(file, wanted, said), before, rows, on_listed), True
+            except _Cut as e:
+                seen, whole = e.seen, False
+                said += [str(e)] if str(e) else []
+            if seen is None or (whole and seen.rows < before.rows):
+                changed.append(file)
+            elif not whole or not seen.rows:
+                cut[file] = seen if seen.rows > before.rows else before
+            if seen == Seen():
                 said.append(f"{file}: no images in it")
+            done[file] = marks[file]
             if len(rows) >= _PART_ROWS:
-                listing.add(rows, done, False, wanted, bare)
-                rows, done, bare = [], {}, []
-        listing.add(rows, done, False, wanted, bare)
+                listing.add(rows, done, False, wanted, cut)
+                rows, done, cut = [], {}, {}
+        listing.add(rows, done, False, wanted, cut)
+        if changed:
+            said.append(
+                f"{_names(changed)}: written again since listed; the images that are stored stay, and nothing is "
+                "read again: give new data under a new name"
+            )
         return said
 
     return list_new
+
+
+class _Cut(Exception):
+    """A tar or table has no more rows, and has not come to its end: damaged, or half copied."""
+
+    seen: Seen | None = None
+
+
+def _look(found: Iterator[Row], before: Seen, rows: list[Row], on_listed: OnListed) -> Seen | None:
+    """Add to `rows` what of a file's rows is new; None where those before are others now. Raises _Cut."""
+    count, digest, last = 0, hashlib.blake2b(digest_size=16), b""
+    try:
+        for row in found:
+            digest.update(last)
+            count, last = count + 1, repr((row["url"], row["place"], row["caption"])).encode("utf-8", "replace")
+            if count > before.rows:
+                rows.append(row)
+                on_listed(1)
+            elif count == before.rows and digest.hexdigest() != before.digest:
+                return None
+    except _Cut as e:
+        e.seen = Seen(count, digest.hexdigest() if count else "")
+        raise
+    return Seen(count, digest.hexdigest() if count else "")
 
 
 def _files(table: str, pattern: str) -> list[str]:
@@ -229,17 +259,20 @@ def _names(files: Sequence[str]) -> str:
 def _tar_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
     """The samples of a WebDataset tar: members that follow each other with one name up to the first dot.
 
-    Damage is told, and the samples before it stay; a sample without an image, or with a key that came before, is a row
-    with a fault.
+    A sample without an image, or with a key that came before, is a row with a fault. Raises _Cut at damage and where
+    the tar has no end; a sample before it that has not all that others have is left out, as it may be but half there.
     """
     keys: set[str] = set()
+    captioned = True  # whether the sample before had a caption
     odd = {"source_missing": 0, "key_twice": 0}
     sample: dict[str, Any] = {}
 
     def end() -> Iterator[Row]:
+        nonlocal captioned
         if not sample:
             return
         row = _tar_row(file, sample, wanted)
+        captioned = bool(row["caption"])
         if sample["key"] in keys:
             row["fault"] = "key_twice"
         keys.add(sample["key"])
@@ -251,28 +284,38 @@ def _tar_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
     # A store's file object would read 50 MB ahead, and an image between two headers is of no use here.
     how = {} if storage.is_local(file) else {"cache_type": "readahead", "block_size": _AHEAD}
     fs, path = fsspec.core.url_to_fs(file)
+    cut: _Cut | None = None
     with fs.open(path, "rb", **how) as stream:
-        for name, offset, size, read in _members(stream, file, said):
-            folder, _, base = name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
-            if sample and sample["key"] != key:
-                yield from end()
-            sample.setdefault("key", key)
-            extension = extension.lower()
-            if IMAGES.search("." + extension) and "image" not in sample:
-                sample["image"] = locations.member(file, base, offset, size)
-            elif extension in _TEXTS and size <= _LONGEST_TEXT:
-                sample[extension] = read()
-        yield from end()
+        try:
+            for name, offset, size, read in _members(stream, file):
+                folder, _, base = name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if sample and sample["key"] != key:
+                    yield from end()
+                sample.setdefault("key", key)
+                extension = extension.lower()
+                if IMAGES.search("." + extension) and "image" not in sample:
+                    sample["image"] = locations.member(file, base, offset, size)
+                elif extension in _TEXTS and size <= _LONGEST_TEXT:
+                    sample[extension] = read()
+        except _Cut as e:
+            cut = e
+        if cut is None or not captioned or ("image" in sample and _tar_row(file, sample, wanted)["caption"]):
+            yield from end()
+        elif sample and not str(cut):
+            cut = _Cut(f"{file}: ends within a sample; those before it are taken")
     if odd["source_missing"]:
         said.append(f"{file}: {odd['source_missing']} samples without an image")
     if odd["key_twice"]:
         said.append(f"{file}: {odd['key_twice']} samples whose key came before")
+    if cut:
+        raise cut
 
 
-def _members(stream: IO[bytes], file: str, said: list[str]) -> Iterator[tuple[str, int, int, Callable[[], bytes]]]:
-    """(name, offset and size of the data, a function that reads it) of each regular file in a tar, up to any damage."""
+def _members(stream: IO[bytes], file: str) -> Iterator[tuple[str, int, int, Callable[[], bytes]]]:
+    """(name, offset and size of the data, a function that reads it) of each regular file in a tar. Raises _Cut at
+    damage, and without a word where the file ends before the zeros that are a tar's end."""
     size = stream.seek(0, io.SEEK_END)
     stream.seek(0)
     count = 0
@@ -294,11 +337,14 @@ def _members(stream: IO[bytes], file: str, said: list[str]) -> Iterator[tuple[st
                     yield info.name, info.offset_data, info.size, read
             # At what is no header tarfile stops as at the end, which is zeros or the end of the file.
             stream.seek(tar.offset)
-            if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            block = stream.read(tarfile.BLOCKSIZE)
+            if block.strip(b"\0"):
                 raise tarfile.ReadError("what follows is no member")
     except (tarfile.TarError, EOFError, ValueError, RecursionError) as e:
         why = " ".join(str(e).split())[:120]
-        said.append(f"{file}: damaged behind member {count} ({why}); those before it are taken")
+        raise _Cut(f"{file}: damaged behind member {count} ({why}); those before it are taken") from None
+    if len(block) < tarfile.BLOCKSIZE:
+        raise _Cut
 
 
 class _Header(tarfile.TarInfo):
@@ -341,8 +387,7 @@ def _table_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
             reader = pq.ParquetFile(stream, pre_buffer=False)
             schema = reader.schema_arrow
     except (pa.ArrowException, OSError, UnicodeError) as e:  # names of columns may be no text
-        said.append(f"{file}: cannot be read ({' '.join(str(e).split())[:120]}); it is left out")
-        return
+        raise _Cut(f"{file}: cannot be read ({' '.join(str(e).split())[:120]}); it is left out") from None
     image = image_column(schema, wanted.source.image_column)
     if image is None:
         holds = ", ".join(f"'{f.name}' ({f.type})" for f in schema)
@@ -364,7 +409,7 @@ def _table_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
         empty = reader.metadata.num_rows
     if not columns:
         batches = iter([pa.RecordBatch.from_pydict({"": pa.nulls(empty)})])
-    for number, facts in enumerate(_facts(batches, file, said)):
+    for number, facts in enumerate(_facts(batches, file)):
         location = locations.value(file, image, number)
         given_url = facts.get(url) if url else None
         row: Row = {
@@ -376,8 +421,8 @@ def _table_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
         yield row | {name: facts.get(name) for name in wanted.columns}
 
 
-def _facts(batches: Iterator[Any], file: str, said: list[str]) -> Iterator[Row]:
-    """The rows of batches, up to any damage."""
+def _facts(batches: Iterator[Any], file: str) -> Iterator[Row]:
+    """The rows of batches. Raises _Cut at damage."""
     count = 0
     try:
         for batch in batches:
@@ -386,7 +431,8 @@ def _facts(batches: Iterator[Any], file: str, said: list[str]) -> Iterator[Row]:
                 yield facts
                 count += 1
     except (pa.ArrowException, OSError, ValueError) as e:
-        said.append(f"{file}: damaged behind row {count} ({' '.join(str(e).split())[:120]}); those before it are taken")
+        why = " ".join(str(e).split())[:120]
+        raise _Cut(f"{file}: damaged behind row {count} ({why}); those before it are taken") from None
 
 
 def _readable(array: pa.Array) -> pa.Array:

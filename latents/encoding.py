@@ -19,6 +19,8 @@ from latents.resize import Fit, crop_before, crop_place, resize_crop_to
 from latents.source import original_sizes, stored_sizes
 from shards import images
 from shards.columns import column
+from shards.machine import own_fault
+from shards.settings import NodeTrouble
 
 if TYPE_CHECKING:
     from latents.encoders import Vae
@@ -90,6 +92,8 @@ class ImageEncoder:
                 pixels = images.decode_rgb(data)
                 cuts = [resize_crop_to(pixels, b.width, b.height, places[i]) for b in targets[i]]
             except Exception as e:  # decoders raise many things for broken data; it costs this image alone
+                if fault := own_fault(e):
+                    raise NodeTrouble(fault) from e
                 return Sample(error=("decode_error", " ".join(str(e).split())[:500]))
             return Sample([p for p, _ in cuts], [f for _, f in cuts])
 

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayError, RayTaskError
 
 from orchestration.config import Pool, RayConfig, Span
 from orchestration.hosts import shared
@@ -330,6 +330,8 @@ class Fleet:
         cause: BaseException = error
         if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
             cause = error.cause
+        elif isinstance(error, OutOfMemoryError):  # it chooses a worker to end, whichever brought the node there
+            cause = NodeTrouble("its worker was ended by Ray, since the node is short of memory")
         if task is None:
             self._retire(worker)
             if not worker.ended and not self.nodes.is_leaving(worker.node):

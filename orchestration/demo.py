@@ -30,6 +30,7 @@ from ingest.errors import RETRYABLE
 from orchestration import parts, status
 from orchestration.cluster import ROOT, Cluster
 from orchestration.config import RunConfig, load
+from orchestration.lease import Lease
 from orchestration.stopping import Stopped
 from shards import storage
 from shards.layout import RunPaths
@@ -57,7 +58,8 @@ def run(config_file: str, overrides: list[str], images: int, heldout: int) -> No
     began = time.monotonic()
     config = load(args.config, args.overrides, os.getcwd(), tables=False)
     run = storage.local_path(config.run)
-    with _sigterm_stops():
+    # A second one would take the first one's Ray for what a killed one left.
+    with _sigterm_stops(), Lease(RunPaths(config.run).status, "demo", str(run)):
         open_stages = _incomplete(config)
         if not open_stages:
             _say(f"everything in {run} is complete, nothing to do")

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import psutil
 import ray
 import ray._private.state as ray_state
 from ray.exceptions import RayError, RayTaskError
@@ -42,13 +43,13 @@ class RankDied(Exception):
 class Rank:
     """The actor: one process of a fit."""
 
-    def whereabouts(self) -> tuple[str, str, int, int]:
-        """(node id, IP address, a free port there, process id)."""
+    def whereabouts(self) -> tuple[str, str, int, int, float]:
+        """(node id, IP address, a free port there, process id, when that process began)."""
         address = ray.util.get_node_ip_address()
         with socket.socket() as s:
             s.bind((address, 0))
             port = s.getsockname()[1]
-        return ray.get_runtime_context().get_node_id(), address, port, os.getpid()
+        return ray.get_runtime_context().get_node_id(), address, port, os.getpid(), psutil.Process().create_time()
 
     def fit(self, work: Callable[[Any], Any], argument: Any, environment: dict[str, str]) -> Any:
         """Run the loop, in this process's main thread, as one of the ranks that the environment describes."""
@@ -62,6 +63,7 @@ class _RankProcess:
     address: str
     port: int
     pid: int
+    began: float
 
 
 class Gang:
@@ -127,7 +129,8 @@ class Gang:
         """
         first = self.processes[0]
         there = NodeAffinitySchedulingStrategy(first.node, soft=False)
-        sent = ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=there).remote(first.pid, number)
+        send = ray.remote(num_cpus=0, max_retries=0)(_send).options(scheduling_strategy=there)
+        sent = send.remote(first.pid, first.began, number)
         with contextlib.suppress(RayError):
             ray.get(sent, timeout=30)
 
@@ -224,9 +227,12 @@ def root_cause(failures: Sequence[BaseException]) -> BaseException:
     return RankDied(f"{type(failures[0]).__name__}: {_line(failures[0])}")
 
 
-def _kill(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
+def _send(pid: int, began: float, number: int) -> None:
+    """Send a signal to a process of this machine, if it is still the one that began then: numbers are given again."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if process.create_time() == began:
+            process.send_signal(number)
 
 
 def _resources(amounts: dict[str, float]) -> str:

@@ -130,7 +130,7 @@ def payload(
 
     version 1. event. run: folder or URL. stage. sentence, and the same as `text`, which is what chat services show.
     exit_code: None where nothing has ended. host: of the command. time: ISO 8601, UTC. report: path, or None. seconds:
-    how long the stage took, or None.
+    how long the stage took, or None. An alarm has `alarm` beside them: the fields of eval/compare.py's Alarm.
     """
     text = " ".join(sentence.split())[:LONGEST]
     return {
@@ -158,11 +158,12 @@ def send(
     report: str | None = None,
     seconds: float | None = None,
     attempts: int = ATTEMPTS,
+    alarm: dict[str, Any] | None = None,
 ) -> None:
     """Tell whom the configuration names, if this event is wanted. Raises nothing: what fails is one warning each."""
     if not config.wanted or event not in config.events:
         return
-    message = payload(event, run, stage, sentence, exit_code, report, seconds)
+    message = payload(event, run, stage, sentence, exit_code, report, seconds) | ({"alarm": alarm} if alarm else {})
     if config.command and (why := _call(config.command, message, config.timeout_s)):
         log.warning("notify: the command for '%s' failed: %s", event, why)
     if config.url_env and (why := _post(config, message, attempts)):

@@ -32,13 +32,14 @@ LARGEST = 50_000_000  # bytes of such a file; Ray keeps what is sent in the head
 HERE = "http://127.0.0.1:8265"
 
 
-Looks = Callable[[Sequence[str]], bool]
+ReadHere = Callable[[Sequence[str]], tuple[set[int], bool]]
 
 
-def submit(command: Sequence[str], address: str | None = None, looks: Looks = lambda _: False) -> None:
+def submit(command: Sequence[str], address: str | None, read_here: ReadHere) -> None:
     """Run `carrara COMMAND` as a job and follow it. Raises as the job ended: ConfigError, StageError or Stopped.
 
-    looks: whether a command would look for a configuration by itself, which is then sent with it.
+    read_here: the positions of the words of a command that name files, and whether it would look for a configuration by
+    itself; these are sent with it.
     """
     arguments = list(command)
     if "--address" in arguments:  # it may stand behind the command, too
@@ -52,7 +53,7 @@ def submit(command: Sequence[str], address: str | None = None, looks: Looks = la
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or HERE
     job = f"carrara-{secrets.token_hex(6)}"
     with tempfile.TemporaryDirectory(prefix="carrara-job-") as folder:
-        sent = pack(Path(folder), arguments, looks)
+        sent = pack(Path(folder), arguments, read_here)
         line = job_command(address, sent, Path(folder), job, {"CARRARA_SENT_FROM": os.getcwd()})
         try:
             process = subprocess.run(line)
@@ -62,7 +63,7 @@ def submit(command: Sequence[str], address: str | None = None, looks: Looks = la
     end(address, job, process.returncode)
 
 
-def pack(folder: Path, arguments: Sequence[str], looks: Looks = lambda _: False) -> list[str]:
+def pack(folder: Path, arguments: Sequence[str], read_here: ReadHere) -> list[str]:
     """Lay Carrara's packages and the files that the arguments name into an empty folder; returns the arguments as they
     are there."""
     folder.mkdir(exist_ok=True)
@@ -71,15 +72,17 @@ def pack(folder: Path, arguments: Sequence[str], looks: Looks = lambda _: False)
         shutil.copytree(Path(ROOT) / name, folder / name, ignore=ignored)
     (folder / "pyproject.toml").write_text("# so that this is known as a checkout\n")
     given = list(arguments)
-    if looks(given):
+    files, looks = read_here(given)
+    if looks:
         found = os.environ.get("CARRARA_CONFIG") or ("carrara.yaml" if os.path.isfile("carrara.yaml") else None)
         if found:
             given += ["--config", found]
-    return [given[0], *(_sent(folder, word, i) for i, word in enumerate(given[1:], 1))]
+            files.add(len(given) - 1)
+    return [_sent(folder, word, i) if i in files else word for i, word in enumerate(given)]
 
 
 def _sent(folder: Path, word: str, number: int) -> str:
-    """An argument, or `--option=argument`; a file that is here goes along, overrides stay as they are."""
+    """A file's name, or `--option=name`; one that is here goes along."""
     option, equals, path = word.partition("=") if word.startswith("--") else ("", "", word)
     if not path or not os.path.isfile(path):
         return word

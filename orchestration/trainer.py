@@ -13,7 +13,6 @@ import ctypes
 import logging
 import math
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -61,19 +60,24 @@ def _root(stage: str, paths: RunPaths) -> str:
 
 def _without_ray(stage: str, sections: TrainingSections, redo: bool, adopt: bool) -> None:
     """One rank in a fresh process of its own: DeepSpeed cannot fit a second model after the first in one."""
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
+    asked = False
     with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
         fit = pool.submit(_rank, {"stage": stage, "sections": sections.model_dump(), "redo": redo, "adopt": adopt})
 
-        def pass_on(signum: int, _frame: FrameType | None) -> None:
-            for process in multiprocessing.active_children():
-                os.kill(process.pid or 0, signum)
+        def pass_on(_signum: int, _frame: FrameType | None) -> None:
+            nonlocal asked
+            asked = True
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()  # that is SIGTERM
 
         before = signal.signal(signal.SIGTERM, pass_on)
         try:
             if stopped := fit.result():
                 raise Stopped(stopped)
         except BrokenProcessPool:
+            if asked:  # before it could obey
+                raise _stopped(stage) from None
             raise StageError(f"{stage}: the process that was fitting it died; run the same command again") from None
         finally:
             signal.signal(signal.SIGTERM, before)

@@ -7,8 +7,8 @@
 The newest complete checkpoint comes first; older ones that were never evaluated are late and are skipped (unless
 eval.watch.backfill). What is done is read from the output folder alone, so the watcher may be killed at any moment and
 started again, and two of them do no work twice: the evaluation's own lease lets one in, the other waits. A checkpoint
-that is worse than one before it by more than chance allows (eval/compare.py) is an ALARM line in the log and, if the
-user gave one, a call of their command. A cron expression is of local time, whatever the clock does in spring; at each
+that is worse than one before it by more than chance allows (eval/compare.py) is an ALARM line in the log and a
+notification (orchestration/notify.py). A cron expression is of local time, whatever the clock does in spring; at each
 of its moments everything that is due is evaluated.
 """
 
@@ -16,10 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import logging
-import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -41,7 +38,6 @@ from shards.settings import ConfigError, StageError
 log = logging.getLogger("carrara.watch")
 
 ATTEMPTS = 3  # evaluations of one checkpoint that may fail before it is left aside
-COMMAND_S = 60.0  # how long the user's alarm command may take
 
 
 def watch(config: RunConfig, local: bool = False, once: bool = False, forever: bool = False) -> None:
@@ -139,8 +135,7 @@ def _note(paths: RunPaths, result: dict[str, Any]) -> dict[str, Any]:
 def raise_alarms(
     config: RunConfig, every: list[dict[str, Any]], result: dict[str, Any], raised: set[str]
 ) -> list[compare.Alarm]:
-    """Log what is alarming about a result and was not raised before, call the user's command for each; returns the
-    alarms."""
+    """Log what is alarming about a result and was not raised before, and tell of it; returns the alarms."""
     watch, checkpoint = config.eval.watch, result["checkpoint"]
     like = [r for r in every if compare.alike(r, result)]
     limits = (watch.alarm_rate, watch.alarm_min_change, watch.alarm_bad_images)
@@ -153,9 +148,8 @@ def raise_alarms(
     for alarm in found:
         log.warning("ALARM %s", alarm)
         print(f"ALARM {alarm}", file=sys.stdout, flush=True)
-        if watch.alarm_command:
-            _call(watch.alarm_command, alarm)
-        notify.send(config.notify, "alarm", config.run, "eval", f"ALARM {alarm}", report=report)
+        facts = dataclasses.asdict(alarm)
+        notify.send(config.notify, "alarm", config.run, "eval", f"ALARM {alarm}", report=report, alarm=facts)
     if not found:
         log.info("%s: no alarm", checkpoint)
     return found
@@ -177,19 +171,6 @@ def _evaluate(config: RunConfig, checkpoint: str, local: bool) -> Literal["done"
         log.exception("the evaluation of %s broke", checkpoint)
         return "failed"
     return "done"
-
-
-def _call(command: list[str], alarm: compare.Alarm) -> None:
-    """The user's command, with the alarm as its last argument and as JSON in CARRARA_ALARM; its failure is a line."""
-    facts = dataclasses.asdict(alarm)
-    try:
-        done = subprocess.run(
-            [*command, str(alarm)], env={**os.environ, "CARRARA_ALARM": json.dumps(facts)}, timeout=COMMAND_S
-        )
-        if done.returncode:
-            log.error("eval.watch.alarm_command ended with code %d", done.returncode)
-    except (OSError, subprocess.TimeoutExpired) as e:
-        log.error("eval.watch.alarm_command cannot be run: %s", e)
 
 
 def clock(expression: str | None, now: Callable[[], datetime.datetime] | None = None) -> Callable[[], bool]:

@@ -10,7 +10,7 @@ set -uo pipefail
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head_ip=${CARRARA_HEAD_IP:-$(hostname -I | awk '{print $1}')} # on the network that the nodes share
 port=$((20000 + SLURM_JOB_ID % 10000)) # between those of Ray's workers and those that Linux gives away
-state=$(mktemp --directory "${TMPDIR:-/tmp}/carrara-$SLURM_JOB_ID-XXXXXX") # where the command's pid and exit code are told
+state=$(mktemp --directory "${TMPDIR:-/tmp}/carrara-$SLURM_JOB_ID-XXXXXX") || exit 1 # for the command's pid and exit code
 trap 'rm -rf "$state"' EXIT
 asked=""
 # Ray's sockets lie up to 68 letters below the folder for temporary files; their paths have room for 107.
@@ -69,6 +69,7 @@ fit() {
 # Who is told to stop: the command itself, or the ranks. DeepSpeed's launcher would end with 1 for it, so it is passed by.
 told() {
     local pid
+    [ ! -e "$state/code" ] || return # it has ended, and its number may be another's
     pid=$(cat "$state/pid" 2> /dev/null) || return
     if [ -n "${ranks:-}" ]; then
         pgrep --parent "$(pgrep --parent "$pid" | paste --serial --delimiters=,)" 2> /dev/null

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 FEW = 2048  # images; with fewer a Frechet distance is mostly bias, and no headline
 DISTANCES = ("fid_clean", "fid_tf", "fd_dinov2_pil", "fd_clip_unit")
 
@@ -118,3 +120,8 @@ SHARES = (
     "near_training",
     *(f"{n}_{s}" for n in _SHARES for s in SPACES if n != "density"),
 )
+
+
+def is_free(name: object) -> bool:
+    """Whether a score of one's own may have this name: small letters, digits and _, and none of the metrics'."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[a-z][a-z0-9_]{0,40}", name)) and name not in DEFINITIONS

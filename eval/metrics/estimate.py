@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+T = TypeVar("T")
 
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
@@ -173,3 +175,10 @@ def wilson(p: float, n: float, z: float = Z95) -> tuple[float, float]:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+
+
+def undominated(items: Sequence[T], costs: Callable[[T], tuple[float, ...]]) -> list[T]:
+    """The items of which no other one has all costs as low, and one lower: the Pareto frontier, in their order."""
+    of = [costs(item) for item in items]
+    worse = [any(q != p and all(a <= b for a, b in zip(q, p, strict=True)) for q in of) for p in of]
+    return [item for item, beaten in zip(items, worse, strict=True) if not beaten]

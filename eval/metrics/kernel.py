@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,32 +65,18 @@ def gaussian(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 KERNELS: dict[str, Kernel] = {"polynomial": polynomial, "gaussian": gaussian}
 
 
-def kid(
-    x: npt.ArrayLike,
-    y: npt.ArrayLike,
-    group: npt.ArrayLike,
-    real: Within | None = None,
-    device: str = "cpu",
-    tile: int = 2048,
-) -> Estimate:
+def kid(x: npt.ArrayLike, y: npt.ArrayLike, group: npt.ArrayLike, real: Within | None = None, **how: Any) -> Estimate:
     """Unbiased KID of generated features x [n, d] against real ones y [m, d]; group [n]: jackknife group of each x;
-    real: `within` of y, where it is known."""
-    return _estimate(group_sums("polynomial", x, y, group, real, device, tile), _unbiased, correct=False)
+    real: `within` of y, where it is known; how: device and tile of `group_sums`."""
+    return _estimate(group_sums("polynomial", x, y, group, real, **how), _unbiased, correct=False)
 
 
-def cmmd(
-    x: npt.ArrayLike,
-    y: npt.ArrayLike,
-    group: npt.ArrayLike,
-    real: Within | None = None,
-    device: str = "cpu",
-    tile: int = 2048,
-) -> Estimate:
+def cmmd(x: npt.ArrayLike, y: npt.ArrayLike, group: npt.ArrayLike, real: Within | None = None, **how: Any) -> Estimate:
     """CMMD of unit-length CLIP features x [n, d] (generated) and y [m, d] (real), times 1000; the rest as in `kid`.
 
     `value` is the published, biased one; its bias is of order 1/n at any n, and `bias_corrected` is without it.
     """
-    return _estimate(group_sums("gaussian", x, y, group, real, device, tile), _biased, correct=True)
+    return _estimate(group_sums("gaussian", x, y, group, real, **how), _biased, correct=True)
 
 
 def within(kernel: str, y: npt.ArrayLike, device: str = "cpu", tile: int = 2048) -> Within:

@@ -15,20 +15,16 @@ number of images, not with its square. The radii of the real side are worked out
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-
-from eval.metrics.estimate import Estimate, mean_by_cluster, proportion
 
 if TYPE_CHECKING:
     import torch
 
 Array = npt.NDArray[np.float64]
 NEIGHBOURS = 5
-NAMES = ("precision", "recall", "density", "coverage")
 
 
 def distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -61,17 +57,16 @@ def radii(x: npt.ArrayLike, k: int = NEIGHBOURS, device: str = "cpu", tile: int 
 def prdc(
     real: npt.ArrayLike,
     generated: npt.ArrayLike,
-    clusters: Sequence[Hashable],
     real_radii: Array | None = None,
     k: int = NEIGHBOURS,
     device: str = "cpu",
     tile: int = 1024,
-) -> dict[str, Estimate]:
-    """The four shares of real [m, d] and generated [n, d] features; clusters [n]: the prompt of each generated one;
-    real_radii [m]: `radii` of the real ones, where they are known.
+) -> dict[str, np.ndarray]:
+    """Of real [m, d] and generated [n, d] features, by name: of each generated one whether it counts to the precision
+    [n] and what it adds to the density [n], of each real one whether it counts to recall and coverage [m]. The four
+    shares are the means.
 
-    The intervals of precision and density are over prompts; those of recall and coverage over real images, with the
-    generated ones as given.
+    real_radii [m]: `radii` of the real ones, where they are known.
     """
     import torch
 
@@ -90,12 +85,7 @@ def prdc(
                 dense[j : j + tile] += inside.sum(dim=0).cpu().numpy() / k
                 covered[i : i + tile] |= inside.any(dim=1).cpu().numpy()
                 recalled[i : i + tile] |= (block < around_generated[None, j : j + tile]).any(dim=1).cpu().numpy()
-    return {
-        "precision": proportion(precise, clusters),
-        "recall": proportion(recalled),
-        "density": mean_by_cluster(dense, clusters),
-        "coverage": proportion(covered),
-    }
+    return {"precision": precise, "density": dense, "recall": recalled, "coverage": covered}
 
 
 def _rows(rows: np.ndarray, device: str) -> torch.Tensor:

@@ -14,40 +14,32 @@ from math import lgamma
 import numpy as np
 import numpy.typing as npt
 
-from eval.metrics.estimate import Estimate, proportion
-
+Array = npt.NDArray[np.float64]
 ROWS_AT_ONCE = 1024  # images held against all captions at once: bounded memory
 TIE = 1e-9  # cosines nearer than this are a tie; rounding would decide between them
 
 
-def distinct(captions: Sequence[str], meanings: Sequence[Hashable] | None = None) -> list[int]:
-    """Row of the first caption of each meaning (by default its words), in order: two wordings of one scene are no
-    rivals."""
-    seen: dict[Hashable, int] = {}
-    for row, caption in enumerate(captions):
-        seen.setdefault(meanings[row] if meanings is not None else " ".join(caption.split()).casefold(), row)
-    return list(seen.values())
+def meanings_of(captions: Sequence[str], meaning: Callable[[str], Hashable] | None = None) -> list[Hashable]:
+    """What each caption says: by default its words, whatever their white space and case."""
+    return [meaning(c) if meaning else " ".join(c.split()).casefold() for c in captions]
+
+
+def distinct(meanings: Sequence[Hashable]) -> dict[Hashable, int]:
+    """Row of the first caption of each meaning, in order: two wordings of one scene are no rivals."""
+    return {m: row for row, m in reversed(list(enumerate(meanings)))}
 
 
 def of_pairs(
-    images: npt.ArrayLike,
-    texts: npt.ArrayLike,
-    captions: Sequence[str],
-    candidates: int,
-    meaning: Callable[[str], Hashable] | None = None,
-    clusters: Sequence[Hashable] | None = None,
-) -> Estimate | None:
-    """Rank-1 share of image-caption pairs (unit rows [n, d] each) among `candidates` captions of distinct meaning.
+    images: npt.ArrayLike, texts: npt.ArrayLike, meanings: Sequence[Hashable], candidates: int
+) -> Array | None:
+    """As `rank_one`, of image-caption pairs (unit rows [n, d] each) among captions of distinct meaning.
 
-    An image's own caption is in its own words; its rivals are one wording each of the other meanings. None with fewer
-    than two meanings. clusters default to the meanings.
+    An image's own caption is in its own words; its rivals are one wording each of the other meanings.
     """
-    meanings = [meaning(c) if meaning else " ".join(c.split()).casefold() for c in captions]
-    first = distinct(captions, meanings)
-    index_of = {meanings[row]: i for i, row in enumerate(first)}
-    own = [index_of[m] for m in meanings]
+    first = distinct(meanings)
+    index_of = {m: i for i, m in enumerate(first)}
     b = np.asarray(texts)
-    return rank_one(images, b[first], own, candidates, own if clusters is None else clusters, b)
+    return rank_one(images, b[list(first.values())], [index_of[m] for m in meanings], candidates, b)
 
 
 def rank_one(
@@ -55,10 +47,9 @@ def rank_one(
     texts: npt.ArrayLike,
     own: Sequence[int],
     candidates: int,
-    clusters: Sequence[Hashable],
     own_texts: npt.ArrayLike | None = None,
-) -> Estimate | None:
-    """Expected share of images whose own caption is first among `candidates` captions.
+) -> Array | None:
+    """Chance [n] of each image that its own caption is first among `candidates` captions.
 
     images [n, d] and texts [M, d] are unit rows, own[i] is the row in texts of image i's caption; own_texts [n, d]
     are the captions' own wordings where texts holds another wording of the same meaning. Uses min(candidates, M)
@@ -78,7 +69,7 @@ def rank_one(
         similarity[np.arange(len(right)), index[rows]] = -np.inf
         rivals = (similarity >= right[:, None] - TIE).sum(axis=1)
         hits += [_all_missed(int(k), len(b) - 1, size - 1) for k in rivals]
-    return proportion(hits, clusters)
+    return np.array(hits)
 
 
 def _all_missed(bad: int, population: int, draws: int) -> float:

@@ -1,11 +1,11 @@
-"""The networks whose features images are judged by: the Inception of every FID, DINOv2, any CLIP, and the VAE.
+"""The networks whose features images are measured by: the Inception of every FID, DINOv2, any CLIP, and the VAE.
 
     inception   TensorFlow's Inception of 2015: the file of weights that torch-fidelity and pytorch-fid publish, each by
                 a name of its own, or "download"
     dinov2      a folder with a DINOv2 model, as transformers saves it, or a file of torch.hub's
     clip        as everywhere: a folder, MODEL:TAG or MODEL:/file
     vae         the model's own, for what it keeps of real images
-    judge, preference, scorer   what scores images by their prompts (eval/judges)
+    judge, preference, scorer   what scores images by their prompts (eval/scoring)
 
 All of them run in float32 but the judge, whose precision is its own setting.
 
@@ -51,16 +51,17 @@ COLUMNS = {
     "clip": ("images", "captions", "truncated"),
     "vae": ("psnr",),
 }
+SCORING = ("judge", "preference", "scorer")  # networks whose columns are scores of an image by its prompt
 PSNR_CAP = 100.0  # dB, for a reconstruction without any error, whose PSNR would be infinite
 
 
 def find(name: str, ref: Any) -> Found:
     """The weights of network `name`; ConfigError with one sentence where there are none. ref: what the configuration
-    names; for a judge its whole section."""
-    if name in ("judge", "preference", "scorer"):
-        from eval import judges
+    names; for a judge and for preferences their whole section."""
+    if name in SCORING:
+        from eval import scoring
 
-        return judges.find(name, ref)
+        return scoring.find(name, ref)
     if name == "clip":
         clip = find_clip(ref)
         clip.require_image_encoder()
@@ -79,10 +80,10 @@ def find(name: str, ref: Any) -> Found:
 
 def load(found: Found, device: str = "cpu") -> Network:
     """The network, ready; ConfigError where the file does not hold its weights."""
-    if found.name in ("judge", "preference", "scorer"):
-        from eval import judges
+    if found.name in SCORING:
+        from eval import scoring
 
-        return judges.load(found, device)
+        return scoring.load(found, device)
     kinds: dict[str, Any] = {"clip": Clip, "vae": Reconstruction, "dinov2": Dinov2, "inception": Inception}
     network: Network = kinds[found.name](found, device)
     return network

@@ -1,4 +1,4 @@
-"""Weights that judge images: where they are, read without running code from them, and what a network is."""
+"""Weights that measure images: where they are, read without running code from them, and what a network is."""
 
 from __future__ import annotations
 

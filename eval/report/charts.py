@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from eval.metrics.estimate import undominated
+
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 PALETTES = {
     "light": {"ink": "#57534e", "grid": "#e4e1dc", "line": "#1f5f66", "faint": "#9cc0c3"},
@@ -170,7 +172,8 @@ def pareto(points: Sequence[dict[str, Any]], distance: str) -> Chart:
             axes.scatter([x], [y], s=14 + 90 * p["seconds"] / slowest, color=shade, zorder=3)
             if p["knee"]:
                 axes.scatter([x], [y], s=220, facecolors="none", edgecolors=colour["ink"], linewidths=1.2, zorder=4)
-        flat = sorted((p for p in points if _flat(p, points)), key=lambda p: p["distance"][0])
+        flat = undominated(points, lambda p: (p["distance"][0], -p["score"][0]))
+        flat.sort(key=lambda p: float(p["distance"][0]))
         line = [(p["distance"][0], p["score"][0]) for p in flat]
         axes.plot([x for x, _ in line], [y for _, y in line], color=colour["line"], linewidth=0.8, alpha=0.6)
         axes.set_xlabel(distance, color=colour["ink"])
@@ -189,14 +192,6 @@ def pareto(points: Sequence[dict[str, Any]], distance: str) -> Chart:
             )
 
     return _chart("Distance against CLIP score", note, words, paint, (6.2, 3.6))
-
-
-def _flat(p: dict[str, Any], points: Sequence[dict[str, Any]]) -> bool:
-    """Whether no other cell is as good in distance and in score, and better in one, whatever it costs."""
-    x, y = p["distance"][0], p["score"][0]
-    return not any(
-        (a := q["distance"][0]) <= x and (b := q["score"][0]) >= y and (a < x or b > y) for q in points if q is not p
-    )
 
 
 def _labelled(wanted: Sequence[dict[str, Any]], axes: Any) -> list[tuple[dict[str, Any], bool]]:

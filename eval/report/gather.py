@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from eval.networks import SCORING
 from eval.report import charts, scores
 from eval.rows import images_of
 from latents.resize import resize_crop
@@ -23,6 +25,7 @@ from shards.columns import ColumnShard
 from shards.dataset import MANIFEST, Dataset
 from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths, shard_name
+from shards.settings import StageError
 
 CAPTION_CAP = 280
 SMALL = 96  # px; smaller images are shown enlarged with hard pixels, larger ones as thumbnails
@@ -31,7 +34,7 @@ THUMBNAIL = 320
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One generated image, and the real one of its caption; scores: name -> what judges say of it; data: URIs."""
+    """One generated image, and the real one of its caption; scores: by name; data: URIs."""
 
     prompt: str
     image: str
@@ -95,7 +98,7 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 class Images:
-    """The generated images of one result, with the real ones of the held-out set, CLIP cosines and judges' scores."""
+    """The generated images of one result, with the real ones of the held-out set, CLIP cosines and scores."""
 
     def __init__(self, run: RunPaths, result: dict[str, Any]) -> None:
         self.dataset = Dataset.open(storage.join(run.eval, result["checkpoint"], result["images"]))
@@ -107,22 +110,23 @@ class Images:
         heldout = storage.exists(storage.join(run.heldout, MANIFEST))
         self.heldout = Dataset.open(run.heldout) if heldout else None
         self._real: dict[int, ImageShard] = {}
-        self.cosines, self.scores = self._scored(result)
+        self._protocol = result["protocol"]
 
-    def _scored(self, result: dict[str, Any]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        """By key: the CLIP's cosine, and what judges say, from the features of this result's networks."""
+    @functools.cached_property
+    def _scored(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """By key: the CLIP's cosine, and the scores by name, from the features of this result's networks."""
         cosines: dict[str, float] = {}
         scores: dict[str, dict[str, float]] = {}
         folder = storage.join(self.dataset.root, "features")
         for name in storage.list_names(folder):
             network, root = name.rsplit("-", 1)[0], storage.join(folder, name)
             known = storage.exists(storage.join(root, MANIFEST))
-            if not known or network not in ("clip", "judge", "preference", "scorer"):
+            if not known or network not in ("clip", *SCORING):
                 continue
             features = Dataset.open(root)
-            if features.manifest["weights"].get(network) != result["protocol"][network]:
+            if features.manifest["weights"].get(network) != self._protocol[network]:
                 continue
-            if features.manifest["resolution"] != result["protocol"]["resolution"]:
+            if features.manifest["resolution"] != self._protocol["resolution"]:
                 continue  # of the same images as another protocol resizes them
             for position in range(len(features.shards)):
                 shard = ColumnShard(features, position)
@@ -143,8 +147,9 @@ class Images:
 
     def by_score(self, count: int) -> tuple[list[Sample], list[Sample]]:
         """The `count` images of highest and of lowest CLIP cosine, each from the extreme inwards."""
-        with_cosine = [at for at in self.positions if self._key(at) in self.cosines]
-        ranked = sorted(with_cosine, key=lambda at: (self.cosines[self._key(at)], at))
+        cosines, _ = self._scored
+        with_cosine = [at for at in self.positions if self._key(at) in cosines]
+        ranked = sorted(with_cosine, key=lambda at: (cosines[self._key(at)], at))
         count = min(count, len(ranked) // 2)
         return [self._sample(*at) for at in ranked[::-1][:count]], [self._sample(*at) for at in ranked[:count]]
 
@@ -161,13 +166,23 @@ class Images:
     def _key(self, at: tuple[int, int]) -> str:
         return str(self.rows[at[0]][at[1]]["key"])
 
+    def caption(self, at: tuple[int, int]) -> str:
+        """Of the image at (shard, row)."""
+        return str(self.rows[at[0]][at[1]]["caption"])
+
     def _sample(self, position: int, i: int) -> Sample:
-        row = self.rows[position][i]
-        image = decode_rgb(self.shards[position].image_bytes(i))
-        scores = self.scores.get(row["key"], {})
-        return Sample(
-            plain(row["caption"]), data_uri(image), self._real_image(row), self.cosines.get(row["key"]), scores
-        )
+        row, (cosines, scores) = self.rows[position][i], self._scored
+        real, key = self._real_image(row), row["key"]
+        return Sample(plain(row["caption"]), self.uri((position, i)), real, cosines.get(key), scores.get(key, {}))
+
+    def uri(self, at: tuple[int, int]) -> str:
+        """The image at (shard, row), as a data: URI."""
+        return data_uri(decode_rgb(self.shards[at[0]].image_bytes(at[1])))
+
+    def by_prompt(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """(shard, row) of each image that is there, by its prompt's id and its number among that prompt's."""
+        rows = ((self.rows[p][i], (p, i)) for p, i in self.positions)
+        return {(row["prompt_id"], row["replicate"]): at for row, at in rows}
 
     def _real_image(self, row: dict[str, Any]) -> str | None:
         position, i = row["source_shard"], row["source_row"]
@@ -182,16 +197,22 @@ class Images:
             return None
 
 
+def first_images(run: RunPaths, result: dict[str, Any], count: int) -> list[tuple[str, Image.Image]]:
+    """(caption, image) of the first prompts of a result; none where images are not kept, or gone."""
+    try:
+        kept = images_of(Dataset.open(storage.join(run.eval, result["checkpoint"], result["images"])))
+        first = ((row["caption"], data) for row, data in kept if data is not None and row["replicate"] == 0)
+        return [(plain(c, 120), Image.fromarray(decode_rgb(data))) for c, data in itertools.islice(first, count)]
+    except (StageError, OSError, ValueError):
+        return []
+
+
 def thumbnails(run: RunPaths, result: dict[str, Any], count: int) -> list[tuple[str, str]]:
     """(caption, data: URI) of the first images of a result, small."""
-    kept = images_of(Dataset.open(storage.join(run.eval, result["checkpoint"], result["images"])))
-    found: list[tuple[str, str]] = []
-    first = ((row, data) for row, data in kept if data is not None and row["replicate"] == 0)
-    for row, data in itertools.islice(first, count):
-        image = Image.fromarray(decode_rgb(data))
+    found = first_images(run, result, count)
+    for _, image in found:
         image.thumbnail((64, 64), Image.Resampling.LANCZOS)
-        found.append((plain(row["caption"], 120), data_uri(np.asarray(image))))
-    return found
+    return [(caption, data_uri(np.asarray(image))) for caption, image in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,18 +226,11 @@ class Pair:
 
 def pairs(before: Images, after: Images, count: int) -> list[Pair]:
     """The first `count` prompts that both have, one image each, in the order of `after`."""
-    there = {(before.rows[p][i]["prompt_id"], before.rows[p][i]["replicate"]): (p, i) for p, i in before.positions}
-    found: list[Pair] = []
-    for p, i in after.positions:
-        row = after.rows[p][i]
-        at = there.get((row["prompt_id"], row["replicate"]))
-        if row["replicate"] or at is None:
-            continue
-        both = [data_uri(decode_rgb(side.shards[q].image_bytes(j))) for side, (q, j) in ((before, at), (after, (p, i)))]
-        found.append(Pair(plain(row["caption"]), *both))
-        if len(found) == count:
-            break
-    return found
+    there, here = before.by_prompt(), after.by_prompt()
+    shared = [key for key in here if key in there and key[1] == 0]
+    return [
+        Pair(plain(after.caption(here[key])), before.uri(there[key]), after.uri(here[key])) for key in shared[:count]
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

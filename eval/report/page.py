@@ -159,7 +159,7 @@ def _context(
         "tags": tag_table(result),
         "every_number": [(n, e, *spread(e)) for n, e in sorted(result["metrics"].items())],
         "pairs": pairs,
-        "against": [(_arrow(d), d, *_difference(d)) for d in (before.differences if before else [])],
+        "against": [(_arrow(d), d, *_difference(d)) for d in sorted(before.differences if before else [], key=_place)],
         "changed": gather.settings_diff(run, before.other["checkpoint"], result["checkpoint"]) if before else None,
         **({"script": "", "script_hash": ""} if not pairs else script("slider.js")),
         "neighbours": gather.neighbours(run, result, images),
@@ -225,7 +225,7 @@ def headline(result: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _headline(result: dict[str, Any]) -> list[str]:
-    """Names of the numbers that stand first: the known ones in their order, then what judges of one's own say."""
+    """Names of the numbers that stand first: the known ones in their order, then scores of one's own."""
     metrics = result["metrics"]
     known = [n for n in HEADLINE if n in metrics]
     own = [n for n, e in metrics.items() if e["definition"] and n not in DEFINITIONS]
@@ -289,6 +289,11 @@ def _arrows(before: verdict.Against | None) -> list[dict[str, str]]:
     return [a for name, a in arrows if name in compare.WATCHED or a["way"] != "same"]
 
 
+def _place(d: compare.Difference) -> tuple[bool, bool]:
+    """Where a difference stands among all: those of no tag first, and of either kind those that are shown."""
+    return bool(d.tag), d.verdict == "no difference shown"
+
+
 def _arrow(d: compare.Difference) -> dict[str, str]:
     sign, way = verdict.arrow(d)
     change, interval = _difference(d)
@@ -306,7 +311,7 @@ def _difference(d: compare.Difference) -> tuple[str, str]:
 def tag_table(result: dict[str, Any]) -> dict[str, Any]:
     """Columns and rows of the numbers by tag, the worst first in the first column; empty without tags.
 
-    What a judge of one's own says comes first: it is what its tags are for.
+    Scores of one's own come first: they are what their tags are for.
     """
     tags = result["by_tag"]
     wanted = [n for n in [*_headline(result), "clip_score"] if n not in DISTANCES]
@@ -368,7 +373,7 @@ def _index(run: RunPaths, every: list[dict[str, Any]], watch: WatchConfig | None
                 "alarms": found.alarms,
                 "way": found.before.way if found.before else "",
                 "page": f"{r['checkpoint']}.html" in pages,
-                "thumbnails": _thumbnails(run, r),
+                "thumbnails": gather.thumbnails(run, r, THUMBNAILS),
             }
         )
     kinds = {(r["cell"], r["protocol"]["id"], r["model"]["weights"]): r for r in reversed(order)}
@@ -382,13 +387,6 @@ def _index(run: RunPaths, every: list[dict[str, Any]], watch: WatchConfig | None
         "kinds": len(kinds),
         "protocols": len({r["protocol"]["id"] for r in every}),
     }
-
-
-def _thumbnails(run: RunPaths, result: dict[str, Any]) -> list[tuple[str, str]]:
-    try:
-        return gather.thumbnails(run, result, THUMBNAILS)
-    except (StageError, ValueError, OSError):
-        return []  # images that are not kept, or gone
 
 
 def _run_name(run: RunPaths) -> str:

@@ -291,7 +291,7 @@ def images(
 @app.command()
 def scores(
     result: Result,
-    file: Annotated[str, typer.Argument(help="JSON lines: id (or file) and score (or correct)")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON lines: id (or file) and score (or correct)")],
     name: Annotated[str, typer.Option("--name", help="of the metric: small letters, digits, _")],
     index: Annotated[
         str | None,
@@ -361,11 +361,11 @@ def explain_fid(
         storage.write_json(out, [vars(r) for r in rows])
 
 
-judge = typer.Typer(help="Blinded pairs for people, and the scores of their votes.", rich_markup_mode=None)
-app.add_typer(judge, name="judge")
+human = typer.Typer(help="Blinded pairs for people, and the scores of their votes.", rich_markup_mode=None)
+app.add_typer(human, name="human")
 
 
-@judge.command()
+@human.command()
 def pack(
     run: Run,
     results: Annotated[list[str], typer.Argument(metavar="[RUN:]MODEL/PROTOCOL...", help="what is to be compared")],
@@ -386,10 +386,10 @@ def pack(
     log.info("give away index.html alone; key.json says what was what")
 
 
-@judge.command()
+@human.command()
 def score(
     pack: Annotated[str, typer.Argument(help="the folder with key.json", callback=from_base)],
-    votes: Annotated[list[str], typer.Argument(help="CSV files that the page saved")],
+    votes: Annotated[list[str], typer.Argument(metavar="FILE...", help="CSV files that the page saved")],
 ) -> None:
     """Bradley-Terry scores of the votes."""
     from eval import human

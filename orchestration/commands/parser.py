@@ -28,6 +28,7 @@ for group_ in (stages, runs, models, machines):
 # typer brings a click of its own, in which the base of all these errors has no public name.
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 INTERRUPTED = 130  # what typer makes of Ctrl-C
+RENAMED = {"judge": "human"}  # commands that had another name
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -55,16 +56,39 @@ def group() -> Any:
     return typer.main.get_command(app)
 
 
-def looks_for_configuration(arguments: Sequence[str]) -> bool:
-    """Whether the command would look for a configuration by itself: it takes one, and names neither one nor what stands
-    for it (a run, a model)."""
-    name, *rest = arguments
-    command = group().commands.get(name)
-    if command is None or all(p.name != "config" for p in command.params):
-        return False
-    given = command.make_context(name, rest, resilient_parsing=True).params
+def read_here(arguments: Sequence[str]) -> tuple[set[int], bool]:
+    """What a command reads of the folder where it is given: the positions of the words that name files (`--option FILE`
+    or `--option=FILE`), and whether it would look for a configuration by itself, since it takes one and names neither
+    one nor what stands for it (a run, a model)."""
+    command, at = group(), 0
+    while at < len(arguments) and hasattr(command, "commands"):
+        command, at = command.commands.get(arguments[at]), at + 1
+    if command is None or hasattr(command, "commands"):
+        return set(), False
+    options = {name: p for p in command.params for name in p.opts if name.startswith("-")}
+    placed = [p for p in command.params if p not in options.values()]
+    found, count, option = set(), 0, None
+    for i, word in enumerate(arguments[at:], at):
+        if option is None and (named := options.get(word.partition("=")[0])) is not None:
+            if "=" in word and _is_read(named):
+                found.add(i)
+            option = None if "=" in word or named.is_flag else named
+            continue
+        if option is None and placed:
+            option, count = placed[min(count, len(placed) - 1)], count + 1
+        if option is not None and _is_read(option):
+            found.add(i)
+        option = None
+    if all(p.name != "config" for p in command.params):
+        return found, False
+    given = command.make_context(arguments[at - 1], list(arguments[at:]), resilient_parsing=True).params
     stands_for_it = given.get("model") or any("=" not in word for word in given.get("rest") or ())
-    return not given["config"] and not stands_for_it
+    return found, not given["config"] and not stands_for_it
+
+
+def _is_read(parameter: Any) -> bool:
+    """Whether it is a file to be read; one to be written, or a run, is meant from the folder itself (`from_base`)."""
+    return (parameter.metavar or "").startswith("FILE") and parameter.callback is None
 
 
 def refuse_unknown(arguments: Sequence[str]) -> None:
@@ -72,7 +96,7 @@ def refuse_unknown(arguments: Sequence[str]) -> None:
     name = next((a for a in arguments if not a.startswith("-")), None)
     if name is None or name in names():
         return
-    near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
+    near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
     hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(names())}"
     raise ConfigError(f"there is no stage or command '{name}'; {hint}")
 
@@ -110,4 +134,4 @@ def submit(
     from orchestration.submit import submit as work
 
     refuse_unknown(command)
-    work(command, address, looks_for_configuration)
+    work(command, address, read_here)

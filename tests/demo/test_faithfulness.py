@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from demo import scorer
 from demo.corpus import FORMATS, SOURCES, encode
-from demo.faithfulness import ATTRIBUTES, PRESENT, TIGHT, detect, judge
+from demo.faithfulness import ATTRIBUTES, PRESENT, TIGHT, compare, detect
 from demo.scenes import COLOURS, GROUNDS, SHAPES, Scene, Thing, caption, draw, outline, sample
 
 PICTURES = 120
@@ -39,6 +40,10 @@ def as_stored(data: bytes, side: int, kind: str, blur: float = 0.0) -> np.ndarra
     return np.asarray(picture)
 
 
+def shown(picture: np.ndarray, scene: Scene, limits: Mapping[str, float] = PRESENT) -> dict[str, bool]:
+    return compare(detect(picture), scene, limits)
+
+
 @pytest.fixture(scope="module")
 def files() -> list[tuple[Scene, bytes]]:
     """Corpus files of every format, more of the odd ones than the corpus has."""
@@ -59,7 +64,7 @@ def files() -> list[tuple[Scene, bytes]]:
 def test_right_on_real_pictures(files: list[tuple[Scene, bytes]], side: int, kind: str, blur: float) -> None:
     right: Counter[str] = Counter()
     for scene, data in files:
-        verdict = judge(as_stored(data, side, kind, blur), scene)
+        verdict = shown(as_stored(data, side, kind, blur), scene)
         assert tuple(verdict) == ATTRIBUTES
         right.update(name for name, value in verdict.items() if value)
     for name in ATTRIBUTES:
@@ -70,7 +75,7 @@ def test_right_on_real_pictures(files: list[tuple[Scene, bytes]], side: int, kin
 def test_real_pictures_are_right_by_the_tight_limits_too(
     files: list[tuple[Scene, bytes]], side: int, kind: str
 ) -> None:
-    right = [all(judge(as_stored(data, side, kind), scene, TIGHT).values()) for scene, data in files]
+    right = [all(shown(as_stored(data, side, kind), scene, TIGHT).values()) for scene, data in files]
     assert sum(right) / PICTURES >= 0.98
 
 
@@ -152,26 +157,26 @@ def test_every_single_change_is_noticed(side: int) -> None:
     }
     for attribute, shown in wrong.items():
         picture = np.asarray(draw(shown, random.Random(0), side, side))
-        verdict = judge(picture, Scene((thing,), "gray"))
+        verdict = shown(picture, Scene((thing,), "gray"))
         assert verdict == {name: name != attribute for name in ATTRIBUTES}, attribute
 
 
 def test_swapped_colours_are_wrong() -> None:
     red, blue = Thing("red", "circle", "small", "left"), Thing("blue", "circle", "small", "right")
     picture = np.asarray(draw(Scene((red, blue), "white"), random.Random(0), 64, 64))
-    assert all(judge(picture, Scene((red, blue), "white")).values())
+    assert all(shown(picture, Scene((red, blue), "white")).values())
     swapped = Scene((replace(red, colour="blue"), replace(blue, colour="red")), "white")
-    assert judge(picture, swapped) == {name: name != "colour" for name in ATTRIBUTES}
+    assert shown(picture, swapped) == {name: name != "colour" for name in ATTRIBUTES}
     stacked = Scene((replace(red, position="top"), replace(blue, position="bottom")), "white")
-    assert not judge(picture, stacked)["position"]
+    assert not shown(picture, stacked)["position"]
 
 
 def test_missing_and_surplus_things_are_counted() -> None:
     red, blue = Thing("red", "circle", "large", "left"), Thing("blue", "star", "small", "right")
     both, one = Scene((red, blue), "white"), Scene((red,), "white")
-    missing = judge(np.asarray(draw(one, random.Random(0), 64, 64)), both)
+    missing = shown(np.asarray(draw(one, random.Random(0), 64, 64)), both)
     assert missing == {name: name == "ground" for name in ATTRIBUTES}
-    surplus = judge(np.asarray(draw(both, random.Random(0), 64, 64)), one)
+    surplus = shown(np.asarray(draw(both, random.Random(0), 64, 64)), one)
     assert surplus == {name: name != "count" for name in ATTRIBUTES}
 
 
@@ -180,7 +185,7 @@ def test_other_captions_agree_only_by_chance() -> None:
     rng = random.Random(0)
     scenes = [sample(rng, pair_share=0.0) for _ in range(160)]
     verdicts = [
-        judge(np.asarray(draw(scene, rng, 32, 32)), other)
+        shown(np.asarray(draw(scene, rng, 32, 32)), other)
         for scene, other in zip(scenes, scenes[1:] + scenes[:1], strict=True)
     ]
     expected = {"colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "ground": 1 / len(GROUNDS)}
@@ -192,7 +197,7 @@ def test_other_captions_agree_only_by_chance() -> None:
 @pytest.mark.parametrize("shape", [(32, 32), (64, 48), (17, 31)])
 def test_anything_can_be_judged(shape: tuple[int, int]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    assert not all(judge(noise, sample(random.Random(0))).values())
+    assert not all(shown(noise, sample(random.Random(0))).values())
     blank = np.full((*shape, 3), 150, np.uint8)
     assert detect(blank).things == ()
     assert detect(blank).ground == "gray"

@@ -249,7 +249,7 @@ def test_a_line_that_carrara_would_refuse_is_refused_here() -> None:
         "ingest --config",
         "ingest --no-such-option",
         "train mine",
-        "judge pack",
+        "human pack",
         "submit eval --modle x",
     ):
         with pytest.raises(ConfigError):

@@ -121,7 +121,7 @@ def test_a_module_that_is_in_the_way_already_is_named_in_a_sentence(installed: P
 
 def test_all_our_packages_are_looked_after_and_sent_with_a_job(tmp_path: Path) -> None:
     assert {*packages.NAMES, "orchestration"} == TOP
-    submit.pack(tmp_path, ["status", "nowhere"])
+    submit.pack(tmp_path, ["status", "nowhere"], lambda _: (set(), False))
     assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == TOP
 
 

@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from scipy.spatial.distance import cdist
 
+from demo import scorer
 from eval import networks
 from eval.config import EvalConfig
 from eval.features import FeaturesStage
@@ -109,11 +111,28 @@ def test_an_evaluation_with_every_network(own: RunPaths, judged: EvalConfig) -> 
     assert m["fid_clean"]["value"] == pytest.approx(1.21 * m["fid_tf"]["value"], rel=1e-4)
     assert "bias_corrected" not in m["fid_tf"]
     assert m["kid_tf"]["value"] == pytest.approx(kernel.kid(x, y, np.arange(len(x)) % 2).value, rel=1e-9)
-    shares = {f"{n}_inception" for n in neighbours.NAMES}
+    shares = {f"{n}_inception" for n in ("precision", "recall", "density", "coverage")}
     assert {"inception_score", "cmmd", "near_training", *shares} <= set(m)
     assert "are not the published ones" in m["fid_tf"]["definition"]
     assert m["fid_tf"]["n"] == 20
     assert set(metrics["jackknife"]) >= {"fid_tf", "fid_clean", "kid_tf", "inception_score", "cmmd", "clip_score"}
+    # By tag: each image as it fares among all of them, not among those of its tag.
+    captions = [c for s in dataset.shards for c in dataset.sidecar(s.index)["caption"].to_pylist()]
+    images, texts = (columns(roots["features-generated-clip"], c) for c in ("images", "captions"))
+    cosine = images @ texts.T
+    alike = np.array([[scorer.meaning(a) == scorer.meaning(b) for a in captions] for b in captions])
+    found_from = np.diag(cosine) > np.where(alike, -np.inf, cosine).max(1)
+    inside = cdist(y, x) < np.sort(cdist(y, y), axis=1)[:, 5:6]
+    for tag in ("one thing", "two things"):
+        of_tag = np.array([tag in scorer.tags(c) for c in captions])
+        assert 2 < of_tag.sum() < 20
+        e = metrics["by_tag"][tag]
+        assert e["retrieval"]["value"] == pytest.approx(found_from[of_tag].mean())
+        assert e["precision_inception"]["value"] == pytest.approx(inside.any(0)[of_tag].mean())
+        assert e["density_inception"]["value"] == pytest.approx(inside.sum(0)[of_tag].mean() / 5)
+        assert not {"recall_inception", "coverage_inception", "inception_score"} & set(e)
+        assert {"retrieval", "precision_inception"} <= set(metrics["tag_jackknife"][tag])
+    assert 0 < m["retrieval"]["value"] < 1
     # The held-out images are in this training set, so every one of them has itself for a neighbour.
     assert metrics["counts"]["training_images"] == 30
     assert metrics["counts"]["near_training"] == 0

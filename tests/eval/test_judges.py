@@ -20,14 +20,18 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
 )
+from transformers.models.qwen2_vl import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 from eval import networks, suites
 from eval.config import EvalConfig, JudgeConfig, PreferenceConfig
-from eval.judges import vqa
+from eval.scoring import vqa
 from shards.dataset import Dataset
 from shards.layout import RunPaths
-from shards.settings import ConfigError
+from shards.settings import ConfigError, StageError
 from tests.eval.conftest import evaluate, refs
 
 WORDS = [
@@ -157,6 +161,58 @@ def test_batched_answers_are_those_of_a_plain_loop(vlm: str) -> None:
     third = plain(judge, pixels[2], "is it a star ?" + vqa.ONE_WORD, "a blue star")
     assert found["atoms"][2, 0] == pytest.approx(np.exp(third), rel=1e-4)
     assert np.isnan(found["atoms"][2, 1:]).all()
+
+
+def test_a_qwen_gives_the_chance_of_the_first_generated_token(tmp_path: Path) -> None:
+    """P(Yes) as t2v_metrics takes it of Qwen2.5-VL, one image at a time: the scores of generate() for one new token.
+    Ours come in batches of questions of unlike lengths, whose positions are of three axes."""
+    special = ["<pad>", "<unk>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    vocab = {w: i for i, w in enumerate([*special, *WORDS, "on", "left"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", additional_special_tokens=special[2:]
+    )
+    template = (
+        "{% for m in messages %}USER {% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|>"
+        "<|image_pad|><|vision_end|>{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    )
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(min_pixels=4 * 28**2, max_pixels=16 * 28**2),
+        video_processor=Qwen2VLVideoProcessor(),
+        tokenizer=fast,
+        chat_template=template,
+    )
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": len(vocab)}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 2}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={**text, "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+            vision_config={**vision, "window_size": 56, "fullatt_block_indexes": [1]},
+            **{f"{n}_token_id": vocab[f"<|{n}_pad|>"] for n in ("image", "video")},
+            **{f"vision_{n}_token_id": vocab[f"<|vision_{n}|>"] for n in ("start", "end")},
+        )
+    )
+    for p in model.parameters():
+        p.data *= 4  # so that answers differ
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    judge = vqa.Judge(JudgeConfig(model=str(tmp_path), precision="float32", batch_size=3), "cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 84, 84, 3), dtype=np.uint8)
+    captions = ["a red circle", "a blue star on the left", "red", "a circle on a star"]
+    theirs = []
+    for image, caption in zip(pixels, captions, strict=True):
+        asked = judge._text(f'Does this figure show "{caption}"? Please answer yes or no.')
+        given = judge.processor(text=[asked], images=[[Image.fromarray(image)]], return_tensors="pt")
+        out = judge.model.generate(
+            **given, max_new_tokens=1, do_sample=False, output_scores=True, return_dict_in_generate=True
+        )
+        theirs.append(float(out.scores[0].softmax(-1)[0, vocab["Yes"]]))
+    ours = judge(judge.prepare(pixels, [{"caption": c} for c in captions]))["vqa_score"][:, 0]
+    assert np.ptp(theirs) > 1e-3
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 def test_questions_that_memory_does_not_hold_are_asked_in_halves(vlm: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,6 +382,9 @@ def test_scores_made_elsewhere_are_a_metric_like_any_other(judged: Any, tmp_path
     for content, name, says in (
         ('{"id": "nobody", "score": 1}', "x", "there is no image 'nobody'"),
         (json.dumps({"id": keys[0]})[:-1] + ', "score": NaN}', "x", "finite number"),
+        (json.dumps({"id": keys[0], "score": 10**400}), "x", "finite number"),
+        (json.dumps({"id": keys[0], "score": -1e200}), "x", "finite number"),
+        ("[" * 100_000, "x", "is no JSON"),
         ((json.dumps({"id": keys[0]})[:-1] + ', "score": 1}\n') * 2, "x", "has a score already"),
         ('{"score": 1}', "x", "names no image"),
         ("", "x", "has no scores"),
@@ -335,10 +394,46 @@ def test_scores_made_elsewhere_are_a_metric_like_any_other(judged: Any, tmp_path
         (tmp_path / "bad.jsonl").write_text(content)
         with pytest.raises(ConfigError, match=says):
             suites.bring_in(images, name, str(tmp_path / "bad.jsonl"))
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"deep\.jsonl is no index\.jsonl"):
+        suites.bring_in(images, "x", str(tmp_path / "results.jsonl"), str(tmp_path / "deep.jsonl"))
+    file = Path(images, "scores", "taste.json")
+    for damaged in (file.read_bytes()[:-9], b"[]", b'{"source": "x", "scores": [["a", 0, "b"]]}', b"[" * 100_000):
+        file.write_bytes(damaged)
+        with pytest.raises(StageError, match=r"taste\.json is damaged; delete it"):
+            found.is_current()
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("scores", "value", "says"),
+    [
+        ({"clip_score": "mine"}, 1.0, "calls a score 'clip_score', which is no free name"),
+        ({"a<b>": "mine"}, 1.0, "no free name"),
+        ({"mine": "mine"}, 10**400, "a mine that is no number"),
+        ({"mine": "mine"}, "much", "a mine that is no number"),
+        ({"mine": "mine"}, -1e300, "a mine that is no number"),
+    ],
+    ids=["a metric's name", "no name", "too large", "a text", "too small"],
+)
+def test_a_scorer_that_cannot_be_used_is_one_sentence(
+    scores: dict[str, str], value: Any, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = tmp_path.name
+    source = f"SCORES = {scores!r}\ndef score(images, captions): return {{n: [{value!r}] for n in SCORES}}\n"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def ask() -> None:
+        network = networks.load(networks.find("scorer", name))
+        network(network.prepare(np.zeros((1, 8, 8, 3), np.uint8), [{"caption": "a"}]))
+
+    with pytest.raises(ConfigError, match=says):
+        ask()
 
 
 def test_preference_scores_are_their_formulas(run: RunPaths, tmp_path: Path) -> None:
-    from eval.judges.preference import Preference
+    from eval.scoring.preference import Preference
 
     torch.manual_seed(1)
     layers = {

@@ -179,6 +179,8 @@ def test_suites_open_unchanged(tmp_path) -> None:
     assert first.digest == prompts.from_file(str(file), 3).digest  # more of a list is no other list
     for bad, says in (
         ("{", "line 1: it is no JSON"),
+        ("[" * 100_000, "line 1: it is no JSON"),
+        ('{"prompt": "half a pair: \\ud83d"}', "line 1: it is no JSON"),
         ("[]", 'needs a text "prompt"'),
         ('{"prompt": ""}', 'needs a text "prompt"'),
         ('{"prompt": "x", "questions": [["a"]]}', "pairs of a question"),

@@ -121,9 +121,7 @@ def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
 ) -> None:
     """Once, also where the watcher was killed between its numbers and its alarm."""
     collapse(trained)
-    output = tmp_path / "told.jsonl"
-    code = f"import os, sys; open({str(output)!r}, 'a').write(os.environ['CARRARA_ALARM'] + '\\n')"
-    config = configured(trained, backfill=True, alarm_command=[sys.executable, "-c", code])
+    config = configured(trained, backfill=True)
     notified = tmp_path / "notified.jsonl"
     code = f"import os; open({str(notified)!r}, 'a').write(os.environ['CARRARA_NOTIFICATION'] + '\\n')"
     notify = validate(NotifyConfig, {"command": [sys.executable, "-c", code], "timeout_s": 60}, "test")
@@ -141,11 +139,11 @@ def test_a_worse_checkpoint_raises_an_alarm_and_calls_the_command(
     assert all(
         x.startswith(("ALARM step-00000003 is worse than step-0000000", "ALARM step-00000003 has ")) for x in lines
     )
-    facts = [json.loads(x) for x in output.read_text().splitlines()]
+    events = [json.loads(x) for x in notified.read_text().splitlines()]
+    facts = [e["alarm"] for e in events if e["event"] == "alarm"]
     assert len(facts) == len(lines)
     assert {f["checkpoint"] for f in facts} == {"step-00000003"}
     assert {f["metric"] for f in facts} & {"fd_clip_unit", "repeated", "blank"}
-    events = [json.loads(x) for x in notified.read_text().splitlines()]
     assert [e["sentence"] for e in events if e["event"] == "alarm"] == lines
     reports = [e["report"] for e in events if e["event"] == "report"]
     assert [Path(r).name for r in reports] == [f"step-0000000{n}.html" for n in (3, 2, 1)]
@@ -172,6 +170,8 @@ def test_cron_decides_when() -> None:
     at[0] += datetime.timedelta(hours=19)  # three moments passed: one look, not three
     assert due()
     assert not due()
+    with pytest.raises(ConfigError, match=r"'watch': alarm_command is now notify\.command"):
+        validate(EvalConfig, {"watch": {"alarm_command": ["true"]}}, "run.yaml")
     with pytest.raises(ConfigError, match="cron expression of five fields"):
         validate(EvalConfig, {"watch": {"cron": "soon"}}, "run.yaml")
 

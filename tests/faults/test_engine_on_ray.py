@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
-from subprocess import Popen
+from subprocess import PIPE, Popen
 
 import psutil
 import pytest
 
+from orchestration.cluster import Cluster
 from shards.dataset import Dataset
 from shards.settings import StageError
 from tests.orchestration.drive import toy
-from tests.orchestration.head import drive, folder_bytes, start
+from tests.orchestration.head import ROOT, drive, folder_bytes, start
 from tests.orchestration.test_engine import calls, local
 
 
@@ -187,6 +189,25 @@ def test_trouble_of_the_machine_gives_the_shard_back_uncounted(tmp_path: Path, c
     assert calls(tmp_path) == sorted([*range(12), 5])
     assert folder_bytes(tmp_path / "toy") == clean
     assert not list((tmp_path / "status").glob("toy-failed/*"))
+
+
+@pytest.mark.slow
+def test_a_node_short_of_memory_is_blamed_and_no_shard(
+    tmp_path: Path, clean: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own monitor ends a worker where the machine has more in use than it is to have."""
+    memory, plain = psutil.virtual_memory(), Cluster.environment
+    limit = {"RAY_memory_usage_threshold": f"{1 - (memory.available - 2e9) / memory.total:.4f}"}
+    monkeypatch.setattr(Cluster, "environment", lambda self: {**plain(self), **limit})
+    options = {"workers": 1, "attempts": 1, "misbehave": [[5, "eat-once"]]}
+    with Cluster(cpus=2, cwd=ROOT) as cluster:
+        env = {**cluster.environment(), "PYTHONPATH": str(ROOT), "RAY_ADDRESS": cluster.address}
+        command = [sys.executable, "-m", "tests.orchestration.drive", str(tmp_path), json.dumps(options)]
+        code, err = ended(Popen(command, cwd=ROOT, env=env, stderr=PIPE, text=True))
+    assert code == 0, err
+    assert "the node is short of memory (1 of 3)" in err
+    assert calls(tmp_path) == sorted([*range(12), 5])
+    assert folder_bytes(tmp_path / "toy") == clean
 
 
 def test_trouble_that_stays_leaves_the_node_out_and_names_it(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -448,8 +448,12 @@ def _written(name: str, data: bytes) -> str:
     return path
 
 
-def _read_all(rows: list[listing.Row]) -> None:
+def _read_all(found: Iterator[listing.Row]) -> None:
     """As the listing makes them, then each image's bytes."""
+    rows: list[listing.Row] = []
+    with contextlib.suppress(sources._Cut):
+        for row in found:
+            rows.append(row)
     listing.table_of(rows, False, WANTED).validate(full=True)
     reader = locations.Reader(_below(), 1 << 20)  # a new one, which has no table open
     for row in rows:
@@ -470,7 +474,7 @@ def tars(rng: random.Random) -> None:
     """A WebDataset tar, listed and read; three in four have their checksums mended."""
     data = _mutated_bytes(rng, _tars())
     path = _written("t.tar", data if rng.random() < 0.25 else _with_checksums(data))
-    _read_all(list(sources._tar_rows(path, WANTED, [])))
+    _read_all(sources._tar_rows(path, WANTED, []))
 
 
 @functools.cache
@@ -497,27 +501,49 @@ def packed(rng: random.Random) -> None:
     """A parquet or Arrow file with the images' bytes, listed and read."""
     name, data = rng.choice(_packed())
     path = _written(name, _mutated_bytes(rng, [data, *(d for n, d in _packed() if n == name)]))
-    _read_all(list(sources._table_rows(path, WANTED, [])))
+    _read_all(sources._table_rows(path, WANTED, []))
 
 
 PLACES = [
     "f.jpg",
-    "/dev/shm/x.jpg",
-    "file:///dev/shm/a%20b.jpg",
+    "{out}/x.jpg",
+    "file://{out}/x%2Ejpg",
     "t.tar#member=a.jpg&offset=512&size=40",
     "p.parquet#column=image&row=2",
     "simplecache::http://127.0.0.1:9/x.jpg",
     "zip://a.jpg::t.zip",
     "memory://x",
-    "../../etc/passwd",
+    "../{name}/x.jpg",
+    "file:{out}/x.jpg",
+    "~/x.jpg",
 ]
+SECRET = b"nobody's business"
+
+
+@functools.cache
+def _outside() -> str:
+    """A folder, somebody's home, from which nothing may be read; files of the same names may be read where one is."""
+    made = tempfile.TemporaryDirectory(prefix="carrara-fuzz-", dir=os.path.dirname(_folder()))
+    _KEPT.append(made)
+    for name in ("x.jpg", "a.jpg", "f.jpg", "t.tar"):
+        with open(os.path.join(made.name, name), "wb") as file:
+            file.write(SECRET * 40)
+        _written(name, b"image" * 200)
+    os.symlink(made.name, os.path.join(_folder(), "link"))
+    return made.name
 
 
 def places(rng: random.Random) -> None:
-    """What a table from elsewhere may name in place of a URL."""
+    """What a table from elsewhere may name in place of a URL, from within the one folder that may be read from."""
     made = _mutated_text(rng, PLACES, URL_ALPHABET + "#&=").encode("utf-8", "replace").decode()
-    text = f"{_folder()}/{made}" if rng.random() < 0.5 else made
-    _read_one(locations.Reader(_below(), 1 << 20), text)
+    made = made.replace("{out}", _outside()).replace("{name}", os.path.basename(_outside()))
+    text = f"{_folder()}/{made}" if rng.random() < 0.25 else f"link/{made}" if rng.random() < 0.1 else made
+    home, os.environ["HOME"] = os.environ.get("HOME", ""), _outside()
+    try:
+        with contextlib.chdir(_folder()), contextlib.suppress(OSError):
+            assert SECRET[:9] not in locations.Reader(_below(), 1 << 20).read(text), text
+    finally:
+        os.environ["HOME"] = home
 
 
 # What a target may raise, and the seconds of CPU that a case of it may take.

@@ -14,7 +14,7 @@ from tests.ingest import fuzz
 def test_nothing_from_outside_raises_what_it_may_not(name: str) -> None:
     found = fuzz.run(name, seed=1, cases=fuzz.CASES)
     assert found["ok"] > fuzz.CASES / 50, "or hardly a case gets past the first line"
-    assert len(found) > 1 or name in ("robots", "tars", "places")
+    assert len(found) > 1 or name in ("robots", "tars")
 
 
 def test_the_alphabet_finds_what_yarl_raises() -> None:

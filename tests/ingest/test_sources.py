@@ -388,6 +388,41 @@ def test_new_tars_are_added_and_one_that_was_written_again_keeps_its_rows(tmp_pa
     assert any("a.tar: gone; the images that are stored stay" in t for t in notes)
 
 
+@pytest.mark.parametrize("captions", ["caption", ""])
+def test_a_tar_that_was_half_copied_gives_the_rest_once_it_is_whole(tmp_path, captions) -> None:
+    texts = [("txt", captions.encode())] if captions else []
+    parts = [(f"{n}.{e}", d) for n in range(4) for e, d in [("jpg", picture(n)), *texts]]
+    whole = make_tar(tmp_path / "whole.tar", parts).read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    refresh(str(tmp_path / "l"), str(tmp_path / "whole.tar"), "webdataset", wanted())
+    expected = [(r["place"].partition("#")[2], r["caption"]) for r in rows(str(tmp_path / "l"))]
+    assert len(expected) == 4
+    for cut in (*range(0, end + 1, 512), 700, end - 1):
+        own = tmp_path / str(cut)
+        own.mkdir()
+        make_tar(own / "0.tar", [("x.jpg", picture(9))])
+        (own / "1.tar").write_bytes(whole[:cut])
+        listing = str(own / "listing")
+        refresh(listing, str(own), "webdataset", wanted())
+        before = rows(listing)
+        assert sources.is_listed(listing, str(own), "webdataset")
+        (own / "1.tar").write_bytes(whole)
+        for _ in range(2):
+            assert refresh(listing, str(own), "webdataset", wanted()) == [], cut
+        found = rows(listing)
+        assert found[: len(before)] == before
+        assert [(r["place"].partition("#")[2], r["caption"]) for r in found[1:]] == expected, cut
+    # What is something else now is told of, once, and nothing of it is taken.
+    (own / "2.tar").write_bytes(whole[:9000])
+    refresh(listing, str(own), "webdataset", wanted())
+    count = len(rows(listing))
+    make_tar(own / "2.tar", [(f"new{n}.jpg", picture(n)) for n in range(9)])
+    (said,) = refresh(listing, str(own), "webdataset", wanted())
+    assert "2.tar: written again since listed" in said
+    assert len(rows(listing)) == count
+    assert sources.is_listed(listing, str(own), "webdataset")
+
+
 def test_what_img2dataset_made_is_listed_with_the_urls_of_then(tmp_path) -> None:
     webdataset = pytest.importorskip("webdataset")
     with webdataset.TarWriter(str(tmp_path / "00000.tar"), encoder=False) as tar:
@@ -451,6 +486,21 @@ def test_bytes_in_a_column_are_read_row_by_row_in_any_order(tmp_path, form) -> N
     assert e.value.code == "source_missing"
 
 
+@pytest.mark.parametrize("largest", [1 << 20, 20_000])
+def test_large_images_in_a_column_take_little_memory(tmp_path, monkeypatch, largest) -> None:
+    images = [bytes([n]) * 20_000 for n in range(250)]
+    pages = {"data_page_size": 20_000, "write_batch_size": 1, "use_dictionary": False, "compression": "none"}
+    pq.write_table(pa.table({"image": images}), tmp_path / "t.parquet", **pages)
+    reader = Reader(Below([str(tmp_path)]), largest)
+    if largest > 20_000:
+        monkeypatch.setattr(locations, "_BATCH_BYTES", 200_000)  # else fewer of the usual batches are kept
+    before, most = pa.total_allocated_bytes(), 0
+    for n, image in enumerate(images):
+        assert reader.read(locations.value(str(tmp_path / "t.parquet"), "image", n)) == image
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 3_000_000, "of 5 MB"
+
+
 def test_a_file_that_was_half_copied_is_taken_once_it_is_whole(tmp_path) -> None:
     own, listing = tmp_path / "own", str(tmp_path / "listing")
     own.mkdir()
@@ -478,18 +528,24 @@ def test_damage_within_a_parquet_file_is_told_and_the_rest_goes_on(tmp_path) -> 
         table = pa.table({"image": [picture(n) for n in range(4)], "text": captions})
         pq.write_table(table, path, row_group_size=2, **how)
 
-    write(tmp_path / "a.parquet", 0)
-    write(tmp_path / "b.parquet", 10)
-    write(tmp_path / "c.parquet", 20)
-    column = pq.read_metadata(tmp_path / "b.parquet").row_group(1).column(1)
-    data = bytearray((tmp_path / "b.parquet").read_bytes())
+    own = tmp_path / "own"
+    own.mkdir()
+    write(own / "a.parquet", 0)
+    write(own / "b.parquet", 10)
+    write(own / "c.parquet", 20)
+    column = pq.read_metadata(own / "b.parquet").row_group(1).column(1)
+    data = bytearray((own / "b.parquet").read_bytes())
     begin = column.dictionary_page_offset
     data[begin : begin + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    (tmp_path / "b.parquet").write_bytes(data)
+    (own / "b.parquet").write_bytes(data)
     listing = str(tmp_path / "listing")
-    (said,) = refresh(listing, str(tmp_path), "parquet", wanted())
+    (said,) = refresh(listing, str(own), "parquet", wanted())
     assert "b.parquet: damaged behind row 2" in said
-    assert [r["caption"] for r in rows(listing)] == [[f"picture {n}"] for n in (0, 1, 2, 3, 10, 11, 20, 21, 22, 23)]
+    there = [0, 1, 2, 3, 10, 11, 20, 21, 22, 23]
+    assert [r["caption"] for r in rows(listing)] == [[f"picture {n}"] for n in there]
+    write(own / "b.parquet", 10)  # from a copy
+    assert refresh(listing, str(own), "parquet", wanted()) == []
+    assert [r["caption"] for r in rows(listing)] == [[f"picture {n}"] for n in [*there, 12, 13]]
 
 
 def test_damage_among_the_images_takes_those_of_its_row_group_alone(tmp_path) -> None:
@@ -641,14 +697,19 @@ def test_only_files_below_the_named_folders_are_read(tmp_path, monkeypatch) -> N
         with pytest.raises(Rejected) as e:
             reader.read(hostile)
         assert e.value.code == "place_refused", hostile
-    # From within a folder every text is a path below it; fsspec would ask the host, or go out by a link.
+    # From within a folder every text is a path below it; fsspec would ask the host, or go out by a link, or to a home.
     monkeypatch.chdir(inside)
+    monkeypatch.setenv("HOME", str(outside))
     reader = Reader(Below(["."]), 1 << 20)
     assert reader.read("a.jpg") == picture(1)
     for hostile in (
         "simplecache::http://127.0.0.1:9/x",
         f"simplecache::file://{outside}/b.jpg",
         f"file::{outside}/b.jpg",
+        f"file:{outside}/b.jpg",
+        "~/b.jpg",
+        "file://~/b.jpg",
+        "data:,b.jpg",
         "folder/b.jpg",
         "x://a.jpg",
         "a.jpg\0",

@@ -24,7 +24,7 @@ from shards.dataset import Dataset, write_manifest
 from shards.exclusions import write_exclusions
 from shards.images import ImageShard, decode_rgb
 from shards.layout import RunPaths
-from shards.settings import ConfigError, StageError
+from shards.settings import ConfigError, NodeTrouble, StageError
 from shards.stage import begin, committed, is_begun
 from shards.verify import verify_shard
 from tests.latents import world
@@ -147,6 +147,18 @@ def test_a_corrupt_picture_costs_itself_alone(make):
         b.arrays["embeddings"][b.arrays["embedding_index"]],
         atol=2e-3,
     )
+
+
+def test_trouble_of_the_machine_is_no_fate_of_a_picture(make, monkeypatch):
+    stage = make()
+    worker = stage.worker()
+    monkeypatch.setattr("latents.encoding.resize_crop_to", _no_threads)
+    with pytest.raises(NodeTrouble, match="no further thread"):
+        worker(next(iter(stage.tasks())))
+
+
+def _no_threads(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_shard_of_nothing_but_broken_pictures_is_a_shard(make):

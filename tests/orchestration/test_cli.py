@@ -345,7 +345,7 @@ def test_doctor_knows_the_token_trap(
 
 def test_every_command_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     seen = set()
-    for name in [*parser.names(), "judge pack"]:
+    for name in [*parser.names(), "human pack"]:
         assert main([*name.split(), "--help"]) == 0
         text = capsys.readouterr().out
         assert f"Usage: carrara {name} " in text

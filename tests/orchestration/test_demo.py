@@ -1,8 +1,25 @@
-"""What the demo says at its end."""
+"""That a demo leaves another of the same run alone, and what it says at its end."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from orchestration import demo
+from orchestration.cluster import ROOT
 from orchestration.demo import _headline
+from orchestration.lease import Busy, Lease
+from shards.layout import RunPaths
+
+
+def test_a_second_demo_of_a_run_leaves_the_first_ones_ray_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take the record of the first's Ray for what a killed one left, and end it."""
+    monkeypatch.setattr(demo, "_incomplete", lambda _: pytest.fail("it began"))
+    with Lease(RunPaths(str(tmp_path)).status, "demo", str(tmp_path)), pytest.raises(Busy, match="already working"):
+        demo.run(str(ROOT / "configs/demo.yaml"), [f"run={tmp_path}"], 10, 5)
 
 
 def test_the_numbers_are_said_with_their_intervals_and_what_was_not_measured_is_not() -> None:

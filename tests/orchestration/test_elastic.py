@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import subprocess
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestration import gang as gangs
@@ -113,3 +119,42 @@ def test_ranks_are_left_alone_for_a_while_and_a_request_to_stop_is_one(
     asked.flag.set = True
     with pytest.raises(Stopped):
         once(asked)
+
+
+def deaf(request: dict[str, Any]) -> None:
+    """A fit that does not come so far as to obey."""
+    Path(request["sections"]).touch()
+    time.sleep(100)
+
+
+def test_a_request_to_stop_reaches_the_fit_of_this_process_and_no_other_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "there"
+    monkeypatch.setattr(trainer, "_rank", deaf)
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(100,), daemon=True)
+    other.start()
+
+    def ask() -> None:
+        while not there.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask).start()
+    sections: Any = SimpleNamespace(model_dump=lambda: str(there))
+    with pytest.raises(Stopped, match="train: stopped on request"):
+        trainer._without_ray("train", sections, redo=False, adopt=False)
+    assert other.is_alive()
+    other.kill()
+    other.join()
+
+
+def test_a_signal_is_sent_to_the_process_that_was_meant_not_to_one_with_its_number() -> None:
+    with subprocess.Popen(["sleep", "100"]) as process:
+        began = psutil.Process(process.pid).create_time()
+        gangs._send(process.pid, began - 1, signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        gangs._send(process.pid, began, signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
+    gangs._send(process.pid, began, signal.SIGTERM)  # it has gone

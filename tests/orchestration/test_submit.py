@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from orchestration import submit
-from orchestration.commands.parser import looks_for_configuration
+from orchestration.commands.parser import read_here
 from orchestration.stopping import Stopped
 from shards.dataset import Dataset
 from shards.settings import ConfigError, StageError
@@ -34,8 +34,9 @@ def test_what_is_sent_is_carrara_and_the_files_that_are_named(tmp_path: Path, mo
     (home / "deep/mine.yaml").write_text("run: x")
     (home / "list.txt").write_text("http://x.org/1.png")
     (home / "train.py").write_text("raise SystemExit('the user\\'s own')")
+    (home / "x.org").write_text("a file that happens to have the name of a host")
     arguments = ["remove", "--config", "deep/mine.yaml", "--urls=list.txt", "ingest.table=list.txt", "--host", "x.org"]
-    sent = submit.pack(folder, arguments)
+    sent = submit.pack(folder, arguments, read_here)
     assert sent == [
         "remove",
         "--config",
@@ -56,14 +57,33 @@ def test_what_is_sent_is_carrara_and_the_files_that_are_named(tmp_path: Path, mo
     assert "nowhere: there is no run here" in done.stderr
     # The configuration that the command would find here by itself goes along too.
     (home / "carrara.yaml").write_text("run: y")
-    assert submit.pack(tmp_path / "again", ["latents", "latents.batch_size=4"], looks_for_configuration)[-2:] == [
+    assert submit.pack(tmp_path / "again", ["latents", "latents.batch_size=4"], read_here)[-2:] == [
         "--config",
         "sent/3-carrara.yaml",
     ]
     with open(home / "large.txt", "wb") as f:
         f.truncate(submit.LARGEST + 1)
     with pytest.raises(ConfigError, match=r"large\.txt has more than 50 MB"):
-        submit.pack(tmp_path / "third", ["remove", "--urls", "large.txt"])
+        submit.pack(tmp_path / "third", ["remove", "--urls", "large.txt"], read_here)
+
+
+@pytest.mark.parametrize(
+    ("command", "files"),
+    [
+        ("sample runs/x --prompt cat --image cat", {5}),
+        ("sample cat --negative=cat --mask=cat", {3}),
+        ("why cat cat", set()),
+        ("compare cat cat --json cat", set()),  # which it writes
+        ("scores cat cat --name cat --index cat", {2, 6}),
+        ("judge score cat cat cat", {3, 4}),
+        ("reference coco --out cat --all --annotations cat", {6}),
+        ("watch --once cat --config cat", {4}),
+        ("judge cat", set()),
+        ("judge", set()),
+    ],
+)
+def test_words_that_name_files_are_told_from_others(command: str, files: set[int]) -> None:
+    assert read_here(command.split())[0] == files
 
 
 @pytest.mark.parametrize(
@@ -79,18 +99,12 @@ def test_what_is_sent_is_carrara_and_the_files_that_are_named(tmp_path: Path, mo
         ("images runs/x:a --out files", False),
         ("scores runs/x:a scores.jsonl --name mine", False),
         ("reference coco --annotations a.json --images val2014 --out coco", False),
-        ("judge pack runs/x a/1 b/1 --out pack", False),
+        ("human pack runs/x a/1 b/1 --out pack", False),
         ("export runs/x", False),
     ],
 )
-def test_a_configuration_goes_along_only_where_the_command_would_look_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, goes_along: bool
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("CARRARA_CONFIG", raising=False)
-    (tmp_path / "carrara.yaml").write_text("run: y")
-    sent = submit.pack(tmp_path / "sent", command.split(), looks_for_configuration)
-    assert ("carrara.yaml" in sent[-1]) == goes_along
+def test_a_configuration_goes_along_only_where_the_command_would_look_for_it(command: str, goes_along: bool) -> None:
+    assert read_here(command.split())[1] == goes_along
 
 
 def test_a_job_is_asked_with_the_headers_that_it_was_submitted_with(monkeypatch: pytest.MonkeyPatch) -> None:

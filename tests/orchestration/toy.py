@@ -31,9 +31,8 @@ class ToyStage:
     gate: str = ""  # shards from `gated` on wait until there is such a file
     gated: int = 0
     salt: str = "salt"
-    misbehave: tuple[
-        tuple[int, str], ...
-    ] = ()  # (index, "raise" | "die" | "raise-once" | "hang-once" | "trouble" | "trouble-once" | "full-once")
+    # (index, "raise" | "die" | "raise-once" | "hang-once" | "trouble" | "trouble-once" | "full-once" | "eat-once")
+    misbehave: tuple[tuple[int, str], ...] = ()
     scratch: str = ""  # a folder of the machine's own, where the making of each shard takes a megabyte
     start: str = "ok"  # or "raise"; "raise NAME", "die NAME": only on the node whose environment has TOY_NODE=NAME
     max_in_flight: int = 1
@@ -75,6 +74,10 @@ class ToyStage:
             os._exit(13)
         if how == "hang-once" and before == 0:
             time.sleep(3600)
+        if how == "eat-once" and before == 0:
+            eaten = [b"x" * 100_000_000 for _ in range(40)]
+            time.sleep(60)
+            del eaten
         if how == "trouble" or (how == "trouble-once" and before == 0):
             raise NodeTrouble("no name can be looked up here")
         if how == "full-once" and before == 0:

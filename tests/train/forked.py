@@ -22,6 +22,10 @@ import torch
 from tests.train import tiny
 from train.ranks import import_deepspeed
 
+# A process whose first backward comes after a compilation gives autograd a thread, for a device that the compiler made
+# up, and no fork of it can go backward any more: so that first one is here, before any test.
+torch.ones(1, requires_grad=True).sum().backward()
+
 
 def warm() -> None:
     """Import once, before any fork, what every rank will need."""

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.train import forked, tiny
 from tests.train.test_zero import objective_of, settings
@@ -193,6 +194,21 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 @pytest.fixture
 def config(run: Path) -> str:
     return str(settings(run))
+
+
+def backward() -> float:
+    x = torch.ones(2, requires_grad=True)
+    (x * x).sum().backward()
+    assert x.grad is not None
+    return float(x.grad.sum())
+
+
+def test_ranks_can_be_forked_whatever_was_compiled_before() -> None:
+    """Of the tests themselves: in which order they run is not to matter."""
+    with FakeTensorMode():
+        torch.empty(2)
+    assert backward() == 4.0
+    assert forked.Fork(0, 1, 0, backward, ()).result() == 4.0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -136,7 +136,7 @@ def _state(path: Path, option: str) -> dict[str, Any]:
 
 def digests(config: PreferenceConfig) -> dict[str, str]:
     """sha256 of each scorer's weights; ConfigError where a file is missing or none is named."""
-    from eval.judges.vqa import digest
+    from eval.scoring.vqa import digest
 
     found = {}
     if config.pickscore:

@@ -19,16 +19,18 @@ from typing import Any
 
 import numpy as np
 
+from eval.metrics.definitions import is_free
 from eval.networks.weights import Found, Network, Rows
+from eval.suites import LARGEST
 from shards.fingerprint import digest_file, digest_json
 from shards.settings import ConfigError
 
 
 def find(name: str, ref: Any) -> Found:
-    """The judge `name` of the configuration's section `ref`; ConfigError where its weights or module are missing."""
+    """What scores, by the configuration's section `ref`; ConfigError where weights or module are missing."""
     if name == "scorer":
         return Found(name, ref, None, digest_file(str(scorer(ref).__file__)))
-    from eval.judges import preference, vqa
+    from eval.scoring import preference, vqa
 
     if name == "judge":
         return Found(name, ref, None, digest_json([vqa.digest(ref.model), ref.question, ref.yes, ref.precision]))
@@ -36,10 +38,10 @@ def find(name: str, ref: Any) -> Found:
 
 
 def load(found: Found, device: str) -> Network:
-    """The judge, ready."""
+    """What scores, ready."""
     if found.name == "scorer":
         return Scorer(found.ref)
-    from eval.judges import preference, vqa
+    from eval.scoring import preference, vqa
 
     return vqa.Judge(found.ref, device) if found.name == "judge" else preference.Preference(found.ref, device)
 
@@ -53,6 +55,11 @@ def scorer(name: str) -> ModuleType:
     scores = getattr(module, "SCORES", None)
     if not isinstance(scores, dict) or not scores or not callable(getattr(module, "score", None)):
         raise ConfigError(f"eval.scorer: {name} needs SCORES, names with their meaning, and score(images, captions)")
+    if (taken := next((n for n in scores if not is_free(n)), None)) is not None:
+        raise ConfigError(
+            f"eval.scorer: {name} calls a score {taken!r}, which is no free name; use small letters, digits and _, and "
+            "no name of a metric"
+        )
     if not module.__file__ or not os.path.isfile(module.__file__):
         raise ConfigError(f"eval.scorer: {name} is no file, so that nobody could say what it was; name a module")
     return module
@@ -73,8 +80,15 @@ class Scorer:
         found = self.module.score(*prepared)
         if set(found) != set(self.module.SCORES) or any(len(v) != len(prepared[1]) for v in found.values()):
             raise ConfigError(f"eval.scorer: {self.module.__name__}.score gave other scores than SCORES, or too few")
-        nan = float("nan")
-        return {
-            name: np.array([[nan if v is None else float(v)] for v in values], np.float32)
-            for name, values in found.items()
-        }
+        return {name: np.array([[self._number(name, v)] for v in values], np.float32) for name, values in found.items()}
+
+    def _number(self, name: str, value: Any) -> float:
+        try:
+            number = float("nan") if value is None else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = float("inf")
+        if abs(number) > LARGEST:
+            raise ConfigError(
+                f"eval.scorer: {self.module.__name__}.score gave a {name} that is no number of a sensible size"
+            )
+        return number

@@ -2,7 +2,7 @@
 (function () {
   const pack = document.body.dataset.pack;
   const pairs = Array.from(document.querySelectorAll("[data-pair]"));
-  const key = "carrara-judge-" + pack;
+  const key = "carrara-votes-" + pack;
   let votes = {};
   let at = 0;
   try { votes = JSON.parse(localStorage.getItem(key) || "{}"); } catch (error) { votes = {}; }
@@ -10,7 +10,7 @@
   function show() {
     pairs.forEach(function (pair, i) { pair.hidden = i !== at; });
     document.getElementById("place").textContent = (at + 1) + " of " + pairs.length;
-    document.getElementById("count").textContent = Object.keys(votes).length + " judged";
+    document.getElementById("count").textContent = Object.keys(votes).length + " of them done";
     const mine = votes[pairs[at].dataset.pair];
     document.querySelectorAll("[data-choice]").forEach(function (b) { b.setAttribute("aria-pressed", String(b.dataset.choice === mine)); });
   }
