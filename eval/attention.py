@@ -97,8 +97,7 @@ class Edit:
     """What becomes of maps P [places of the image, tokens]: (P_source @ move + P_target * own) * weight.
 
     move: float32 [L,L]; own, weight: float32 [L]. cross_steps, self_steps: share of the steps, from the first on, in
-    which cross-attention and self-attention are taken over; shared_steps: in which both images are one, the first
-    prompt's. Weights count in all steps that are not shared.
+    which cross-attention and self-attention are taken over; weights count in all.
     """
 
     move: torch.Tensor
@@ -106,7 +105,6 @@ class Edit:
     weight: torch.Tensor
     cross_steps: float
     self_steps: float
-    shared_steps: float = 0.0
 
     def to(self, device: Any) -> Edit:
         """The same on a device."""
@@ -120,7 +118,6 @@ def edit_of(
     cross_steps: float = 0.8,
     self_steps: float = 0.4,
     weights: Mapping[str, float] | None = None,
-    shared_steps: float = 0.0,
 ) -> Edit:
     """The edit from one prompt to another, for texts of `length` tokens.
 
@@ -159,7 +156,7 @@ def edit_of(
         if not positions:
             raise ConfigError(f"--weight: '{word}' is no word of '{target.text}'; name one of its words")
         weight[positions] = factor
-    return Edit(move, own, weight, cross_steps, self_steps, shared_steps)
+    return Edit(move, own, weight, cross_steps, self_steps)
 
 
 def require_attention(unet: Any) -> None:
@@ -208,11 +205,10 @@ class Maps:
         return h, w
 
     def of(self, branch: int) -> torch.Tensor:
-        """float32 [L,h,w]; over the tokens they sum to 1 where nothing is added or weighted. Of an image that shares
-        all steps with the first, those of the first."""
-        total, count = next((s, n) for s, n in zip(self._sums[branch::-1], self._counts[branch::-1], strict=True) if n)
+        """float32 [L,h,w]; over the tokens they sum to 1 where nothing is added or weighted."""
+        total = self._sums[branch]
         assert total is not None
-        return total / count
+        return total / self._counts[branch]
 
 
 class _Processor:
@@ -264,9 +260,6 @@ class Control:
         """The UNet's forward pass for one image after the other, each as a pipeline that draws it alone calls it."""
         out: torch.Tensor | None = None
         for self.branch in (0, 1):
-            if self.branch == 1 and out is not None and self._progress < self.edit.shared_steps:
-                out[1::2] = out[0::2]  # the latents are the same ones as well
-                break
             rows = list(range(self.branch, len(sample), 2))  # with guidance: without the prompt, and with it
 
             def mine(value: Any, rows: list[int] = rows) -> Any:
@@ -281,15 +274,10 @@ class Control:
         assert out is not None
         return (out,)
 
-    @property
-    def _progress(self) -> float:
-        """The share of the steps that are done."""
-        return self.step / len(self.pipeline.scheduler.timesteps)
-
     def change(self, name: str, attn: Any, hidden: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor | None:
         """What the edit adds to an attention's output for its last row, the one with the prompt [1,places,C]."""
-        cross = text is not None
-        taken = self._progress < (self.edit.cross_steps if cross else self.edit.self_steps)
+        cross, progress = text is not None, self.step / len(self.pipeline.scheduler.timesteps)
+        taken = progress < (self.edit.cross_steps if cross else self.edit.self_steps)
         if not cross and (not taken or hidden.ndim != 3 or hidden.shape[1] > SMALL):
             return None
         looked = hidden[-1:] if text is None else text[-1:]

@@ -53,12 +53,6 @@ class DrawnPairs(GenerationConfig):
     self_attention: float = Field(
         default=0.4, ge=0, le=1, description="the same of the maps between places of the image"
     )
-    shared_steps: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="share of the steps, the first ones, in which both are the image before",
-    )
     seed: int = Field(default=0, ge=0, lt=2**63)
     count: int = Field(default=1, ge=1, le=1000, description="pairs of each two prompts, each from another noise")
 
@@ -179,7 +173,6 @@ class Editor:
             "seed": str(c.seed),
             "cross_attention": f"{c.cross_attention:g}",
             "self_attention": f"{c.self_attention:g}",
-            "shared_steps": f"{c.shared_steps:g}",
             **{f"weight of {word}": f"{factor:g}" for word, factor in c.weight.items()},
         }
         given = None if generator.given is None else data_uri(np.asarray(generator.given))
@@ -230,7 +223,7 @@ class PairGenerator:
         c, pipeline = self.request, self.pipeline
         self.prompts = (read_prompt(pipeline, source, names[0]), read_prompt(pipeline, target, names[1]))
         length = pipeline.tokenizer.model_max_length
-        self.edit = edit_of(*self.prompts, length, c.cross_attention, c.self_attention, weight, c.shared_steps)
+        self.edit = edit_of(*self.prompts, length, c.cross_attention, c.self_attention, weight)
         with torch.inference_mode():
             texts = [pipeline.encode_prompt([t], self.device, 1, True, [""]) for t in (source, target)]
         self.text, self.empty = (torch.cat([t[i] for t in texts]) for i in (0, 1))

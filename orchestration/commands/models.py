@@ -32,9 +32,6 @@ app = typer.Typer()
 CrossAttention = Annotated[
     float, typer.Option("--cross-attention", help="share of the steps in which words look where they did before")
 ]
-SharedSteps = Annotated[
-    float, typer.Option("--shared-steps", help="share of the steps, the first ones, that both images have in common")
-]
 SelfAttention = Annotated[float, typer.Option("--self-attention", help="the same for where places of the image look")]
 
 
@@ -159,7 +156,6 @@ def edit(
     ] = None,
     cross_attention: CrossAttention = 0.8,
     self_attention: SelfAttention = 0.4,
-    shared_steps: SharedSteps = 0.0,
     inversion_iterations: Annotated[
         int, typer.Option("--inversion-iterations", help="for each step of --image's inversion; 1: plain DDIM")
     ] = 3,
@@ -207,7 +203,6 @@ def edit_table(
     out: Annotated[str, typer.Option("--out", help="folder for parquet files of triples", callback=from_base)],
     cross_attention: CrossAttention = 0.8,
     self_attention: SelfAttention = 0.4,
-    shared_steps: SharedSteps = 0.0,
     seed: Seed = 0,
     count: Annotated[int, typer.Option("--count", help="triples of each line, each from another noise")] = 1,
     checkpoint: str = "latest",

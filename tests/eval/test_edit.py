@@ -112,23 +112,6 @@ def test_what_is_taken_over_changes_the_image_after_alone(pipeline: Any) -> None
         assert (found[1] - before).abs().max() > 1e-4, share
 
 
-def test_steps_that_are_shared_are_those_of_the_image_before(pipeline: Any) -> None:
-    """Then the prompt is exchanged, as diffusers does it by itself from a callback."""
-    found, maps = edited(pipeline, RED, BLUE, shared_steps=1.0)
-    assert torch.equal(found[1], found[0])
-    assert torch.equal(maps.of(1), maps.of(0))
-    other = pipeline.encode_prompt([BLUE], "cpu", 1, True, [""])
-
-    def exchange(_: Any, step: int, __: Any, given: dict[str, Any]) -> dict[str, Any]:
-        return {"prompt_embeds": torch.cat([other[1], other[0]])} if step == STEPS // 2 - 1 else {}
-
-    found, _ = edited(pipeline, RED, BLUE, cross=0.0, own=0.0, shared_steps=0.5)
-    more = {"callback_on_step_end": exchange, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-    assert torch.equal(found[0], plain(pipeline, RED))
-    assert torch.equal(found[1], plain(pipeline, RED, **more))
-    assert not torch.equal(found[1], plain(pipeline, BLUE))
-
-
 def test_a_weight_of_one_is_no_change_and_others_are_one(pipeline: Any) -> None:
     found, _ = edited(pipeline, RED, BLUE)
     one, _ = edited(pipeline, RED, BLUE, weights={"blue": 1.0})
