@@ -1,4 +1,4 @@
-"""What editing by prompt and upscaling do to images: python -m benchmarks.systems [edit] [upscale] [--images N ...]
+"""What editing by prompt and upscaling do to images: python -m benchmarks.systems [edit] [words] [upscale] [...]
 
 edit       in the world of the tests (tests/train/small_world.py), where captions say a square's colour alone: a model
            with cross-attention in all its blocks is fitted, and one word of its prompts exchanged, "a red square" for
@@ -6,6 +6,9 @@ edit       in the world of the tests (tests/train/small_world.py), where caption
            world's has the prompt's colour and is at most LIMIT levels away (root mean square); a square of another
            size or place would be further. Of those that are right before: how many are right afterwards, where they
            stood, on the ground that was, in the new colour; beside two prompts that are drawn from one noise
+words      by the demo's run (--run runs/demo), whose captions say place and size as well: the colour is exchanged in
+           captions of one thing that nobody trained on, and the demo's detector judges. Of those that show all of the
+           caption before: how many have place and size right afterwards, and the new colour
 upscale    on a run's images (--run, whose VAE, CLIP and latents are there): an upscaler is fitted and draws the
            held-out ones from what is left of them at the size of a latent; beside bicubic enlargement, and beside the
            run's VAE, which sees the whole image and is the most that it can reach
@@ -47,12 +50,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000, help="to train on, in all epochs")
     parser.add_argument("--count", type=int, default=120, help="images to edit, or at most to enlarge")
     parser.add_argument("--steps", type=int, default=10, help="of the sampler")
-    parser.add_argument("--run", type=Path, default=Path("runs/emoji"), help="of upscale")
+    parser.add_argument("--run", type=Path, default=Path("runs/emoji"), help="of upscale and words")
     parser.add_argument("--seed", type=int, default=3)
     given = parser.parse_args()
     for name in given.what:
         with tempfile.TemporaryDirectory(prefix="carrara-systems-") as folder:
-            {"edit": bench_edit, "upscale": bench_upscale}[name](given, Path(folder) / "run")
+            {"edit": bench_edit, "words": bench_words, "upscale": bench_upscale}[name](given, Path(folder) / "run")
 
 
 # ---- editing by prompt -----------------------------------------------------------------------------
@@ -75,7 +78,6 @@ def edited(model: str, count: int, steps: int) -> list[str]:
     """A line for each of EXCHANGES."""
     from diffusers import AutoencoderKL
 
-    from eval.metrics.estimate import wilson
     from tests.train import small_world
 
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae")
@@ -94,14 +96,68 @@ def edited(model: str, count: int, steps: int) -> list[str]:
         (c0, k0, g0), (c1, k1, g1) = (np.unravel_index(d.argmin(1), shape) for d in (before, after))
         right = (c0 == asked[:, 0]) & (before.min(1) <= LIMIT)
         kept, said = (k1 == k0) & (g1 == g0) & (after.min(1) <= LIMIT), c1 == asked[:, 1]
-        n = int(right.sum())
         far = float(np.median(before.min(1)))
-        text = f"{exchange:20s} right before {n} of {len(pairs)} (median {far:.1f} levels from the nearest)"
-        for what, found in {"place, size and ground kept": kept, "new colour": said, "both": kept & said}.items():
-            share = float(found[right].mean()) if n else 0.0
-            low, high = wilson(share, n) if n else (0.0, 1.0)
-            text += f"; {what} {share:.0%} [{low:.0%}, {high:.0%}]"
-        lines.append(text)
+        judged = {"place, size and ground kept": kept, "new colour": said, "both": kept & said}
+        lines.append(shares_of(exchange, right, judged) + f"; median {far:.1f} levels from the nearest before")
+    return lines
+
+
+def shares_of(exchange: str, right: np.ndarray, judged: dict[str, np.ndarray]) -> str:
+    """A line: of those that were right before, bool [N], the share of which each of `judged` holds."""
+    from eval.metrics.estimate import wilson
+
+    n = int(right.sum())
+    text = f"{exchange:20s} right before {n} of {len(right)}"
+    for what, found in judged.items():
+        share = float(found[right].mean()) if n else 0.0
+        low, high = wilson(share, n) if n else (0.0, 1.0)
+        text += f"; {what} {share:.0%} [{low:.0%}, {high:.0%}]"
+    return text
+
+
+def bench_words(given: argparse.Namespace, run: Path) -> None:
+    """Exchange colours in captions of the demo."""
+    del run
+    print(f"\n{given.count} edits, {given.steps} steps of DDIM, guidance 3")
+    for line in words_exchanged(str(given.run.resolve() / "model"), given.count, given.steps, given.seed):
+        print(line)
+
+
+def words_exchanged(model: str, count: int, steps: int, seed: int) -> list[str]:
+    """A line for the noise alone, and for what is edited by default."""
+    import dataclasses
+    import random
+
+    from demo import faithfulness, scenes
+    from eval import model as models
+    from eval.edit import DrawnPairs, PairGenerator
+    from shards.layout import RunPaths
+
+    rng, asked = random.Random(seed), []
+    while len(asked) < count:
+        scene = scenes.sample(rng, "heldout", pair_share=0.0)
+        text, (thing,) = scenes.caption(scene, rng), scene.things
+        colour = rng.choice([c for c in scenes.COLOURS if c != thing.colour])
+        if text.split().count(thing.colour) == 1:
+            after = dataclasses.replace(scene, things=(dataclasses.replace(thing, colour=colour),))
+            other = " ".join(colour if word == thing.colour else word for word in text.split())
+            asked.append((scene, text, after, other))
+    lines = []
+    for exchange, (cross, own) in list(EXCHANGES.items())[:2]:
+        drawn = {"cross_attention": cross, "self_attention": own, "steps": steps, "device": "cpu", "seed": seed}
+        generator = PairGenerator(DrawnPairs(**drawn), models.of_pipeline(model), RunPaths(model))
+        found = []
+        for number, (scene, text, after, other) in enumerate(asked):
+            generator.ask(text, other)
+            images = generator.draw(number)[0]
+            seen = [
+                faithfulness.compare(faithfulness.detect(i), s) for i, s in zip(images, (scene, after), strict=True)
+            ]
+            found.append((all(seen[0].values()), seen[1]["position"] and seen[1]["size"], seen[1]["colour"]))
+        right, kept, said = np.array(found).T
+        lines.append(
+            shares_of(exchange, right, {"place and size right": kept, "new colour": said, "both": kept & said})
+        )
     return lines
 
 
