@@ -1,14 +1,14 @@
 # What a newcomer needs:
 #   make demo    set-up, then the whole pipeline on the embedded default
 #   make emoji   the same on a folder of real pictures, fetched from npm's registry
-#   make test    set-up, then the tests but the slowest, which are make test-slow; both are make test-all
+#   make test    set-up, then the tests but the slowest, which are make test-slow
 SHELL := /bin/bash
 PY := .venv/bin/python
 # Of what the tests take, a third is waiting: for processes to start, to end, to be missed.
 TESTS := $(PY) -m pytest -q -n 3 --dist worksteal -m
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo emoji test test-slow test-all test-mutants test-container lint types docs setup clean
+.PHONY: demo emoji test test-slow test-mutants test-container lint types docs setup clean
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt setup.sh
@@ -28,9 +28,6 @@ test: setup
 
 test-slow: setup
 	$(TESTS) slow
-
-test-all: setup
-	$(TESTS) 'not container'
 
 test-container: setup
 	$(PY) -m pytest -q -n 0 -m container
