@@ -159,6 +159,7 @@ class Cluster:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_agent_register_timeout_ms": "180000",  # parts start slowly on a busy machine
             "RAY_JOB_STOP_WAIT_TIME_S": "25",
+            "RAY_worker_niceness": "0",  # Ray's 15 leaves a worker 3 % of a core that something else wants, too
             "PYTHONUNBUFFERED": "1",
             # A job's `python` is to be this one.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),

@@ -75,11 +75,11 @@ def test_what_is_sent_is_carrara_and_the_files_that_are_named(tmp_path: Path, mo
         ("why cat cat", set()),
         ("compare cat cat --json cat", set()),  # which it writes
         ("scores cat cat --name cat --index cat", {2, 6}),
-        ("judge score cat cat cat", {3, 4}),
+        ("human score cat cat cat", {3, 4}),
         ("reference coco --out cat --all --annotations cat", {6}),
         ("watch --once cat --config cat", {4}),
-        ("judge cat", set()),
-        ("judge", set()),
+        ("human cat", set()),
+        ("human", set()),
     ],
 )
 def test_words_that_name_files_are_told_from_others(command: str, files: set[int]) -> None:
