@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
+import functools
+import inspect
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -179,7 +181,11 @@ class Estimator:
         """From the nearest, white, to the farthest of this image."""
         size = pixels.shape[:2]
         out = self.model(**self.processor(images=pixels, return_tensors="pt").to(self.device))
-        depth = self.processor.post_process_depth_estimation(out, target_sizes=[size])[0]["predicted_depth"]
+        process = self.processor.post_process_depth_estimation
+        sizes = [
+            n for n in ("source_sizes", "target_sizes") if n in inspect.signature(process).parameters
+        ]  # ZoeDepth's
+        depth = process(out, **{n: [size] for n in sizes})[0]["predicted_depth"]
         found = depth.float().reshape(size).cpu().numpy() * (-1.0 if self.config.metres else 1.0)
         low, high = float(found.min()), float(found.max())
         return np.rint((found - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
@@ -233,21 +239,50 @@ class Estimator:
 
 
 def _load(kind: str, ref: str | None, device: Any) -> tuple[Any, Any]:
-    """The processor and the model of one of AUTO."""
+    """The processor and the model of one of AUTO, through which an image has gone once."""
     import transformers
+    from safetensors import SafetensorError
 
     folder, problem = model_folder(ref, _what(kind)), ""
     for name in AUTO[kind]:
+        known = getattr(transformers, name).from_pretrained
+        build = functools.partial(
+            known, folder, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
         try:
             processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-            model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=False, use_safetensors=True)
-        except (OSError, ValueError, KeyError, ImportError) as e:
+            model, loaded = build()
+            answer, missing = _answer(kind, processor, model), sorted(loaded["missing_keys"])
+            # transformers draws what is missing at random; some models have parts that nothing depends on.
+            if missing and not all(map(np.array_equal, answer, _answer(kind, processor, build()[0]))):
+                raise ValueError(f"it has no weights for {missing[0]}, so it was never trained for this")
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            ImportError,
+            RuntimeError,
+            SafetensorError,
+        ) as e:
             problem = problem or " ".join(str(e).split())[:300]
             continue
         if kind == "detector" and PERSON not in model.config.id2label.values():
             raise ConfigError(f"the detector '{ref}' has no label '{PERSON}'; name one that finds people")
         return processor, model.eval().to(device)
     raise ConfigError(f"the {_what(kind)} '{ref}': {problem}")
+
+
+def _answer(kind: str, processor: Any, model: Any) -> list[np.ndarray]:
+    """What a model on the CPU says of an image of noise."""
+    import torch
+
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    more = {"boxes": [[[0.0, 0.0, 64.0, 64.0]]]} if kind == "pose" else {}
+    with torch.inference_mode():
+        out = model.eval()(**processor(images=pixels, return_tensors="pt", **more))
+    return [t.float().numpy() for t in out.to_tuple() if isinstance(t, torch.Tensor)]
 
 
 def _what(kind: str) -> str:

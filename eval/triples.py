@@ -54,7 +54,7 @@ def read_table(url: str) -> list[dict[str, str]]:
     """Its lines. Raises ConfigError where it is not there, or one of them is not as it should be."""
     try:
         text = storage.read_bytes(url).decode()
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as e:
+    except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"--table {url}: {type(e).__name__}; name a file of JSON lines in UTF-8") from None
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -62,7 +62,8 @@ def read_table(url: str) -> list[dict[str, str]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+            json.dumps(row, ensure_ascii=False).encode()  # half a pair of surrogates is JSON, but no text
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not all(isinstance(row.get(n), str) and row[n].strip() for n in WANTED):
             raise ConfigError(f"--table {url}: line {number} is no JSON object with texts {', '.join(WANTED)}")
@@ -84,18 +85,16 @@ def draw_table(request: DrawnPairs, ref: str, table: str, out: str) -> tuple[int
     model = models.of_pipeline(ref) if of_pipeline else models.find(run, request.checkpoint, request.weights)
     settings = request.model_dump(mode="json", exclude={"device", "checkpoint"}) | {"table": digest_json(rows)}
     made = Fingerprint("triples", VERSION, settings, "", {"model": model.digest})
-    about = storage.read_json(storage.join(out, ABOUT))
-    if about is None and storage.list_names(out):
-        raise ConfigError(f"{out} is there and holds no triples of Carrara's; name a folder that is not there yet")
-    if about is not None and about.get("fingerprint", {}).get("digest") != made.digest:
-        raise ConfigError(f"{out} holds triples of another table or model, or other settings; name another folder")
+    _refuse_other(out, made)
     total = len(rows) * request.count
     files = [storage.join(out, f"{start // ROWS:05d}.parquet") for start in range(0, total, ROWS)]
     missing = [i for i, file in enumerate(files) if not storage.exists(file)]
     if missing:
         with fixed_arithmetic(request.threads):
             generator = PairGenerator(request, model, run)
-            storage.write_json(storage.join(out, ABOUT), {"fingerprint": made.to_json(), "checkpoint": model.name})
+            begun = {"fingerprint": made.to_json(), "checkpoint": model.name}
+            if not storage.create(storage.join(out, ABOUT), json.dumps(begun).encode()):
+                _refuse_other(out, made)
             bar = Progress("triples", total, "triples", done=total - sum(min(ROWS, total - i * ROWS) for i in missing))
             for i in missing:
                 lines = list(_drawn(generator, rows, range(i * ROWS, min(total, (i + 1) * ROWS)), bar))
@@ -108,6 +107,19 @@ def draw_table(request: DrawnPairs, ref: str, table: str, out: str) -> tuple[int
     if len(failed) == total:
         raise StageError(f"{out}: not one triple could be drawn: {failed[0]}")
     return total, len(failed)
+
+
+def _refuse_other(out: str, made: Fingerprint) -> None:
+    """Raise ConfigError where the folder holds anything but triples that are made like this."""
+    try:
+        others = [name for name in storage.list_names(out) if storage.TMP_MARK not in name]
+    except NotADirectoryError:
+        raise ConfigError(f"{out} is no folder; name one that is not there yet") from None
+    found = storage.read_object(storage.join(out, ABOUT)).get("fingerprint")
+    if others and not isinstance(found, dict):
+        raise ConfigError(f"{out} is there and holds no triples of Carrara's; name a folder that is not there yet")
+    if isinstance(found, dict) and found.get("digest") != made.digest:
+        raise ConfigError(f"{out} holds triples of another table or model, or other settings; name another folder")
 
 
 def _drawn(

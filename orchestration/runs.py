@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from shards import storage
 from shards.layout import RunPaths
+from shards.made_with import MADE_WITH
 from shards.settings import ConfigError
 
 # What stands in a run's folder, whatever stage was begun first (shards/layout.py).
@@ -55,8 +56,9 @@ def curated(paths: RunPaths) -> Iterator[tuple[str, str]]:
                 storage.list_names(root)
             except NotADirectoryError:
                 continue
-            if stage == "control":
-                yield f"{stage}-{name}", storage.join(root, "images")
-                yield f"{stage}-{name}-heldout", storage.join(root, "heldout")
+            if stage == "control":  # of `carrara control`; a run that somebody brought there has its own take-down
+                for split, more in (("images", ""), ("heldout", "-heldout")):
+                    if storage.read_object(storage.join(root, split, MADE_WITH)).get("stage") == "control":
+                        yield f"{stage}-{name}{more}", storage.join(root, split)
             else:
                 yield f"{stage}-{name}", root

@@ -197,9 +197,7 @@ def edit_table(
     model: Annotated[
         str, typer.Argument(metavar="RUN", help="the run's folder, or a diffusers pipeline's", callback=from_base)
     ],
-    table: Annotated[
-        str, typer.Option("--table", metavar="FILE", help="JSON lines of input, edit, output", callback=from_base)
-    ],
+    table: Annotated[str, typer.Option("--table", metavar="FILE", help="JSON lines of input, edit, output")],
     out: Annotated[str, typer.Option("--out", help="folder for parquet files of triples", callback=from_base)],
     cross_attention: CrossAttention = 0.8,
     self_attention: SelfAttention = 0.4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 import transformers
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from curate.config import ControlImages, CurateConfig
 from curate.controls import ControlStage, Estimator, colours, control_stages
 from orchestration.run_stage import main
+from orchestration.runs import curated
 from orchestration.status import read, table
 from shards.dataset import Dataset
 from shards.images import ImageShard, decode_rgb
@@ -245,6 +248,48 @@ def test_another_kind_of_model_is_one_sentence(
     given = settings(named, kind) | {k: named.get(v, v) for k, v in more.items()}
     with pytest.raises(ConfigError, match=says):
         Estimator(ControlImages(**given))
+
+
+def test_a_head_that_was_never_trained_is_refused_and_one_without_a_use_is_not(
+    named: dict[str, str], tmp_path: Path
+) -> None:
+    """transformers fills both with noise, another one in each worker."""
+    seg = transformers.SegformerForSemanticSegmentation.from_pretrained(named["segmentation"])
+    backbone = save(
+        tmp_path / "backbone",
+        transformers.SegformerForImageClassification(seg.config),
+        transformers.SegformerImageProcessor(size={"height": 32, "width": 32}),
+    )
+    with pytest.raises(ConfigError, match=r"the control model '.*backbone': it has no weights for decode_head"):
+        Estimator(ControlImages(**settings(named, "segmentation", model=backbone)))
+    shutil.copytree(named["depth"], tmp_path / "dpt")
+    weights = load_file(tmp_path / "dpt" / "model.safetensors")
+    unused = [name for name in weights if name.startswith("neck.fusion_stage.layers.0.residual_layer1")]
+    assert unused
+    save_file(
+        {n: w for n, w in weights.items() if n not in unused}, tmp_path / "dpt" / "model.safetensors", {"format": "pt"}
+    )
+    less = Estimator(ControlImages(**settings(named, "depth", model=str(tmp_path / "dpt"))))
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
+    assert np.array_equal(less(pixels), Estimator(ControlImages(**settings(named, "depth")))(pixels))
+
+
+def test_a_processor_may_ask_for_the_sizes_of_its_own(named: dict[str, str]) -> None:
+    estimator = Estimator(ControlImages(**settings(named, "depth")))
+    estimator.processor = transformers.ZoeDepthImageProcessor(
+        size={"height": 32, "width": 32}, ensure_multiple_of=8, keep_aspect_ratio=False, do_pad=False
+    )
+    drawn = estimator(np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8))
+    assert drawn.shape == (40, 48)
+    assert (drawn.min(), drawn.max()) == (0, 255)
+
+
+def test_a_run_that_was_brought_is_none_of_its_own(run: RunPaths, named: dict[str, str]) -> None:
+    write_images(run, shards=1)
+    write_images(RunPaths(f"{run.run}/controls/brought"), shards=1)
+    (stage,) = stages(run, depth=settings(named, "depth"))
+    score(stage)
+    assert list(curated(run)) == [("control-depth", stage.root)]
 
 
 def test_a_detector_without_people_is_refused(named: dict[str, str], tmp_path: Path) -> None:

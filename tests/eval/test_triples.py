@@ -16,6 +16,7 @@ from PIL import Image
 from eval import triples
 from eval.edit import PairGenerator
 from orchestration.run_stage import main
+from shards import storage
 from shards.dataset import Dataset
 from shards.images import ImageShard
 from shards.layout import RunPaths
@@ -102,6 +103,8 @@ def test_two_runs_over_it_have_the_same_keys(command: list[str], tmp_path: Path)
         ('{"input": "a", "edit": "b"}', "line 1 is no JSON object"),
         ('\n{"input": "a", "edit": "b", "output": " "}', "line 2 is no JSON object"),
         ("[]", "line 1 is no JSON object"),
+        ("[" * 100_000, "line 1 is no JSON object"),
+        (r'{"input": "a", "edit": "make it \ud83d", "output": "c"}', "line 1 is no JSON object"),
         (json.dumps({"input": "a", "edit": "b", "output": "c" * 10_001}), "output has more than"),
     ],
 )
@@ -120,6 +123,16 @@ def test_what_is_there_is_not_overwritten(
     assert main([*command, "--steps", "1", "--count", "1"]) == 0
     assert main(command) == 2
     assert "holds triples of another table" in capsys.readouterr().err
+    about = tmp_path / "out" / "triples.json"
+    for torn in (about.read_bytes()[:20], b"[]"):
+        about.write_bytes(torn)
+        assert main(command) == 2
+        assert "holds no triples" in capsys.readouterr().err
+    assert main([*command, "--out", str(about)]) == 2
+    assert "is no folder" in capsys.readouterr().err
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / f".triples.json{storage.TMP_MARK}x-1-00000000").touch()  # by one that was killed
+    assert main([*command, "--out", str(tmp_path / "begun")]) == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     assert main([*command, "--out", str(tmp_path / "mine")]) == 2

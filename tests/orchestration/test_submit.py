@@ -78,6 +78,7 @@ def test_what_is_sent_is_carrara_and_the_files_that_are_named(tmp_path: Path, mo
         ("human score cat cat cat", {3, 4}),
         ("reference coco --out cat --all --annotations cat", {6}),
         ("watch --once cat --config cat", {4}),
+        ("edit-table cat --table cat --out cat", {3}),
         ("human cat", set()),
         ("human", set()),
     ],
