@@ -263,16 +263,16 @@ def _tar_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
     the tar has no end; a sample before it that has not all that others have is left out, as it may be but half there.
     """
     keys: set[str] = set()
-    captioned = True  # whether the sample before had a caption
+    before: set[str] | None = None  # what the sample before was made of
     odd = {"source_missing": 0, "key_twice": 0}
     sample: dict[str, Any] = {}
 
     def end() -> Iterator[Row]:
-        nonlocal captioned
+        nonlocal before
         if not sample:
             return
         row = _tar_row(file, sample, wanted)
-        captioned = bool(row["caption"])
+        before = set(sample)
         if sample["key"] in keys:
             row["fault"] = "key_twice"
         keys.add(sample["key"])
@@ -301,7 +301,8 @@ def _tar_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
                     sample[extension] = read()
         except _Cut as e:
             cut = e
-        if cut is None or not captioned or ("image" in sample and _tar_row(file, sample, wanted)["caption"]):
+        whole = before <= sample.keys() if before else bool(sample and _tar_row(file, sample, wanted)["caption"])
+        if cut is None or ("image" in sample and whole):
             yield from end()
         elif sample and not str(cut):
             cut = _Cut(f"{file}: ends within a sample; those before it are taken")

@@ -330,7 +330,8 @@ class Fleet:
         cause: BaseException = error
         if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
             cause = error.cause
-        elif isinstance(error, OutOfMemoryError):  # it chooses a worker to end, whichever brought the node there
+        elif isinstance(error, OutOfMemoryError) and (task is None or not job.ledger.was_troubled(task)):
+            # Ray chooses a worker to end, whichever brought the node there; a shard that it meets again is a suspect.
             cause = NodeTrouble("its worker was ended by Ray, since the node is short of memory")
         if task is None:
             self._retire(worker)

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import psutil
 import ray
 import ray._private.state as ray_state
 from ray.exceptions import RayError, RayTaskError
@@ -27,6 +26,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from orchestration.config import Ranks
+from orchestration.lease import process_began
 from shards.settings import ConfigError, StageError
 
 log = logging.getLogger("carrara")
@@ -43,13 +43,13 @@ class RankDied(Exception):
 class Rank:
     """The actor: one process of a fit."""
 
-    def whereabouts(self) -> tuple[str, str, int, int, float]:
-        """(node id, IP address, a free port there, process id, when that process began)."""
+    def whereabouts(self) -> tuple[str, str, int, int, int | None]:
+        """(node id, IP address, a free port there, process id, when that process began in ticks of its machine)."""
         address = ray.util.get_node_ip_address()
         with socket.socket() as s:
             s.bind((address, 0))
             port = s.getsockname()[1]
-        return ray.get_runtime_context().get_node_id(), address, port, os.getpid(), psutil.Process().create_time()
+        return ray.get_runtime_context().get_node_id(), address, port, os.getpid(), process_began(os.getpid())
 
     def fit(self, work: Callable[[Any], Any], argument: Any, environment: dict[str, str]) -> Any:
         """Run the loop, in this process's main thread, as one of the ranks that the environment describes."""
@@ -63,7 +63,7 @@ class _RankProcess:
     address: str
     port: int
     pid: int
-    began: float
+    began: int | None
 
 
 class Gang:
@@ -227,12 +227,11 @@ def root_cause(failures: Sequence[BaseException]) -> BaseException:
     return RankDied(f"{type(failures[0]).__name__}: {_line(failures[0])}")
 
 
-def _send(pid: int, began: float, number: int) -> None:
+def _send(pid: int, began: int | None, number: int) -> None:
     """Send a signal to a process of this machine, if it is still the one that began then: numbers are given again."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        if process.create_time() == began:
-            process.send_signal(number)
+    if began is not None and process_began(pid) == began:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _resources(amounts: dict[str, float]) -> str:

@@ -153,6 +153,10 @@ class Ledger:
         else:
             self.give_back(task, self.retries.wait(self._troubles[task.index]) if self._troubles[task.index] > 1 else 0)
 
+    def was_troubled(self, task: Task) -> bool:
+        """Whether a machine had trouble with it before."""
+        return bool(self._troubles[task.index])
+
     def suspect(self, task: Task) -> None:
         """A worker died with this shard and others in hand, so that nobody can say whose fault it was: it is tried
         again by itself, and no attempt is counted."""

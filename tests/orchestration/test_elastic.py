@@ -12,13 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from orchestration import gang as gangs
 from orchestration import trainer
 from orchestration.config import Ranks as RanksConfig
 from orchestration.config import RayConfig
+from orchestration.lease import process_began
 from orchestration.stopping import Stopped
 from train.fit_config import FitConfig
 
@@ -162,7 +162,8 @@ def test_a_request_to_stop_reaches_the_fit_of_this_process_and_no_other_child(
 
 def test_a_signal_is_sent_to_the_process_that_was_meant_not_to_one_with_its_number() -> None:
     with subprocess.Popen(["sleep", "100"]) as process:
-        began = psutil.Process(process.pid).create_time()
+        began = process_began(process.pid)
+        assert began is not None
         gangs._send(process.pid, began - 1, signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.5)

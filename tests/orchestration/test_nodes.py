@@ -191,10 +191,21 @@ def test_a_worker_that_ray_ends_for_want_of_memory_is_trouble_of_its_node(monkey
     found.grow(4)
     worker, task, given = next(iter(found.workers)), Task(5, "x"), []
     worker.node, worker.in_flight, found.busy = "n1", 1, 1
-    ledger = types.SimpleNamespace(trouble=lambda task, error, _: given.append((task, str(error))))
-    job: Any = types.SimpleNamespace(ledger=ledger)
+    ledger = types.SimpleNamespace(
+        trouble=lambda task, error, _: given.append((task, str(error))),
+        was_troubled=lambda _: bool(given),
+        committed=lambda _: False,
+    )
+    blamed: list[Task] = []
+    job: Any = types.SimpleNamespace(ledger=ledger, blame=lambda task, *_: blamed.append(task))
     found._answer(job, _Call(worker, task, 0.0), OutOfMemoryError("killed"))
     assert given == [(task, "its worker was ended by Ray, since the node is short of memory")]
+    assert found.nodes.left_out() == ["n1"]
+    # Where it happens to the same shard again, it is the shard that wants too much.
+    worker = next(iter(found.workers))
+    worker.node, worker.in_flight, found.busy = "n0", 1, 1
+    found._answer(job, _Call(worker, task, 0.0), OutOfMemoryError("killed"))
+    assert (blamed, len(given)) == ([task], 1)
     assert found.nodes.left_out() == ["n1"]
 
 

@@ -75,7 +75,7 @@ class ToyStage:
         if how == "hang-once" and before == 0:
             time.sleep(3600)
         if how == "eat-once" and before == 0:
-            eaten = [b"x" * 100_000_000 for _ in range(40)]
+            eaten = [b"x" * 100_000_000 for _ in range(60)]
             time.sleep(60)
             del eaten
         if how == "trouble" or (how == "trouble-once" and before == 0):
