@@ -388,10 +388,17 @@ def test_new_tars_are_added_and_one_that_was_written_again_keeps_its_rows(tmp_pa
     assert any("a.tar: gone; the images that are stored stay" in t for t in notes)
 
 
-@pytest.mark.parametrize("captions", ["caption", ""])
-def test_a_tar_that_was_half_copied_gives_the_rest_once_it_is_whole(tmp_path, captions) -> None:
-    texts = [("txt", captions.encode())] if captions else []
-    parts = [(f"{n}.{e}", d) for n in range(4) for e, d in [("jpg", picture(n)), *texts]]
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ([], [("txt", b"caption")]),
+        ([], []),
+        ([("json", b'{"width": 3}')], []),
+        ([("npy", bytes(900))], []),
+    ],
+)
+def test_a_tar_that_was_half_copied_gives_the_rest_once_it_is_whole(tmp_path, first, then) -> None:
+    parts = [(f"{n}.{e}", d) for n in range(4) for e, d in [*first, ("jpg", picture(n)), *then]]
     whole = make_tar(tmp_path / "whole.tar", parts).read_bytes()
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
     refresh(str(tmp_path / "l"), str(tmp_path / "whole.tar"), "webdataset", wanted())
