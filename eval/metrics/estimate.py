@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -122,7 +122,7 @@ def with_groups(estimate: Estimate, values: npt.ArrayLike, group: npt.ArrayLike)
     )
 
 
-def mean_by_cluster(values: npt.ArrayLike, clusters: Sequence[Any]) -> Estimate:
+def mean_by_cluster(values: npt.ArrayLike, clusters: Sequence[Hashable]) -> Estimate:
     """Mean of `values` with a standard error that treats a cluster (the images of one prompt) as one draw.
 
     Linearised variance of a ratio estimator, sum over clusters of (sum of residuals)^2 * G/(G-1) / n^2; with one
@@ -134,8 +134,8 @@ def mean_by_cluster(values: npt.ArrayLike, clusters: Sequence[Any]) -> Estimate:
     if len(x) == 0:
         raise ValueError("a mean needs at least one value")
     mean = float(x.mean())
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
-    sums = np.bincount(index, weights=x - mean)
+    number = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}  # a scorer's meanings have no order
+    sums = np.bincount([number[cluster] for cluster in clusters], weights=x - mean)
     groups = len(sums)
     if groups < 2:
         return Estimate(len(x), mean)
@@ -144,7 +144,7 @@ def mean_by_cluster(values: npt.ArrayLike, clusters: Sequence[Any]) -> Estimate:
     return Estimate(len(x), mean, se, mean - half, mean + half)
 
 
-def proportion(hits: npt.ArrayLike, clusters: Sequence[Any] | None = None) -> Estimate:
+def proportion(hits: npt.ArrayLike, clusters: Sequence[Hashable] | None = None) -> Estimate:
     """Share of hits with Wilson's score interval (Wilson 1927), which stays inside [0, 1] and does not collapse at
     its ends.
 

@@ -61,6 +61,17 @@ def test_a_mean_of_single_clusters_is_the_usual_error() -> None:
     assert mean_by_cluster(x, range(50)).se == pytest.approx(x.std(ddof=1) / np.sqrt(50), rel=1e-12)
 
 
+def test_a_cluster_is_whatever_is_equal_with_an_order_or_without() -> None:
+    """As a scorer's meaning of a caption may be: an object that compares with nothing, or a tuple."""
+    rng, number = np.random.default_rng(3), [0, 2, 1, 0, 2, 2, 3]
+    hits = rng.random(len(number))
+    kinds = [frozenset({n}) for n in number], [(n, "a") for n in number], [complex(n) for n in number]
+    for of in (mean_by_cluster, proportion):
+        expected = of(hits, number)
+        for clusters in kinds:
+            assert of(hits, clusters) == expected
+
+
 def test_nothing_and_nonsense_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         proportion([])
