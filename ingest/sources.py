@@ -386,6 +386,8 @@ def _table_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
             reader = pq.ParquetFile(stream, pre_buffer=False)
             schema = reader.schema_arrow
     except (pa.ArrowException, OSError, UnicodeError) as e:  # names of columns may be no text
+        if _is_away(e):
+            raise
         raise _Cut(f"{file}: cannot be read ({' '.join(str(e).split())[:120]}); it is left out") from None
     image = image_column(schema, wanted.source.image_column)
     if image is None:
@@ -430,8 +432,15 @@ def _facts(batches: Iterator[Any], file: str) -> Iterator[Row]:
                 yield facts
                 count += 1
     except (pa.ArrowException, OSError, ValueError) as e:
+        if _is_away(e):
+            raise
         why = " ".join(str(e).split())[:120]
         raise _Cut(f"{file}: damaged behind row {count} ({why}); those before it are taken") from None
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether a file could not be reached, which is no fault of the file: Arrow's own errors have no number."""
+    return isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) is not None
 
 
 def _readable(array: pa.Array) -> pa.Array:

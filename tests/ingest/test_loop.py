@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import socket
 import time
 from collections.abc import Iterator
@@ -25,6 +24,9 @@ from tests.ingest import hostile
 MOST_S = 0.05
 
 
+pytestmark = pytest.mark.usefixtures("few_objects")
+
+
 @contextlib.contextmanager
 def longest_callback(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[float, str]]]:
     """[(seconds of CPU, what it was)] of the longest callback of any loop."""
@@ -38,14 +40,11 @@ def longest_callback(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[flo
         if spent > found[0][0]:
             found[0] = spent, repr(self)
 
-    gc.collect()
-    gc.freeze()  # or a collection walks over all that the tests have imported
     monkeypatch.setattr(asyncio.events.Handle, "_run", timed)
     try:
         yield found
     finally:
         monkeypatch.undo()
-        gc.unfreeze()
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, *urls: str, together: bool = False, **more: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import datetime
 import decimal
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -591,7 +593,7 @@ def test_an_arrow_file_that_points_beyond_its_end_ends_its_rows_and_nothing_else
 
 
 _LISTED_AND_READ = """
-import json, sys
+import json, os, sys
 from tests.ingest.test_sources import Below, Reader, Rejected, refresh, rows, wanted
 root, ends = sys.argv[1], []
 said = refresh(root + "/listing", root, "parquet", wanted())
@@ -600,8 +602,38 @@ for row in rows(root + "/listing"):
         ends.append("image" if Reader(Below([root]), 1 << 20).read(row["place"]) else "")
     except Rejected as e:
         ends.append(e.code)
-print(json.dumps([said, ends]))
+print(json.dumps([said, ends]), flush=True)
+os._exit(0)  # what a library does as it is unloaded is not what is looked at here
 """
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("error", [TimeoutError("away"), OSError(errno.EIO, "away")])
+def test_a_store_that_is_away_while_a_table_is_listed_costs_no_file(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, after: int, error: OSError
+) -> None:
+    """A file that is left out is never looked at again until it changes: so the store's trouble must end the run."""
+    table = pa.table({"image": [picture(n) for n in range(6)], "text": [f"image {n}" for n in range(6)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+
+    class Away(io.BytesIO):
+        reads = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            Away.reads += 1
+            if Away.reads > after:
+                raise error
+            return super().read(size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sources.fsspec, "open", lambda file, _: SimpleNamespace(open=lambda: Away(Path(file).read_bytes()))
+        )
+        with pytest.raises(OSError, match="away"):
+            refresh(str(tmp_path / "listing"), str(tmp_path), "parquet", wanted())
+    assert Away.reads == after + 1
+    assert refresh(str(tmp_path / "listing"), str(tmp_path), "parquet", wanted()) == []
+    assert [r["caption"] for r in rows(str(tmp_path / "listing"))] == [[f"image {n}"] for n in range(6)]
 
 
 def test_a_parquet_file_whose_column_names_are_no_text_is_left_out(tmp_path) -> None:

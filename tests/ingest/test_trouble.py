@@ -535,6 +535,7 @@ def hostile() -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_objects")
 def test_no_picture_stops_the_event_loop(pool: Any, site: Site) -> None:
     """While they are decoded the loop turns: the longest stop is told by a clock in the loop itself."""
     urls = {i: site.add(f"/{name}", data) for i, (name, data) in enumerate(hostile().items())}
@@ -557,6 +558,7 @@ def test_no_picture_stops_the_event_loop(pool: Any, site: Site) -> None:
     assert max(stops) < 0.1  # on a machine of one's own it is below 0.05
 
 
+@pytest.mark.usefixtures("few_objects")
 def test_a_bomb_in_a_body_is_inflated_piece_by_piece(pool: Any, site: Site) -> None:
     import zlib
 
