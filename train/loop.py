@@ -44,7 +44,7 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
         return last
     micro, accumulation, flops = begin(job, objective, ranks, run.images, fresh=last is None)
     guard, late = Guard(config.spike_sigmas, ranks.device, found.get("guard")), Late(ranks.device)
-    patience = Patience(job.validator.patience if job.validator else None, found.get("patience"))
+    patience = Patience(job.validator, found.get("patience"))
     with (
         Engine(config, objective, ranks, micro, accumulation) as engine,
         checkpoint.Saver(job.checkpoints, engine, job.keep, ranks) as saver,
@@ -87,8 +87,9 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
                 checkpoint.load(folder, manifest, engine)
                 guard.forget()
                 late.forget()  # the newest step was taken from weights that are gone
+                patience = Patience(job.validator, manifest.get("patience"))  # and so were validations since
                 journal.event(run.images, "rollback", checkpoint=name_of(folder), rollbacks=run.rollbacks)
-                saves = True
+                saves, validates = True, validates and ends  # nothing was learned that patience could wait for
 
             # ---- what a person sees, and what outlives this process -------------------------------------
             alarm.again()
