@@ -25,7 +25,7 @@ from train.data import Prefetcher, micro_batches
 from train.engine import Engine
 from train.folders import name_of
 from train.guard import Guard
-from train.job import Job, begin, newest
+from train.job import Job, begin, where
 from train.journal import Journal
 from train.objective import Objective
 from train.ranks import Alarm, Ranks, Sigterm, Stopped
@@ -34,12 +34,12 @@ from train.validation import Patience
 
 
 def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
-    """Train to the end from the newest complete checkpoint, or from the start; returns the last checkpoint's URL.
+    """Train to the end from the job's checkpoint, or from the start; returns the last checkpoint's URL.
 
     Collective. Raises Stopped after SIGTERM, StageError on all ranks alike where training cannot go on.
     """
     config = job.config
-    last, found, run = newest(job, ranks)
+    last, found, run = where(job)
     if last and (run.finished or run.images >= config.images):
         return last
     micro, accumulation, flops = begin(job, objective, ranks, run.images, fresh=last is None)

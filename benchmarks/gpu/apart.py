@@ -15,17 +15,37 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-IMPORTS_S = 180.0  # at most, on a machine that is busy
+READY_S = 180.0  # at most, of imports on a machine that is busy
 GRACE_S = 10.0  # from where a part's limit rings to where its process is killed
 
 
-class Apart:
-    """A process that imports what parts need, and then does one piece of work. A context, whose end kills it."""
+def everything() -> None:
+    """Import what parts need, before any clock runs: a limit that rang within an import would leave it broken."""
+    import open_clip  # noqa: F401
+    from diffusers import (  # noqa: F401
+        AutoencoderKL,
+        DPMSolverMultistepScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
 
-    def __init__(self) -> None:
+    import train.loop  # noqa: F401
+    from train import muon, plan  # noqa: F401
+    from train.ranks import import_deepspeed
+
+    import_deepspeed()
+
+
+class Apart:
+    """A process that gets ready, and then does one piece of work. A context, whose end kills it.
+
+    prepare: what it does before its work comes.
+    """
+
+    def __init__(self, prepare: Callable[[], None] = everything) -> None:
         context = multiprocessing.get_context("spawn")  # a fork of a process that has asked for a GPU has none
         self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,))
+        self._process = context.Process(target=_serve, args=(theirs, prepare))
         self._process.start()
         theirs.close()
         self._limit_s = 0.0
@@ -38,7 +58,7 @@ class Apart:
     def result(self) -> dict[str, Any]:
         """{"result"}, or {"failed", "where", "partial"}; waits until its time is over, and kills it."""
         try:
-            for what, seconds in (("import", IMPORTS_S), ("work", self._limit_s + GRACE_S)):
+            for what, seconds in (("start", READY_S), ("work", self._limit_s + GRACE_S)):
                 if not self._ours.poll(seconds):
                     return {"failed": f"it was killed: its {what} did not end within {seconds:.0f} s"}
                 found: dict[str, Any] = self._ours.recv()
@@ -63,22 +83,9 @@ class Apart:
         self.kill()
 
 
-def _serve(out: Connection) -> None:
+def _serve(out: Connection, prepare: Callable[[], None]) -> None:
     os.setpgid(0, 0)
-    # Imported before any clock runs: a limit that rang within an import would leave it broken.
-    import open_clip  # noqa: F401
-    from diffusers import (  # noqa: F401
-        AutoencoderKL,
-        DPMSolverMultistepScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-
-    import train.loop  # noqa: F401
-    from train import muon, plan  # noqa: F401
-    from train.ranks import import_deepspeed
-
-    import_deepspeed()
+    prepare()
     out.send({})  # its clock begins
     work, limit_s = out.recv()
     entry: dict[str, Any] = {}
@@ -100,7 +107,7 @@ def limited(seconds: float) -> Iterator[None]:
     """Context that raises TimeoutError after so long."""
 
     def ring(*_: object) -> None:
-        raise TimeoutError(f"took longer than {seconds:.0f} s")
+        raise TimeoutError(f"took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, ring)
     # Again and again: where it rings within a callback of the interpreter's, the error is dropped.
