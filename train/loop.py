@@ -82,7 +82,7 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
                     saver.finish()  # raises
             if run.exhausted(config.max_skips):
                 saver.finish()
-                back = checkpoint.newest(job.checkpoints, ranks)
+                back = checkpoint.newest(job.checkpoints, ranks, sound=True)
                 folder, manifest = run.roll_back(job.stage, back, config.max_rollbacks, journal.events)  # or raises
                 checkpoint.load(folder, manifest, engine)
                 guard.forget()
