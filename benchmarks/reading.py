@@ -144,6 +144,7 @@ def walk(url: str, batch: int, step: float, steps: int) -> dict[str, Any]:
     with Prefetcher(micro_batches(Loop(), config, ranks, 0), config.prefetch) as prefetcher:
         next(prefetcher)
         first, prefetcher.waited = time.perf_counter() - began, 0.0
+        time.sleep(step)  # the first batch's, while the second is made
         began = time.perf_counter()
         for _ in range(steps):
             next(prefetcher)

@@ -214,13 +214,16 @@ def put_manifest(folder: str, manifest: dict[str, Any]) -> None:
 # ---- find ------------------------------------------------------------------------------------------
 
 
-def newest(root: str, ranks: Ranks) -> tuple[str, dict[str, Any]] | None:
+def newest(root: str, ranks: Ranks, sound: bool = False) -> tuple[str, dict[str, Any]] | None:
     """Folder and manifest of the newest checkpoint that is whole, or None. Collective: the ranks share the hashing.
 
-    Rank 0 says which there are, since the others may see an older state of a shared disk.
+    sound: pass over those whose last step was vetoed: going back to their weights would be going nowhere. Rank 0 says
+    which there are, since the others may see an older state of a shared disk.
     """
     for folder in ranks.from_first(folders.folders(root) if ranks.first else None):
         manifest = ranks.from_first(_manifest_or_none(folder) if ranks.first else None)
+        if sound and manifest is not None and manifest.get("run", {}).get("in_a_row"):
+            continue
         fault = "its manifest is absent or unreadable"
         if manifest is not None:
             mine = list(manifest["files"].items())[ranks.rank :: ranks.world]

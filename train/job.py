@@ -12,7 +12,7 @@ import torch
 
 from shards.fingerprint import Fingerprint
 from shards.settings import ConfigError, StageError
-from train import checkpoint, plan
+from train import plan
 from train.data import Batch
 from train.engine import Engine, resolve_precision
 from train.fit_config import FitConfig, layout
@@ -32,6 +32,7 @@ log = logging.getLogger("carrara.train")
 class Job:
     """One fit. checkpoints, logs: URLs of folders. status_url: where progress is written. facts: stored in manifests.
 
+    newest: folder and manifest of the checkpoint to go on from, which is whole; None at the start.
     validator: None for no validation. samples: images at every checkpoint; None for none. notes: of what the run
     takes its samples from, for the journal. tell: called with every line of the journal, on rank 0.
     """
@@ -44,6 +45,7 @@ class Job:
     status_url: str
     fingerprint: Fingerprint
     facts: dict[str, Any]
+    newest: tuple[str, dict[str, Any]] | None = None
     validator: Validator | None = None
     samples: Samples | None = None
     notes: tuple[str, ...] = ()
@@ -81,18 +83,15 @@ class Job:
         }
 
 
-def newest(job: Job, ranks: Ranks) -> tuple[str | None, dict[str, Any], Run]:
-    """The newest whole checkpoint's folder and manifest (None and nothing at the start), and where the run stands.
-
-    Collective.
-    """
-    found = checkpoint.newest(job.checkpoints, ranks)
-    if found is None:
+def where(job: Job) -> tuple[str | None, dict[str, Any], Run]:
+    """Folder and manifest of the checkpoint to go on from (None and nothing at the start), and where the run stands."""
+    if job.newest is None:
         return None, {}, Run()
-    run = Run.of(found[1])
+    folder, manifest = job.newest
+    run = Run.of(manifest)
     # A run that had ended early goes on where it was made longer.
-    run.finished = run.finished and found[1]["config"]["images"] == job.config.images
-    return *found, run
+    run.finished = run.finished and manifest["config"]["images"] == job.config.images
+    return folder, manifest, run
 
 
 def begin(job: Job, objective: Objective, ranks: Ranks, images: int, fresh: bool) -> tuple[int, int, float]:

@@ -25,7 +25,7 @@ from train.data import Prefetcher, micro_batches
 from train.engine import Engine
 from train.folders import name_of
 from train.guard import Guard
-from train.job import Job, begin, newest
+from train.job import Job, begin, where
 from train.journal import Journal
 from train.objective import Objective
 from train.ranks import Alarm, Ranks, Sigterm, Stopped
@@ -34,17 +34,17 @@ from train.validation import Patience
 
 
 def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
-    """Train to the end from the newest complete checkpoint, or from the start; returns the last checkpoint's URL.
+    """Train to the end from the job's checkpoint, or from the start; returns the last checkpoint's URL.
 
     Collective. Raises Stopped after SIGTERM, StageError on all ranks alike where training cannot go on.
     """
     config = job.config
-    last, found, run = newest(job, ranks)
+    last, found, run = where(job)
     if last and (run.finished or run.images >= config.images):
         return last
     micro, accumulation, flops = begin(job, objective, ranks, run.images, fresh=last is None)
     guard, late = Guard(config.spike_sigmas, ranks.device, found.get("guard")), Late(ranks.device)
-    patience = Patience(job.validator.patience if job.validator else None, found.get("patience"))
+    patience = Patience(job.validator, found.get("patience"))
     with (
         Engine(config, objective, ranks, micro, accumulation) as engine,
         checkpoint.Saver(job.checkpoints, engine, job.keep, ranks) as saver,
@@ -82,13 +82,14 @@ def fit(job: Job, objective: Objective, ranks: Ranks) -> str:
                     saver.finish()  # raises
             if run.exhausted(config.max_skips):
                 saver.finish()
-                back = checkpoint.newest(job.checkpoints, ranks)
+                back = checkpoint.newest(job.checkpoints, ranks, sound=True)
                 folder, manifest = run.roll_back(job.stage, back, config.max_rollbacks, journal.events)  # or raises
                 checkpoint.load(folder, manifest, engine)
                 guard.forget()
                 late.forget()  # the newest step was taken from weights that are gone
+                patience = Patience(job.validator, manifest.get("patience"))  # and so were validations since
                 journal.event(run.images, "rollback", checkpoint=name_of(folder), rollbacks=run.rollbacks)
-                saves = True
+                saves, validates = True, validates and ends  # nothing was learned that patience could wait for
 
             # ---- what a person sees, and what outlives this process -------------------------------------
             alarm.again()

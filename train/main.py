@@ -83,6 +83,7 @@ def run(
     wanted = fingerprint(stage, settings, sections.seed, datasets)
 
     # Heavy imports come after everything that can be refused at once.
+    from train import checkpoint
     from train.finish import finish
     from train.job import Job
     from train.loop import fit
@@ -103,7 +104,9 @@ def run(
                 discard(paths)
             # One trainer writes here, so whatever is temporary is a dead one's.
             storage.sweep_temporaries(paths.checkpoints, older_than_s=0.0)
-        taken = ranks.found_by_first(lambda: history(stage, settings, datasets, paths, found, adopt))
+        newest = checkpoint.newest(paths.checkpoints, ranks)
+        manifest = newest[1] if newest else None
+        taken = ranks.found_by_first(lambda: history(stage, settings, datasets, manifest, found, adopt))
         if ranks.first:
             for note in taken.notes:
                 log.warning("%s: %s", stage, note)
@@ -121,6 +124,7 @@ def run(
             status,
             wanted,
             facts,
+            newest=newest,
             notes=taken.notes,
             tell=tell,
         )

@@ -236,17 +236,20 @@ def _short(value: Any) -> str:
 
 
 def history(
-    stage: str, config: StageConfig, datasets: Sequence[Dataset], paths: StagePaths, found: StageState, adopt: bool
+    stage: str,
+    config: StageConfig,
+    datasets: Sequence[Dataset],
+    manifest: dict[str, Any] | None,
+    found: StageState,
+    adopt: bool,
 ) -> segments.Taken:
-    """What a run takes its samples from, from where its newest checkpoint stands; see segments.resume.
+    """What a run takes its samples from, from where it goes on; see segments.resume.
 
-    Raises ConfigError where that needs consent.
+    manifest: of the checkpoint that it goes on from, None at the start. Raises ConfigError where that needs consent.
     """
-    newest = folders.latest_complete(paths.checkpoints, contents=False)
     few = tuple(segments.too_few(config, datasets))
-    if newest is None:
+    if manifest is None:
         return segments.Taken(segments.begin(config, datasets), few)
-    manifest = folders.read_manifest(newest)
     taken = segments.resume(
         manifest.get("order"), manifest["images"], manifest["step"], config, datasets, adopt, found.changes
     )

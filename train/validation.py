@@ -42,10 +42,15 @@ FIRST = 1 << 62
 
 
 class Validator:
-    """`measure` gives the mean squared error of the UNet's prediction. Batches are made once and kept in memory."""
+    """`measure` gives the mean squared error of the UNet's prediction. Batches are made once and kept in memory.
+
+    of: what tells the images that are measured from others, for a checkpoint.
+    """
 
     def __init__(self, config: ValidationConfig, objective: Diffusion, run: RunPaths, ranks: Ranks, micro: int) -> None:
         self.every_images, self.patience = config.every_images, config.patience
+        resolution = objective.latents.resolution
+        self.of = {"images": config.images, "latents": config.latents, "resolution": resolution}
         with tempfile.TemporaryDirectory(prefix="carrara-validation-") as folder:
             root = config.latents or _held_out(config, objective, run, ranks.device.type, folder)
             latents = Chosen(objective.config, _open(root, objective), config.images, _beside(config, objective, run))
@@ -95,14 +100,22 @@ def _share(buckets: np.ndarray, ranks: Ranks, micro: int) -> list[tuple[int, np.
 
 
 class Patience:
-    """When to stop early: `limit` validations without a new lowest loss; None is never. best_step: where that was."""
+    """When to stop early: `validator.patience` validations without a new lowest loss; None is never.
 
-    def __init__(self, limit: int | None, state: dict[str, Any] | None = None) -> None:
-        self.limit = limit
+    best_step: where the lowest loss was. state: of a checkpoint. Losses on other images are not compared with it, and
+    where patience had run out, as in a run that is made longer, it begins anew.
+    """
+
+    def __init__(self, validator: Validator | None, state: dict[str, Any] | None = None) -> None:
+        self.limit = validator.patience if validator else None
         state = state or {}
+        self.of: dict[str, Any] | None = validator.of if validator else state.get("of")
+        if (state.get("of") or self.of) != self.of:
+            state = {}
         self.best: float | None = state.get("best")
         self.best_step: int | None = state.get("best_step")
-        self.since: int = state.get("since", 0)
+        since: int = state.get("since", 0)
+        self.since = 0 if self.limit is not None and since >= self.limit else since
 
     def over(self, loss: float, step: int | None = None) -> bool:
         """Take a validation's loss in; whether training should end."""
@@ -114,7 +127,7 @@ class Patience:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"best": self.best, "best_step": self.best_step, "since": self.since}
+        return {"of": self.of, "best": self.best, "best_step": self.best_step, "since": self.since}
 
 
 class Chosen(Latents):

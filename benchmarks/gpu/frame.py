@@ -7,16 +7,15 @@ import functools
 import gc
 import json
 import os
-import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.gpu.apart import GRACE_S, Apart
 from benchmarks.gpu.models import CUDA
 
 STARTED = time.monotonic()
@@ -24,33 +23,45 @@ STEPS, BATCH, DECAY, RATE, CLIP = 8, 8, 0.9, 1e-3, 0.5
 
 
 class Report:
-    """What was found, written after each part."""
+    """What was found, written after each part. A context: while a part works, the next one's process gets ready."""
 
     def __init__(self, out: Path, minutes: float) -> None:
         self.file, self.ends = out / "gpu.json", STARTED + 60 * minutes
-        self.found: dict[str, Any] = {"parts": {}, "machine": machine()}
+        self.found: dict[str, Any] = {"parts": {}}
         out.mkdir(parents=True, exist_ok=True)
+        self._ready = Apart()
 
-    def part(self, name: str, limit_s: float, work: Callable[[], Any]) -> None:
-        left = self.ends - time.monotonic()
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ready.kill()
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.ends - time.monotonic()
+
+    def result(self, name: str) -> dict[str, Any]:
+        """Of a part that was run; nothing of one that was not, or failed."""
+        found: dict[str, Any] = self.found["parts"].get(name, {}).get("result", {})
+        return found
+
+    def part(self, name: str, limit_s: float, work: Callable[[], Callable[[], Any]]) -> None:
+        """Run a part in a process of its own, for so long at most. work: gives what that process is to do."""
         began = time.monotonic()
         entry: dict[str, Any] = {}
-        if left < min(limit_s, 20):
-            entry["skipped"] = f"{left:.0f} s were left"
+        if self.left < GRACE_S + min(limit_s, 20):
+            entry["skipped"] = f"{self.left:.0f} s were left"
         else:
             try:
-                with limited(min(limit_s, left)):
-                    entry["result"] = work()
-            except BaseException as e:
-                if isinstance(e, KeyboardInterrupt):
-                    raise
-                frames = traceback.extract_tb(e.__traceback__)[-6:]
-                entry["failed"] = f"{type(e).__name__}: {' '.join(str(e).split())[:600]}"
-                entry["where"] = [f"{f.filename}:{f.lineno} {f.name}" for f in frames]
-                clean = getattr(e, "partial", None)
-                if clean:
-                    entry["partial"] = clean
-        free()
+                task = work()
+                with self._ready as apart:
+                    self._ready = Apart()
+                    apart.begin(task, min(limit_s, self.left - GRACE_S))
+                    entry = apart.result()
+            except (RuntimeError, OSError) as e:
+                entry["failed"] = f"{type(e).__name__}: {e}"
         entry["seconds"] = round(time.monotonic() - began, 1)
         self.found["parts"][name] = entry
         self.file.write_text(json.dumps(self.found, indent=1, default=str) + "\n", encoding="utf-8")
@@ -58,23 +69,6 @@ class Report:
             f"{name:24} {entry['seconds']:6.1f} s  {json.dumps(entry.get('result', entry), default=str)[:900]}",
             flush=True,
         )
-
-
-@contextlib.contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Context that raises TimeoutError after so long."""
-
-    def ring(*_: object) -> None:
-        raise TimeoutError(f"took longer than {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    # Again and again: where it rings within a callback of the interpreter's, the error is dropped.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 3.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def free() -> None:
@@ -87,6 +81,7 @@ def free() -> None:
 
 
 def machine() -> dict[str, Any]:
+    """What it is measured on."""
     import deepspeed
     import diffusers
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def planned(unet_config: dict[str, Any], side: int, checkpointing: bool) -> dict
 def speed(
     unet: dict[str, Any],
     side: int,
-    counted: Future[dict[str, float]],
+    plan: dict[str, float],
     peak: dict[str, float],
     sizes: Sequence[int],
     changes: dict[str, Any],
@@ -63,9 +62,8 @@ def speed(
 ) -> dict[str, Any]:
     """Images/s, memory and utilisation of the loop's own hot path at each batch size up to what fits.
 
-    first: only the first of the sizes that fits. channels_last: once more so, at the fastest size.
+    plan: of planned(). first: only the first of the sizes that fits. channels_last: once more so, at the fastest size.
     """
-    plan = counted.result(timeout=60)  # of a part that was not named there is none, and nobody asks
     result: dict[str, Any] = {"gflop_an_image": plan["flops"] / 1e9}
     try:
         for size in sizes:

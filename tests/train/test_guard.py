@@ -137,6 +137,16 @@ def test_skipped_steps_and_rollback_are_the_same_under_every_stage(run: Path, tm
         assert_close(end, ends[0])
 
 
+def test_weights_go_back_to_before_the_steps_that_were_refused(run: Path) -> None:
+    """Not to a checkpoint that was saved between two of them, which has the weights that are there already."""
+    values = {"images": 64, "checkpoint_every_images": 24, "max_skips": 2, "eps": 1e-3, "keep_checkpoints": 5}
+    config = tiny.write_config(run, tiny.configuration(run, **values))
+    forked.on_ranks(2, break_steps, str(config), (6, 7))
+    assert folders.read_manifest(step_folder(run, 6))["run"]["in_a_row"] == 1
+    assert [(e["images"], e["checkpoint"]) for e in events(run, "rollback")] == [(64, "step-00000003")]
+    assert_same(tensors(step_folder(run, 8), "weights"), tensors(step_folder(run, 3), "weights"))
+
+
 def test_a_run_that_cannot_be_helped_ends_with_a_sentence_on_all_ranks(run: Path) -> None:
     config = tiny.write_config(run, tiny.configuration(run, max_skips=2, checkpoint_every_images=1000))
     ranks = forked.start(2, break_steps, str(config), (3, 4))

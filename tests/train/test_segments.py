@@ -18,6 +18,7 @@ from shards.settings import load_sections
 from tests.train import forked, tiny
 from tests.train.test_guard import events
 from tests.train.test_mixture import bucketed
+from tests.train.test_zero import step_folder
 from train import folders, segments
 from train.config import TrainConfig, TrainingSections
 from train.encoder_config import AutoencoderConfig, ClipConfig
@@ -327,6 +328,21 @@ def test_a_batch_of_another_size_goes_on_with_the_epoch(run: Path) -> None:
     assert len(counts) == 40
     assert max(counts.values()) - min(counts.values()) <= 1, "88 samples out of 40: each two or three times"
     assert events(run, "order") == []
+
+
+def test_what_is_adopted_holds_from_the_checkpoint_that_is_gone_on_from(run: Path) -> None:
+    """The newest is damaged, which only its hash tells: a batch of another size begins at the one before."""
+    values = {"images": 24, "checkpoint_every_images": 8, "schedule": "constant"}
+    config = tiny.write_config(run, tiny.configuration(run, **values))
+    forked.fit(config, 1)
+    (file,) = step_folder(run, 3).glob("rank-*")
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    forked.fit(config, 1, "train.images=48", "train.batch_size=16", adopt=True)
+    manifest = manifest_of(run)
+    assert (manifest["step"], manifest["images"]) == (4, 48)
+    assert [(s["images"], s["step"]) for s in manifest["order"]["segments"]] == [(0, 0), (16, 2)]
 
 
 @pytest.mark.slow

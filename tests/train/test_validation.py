@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -132,10 +133,15 @@ def test_held_out_pictures_are_encoded_as_the_latents_are(tmp_path: Path, flip: 
 
 
 def test_patience() -> None:
-    patience = validation.Patience(2)
+    def of(limit: int | None) -> Any:
+        return SimpleNamespace(patience=limit, of={"images": 4})
+
+    patience = validation.Patience(of(2))
     assert [patience.over(v) for v in (3.0, 2.0, 2.5, 2.0)] == [False, False, False, True]
-    again = validation.Patience(2, {"best": 2.0, "since": 1})
+    again = validation.Patience(of(2), {"best": 2.0, "since": 1})  # as it was kept before it was said of what
     assert not again.over(1.9)
+    assert again.state() == {"of": {"images": 4}, "best": 1.9, "best_step": None, "since": 0}
+    assert not validation.Patience(of(None)).over(9.0)
     assert not validation.Patience(None).over(9.0)
 
 
@@ -164,7 +170,7 @@ def test_a_run_that_stops_getting_better_ends_there_and_stays_ended(tmp_path: Pa
     assert grid[:32, :32].std() > 1
 
 
-def with_losses(config: str, losses: list[float]) -> None:
+def with_losses(config: str, losses: list[float], adopt: bool = False) -> None:
     """A run whose validations come out as told."""
     left = list(losses)
 
@@ -172,7 +178,7 @@ def with_losses(config: str, losses: list[float]) -> None:
         return left.pop(0)
 
     validation.Validator.measure = measure
-    forked.run_stage(config)
+    forked.run_stage(config, adopt=adopt)
 
 
 def test_the_best_checkpoint_is_saved_kept_and_exported_by_choice(run: Path, tmp_path: Path) -> None:
@@ -186,13 +192,77 @@ def test_the_best_checkpoint_is_saved_kept_and_exported_by_choice(run: Path, tmp
     assert left == ["step-00000003", "step-00000008", "step-00000010"]
     newest = folders.read_manifest(run / "checkpoints" / "step-00000010")
     assert newest["best"] == "step-00000003"
-    assert newest["patience"] == {"best": 1.0, "best_step": 3, "since": 7}
+    of = {"images": 4, "latents": str(tmp_path / "held"), "resolution": 32}
+    assert newest["patience"] == {"of": of, "best": 1.0, "best_step": 3, "since": 7}
     marker = json.loads((run / "model" / "carrara.json").read_text())
     assert marker["checkpoint"] == "step-00000003"
     sections = load_sections(str(config), (), TrainingSections)
     assert stage_state("train", str(run), sections).state == "done"
     other = load_sections(str(config), ("train.validation.export=newest",), TrainingSections)
     assert stage_state("train", str(run), other).state == "resumable", "the other choice is yet to be exported"
+
+
+def broken_with_losses(config: str, losses: list[float], broken: tuple[int, ...]) -> None:
+    """As with_losses; the training's losses of these steps (from 1) are not finite."""
+    from train.denoising import Diffusion
+
+    forward, calls = Diffusion.forward, [0]
+
+    def forward_broken(self: Any, batch: Any) -> Any:
+        loss, details = forward(self, batch)
+        calls[0] += type(loss) is torch.Tensor  # the plan runs on tensors without values
+        return loss * (float("nan") if calls[0] in broken else 1.0), details
+
+    Diffusion.forward = forward_broken  # type: ignore[method-assign]
+    with_losses(config, losses)
+
+
+def validated(run: Path, held: Path, **more: Any) -> dict[str, Any]:
+    """A configuration that validates after every step, and saves after each fourth."""
+    if not held.exists():
+        tiny.make_latents(held, counts=(7,))
+    validate = {"images": 4, "every_images": 8, "latents": str(held), **more.pop("validation", {})}
+    return tiny.configuration(run, **{"images": 96, "checkpoint_every_images": 32, "validation": validate} | more)
+
+
+def test_weights_that_go_back_take_the_patience_of_then_with_them(run: Path, tmp_path: Path) -> None:
+    """Steps 6 and 7 are lost and the weights go back to step 4's: what was measured of those that are gone counts no
+    more, and those that were measured before are not measured again."""
+    data = validated(run, tmp_path / "held", max_skips=2, validation={"patience": 4})
+    losses = [4.0, 3.0, 2.0, 1.0, *[5.0] * 3, *[6.0] * 3, 0.5]
+    forked.on_ranks(1, broken_with_losses, str(tiny.write_config(run, data)), losses, (6, 7))
+    assert [e["images"] for e in events(run, "rollback")] == [64]
+    found = {e["images"] // 8: e["loss"] for e in events(run, "validation")}
+    assert found == dict(zip((*range(1, 8), *range(9, 13)), losses, strict=True))
+    assert folders.read_manifest(step_folder(run, 8))["patience"]["since"] == 0
+    last = folders.read_manifest(step_folder(run, 12))
+    assert (last["patience"]["best"], last["best"]) == (0.5, "step-00000012")
+
+
+def test_a_run_made_longer_has_its_patience_anew(run: Path, tmp_path: Path) -> None:
+    data = validated(run, tmp_path / "held", validation={"patience": 2})
+    config = tiny.write_config(run, data)
+    forked.on_ranks(1, with_losses, str(config), [1.0, 2.0, 2.0])
+    assert folders.read_manifest(step_folder(run, 3))["finished"]
+    data["train"]["images"] = 160
+    forked.on_ranks(1, with_losses, str(tiny.write_config(run, data)), [3.0, 0.5, 2.0, 2.0], True)
+    last = folders.read_manifest(step_folder(run, 7))
+    assert last["finished"]
+    assert (last["patience"]["best"], last["patience"]["since"]) == (0.5, 2)
+
+
+@pytest.mark.parametrize("changed", [{"images": 6}, {"latents": "other"}])
+def test_the_losses_of_another_set_are_not_compared(run: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    """A lowest loss on other images says nothing; the checkpoint of the lowest is that of the set that is measured."""
+    data = validated(run, tmp_path / "held", images=32)
+    forked.on_ranks(1, with_losses, str(tiny.write_config(run, data)), [4.0, 1.0, 2.0, 2.0])
+    if "latents" in changed:
+        tiny.make_latents(tmp_path / "other", counts=(9,))
+        changed = {"latents": str(tmp_path / "other")}
+    data = validated(run, tmp_path / "held", images=64, validation=changed)
+    forked.on_ranks(1, with_losses, str(tiny.write_config(run, data)), [3.0, 2.5, 2.8, 2.8], True)
+    last = folders.read_manifest(step_folder(run, 8))
+    assert (last["best"], last["patience"]["best"], last["patience"]["since"]) == ("step-00000006", 2.5, 2)
 
 
 def full_disk(config: str) -> None:
