@@ -26,6 +26,7 @@ from train.objective import Objective, construct, public_config
 from train.order import derive_key, permute
 from train.part_config import AlignmentConfig
 from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of, require_layer
+from train.predictions import PREDICTIONS
 from train.randomness import Randomness
 from train.segments import History
 
@@ -442,7 +443,7 @@ def choose_caption(columns: Sequence[Sequence[str]], weights: Sequence[float], u
 def process_of(config: TrainConfig) -> diffusion.Process:
     """The forward process that a configuration asks for."""
     steps = config.num_train_timesteps
-    if config.prediction_type == "flow_prediction":
+    if PREDICTIONS[config.prediction_type].flow:
         return diffusion.rectified_flow(steps, config.snr_shift)
     alpha_bar = diffusion.alphas_cumprod(
         diffusion.betas(config.beta_schedule, steps, config.beta_start, config.beta_end)
