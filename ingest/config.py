@@ -212,10 +212,13 @@ class OptOutConfig(Strict):
     robots_txt: bool = Field(default=False, description="ask each host's robots.txt too (RFC 9309), once a run")
 
 
+SourceKind = Literal["table", "folder", "parquet", "webdataset"]
+
+
 class SourceConfig(Strict):
     """What lies at `table`, where that is no table of URLs; see ingest/sources.py."""
 
-    kind: Literal["auto", "table", "folder", "parquet", "webdataset"] = Field(
+    kind: Literal["auto", SourceKind] = Field(
         default="auto",
         description="folder: images with captions beside them; parquet: (or Arrow) with the bytes inside; webdataset: "
         "tars; auto: told from what is there",

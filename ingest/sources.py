@@ -20,7 +20,7 @@ import logging
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 import fsspec
 import numpy as np
@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ingest import locations
+from ingest.config import SourceKind
 from ingest.formats import decoded, kept_type, text_array
 from ingest.listing import Listing, Row, Seen, Wanted, hashes_of, legal
 from ingest.tables import CAPTION_NAMES, URL_NAMES
@@ -38,11 +39,8 @@ from shards.settings import ConfigError
 
 log = logging.getLogger("carrara.ingest")
 
-Kind = Literal["table", "folder", "parquet", "webdataset"]
-
 IMAGES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|mpo)\Z", re.IGNORECASE)
 BINARY = re.compile(r"\.(parquet|arrow)\Z", re.IGNORECASE)
-TARS = r"\.tar\Z"
 CAPTION_FILES = (".txt", ".caption", ".json")
 METADATA = re.compile(r"(?:\A|/)metadata\.(jsonl|csv|parquet)\Z", re.IGNORECASE)
 _TEXTS = ("txt", "caption", "json", "cls")  # a sample's members that say something of its image
@@ -54,10 +52,10 @@ _LOOKED_AT = 1000  # files of a folder that are looked at to tell what it is
 
 
 @functools.lru_cache(maxsize=16)  # asked again and again within a command, also of stores that are far away
-def detect(table: str, kind: str = "auto") -> Kind:
+def detect(table: str, kind: Literal["auto", SourceKind] = "auto") -> SourceKind:
     """What a path, folder or glob holds. Raises ConfigError where it holds nothing that is known, or several kinds."""
     if kind != "auto":
-        return kind  # type: ignore[return-value]
+        return kind
     fs, path = _open_fs(table)
     if not _is_glob(fs, table, path) and not fs.isdir(path):
         return _kind_of_file(table)
@@ -76,7 +74,7 @@ def _is_glob(fs: Any, table: str, path: str) -> bool:
     return any(c in table for c in "*?[") and not fs.exists(path)
 
 
-def _kind_of_file(file: str) -> Kind:
+def _kind_of_file(file: str) -> SourceKind:
     if file.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".zip")):
         raise ConfigError(
             f"ingest.table: '{file}' is a packed archive, in which no image can be read by its place; unpack it"
@@ -141,13 +139,13 @@ def folder_of(table: str) -> str:
 # ---- the listing -------------------------------------------------------------------------------------------
 
 
-def refresh(root: str, table: str, kind: Kind, wanted: Wanted, progress: str = "") -> list[str]:
+def refresh(root: str, table: str, kind: SourceKind, wanted: Wanted, progress: str = "") -> list[str]:
     """Bring a listing up to what lies at `table` now; returns what is to be told, a sentence each. Under the lease.
 
     progress: what the bar says before its figures; no bar without.
     """
     listing = Listing(root)
-    list_new = {"folder": _list_folder, "webdataset": _list_files(_tar_rows), "parquet": _list_files(_table_rows)}[kind]
+    list_new = _list_folder if kind == "folder" else _list_files(MANY[kind])
     with tqdm(desc=progress, unit=" images", disable=None if progress else True) as bar:
         said = list_new(listing, table, wanted, bar.update)
     if not listing.parts:
@@ -155,14 +153,14 @@ def refresh(root: str, table: str, kind: Kind, wanted: Wanted, progress: str = "
     return said
 
 
-def is_listed(root: str, table: str, kind: Kind) -> bool:
+def is_listed(root: str, table: str, kind: SourceKind) -> bool:
     """Whether everything that lies at `table` is in the listing."""
     listing = Listing(root)
     if kind == "folder":
         return bool(np.isin(hashes_of([url for url, _ in _images(table)[0]]), listing.known()).all()) and bool(
             listing.parts
         )
-    return not listing.unlisted(_files(table, TARS if kind == "webdataset" else BINARY.pattern))
+    return not listing.unlisted(_files(table, MANY[kind].names))
 
 
 OnListed = Callable[[int], Any]
@@ -171,12 +169,20 @@ OnListed = Callable[[int], Any]
 # ---- files that hold many ----------------------------------------------------------------------------------
 
 
-def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> Callable[..., list[str]]:
+class Many(NamedTuple):
+    """A kind of source whose files hold many images. names: a pattern of the files' names. rows_of: given a file, what
+    is wanted, and a list to which sentences for the log are added, gives the file's rows; raises _Cut."""
+
+    names: str
+    rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]
+
+
+def _list_files(source: Many) -> Callable[..., list[str]]:
     """Lists tars or tables: each is looked through once; one that was not whole gives what is new once it changes, and
     one that was written again keeps its old rows."""
 
     def list_new(listing: Listing, table: str, wanted: Wanted, on_listed: OnListed) -> list[str]:
-        files = _files(table, TARS if rows_of is _tar_rows else BINARY.pattern)
+        files = _files(table, source.names)
         marks = stamps(files)
         said = []
         unlisted = listing.unlisted(files)
@@ -190,7 +196,7 @@ def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> C
         for file in unlisted:
             before = listing.cut.get(file, Seen())
             try:
-                seen, whole = _look(rows_of(file, wanted, said), before, rows, on_listed), True
+                seen, whole = _look(source.rows_of(file, wanted, said), before, rows, on_listed), True
             except _Cut as e:
                 seen, whole = e.seen, False
                 said += [str(e)] if str(e) else []
@@ -458,6 +464,12 @@ def image_column(schema: pa.Schema, given: str | None) -> str | None:
         ):
             return str(field.name)
     return None
+
+
+MANY: dict[SourceKind, Many] = {
+    "webdataset": Many(r"\.tar\Z", _tar_rows),
+    "parquet": Many(BINARY.pattern, _table_rows),
+}
 
 
 # ---- folders -----------------------------------------------------------------------------------------------
