@@ -29,6 +29,12 @@ log = logging.getLogger("carrara")
 
 app = typer.Typer()
 
+# Options of several commands that draw images.
+Checkpoint = Annotated[str, typer.Option("--checkpoint", help="a folder's name under RUN/checkpoints")]
+Weights = Annotated[str, typer.Option("--weights", help=WEIGHTS)]
+Model = Annotated[
+    str, typer.Argument(metavar="RUN", help="the run's folder, or a diffusers pipeline's", callback=from_base)
+]
 CrossAttention = Annotated[
     float, typer.Option("--cross-attention", help="share of the steps in which words look where they did before")
 ]
@@ -38,8 +44,8 @@ SelfAttention = Annotated[float, typer.Option("--self-attention", help="the same
 @app.command()
 def export(
     run: Run,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="a folder's name under RUN/checkpoints")] = "latest",
-    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
+    checkpoint: Checkpoint = "latest",
+    weights: Weights = "ema",
     precision: Annotated[str, typer.Option("--precision", help="float32 or float16")] = "float32",
     out: Annotated[
         str | None, typer.Option("--out", help="folder of the pipeline; by default RUN/model", callback=from_base)
@@ -65,8 +71,8 @@ def sample(
     negative: Annotated[str, typer.Option("--negative", help="what not to draw")] = "",
     seed: Seed = 0,
     count: Annotated[int, typer.Option("--count", help="images a prompt")] = 1,
-    checkpoint: str = "latest",
-    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
+    checkpoint: Checkpoint = "latest",
+    weights: Weights = "ema",
     sampler: str = "ddim",
     steps: int = 25,
     guidance_scale: float = 3.0,
@@ -140,9 +146,7 @@ def sample(
 
 @app.command()
 def edit(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", help="the run's folder, or a diffusers pipeline's", callback=from_base)
-    ],
+    run: Model,
     source: Annotated[str, typer.Option("--from", metavar="PROMPT", help="of the image before")],
     target: Annotated[
         str | None, typer.Option("--to", metavar="PROMPT", help="of the image after; by default --from's")
@@ -161,8 +165,8 @@ def edit(
     ] = 3,
     seed: Seed = 0,
     count: Annotated[int, typer.Option("--count", help="images, each from another noise")] = 1,
-    checkpoint: str = "latest",
-    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
+    checkpoint: Checkpoint = "latest",
+    weights: Weights = "ema",
     sampler: str = "ddim",
     steps: int = 25,
     guidance_scale: float = 3.0,
@@ -194,17 +198,15 @@ def edit(
 
 @app.command(name="edit-table")
 def edit_table(
-    model: Annotated[
-        str, typer.Argument(metavar="RUN", help="the run's folder, or a diffusers pipeline's", callback=from_base)
-    ],
+    model: Model,
     table: Annotated[str, typer.Option("--table", metavar="FILE", help="JSON lines of input, edit, output")],
     out: Annotated[str, typer.Option("--out", help="folder for parquet files of triples", callback=from_base)],
     cross_attention: CrossAttention = 0.8,
     self_attention: SelfAttention = 0.4,
     seed: Seed = 0,
     count: Annotated[int, typer.Option("--count", help="triples of each line, each from another noise")] = 1,
-    checkpoint: str = "latest",
-    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
+    checkpoint: Checkpoint = "latest",
+    weights: Weights = "ema",
     sampler: str = "ddim",
     steps: int = 25,
     guidance_scale: float = 3.0,
