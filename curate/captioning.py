@@ -9,7 +9,6 @@ caption stays in the image shard. A server that does not answer is no image's fa
 from __future__ import annotations
 
 import dataclasses
-import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from curate.captioners import Answer, Server, Transformers
@@ -190,12 +188,10 @@ class _Worker:
                 "tokens": pa.array(tokens),
             }
         )
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
         counts = Counter(f for f in fates if f)
         stats = {"rows": rows, "count": len(shard), "fates": dict(sorted(counts.items())), "tokens": int(tokens.sum())}
         arrays = {"row": shard.rows.astype(np.int32), "tokens": tokens[shard.rows]}
-        return {".safetensors": pack_columns(arrays, {}), ".parquet": sink.getvalue()}, stats
+        return {".safetensors": pack_columns(arrays, {}), ".parquet": storage.parquet_bytes(table)}, stats
 
     def _fate(self, text: str, answer: Answer, common: set[str]) -> str:
         if answer.error in ("over_budget", "not_decoded"):

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from curate.config import ControlImages, CurateConfig
@@ -143,11 +142,9 @@ def _pack(shard: images.ImageShard, drawn: list[bytes | None]) -> tuple[dict[str
         rows.append(line)
     types = {"image_offset": pa.int64(), "image_size": pa.int64()}
     table = pa.table({n: pa.array([r[n] for r in rows], types.get(n, pa.string())) for n in rows[0]})
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
     status = Counter(r["status"] for r in rows)
     stats = {"rows": len(rows), "count": status["success"], "status": dict(sorted(status.items()))}
-    return {".tar": tar, ".parquet": sink.getvalue()}, stats
+    return {".tar": tar, ".parquet": storage.parquet_bytes(table)}, stats
 
 
 def _png(pixels: np.ndarray) -> bytes:

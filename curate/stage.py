@@ -11,14 +11,12 @@ excluded, taken down) have no score.
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from curate import duplicates
 from curate.config import CurateConfig, DuplicateScore, HeadScore, Score
@@ -275,10 +273,8 @@ def pack(
         table[name] = pa.array(spread, pa.float32(), mask=absent | ~np.isfinite(spread))
         stats["sketch"][name] = sketch(numbers)
         stats["missing"][name] = int((~np.isfinite(numbers)).sum())
-    sink = io.BytesIO()
-    pq.write_table(pa.table(table), sink, compression="zstd")
     arrays = {"row": shard.rows.astype(np.int32), **embeddings}
-    return {".safetensors": pack_columns(arrays, {}), ".parquet": sink.getvalue()}, stats
+    return {".safetensors": pack_columns(arrays, {}), ".parquet": storage.parquet_bytes(pa.table(table))}, stats
 
 
 def histogram(manifest: dict[str, Any], column: str, bins: int = 40) -> tuple[np.ndarray, np.ndarray]:

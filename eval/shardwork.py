@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
+from shards import storage
 from shards.commit import Folder
 from shards.dataset import read_stats
 from shards.images import pack_tar
@@ -105,10 +105,8 @@ def tar_of(rows: list[tuple[str, dict[str, bytes]] | None]) -> tuple[bytes, dict
 def parquet(table: dict[str, list[Any]], **types: pa.DataType) -> bytes:
     """Columns as a parquet file; string unless a type is given, so that a column of nulls has its type too."""
     given = {"image_offset": pa.int64(), "image_size": pa.int64(), **types}
-    sink = io.BytesIO()
     columns = {n: pa.array(v, given.get(n, pa.string())) for n, v in table.items()}
-    pq.write_table(pa.table(columns), sink, compression="zstd")
-    return sink.getvalue()
+    return storage.parquet_bytes(pa.table(columns))
 
 
 def counted(status: list[str]) -> dict[str, Any]:

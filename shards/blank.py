@@ -55,9 +55,7 @@ def blank(root: str, index: int, rows: Iterable[int], edit: Edit) -> dict[str, A
         assert record is not None
         sidecar, new_data = _blanked(data, sidecar, rows, known["data"])
         new_sidecar, new_record = edit(sidecar, dict(record))
-        sink = io.BytesIO()
-        pq.write_table(new_sidecar, sink, compression="zstd")
-        new_table = sink.getvalue()
+        new_table = storage.parquet_bytes(new_sidecar)
         digest = digest_bytes(new_data)
         files = dict(record["files"])
         files[known["data"]] = {"size": len(new_data), "sha256": digest}

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import errno
 import hashlib
+import io
 import json
 import os
 import random
@@ -182,6 +183,15 @@ def read_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
     import pyarrow.parquet as pq
 
     return pq.read_table(pa.BufferReader(read_bytes(url)), columns=columns, pre_buffer=False)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as the parquet file that all of Carrara writes: zstd."""
+    import pyarrow.parquet as pq
+
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
 
 
 def read_json(url: str) -> Any | None:
