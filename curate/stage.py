@@ -21,8 +21,9 @@ import pyarrow as pa
 from curate import duplicates
 from curate.config import CurateConfig, DuplicateScore, HeadScore, Score
 from curate.scorers import Columns, build, find_weights
+from curate.shardwork import ShardWorker
 from latents.arithmetic import fixed_arithmetic
-from shards import images, storage
+from shards import storage
 from shards.columns import pack_columns
 from shards.commit import Folder
 from shards.dataset import Dataset, write_manifest
@@ -32,7 +33,7 @@ from shards.layout import RunPaths, shard_name
 from shards.listing import listed
 from shards.settings import ConfigError, StageError
 from shards.sketch import Sketch, edges, merge, quantile, sketch
-from shards.stage import Task, persist
+from shards.stage import Made, Task
 
 VERSION = 1  # raise it when the bytes of a shard change for the same settings
 SHOWN = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)  # quantiles in the manifest
@@ -226,33 +227,19 @@ def _json_number(value: float) -> float | None:
     return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
-class _Worker:
+class _Worker(ShardWorker):
     def __init__(self, stage: ScoreStage) -> None:
-        self.stage = stage
-        self.folder = Folder.begin(stage.root, stage.made_with(), stage.data)
-        self.images = Dataset.open(stage.run.images)
-        with fixed_arithmetic(stage.config.threads):
+        super().__init__(stage, stage.run.images, stage.config.threads)
+        with fixed_arithmetic(self.threads):
             index = stage.index if isinstance(stage, DuplicatesStage) else None
             self.scorer = build(stage.config, find_weights(stage.config, stage.own_clip), stage._embeddings, index)
 
-    def __call__(self, task: Task) -> dict[str, Any]:
-        """Score one shard and commit it; returns its committed stats."""
-        if (found := self.folder.adopt(task.index)) is not None:
-            return found
-        shard = images.ImageShard(self.images, task.payload["position"])
-        try:
-            shard.fetch()
-            with fixed_arithmetic(self.stage.config.threads):
-                columns, embeddings = self.scorer(shard)
-        finally:
-            shard.close()
-        files, stats = pack(shard, columns, embeddings)
-        return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
+    def make(self, shard: ImageShard, payload: dict[str, Any]) -> Made:
+        """The scores of one shard."""
+        return pack(shard, *self.scorer(shard))
 
 
-def pack(
-    shard: images.ImageShard, columns: Columns, embeddings: dict[str, np.ndarray]
-) -> tuple[dict[str, bytes], dict[str, Any]]:
+def pack(shard: ImageShard, columns: Columns, embeddings: dict[str, np.ndarray]) -> Made:
     """The files of a shard of scores, and its stats. columns, embeddings: one value or row a sample of the shard."""
     rows = shard.table.num_rows
     column_row = np.full(rows, -1, np.int32)

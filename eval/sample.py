@@ -32,14 +32,14 @@ from eval.generate import ImageGenerator, Sample
 from eval.inputs import fitted, read_image, read_lines, require_size
 from eval.prompts import MAX_CHARS
 from eval.rows import images_of
-from eval.shardwork import Made, accounted, commit, counted, parquet, png, tar_of
+from eval.shardwork import accounted, counted, parquet, png, tar_of
 from latents.resize import resize_crop_to
 from shards import storage
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
 from shards.layout import RunPaths, sample_key
 from shards.settings import ConfigError, Strict, validate
-from shards.stage import Task, open_folder
+from shards.stage import Made, Task, commit, open_folder
 
 VERSION = 1
 IMAGE_OPTIONS = ("image", "mask", "control", "control_of")  # options that are files

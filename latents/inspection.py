@@ -341,9 +341,7 @@ def page(found: Inspection, title: str) -> str:
 
 def data_uri(pixels: np.ndarray) -> str:
     """An image, uint8 [H,W,3], as a PNG within a page."""
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "PNG")
-    return "data:image/png;base64," + base64.b64encode(sink.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(images.png_bytes(pixels)).decode()
 
 
 def write(found: Inspection, reports: str, title: str) -> str:
