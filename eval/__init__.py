@@ -22,7 +22,7 @@ sample       images on request
 edit, attention, triples   an image changed by changing its prompt; how words look; such pairs to train on
 prior        images of a class that a fine-tuning is to keep in mind
 reconstruct  what a VAE keeps of images that it never saw
-trackers     the numbers told to TensorBoard, wandb, MLflow
+trackers     the numbers for TensorBoard, wandb, MLflow
 report/      one HTML page a checkpoint, an index, the history
 rows, shardwork, inputs   reading columns; what every stage does with a shard; files that people name
 """

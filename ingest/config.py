@@ -221,7 +221,7 @@ class SourceConfig(Strict):
     kind: Literal["auto", SourceKind] = Field(
         default="auto",
         description="folder: images with captions beside them; parquet: (or Arrow) with the bytes inside; webdataset: "
-        "tars; auto: told from what is there",
+        "tars; auto: recognised by what is there",
     )
     captions: Literal["file", "lines", "folder"] = Field(
         default="file",
@@ -251,7 +251,7 @@ class DuplicatesConfig(Strict):
 
 
 class IngestConfig(Strict):
-    """Everything the ingest stage is told."""
+    """The settings of the ingest stage."""
 
     engine: Literal["carrara", "img2dataset"] = Field(
         default="carrara", description="what fetches and resizes; img2dataset runs in a process of its own"

@@ -82,7 +82,7 @@ class ImageCost:
         if self.rows_per_second:
             hours = max(hours, to_fetch / self.rows_per_second / workers / 3600)
         lines = [
-            f"{'pictures':26}{to_fetch * self.success:>16,.0f}   {100 * self.success:.0f} % of the requests",
+            f"{'images':26}{to_fetch * self.success:>16,.0f}   {100 * self.success:.0f} % of the requests",
             f"{'download':26}{_size(to_fetch * self.bytes_fetched)}",
             f"{'storage':26}{_size(to_fetch * self.bytes_stored)}",
             f"{'CPU':26}{cpu_hours:>16,.2f} hours",

@@ -5,7 +5,7 @@ What `ingest.table` points at is looked through and written down as parquet file
 images have the fates, filters, duplicates, hashes and accounts of those from the web.
 
 A listing is only ever added to: a part holds what was not there when the parts before it were written. So new files
-make new shards and touch no old one, and a file that is gone is told of and nothing more.
+make new shards and touch no old one, and a file that is gone is named in the log and nothing more.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _LONGEST_TEXT = 1 << 20  # bytes of a caption file or member
 _LONGEST_HEADER = 1 << 20  # bytes of a tar's header that says more of the next member, which is read into memory
 _AHEAD = 32 << 10  # bytes of a tar in a store that are read at a time: headers, and the texts of a sample
 _PART_ROWS = 200_000
-_LOOKED_AT = 1000  # files of a folder that are looked at to tell what it is
+_LOOKED_AT = 1000  # files of a folder that are looked at to recognise what it is
 
 
 @functools.lru_cache(maxsize=16)  # asked again and again within a command, also of stores that are far away
@@ -140,7 +140,7 @@ def folder_of(table: str) -> str:
 
 
 def refresh(root: str, table: str, kind: SourceKind, wanted: Wanted, progress: str = "") -> list[str]:
-    """Bring a listing up to what lies at `table` now; returns what is to be told, a sentence each. Under the lease.
+    """Bring a listing up to what lies at `table` now; returns what to log, a sentence each. Under the lease.
 
     progress: what the bar says before its figures; no bar without.
     """
@@ -525,7 +525,7 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, on_listed: OnList
 def _images(table: str) -> tuple[list[tuple[str, str]], list[str]]:
     """(URL, path) of every image below a folder or behind a glob, in order; and the paths of all files.
 
-    A link to a text that lies elsewhere is none: a caption may come from outside. Of such images the row tells.
+    A link to a text that lies elsewhere is none: a caption may come from outside. The row of such an image says so.
     """
     fs, path = _open_fs(table)
     infos = fs.glob(path, detail=True) if _is_glob(fs, table, path) else fs.find(path, detail=True)

@@ -45,7 +45,7 @@ LONGEST = 2000  # characters of a sentence: some services refuse more, and so do
 
 
 class NotifyConfig(Strict):
-    """Whom to tell of what."""
+    """Whom to notify of what."""
 
     command: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="a program and its arguments; the sentence is added as the last one"
@@ -68,7 +68,7 @@ class NotifyConfig(Strict):
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody is to be told of anything."""
+        """Whether anybody is to be notified of anything."""
         return bool((self.command or self.url_env) and self.events)
 
 
@@ -126,7 +126,7 @@ def notified(config: NotifyConfig, run: str, stage: str) -> Iterator[Outcome]:
 def payload(
     event: Event, run: str, stage: str, sentence: str, exit_code: int | None, report: str | None, seconds: float | None
 ) -> dict[str, Any]:
-    """What is told, as JSON will have it.
+    """The notification, as JSON has it.
 
     version 1. event. run: folder or URL. stage. sentence, and the same as `text`, which is what chat services show.
     exit_code: None where nothing has ended. host: of the command. time: ISO 8601, UTC. report: path, or None. seconds:

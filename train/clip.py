@@ -1,4 +1,4 @@
-"""The CLIP's objective: images and captions of the global batch told apart by each other."""
+"""The CLIP's objective: images and captions of the global batch, each found among the others."""
 
 from __future__ import annotations
 

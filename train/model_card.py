@@ -67,7 +67,7 @@ _KINDS = {
     ),
     "edit": (
         "image-to-image",
-        "A model that edits images as it is told",
+        "A model that edits images by instruction",
         ", changing one as the prompt says",
         ', image=load_image("image.png"), image_guidance_scale=1.5',
     ),

@@ -258,10 +258,10 @@ def _config_from_shapes(shapes: dict[str, tuple[int, ...]], prefix: str, layout:
     pattern = re.compile(re.escape(prefix + level) + rf"(\d+)\.{block}\.(\d+)\.conv2\.weight")
     found = {(int(m[1]), int(m[2])): s[0] for k, s in shapes.items() if (m := pattern.fullmatch(k))}
     if not found:
-        raise ConfigError("the VAE's shape cannot be told from the names of its tensors; give a folder of diffusers")
+        raise ConfigError("the VAE's shape does not follow from the names of its tensors; give a folder of diffusers")
     widths = [found[i, 0] for i in range(1 + max(i for i, _ in found))]
     if any(w % 32 for w in widths):
-        raise ConfigError("the VAE's group norms cannot be told from its shapes; put its config.json beside the file")
+        raise ConfigError("the VAE's group norms do not follow from its shapes; put its config.json beside the file")
     return {
         "in_channels": shapes[prefix + "encoder.conv_in.weight"][1],
         "out_channels": shapes[prefix + "decoder.conv_out.weight"][0],
