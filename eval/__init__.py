@@ -4,7 +4,7 @@ evaluation   one evaluation: a model, a protocol, the stages that make what it n
 config       what a user sets
 protocol     how a number was measured, with a short id; unlike protocols are never compared
 model        which model: a checkpoint, the run's export, any diffusers pipeline; digests of its parts
-prompts      the captions that are drawn: of held-out images, of a text file, of a suite in JSON lines
+prompts      the captions that are prompts: of held-out images, of a text file, of a suite in JSON lines
 generate     prompts to images, with noise that depends on the prompt and the replicate alone
 stage        the generated shards
 features     images of any shards through one network, once

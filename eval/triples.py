@@ -105,7 +105,7 @@ def draw_table(request: DrawnPairs, ref: str, table: str, out: str) -> tuple[int
     errors = [e for f in files for e in storage.read_parquet(f, ["error"])["error"].to_pylist()]
     failed = [e for e in errors if e is not None]
     if len(failed) == total:
-        raise StageError(f"{out}: not one triple could be drawn: {failed[0]}")
+        raise StageError(f"{out}: not one triple could be generated: {failed[0]}")
     return total, len(failed)
 
 

@@ -161,7 +161,7 @@ def image_cost(stage: IngestStage) -> ImageCost:
         ASSUMED_SUCCESS * ASSUMED_STORED_256 * (size / 256) ** 2,
         ASSUMED_SUCCESS * ASSUMED_REST * _seconds_an_image(stage),
         None,
-        f"CPU measured here on a drawn 640x480 JPEG; assumed are {ASSUMED_BODY // 1000} KB an image and "
+        f"CPU measured here on a generated 640x480 JPEG; assumed are {ASSUMED_BODY // 1000} KB an image and "
         f"{100 * ASSUMED_SUCCESS:.0f} % success; run a pilot on a small table to have them measured",
     )
 

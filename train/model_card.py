@@ -14,7 +14,7 @@ pipeline_tag: {task}
 
 # {title}
 
-A latent diffusion model that was trained with Carrara. It draws images of {resolution} x {resolution} pixels{more}.
+A latent diffusion model that was trained with Carrara. It generates images of {resolution} x {resolution} pixels{more}.
 
 ```python
 from diffusers import DiffusionPipeline

@@ -62,13 +62,13 @@ def export(
 def sample(
     run: Run,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="what to draw; may be given several times")
+        list[str] | None, typer.Option("--prompt", help="what to generate; may be given several times")
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with prompt, negative, seed"),
     ] = None,
-    negative: Annotated[str, typer.Option("--negative", help="what not to draw")] = "",
+    negative: Annotated[str, typer.Option("--negative", help="what not to generate")] = "",
     seed: Seed = 0,
     count: Annotated[int, typer.Option("--count", help="images a prompt")] = 1,
     checkpoint: Checkpoint = "latest",
@@ -80,7 +80,7 @@ def sample(
     height: int | None = None,
     image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="an image to start from")] = None,
     mask: Annotated[
-        str | None, typer.Option("--mask", metavar="FILE", help="white where that image is to be drawn anew")
+        str | None, typer.Option("--mask", metavar="FILE", help="white where that image is to be generated again")
     ] = None,
     control: Annotated[
         str | None, typer.Option("--control", metavar="FILE", help="a control image, for a ControlNet")
@@ -99,7 +99,7 @@ def sample(
     upscale: Annotated[
         str | None,
         typer.Option(
-            "--upscale", metavar="RUN", help="draw the images larger with this run's upscaler", callback=from_base
+            "--upscale", metavar="RUN", help="enlarge the images with this run's upscaler", callback=from_base
         ),
     ] = None,
     noise_level: Annotated[
@@ -131,7 +131,7 @@ def sample(
 
     requests = requests_of(prompt or (), prompts, negative, seed)
     if not requests:
-        raise ConfigError('sample: nothing to draw; give --prompt "..." or --prompts FILE')
+        raise ConfigError('sample: nothing to generate; give --prompt "..." or --prompts FILE')
     values = {k: v for k, v in given.items() if k in SampleConfig.model_fields}
     config = validate(SampleConfig, {**values, "requests": requests}, "carrara sample")
     asked = digest_json(config.model_dump(mode="json"))[:10]
@@ -215,7 +215,7 @@ def edit_table(
     precision: Precision = "float32",
     device: Device = "auto",
 ) -> None:
-    """Images before and after, drawn from a table of edited captions, to train editing by instruction on."""
+    """Images before and after, generated from a table of edited captions, to train editing by instruction on."""
     given = dict(locals())
     from eval.edit import DrawnPairs
     from eval.triples import draw_table
@@ -223,7 +223,7 @@ def edit_table(
 
     values = {k: v for k, v in given.items() if k in DrawnPairs.model_fields}
     total, failed = draw_table(validate(DrawnPairs, values, "carrara edit-table"), model, table, out)
-    log.info("%d triples are in %s%s", total - failed, out, f"; {failed} could not be drawn" if failed else "")
+    log.info("%d triples are in %s%s", total - failed, out, f"; {failed} could not be generated" if failed else "")
 
 
 @app.command()
@@ -310,7 +310,7 @@ def coco(
     out: Annotated[
         str, typer.Option("--out", help="folder for images/ (shards) and prompts.jsonl", callback=from_base)
     ],
-    count: Annotated[int, typer.Option("--count", min=1, help="captions that are drawn")] = 30_000,
+    count: Annotated[int, typer.Option("--count", min=1, help="captions that are sampled")] = 30_000,
     seed: Seed = 0,
     all_: Annotated[bool, typer.Option("--all", help="the reference is all images, not those of the captions")] = False,
 ) -> None:

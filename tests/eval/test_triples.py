@@ -139,4 +139,4 @@ def test_what_is_there_is_not_overwritten(
     assert "holds no triples" in capsys.readouterr().err
     (tmp_path / "table.jsonl").write_text(json.dumps(LINES[1]))
     assert main([*command, "--out", str(tmp_path / "none")]) == 1
-    assert "not one triple could be drawn" in capsys.readouterr().err
+    assert "not one triple could be generated" in capsys.readouterr().err
