@@ -29,6 +29,7 @@ from eval.shardwork import png
 from shards import storage
 from shards.fingerprint import Fingerprint, digest_json
 from shards.layout import RunPaths
+from shards.local import TMP_MARK
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
 
@@ -112,7 +113,7 @@ def draw_table(request: DrawnPairs, ref: str, table: str, out: str) -> tuple[int
 def _refuse_other(out: str, made: Fingerprint) -> None:
     """Raise ConfigError where the folder holds anything but triples that are made like this."""
     try:
-        others = [name for name in storage.list_names(out) if storage.TMP_MARK not in name]
+        others = [name for name in storage.list_names(out) if TMP_MARK not in name]
     except NotADirectoryError:
         raise ConfigError(f"{out} is no folder; name one that is not there yet") from None
     found = storage.read_object(storage.join(out, ABOUT)).get("fingerprint")

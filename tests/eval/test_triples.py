@@ -16,10 +16,10 @@ from PIL import Image
 from eval import triples
 from eval.edit import PairGenerator
 from orchestration.run_stage import main
-from shards import storage
 from shards.dataset import Dataset
 from shards.images import ImageShard
 from shards.layout import RunPaths
+from shards.local import TMP_MARK
 
 RED, BLUE, SMALL = "a red circle on white", "a blue circle on white", "a small red circle on white"
 LINES = [
@@ -131,7 +131,7 @@ def test_what_is_there_is_not_overwritten(
     assert main([*command, "--out", str(about)]) == 2
     assert "is no folder" in capsys.readouterr().err
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / f".triples.json{storage.TMP_MARK}x-1-00000000").touch()  # by one that was killed
+    (tmp_path / "begun" / f".triples.json{TMP_MARK}x-1-00000000").touch()  # by one that was killed
     assert main([*command, "--out", str(tmp_path / "begun")]) == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
