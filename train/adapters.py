@@ -36,7 +36,7 @@ CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsam
 
 KOHYA = "kohya.safetensors"
 # DoRA's paper and peft have a magnitude for each output; A1111 takes `dora_scale` for one of each input, and would draw
-# other images from it without a word.
+# other pictures from it without a word.
 NO_DORA = "programs that read kohya's names take DoRA's magnitudes for those of inputs, and peft's are of outputs"
 KOHYA_PREFIXES = {
     "unet": ("lora_unet",),

@@ -30,7 +30,7 @@ from train.segments import History
 class Autoencoder(ImageObjective):
     """Reconstruction of images through a KL-regularised posterior (Kingma & Welling 2013; Rombach 2022).
 
-    The logged loss is that of reconstruction and KL: the adversarial term has a gradient, and no value that says
+    The loss that is told is that of reconstruction and KL: the adversarial term has a gradient, and no value that says
     how good a model is.
     """
 

@@ -1,4 +1,4 @@
-"""The CLIP's objective: images and captions of the global batch, each found among the others."""
+"""The CLIP's objective: images and captions of the global batch told apart by each other."""
 
 from __future__ import annotations
 

@@ -410,7 +410,7 @@ def require_compiler(option: str) -> None:
 def _compile(objective: Objective, how: bool | str) -> None:
     """Compile the model in place, so that names stay as they are: as a whole, or its repeated blocks one by one.
 
-    Whole: each shape of a bucket is compiled once. Blocks: each kind of block once, for any size of batch and image.
+    Whole: each shape of a bucket is compiled once. Blocks: each kind of block once, for any size of batch and picture.
     """
     require_compiler("compile")
     # Beyond its limit torch would go on without compiling, and say so in a log at most.

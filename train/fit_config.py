@@ -1,4 +1,4 @@
-"""What every fit has: its length, batch, rates, EMA, precision, checkpoints; and what changing a setting means.
+"""What every fit is told: its length, batch, rates, EMA, precision, checkpoints; and what changing a setting means.
 
 Lengths, schedules and intervals are counted in images seen, so they keep their meaning when the batch
 size changes. Settings of DeepSpeed that are known to give wrong results (round_robin_gradients) have no

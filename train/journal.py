@@ -6,7 +6,7 @@ events.jsonl   what a person should look at: skipped steps with their samples' k
 tensorboard/   the same, and the grids of samples, as for any other tracker
 samples/       the grids as files
 
-All of it is written by a thread: the loop never waits for a disk. A run on an object store is logged in a temporary
+All of it is written by a thread: the loop never waits for a disk. A run on an object store is told of in a temporary
 folder that the thread copies there.
 """
 
@@ -152,7 +152,7 @@ class Journal:
 
     @contextlib.contextmanager
     def saving(self, images: int) -> Iterator[None]:
-        """The same around a checkpoint; how long the loop stood still for it is logged."""
+        """The same around a checkpoint; how long the loop stood still for it is told."""
         began = time.perf_counter()
         with self.pause():
             yield
@@ -195,7 +195,7 @@ class _Writer:
                 work()
                 if self._remote and time.monotonic() - self._mirrored > MIRROR_EVERY_S:
                     self._mirror()
-            except Exception as e:  # a report must not end the training
+            except Exception as e:  # what is told must not end what is done
                 if not failed:
                     log.warning("the log of the training cannot be written: %s", e)
                 failed = True

@@ -27,7 +27,7 @@ class Latents:
     """Posterior moments and text of the latent shards of one or several datasets, by position in the run.
 
     history: what the run takes its samples from (segments.py), the last of its segments from these datasets. A batch is
-    of one bucket, and so of one shape, on all ranks. beside: of each dataset the images that `train.data` gives; a
+    of one bucket, and so of one shape, on all ranks. beside: of each dataset the images that `pictures` gives; a
     sample without one counts as taken down.
 
     Raises ConfigError where datasets were made with different encoders or shapes, which no model could tell apart.

@@ -14,7 +14,7 @@ pipeline_tag: {task}
 
 # {title}
 
-A latent diffusion model that was trained with Carrara. It generates images of {resolution} x {resolution} pixels{more}.
+A latent diffusion model that was trained with Carrara. It draws images of {resolution} x {resolution} pixels{more}.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -67,7 +67,7 @@ _KINDS = {
     ),
     "edit": (
         "image-to-image",
-        "A model that edits images by instruction",
+        "A model that edits images as it is told",
         ", changing one as the prompt says",
         ', image=load_image("image.png"), image_guidance_scale=1.5',
     ),

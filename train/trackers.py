@@ -140,8 +140,8 @@ class _Thread:
     def wait(self, seconds: float) -> None:
         self._thread.join(max(seconds, 0.0))
         if self._thread.is_alive():
-            self._given_up = True  # else points would be sent into its run beside it
-            self._warn(f"what it had not yet received is given up after {CLOSE_S:.0f} s")
+            self._given_up = True  # else what goes on in its run would be told beside it
+            self._warn(f"what it was still to be told is given up after {CLOSE_S:.0f} s")
 
     def _run(self) -> None:
         tracker: Tracker | None = None
@@ -163,7 +163,7 @@ class _Thread:
 
     def _warn(self, why: str) -> None:
         if not self._failed:
-            log.warning("the tracker %s does not get everything: %s", self.name, why)
+            log.warning("the tracker %s is not told everything: %s", self.name, why)
         self._failed = True
 
 

@@ -655,7 +655,7 @@ def sampled(run: Path, out: Path, **settings: Any) -> list[np.ndarray]:
         ({"control": {}}, "control steers a model that is there"),
         ({"control": {"low": 300}, "start_from": "x"}, "low .* is above high"),
         ({"control": {}, "start_from": "x", "adapter": {}}, "control and adapter are two ways"),
-        ({"inpaint": {}, "samples": {"prompts": ["x"]}}, "samples are generated from prompts alone"),
+        ({"inpaint": {}, "samples": {"prompts": ["x"]}}, "samples are drawn from prompts alone"),
         ({"inpaint": {"whole": 2}}, "whole"),
     ],
 )

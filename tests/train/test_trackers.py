@@ -205,7 +205,7 @@ def test_a_tracker_that_does_not_keep_up_is_still_told_of_the_end(
     found.close()
     assert did == [1, 2, 3, 4, 5, 6, "closed"]
     assert [m for m in caplog.messages if "tracker" in m] == [
-        "the tracker wandb does not get everything: it does not keep up, and points are left out"
+        "the tracker wandb is not told everything: it does not keep up, and points are left out"
     ]
 
 
@@ -311,7 +311,7 @@ def test_a_full_disk_takes_points_of_tensorboard_and_not_those_behind(
     found.close()
     assert in_tensorboard(tmp_path)["loss"] == [(8, 1.0), (40, 3.0)]
     assert list((tmp_path / "tensorboard").glob("*")) == [file]
-    assert [m.split(":")[0] for m in caplog.messages] == ["the tracker tensorboard does not get everything"]
+    assert [m.split(":")[0] for m in caplog.messages] == ["the tracker tensorboard is not told everything"]
     assert "Traceback" not in capfd.readouterr().err
 
 
