@@ -14,7 +14,7 @@ from shards.stage import Made, Stage, Task, commit, open_folder
 class ShardWorker:
     """A worker over image shards; a subclass says in `make` what it makes of one. source: the images' folder."""
 
-    def __init__(self, stage: Stage, source: str, threads: int | None) -> None:
+    def __init__(self, stage: Stage, source: str, threads: int) -> None:
         self.folder, self.images, self.threads = open_folder(stage), Dataset.open(source), threads
 
     def __call__(self, task: Task) -> dict[str, Any]:

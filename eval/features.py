@@ -148,8 +148,7 @@ class FeaturesWorker:
                 yield list(range(start, start + len(stacked))), ready
 
         errors: list[str | None] = [None] * len(keys)
-        make = lambda: self._made(keys, rows, batches(), errors, [False] * len(keys))  # noqa: E731
-        return commit(self.folder, task, make)
+        return commit(self.folder, task, lambda: self._made(keys, rows, batches(), errors, [False] * len(keys)))
 
     def _resized(self, pixels: np.ndarray) -> np.ndarray:
         side = self.stage.resolution

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import logging
 import os
@@ -209,7 +210,8 @@ def _post(config: NotifyConfig, message: dict[str, Any], attempts: int) -> str |
         if attempt:
             time.sleep(PAUSES_S[min(attempt, len(PAUSES_S)) - 1])
         answer: list[tuple[str | None, bool]] = []
-        thread = threading.Thread(target=lambda: answer.append(_post_once(config, message)), name="notify", daemon=True)  # noqa: B023
+        post = functools.partial(lambda to: to.append(_post_once(config, message)), answer)
+        thread = threading.Thread(target=post, name="notify", daemon=True)
         thread.start()
         thread.join(config.timeout_s + 1)
         why, again = answer[0] if answer else (f"no answer within {config.timeout_s:g} s", True)

@@ -201,7 +201,7 @@ def _vae_folder(ref: str, folder: Path) -> VaeWeights:
         if file is None:
             raise ConfigError(f"the VAE '{ref}': {here} has a config.json but no {VAE_WEIGHTS[0]}")
         found = VaeWeights(ref, file, _vae_config(config, kind), "diffusers", kind)
-        found.files  # noqa: B018 (an index that leads nowhere is found out now)
+        _ = found.files  # an index that leads nowhere is found out now
         return found
     raise ConfigError(f"the VAE '{ref}': {folder} has no config.json; give the folder that diffusers saved a VAE in")
 

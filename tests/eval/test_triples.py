@@ -65,8 +65,27 @@ def test_it_is_what_edit_draws_and_a_killed_one_is_gone_on_with(
     for row in rows[2:4]:
         assert row["original_image"] is row["edited_image"] is None
         assert "no word in common" in row["error"]
-    assert main(["edit", run.run, "--from", RED, "--to", BLUE, "--seed", "7", "--steps", "2", "--count", "2",
-                 "--out", str(tmp_path / "edit")]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "edit",
+                run.run,
+                "--from",
+                RED,
+                "--to",
+                BLUE,
+                "--seed",
+                "7",
+                "--steps",
+                "2",
+                "--count",
+                "2",
+                "--out",
+                str(tmp_path / "edit"),
+            ]
+        )
+        == 0
+    )
     for number in (0, 1):
         for name, column in (("before", "original_image"), ("after", "edited_image")):
             pixels = np.asarray(Image.open(io.BytesIO(rows[number][column])))
