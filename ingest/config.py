@@ -213,6 +213,12 @@ class OptOutConfig(Strict):
 
 
 SourceKind = Literal["table", "folder", "parquet", "webdataset"]
+SOURCES: dict[SourceKind, str] = {  # what each is, for people
+    "table": "a table of URLs",
+    "folder": "a folder of images",
+    "parquet": "parquet or Arrow files with the images' bytes",
+    "webdataset": "WebDataset tars",
+}
 
 
 class SourceConfig(Strict):
