@@ -195,7 +195,7 @@ class _Columns:
     def described(self) -> dict[str, Any]:
         columns: dict[str, Any] = {}
         for column, found in self.sketches.items():
-            quantiles = {f"{q:g}": _json_number(quantile(found, q)) for q in SHOWN}
+            quantiles = {f"{q:g}": float(f"{v:.6g}") if np.isfinite(v := quantile(found, q)) else None for q in SHOWN}
             columns[column] = {"missing": self.missing[column], "quantiles": quantiles, "sketch": found}
         for column, found in self.values.items():
             columns[column] = {"missing": self.missing[column], "values": found}
@@ -221,10 +221,6 @@ def merge_counts(counts: Iterable[dict[str, int]], most: int = 200) -> dict[str,
     if len(ranked) > most:
         kept["other"] = kept.get("other", 0) + sum(n for _, n in ranked[most:])
     return kept
-
-
-def _json_number(value: float) -> float | None:
-    return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
 class _Worker(ShardWorker):

@@ -160,14 +160,10 @@ def blank_columns(data: bytes, gone: np.ndarray, living: np.ndarray) -> bytes:
         array = arrays[name]
         if not array.size or not len(rows):
             continue
-        start = array.__array_interface__["data"][0] - _address(data)
+        start = array.__array_interface__["data"][0] - np.frombuffer(data, np.uint8).__array_interface__["data"][0]
         if not begin <= start <= len(data):
             raise AssertionError("a column that does not lie in the file")
         view = np.frombuffer(out, np.uint8, array.nbytes, start).reshape(len(array), -1)
         view[rows] = 0
         del view
     return data if out == data else bytes(out)
-
-
-def _address(data: bytes) -> int:
-    return int(np.frombuffer(data, np.uint8).__array_interface__["data"][0])
