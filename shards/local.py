@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from shards.settings import StageError
 
 TMP_MARK = ".tmp-"
@@ -68,7 +70,7 @@ def sweep(folder: Path, older_than_s: float) -> int:
 def of_dead_process(name: str) -> bool:
     """Whether a temporary file is of a process of this host that is gone; its name says whose it is."""
     parts = name.rsplit(TMP_MARK, 1)[1].split("-")
-    return len(parts) == 3 and parts[0] == _host() and parts[1].isdigit() and not _alive(int(parts[1]))
+    return len(parts) == 3 and parts[0] == _host() and parts[1].isdigit() and not psutil.pid_exists(int(parts[1]))
 
 
 def scan(root: Path) -> Iterator[os.DirEntry[str]]:
@@ -132,13 +134,3 @@ def fsync_folder(path: str) -> None:
 
 def _host() -> str:
     return socket.gethostname().replace("-", "_")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
