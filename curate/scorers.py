@@ -80,7 +80,7 @@ def build(score: Score, weights: Weights | None, embeddings: Callable[[], Datase
     if isinstance(score, DuplicateScore):
         assert index is not None
         finished = FinishedIndex(index)
-        return lambda shard: ({**finished.columns(shard.info.index, shard.rows)}, {})
+        return lambda shard: _duplicates(finished, shard)
     assert isinstance(score, CaptionScore)
     return _captions
 
@@ -305,6 +305,10 @@ def _pixels(score: PixelScore, shard: images.ImageShard) -> tuple[Columns, Embed
     ]
     table = np.array(rows, np.float32).reshape(len(rows), len(pixels.COLUMNS))
     return {name: table[:, i] for i, name in enumerate(pixels.COLUMNS)}, {}
+
+
+def _duplicates(finished: FinishedIndex, shard: images.ImageShard) -> tuple[Columns, Embeddings]:
+    return {**finished.columns(shard.info.index, shard.rows)}, {}
 
 
 def _captions(shard: images.ImageShard) -> tuple[Columns, Embeddings]:
