@@ -9,7 +9,6 @@ caption stays in the image shard. A server that does not answer is no image's fa
 from __future__ import annotations
 
 import dataclasses
-import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -17,20 +16,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from curate.captioners import Answer, Server, Transformers
 from curate.config import CaptionConfig, CurateConfig
 from curate.scorers import decoded, model_folder, tensors_digest
-from latents.arithmetic import fixed_arithmetic
+from curate.shardwork import ShardWorker
 from shards import images, storage
 from shards.columns import pack_columns
-from shards.commit import Folder
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths
-from shards.stage import Task, persist
+from shards.stage import Made, Task
 
 VERSION = 1
 FATES = ("captioned", "refused", "repeated", "empty", "failed", "over_budget", "not_decoded")
@@ -106,11 +103,10 @@ class CaptionStage:
         return write_manifest(self.root, "captions", folded(), extra)
 
 
-class _Worker:
+class _Worker(ShardWorker):
     def __init__(self, stage: CaptionStage) -> None:
+        super().__init__(stage, stage.run.images, stage.config.threads)
         self.stage, self.config = stage, stage.config
-        self.folder = Folder.begin(stage.root, stage.made_with(), stage.data)
-        self.images = Dataset.open(stage.run.images)
         self.refusals = [re.compile(r, re.IGNORECASE) for r in self.config.refusals]
         if self.config.endpoint:
             self.captioner: Transformers | Server = Server(self.config, self.config.endpoint)
@@ -119,19 +115,9 @@ class _Worker:
             self.captioner = Transformers(self.config, model_folder(self.config.model, "captioner"))
             self.at_once = self.config.batch_size
 
-    def __call__(self, task: Task) -> dict[str, Any]:
-        """Caption one shard and commit it; returns its committed stats."""
-        if (found := self.folder.adopt(task.index)) is not None:
-            return found
-        shard = images.ImageShard(self.images, task.payload["position"])
-        try:
-            shard.fetch()
-            with fixed_arithmetic(self.config.threads):
-                answers = self._answers(shard, task.payload["tokens"])
-        finally:
-            shard.close()
-        files, stats = self._pack(shard, answers)
-        return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
+    def make(self, shard: images.ImageShard, payload: dict[str, Any]) -> Made:
+        """The captions of one shard."""
+        return self._pack(shard, self._answers(shard, payload["tokens"]))
 
     def _answers(self, shard: images.ImageShard, budget: int | None) -> list[list[Answer]]:
         """For each sample an Answer a prompt."""
@@ -165,7 +151,7 @@ class _Worker:
         flush()
         return answers
 
-    def _pack(self, shard: images.ImageShard, answers: list[list[Answer]]) -> tuple[dict[str, bytes], dict[str, Any]]:
+    def _pack(self, shard: images.ImageShard, answers: list[list[Answer]]) -> Made:
         texts = [[tidy(a.text) for a in some] for some in answers]
         often = Counter(t for some in texts for t in some if t)
         common = {t for t, n in often.items() if n > max(2, SAME * len(answers))}
@@ -190,12 +176,10 @@ class _Worker:
                 "tokens": pa.array(tokens),
             }
         )
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
         counts = Counter(f for f in fates if f)
         stats = {"rows": rows, "count": len(shard), "fates": dict(sorted(counts.items())), "tokens": int(tokens.sum())}
         arrays = {"row": shard.rows.astype(np.int32), "tokens": tokens[shard.rows]}
-        return {".safetensors": pack_columns(arrays, {}), ".parquet": sink.getvalue()}, stats
+        return {".safetensors": pack_columns(arrays, {}), ".parquet": storage.parquet_bytes(table)}, stats
 
     def _fate(self, text: str, answer: Answer, common: set[str]) -> str:
         if answer.error in ("over_budget", "not_decoded"):

@@ -17,26 +17,23 @@ import colorsys
 import dataclasses
 import functools
 import inspect
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from curate.config import ControlImages, CurateConfig
 from curate.scorers import decoded, model_folder, tensors_digest
-from latents.arithmetic import fixed_arithmetic
+from curate.shardwork import ShardWorker
 from shards import images, storage
-from shards.commit import Folder
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint
 from shards.layout import MANIFEST, RunPaths
 from shards.settings import ConfigError
-from shards.stage import Task, persist
+from shards.stage import Made, Task
 
 VERSION = 1
 AUTO = {  # transformers' classes of each kind; the first that knows the model is taken
@@ -101,32 +98,21 @@ class ControlStage:
         return write_manifest(self.root, "images", stats, {"settings": self.config.settings()})
 
 
-class _Worker:
+class _Worker(ShardWorker):
     def __init__(self, stage: ControlStage) -> None:
-        self.stage = stage
-        self.folder = Folder.begin(stage.root, stage.made_with(), stage.data)
-        self.images = Dataset.open(stage.source)
-        self.draw = Estimator(stage.config)
+        super().__init__(stage, stage.source, stage.config.threads)
+        self.config, self.draw = stage.config, Estimator(stage.config)
 
-    def __call__(self, task: Task) -> dict[str, Any]:
-        """Draw the control images of one shard and commit them; returns its committed stats."""
-        if (found := self.folder.adopt(task.index)) is not None:
-            return found
-        config = self.stage.config
-        shard = images.ImageShard(self.images, task.payload["position"])
-        drawn: list[bytes | None] = []
-        try:
-            shard.fetch()
-            with fixed_arithmetic(config.threads):
-                for _, pixels in decoded(shard, config.decode_threads, 8):
-                    drawn.append(None if pixels is None else _png(self.draw(pixels)))
-        finally:
-            shard.close()
-        files, stats = _pack(shard, drawn)
-        return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
+    def make(self, shard: images.ImageShard, payload: dict[str, Any]) -> Made:
+        """The control images of one shard."""
+        drawn = [
+            None if pixels is None else images.png_bytes(self.draw(pixels))
+            for _, pixels in decoded(shard, self.config.decode_threads, 8)
+        ]
+        return _pack(shard, drawn)
 
 
-def _pack(shard: images.ImageShard, drawn: list[bytes | None]) -> tuple[dict[str, bytes], dict[str, Any]]:
+def _pack(shard: images.ImageShard, drawn: list[bytes | None]) -> Made:
     """The files of a shard of control images, and its stats. drawn: one a sample; None: it cannot be decoded."""
     keys = shard.table["key"].to_pylist()
     files = dict(zip(shard.rows.tolist(), drawn, strict=True))
@@ -143,17 +129,9 @@ def _pack(shard: images.ImageShard, drawn: list[bytes | None]) -> tuple[dict[str
         rows.append(line)
     types = {"image_offset": pa.int64(), "image_size": pa.int64()}
     table = pa.table({n: pa.array([r[n] for r in rows], types.get(n, pa.string())) for n in rows[0]})
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
     status = Counter(r["status"] for r in rows)
     stats = {"rows": len(rows), "count": status["success"], "status": dict(sorted(status.items()))}
-    return {".tar": tar, ".parquet": sink.getvalue()}, stats
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "PNG")
-    return sink.getvalue()
+    return {".tar": tar, ".parquet": storage.parquet_bytes(table)}, stats
 
 
 # ---- the models --------------------------------------------------------------------------------------------

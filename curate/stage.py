@@ -11,20 +11,19 @@ excluded, taken down) have no score.
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from curate import duplicates
 from curate.config import CurateConfig, DuplicateScore, HeadScore, Score
 from curate.scorers import Columns, build, find_weights
+from curate.shardwork import ShardWorker
 from latents.arithmetic import fixed_arithmetic
-from shards import images, storage
+from shards import storage
 from shards.columns import pack_columns
 from shards.commit import Folder
 from shards.dataset import Dataset, write_manifest
@@ -34,7 +33,7 @@ from shards.layout import RunPaths, shard_name
 from shards.listing import listed
 from shards.settings import ConfigError, StageError
 from shards.sketch import Sketch, edges, merge, quantile, sketch
-from shards.stage import Task, persist
+from shards.stage import Made, Task
 
 VERSION = 1  # raise it when the bytes of a shard change for the same settings
 SHOWN = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)  # quantiles in the manifest
@@ -196,7 +195,7 @@ class _Columns:
     def described(self) -> dict[str, Any]:
         columns: dict[str, Any] = {}
         for column, found in self.sketches.items():
-            quantiles = {f"{q:g}": _json_number(quantile(found, q)) for q in SHOWN}
+            quantiles = {f"{q:g}": float(f"{v:.6g}") if np.isfinite(v := quantile(found, q)) else None for q in SHOWN}
             columns[column] = {"missing": self.missing[column], "quantiles": quantiles, "sketch": found}
         for column, found in self.values.items():
             columns[column] = {"missing": self.missing[column], "values": found}
@@ -224,37 +223,19 @@ def merge_counts(counts: Iterable[dict[str, int]], most: int = 200) -> dict[str,
     return kept
 
 
-def _json_number(value: float) -> float | None:
-    return float(f"{value:.6g}") if np.isfinite(value) else None
-
-
-class _Worker:
+class _Worker(ShardWorker):
     def __init__(self, stage: ScoreStage) -> None:
-        self.stage = stage
-        self.folder = Folder.begin(stage.root, stage.made_with(), stage.data)
-        self.images = Dataset.open(stage.run.images)
-        with fixed_arithmetic(stage.config.threads):
+        super().__init__(stage, stage.run.images, stage.config.threads)
+        with fixed_arithmetic(self.threads):
             index = stage.index if isinstance(stage, DuplicatesStage) else None
             self.scorer = build(stage.config, find_weights(stage.config, stage.own_clip), stage._embeddings, index)
 
-    def __call__(self, task: Task) -> dict[str, Any]:
-        """Score one shard and commit it; returns its committed stats."""
-        if (found := self.folder.adopt(task.index)) is not None:
-            return found
-        shard = images.ImageShard(self.images, task.payload["position"])
-        try:
-            shard.fetch()
-            with fixed_arithmetic(self.stage.config.threads):
-                columns, embeddings = self.scorer(shard)
-        finally:
-            shard.close()
-        files, stats = pack(shard, columns, embeddings)
-        return persist(lambda: self.folder.commit(task.index, files, stats, task.input))
+    def make(self, shard: ImageShard, payload: dict[str, Any]) -> Made:
+        """The scores of one shard."""
+        return pack(shard, *self.scorer(shard))
 
 
-def pack(
-    shard: images.ImageShard, columns: Columns, embeddings: dict[str, np.ndarray]
-) -> tuple[dict[str, bytes], dict[str, Any]]:
+def pack(shard: ImageShard, columns: Columns, embeddings: dict[str, np.ndarray]) -> Made:
     """The files of a shard of scores, and its stats. columns, embeddings: one value or row a sample of the shard."""
     rows = shard.table.num_rows
     column_row = np.full(rows, -1, np.int32)
@@ -275,10 +256,8 @@ def pack(
         table[name] = pa.array(spread, pa.float32(), mask=absent | ~np.isfinite(spread))
         stats["sketch"][name] = sketch(numbers)
         stats["missing"][name] = int((~np.isfinite(numbers)).sum())
-    sink = io.BytesIO()
-    pq.write_table(pa.table(table), sink, compression="zstd")
     arrays = {"row": shard.rows.astype(np.int32), **embeddings}
-    return {".safetensors": pack_columns(arrays, {}), ".parquet": sink.getvalue()}, stats
+    return {".safetensors": pack_columns(arrays, {}), ".parquet": storage.parquet_bytes(pa.table(table))}, stats
 
 
 def histogram(manifest: dict[str, Any], column: str, bins: int = 40) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shards import storage
+from shards.local import temporary_folder
 
 VERSION = "16.0.0"
 URL = f"https://registry.npmjs.org/emoji-datasource-google/-/emoji-datasource-google-{VERSION}.tgz"
@@ -99,7 +99,7 @@ def main() -> int:
         return 0
     try:
         data = fetch()
-        scratch = storage.temporary_folder(folder)
+        scratch = temporary_folder(folder)
         try:
             count = unpack(data, scratch)
             scratch.rename(folder)

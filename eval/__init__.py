@@ -4,7 +4,7 @@ evaluation   one evaluation: a model, a protocol, the stages that make what it n
 config       what a user sets
 protocol     how a number was measured, with a short id; unlike protocols are never compared
 model        which model: a checkpoint, the run's export, any diffusers pipeline; digests of its parts
-prompts      the captions that are drawn: of held-out images, of a text file, of a suite in JSON lines
+prompts      the captions that are prompts: of held-out images, of a text file, of a suite in JSON lines
 generate     prompts to images, with noise that depends on the prompt and the replicate alone
 stage        the generated shards
 features     images of any shards through one network, once
@@ -22,7 +22,7 @@ sample       images on request
 edit, attention, triples   an image changed by changing its prompt; how words look; such pairs to train on
 prior        images of a class that a fine-tuning is to keep in mind
 reconstruct  what a VAE keeps of images that it never saw
-trackers     the numbers told to TensorBoard, wandb, MLflow
+trackers     the numbers for TensorBoard, wandb, MLflow
 report/      one HTML page a checkpoint, an index, the history
 rows, shardwork, inputs   reading columns; what every stage does with a shard; files that people name
 """

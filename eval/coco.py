@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.shardwork import Made, commit, counted, parquet
+from eval.shardwork import counted, parquet
 from shards import images, storage
 from shards.commit import Folder
 from shards.dataset import write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
 from shards.progress import Progress
 from shards.settings import ConfigError
-from shards.stage import Task
+from shards.stage import Made, Task, commit
 
 PER_SHARD = 1000
 MAX_ANNOTATIONS = 2_000_000_000  # bytes

@@ -75,14 +75,14 @@ class GridConfig(Strict):
         default=["ema"], min_length=1, description="ema, raw, one of train.ema_stds (ema_0.050), or posthoc:0.08"
     )
     first_percent: int = Field(
-        default=25, ge=1, le=100, description="share of a cell that is drawn before it may be given up; 100: never"
+        default=25, ge=1, le=100, description="share of a cell that is generated before it may be given up; 100: never"
     )
 
     @field_validator("samplers", "steps", "guidance_scales", "weights")
     @classmethod
     def _once(cls, values: list[Any]) -> list[Any]:
         if len(set(values)) != len(values):
-            raise ValueError("a value stands there twice; each cell is drawn once")
+            raise ValueError("a value stands there twice; each cell is generated once")
         return values
 
 
@@ -146,7 +146,10 @@ class EvalConfig(Strict):
     )
     size: int | None = Field(default=None, ge=8, le=8192, description="side that is generated, px; None is the model's")
     resolution: int | None = Field(
-        default=None, ge=8, le=8192, description="side that images are resized to before all metrics; None is as drawn"
+        default=None,
+        ge=8,
+        le=8192,
+        description="side that images are resized to before all metrics; None is as generated",
     )
     batch_size: int = Field(default=16, ge=1, le=4096, description="images at once; halved where memory runs out")
     shard_size: int = Field(default=128, ge=1, le=100_000, description="images a shard")

@@ -99,7 +99,7 @@ def weights_of(given: list[str]) -> dict[str, float]:
 
 
 class Editor:
-    """One request, looked through whole before anything is drawn. Raises ConfigError where it cannot be done."""
+    """One request, checked whole before anything is generated. Raises ConfigError where it cannot be done."""
 
     def __init__(self, request: EditRequest, ref: str) -> None:
         """ref: a run, or a diffusers pipeline's folder."""

@@ -21,14 +21,14 @@ import pyarrow as pa
 
 from eval import networks
 from eval.rows import dataset_of
-from eval.shardwork import Made, accounted, commit, committed_stats, counted, parquet, png, tar_of
+from eval.shardwork import accounted, committed_stats, counted, parquet, png, tar_of
 from latents.resize import prefetch, resize_crop
 from shards import images, storage
 from shards.columns import pack_columns
 from shards.dataset import Dataset, ShardInfo, write_manifest
 from shards.fingerprint import Fingerprint, digest_json
 from shards.settings import StageError
-from shards.stage import Task, open_folder
+from shards.stage import Made, Task, commit, open_folder
 
 VERSION = 2
 SHEET = 16  # reconstructions kept of each shard, for the report
@@ -148,8 +148,7 @@ class FeaturesWorker:
                 yield list(range(start, start + len(stacked))), ready
 
         errors: list[str | None] = [None] * len(keys)
-        make = lambda: self._made(keys, rows, batches(), errors, [False] * len(keys))  # noqa: E731
-        return commit(self.folder, task, make)
+        return commit(self.folder, task, lambda: self._made(keys, rows, batches(), errors, [False] * len(keys)))
 
     def _resized(self, pixels: np.ndarray) -> np.ndarray:
         side = self.stage.resolution

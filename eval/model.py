@@ -98,7 +98,7 @@ def of_pipeline(ref: str) -> Model:
     index = _config(folder / "model_index.json", "eval.model")
     kind = next((k for k in DENOISERS if index.get(k, [None])[0]), None)
     if kind is None:
-        raise ConfigError(f"eval.model: {ref} has neither a unet nor a transformer, so it draws nothing from noise")
+        raise ConfigError(f"eval.model: {ref} has neither a unet nor a transformer, so it generates nothing from noise")
     parts = {}
     for part, value in sorted(index.items()):
         if (
@@ -189,7 +189,7 @@ def _own_pipeline(folder: Path, index: dict[str, Any]) -> Any:
 
 
 def from_prompts(pipeline: Any) -> Any:
-    """The pipeline that draws from prompts alone, around the same parts: of a ControlNet's, the model that it steers.
+    """A pipeline that generates from prompts alone, of the same parts: of a ControlNet's, the model that it steers.
 
     Raises StageError where the denoiser cannot do without an image.
     """
@@ -198,7 +198,7 @@ def from_prompts(pipeline: Any) -> Any:
     if takes_image(pipeline):
         raise StageError(
             f"a {type(pipeline).__name__} is given an image beside each prompt, and cannot be judged by prompts "
-            "alone; draw with `carrara sample RUN --image ...`"
+            "alone; generate with `carrara sample RUN --image ...`"
         )
     if getattr(pipeline, "controlnet", None) is None:
         return pipeline

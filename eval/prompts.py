@@ -1,4 +1,4 @@
-"""Which captions are drawn: those of held-out images, distinct ones first, the lines of a text file, or a suite of
+"""Which captions are prompts: those of held-out images, distinct ones first, the lines of a text file, or a suite of
 prompts in JSON lines.
 
     {"prompt": "a photo of a bench", "id": "b1", "tags": ["single object"], "questions": [["Is it a bench?", "yes"]]}

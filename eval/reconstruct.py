@@ -152,7 +152,10 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     g = g / g.sum()
     window = (g[:, None] * g)[None, None].expand(3, 1, WINDOW, WINDOW)
     x, y = (torch.from_numpy(p).permute(0, 3, 1, 2).double() for p in (a, b))
-    blur = lambda t: torch.nn.functional.conv2d(t, window, groups=3)  # noqa: E731
+
+    def blur(t: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(t, window, groups=3)
+
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2

@@ -32,14 +32,14 @@ from eval.generate import ImageGenerator, Sample
 from eval.inputs import fitted, read_image, read_lines, require_size
 from eval.prompts import MAX_CHARS
 from eval.rows import images_of
-from eval.shardwork import Made, accounted, commit, counted, parquet, png, tar_of
+from eval.shardwork import accounted, counted, parquet, png, tar_of
 from latents.resize import resize_crop_to
 from shards import storage
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
 from shards.layout import RunPaths, sample_key
 from shards.settings import ConfigError, Strict, validate
-from shards.stage import Task, open_folder
+from shards.stage import Made, Task, commit, open_folder
 
 VERSION = 1
 IMAGE_OPTIONS = ("image", "mask", "control", "control_of")  # options that are files
@@ -90,7 +90,7 @@ class SampleConfig(GenerationConfig):
         default=1.5, ge=1.0, le=100.0, description="of a model that edits: how near to stay to the image"
     )
     noise_level: int = Field(default=20, ge=0, lt=1000, description="of an upscaler: noise on the small image")
-    upscale: str | None = Field(default=None, description="a run of train.upscale that draws the images larger")
+    upscale: str | None = Field(default=None, description="a run of train.upscale that enlarges the images")
     batch_size: int = Field(default=8, ge=1, le=4096)
     shard_size: int = Field(default=64, ge=1, le=100_000)
 
@@ -131,7 +131,7 @@ def _request(values: dict[str, Any], source: str) -> Request:
 
 
 class SampleStage:
-    """Stage over shards of images to draw. Small and picklable, but for a image to start from."""
+    """Stage over shards of images to generate. Small and picklable, but for an image to start from."""
 
     name = "sample"
     unit = "images"
@@ -220,7 +220,7 @@ class _Worker:
             self.upscaler = self._upscaler(device)
 
     def _upscaler(self, device: str) -> ImageGenerator | None:
-        """What draws the images larger; None where that is not asked for."""
+        """What enlarges the images; None where that is not asked for."""
         c = self.config
         if c.upscale is None or self.stage.upscaler is None:
             return None
@@ -376,6 +376,6 @@ def _kind(base: Any, given: set[str]) -> Any:
         models.AUTOENCODER_DC_PIPELINE: "an AutoencoderDC",
     }
     if (what := alone.get(type(base).__name__)) is not None:
-        raise ConfigError(f"sample: a model with {what} draws from prompts alone; give no --image")
+        raise ConfigError(f"sample: a model with {what} generates from prompts alone; give no --image")
     kind = diffusers.AutoPipelineForInpainting if "mask" in given else diffusers.AutoPipelineForImage2Image
     return kind.from_pipe(base)

@@ -1,36 +1,27 @@
 """What every stage of the evaluation does with a shard: work in batches that fit, encode, lay out as tar and parquet,
-time, commit, account.
-
-The one place that commits eval's shards.
+account.
 """
 
 from __future__ import annotations
 
-import io
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 
-from shards.commit import Folder
+from shards import storage
 from shards.dataset import read_stats
-from shards.images import pack_tar
+from shards.images import pack_tar, png_bytes
 from shards.settings import StageError
-from shards.stage import Stage, Task, committed, is_begun, persist
+from shards.stage import Stage, Task, committed, is_begun
 
 log = logging.getLogger("carrara.eval")
 T = TypeVar("T")
 
 PNG_LEVEL = 1  # of zlib; higher ones cost time beside the accelerator
-
-# What `make` gives: files by suffix, and stats (rows, count, status, ...).
-Made = tuple[dict[str, bytes], dict[str, Any]]
 
 
 class Halving:
@@ -64,17 +55,6 @@ class Halving:
         return found
 
 
-def commit(folder: Folder, task: Task, make: Callable[[], Made]) -> dict[str, Any]:
-    """Make one shard and commit it, with the seconds that it took where `make` does not say them itself, unless it is
-    there; returns its committed stats."""
-    if (found := folder.adopt(task.index)) is not None:
-        return found
-    started = time.perf_counter()
-    files, stats = make()
-    stats.setdefault("seconds", round(time.perf_counter() - started, 3))
-    return persist(lambda: folder.commit(task.index, files, stats, task.input))
-
-
 def committed_stats(stage: Stage, tasks: Iterable[Task]) -> list[dict[str, Any] | None]:
     """The stats of each task's shard; None for those that are not committed with the stage's settings."""
     wanted = list(tasks)
@@ -86,9 +66,7 @@ def committed_stats(stage: Stage, tasks: Iterable[Task]) -> list[dict[str, Any] 
 
 def png(image: np.ndarray) -> bytes:
     """uint8 [H, W, 3] as PNG."""
-    sink = io.BytesIO()
-    Image.fromarray(image).save(sink, "PNG", compress_level=PNG_LEVEL)
-    return sink.getvalue()
+    return png_bytes(image, PNG_LEVEL)
 
 
 def tar_of(rows: list[tuple[str, dict[str, bytes]] | None]) -> tuple[bytes, dict[str, list[Any]]]:
@@ -105,10 +83,8 @@ def tar_of(rows: list[tuple[str, dict[str, bytes]] | None]) -> tuple[bytes, dict
 def parquet(table: dict[str, list[Any]], **types: pa.DataType) -> bytes:
     """Columns as a parquet file; string unless a type is given, so that a column of nulls has its type too."""
     given = {"image_offset": pa.int64(), "image_size": pa.int64(), **types}
-    sink = io.BytesIO()
     columns = {n: pa.array(v, given.get(n, pa.string())) for n, v in table.items()}
-    pq.write_table(pa.table(columns), sink, compression="zstd")
-    return sink.getvalue()
+    return storage.parquet_bytes(pa.table(columns))
 
 
 def counted(status: list[str]) -> dict[str, Any]:

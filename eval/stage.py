@@ -23,14 +23,14 @@ from eval import model as models
 from eval.features import FeaturesStage
 from eval.generate import ImageGenerator, Sample, seed_of
 from eval.prompts import Prompt
-from eval.shardwork import Made, accounted, commit, committed_stats, counted, parquet, png, tar_of
+from eval.shardwork import accounted, committed_stats, counted, parquet, png, tar_of
 from shards import storage
 from shards.commit import Folder, describe, set_aside
 from shards.dataset import write_manifest
 from shards.fingerprint import Fingerprint, digest_bytes, digest_json
 from shards.layout import sample_key, shard_name
 from shards.settings import ConfigError, StageError
-from shards.stage import Task, is_begun, open_folder
+from shards.stage import Made, Task, commit, is_begun, open_folder
 from shards.stage import committed as are_committed
 from shards.stats import born_of
 

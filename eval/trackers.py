@@ -1,7 +1,7 @@
-"""An evaluation's numbers and its contact sheet, told to the trackers of the run (train/trackers.py).
+"""An evaluation's numbers and its contact sheet, for the trackers of the run (train/trackers.py).
 
 Each protocol has curves of its own, named by its folder, since numbers of two protocols do not compare; the steps are
-images seen. Checkpoints may come in any order and several times: each number is told once. A tracker has a run of its
+images seen. Checkpoints may come in any order and several times: each number is sent once. A tracker has a run of its
 own for the evaluation, since it may be at work while training is.
 """
 
@@ -40,7 +40,7 @@ def tell(names: Sequence[Name], run: RunPaths, result: dict[str, Any]) -> None:
                 name = file.relative_to(folder).as_posix()
                 storage.write_atomic(storage.join(run.reports, name), file.read_bytes())
     except Exception as e:  # they are copies
-        log.warning("the trackers are not told of %s: %s: %s", result["checkpoint"], type(e).__name__, e)
+        log.warning("the trackers did not get %s: %s: %s", result["checkpoint"], type(e).__name__, e)
 
 
 def _tell(names: Sequence[Name], run: RunPaths, result: dict[str, Any], folder: Path) -> None:

@@ -29,6 +29,7 @@ from eval.shardwork import png
 from shards import storage
 from shards.fingerprint import Fingerprint, digest_json
 from shards.layout import RunPaths
+from shards.local import TMP_MARK
 from shards.progress import Progress
 from shards.settings import ConfigError, StageError
 
@@ -105,14 +106,14 @@ def draw_table(request: DrawnPairs, ref: str, table: str, out: str) -> tuple[int
     errors = [e for f in files for e in storage.read_parquet(f, ["error"])["error"].to_pylist()]
     failed = [e for e in errors if e is not None]
     if len(failed) == total:
-        raise StageError(f"{out}: not one triple could be drawn: {failed[0]}")
+        raise StageError(f"{out}: not one triple could be generated: {failed[0]}")
     return total, len(failed)
 
 
 def _refuse_other(out: str, made: Fingerprint) -> None:
     """Raise ConfigError where the folder holds anything but triples that are made like this."""
     try:
-        others = [name for name in storage.list_names(out) if storage.TMP_MARK not in name]
+        others = [name for name in storage.list_names(out) if TMP_MARK not in name]
     except NotADirectoryError:
         raise ConfigError(f"{out} is no folder; name one that is not there yet") from None
     found = storage.read_object(storage.join(out, ABOUT)).get("fingerprint")

@@ -212,13 +212,22 @@ class OptOutConfig(Strict):
     robots_txt: bool = Field(default=False, description="ask each host's robots.txt too (RFC 9309), once a run")
 
 
+SourceKind = Literal["table", "folder", "parquet", "webdataset"]
+SOURCES: dict[SourceKind, str] = {  # what each is, for people
+    "table": "a table of URLs",
+    "folder": "a folder of images",
+    "parquet": "parquet or Arrow files with the images' bytes",
+    "webdataset": "WebDataset tars",
+}
+
+
 class SourceConfig(Strict):
     """What lies at `table`, where that is no table of URLs; see ingest/sources.py."""
 
-    kind: Literal["auto", "table", "folder", "parquet", "webdataset"] = Field(
+    kind: Literal["auto", SourceKind] = Field(
         default="auto",
         description="folder: images with captions beside them; parquet: (or Arrow) with the bytes inside; webdataset: "
-        "tars; auto: told from what is there",
+        "tars; auto: recognised by what is there",
     )
     captions: Literal["file", "lines", "folder"] = Field(
         default="file",
@@ -248,7 +257,7 @@ class DuplicatesConfig(Strict):
 
 
 class IngestConfig(Strict):
-    """Everything the ingest stage is told."""
+    """The settings of the ingest stage."""
 
     engine: Literal["carrara", "img2dataset"] = Field(
         default="carrara", description="what fetches and resizes; img2dataset runs in a process of its own"

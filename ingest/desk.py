@@ -170,9 +170,9 @@ class Desk:
         return await self.robots(origin, read)
 
     async def rest(self) -> None:
-        """Give back at once what is idle: at the end of a shard this process may be ended before it would be told."""
+        """Give back at once what is idle: at the end of a shard this process may be ended before it could say so."""
         if self._ticking is not None and self._give:
-            with contextlib.suppress(Exception):  # then it is told with the next message
+            with contextlib.suppress(Exception):  # then it comes with the next message
                 await asyncio.wait_for(self._talk(), 5)
 
     async def close(self) -> None:
@@ -185,7 +185,7 @@ class Desk:
             try:
                 await asyncio.wait_for(self._talk(gone=True), 5)
             except Exception as e:
-                log.debug("the ledger of hosts was not told of the end: %s", e)
+                log.debug("the ledger of hosts did not hear of the end: %s", e)
         if self._thread is not None:
             self._thread.shutdown(wait=False)
 

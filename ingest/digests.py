@@ -7,7 +7,6 @@ of an earlier version have none: `readable` makes them from the texts.
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,9 +88,7 @@ def as_before(sidecar: bytes, before: bytes) -> bytes:
     for name in ("sha256", "phash", *dict(DIGESTS)):
         at = table.schema.get_field_index(name)
         table = table.set_column(at, table.schema.field(at), pc.if_else(both, old[name], table[name]))
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
+    return storage.parquet_bytes(table)
 
 
 def has_digests(root: str, index: int) -> bool:

@@ -82,7 +82,7 @@ class ImageCost:
         if self.rows_per_second:
             hours = max(hours, to_fetch / self.rows_per_second / workers / 3600)
         lines = [
-            f"{'pictures':26}{to_fetch * self.success:>16,.0f}   {100 * self.success:.0f} % of the requests",
+            f"{'images':26}{to_fetch * self.success:>16,.0f}   {100 * self.success:.0f} % of the requests",
             f"{'download':26}{_size(to_fetch * self.bytes_fetched)}",
             f"{'storage':26}{_size(to_fetch * self.bytes_stored)}",
             f"{'CPU':26}{cpu_hours:>16,.2f} hours",
@@ -161,7 +161,7 @@ def image_cost(stage: IngestStage) -> ImageCost:
         ASSUMED_SUCCESS * ASSUMED_STORED_256 * (size / 256) ** 2,
         ASSUMED_SUCCESS * ASSUMED_REST * _seconds_an_image(stage),
         None,
-        f"CPU measured here on a drawn 640x480 JPEG; assumed are {ASSUMED_BODY // 1000} KB an image and "
+        f"CPU measured here on a generated 640x480 JPEG; assumed are {ASSUMED_BODY // 1000} KB an image and "
         f"{100 * ASSUMED_SUCCESS:.0f} % success; run a pilot on a small table to have them measured",
     )
 

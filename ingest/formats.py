@@ -148,7 +148,7 @@ def _text_batches(
             arrays = _parse_jsonl(chunk, file, columns)
         if any(len(a) != len(ends) for a in arrays.values()):
             raise ConfigError(
-                f"{file}: the rows before byte {int(ends[-1])} cannot be told apart; check its quotes and line ends"
+                f"{file}: the rows before byte {int(ends[-1])} cannot be separated; check its quotes and line ends"
             )
         yield _conform(arrays, columns, file), ends
 

@@ -27,7 +27,7 @@ ROBOTS_BYTES = 256 << 20  # of robots.txt that a ledger holds, compressed
 ROBOTS_FETCH_S = 60.0  # for which others wait for the worker that reads one
 TICK_S = 0.5  # between a worker's messages, at least
 MESSAGES_S = 2000  # that a ledger takes a second; with more workers each writes more seldom
-PATIENCE = 10_000  # rows of the run, from which on its rate of success is told
+PATIENCE = 10_000  # rows of the run, from which on its rate of success is reported
 
 Robots = tuple[str, bytes | None]  # ("", rules) with None where there are none, or (code of ERRORS, message)
 

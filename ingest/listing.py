@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -92,11 +91,10 @@ class Listing:
         if not rows and not (files and self.parts):
             return
         table = table_of(rows, single, wanted, self.schema)
-        sink = io.BytesIO()
         seen = {file: dataclasses.astuple(one) for file, one in (cut or {}).items()}
         said = {b"carrara": json.dumps({"files": dict(files), "cut": seen}).encode()}
-        pq.write_table(table.replace_schema_metadata(said), sink, compression="zstd")
-        if not storage.create(storage.join(self.root, f"{self.parts:05d}.parquet"), sink.getvalue()):
+        data = storage.parquet_bytes(table.replace_schema_metadata(said))
+        if not storage.create(storage.join(self.root, f"{self.parts:05d}.parquet"), data):
             raise StageError(f"{self.root}: another job has listed at this moment; run the same command again")
         self.schema, self.parts = table.schema, self.parts + 1
 

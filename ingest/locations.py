@@ -1,6 +1,6 @@
 """Where the bytes of an image of one's own lie, as text in a table's row, and reading them.
 
-    /data/pictures/cat.jpg                                         a file (a path, or any fsspec URL but http)
+    /data/photos/cat.jpg                                           a file (a path, or any fsspec URL but http)
     s3://bucket/00000.tar#member=000123.jpg&offset=512&size=40960  a member of a tar
     /data/train.parquet#column=image&row=17                        a value of a parquet or Arrow file
 

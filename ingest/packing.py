@@ -7,19 +7,18 @@ are carried through; then ours. The bytes depend on the rows and on what became 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ingest import tables
 from ingest.config import IngestConfig
 from ingest.digests import DIGESTS, of_texts
 from ingest.pool import Outcome
+from shards import storage
 from shards.images import pack_tar
 from shards.layout import sample_key
 from shards.settings import ConfigError
@@ -98,9 +97,7 @@ class Sidecar:
         columns |= {"image_offset": offsets, "image_size": sizes, "image_ext": extensions}
         columns |= of_texts(columns["url"], columns["caption"], columns["sha256"], [o.final_url for o in outcomes])
         schema = pa.schema([*self.kept, *_IMG2DATASET, *_OURS, *(_ADOPTED if adopted else ())])
-        sink = io.BytesIO()
-        pq.write_table(pa.table(columns, schema), sink, compression="zstd")
-        return {".tar": tar, ".parquet": sink.getvalue()}
+        return {".tar": tar, ".parquet": storage.parquet_bytes(pa.table(columns, schema))}
 
 
 def _indented(flat: dict[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from ingest.config import IngestConfig
 from ingest.decoders import Decoders
@@ -69,9 +70,9 @@ class Outcome:
     lies: Lies | None = None  # of a success that is adopted in place, which has no image
 
     @classmethod
-    def of(cls, code: str, message: str = "", **more: object) -> Outcome:
+    def of(cls, code: str, message: str = "", **more: Any) -> Outcome:
         """The outcome of a row that ends with a code of ERRORS."""
-        return cls(ERRORS[code].status, code, message or ERRORS[code].meaning, **more)  # type: ignore[arg-type]
+        return cls(ERRORS[code].status, code, message or ERRORS[code].meaning, **more)
 
 
 def pixel_settings(config: IngestConfig) -> PixelSettings:
@@ -183,10 +184,10 @@ class FetchPool:
 
     async def _judge(self, fetched: Fetched) -> Outcome:
         """What becomes of a row whose body is here."""
-        known = {"sha256": fetched.sha256, "bytes_fetched": len(fetched.body), "attempts": fetched.attempts}
-        known["final_url"] = fetched.final_url
+        led_to = fetched.final_url
+        known: dict[str, Any] = {"sha256": fetched.sha256, "final_url": led_to}
+        known |= {"bytes_fetched": len(fetched.body), "attempts": fetched.attempts}
         try:
-            led_to = fetched.final_url
             if self.taken_down.has_bytes(fetched.sha256) or (led_to and self.taken_down.has_url(led_to)):
                 raise Rejected("taken_down")
             if is_quick(fetched.body, self.pixels):
@@ -204,10 +205,10 @@ class FetchPool:
             raise
         except Exception as e:
             return _unforeseen(e, **known)
-        return Outcome("success", None, None, image, **known)  # type: ignore[arg-type]
+        return Outcome("success", None, None, image, **known)
 
 
-def _unforeseen(error: Exception, **known: object) -> Outcome:
+def _unforeseen(error: Exception, **known: Any) -> Outcome:
     """The outcome of a row by an error that nobody foresaw; raises NodeTrouble where it is this machine's."""
     fault = own_fault(error)
     if fault:

@@ -5,22 +5,19 @@ What `ingest.table` points at is looked through and written down as parquet file
 images have the fates, filters, duplicates, hashes and accounts of those from the web.
 
 A listing is only ever added to: a part holds what was not there when the parts before it were written. So new files
-make new shards and touch no old one, and a file that is gone is told of and nothing more.
+make new shards and touch no old one, and a file that is gone is named in the log and nothing more.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
 import functools
 import hashlib
 import io
-import json
 import logging
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 import fsspec
 import numpy as np
@@ -28,8 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from ingest import locations
-from ingest.formats import decoded, kept_type, text_array
+from ingest import caption_files, locations
+from ingest.config import SourceKind
+from ingest.formats import kept_type, text_array
 from ingest.listing import Listing, Row, Seen, Wanted, hashes_of, legal
 from ingest.tables import CAPTION_NAMES, URL_NAMES
 from shards import storage
@@ -38,26 +36,21 @@ from shards.settings import ConfigError
 
 log = logging.getLogger("carrara.ingest")
 
-Kind = Literal["table", "folder", "parquet", "webdataset"]
-
 IMAGES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|mpo)\Z", re.IGNORECASE)
 BINARY = re.compile(r"\.(parquet|arrow)\Z", re.IGNORECASE)
-TARS = r"\.tar\Z"
-CAPTION_FILES = (".txt", ".caption", ".json")
 METADATA = re.compile(r"(?:\A|/)metadata\.(jsonl|csv|parquet)\Z", re.IGNORECASE)
 _TEXTS = ("txt", "caption", "json", "cls")  # a sample's members that say something of its image
-_LONGEST_TEXT = 1 << 20  # bytes of a caption file or member
 _LONGEST_HEADER = 1 << 20  # bytes of a tar's header that says more of the next member, which is read into memory
 _AHEAD = 32 << 10  # bytes of a tar in a store that are read at a time: headers, and the texts of a sample
 _PART_ROWS = 200_000
-_LOOKED_AT = 1000  # files of a folder that are looked at to tell what it is
+_LOOKED_AT = 1000  # files of a folder that are looked at to recognise what it is
 
 
 @functools.lru_cache(maxsize=16)  # asked again and again within a command, also of stores that are far away
-def detect(table: str, kind: str = "auto") -> Kind:
+def detect(table: str, kind: Literal["auto", SourceKind] = "auto") -> SourceKind:
     """What a path, folder or glob holds. Raises ConfigError where it holds nothing that is known, or several kinds."""
     if kind != "auto":
-        return kind  # type: ignore[return-value]
+        return kind
     fs, path = _open_fs(table)
     if not _is_glob(fs, table, path) and not fs.isdir(path):
         return _kind_of_file(table)
@@ -76,7 +69,7 @@ def _is_glob(fs: Any, table: str, path: str) -> bool:
     return any(c in table for c in "*?[") and not fs.exists(path)
 
 
-def _kind_of_file(file: str) -> Kind:
+def _kind_of_file(file: str) -> SourceKind:
     if file.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".zip")):
         raise ConfigError(
             f"ingest.table: '{file}' is a packed archive, in which no image can be read by its place; unpack it"
@@ -141,13 +134,13 @@ def folder_of(table: str) -> str:
 # ---- the listing -------------------------------------------------------------------------------------------
 
 
-def refresh(root: str, table: str, kind: Kind, wanted: Wanted, progress: str = "") -> list[str]:
-    """Bring a listing up to what lies at `table` now; returns what is to be told, a sentence each. Under the lease.
+def refresh(root: str, table: str, kind: SourceKind, wanted: Wanted, progress: str = "") -> list[str]:
+    """Bring a listing up to what lies at `table` now; returns what to log, a sentence each. Under the lease.
 
     progress: what the bar says before its figures; no bar without.
     """
     listing = Listing(root)
-    list_new = {"folder": _list_folder, "webdataset": _list_files(_tar_rows), "parquet": _list_files(_table_rows)}[kind]
+    list_new = _list_folder if kind == "folder" else _list_files(MANY[kind])
     with tqdm(desc=progress, unit=" images", disable=None if progress else True) as bar:
         said = list_new(listing, table, wanted, bar.update)
     if not listing.parts:
@@ -155,14 +148,14 @@ def refresh(root: str, table: str, kind: Kind, wanted: Wanted, progress: str = "
     return said
 
 
-def is_listed(root: str, table: str, kind: Kind) -> bool:
+def is_listed(root: str, table: str, kind: SourceKind) -> bool:
     """Whether everything that lies at `table` is in the listing."""
     listing = Listing(root)
     if kind == "folder":
         return bool(np.isin(hashes_of([url for url, _ in _images(table)[0]]), listing.known()).all()) and bool(
             listing.parts
         )
-    return not listing.unlisted(_files(table, TARS if kind == "webdataset" else BINARY.pattern))
+    return not listing.unlisted(_files(table, MANY[kind].names))
 
 
 OnListed = Callable[[int], Any]
@@ -171,12 +164,20 @@ OnListed = Callable[[int], Any]
 # ---- files that hold many ----------------------------------------------------------------------------------
 
 
-def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> Callable[..., list[str]]:
+class Many(NamedTuple):
+    """A kind of source whose files hold many images. names: a pattern of the files' names. rows_of: given a file, what
+    is wanted, and a list to which sentences for the log are added, gives the file's rows; raises _Cut."""
+
+    names: str
+    rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]
+
+
+def _list_files(source: Many) -> Callable[..., list[str]]:
     """Lists tars or tables: each is looked through once; one that was not whole gives what is new once it changes, and
     one that was written again keeps its old rows."""
 
     def list_new(listing: Listing, table: str, wanted: Wanted, on_listed: OnListed) -> list[str]:
-        files = _files(table, TARS if rows_of is _tar_rows else BINARY.pattern)
+        files = _files(table, source.names)
         marks = stamps(files)
         said = []
         unlisted = listing.unlisted(files)
@@ -190,7 +191,7 @@ def _list_files(rows_of: Callable[[str, Wanted, list[str]], Iterator[Row]]) -> C
         for file in unlisted:
             before = listing.cut.get(file, Seen())
             try:
-                seen, whole = _look(rows_of(file, wanted, said), before, rows, on_listed), True
+                seen, whole = _look(source.rows_of(file, wanted, said), before, rows, on_listed), True
             except _Cut as e:
                 seen, whole = e.seen, False
                 said += [str(e)] if str(e) else []
@@ -297,7 +298,7 @@ def _tar_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
                 extension = extension.lower()
                 if IMAGES.search("." + extension) and "image" not in sample:
                     sample["image"] = locations.member(file, base, offset, size)
-                elif extension in _TEXTS and size <= _LONGEST_TEXT:
+                elif extension in _TEXTS and size <= caption_files.LONGEST_TEXT:
                     sample[extension] = read()
         except _Cut as e:
             cut = e
@@ -358,10 +359,10 @@ class _Header(tarfile.TarInfo):
 
 
 def _tar_row(file: str, sample: Mapping[str, Any], wanted: Wanted) -> Row:
-    facts = _json(sample.get("json"))
-    texts = [_text(sample[k]) for k in ("txt", "caption") if k in sample]
-    stored = _captions_in(facts, wanted.given.caption)
-    captions = stored or texts or ([_text(sample["cls"])] if "cls" in sample else [])
+    facts = caption_files.json_object(sample.get("json"))
+    texts = [caption_files.text(sample[k]) for k in ("txt", "caption") if k in sample]
+    stored = caption_files.captions_in(facts, wanted.given.caption)
+    captions = stored or texts or ([caption_files.text(sample["cls"])] if "cls" in sample else [])
     url = facts.get(wanted.given.url or "url")
     image = sample.get("image")
     own = image or locations.member(file, sample["key"], 0, 0)
@@ -417,7 +418,7 @@ def _table_rows(file: str, wanted: Wanted, said: list[str]) -> Iterator[Row]:
             "url": given_url if isinstance(given_url, str) and given_url else location,
             "place": location,
             "fault": None,
-            "caption": _texts(facts.get(caption)) if caption else [],
+            "caption": caption_files.texts(facts.get(caption)) if caption else [],
         }
         yield row | {name: facts.get(name) for name in wanted.columns}
 
@@ -469,6 +470,12 @@ def image_column(schema: pa.Schema, given: str | None) -> str | None:
     return None
 
 
+MANY: dict[SourceKind, Many] = {
+    "webdataset": Many(r"\.tar\Z", _tar_rows),
+    "parquet": Many(BINARY.pattern, _table_rows),
+}
+
+
 # ---- folders -----------------------------------------------------------------------------------------------
 
 
@@ -484,14 +491,14 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, on_listed: OnList
     if gone:
         said.append(f"{table}: {gone:,} images that were listed are gone; those that are stored stay")
     there = set(found) if new else set()
-    metadata = _metadata(fs, [p for p in found if METADATA.search(p)], wanted) if new else {}
+    metadata = caption_files.metadata(fs, [p for p in found if METADATA.search(p)], wanted) if new else {}
     rows: list[Row] = []
     bare = 0
     for url, image in new:
         facts = metadata.get(image, {})
-        captions = _captions_in(facts, wanted.given.caption)
+        captions = caption_files.captions_in(facts, wanted.given.caption)
         if not captions:
-            captions, beside = _beside(fs, image, there, wanted)
+            captions, beside = caption_files.beside(fs, image, there, wanted)
             facts = beside | facts
         if not captions and wanted.source.captions == "folder":
             captions = [image.rpartition("/")[0].rpartition("/")[2].replace("_", " ")]
@@ -522,7 +529,7 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, on_listed: OnList
 def _images(table: str) -> tuple[list[tuple[str, str]], list[str]]:
     """(URL, path) of every image below a folder or behind a glob, in order; and the paths of all files.
 
-    A link to a text that lies elsewhere is none: a caption may come from outside. Of such images the row tells.
+    A link to a text that lies elsewhere is none: a caption may come from outside. The row of such an image says so.
     """
     fs, path = _open_fs(table)
     infos = fs.glob(path, detail=True) if _is_glob(fs, table, path) else fs.find(path, detail=True)
@@ -535,98 +542,3 @@ def _images(table: str) -> tuple[list[tuple[str, str]], list[str]]:
     found = [p for p in found if not any(part.startswith(".") for part in p[len(path.rstrip("/")) :].split("/"))]
     images = [p for p in found if IMAGES.search(p)]
     return [(str(fs.unstrip_protocol(p)) if "://" in table else p, p) for p in images], found
-
-
-def _beside(fs: Any, image: str, there: set[str], wanted: Wanted) -> tuple[list[str], Row]:
-    """The captions in the files beside an image, and what else a .json there says."""
-    stem = image.rpartition(".")[0]
-    for suffix in CAPTION_FILES:
-        name = next((n for s in (suffix, suffix.upper()) for n in (stem + s, image + s) if n in there), None)
-        if name is None:
-            continue
-        try:
-            if fs.size(name) > _LONGEST_TEXT:
-                log.warning("%s: larger than %d bytes, which no caption is; it is left out", name, _LONGEST_TEXT)
-                continue
-            data = fs.cat_file(name)
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as e:
-            log.warning("%s: cannot be read (%s); it is left out", name, type(e).__name__)
-            continue
-        if suffix == ".json":
-            facts = _json(data)
-            if captions := _captions_in(facts, wanted.given.caption):
-                return captions, facts
-            continue
-        lines = [line for line in (" ".join(raw.split()) for raw in _text(data).splitlines()) if line]
-        if lines:
-            return (lines if wanted.source.captions == "lines" else [" ".join(lines)]), {}
-    return [], {}
-
-
-def _metadata(fs: Any, files: Sequence[str], wanted: Wanted) -> dict[str, Row]:
-    """By image, the rows of Hugging Face's metadata files, whose `file_name` is meant from the file's own folder."""
-    found: dict[str, Row] = {}
-    for file in files:
-        folder = file.rpartition("/")[0]
-        try:
-            with fs.open(file, "rb") as stream:
-                for row in _records(stream, file):
-                    name = row.get("file_name")
-                    if isinstance(name, str) and name and ".." not in name.split("/"):
-                        found[f"{folder}/{name}"] = row
-        except (ValueError, pa.ArrowException, OSError, csv.Error) as e:
-            why = " ".join(str(e).split())[:200]
-            raise ConfigError(f"{file}: cannot be read as a table of captions: {why}") from None
-    return found
-
-
-def _records(stream: IO[bytes], file: str) -> Iterator[Row]:
-    if file.lower().endswith(".parquet"):
-        for batch in pq.ParquetFile(stream).iter_batches():
-            yield from batch.to_pylist()
-    elif file.lower().endswith(".csv"):
-        yield from csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
-    else:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as e:
-                    raise ValueError(f"line {number}: {e}") from None
-                if isinstance(row, dict):
-                    yield row
-
-
-# ---- captions ----------------------------------------------------------------------------------------------
-
-
-def _captions_in(facts: Mapping[str, Any], given: str | None) -> list[str]:
-    """The captions that a JSON object or a row holds, under the name that is given or one that is known."""
-    if given is not None:
-        return _texts(facts.get(given))
-    lower = {k.lower(): v for k, v in facts.items() if isinstance(k, str)}
-    for name in ("captions", *CAPTION_NAMES):
-        if texts := _texts(lower.get(name)):
-            return texts
-    return []
-
-
-def _texts(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, str) and v.strip()]
-
-
-def _text(data: bytes) -> str:
-    """Text in UTF-16 where its byte order mark stands first, as Windows writes it; else as in tables."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", "replace").strip()
-    return decoded(data.removeprefix(codecs.BOM_UTF8)).strip()
-
-
-def _json(data: bytes | None) -> Row:
-    """The object in a JSON file; empty where there is none, or something else."""
-    try:
-        found = json.loads(data or b"{}")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from ingest import captions, filters, removal, sources, statistics, tables, takedown
-from ingest.config import ColumnsConfig, IngestConfig
+from ingest.config import ColumnsConfig, IngestConfig, SourceKind
 from ingest.digests import with_flags
 from ingest.duplicates import Sidecars, find_duplicates
 from ingest.errors import ERRORS, EXCLUSION_STATUS, RETRYABLE
@@ -458,7 +458,7 @@ class IngestStage:
             raise ConfigError("ingest: there is no held-out split; set heldout_table or heldout_fraction")
         return self.config.heldout_table or self.config.table
 
-    def _kind(self) -> sources.Kind:
+    def _kind(self) -> SourceKind:
         """What the configuration's table is: one of URLs, or images of one's own."""
         return sources.detect(self._table(), self.config.source.kind)
 

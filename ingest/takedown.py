@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import io
 import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import idna
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from yarl import URL
 
 from ingest.locations import is_web
@@ -204,11 +202,10 @@ class TakenDown:
         rows = [("url", v) for v in self.urls] + [("sha256", v) for v in self.bytes]
         rows += [("host", v) for v in sorted(self.hosts)]
         kinds, values = zip(*rows, strict=True) if rows else ((), ())
-        sink = io.BytesIO()
-        pq.write_table(pa.table({"kind": list(kinds), "value": list(values)}, SCHEMA), sink, compression="zstd")
+        data = storage.parquet_bytes(pa.table({"kind": list(kinds), "value": list(values)}, SCHEMA))
         while True:
             number = len(_numbered(run))
-            if storage.create(storage.join(run, FOLDER, f"{number:05d}.parquet"), sink.getvalue()):
+            if storage.create(storage.join(run, FOLDER, f"{number:05d}.parquet"), data):
                 return length(run)
 
     def create_if_any(self, run: str) -> bool:

@@ -101,8 +101,8 @@ class IngestWorker:
         facts = {name: rows[name].to_pylist() for name in ADOPTED if name in rows.column_names}
         inside = ""  # the file that was last found to be below the folders: many images in a row are of one
         for i, text in enumerate(locations):
-            if known[i] is not None:
-                yield known[i]  # type: ignore[misc]
+            if (outcome := known[i]) is not None:
+                yield outcome
                 continue
             try:
                 location = Location.parse(text)

@@ -437,10 +437,6 @@ _OLD_ATTENTION = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(
 _NEW_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def _new_attention(match: re.Match[str]) -> str:
-    return _NEW_NAMES[match[1]]
-
-
 def _build_vae(weights: VaeWeights) -> Any:
     import diffusers
 
@@ -453,7 +449,7 @@ def _build_vae(weights: VaeWeights) -> Any:
             from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
             tensors = convert_ldm_vae_checkpoint(tensors, weights.config)
-        model.load_state_dict({_OLD_ATTENTION.sub(_new_attention, k): v for k, v in tensors.items()})
+        model.load_state_dict({_OLD_ATTENTION.sub(lambda m: _NEW_NAMES[m[1]], k): v for k, v in tensors.items()})
     except Exception as e:
         first = " ".join(str(e).split())[:200]
         raise ConfigError(f"the VAE '{weights.ref}': {weights.file} does not hold its weights: {first}") from None

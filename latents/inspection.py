@@ -233,13 +233,14 @@ def _text(
     differ = int(np.any(others, axis=0).sum())
     if "embeddings" not in columns.arrays:
         return [], [], differ
-    index = [value_of(columns.arrays, "embedding_index", n) for n in chosen]
+    found = (value_of(columns.arrays, "embedding_index", n) for n in chosen)
+    index = [int(i) for i in found if i is not None]
     now = list(text.encode_tokens(stored)[0].numpy())
     if ENDS not in columns.arrays:
         return [columns.arrays["embeddings"][i] for i in index], now, differ
     then = np.zeros((len(index), *now[0].shape), np.float16) if now else np.zeros(0)
     for row, i in zip(then, index, strict=True):
-        packed = packed_rows(columns.arrays[ENDS], np.array([int(i)]))  # type: ignore[arg-type]
+        packed = packed_rows(columns.arrays[ENDS], np.array([i]))
         row[: len(packed)] = columns.arrays["embeddings"][packed]
     return list(then), now, differ
 
@@ -341,9 +342,7 @@ def page(found: Inspection, title: str) -> str:
 
 def data_uri(pixels: np.ndarray) -> str:
     """An image, uint8 [H,W,3], as a PNG within a page."""
-    sink = io.BytesIO()
-    Image.fromarray(pixels).save(sink, "PNG")
-    return "data:image/png;base64," + base64.b64encode(sink.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(images.png_bytes(pixels)).decode()
 
 
 def write(found: Inspection, reports: str, title: str) -> str:

@@ -6,7 +6,6 @@ and its first batches are decoded, and the one before is packed and committed.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import threading
@@ -15,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from latents.arithmetic import fixed_arithmetic
 from latents.columns import FLIPPED, by_first_use, id_type, lay_out, rows_digest
@@ -194,11 +192,9 @@ class Worker:
             if "pooled" in text:
                 arrays |= {"pooled": text["pooled"][used], "empty_pooled": text["pooled"][empty]}
         table = sidecar(shard, plan, samples, excluded, self.buckets)
-        sink = io.BytesIO()
-        pq.write_table(table, sink, compression="zstd")
         stats = describe(arrays, table, len(self.buckets))
         stats["encode_seconds"], stats["wait_seconds"] = round(busy, 3), round(clock.waited, 3)
-        return {".safetensors": pack_columns(arrays, metadata), ".parquet": sink.getvalue()}, stats
+        return {".safetensors": pack_columns(arrays, metadata), ".parquet": storage.parquet_bytes(table)}, stats
 
     def _new_captions(self, shard: images.ImageShard) -> dict[str, list[list[str]]]:
         """Of each usable image the texts of each set of new captions, by key. Raises StageError."""

@@ -14,6 +14,7 @@ from orchestration.runs import existing, shard_folders
 from shards import plan, storage
 from shards.dataset import MANIFEST, Dataset
 from shards.listing import listed
+from shards.local import TMP_MARK, of_dead_process
 from shards.made_with import read_made_with
 from shards.settings import ConfigError, StageError
 from shards.verify import discard as discard_shard
@@ -127,14 +128,14 @@ def left_behind(root: Path) -> Iterator[Path]:
     """Temporary files and folders of dead processes anywhere under a folder."""
     for folder, folders, files in os.walk(root):
         for name in [*folders, *files]:
-            if storage.TMP_MARK not in name or not name.startswith("."):
+            if TMP_MARK not in name or not name.startswith("."):
                 continue
             path = Path(folder) / name
             try:
                 age = time.time() - path.lstat().st_mtime
             except FileNotFoundError:
                 continue
-            if age > OLD_S or storage.of_dead_process(name):
+            if age > OLD_S or of_dead_process(name):
                 yield path
                 if name in folders:
                     folders.remove(name)

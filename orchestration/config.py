@@ -11,7 +11,7 @@
     latents: {...}
     train: {...}
     eval: {...}
-    notify: {command: [...]}     # whom to tell at the end, at a failure, of an alarm (orchestration/notify.py)
+    notify: {command: [...]}     # whom to notify of the end, a failure, an alarm (orchestration/notify.py)
 
 The file is the one given with --config, else $CARRARA_CONFIG, else ./carrara.yaml. Relative paths in it
 are meant from where the user stands, which in a Ray job is not the current folder: see `base_folder`.
@@ -154,7 +154,7 @@ class RayConfig(Strict):
 
 
 class RunConfig(Strict):
-    """Everything that one run is told."""
+    """The settings of one run."""
 
     run: str
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shards import storage
+from shards.local import TMP_MARK
 from shards.settings import ConfigError, StageError
 
 BLOCK = 8_000_000  # bytes written and read to see how fast a store is
@@ -90,7 +91,7 @@ def _configured(config_path: str | None, overrides: Sequence[str]) -> list[str]:
 
 def _store(run: str) -> list[str]:
     """Each operation that Carrara needs of a store, done there: what does not hold is named. Leaves nothing behind."""
-    name = f".carrara-doctor{storage.TMP_MARK}{secrets.token_hex(6)}"
+    name = f".carrara-doctor{TMP_MARK}{secrets.token_hex(6)}"
     url, problems = storage.join(run, name), []
     block = secrets.token_bytes(BLOCK)
     print(f"store        {run}")

@@ -28,7 +28,7 @@ log = logging.getLogger("carrara.eval")
 
 
 class PipelineRun(Strict):
-    """What the evaluation of a pipeline is told: of a run's configuration these sections alone."""
+    """The settings of the evaluation of a pipeline: of a run's configuration these sections alone."""
 
     run: str
     seed: int = 0

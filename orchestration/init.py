@@ -19,7 +19,7 @@ import yaml
 
 from ingest import formats, locations, sources, tables
 from ingest.captions import DEFAULT_STEPS
-from ingest.config import ColumnsConfig, SourceConfig
+from ingest.config import SOURCES, ColumnsConfig, SourceConfig, SourceKind
 from ingest.errors import Rejected
 from ingest.listing import Wanted
 from ingest.locations import Below, Reader
@@ -30,12 +30,6 @@ LOOKED_AT = 200  # images whose sizes are looked at
 FEW = 1000  # with fewer images a model that is there is tuned, and none trained from scratch
 FEW_FILES = 20  # of a table, into which is looked
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-WHAT = {
-    "folder": "a folder of images",
-    "webdataset": "WebDataset tars",
-    "parquet": "parquet or Arrow files with the images' bytes",
-    "table": "a table of URLs",
-}
 
 
 def run(path: str, out: str) -> str:
@@ -51,7 +45,7 @@ def run(path: str, out: str) -> str:
     with open(out, "x", encoding="utf-8") as sink:
         sink.write(text)
     return (
-        f"{path}: {WHAT[kind]}; {'; '.join(found.said)}\n"
+        f"{path}: {SOURCES[kind]}; {'; '.join(found.said)}\n"
         f"written: {out}; look it through, then\n  carrara ingest --config {shlex.quote(out)} --local"
     )
 
@@ -103,7 +97,7 @@ def _rows(layout: tables.Layout) -> tuple[int | None, list[str], list[str]]:
     return (total if len(layout.files) <= FEW_FILES else None), urls[: 10 * LOOKED_AT], captions
 
 
-def _images(path: str, kind: sources.Kind) -> Found:
+def _images(path: str, kind: SourceKind) -> Found:
     sampled: list[tuple[float, str]] = []  # (-chance, location): LOOKED_AT of the images, each with the same chance
     rng = np.random.default_rng(0)
     images = captioned = captions = 0
@@ -154,7 +148,7 @@ def _comment(text: str) -> str:
     return "# " + "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
-def _yaml(path: str, kind: sources.Kind, found: Found, name: str) -> str:
+def _yaml(path: str, kind: SourceKind, found: Found, name: str) -> str:
     import torch
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
@@ -173,7 +167,7 @@ def _yaml(path: str, kind: sources.Kind, found: Found, name: str) -> str:
     if few:
         resolution = min(resolution, 512)  # what that model was trained at
     lines = [
-        f"# {WHAT[kind]}:",
+        f"# {SOURCES[kind]}:",
         *map(_comment, found.said),
         *([seen] if seen else []),
         f"# GPU: {gpu}" if gpu else "# No GPU was found on this machine.",

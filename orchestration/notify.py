@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import logging
 import os
@@ -45,7 +46,7 @@ LONGEST = 2000  # characters of a sentence: some services refuse more, and so do
 
 
 class NotifyConfig(Strict):
-    """Whom to tell of what."""
+    """Whom to notify of what."""
 
     command: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="a program and its arguments; the sentence is added as the last one"
@@ -68,7 +69,7 @@ class NotifyConfig(Strict):
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody is to be told of anything."""
+        """Whether anybody is to be notified of anything."""
         return bool((self.command or self.url_env) and self.events)
 
 
@@ -126,7 +127,7 @@ def notified(config: NotifyConfig, run: str, stage: str) -> Iterator[Outcome]:
 def payload(
     event: Event, run: str, stage: str, sentence: str, exit_code: int | None, report: str | None, seconds: float | None
 ) -> dict[str, Any]:
-    """What is told, as JSON will have it.
+    """The notification, as JSON has it.
 
     version 1. event. run: folder or URL. stage. sentence, and the same as `text`, which is what chat services show.
     exit_code: None where nothing has ended. host: of the command. time: ISO 8601, UTC. report: path, or None. seconds:
@@ -209,7 +210,8 @@ def _post(config: NotifyConfig, message: dict[str, Any], attempts: int) -> str |
         if attempt:
             time.sleep(PAUSES_S[min(attempt, len(PAUSES_S)) - 1])
         answer: list[tuple[str | None, bool]] = []
-        thread = threading.Thread(target=lambda: answer.append(_post_once(config, message)), name="notify", daemon=True)  # noqa: B023
+        post = functools.partial(lambda to: to.append(_post_once(config, message)), answer)
+        thread = threading.Thread(target=post, name="notify", daemon=True)
         thread.start()
         thread.join(config.timeout_s + 1)
         why, again = answer[0] if answer else (f"no answer within {config.timeout_s:g} s", True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from curate.config import ClipScore
 from orchestration import engine
 from orchestration.config import Pool, RunConfig
 from shards import storage
@@ -67,7 +68,8 @@ def check_inputs(name: str, config: RunConfig) -> None:
         needs.append((images, "finished image shards", "ingest"))
     if name in CURATED and not getattr(config.curate, name + "s"):
         raise ConfigError(f"{name}: curate.{name}s names none; see docs/own-data.md")
-    if name == "score" and _needs_clip(config) and not pretrained("clip", config):
+    own_clip = any(isinstance(s, ClipScore) and s.model is None for s in config.curate.scores.values())
+    if name == "score" and own_clip and not pretrained("clip", config):
         needs.append((text_ref(config), "a finished clip", "clip"))
     if name == "prior" and config.train.prior is None:
         raise ConfigError("prior: train.prior is not set, so no images are to be drawn; see docs/train.md")
@@ -87,10 +89,6 @@ def check_inputs(name: str, config: RunConfig) -> None:
     for file, what, maker in needs:
         if not storage.exists(file):
             raise ConfigError(f"{name}: there is no {file}, so it lacks {what}; run the stage '{maker}' first")
-
-
-def _needs_clip(config: RunConfig) -> bool:
-    return any(getattr(s, "kind", "") == "clip" and s.model is None for s in config.curate.scores.values())  # type: ignore[union-attr]
 
 
 def taken_down_mark(paths: RunPaths, stage: str) -> str:

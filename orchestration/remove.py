@@ -45,7 +45,7 @@ SHOWN = 10  # entries that are named of a longer list
 
 
 def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | None) -> str:
-    """Do all of it; returns what there is to tell, as text. Raises ConfigError or StageError."""
+    """Do all of it; returns the report, as text. Raises ConfigError or StageError."""
     asked = requested(urls, sha256, host)
     paths = RunPaths(config.run)
     ingests = [s for s, _ in shard_stages("ingest", config) if isinstance(s, IngestStage)]
@@ -100,7 +100,7 @@ def run(config: RunConfig, urls: str | None, sha256: str | None, host: str | Non
         lines.append(
             f"{len(unknown)} of {len(asked.entries)} entries are not in this run: {shown}; none will be fetched"
         )
-    lines.append("captions, URLs and digests of these rows stay in the sidecars, so that they can be told again")
+    lines.append("captions, URLs and digests of these rows stay in the sidecars, so that they are recognised")
     lines.append(f"the account is in {account_url}")
     return "\n".join(lines)
 
@@ -114,7 +114,7 @@ def _find(stage: IngestStage, shards: list[int], wanted: TakenDown) -> list[remo
 def _apply(stage: IngestStage, paths: RunPaths, looked: removal.Looked, count: int) -> str:
     """Blank what is listed in a split's committed shards, unless an ingest is at work; returns what was done.
 
-    looked: what was found there. count: the images that are told."""
+    looked: what was found there. count: the images that are listed."""
     if not len(listed(stage.root).committed):
         return "nothing is stored"
     shards: set[int] = set()
@@ -244,7 +244,7 @@ def checkpoints(config: RunConfig, paths: RunPaths, hits: Iterable[removal.Hit])
 
 
 def _count(manifest: dict[str, Any], dataset: Dataset, samples: dict[int, list[int]]) -> int | None:
-    """How many of these samples a checkpoint saw; None where its order cannot be told."""
+    """How many of these samples a checkpoint saw; None where its order cannot be read."""
     try:
         account = Account(manifest, dataset)
         positions = [p for shard, some in samples.items() for p in account.first(shard, some)]
@@ -282,7 +282,7 @@ def _manifest(folder: str) -> dict[str, Any] | None:
 
 def _how_many(line: dict[str, Any]) -> str:
     if line["pictures"] is None:
-        return "perhaps; the order of its training cannot be told"
+        return "perhaps; the order of its training cannot be read"
     return f"{line['pictures']:,} of them"
 
 

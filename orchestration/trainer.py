@@ -45,18 +45,15 @@ def run(stage: str, config: RunConfig, local: bool = False, redo: bool = False, 
     Raises ConfigError, StageError, or Stopped after SIGTERM.
     """
     paths = RunPaths(config.run)
+    root = paths.checkpoints if stage == "train" else getattr(paths, stage)
     sections = TrainingSections(
         run=config.run, seed=config.seed, autoencoder=config.autoencoder, clip=config.clip, train=config.train
     )
-    with Lease(paths.status, stage, _root(stage, paths)) as lease, _status_ends(paths, stage):
+    with Lease(paths.status, stage, root) as lease, _status_ends(paths, stage):
         if local:
             _without_ray(stage, sections, redo, adopt)
         else:
             _on_ray(stage, sections, config, redo, adopt, lease)
-
-
-def _root(stage: str, paths: RunPaths) -> str:
-    return paths.checkpoints if stage == "train" else getattr(paths, stage)
 
 
 def _without_ray(stage: str, sections: TrainingSections, redo: bool, adopt: bool) -> None:

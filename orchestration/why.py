@@ -115,7 +115,7 @@ def _rows(root: str, name: str, stats: dict[str, Any]) -> dict[str, dict[str, in
     if SIDECAR in stats.get("files", {}):
         try:
             table = storage.read_parquet(storage.join(root, name + SIDECAR))
-        except (FileNotFoundError, ArrowInvalid):  # gone, or damaged: what lies there is told beside it
+        except (FileNotFoundError, ArrowInvalid):  # gone, or damaged: what lies there is shown beside it
             table = None
         if table is not None and "status" in table.column_names:
             errors = table["error"].to_pylist() if "error" in table.column_names else [None] * len(table)

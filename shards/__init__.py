@@ -3,6 +3,7 @@
 Nothing else in Carrara writes a shard or trusts one. Modules, from the bottom up:
 
     settings     strict config models, YAML with dotted overrides, the two errors a user sees
+    local        files on a local file system: durable, swept where their writer is dead
     storage      local paths and fsspec URLs: atomic, durable writes, and create-if-absent
     machine      whether an error says that something is wrong with this machine
     fingerprint  what the bytes of a shard depend on, as a hash that can say what changed

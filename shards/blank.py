@@ -55,9 +55,7 @@ def blank(root: str, index: int, rows: Iterable[int], edit: Edit) -> dict[str, A
         assert record is not None
         sidecar, new_data = _blanked(data, sidecar, rows, known["data"])
         new_sidecar, new_record = edit(sidecar, dict(record))
-        sink = io.BytesIO()
-        pq.write_table(new_sidecar, sink, compression="zstd")
-        new_table = sink.getvalue()
+        new_table = storage.parquet_bytes(new_sidecar)
         digest = digest_bytes(new_data)
         files = dict(record["files"])
         files[known["data"]] = {"size": len(new_data), "sha256": digest}
@@ -162,14 +160,10 @@ def blank_columns(data: bytes, gone: np.ndarray, living: np.ndarray) -> bytes:
         array = arrays[name]
         if not array.size or not len(rows):
             continue
-        start = array.__array_interface__["data"][0] - _address(data)
+        start = array.__array_interface__["data"][0] - np.frombuffer(data, np.uint8).__array_interface__["data"][0]
         if not begin <= start <= len(data):
             raise AssertionError("a column that does not lie in the file")
         view = np.frombuffer(out, np.uint8, array.nbytes, start).reshape(len(array), -1)
         view[rows] = 0
         del view
     return data if out == data else bytes(out)
-
-
-def _address(data: bytes) -> int:
-    return int(np.frombuffer(data, np.uint8).__array_interface__["data"][0])

@@ -174,7 +174,7 @@ class Exclusions:
         return {"url": self.url}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__("", None)  # type: ignore[misc]
+        Exclusions.__init__(self, "", None)
         self.url = state["url"]
 
 

@@ -189,6 +189,13 @@ class ImageShard:
                 self._file = None
 
 
+def png_bytes(pixels: np.ndarray, level: int = 6) -> bytes:
+    """uint8 [H,W,3] or [H,W] as PNG; level: of zlib."""
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG", compress_level=level)
+    return sink.getvalue()
+
+
 def _read(url: str, offsets: np.ndarray, sizes: np.ndarray) -> list[bytes]:
     """Pieces of one file; where they lie together, by one read."""
     first, end = int(offsets.min()), int((offsets + sizes).max())

@@ -15,7 +15,6 @@ shards, which no earlier line has taken (a retry).
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import logging
 import os
@@ -26,7 +25,6 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from shards import storage
@@ -222,9 +220,7 @@ def write_part(root: str, number: int, lines: Iterable[Line]) -> None:
     columns: dict[str, list[Any]] = {name: [getattr(line, name) for line in lines] for name in SCHEMA.names}
     for name in ("takes_over", "codes"):
         columns[name] = [values or None for values in columns[name]]
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns, SCHEMA), sink, compression="zstd")
-    if not storage.create(part_url(root, number), sink.getvalue()):
+    if not storage.create(part_url(root, number), storage.parquet_bytes(pa.table(columns, SCHEMA))):
         raise StageError(f"{root}: another job has planned at this moment; run the same command again")
 
 

@@ -31,6 +31,7 @@ class Task:
 
 
 Worker = Callable[[Task], dict[str, Any]]
+Made = tuple[dict[str, bytes], dict[str, Any]]  # a shard's files by suffix, and its stats (rows, count, status, ...)
 T = TypeVar("T")
 
 PERSIST_PAUSES_S = (1.0, 4.0, 10.0)
@@ -48,6 +49,17 @@ def persist(commit: Callable[[], T]) -> T:
             log.warning("a commit failed and is tried again in %.0f s: %s: %s", pause, type(e).__name__, e)
             time.sleep(pause)
     return commit()
+
+
+def commit(folder: Folder, task: Task, make: Callable[[], Made]) -> dict[str, Any]:
+    """Make one shard and commit it, with the seconds that it took where `make` does not say them itself, unless it is
+    there; returns its committed stats."""
+    if (found := folder.adopt(task.index)) is not None:
+        return found
+    started = time.perf_counter()
+    files, stats = make()
+    stats.setdefault("seconds", round(time.perf_counter() - started, 3))
+    return persist(lambda: folder.commit(task.index, files, stats, task.input))
 
 
 class Stage(Protocol):

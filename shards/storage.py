@@ -12,12 +12,12 @@ import contextlib
 import datetime
 import errno
 import hashlib
+import io
 import json
 import os
 import random
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +28,13 @@ import fsspec
 import fsspec.config
 from fsspec.implementations.local import LocalFileSystem
 
+from shards.local import fsync_file, fsync_folder, scan, sweep, temporary_name, written_beside
 from shards.settings import ConfigError, StageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 T = TypeVar("T")
-TMP_MARK = ".tmp-"
 _PAUSES_S = (0.05, 0.2, 1.0)  # before a file that is said to be there, and is not, is tried again
 # What os.link says where there are no links: FUSE over object stores, SMB, exFAT.
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.ENOTSUP)
@@ -184,6 +184,15 @@ def read_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
     return pq.read_table(pa.BufferReader(read_bytes(url)), columns=columns, pre_buffer=False)
 
 
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as the parquet file that all of Carrara writes: zstd."""
+    import pyarrow.parquet as pq
+
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
 def read_json(url: str) -> Any | None:
     """A JSON file's value; None where the file is absent. Raises ValueError where it is not JSON."""
     try:
@@ -221,7 +230,7 @@ def list_names(url: str) -> list[str]:
 
 def names(url: str) -> Iterator[str]:
     """Names of the entries of a local folder, in no order and without looking at any; none where there is none."""
-    return (entry.name for entry in _scan(local_path(url)))
+    return (entry.name for entry in scan(local_path(url)))
 
 
 def list_files(url: str, prefixes: Sequence[str] = ("",)) -> Iterator[tuple[str, int, int]]:
@@ -229,7 +238,7 @@ def list_files(url: str, prefixes: Sequence[str] = ("",)) -> Iterator[tuple[str,
     folder. On an object store one listing for each of `prefixes`, which no two may share a file, several at a time."""
     fs, path = _fs(url)
     if isinstance(fs, LocalFileSystem):
-        for entry in _scan(Path(path)):
+        for entry in scan(Path(path)):
             try:
                 info = entry.stat()
             except FileNotFoundError:  # it went meanwhile
@@ -373,13 +382,13 @@ def _create(url: str, data: bytes, beside: str | None) -> bool:
                 return False
             raise
         return True
-    with _written_beside(path, data, beside) as tmp:
+    with written_beside(path, data, beside) as tmp:
         try:
             os.link(tmp, path)
             created = True
         except FileExistsError:
             created = False
-    _fsync_folder(os.path.dirname(path))
+    fsync_folder(os.path.dirname(path))
     return created
 
 
@@ -405,7 +414,7 @@ def _is_conflict(error: BaseException) -> bool:
 
 def probe(folder: str) -> None:
     """Raise ConfigError, in a sentence that says what to do, where a folder does not keep `create`: two writes."""
-    url = join(folder, f".probe{TMP_MARK}{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+    url = join(folder, temporary_name("probe"))
     try:
         kept = _create(url, b"1", None) and not _create(url, b"2", None)
         if not kept or read_bytes(url) != b"1":
@@ -461,9 +470,9 @@ def replace(url: str, data: bytes, seen: str | None = None, beside: str | None =
                 ) from e
             raise
         return
-    with _written_beside(path, data, beside) as tmp:
+    with written_beside(path, data, beside) as tmp:
         os.replace(tmp, path)
-    _fsync_folder(os.path.dirname(path))
+    fsync_folder(os.path.dirname(path))
 
 
 def write_atomic(url: str, data: bytes) -> None:
@@ -480,17 +489,17 @@ def put_file(path: str, url: str) -> bool:
         fs.put_file(path, there)
         return True
     os.makedirs(os.path.dirname(there) or ".", exist_ok=True)
-    tmp = os.path.join(os.path.dirname(there), _temporary(os.path.basename(there)))
+    tmp = os.path.join(os.path.dirname(there), temporary_name(os.path.basename(there)))
     try:
         shutil.copyfile(path, tmp)
-        _fsync_file(tmp)
+        fsync_file(tmp)
         os.link(tmp, there)
     except FileExistsError:
         return False
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(tmp)
-    _fsync_folder(os.path.dirname(there))
+    fsync_folder(os.path.dirname(there))
     return True
 
 
@@ -524,125 +533,7 @@ def remove(url: str) -> None:
         pass
 
 
-def replace_folder(tmp: Path, final: Path) -> None:
-    """Publish a finished folder: fsync every file, then rename `tmp` to `final`, replacing an older one.
-
-    A crash leaves the older folder, the newer one, or (between two renames) the older one under its
-    temporary name and the newer one complete under its own; never a half-written folder at `final`.
-    """
-    for root, _, files in os.walk(tmp):
-        for name in files:
-            _fsync_file(os.path.join(root, name))
-        _fsync_folder(root)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    old = final.with_name(f".{final.name}{TMP_MARK}old-{secrets.token_hex(4)}")
-    if final.exists():
-        os.rename(final, old)
-    os.rename(tmp, final)
-    _fsync_folder(str(final.parent))
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def temporary_folder(final: Path) -> Path:
-    """A fresh, empty folder beside `final` to build it in; give it to `replace_folder` when it is whole."""
-    tmp = final.with_name(f".{final.name}{TMP_MARK}{secrets.token_hex(6)}")
-    tmp.mkdir(parents=True)
-    return tmp
-
-
 def sweep_temporaries(folder: str, older_than_s: float = 3600.0) -> int:
-    """Delete what dead writers left in a local folder; returns the bytes freed.
-
-    A temporary file names its host and process: on this host it goes as soon as that process is gone,
-    otherwise once it is `older_than_s` seconds old.
-    """
-    if not is_local(folder):
-        return 0
-    freed = 0
-    root = local_path(folder)
-    for entry in _scan(root):
-        if TMP_MARK not in entry.name:
-            continue
-        try:
-            info = entry.stat(follow_symlinks=False)
-            if of_dead_process(entry.name) or time.time() - info.st_mtime > older_than_s:
-                freed += info.st_size
-                shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
-        except FileNotFoundError:
-            continue
-    return freed
-
-
-def of_dead_process(name: str) -> bool:
-    """Whether a temporary file is of a process of this host that is gone; its name says whose it is."""
-    parts = name.rsplit(TMP_MARK, 1)[1].split("-")
-    return len(parts) == 3 and parts[0] == _host() and parts[1].isdigit() and not _alive(int(parts[1]))
-
-
-def _scan(root: Path) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(root) as entries:
-            yield from entries
-    except FileNotFoundError:
-        return
-
-
-class _written_beside:
-    """Context: `data` durably under a temporary name in `folder` (None: beside `path`, in a folder that is made); that
-    name is gone afterwards."""
-
-    def __init__(self, path: str, data: bytes, folder: str | None = None) -> None:
-        own, name = os.path.split(path)
-        if folder is None:
-            os.makedirs(own or ".", exist_ok=True)
-        self.tmp = os.path.join(own if folder is None else folder, _temporary(name))
-        self.data = data
-
-    def __enter__(self) -> str:
-        try:
-            with open(self.tmp, "wb") as f:
-                f.write(self.data)
-                f.flush()
-                os.fsync(f.fileno())
-        except OSError as e:
-            self.__exit__()
-            if e.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StageError(
-                    f"{os.path.dirname(self.tmp)}: the disk is full; free some space and run the same command again"
-                ) from e
-            raise
-        return self.tmp
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.tmp)
-
-
-def _temporary(name: str) -> str:
-    return f".{name}{TMP_MARK}{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def _fsync_file(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _fsync_folder(path: str) -> None:
-    _fsync_file(path or ".")
-
-
-def _host() -> str:
-    return socket.gethostname().replace("-", "_")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    """`local.sweep` of a local folder; nothing on an object store, which has no temporary files. Returns the bytes
+    freed."""
+    return sweep(local_path(folder), older_than_s) if is_local(folder) else 0

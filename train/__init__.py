@@ -6,6 +6,7 @@ who bring no weights a VAE (`autoencoder`) and a CLIP (`clip`). Modules, from th
     config       what a user sets
     order        which sample comes when: keyed permutations and mixtures, nothing to save
     randomness   noise, timesteps and dropped captions derived from a sample's place in that order
+    predictions  what a denoiser may predict: targets, solutions, scales
     diffusion    processes, targets, loss weights, timesteps: pure functions
     optimizer    AdamW with the EMAs as further optimizer states
     posthoc      EMA lengths chosen afterwards

@@ -18,6 +18,7 @@ from shards.settings import ConfigError, StageError
 from train.config import TrainConfig
 from train.order import derive_key
 from train.part_config import AdapterConfig, TextEncoderConfig
+from train.predictions import PREDICTIONS
 
 log = logging.getLogger("carrara.train")
 
@@ -149,7 +150,7 @@ def check_process(ref: str, config: TrainConfig) -> None:
         stored = None
     if not isinstance(stored, dict):
         raise ConfigError(f"train.start_from: {file} is not the configuration of a scheduler; save the pipeline again")
-    flow = config.prediction_type == "flow_prediction"
+    flow = PREDICTIONS[config.prediction_type].flow
     zero = bool(stored.get("rescale_betas_zero_snr", False))
     # Their names in the scheduler's configuration, its defaults, and what is now asked for.
     said: list[tuple[str, Any, Any]] = [

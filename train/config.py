@@ -29,12 +29,9 @@ from train.part_config import (
     UpscaleConfig,
     ValidationConfig,
 )
+from train.predictions import PREDICTIONS, PredictionType
 
 STAGES = ("autoencoder", "clip", "train")
-
-
-# What a denoiser predicts (diffusion.target has the formulas).
-PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 IMAGE_CONDITIONS = ("inpaint", "edit", "upscale", "control")  # fields of TrainConfig
 
 
@@ -196,10 +193,11 @@ class TrainConfig(FitConfig):
 
     @model_validator(mode="after")
     def _process(self, info: ValidationInfo) -> Self:
-        flow = self.prediction_type == "flow_prediction"
+        prediction = PREDICTIONS[self.prediction_type]
+        flow = prediction.flow
         if self.beta_end < self.beta_start:
             raise ValueError(f"beta_end ({self.beta_end}) is below beta_start ({self.beta_start})")
-        if self.zero_terminal_snr and (flow or self.prediction_type == "epsilon"):
+        if self.zero_terminal_snr and (flow or prediction.needs_signal):
             why = "ends in pure noise by itself" if flow else "says nothing of x_0 where there is only noise"
             raise ValueError(f"zero_terminal_snr cannot go with prediction_type {self.prediction_type}, which {why}")
         if self.snr_gamma and self.p2_gamma:

@@ -26,6 +26,7 @@ from train.objective import Objective, construct, public_config
 from train.order import derive_key, permute
 from train.part_config import AlignmentConfig
 from train.pipelines import STABLE_DIFFUSION_XL, pipeline_of, require_layer
+from train.predictions import PREDICTIONS
 from train.randomness import Randomness
 from train.segments import History
 
@@ -131,7 +132,7 @@ class Diffusion(Objective):
             u = self.random.uniform("choice", positions)
             found = self.latents.captions(positions, list(columns))
             chosen = [choose_caption(c, list(columns.values()), x) for c, x in zip(found, u, strict=True)]
-        batch |= self.text_batch(self.latents, positions, dropped, chosen, flipped)
+        batch |= self.conditioning.batch(self.latents, positions, dropped, chosen, flipped)
         weights = np.array([s.loss_weight for s in self.config.all_sources], np.float32)
         if (weights != 1).any():
             batch["weight"] = torch.from_numpy(weights[self.latents.source(positions)])
@@ -182,20 +183,6 @@ class Diffusion(Objective):
     def keys(self, positions: np.ndarray) -> list[str]:
         """The samples' keys."""
         return self.latents.keys(positions)
-
-    def text_batch(
-        self,
-        latents: Any,
-        positions: np.ndarray,
-        dropped: np.ndarray,
-        captions: Sequence[str] | None = None,
-        flipped: np.ndarray | None = None,
-    ) -> Batch:
-        """What the captions of samples come to (conditioning.py); dropped: bool [B], who gets the empty caption.
-
-        captions: in place of the stored ones. flipped: as for `latent_batch`.
-        """
-        return self.conditioning.batch(latents, positions, dropped, captions, flipped)
 
     def _timesteps(self, positions: np.ndarray) -> np.ndarray:
         config, steps = self.config, self.config.num_train_timesteps
@@ -442,7 +429,7 @@ def choose_caption(columns: Sequence[Sequence[str]], weights: Sequence[float], u
 def process_of(config: TrainConfig) -> diffusion.Process:
     """The forward process that a configuration asks for."""
     steps = config.num_train_timesteps
-    if config.prediction_type == "flow_prediction":
+    if PREDICTIONS[config.prediction_type].flow:
         return diffusion.rectified_flow(steps, config.snr_shift)
     alpha_bar = diffusion.alphas_cumprod(
         diffusion.betas(config.beta_schedule, steps, config.beta_start, config.beta_end)

@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
 import scipy.special
 import torch
 
-if TYPE_CHECKING:
-    from train.config import PredictionType
+from train.predictions import PREDICTIONS, PredictionType
 
 # ---- schedules -------------------------------------------------------------------------------------
 
@@ -129,37 +127,15 @@ def add_noise(process: Process, x0: torch.Tensor, noise: torch.Tensor, t: torch.
 def target(
     process: Process, prediction: PredictionType, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
 ) -> torch.Tensor:
-    """What the network is to predict, [B,...].
-
-    epsilon: the noise. sample: x_0. v_prediction: signal eps - noise x_0 (Salimans & Ho 2022, arXiv:2202.00512,
-    appendix D). flow_prediction: eps - x_0, the speed along the straight line (Liu et al. 2022, eq. 1, from x_0 on).
-    """
-    if prediction == "epsilon":
-        return noise
-    if prediction == "sample":
-        return x0
-    if prediction == "v_prediction":
-        a, s = process.at(t, x0)
-        return a * noise - s * x0
-    if prediction == "flow_prediction":
-        return noise - x0
-    assert_never(prediction)
+    """What the network is to predict, [B,...]."""
+    return PREDICTIONS[prediction].target(*process.at(t, x0), x0, noise)
 
 
 def to_x0_and_noise(
     process: Process, prediction: PredictionType, output: torch.Tensor, xt: torch.Tensor, t: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x_0, eps) that a network's output stands for at x_t: `target` and `add_noise` solved for both."""
-    a, s = process.at(t, xt)
-    if prediction == "epsilon":
-        return (xt - s * output) / a, output
-    if prediction == "sample":
-        return output, (xt - a * output) / s
-    if prediction == "v_prediction":
-        return a * xt - s * output, s * xt + a * output
-    if prediction == "flow_prediction":
-        return (xt - s * output) / (a + s), (xt + a * output) / (a + s)
-    assert_never(prediction)
+    return PREDICTIONS[prediction].solve(*process.at(t, xt), output, xt)
 
 
 # ---- weights ---------------------------------------------------------------------------------------
@@ -176,21 +152,18 @@ def loss_weight(
 
     Both papers weigh the error of the noise: min-SNR by min(SNR, gamma) / SNR (Hang et al. 2023,
     arXiv:2303.09556, section 3.4), P2 by 1 / (1 + SNR)^gamma (Choi et al. 2022, arXiv:2204.00227, eq. 8, k = 1).
-    An error of another prediction is the same error of x_0 seen through another scale: |d eps|^2 is SNR |d x_0|^2,
-    and |d v|^2 = |d flow|^2 = |d x_0|^2 / noise^2, so their weights are those times SNR and times signal^2.
+    |d eps|^2 is SNR |d x_0|^2, so that of x_0 is weighed by SNR times as much; an error of another prediction is the
+    same error of x_0 seen through another scale.
     """
-    if snr_gamma is None and p2_gamma is None:
-        return torch.ones(len(t), device=t.device)
     signal, noise = process.signal[t], process.noise[t]
     snr = (signal / noise) ** 2
     if snr_gamma is not None:
-        capped = snr.clamp(max=snr_gamma)  # of x_0's error, written so that an SNR of 0 divides nothing
-        of_x0, of_noise, of_v = capped, capped / snr, capped * noise**2
+        of_x0 = snr.clamp(max=snr_gamma)
+    elif p2_gamma is not None:
+        of_x0 = snr / (1 + snr) ** p2_gamma
     else:
-        of_noise = (1 + snr) ** -p2_gamma  # type: ignore[operator]
-        of_x0, of_v = of_noise * snr, of_noise * signal**2
-    of = {"epsilon": of_noise, "sample": of_x0, "v_prediction": of_v, "flow_prediction": of_v}
-    return of[prediction].float()
+        return torch.ones(len(t), device=t.device)
+    return (of_x0 * PREDICTIONS[prediction].error_scale(signal, noise)).float()
 
 
 # ---- timesteps and noise ---------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from shards import storage
 from shards.dataset import Dataset
 from shards.fingerprint import Fingerprint, digest_json
 from shards.layout import RunPaths
+from shards.local import replace_folder, temporary_folder
 from shards.settings import ConfigError, StageError
 from train import adapters, alignment, autoencoder_dc_pipeline, posthoc, sequence_pipeline
 from train.autoencoder_dc_pipeline import AutoencoderDCPipeline
@@ -87,12 +88,12 @@ def export(
     pipeline = source.pipeline()
     provenance = source.provenance(fingerprint)
     local = storage.is_local(final)
-    tmp = storage.temporary_folder(storage.local_path(final)) if local else Path(tempfile.mkdtemp(prefix="carrara-"))
+    tmp = temporary_folder(storage.local_path(final)) if local else Path(tempfile.mkdtemp(prefix="carrara-"))
     try:
         _write(_in_dtype(pipeline, getattr(torch, dtype)), provenance, source.pads, tmp)
         source.write_tuning(tmp)
         if local:
-            storage.replace_folder(tmp, storage.local_path(final))
+            replace_folder(tmp, storage.local_path(final))
         else:
             _upload(tmp, final)
     finally:

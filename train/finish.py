@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from shards import storage
 from shards.fingerprint import Fingerprint
 from shards.layout import RunPaths
+from shards.local import replace_folder, temporary_folder
 from train import checkpoint, folders
 from train.autoencoder import Autoencoder, to_unit
 from train.clip import MAX_LOGIT_SCALE, Clip
@@ -61,7 +62,7 @@ def finish(
         objective.model.register_to_config(**facts)
     if ranks.first:
         model = storage.local_path(paths.model)
-        tmp = storage.temporary_folder(model)
+        tmp = temporary_folder(model)
         if isinstance(objective, Clip):
             _save_clip(objective, tmp)
         else:
@@ -77,7 +78,7 @@ def finish(
             **facts,
         }
         (tmp / MARKER).write_text(json.dumps(marker, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        storage.replace_folder(tmp, model)
+        replace_folder(tmp, model)
     ranks.gather(None)
 
 

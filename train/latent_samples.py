@@ -97,10 +97,6 @@ class Latents:
         """Let go of threads and memory."""
         self._reader.close()
 
-    def samples_in(self, position: int) -> int:
-        """How many samples the global batch that a position belongs to has."""
-        return self.placement.samples(position)
-
     def source(self, positions: np.ndarray) -> np.ndarray:
         """Which of the datasets each sample comes from, int64 [B]."""
         out = np.empty(len(positions), np.int64)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from train.config import PredictionType
+from train.predictions import PREDICTIONS
 
 _CARD = """---
 library_name: diffusers
@@ -57,12 +56,6 @@ _DC_CLASS = """diffusers' StableDiffusionPipeline cannot decode with an Autoenco
 that can: half a page of code that imports torch, transformers and diffusers alone, and that `trust_remote_code=True`
 allows to run. Nothing else but diffusers and transformers is needed."""
 
-OBJECTIVES: dict[PredictionType, str] = {
-    "epsilon": "The UNet predicts the noise",
-    "sample": "The UNet predicts the clean latent",
-    "v_prediction": "The UNet predicts the velocity",
-    "flow_prediction": "The UNet predicts the direction from the latent to the noise (rectified flow)",
-}
 # By the field of train that tells the model an image: task, title, how it draws, and its pipeline's arguments.
 _KINDS = {
     None: ("text-to-image", "A text-to-image model", "", ""),
@@ -126,7 +119,7 @@ def model_card(provenance: dict[str, Any]) -> str:
         rows=f"{data['rows']:,}",
         status=f"- Left out: {left_out}.\n" if left_out else "",
         dataset=data["fingerprint"],
-        objective=OBJECTIVES[training["prediction_type"]],
+        objective=PREDICTIONS[training["prediction_type"]].sentence,
         process=_process(training),
         licence=_licence(p.get("licence")),
         licence_tag=f"license: other\nlicense_name: {json.dumps(p['licence'])}\n" if p.get("licence") else "",
@@ -167,7 +160,7 @@ def _span(data: dict[str, Any]) -> str:
 
 def _process(training: dict[str, Any]) -> str:
     steps = f"{training['num_train_timesteps']} steps of noise"
-    if training["prediction_type"] != "flow_prediction":
+    if not PREDICTIONS[training["prediction_type"]].flow:
         schedule = f"`{training['beta_schedule']}` betas from {training['beta_start']} to {training['beta_end']}"
         steps = f"{steps}, {schedule}"
     if training.get("zero_terminal_snr"):

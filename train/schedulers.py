@@ -6,6 +6,7 @@ from typing import Any
 
 from train import diffusion
 from train.config import TrainConfig
+from train.predictions import PREDICTIONS
 
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
@@ -21,10 +22,10 @@ def scheduler(config: TrainConfig) -> Any:
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-    if config.prediction_type == "flow_prediction":
+    if PREDICTIONS[config.prediction_type].flow:
         return DPMSolverMultistepScheduler(
             num_train_timesteps=config.num_train_timesteps,
-            prediction_type="flow_prediction",
+            prediction_type=config.prediction_type,
             use_flow_sigmas=True,
             flow_shift=config.snr_shift,
             final_sigmas_type="zero",

@@ -67,7 +67,7 @@ class Validator:
         batch = objective.latent_batch(latents, rows, t, FIRST)
         if objective.image_conditioning:
             batch |= objective.image_conditioning.batch(latents, rows, np.ones(len(rows)), FIRST)
-        return batch | objective.text_batch(latents, rows, np.zeros(len(rows), bool))
+        return batch | objective.conditioning.batch(latents, rows, np.zeros(len(rows), bool))
 
     @torch.no_grad()
     def measure(self, engine: Any, ranks: Ranks) -> float:

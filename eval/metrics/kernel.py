@@ -87,9 +87,9 @@ def within(kernel: str, y: npt.ArrayLike, device: str = "cpu", tile: int = 2048)
     total = diagonal = 0.0
     with torch.inference_mode():
         for i in range(0, len(b), tile):
-            rows = _rows(b[i : i + tile], device)
+            rows = rows_on(b[i : i + tile], device)
             for j in range(i, len(b), tile):
-                block = k(rows, _rows(b[j : j + tile], device))
+                block = k(rows, rows_on(b[j : j + tile], device))
                 total += float(block.sum()) * (1 if i == j else 2)
                 if i == j:
                     diagonal += float(block.diagonal().sum())
@@ -117,20 +117,21 @@ def group_sums(
         xx = torch.zeros(len(sizes), len(sizes), dtype=torch.float64, device=device)
         xy, x_diagonal = torch.zeros_like(xx[0]), torch.zeros_like(xx[0])
         for i in range(0, len(a), tile):
-            rows, mine = _rows(a[i : i + tile], device), member[i : i + tile]
+            rows, mine = rows_on(a[i : i + tile], device), member[i : i + tile]
             for j in range(i, len(a), tile):
-                block = KERNELS[kernel](rows, _rows(a[j : j + tile], device))
+                block = KERNELS[kernel](rows, rows_on(a[j : j + tile], device))
                 part = mine.T @ block @ member[j : j + tile]
                 xx += part if i == j else part + part.T
                 if i == j:
                     x_diagonal += mine.T @ block.diagonal()
             for j in range(0, len(b), tile):
-                xy += mine.T @ KERNELS[kernel](rows, _rows(b[j : j + tile], device)).sum(dim=1)
+                xy += mine.T @ KERNELS[kernel](rows, rows_on(b[j : j + tile], device)).sum(dim=1)
     real = within(kernel, b, device, tile) if real is None else real
     return Sums(xx.cpu().numpy(), xy.cpu().numpy(), x_diagonal.cpu().numpy(), sizes, names, real)
 
 
-def _rows(rows: np.ndarray, device: str) -> torch.Tensor:
+def rows_on(rows: np.ndarray, device: str) -> torch.Tensor:
+    """A block of features as float64, on the device."""
     import torch
 
     return torch.from_numpy(np.array(rows)).to(device, torch.float64)

@@ -19,13 +19,13 @@ import numpy.typing as npt
 
 from eval.metrics.estimate import Z95, Estimate, proportion
 from eval.rows import column, live, table
-from eval.shardwork import Made, accounted, commit, counted, parquet
+from eval.shardwork import accounted, counted, parquet
 from shards import storage
 from shards.columns import ColumnShard, pack_columns
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint, digest_json
 from shards.settings import StageError
-from shards.stage import Task, open_folder
+from shards.stage import Made, Task, commit, open_folder
 
 QUANTILE = 0.99
 SHEET = 12  # pairs for the report

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from eval.metrics.kernel import rows_on
+
 if TYPE_CHECKING:
     import torch
 
@@ -42,9 +44,9 @@ def radii(x: npt.ArrayLike, k: int = NEIGHBOURS, device: str = "cpu", tile: int 
     found = np.empty(len(rows))
     with torch.inference_mode():
         for i in range(0, len(rows), tile):
-            mine, near = _rows(rows[i : i + tile], device), None
+            mine, near = rows_on(rows[i : i + tile], device), None
             for j in range(0, len(rows), tile):
-                block = distances(mine, _rows(rows[j : j + tile], device))
+                block = distances(mine, rows_on(rows[j : j + tile], device))
                 if i == j:
                     block.fill_diagonal_(torch.inf)  # nobody is their own neighbour
                 block = block if near is None else torch.cat([near, block], dim=1)
@@ -77,18 +79,12 @@ def prdc(
     recalled, covered = np.zeros(len(a), bool), np.zeros(len(a), bool)
     with torch.inference_mode():
         for i in range(0, len(a), tile):
-            rows = _rows(a[i : i + tile], device)
+            rows = rows_on(a[i : i + tile], device)
             for j in range(0, len(b), tile):
-                block = distances(rows, _rows(b[j : j + tile], device))
+                block = distances(rows, rows_on(b[j : j + tile], device))
                 inside = block < around_real[i : i + tile, None]
                 precise[j : j + tile] |= inside.any(dim=0).cpu().numpy()
                 dense[j : j + tile] += inside.sum(dim=0).cpu().numpy() / k
                 covered[i : i + tile] |= inside.any(dim=1).cpu().numpy()
                 recalled[i : i + tile] |= (block < around_generated[None, j : j + tile]).any(dim=1).cpu().numpy()
     return {"precision": precise, "density": dense, "recall": recalled, "coverage": covered}
-
-
-def _rows(rows: np.ndarray, device: str) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(np.array(rows)).to(device, torch.float64)

@@ -8,7 +8,6 @@ import io
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from eval import measure
 from shards import storage
@@ -88,9 +87,7 @@ def table(found: list[dict[str, Any]]) -> pa.Table:
 def write(run: RunPaths) -> list[dict[str, Any]]:
     """Rebuild <run>/reports/history.parquet; returns the results it was made from."""
     found = read_all(run)
-    sink = io.BytesIO()
-    pq.write_table(table(found), sink, compression="zstd")
-    storage.write_atomic(storage.join(run.reports, FILE), sink.getvalue())
+    storage.write_atomic(storage.join(run.reports, FILE), storage.parquet_bytes(table(found)))
     rows = table(found).to_pylist()
     storage.write_atomic(storage.join(run.reports, "history.csv"), as_csv(rows).encode())
     storage.write_json(storage.join(run.reports, "history.json"), rows)

@@ -201,7 +201,7 @@ def _vae_folder(ref: str, folder: Path) -> VaeWeights:
         if file is None:
             raise ConfigError(f"the VAE '{ref}': {here} has a config.json but no {VAE_WEIGHTS[0]}")
         found = VaeWeights(ref, file, _vae_config(config, kind), "diffusers", kind)
-        found.files  # noqa: B018 (an index that leads nowhere is found out now)
+        _ = found.files  # an index that leads nowhere is found out now
         return found
     raise ConfigError(f"the VAE '{ref}': {folder} has no config.json; give the folder that diffusers saved a VAE in")
 
@@ -258,10 +258,10 @@ def _config_from_shapes(shapes: dict[str, tuple[int, ...]], prefix: str, layout:
     pattern = re.compile(re.escape(prefix + level) + rf"(\d+)\.{block}\.(\d+)\.conv2\.weight")
     found = {(int(m[1]), int(m[2])): s[0] for k, s in shapes.items() if (m := pattern.fullmatch(k))}
     if not found:
-        raise ConfigError("the VAE's shape cannot be told from the names of its tensors; give a folder of diffusers")
+        raise ConfigError("the VAE's shape does not follow from the names of its tensors; give a folder of diffusers")
     widths = [found[i, 0] for i in range(1 + max(i for i, _ in found))]
     if any(w % 32 for w in widths):
-        raise ConfigError("the VAE's group norms cannot be told from its shapes; put its config.json beside the file")
+        raise ConfigError("the VAE's group norms do not follow from its shapes; put its config.json beside the file")
     return {
         "in_channels": shapes[prefix + "encoder.conv_in.weight"][1],
         "out_channels": shapes[prefix + "decoder.conv_out.weight"][0],

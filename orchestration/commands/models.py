@@ -29,6 +29,12 @@ log = logging.getLogger("carrara")
 
 app = typer.Typer()
 
+# Options of several commands that draw images.
+Checkpoint = Annotated[str, typer.Option("--checkpoint", help="a folder's name under RUN/checkpoints")]
+Weights = Annotated[str, typer.Option("--weights", help=WEIGHTS)]
+Model = Annotated[
+    str, typer.Argument(metavar="RUN", help="the run's folder, or a diffusers pipeline's", callback=from_base)
+]
 CrossAttention = Annotated[
     float, typer.Option("--cross-attention", help="share of the steps in which words look where they did before")
 ]
@@ -38,8 +44,8 @@ SelfAttention = Annotated[float, typer.Option("--self-attention", help="the same
 @app.command()
 def export(
     run: Run,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="a folder's name under RUN/checkpoints")] = "latest",
-    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
+    checkpoint: Checkpoint = "latest",
+    weights: Weights = "ema",
     precision: Annotated[str, typer.Option("--precision", help="float32 or float16")] = "float32",
     out: Annotated[
         str | None, typer.Option("--out", help="folder of the pipeline; by default RUN/model", callback=from_base)
@@ -56,17 +62,17 @@ def export(
 def sample(
     run: Run,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="what to draw; may be given several times")
+        list[str] | None, typer.Option("--prompt", help="what to generate; may be given several times")
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option("--prompts", metavar="FILE", help="a prompt a line, or .jsonl with prompt, negative, seed"),
     ] = None,
-    negative: Annotated[str, typer.Option("--negative", help="what not to draw")] = "",
+    negative: Annotated[str, typer.Option("--negative", help="what not to generate")] = "",
     seed: Seed = 0,
     count: Annotated[int, typer.Option("--count", help="images a prompt")] = 1,
-    checkpoint: str = "latest",
-    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
+    checkpoint: Checkpoint = "latest",
+    weights: Weights = "ema",
     sampler: str = "ddim",
     steps: int = 25,
     guidance_scale: float = 3.0,
@@ -74,7 +80,7 @@ def sample(
     height: int | None = None,
     image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="an image to start from")] = None,
     mask: Annotated[
-        str | None, typer.Option("--mask", metavar="FILE", help="white where that image is to be drawn anew")
+        str | None, typer.Option("--mask", metavar="FILE", help="white where that image is to be generated again")
     ] = None,
     control: Annotated[
         str | None, typer.Option("--control", metavar="FILE", help="a control image, for a ControlNet")
@@ -93,7 +99,7 @@ def sample(
     upscale: Annotated[
         str | None,
         typer.Option(
-            "--upscale", metavar="RUN", help="draw the images larger with this run's upscaler", callback=from_base
+            "--upscale", metavar="RUN", help="enlarge the images with this run's upscaler", callback=from_base
         ),
     ] = None,
     noise_level: Annotated[
@@ -125,7 +131,7 @@ def sample(
 
     requests = requests_of(prompt or (), prompts, negative, seed)
     if not requests:
-        raise ConfigError('sample: nothing to draw; give --prompt "..." or --prompts FILE')
+        raise ConfigError('sample: nothing to generate; give --prompt "..." or --prompts FILE')
     values = {k: v for k, v in given.items() if k in SampleConfig.model_fields}
     config = validate(SampleConfig, {**values, "requests": requests}, "carrara sample")
     asked = digest_json(config.model_dump(mode="json"))[:10]
@@ -140,9 +146,7 @@ def sample(
 
 @app.command()
 def edit(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", help="the run's folder, or a diffusers pipeline's", callback=from_base)
-    ],
+    run: Model,
     source: Annotated[str, typer.Option("--from", metavar="PROMPT", help="of the image before")],
     target: Annotated[
         str | None, typer.Option("--to", metavar="PROMPT", help="of the image after; by default --from's")
@@ -161,8 +165,8 @@ def edit(
     ] = 3,
     seed: Seed = 0,
     count: Annotated[int, typer.Option("--count", help="images, each from another noise")] = 1,
-    checkpoint: str = "latest",
-    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
+    checkpoint: Checkpoint = "latest",
+    weights: Weights = "ema",
     sampler: str = "ddim",
     steps: int = 25,
     guidance_scale: float = 3.0,
@@ -194,17 +198,15 @@ def edit(
 
 @app.command(name="edit-table")
 def edit_table(
-    model: Annotated[
-        str, typer.Argument(metavar="RUN", help="the run's folder, or a diffusers pipeline's", callback=from_base)
-    ],
+    model: Model,
     table: Annotated[str, typer.Option("--table", metavar="FILE", help="JSON lines of input, edit, output")],
     out: Annotated[str, typer.Option("--out", help="folder for parquet files of triples", callback=from_base)],
     cross_attention: CrossAttention = 0.8,
     self_attention: SelfAttention = 0.4,
     seed: Seed = 0,
     count: Annotated[int, typer.Option("--count", help="triples of each line, each from another noise")] = 1,
-    checkpoint: str = "latest",
-    weights: Annotated[str, typer.Option("--weights", help=WEIGHTS)] = "ema",
+    checkpoint: Checkpoint = "latest",
+    weights: Weights = "ema",
     sampler: str = "ddim",
     steps: int = 25,
     guidance_scale: float = 3.0,
@@ -213,7 +215,7 @@ def edit_table(
     precision: Precision = "float32",
     device: Device = "auto",
 ) -> None:
-    """Images before and after, drawn from a table of edited captions, to train editing by instruction on."""
+    """Images before and after, generated from a table of edited captions, to train editing by instruction on."""
     given = dict(locals())
     from eval.edit import DrawnPairs
     from eval.triples import draw_table
@@ -221,7 +223,7 @@ def edit_table(
 
     values = {k: v for k, v in given.items() if k in DrawnPairs.model_fields}
     total, failed = draw_table(validate(DrawnPairs, values, "carrara edit-table"), model, table, out)
-    log.info("%d triples are in %s%s", total - failed, out, f"; {failed} could not be drawn" if failed else "")
+    log.info("%d triples are in %s%s", total - failed, out, f"; {failed} could not be generated" if failed else "")
 
 
 @app.command()
@@ -308,7 +310,7 @@ def coco(
     out: Annotated[
         str, typer.Option("--out", help="folder for images/ (shards) and prompts.jsonl", callback=from_base)
     ],
-    count: Annotated[int, typer.Option("--count", min=1, help="captions that are drawn")] = 30_000,
+    count: Annotated[int, typer.Option("--count", min=1, help="captions that are sampled")] = 30_000,
     seed: Seed = 0,
     all_: Annotated[bool, typer.Option("--all", help="the reference is all images, not those of the captions")] = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from typing import Annotated
@@ -171,6 +172,7 @@ def plan(
     ] = 1.0,
 ) -> None:
     """What pre-encoding stores, takes and costs; encodes a few images to measure that."""
+    given = dict(locals())
     for option, value in (("worker-speed", worker_speed), ("trainer-speed", trainer_speed)):
         if value <= 0:
             raise ConfigError(f"plan: --{option} is {value:g}; it must be more than 0")
@@ -181,15 +183,7 @@ def plan(
 
     found = configured(config, rest, tables=False)
     stage = parts.latents_stage(found)
-    prices = planning.Prices(
-        worker_hour=worker_hour,
-        trainer_hour=trainer_hour,
-        terabyte_month=terabyte_month,
-        months=months,
-        epochs=epochs,
-        worker_speed=worker_speed,
-        trainer_speed=trainer_speed,
-    )
+    prices = planning.Prices(**{f.name: given[f.name] for f in dataclasses.fields(planning.Prices)})
     counted = planning.image_count(stage, rows)
     rates = planning.rates_of(stage, samples, again)
     facts = planning.facts_of(stage)

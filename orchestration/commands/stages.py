@@ -67,58 +67,38 @@ def ingest(
         stages.run("ingest", found, local, redo, add_changed)
 
 
-@app.command()
-def autoencoder(
-    overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
-) -> None:
-    """Fit a VAE on the run's images; skipped where the configuration names pretrained weights."""
-    _stage("autoencoder", config, overrides, local, redo, adopt)
+FITS = ("autoencoder", "clip", "train")  # which may --adopt
+# Stages whose commands have no option of their own.
+PLAIN = {
+    "autoencoder": "Fit a VAE on the run's images; skipped where the configuration names pretrained weights.",
+    "clip": "Fit a CLIP on the run's images and captions; skipped where the configuration names pretrained weights.",
+    "score": "Score the image shards: columns by key beside them, for latents.select and train.select.",
+    "caption": "Write new captions of the image shards, by a local model or an OpenAI-compatible server.",
+    "control": "Make control images of the image shards (depth, segmentation, pose), for train.control.images.",
+    "latents": "Encode the image shards into latent shards.",
+    "prior": "Generate train.prior's images with train.start_from, and encode them; `train` does so first by itself.",
+    "train": "Fit the UNet on the latent shards, and export it.",
+}
 
 
-@app.command()
-def clip(
-    overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
-) -> None:
-    """Fit a CLIP on the run's images and captions; skipped where the configuration names pretrained weights."""
-    _stage("clip", config, overrides, local, redo, adopt)
+def _add(name: str, does: str) -> None:
+    def stage(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
+        _stage(name, config, overrides, local, redo)
+
+    def fit(
+        overrides: Overrides = None,
+        config: Config = None,
+        local: Local = False,
+        redo: Redo = False,
+        adopt: Adopt = False,
+    ) -> None:
+        _stage(name, config, overrides, local, redo, adopt)
+
+    app.command(name=name, help=does)(fit if name in FITS else stage)
 
 
-@app.command(name="score")
-def score_(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
-    """Score the image shards: columns by key beside them, for latents.select and train.select."""
-    _stage("score", config, overrides, local, redo)
-
-
-@app.command()
-def caption(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
-    """Write new captions of the image shards, by a local model or an OpenAI-compatible server."""
-    _stage("caption", config, overrides, local, redo)
-
-
-@app.command()
-def control(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
-    """Draw control images of the image shards (depth, segmentation, pose), for train.control.images."""
-    _stage("control", config, overrides, local, redo)
-
-
-@app.command()
-def latents(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
-    """Encode the image shards into latent shards."""
-    _stage("latents", config, overrides, local, redo)
-
-
-@app.command()
-def prior(overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False) -> None:
-    """Draw the images of train.prior with train.start_from, and encode them; `train` does so first by itself."""
-    _stage("prior", config, overrides, local, redo)
-
-
-@app.command()
-def train(
-    overrides: Overrides = None, config: Config = None, local: Local = False, redo: Redo = False, adopt: Adopt = False
-) -> None:
-    """Fit the UNet on the latent shards, and export it."""
-    _stage("train", config, overrides, local, redo, adopt)
+for _name, _does in PLAIN.items():
+    _add(_name, _does)
 
 
 @app.command(name="eval")

@@ -46,24 +46,45 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     torch.manual_seed(5)
     small = {"size": {"height": 32, "width": 32}}
     dpt = t.DPTConfig(
-        **WIDTH, num_hidden_layers=4, image_size=32, patch_size=8, backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[8] * 4, fusion_hidden_size=8, initializer_range=1.0,
-    )  # fmt: skip
-    seg = t.SegformerConfig(
-        hidden_sizes=[8] * 4, depths=[1] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8, num_labels=9,
+        **WIDTH,
+        num_hidden_layers=4,
+        image_size=32,
+        patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8] * 4,
+        fusion_hidden_size=8,
         initializer_range=1.0,
-    )  # fmt: skip
+    )
+    seg = t.SegformerConfig(
+        hidden_sizes=[8] * 4,
+        depths=[1] * 4,
+        num_attention_heads=[1] * 4,
+        decoder_hidden_size=8,
+        num_labels=9,
+        initializer_range=1.0,
+    )
     backbone = t.VitPoseBackboneConfig(
-        image_size=[32, 24], patch_size=[8, 8], hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        initializer_range=1.0, out_indices=[1],
-    )  # fmt: skip
+        image_size=[32, 24],
+        patch_size=[8, 8],
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=1.0,
+        out_indices=[1],
+    )
     pose = t.VitPoseConfig(
         backbone_config=backbone, num_labels=5, edges=[[0, 1], [1, 2], [3, 4]], initializer_range=1.0
     )
     yolos = t.YolosConfig(
-        **WIDTH, num_hidden_layers=1, image_size=[32, 32], patch_size=8, num_detection_tokens=12,
-        id2label={0: "cat", 1: "person"}, label2id={"cat": 0, "person": 1}, initializer_range=1.0,
-    )  # fmt: skip
+        **WIDTH,
+        num_hidden_layers=1,
+        image_size=[32, 32],
+        patch_size=8,
+        num_detection_tokens=12,
+        id2label={0: "cat", 1: "person"},
+        label2id={"cat": 0, "person": 1},
+        initializer_range=1.0,
+    )
     detector = t.YolosForObjectDetection(yolos)
     detector.vit.embeddings.detection_tokens.data.normal_(std=5)  # which begin as zeros, and so alike
     return {
@@ -325,10 +346,13 @@ def test_by_its_command_and_a_take_down_reaches_both_splits(named: dict[str, str
     given = {
         "run": run.run,
         "ingest": {
-            "table": str(photos), "samples_per_shard": 8, "image_size": 32, "heldout_fraction": 0.3,
+            "table": str(photos),
+            "samples_per_shard": 8,
+            "image_size": 32,
+            "heldout_fraction": 0.3,
         },
         "curate": {"controls": {"parts": settings(named, "segmentation")}},
-    }  # fmt: skip
+    }
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(given))
     for stage in ("ingest", "control", "control"):

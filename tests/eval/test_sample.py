@@ -122,7 +122,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(
 ) -> None:
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
     for arguments, says in (
-        ([], "nothing to draw"),
+        ([], "nothing to generate"),
         (["--prompt", "x", "--sampler", "plms"], "sampler"),
         (["--prompt", "x", "--image", "no.png"], "--image: there is no file no.png"),
         (["--prompt", "x", "--image", str(tmp_path / "bad.png")], "cannot be decoded"),

@@ -63,7 +63,7 @@ def test_a_tool_without_its_key_is_a_warning_and_not_a_question(
         monkeypatch.delenv(name, raising=False)
     result = {"checkpoint": "step-1", "folder": "f", "label": "x", "images_seen": 1, "metrics": {}}
     trackers.tell(("wandb",), RunPaths(str(tmp_path)), result)
-    assert "the trackers are not told of step-1: ConfigError: train.trackers names wandb" in caplog.text
+    assert "the trackers did not get step-1: ConfigError: train.trackers names wandb" in caplog.text
     assert not (tmp_path / "reports").exists()
 
 
@@ -75,4 +75,4 @@ def test_what_cannot_be_told_is_a_warning(
 
     monkeypatch.setattr(trackers, "_tell", fails)
     trackers.tell(("tensorboard",), RunPaths(str(tmp_path)), json.loads('{"checkpoint": "step-1"}'))
-    assert "the trackers are not told of step-1: OSError: a full disk" in caplog.text
+    assert "the trackers did not get step-1: OSError: a full disk" in caplog.text

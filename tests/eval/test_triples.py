@@ -16,10 +16,10 @@ from PIL import Image
 from eval import triples
 from eval.edit import PairGenerator
 from orchestration.run_stage import main
-from shards import storage
 from shards.dataset import Dataset
 from shards.images import ImageShard
 from shards.layout import RunPaths
+from shards.local import TMP_MARK
 
 RED, BLUE, SMALL = "a red circle on white", "a blue circle on white", "a small red circle on white"
 LINES = [
@@ -65,8 +65,27 @@ def test_it_is_what_edit_draws_and_a_killed_one_is_gone_on_with(
     for row in rows[2:4]:
         assert row["original_image"] is row["edited_image"] is None
         assert "no word in common" in row["error"]
-    assert main(["edit", run.run, "--from", RED, "--to", BLUE, "--seed", "7", "--steps", "2", "--count", "2",
-                 "--out", str(tmp_path / "edit")]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "edit",
+                run.run,
+                "--from",
+                RED,
+                "--to",
+                BLUE,
+                "--seed",
+                "7",
+                "--steps",
+                "2",
+                "--count",
+                "2",
+                "--out",
+                str(tmp_path / "edit"),
+            ]
+        )
+        == 0
+    )
     for number in (0, 1):
         for name, column in (("before", "original_image"), ("after", "edited_image")):
             pixels = np.asarray(Image.open(io.BytesIO(rows[number][column])))
@@ -131,7 +150,7 @@ def test_what_is_there_is_not_overwritten(
     assert main([*command, "--out", str(about)]) == 2
     assert "is no folder" in capsys.readouterr().err
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / f".triples.json{storage.TMP_MARK}x-1-00000000").touch()  # by one that was killed
+    (tmp_path / "begun" / f".triples.json{TMP_MARK}x-1-00000000").touch()  # by one that was killed
     assert main([*command, "--out", str(tmp_path / "begun")]) == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
@@ -139,4 +158,4 @@ def test_what_is_there_is_not_overwritten(
     assert "holds no triples" in capsys.readouterr().err
     (tmp_path / "table.jsonl").write_text(json.dumps(LINES[1]))
     assert main([*command, "--out", str(tmp_path / "none")]) == 1
-    assert "not one triple could be drawn" in capsys.readouterr().err
+    assert "not one triple could be generated" in capsys.readouterr().err

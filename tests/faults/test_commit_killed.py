@@ -22,6 +22,7 @@ from shards.commit import Folder
 from shards.dataset import read_stats
 from shards.fingerprint import Fingerprint
 from shards.layout import shard_name
+from shards.local import TMP_MARK
 from shards.settings import StageError
 from shards.verify import verify_shard
 from tests.objects import bucket
@@ -128,7 +129,7 @@ def torture(
         if problem or born != stats["born"] or (index in known and born != known[index]):
             faults[f"shard {index} after the resume: {problem or born}"] = True
     folder.sweep()
-    left = [n for n in storage.list_names(folder.beside) if storage.TMP_MARK not in n]
+    left = [n for n in storage.list_names(folder.beside) if TMP_MARK not in n]
     assert not faults, "\n".join(faults)
     assert not left
     assert done >= kills

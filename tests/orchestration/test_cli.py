@@ -23,7 +23,7 @@ from orchestration.commands import parser
 from orchestration.config import RunConfig, base_folder, find_config, load, load_of_run
 from orchestration.demo import _headline
 from orchestration.run_stage import main
-from shards import storage
+from shards import local, storage
 from shards.fingerprint import Fingerprint
 from shards.settings import ConfigError, load_sections
 from tests.objects import bucket
@@ -504,9 +504,9 @@ def test_verify_names_what_is_damaged_and_clean_removes_what_the_dead_left(
     run(stage, f"{tmp_path}/status", RayConfig(), Pool(), local=True)
     assert main(["verify", str(tmp_path), "--deep"]) == 0
     assert (tmp_path / "images/00004.txt").read_bytes() == data
-    left = tmp_path / f"images/.00001.txt{storage.TMP_MARK}{storage._host()}-{2**22 + 1}-abcd1234"
+    left = tmp_path / f"images/.00001.txt{local.TMP_MARK}{local._host()}-{2**22 + 1}-abcd1234"
     mine, user = (
-        tmp_path / f"images/.x{storage.TMP_MARK}{storage._host()}-{os.getpid()}-abcd1234",
+        tmp_path / f"images/.x{local.TMP_MARK}{local._host()}-{os.getpid()}-abcd1234",
         tmp_path / "notes.tmp",
     )
     for path in (left, mine, user):

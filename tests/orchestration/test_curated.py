@@ -15,7 +15,6 @@ import yaml
 from PIL import Image
 
 import shards.stage as stage_module
-from eval import shardwork
 from orchestration import remove
 from orchestration.run_stage import main
 from orchestration.status import read
@@ -171,10 +170,10 @@ def test_what_a_store_refuses_for_a_moment_is_not_made_again(
     for stage in ("ingest", "score", "caption", "latents"):
         assert carrara(stage, "--config", config, "--local") == 0
     task = Task(0)
-    shardwork.commit(Folder.begin(str(tmp_path / "eval"), Fingerprint("eval", 1, {}), take_over=True), task, made)
+    stage_module.commit(Folder.begin(str(tmp_path / "eval"), Fingerprint("eval", 1, {}), take_over=True), task, made)
     assert len(tried) == 5 * 3 + 1
     assert not [r for r in caplog.records if "failed (1 of" in r.getMessage()]
 
 
-def made() -> shardwork.Made:
+def made() -> stage_module.Made:
     return {".tar": b"tar", ".parquet": b"parquet"}, {"rows": 1, "count": 1}

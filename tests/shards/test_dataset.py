@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from shards import commit, storage
+from shards import commit, local, storage
 from shards.commit import Folder
 from shards.dataset import Dataset, read_stats, read_stats_of, write_manifest
 from shards.exclusions import write_exclusions
@@ -442,9 +442,9 @@ def test_no_manifest_or_another_format_is_one_sentence(tmp_path):
 def test_replace_folder_publishes_whole_folders(tmp_path):
     final = tmp_path / "model"
     for text in ("one", "two"):
-        tmp = storage.temporary_folder(final)
+        tmp = local.temporary_folder(final)
         (tmp / "a").write_text(text)
-        storage.replace_folder(tmp, final)
+        local.replace_folder(tmp, final)
         assert (final / "a").read_text() == text
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 

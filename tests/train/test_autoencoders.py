@@ -109,7 +109,7 @@ def test_from_images_to_what_opens_in_diffusers(tmp_path: Path, kind: str) -> No
     assert made.shape == (1, 48, 48, 3)
     assert finite.all()
     if own:
-        with pytest.raises(ConfigError, match="a model with an AutoencoderDC draws from prompts alone"):
+        with pytest.raises(ConfigError, match="a model with an AutoencoderDC generates from prompts alone"):
             _kind(pipeline, {"image"})
 
 

@@ -149,7 +149,7 @@ def test_batches_by_area_are_equal_work_and_take_each_sample_equally_often(tmp_p
     latents = latents_of(dataset, 8, batch_by_area=2)
     seen: dict[tuple[int, ...], list[int]] = {}
     for b in range(1200):
-        n = latents.samples_in(8 * b)
+        n = latents.placement.samples(8 * b)
         mean, _ = latents.moments(np.arange(8 * b, 8 * b + n))
         assert n * mean.shape[2] * mean.shape[3] == 8 * 16  # the smallest of SHAPES has 16 places
         seen.setdefault(mean.shape[2:], []).extend(mean[:, 0, 0, 0].astype(int))

@@ -609,7 +609,7 @@ def evaluated(run: RunPaths, folder: Path) -> None:
     given = validate(
         SampleConfig, {"requests": [Request(prompt="a")], "steps": 2, "image": str(folder / "out" / file)}, "s"
     )
-    with pytest.raises(ConfigError, match="draws from prompts alone; give no --image"):
+    with pytest.raises(ConfigError, match="generates from prompts alone; give no --image"):
         drive(SampleStage(given, run, str(folder / "other")))
 
 
