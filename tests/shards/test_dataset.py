@@ -298,7 +298,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
 def test_temporaries_of_dead_writers_are_swept_and_living_ones_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = storage._host()
+    host = local._host()
     (tmp_path / f".a.tmp-{host}-{dead.pid}-00").write_bytes(b"12345")
     (tmp_path / f".b.tmp-{host}-{os.getpid()}-00").write_bytes(b"12345")
     (tmp_path / ".c.tmp-elsewhere-1-00").write_bytes(b"12345")
