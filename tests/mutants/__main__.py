@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
-UNCHANGED_S = 300.0  # for a test in the unchanged tree
+UNCHANGED_S = 300.0  # for a test in the unchanged tree, or where it was not run there
 LEAST_S, TIMES = 20.0, 3.0  # a test of a mutant may take so long, and so many times what it takes unchanged
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)  # in pytest's short summary
 TOOK = re.compile(r"^([\d.]+)s (setup|call|teardown) +(.+)$", re.MULTILINE)  # in its list of durations
@@ -227,7 +227,8 @@ def main() -> int:
             print(f"the tests pass as they are, {time.monotonic() - began:.0f} s", flush=True)
 
         def one(mutant: Mutant, pytester: Pytester) -> Outcome:
-            return outcome(mutant, pytester, LEAST_S + TIMES * max(took[test] or LEAST_S for test in mutant.tests))
+            times = [took[test] for test in mutant.tests if test in took]
+            return outcome(mutant, pytester, LEAST_S + TIMES * max(times) if times else UNCHANGED_S)
 
         for number, (mutant, found) in enumerate(zip(mutants, in_turn(pytesters, one, mutants), strict=True), 1):
             said = f"{number:4}/{len(mutants)} {found.mark:6} {found.seconds:4.0f} s {mutant.file}: {mutant.promise}"

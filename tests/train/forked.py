@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import hashlib
 import importlib
 import multiprocessing
@@ -33,6 +34,7 @@ from train.ranks import import_deepspeed
 torch.ones(1, requires_grad=True).sum().backward()
 
 
+@functools.cache
 def warm() -> None:
     """Import once, before any fork, what every rank will need."""
     torch.set_num_threads(1)
@@ -42,11 +44,18 @@ def warm() -> None:
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "torch.utils.tensorboard",
         "open_clip",
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
         "train.loop",
         "train.finish",
+        "train.export",
     ):
         importlib.import_module(name)
-    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with tempfile.TemporaryDirectory() as folder:  # transformers makes its list of renamed weights as it first saves
+        CLIPTextModel(CLIPTextConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(folder)
+    gc.collect()
+    gc.freeze()  # or each fork would walk through, and so copy, all that is here
 
 
 @functools.cache
