@@ -180,6 +180,22 @@ def run_stage(
     run(stage, config, overrides, redo, adopt)
 
 
+def train_stage(config: str, overrides: Sequence[str] = (), adopt: bool = False) -> None:
+    """train.main.run to the last checkpoint of `train`, without the export, which takes longer than a small fit.
+
+    In a fork alone: what it leaves out is left out there for good."""
+    from train import finish
+    from train.main import run
+
+    finish.finish = lambda *_: None
+    run("train", config, overrides, adopt=adopt)
+
+
+def train(config: Path, world: int, *overrides: str, adopt: bool = False) -> None:
+    """`train_stage` on `world` ranks to its end."""
+    on_ranks(world, train_stage, str(config), overrides, adopt)
+
+
 def fit(
     config: Path, world: int, *overrides: str, stage: str = "train", redo: bool = False, adopt: bool = False
 ) -> None:

@@ -97,7 +97,7 @@ def break_steps(config: str, broken: tuple[int, ...], factor: float = math.nan) 
         return (loss * factor if bad else loss), details
 
     denoising.Diffusion.forward = forward_broken
-    forked.run_stage(config)
+    forked.train_stage(config)
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ def test_further_averages_are_exact_under_every_stage(run: Path, stage: int) -> 
     config = tiny.write_config(
         run, tiny.configuration(run, images=32, checkpoint_every_images=8, ema_stds=[0.05, 0.1], zero_stage=stage)
     )
-    forked.fit(config, 2)
+    forked.train(config, 2)
     for std in (0.05, 0.1):
         expected = initial(config)
         for step in range(1, 5):

@@ -92,7 +92,7 @@ def plain_loop(config: Path) -> tuple[Weights, Weights]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_under_any_stage_equal_the_plain_loop(run: Path, stage: int) -> None:
     config = settings(run, zero_stage=stage)
-    forked.fit(config, 2)
+    forked.train(config, 2)
     weights, average = plain_loop(config)
     last = step_folder(run, STEPS)
     assert_close(tensors(last, "weights"), weights)
@@ -109,7 +109,7 @@ def initial(config: Path) -> Weights:
 def test_average_is_exact_of_the_fp32_weights(run: Path, stage: int, precision: str) -> None:
     """The EMA is, to the bit, the recursion over the fp32 weights of every step, unrounded start included."""
     config = settings(run, zero_stage=stage, precision=precision)
-    forked.fit(config, 2)
+    forked.train(config, 2)
     _, c = objective_of(config)
     average = {n: p.clone() for n, p in initial(config).items()}
     for step in range(1, STEPS + 1):
@@ -136,7 +136,7 @@ def test_ranks_times_accumulation_see_the_same_samples_and_noise(run: Path, tmp_
     results = []
     for i, world in enumerate((1, 2, 4, 2)):
         folder = beside(run, tmp_path / str(i))
-        forked.fit(settings(folder, micro_batch_size=2), world)
+        forked.train(settings(folder, micro_batch_size=2), world)
         results.append((tensors(step_folder(folder, STEPS), "weights"), losses(folder)))
     for weights, curve in results[1:]:
         assert_close(weights, results[0][0])
@@ -152,7 +152,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in fp32, to its end."""
     folder = tmp_path_factory.mktemp("plain")
     tiny.make_latents(folder / "latents")
-    forked.fit(settings(folder), 1)
+    forked.train(settings(folder), 1)
     return folder
 
 
@@ -163,7 +163,7 @@ def test_fp16_takes_the_steps_of_fp32_and_finds_its_scale(
 ) -> None:
     """Norm, clipping and update are those of fp32 up to fp16's rounding, whatever the loss is scaled with."""
     half = beside(plain, tmp_path / "half")
-    forked.fit(settings(half, zero_stage=stage, precision="fp16"), 2)
+    forked.train(settings(half, zero_stage=stage, precision="fp16"), 2)
     norms = [
         [json.loads(line)["grad_norm"] for line in (f / "train" / "log.jsonl").read_text().splitlines()]
         for f in (plain, half)
@@ -180,7 +180,7 @@ def test_fp16_takes_the_steps_of_fp32_and_finds_its_scale(
     monkeypatch.setattr(engines, "FIRST_SCALE", first)
     values = {"max_skips": 2, "images": 8 * last, "checkpoint_every_images": 32}
     config = settings(high, zero_stage=stage, precision="fp16", **values)
-    forked.fit(config, 2)
+    forked.train(config, 2)
     manifest = folders.read_manifest(step_folder(high, last))
     skipped = last - manifest["optimizer_steps"]
     assert 5 < skipped < 20
@@ -193,7 +193,7 @@ def test_fp16_takes_the_steps_of_fp32_and_finds_its_scale(
     # A resumed run goes on with the scale that was found.
     end = tensors(step_folder(high, last), "weights")
     shutil.rmtree(step_folder(high, last))
-    forked.fit(config, 2)
+    forked.train(config, 2)
     assert folders.read_manifest(step_folder(high, last))["loss_scale"] == manifest["loss_scale"]
     assert_same(tensors(step_folder(high, last), "weights"), end)
 
@@ -202,7 +202,7 @@ def test_fp16_takes_the_steps_of_fp32_and_finds_its_scale(
 @pytest.mark.parametrize("how", [True, "blocks"])
 def test_compiled_training_is_eager_training_up_to_rounding(run: Path, tmp_path: Path, how: bool | str) -> None:
     eager, compiled = beside(run, tmp_path / "eager"), beside(run, tmp_path / "compiled")
-    forked.fit(settings(eager), 1)
+    forked.train(settings(eager), 1)
     config = settings(compiled, compile=how)
     forked.on_ranks(1, run_counting_graphs, str(config), 1)
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
@@ -221,7 +221,7 @@ def run_counting_graphs(config: str, at_least: int) -> None:
     """Train, and see that the model was really compiled (or was not)."""
     from torch._dynamo.utils import counters
 
-    forked.run_stage(config)
+    forked.train_stage(config)
     found = counters["stats"]["unique_graphs"]
     assert (found >= at_least) if at_least else (found == 0), found
 
@@ -234,13 +234,13 @@ def test_without_a_compiler_compile_is_refused_with_what_to_install(run: Path, m
 
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none_here)
     with pytest.raises(forked.RankError, match=r"ConfigError: compile: .* there is none here; install g\+\+"):
-        forked.fit(settings(run, compile=True), 1)
+        forked.train(settings(run, compile=True), 1)
 
 
 def test_another_stage_and_world_resumes(run: Path, tmp_path: Path) -> None:
     """A checkpoint of ZeRO 3 on two ranks is read by one of ZeRO 1 without a bit lost, and training goes on alike;
     other pairs are read in test_checkpoint.py."""
-    forked.fit(settings(run, zero_stage=3), 2)
+    forked.train(settings(run, zero_stage=3), 2)
     half = tmp_path / "half"
     half.mkdir()
     (half / "latents").symlink_to(run / "latents")
@@ -249,7 +249,7 @@ def test_another_stage_and_world_resumes(run: Path, tmp_path: Path) -> None:
     config = settings(half, zero_stage=1, keep_checkpoints=9)
     echo = forked.on_ranks(1, load_and_save, str(config), str(half))
     assert echo[0] == {}
-    forked.fit(config, 1)
+    forked.train(config, 1)
     for name in ("weights", *folders.STATES):
         assert_close(tensors(step_folder(half, STEPS), name), tensors(step_folder(run, STEPS), name))
 
@@ -260,7 +260,7 @@ def test_killed_at_random_and_resumed_elsewhere_ends_where_the_undisturbed_run_d
     rng = random.Random(0)
     values = {"images": 8 * 30, "checkpoint_every_images": 16, "micro_batch_size": 2}
     calm, killed = beside(run, tmp_path / "calm"), beside(run, tmp_path / "killed")
-    forked.fit(settings(calm, zero_stage=1, **values), 1)
+    forked.train(settings(calm, zero_stage=1, **values), 1)
     log = killed / "train" / "log.jsonl"
 
     def steps() -> int:
@@ -269,7 +269,7 @@ def test_killed_at_random_and_resumed_elsewhere_ends_where_the_undisturbed_run_d
     ways = ((2, 4), (0, 1), (3, 2), (1, 1))  # every stage and every number of ranks
     for at, (stage, world) in zip(sorted(rng.sample(range(1, 26), 4)), ways, strict=True):
         config = settings(killed, zero_stage=stage, **values)
-        ranks = forked.start(world, forked.run_stage, str(config))
+        ranks = forked.start(world, forked.train_stage, str(config))
         forked.wait_for(lambda at=at: steps() >= at)
         time.sleep(rng.random() / 5)
         rng.choice(ranks).kill()
@@ -277,7 +277,7 @@ def test_killed_at_random_and_resumed_elsewhere_ends_where_the_undisturbed_run_d
         for rank in ranks:
             with pytest.raises(forked.RankError):
                 rank.result()
-    forked.fit(settings(killed, zero_stage=2, **values), 2)
+    forked.train(settings(killed, zero_stage=2, **values), 2)
     for name in ("weights", *folders.STATES):
         assert_close(tensors(step_folder(killed, 30), name), tensors(step_folder(calm, 30), name), rtol=2e-3, atol=1e-5)
     assert losses(killed) == pytest.approx(losses(calm), rel=1e-4)
@@ -317,7 +317,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
 def test_what_saves_time_or_memory_changes_no_result(run: Path, options: dict[str, Any]) -> None:
     config = settings(run, **options)
-    forked.fit(config, 2)
+    forked.train(config, 2)
     weights, average = plain_loop(config)
     assert_close(tensors(step_folder(run, STEPS), "weights"), weights)
     assert_close(tensors(step_folder(run, STEPS), "ema"), average)
