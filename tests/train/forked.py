@@ -52,6 +52,10 @@ def warm() -> None:
         importlib.import_module(name)
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from train.text_export import _words
+
+    _words()
+
     with tempfile.TemporaryDirectory() as folder:  # transformers makes its list of renamed weights as it first saves
         CLIPTextModel(CLIPTextConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(folder)
     gc.collect()
@@ -75,8 +79,9 @@ def _reckon_once(run: Callable[..., Any], folder: Path) -> Callable[..., Any]:
         file = folder / hashlib.sha256(repr((objective, shapes, how, ways)).encode()).hexdigest()
         if not file.exists():
             found = run(objective, batch, *how, **ways)
-            file.with_suffix(".new").write_bytes(pickle.dumps(found))
-            file.with_suffix(".new").rename(file)
+            new = file.with_suffix(f".{os.getpid()}")  # another rank may be at the same
+            new.write_bytes(pickle.dumps(found))
+            new.rename(file)
         return pickle.loads(file.read_bytes())
 
     return known
