@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Generator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +20,13 @@ import pytest
 
 hypothesis.settings.register_profile("carrara", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("carrara")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder that all workers of a run share, and that goes with it: its name is in their environment."""
+    if not hasattr(config, "workerinput"):
+        folder = os.environ["TESTS_SHARED"] = tempfile.mkdtemp(prefix="tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,6 @@ Only for the CPU: nothing may have joined a process group before the fork, and t
 
 from __future__ import annotations
 
-import atexit
 import functools
 import gc
 import hashlib
@@ -13,7 +12,6 @@ import importlib
 import multiprocessing
 import os
 import pickle
-import shutil
 import signal
 import tempfile
 import time
@@ -64,9 +62,9 @@ def warm() -> None:
 
 @functools.cache
 def _reckoned() -> Path:
-    """A folder of what forks of this process have found a step to cost: most of a small fit's time goes into that."""
-    folder = Path(tempfile.mkdtemp(prefix="reckoned-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    """A folder of what forks have found a step to cost: most of a small fit's time goes into that."""
+    folder = Path(os.environ["TESTS_SHARED"]) / "reckoned"
+    folder.mkdir(exist_ok=True)
     return folder
 
 
