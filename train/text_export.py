@@ -6,6 +6,7 @@ transformers 5; the tokenizer is built from open_clip's own merges, with nothing
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import tempfile
@@ -120,15 +121,9 @@ def write_tokenizer(folder: Path, context_length: int, pad: str = "zero") -> Non
     The ids equal open_clip's for every caption that open_clip's cleaning leaves as it is (transformers
     does no such cleaning: it neither repairs mojibake nor unescapes HTML).
     """
-    from open_clip.tokenizer import SimpleTokenizer, default_bpe
-
-    source = SimpleTokenizer()
-    names = {"<start_of_text>": SOT, "<end_of_text>": EOT}
-    vocabulary = {names.get(k, k): v for k, v in source.encoder.items()}
+    vocabulary, merges = _words()
     if pad == "zero":
-        vocabulary[PAD] = PAD_ID
-    with gzip.open(default_bpe(), "rt", encoding="utf-8") as f:
-        merges = f.read().split("\n")[1 : len(source.bpe_ranks) + 1]  # the first line is the file's version
+        vocabulary = {**vocabulary, PAD: PAD_ID}
     special = {"bos_token": SOT, "eos_token": EOT, "unk_token": EOT, "pad_token": PAD if pad == "zero" else EOT}
     settings = {
         "tokenizer_class": "CLIPTokenizer",
@@ -143,6 +138,18 @@ def write_tokenizer(folder: Path, context_length: int, pad: str = "zero") -> Non
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1) + "\n", encoding="utf-8")
+
+
+@functools.cache
+def _words() -> tuple[dict[str, int], list[str]]:
+    """open_clip's vocabulary by transformers' names, and the merges in their order."""
+    from open_clip.tokenizer import SimpleTokenizer, default_bpe
+
+    source = SimpleTokenizer()
+    names = {"<start_of_text>": SOT, "<end_of_text>": EOT}
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as f:
+        merges = f.read().split("\n")[1 : len(source.bpe_ranks) + 1]  # the first line is the file's version
+    return {names.get(k, k): v for k, v in source.encoder.items()}, merges
 
 
 def save_text_encoder(model: Any, folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""Pytest over and over in one tree, each time in a fork of a process that has imported the large libraries already.
+"""Pytest over and over in one tree, each time in a fork of a process that has imported the modules it was given.
 
-Their import takes longer than most tests do. Of the project itself nothing is imported before the fork, but all of it
-is compiled. A line of standard input is a job in JSON, {arguments, output, timeout}; the answer is pytest's exit code,
-or "timeout".
+The import of the large libraries takes longer than most tests do. Of the project itself nothing is imported before the
+fork, but all of it is compiled. A line of standard input is a job in JSON, {arguments, output, timeout}; the answer is
+pytest's exit code, or "timeout".
 """
 
 from __future__ import annotations
@@ -20,24 +20,6 @@ import sys
 import time
 from py_compile import PycInvalidationMode
 
-# Ray is not among them: it reads the mode of authentication once, as it is loaded.
-LARGE = (
-    "tests.conftest",  # its environment must stand before the others are imported
-    "torch._dynamo",
-    "torch.utils.tensorboard",
-    "deepspeed.runtime.zero.stage3",
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "peft",
-    "open_clip",
-    "pyarrow.parquet",
-    "s3fs",
-    "scipy.stats",
-    "aiohttp",
-    "pydantic",
-    "typer",
-    "pytest",
-)
-
 
 def main() -> None:
     """Serve the jobs of standard input."""
@@ -46,7 +28,7 @@ def main() -> None:
     # By its content: a mutation may be as long as what it replaces, and be made within the same second.
     compileall.compile_dir(".", quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
     sys.dont_write_bytecode = False  # whatever the environment says: pytest keeps what it makes of the tests
-    for name in (*LARGE, *(plugin.module for plugin in importlib.metadata.entry_points(group="pytest11"))):
+    for name in (*sys.argv[1:], *(plugin.module for plugin in importlib.metadata.entry_points(group="pytest11"))):
         importlib.import_module(name)
     gc.freeze()  # or each fork would walk through, and so copy, all that was imported
     for line in sys.stdin:

@@ -5,14 +5,13 @@ Only for the CPU: nothing may have joined a process group before the fork, and t
 
 from __future__ import annotations
 
-import atexit
 import functools
+import gc
 import hashlib
 import importlib
 import multiprocessing
 import os
 import pickle
-import shutil
 import signal
 import tempfile
 import time
@@ -33,6 +32,7 @@ from train.ranks import import_deepspeed
 torch.ones(1, requires_grad=True).sum().backward()
 
 
+@functools.cache
 def warm() -> None:
     """Import once, before any fork, what every rank will need."""
     torch.set_num_threads(1)
@@ -42,18 +42,29 @@ def warm() -> None:
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "torch.utils.tensorboard",
         "open_clip",
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
         "train.loop",
         "train.finish",
+        "train.export",
     ):
         importlib.import_module(name)
-    from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from train.text_export import _words
+
+    _words()
+
+    with tempfile.TemporaryDirectory() as folder:  # transformers makes its list of renamed weights as it first saves
+        CLIPTextModel(CLIPTextConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(folder)
+    gc.collect()
+    gc.freeze()  # or each fork would walk through, and so copy, all that is here
 
 
 @functools.cache
 def _reckoned() -> Path:
-    """A folder of what forks of this process have found a step to cost: most of a small fit's time goes into that."""
-    folder = Path(tempfile.mkdtemp(prefix="reckoned-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    """A folder of what forks have found a step to cost: most of a small fit's time goes into that."""
+    folder = Path(os.environ["TESTS_SHARED"]) / "reckoned"
+    folder.mkdir(exist_ok=True)
     return folder
 
 
@@ -66,8 +77,9 @@ def _reckon_once(run: Callable[..., Any], folder: Path) -> Callable[..., Any]:
         file = folder / hashlib.sha256(repr((objective, shapes, how, ways)).encode()).hexdigest()
         if not file.exists():
             found = run(objective, batch, *how, **ways)
-            file.with_suffix(".new").write_bytes(pickle.dumps(found))
-            file.with_suffix(".new").rename(file)
+            new = file.with_suffix(f".{os.getpid()}")  # another rank may be at the same
+            new.write_bytes(pickle.dumps(found))
+            new.rename(file)
         return pickle.loads(file.read_bytes())
 
     return known
@@ -169,6 +181,22 @@ def run_stage(
     from train.main import run
 
     run(stage, config, overrides, redo, adopt)
+
+
+def train_stage(config: str, overrides: Sequence[str] = (), adopt: bool = False) -> None:
+    """train.main.run to the last checkpoint of `train`, without the export, which takes longer than a small fit.
+
+    In a fork alone: what it leaves out is left out there for good."""
+    from train import finish
+    from train.main import run
+
+    finish.finish = lambda *_: None
+    run("train", config, overrides, adopt=adopt)
+
+
+def train(config: Path, world: int, *overrides: str, adopt: bool = False) -> None:
+    """`train_stage` on `world` ranks to its end."""
+    on_ranks(world, train_stage, str(config), overrides, adopt)
 
 
 def fit(

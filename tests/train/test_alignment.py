@@ -246,8 +246,8 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_bytes(tmp_path: Path) -> 
         tiny.make_latents(folder / "latents", flip=True, features=(3, 12))
         runs.append((folder, config_of(folder, **AWAKE, flip=True, alignment=ALIGNMENT, optimizer="muon")))
     (whole, config), (killed, other) = runs
-    forked.fit(config, 2)
-    ranks = forked.start(2, forked.run_stage, str(other))
+    forked.train(config, 2)
+    ranks = forked.start(2, forked.train_stage, str(other))
     log = killed / "train" / "log.jsonl"
     forked.wait_for(lambda: log.exists() and '"step": 3,' in log.read_text())
     ranks[1].kill()
@@ -267,7 +267,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained by one rank with features up to its middle, eagerly."""
     folder = tmp_path_factory.mktemp("one")
     tiny.make_latents(folder / "latents", features=(3, 12))
-    forked.fit(settings(folder, **AWAKE, alignment={**ALIGNMENT, "until_images": 16}), 1)
+    forked.train(settings(folder, **AWAKE, alignment={**ALIGNMENT, "until_images": 16}), 1)
     return folder
 
 
@@ -281,7 +281,7 @@ def test_shared_out_or_compiled_it_learns_the_same(
     one_rank: Path, tmp_path: Path, ranks: int, given: dict[str, Any]
 ) -> None:
     (tmp_path / "latents").symlink_to(one_rank / "latents")
-    forked.fit(settings(tmp_path, **AWAKE, alignment={**ALIGNMENT, "until_images": 16}, **given), ranks)
+    forked.train(settings(tmp_path, **AWAKE, alignment={**ALIGNMENT, "until_images": 16}, **given), ranks)
     for name in ("weights", "ema"):
         assert_close(tensors(step_folder(tmp_path, STEPS), name), tensors(step_folder(one_rank, STEPS), name))
     logs = [[json.loads(x) for x in (r / "train" / "log.jsonl").read_text().splitlines()] for r in (one_rank, tmp_path)]

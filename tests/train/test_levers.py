@@ -199,8 +199,8 @@ def test_levers_killed_and_gone_on_with_end_with_the_same_bytes(tmp_path: Path) 
         tiny.make_latents(folder / "latents", flip=True)
         runs.append((folder, config_of(folder, **levers)))
     (whole, config), (killed, other) = runs
-    forked.fit(config, 2)
-    ranks = forked.start(2, forked.run_stage, str(other))
+    forked.train(config, 2)
+    ranks = forked.start(2, forked.train_stage, str(other))
     log = killed / "train" / "log.jsonl"
     forked.wait_for(lambda: log.exists() and '"step": 3,' in log.read_text())
     ranks[1].kill()

@@ -198,7 +198,7 @@ def test_batches_by_area_train_alike_on_any_ranks(tmp_path: Path) -> None:
         run.mkdir()
         (run / "latents").symlink_to(tmp_path / "latents")
         values = {"batch_by_area": 4, "micro_batch_size": 4, "eps": 1e-3, "images": 80, "precision": "fp32"}
-        forked.fit(tiny.write_config(run, tiny.configuration(run, **values)), ranks)
+        forked.train(tiny.write_config(run, tiny.configuration(run, **values)), ranks)
         ends.append(tensors(step_folder(run, 10), "weights"))
     assert_close(*ends)
 

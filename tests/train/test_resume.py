@@ -45,12 +45,12 @@ def second_run(run: Path, tmp_path: Path) -> Path:
 
 def test_killed_runs_end_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
     """kill -9 of one rank at a time, three times at different moments; then the same command again."""
-    forked.fit(config_of(run), 2)
+    forked.train(config_of(run), 2)
     other = second_run(run, tmp_path)
     config = config_of(other)
     log = other / "train" / "log.jsonl"
     for round_, step in enumerate((1, 3, 5)):
-        ranks = forked.start(2, forked.run_stage, str(config))
+        ranks = forked.start(2, forked.train_stage, str(config))
         forked.wait_for(lambda step=step: log.exists() and f'"step": {step},' in log.read_text())
         ranks[round_ % 2].kill()
         for rank in ranks:
@@ -59,7 +59,7 @@ def test_killed_runs_end_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
         assert state_of(config).state == (
             "resumable" if folders.latest_complete(other / "checkpoints", contents=False) else "new"
         )
-    forked.fit(config, 2)
+    forked.train(config, 2)
     a, b = step_folder(run, STEPS), step_folder(other, STEPS)
     for name in FILES:
         assert_same(tensors(a, name), tensors(b, name))
@@ -73,7 +73,7 @@ def test_killed_runs_end_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
 
 def test_torn_checkpoints_fall_back_to_the_one_before(run: Path, tmp_path: Path) -> None:
     config = config_of(run)
-    forked.fit(config, 1)
+    forked.train(config, 1)
     expected = {name: tensors(step_folder(run, STEPS), name) for name in FILES}
     # The last: a file cut short. The one before: a flipped byte, which only its hash tells.
     last, before = (next(step_folder(run, step).glob("rank-*")) for step in (6, 4))
@@ -87,7 +87,7 @@ def test_torn_checkpoints_fall_back_to_the_one_before(run: Path, tmp_path: Path)
     assert folders.latest_complete(run / "checkpoints") == str(step_folder(run, 2))
     assert "bytes where the manifest says" in folders.damage(step_folder(run, 6))
     assert "sha256" in folders.damage(step_folder(run, 4))
-    forked.fit(config, 1)
+    forked.train(config, 1)
     for name in FILES:
         assert_same(tensors(step_folder(run, STEPS), name), expected[name])
     assert folders.latest_complete(run / "checkpoints") == str(step_folder(run, 6))
@@ -123,10 +123,10 @@ def test_old_checkpoints_go_but_never_the_last_complete_one(tmp_path: Path) -> N
 
 
 def test_sigterm_saves_and_the_run_goes_on(run: Path, tmp_path: Path) -> None:
-    forked.fit(config_of(run), 2)
+    forked.train(config_of(run), 2)
     other = second_run(run, tmp_path)
     config = config_of(other, checkpoint_every_images=1000)
-    ranks = forked.start(2, forked.run_stage, str(config))
+    ranks = forked.start(2, forked.train_stage, str(config))
     log = other / "train" / "log.jsonl"
     forked.wait_for(lambda: log.exists() and '"step": 2,' in log.read_text())
     os.kill(ranks[1].pid, signal.SIGTERM)  # one rank is told, all stop together
@@ -135,7 +135,7 @@ def test_sigterm_saves_and_the_run_goes_on(run: Path, tmp_path: Path) -> None:
             rank.result()
     assert state_of(config).state == "resumable"
     assert json.loads((other / "status" / "train.json").read_text())["state"] == "stopped"
-    forked.fit(config, 2)
+    forked.train(config, 2)
     for name in FILES:
         assert_same(tensors(step_folder(other, STEPS), name), tensors(step_folder(run, STEPS), name))
 
@@ -182,7 +182,7 @@ def hang(config: str) -> None:
         return forward(self, batch)
 
     denoising.Diffusion.forward = stuck
-    forked.run_stage(config)
+    forked.train_stage(config)
 
 
 def test_a_hang_is_ended_with_the_stacks_of_all_ranks(run: Path) -> None:

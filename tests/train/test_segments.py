@@ -318,9 +318,9 @@ def test_a_finished_run_is_made_longer_and_a_take_down_between_ends_nothing(run:
 @pytest.mark.slow
 def test_a_batch_of_another_size_goes_on_with_the_epoch(run: Path) -> None:
     config = tiny.write_config(run, tiny.configuration(run, images=24))
-    forked.fit(config, 2)
+    forked.train(config, 2)
     overrides = ("train.images=88", "train.batch_size=16")
-    forked.fit(config, 1, *overrides, adopt=True)
+    forked.train(config, 1, *overrides, adopt=True)
     order = History.from_json(manifest_of(run)["order"])
     settings = load_sections(str(config), overrides, TrainingSections).train
     latents = Latents(settings, [Dataset.open(str(run / "latents"))], 5, order)
@@ -348,9 +348,9 @@ def test_what_is_adopted_holds_from_the_checkpoint_that_is_gone_on_from(run: Pat
 @pytest.mark.slow
 def test_growth_is_said_in_the_journal_and_taken_in_by_consent(run: Path) -> None:
     config = tiny.write_config(run, tiny.configuration(run, images=24))
-    forked.fit(config, 1)
+    forked.train(config, 1)
     grow(run / "latents", (20,))
-    forked.fit(config, 1, "train.images=40", adopt=True)
+    forked.train(config, 1, "train.images=40", adopt=True)
     assert [len(s["ranges"]) for s in manifest_of(run)["order"]["segments"]] == [1, 2]
 
 

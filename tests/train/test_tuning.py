@@ -226,7 +226,6 @@ DEEP: dict[str, Any] = {
     "sample_size": 16,
 }
 PUBLIC: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "sd15": ("last", {**DEEP, "attention_head_dim": 2}, {}),
     "sd15-fp16": ("last", {**DEEP, "attention_head_dim": 2}, {"variant": "fp16"}),
     "sd2-sharded": (
         "penultimate",
