@@ -89,7 +89,9 @@ class FitConfig(Strict):
         default=None, gt=0, description="skip a step whose loss or gradient norm lies so many deviations above the mean"
     )
     max_skips: FromHereOn[int] = Field(
-        default=10, ge=1, description="skipped steps in a row after which the weights go back to the last checkpoint before"
+        default=10,
+        ge=1,
+        description="skipped steps in a row after which the weights go back to the last checkpoint before these",
     )
     max_rollbacks: FromHereOn[int] = Field(
         default=3, ge=0, description="how often they may go back before the run ends"
