@@ -1,4 +1,4 @@
-"""What data, tensor and pipeline parallelism cost a UNet: python -m benchmarks.parallelism [counts] [measure]
+"""What data, tensor and pipeline parallelism cost a UNet: python -m benchmarks.parallelism [counts] [measure] [rows]
 
 counts    UNets of 0.14 to 5 billion weights at 512 px: FLOPs, activations and exchanged bytes counted on tensors
           without values, and from these, with the rates of a GPU and of its links as stated inputs, the share of the
@@ -6,6 +6,7 @@ counts    UNets of 0.14 to 5 billion weights at 512 px: FLOPs, activations and e
 measure   on two ranks here, by gloo: attention and feed-forward of a UNet2DConditionModel split by torch's
           ColwiseParallel and RowwiseParallel, exact against one rank, with its collectives counted; its step against
           that of two ranks that share the batch (data parallelism), in turn
+rows      FSDP2 cuts each parameter by its first side into whole rows: what the fullest rank then keeps, counted
 
 All ways get the same GPUs and the same global batch of BATCH images a GPU. Bytes are those that a GPU sends in a ring:
 an all-reduce of n bytes over t GPUs is 2 (t - 1) / t n, a reduce-scatter or an all-gather half of that.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import math
 import os
 import socket
 import statistics
@@ -454,6 +456,25 @@ def bench_measure(turns: int) -> None:
     )
 
 
+def bench_rows() -> None:
+    """Of Stable Diffusion 2's and SDXL's UNet, what the fullest rank keeps over an even share."""
+    from diffusers import UNet2DConditionModel
+
+    from benchmarks.gpu.models import SD2, SDXL
+
+    for name, config in (("SD 2", SD2), ("SDXL", SDXL)):
+        with torch.device("meta"):
+            shapes = [tuple(p.shape) for p in UNet2DConditionModel(**config).parameters()]
+        total = sum(math.prod(s) for s in shapes)
+        for ranks in (8, 64, 512):
+            share = [-(-s[0] // ranks) for s in shapes]  # rows of the first rank, which has the most
+            fullest = sum(n * math.prod(s[1:]) for n, s in zip(share, shapes, strict=True)) * ranks / total
+            short = sum(-(-s[0] // n) < ranks for n, s in zip(share, shapes, strict=True))
+            print(
+                f"{name} on {ranks} ranks: {fullest:.2f}; {short} of {len(shapes)} parameters leave ranks without any"
+            )
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -461,7 +482,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=20)
     given = parser.parse_args()
     for name in given.what:
-        {"counts": bench_counts, "measure": lambda: bench_measure(given.turns)}[name]()
+        {"counts": bench_counts, "measure": lambda: bench_measure(given.turns), "rows": bench_rows}[name]()
 
 
 if __name__ == "__main__":

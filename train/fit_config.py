@@ -91,7 +91,7 @@ class FitConfig(Strict):
     max_skips: FromHereOn[int] = Field(
         default=10,
         ge=1,
-        description="skipped steps in a row after which the weights go back to the last checkpoint before",
+        description="skipped steps in a row after which the weights go back to the last checkpoint before these",
     )
     max_rollbacks: FromHereOn[int] = Field(
         default=3, ge=0, description="how often they may go back before the run ends"
