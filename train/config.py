@@ -225,11 +225,19 @@ class TrainConfig(FitConfig):
 
     @model_validator(mode="after")
     def _tuning(self) -> Self:
-        for name in ("adapter", "text_encoder", "textual_inversion"):
-            if getattr(self, name) and not self.start_from:
+        # A whole text encoder may learn beside a new UNet, as the first latent diffusion models had it (Rombach 2022).
+        text = self.text_encoder if self.text_encoder and self.text_encoder.kind == "lora" else None
+        for name, part in (
+            ("adapter", self.adapter),
+            ("text_encoder", text),
+            ("textual_inversion", self.textual_inversion),
+        ):
+            if part and not self.start_from:
                 raise ValueError(f"{name} changes a model that is there; name it with start_from")
-        if (self.adapter or self.text_encoder or self.textual_inversion) and self.optimizer == "muon":
-            raise ValueError("optimizer muon is for the matrices of a whole model; with an adapter or a word use adamw")
+            if part and self.optimizer == "muon":
+                raise ValueError(
+                    f"optimizer muon is for the matrices of a whole model; with {name}'s few weights use adamw"
+                )
         for name in ("adapter", "text_encoder"):
             if getattr(self, name) and self.textual_inversion:
                 raise ValueError(f"{name} and textual_inversion are two ways to fine-tune; set one of them")

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from train.engine import Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BLOCKS = {"down_blocks", "mid_block", "up_blocks", "resblocks"}  # diffusers' networks, open_clip's towers
+# Whose matrices muon.py is for: diffusers' networks, open_clip's towers, transformers' text encoders.
+BLOCKS = {"down_blocks", "mid_block", "up_blocks", "resblocks", "layers"}
 CHUNK = 1 << 24  # values updated at once where an update needs room of its own
 
 

@@ -111,11 +111,13 @@ def test_muon_is_for_the_blocks_matrices_and_its_direction_is_orthogonal() -> No
     hidden = {
         "down_blocks.0.resnets.0.conv1.weight": (64, 32, 3, 3),
         "mid_block.attentions.0.to_q.weight": (64, 64),
+        "text.encoder.layers.0.self_attn.q_proj.weight": (64, 64),
+        "text.embeddings.token_embedding.weight": (99, 64),
         "conv_in.weight": (64, 4, 3, 3),
         "time_embedding.linear_1.weight": (64, 64),
         "up_blocks.1.resnets.0.norm1.weight": (64,),
     }
-    assert [n for n, s in hidden.items() if is_hidden(n, s)] == list(hidden)[:2]
+    assert [n for n, s in hidden.items() if is_hidden(n, s)] == list(hidden)[:3]
     torch.manual_seed(0)
     for rows, columns in ((48, 20), (20, 48), (20, 33), (32, 32)):
         momentum = torch.randn(3, rows, columns)

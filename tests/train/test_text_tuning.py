@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
@@ -110,6 +111,30 @@ def test_a_whole_text_encoder_is_exported_as_it_learned(base: Any, tmp_path: Pat
     in_memory = pictures(build_pipeline(run.run), **PROMPT)
     assert np.abs(pictures(pipeline, **PROMPT) - in_memory).max() < 1e-5
     assert "the text encoder learned too, as a whole" in (Path(run.model) / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_whole_text_encoder_learns_beside_a_unet_that_begins_anew(base: Any, tmp_path: Path) -> None:  # noqa: F811
+    """On 2 ranks, the matrices of both by Muon; it begins as the run's own CLIP."""
+    muon = {"optimizer": "muon", "learning_rate": 1e-2, "adamw_learning_rate": 1e-3}
+    config = config_of(base, tmp_path / "r", text_encoder={"kind": "full"}, **muon)
+    data = yaml.safe_load(config.read_text())
+    del data["train"]["start_from"]
+    data["train"]["unet"] = tiny.UNET
+    config = tiny.write_config(tmp_path / "r", data)
+    run = RunPaths(str(tmp_path / "r"))
+    forked.fit(config, 2)
+    found = Path(run.checkpoints) / "step-00000004"
+    values, squares = checkpoint.load_weights(found, "ema"), checkpoint.whole(str(found), "exp_avg_sq")
+    by_muon = values.keys() - squares.keys()
+    assert {n.partition(".")[0] for n in by_muon} == {"unet", "text"}
+    assert all("layers" in n.split(".") for n in by_muon if n.startswith("text."))
+    pipeline, begun = plain(run.model), plain(base[1]).text_encoder.state_dict()
+    for name, value in pipeline.text_encoder.state_dict().items():
+        assert torch.equal(values[f"text.{name}"], value), name
+    moved = {n: float((values[f"text.{n}"] - v).abs().max()) for n, v in begun.items()}
+    assert all(moved[n.removeprefix("text.")] > 1e-3 for n in by_muon if n.startswith("text."))
+    assert max(moved.values()) < 0.1, "four steps from where the CLIP stood"
 
 
 @pytest.mark.slow

@@ -389,6 +389,8 @@ def test_where_a_unet_cannot_come_from(base: Any, tmp_path: Path) -> None:
     ("values", "sentence"),
     [
         ({"adapter": {}}, "adapter changes a model that is there; name it with start_from"),
+        ({"text_encoder": {}}, "text_encoder changes a model that is there; name it with start_from"),
+        ({"start_from": "x", "text_encoder": {}, "optimizer": "muon"}, "text_encoder's few weights use adamw"),
         ({"start_from": "x", "unet": {"layers_per_block": 1}}, "unet is given by start_from"),
         ({"start_from": "x", "adapter": {}, "textual_inversion": {"token": "<a>", "initial": "b"}}, "two ways"),
         ({"start_from": "x", "textual_inversion": {"token": "<a>", "initial": "b", "templates": ["c"]}}, "one {}"),
