@@ -18,6 +18,7 @@ import numpy as np
 from eval.shardwork import Halving
 from shards.fingerprint import digest_bytes
 from shards.settings import ConfigError
+from train.predictions import PREDICTIONS
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +98,7 @@ def swap_sampler(pipeline: Any, sampler: str, timestep_spacing: str | None = Non
     if "FlowMatch" in type(pipeline.scheduler).__name__:
         fitting, what = ["flow-euler", "model"], "this pipeline's rectified flow"
         chosen = None if sampler == "flow-euler" else chosen
-    elif config.get("prediction_type") == "flow_prediction":
+    elif (prediction := PREDICTIONS.get(config.get("prediction_type"))) and prediction.flow:
         fitting, what = FLOW_SAMPLERS, "a rectified flow"
     elif str(config.get("variance_type", "")).startswith("learned"):
         fitting, what = LEARNED_VARIANCE_SAMPLERS, "a model that has learned its variance"

@@ -50,7 +50,7 @@ def beside(fs: Any, image: str, there: set[str], wanted: Wanted) -> tuple[list[s
     return [], {}
 
 
-def metadata(fs: Any, files: Sequence[str], wanted: Wanted) -> dict[str, Row]:
+def metadata(fs: Any, files: Sequence[str]) -> dict[str, Row]:
     """By image, the rows of Hugging Face's metadata files, whose `file_name` is meant from the file's own folder."""
     found: dict[str, Row] = {}
     for file in files:

@@ -32,7 +32,7 @@ from ingest.listing import Listing, Row, Seen, Wanted, hashes_of, legal
 from ingest.tables import CAPTION_NAMES, URL_NAMES
 from shards import storage
 from shards.plan import stamps
-from shards.settings import ConfigError
+from shards.settings import ConfigError, StageError
 
 log = logging.getLogger("carrara.ingest")
 
@@ -195,6 +195,9 @@ def _list_files(source: Many) -> Callable[..., list[str]]:
             except _Cut as e:
                 seen, whole = e.seen, False
                 said += [str(e)] if str(e) else []
+            except OSError as e:
+                why = " ".join(f"{type(e).__name__} {e}".split())[:200]
+                raise StageError(f"{file}: cannot be reached ({why}); run the same command again") from e
             if seen is None or (whole and seen.rows < before.rows):
                 changed.append(file)
             elif not whole or not seen.rows:
@@ -441,6 +444,8 @@ def _facts(batches: Iterator[Any], file: str) -> Iterator[Row]:
 
 def _is_away(error: Exception) -> bool:
     """Whether a file could not be reached, which is no fault of the file: Arrow's own errors have no number."""
+    if isinstance(error, PermissionError | FileNotFoundError):
+        return False
     return isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) is not None
 
 
@@ -491,7 +496,7 @@ def _list_folder(listing: Listing, table: str, wanted: Wanted, on_listed: OnList
     if gone:
         said.append(f"{table}: {gone:,} images that were listed are gone; those that are stored stay")
     there = set(found) if new else set()
-    metadata = caption_files.metadata(fs, [p for p in found if METADATA.search(p)], wanted) if new else {}
+    metadata = caption_files.metadata(fs, [p for p in found if METADATA.search(p)]) if new else {}
     rows: list[Row] = []
     bare = 0
     for url, image in new:

@@ -233,8 +233,7 @@ def _text(
     differ = int(np.any(others, axis=0).sum())
     if "embeddings" not in columns.arrays:
         return [], [], differ
-    found = (value_of(columns.arrays, "embedding_index", n) for n in chosen)
-    index = [int(i) for i in found if i is not None]
+    index = np.array([value_of(columns.arrays, "embedding_index", n) for n in chosen], np.int64).tolist()
     now = list(text.encode_tokens(stored)[0].numpy())
     if ENDS not in columns.arrays:
         return [columns.arrays["embeddings"][i] for i in index], now, differ

@@ -103,7 +103,7 @@ def _checkpoints(root: str, contents: bool) -> Iterator[str]:
 def clean(run: str, dry_run: bool = False) -> None:
     """Remove temporary files and folders that dead processes left under a run's folder; prints what and how much.
 
-    Only names that Carrara alone gives (shards/storage.py): of a process of this machine that is gone, or an hour old.
+    Only names that Carrara alone gives (shards/local.py): of a process of this machine that is gone, or an hour old.
     """
     if not storage.is_local(run):
         raise ConfigError(

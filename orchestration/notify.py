@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import functools
 import json
 import logging
 import os
@@ -210,14 +209,17 @@ def _post(config: NotifyConfig, message: dict[str, Any], attempts: int) -> str |
         if attempt:
             time.sleep(PAUSES_S[min(attempt, len(PAUSES_S)) - 1])
         answer: list[tuple[str | None, bool]] = []
-        post = functools.partial(lambda to: to.append(_post_once(config, message)), answer)
-        thread = threading.Thread(target=post, name="notify", daemon=True)
+        thread = threading.Thread(target=_post_into, args=(answer, config, message), name="notify", daemon=True)
         thread.start()
         thread.join(config.timeout_s + 1)
         why, again = answer[0] if answer else (f"no answer within {config.timeout_s:g} s", True)
         if why is None or not again:
             return why
     return f"{why} ({attempts} attempts)"
+
+
+def _post_into(answer: list[tuple[str | None, bool]], config: NotifyConfig, message: dict[str, Any]) -> None:
+    answer.append(_post_once(config, message))
 
 
 def _post_once(config: NotifyConfig, message: dict[str, Any]) -> tuple[str | None, bool]:

@@ -14,8 +14,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
 from shards.settings import StageError
 
 TMP_MARK = ".tmp-"
@@ -70,7 +68,7 @@ def sweep(folder: Path, older_than_s: float) -> int:
 def of_dead_process(name: str) -> bool:
     """Whether a temporary file is of a process of this host that is gone; its name says whose it is."""
     parts = name.rsplit(TMP_MARK, 1)[1].split("-")
-    return len(parts) == 3 and parts[0] == _host() and parts[1].isdigit() and not psutil.pid_exists(int(parts[1]))
+    return len(parts) == 3 and parts[0] == _host() and parts[1].isdigit() and not _alive(int(parts[1]))
 
 
 def scan(root: Path) -> Iterator[os.DirEntry[str]]:
@@ -130,6 +128,17 @@ def fsync_file(path: str) -> None:
 def fsync_folder(path: str) -> None:
     """The same of a folder; an empty path is the current one."""
     fsync_file(path or ".")
+
+
+def _alive(pid: int) -> bool:
+    """Asked by a signal, since /proc may hide other users' processes."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def _host() -> str:

@@ -25,12 +25,10 @@ def site() -> Iterator[Site]:
 
 
 @pytest.fixture
-def few_objects() -> Iterator[None]:
+def few_objects() -> None:
     """For tests that bound how long something takes: no collection walks over all that the tests have imported."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def make_config(table: Any, **settings: Any) -> IngestConfig:

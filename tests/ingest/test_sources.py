@@ -30,7 +30,7 @@ from ingest.listing import Wanted
 from ingest.locations import Below, Reader
 from ingest.sources import detect, refresh
 from shards import storage
-from shards.settings import ConfigError
+from shards.settings import ConfigError, StageError
 from tests.objects import bucket
 
 
@@ -412,11 +412,27 @@ def test_a_store_that_is_away_while_a_table_is_listed_costs_no_file(
         patch.setattr(
             sources.fsspec, "open", lambda file, _: SimpleNamespace(open=lambda: Away(Path(file).read_bytes()))
         )
-        with pytest.raises(OSError, match="away"):
+        with pytest.raises(StageError, match=r"a\.parquet: cannot be reached .*away.*; run the same command again"):
             refresh(str(tmp_path / "listing"), str(tmp_path), "parquet", wanted())
     assert Away.reads == after + 1
     assert refresh(str(tmp_path / "listing"), str(tmp_path), "parquet", wanted()) == []
     assert [r["caption"] for r in rows(str(tmp_path / "listing"))] == [[f"image {n}"] for n in range(6)]
+
+
+def test_a_table_that_may_not_be_read_is_left_out(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        pq.write_table(pa.table({"image": [picture(1)], "text": [name]}), tmp_path / f"{name}.parquet")
+    real = sources.fsspec.open
+
+    def refuse(file: str, mode: str) -> Any:
+        if file.endswith("b.parquet"):
+            raise PermissionError(errno.EACCES, "Permission denied", file)
+        return real(file, mode)
+
+    monkeypatch.setattr(sources.fsspec, "open", refuse)
+    said = refresh(str(tmp_path / "listing"), str(tmp_path), "parquet", wanted())
+    assert any("b.parquet: cannot be read" in line for line in said)
+    assert [r["caption"] for r in rows(str(tmp_path / "listing"))] == [["a"]]
 
 
 def test_a_parquet_file_whose_column_names_are_no_text_is_left_out(tmp_path) -> None:

@@ -295,6 +295,21 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     made.commit(0, FILES, STATS)
 
 
+def test_a_writer_that_is_another_users_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a signal tells it, also where /proc hides other users' processes."""
+    name = local.temporary_name("a")
+    number = f"-{os.getpid()}-"
+    dead = name.replace(number, f"-{2**22 - 1}-")  # the highest that Linux gives, which no one has here
+    assert not local.of_dead_process(name)
+    assert local.of_dead_process(dead)
+
+    def kill(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert not local.of_dead_process(dead)
+
+
 def test_temporaries_of_dead_writers_are_swept_and_living_ones_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

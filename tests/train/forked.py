@@ -5,6 +5,7 @@ Only for the CPU: nothing may have joined a process group before the fork, and t
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import hashlib
@@ -12,6 +13,7 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import tempfile
 import time
@@ -63,7 +65,11 @@ def warm() -> None:
 @functools.cache
 def _reckoned() -> Path:
     """A folder of what forks have found a step to cost: most of a small fit's time goes into that."""
-    folder = Path(os.environ["TESTS_SHARED"]) / "reckoned"
+    shared = os.environ.get("TESTS_SHARED")  # tests/conftest.py's; benchmarks have none
+    if not shared:
+        shared = tempfile.mkdtemp(prefix="reckoned-")
+        atexit.register(shutil.rmtree, shared, ignore_errors=True)
+    folder = Path(shared) / "reckoned"
     folder.mkdir(exist_ok=True)
     return folder
 
