@@ -222,7 +222,7 @@ def newest(root: str, ranks: Ranks, sound: bool = False) -> tuple[str, dict[str,
     """
     for folder in ranks.from_first(folders.folders(root) if ranks.first else None):
         manifest = ranks.from_first(_manifest_or_none(folder) if ranks.first else None)
-        if sound and manifest is not None and manifest.get("run", {}).get("in_a_row"):
+        if sound and manifest is not None and folders.vetoed(manifest):
             continue
         fault = "its manifest is absent or unreadable"
         if manifest is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -142,10 +143,12 @@ class Keep:
 
 
 def delete_old(root: str | Path, keep: Keep, named: Iterable[str | None] = ()) -> None:
-    """Delete what need not be kept; the newest complete checkpoint and those `named` stay in any case."""
+    """Delete what need not be kept. The newest complete checkpoint, the newest whose last step was taken (a rollback
+    goes to it) and those `named` stay in any case."""
     everything = folders(root)
     complete = [f for f in everything if not damage(f, contents=False)]
     stay = set(complete[: max(keep.newest, 1)]) | {f for f in complete if name_of(f) in set(named)}
+    stay |= set(itertools.islice((f for f in complete if not vetoed(read_manifest(f))), 1))
     if keep.hours is not None:
         since = time.time() - 3600 * keep.hours
         stay |= {f for f in complete if _written(f) >= since}
@@ -161,6 +164,11 @@ def delete_old(root: str | Path, keep: Keep, named: Iterable[str | None] = ()) -
         newer_and_torn = folder not in complete and not any(step_of(c) > step_of(folder) for c in complete)
         if folder not in stay and not newer_and_torn:
             delete(folder)
+
+
+def vetoed(manifest: dict[str, Any]) -> bool:
+    """Whether the last step before a checkpoint, of either format, was vetoed."""
+    return bool((manifest.get("run") or manifest.get("guard") or {}).get("in_a_row"))
 
 
 def delete(folder: str | Path, but: Iterable[str] = ()) -> None:

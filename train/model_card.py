@@ -175,15 +175,18 @@ def _licence(licence: str | None) -> str:
 
 
 def _tuning(training: dict[str, Any]) -> str:
+    text = training.get("text_encoder")
     if not training.get("start_from"):
-        return ""
+        if not text:
+            return ""
+        return "\nThe text encoder learned with the UNet, as a whole; it began as the one that is named above.\n"
     how, where = "All weights were fine-tuned", ""
     if training.get("control"):
         how = "Its UNet is unchanged; a ControlNet was trained beside it"
     if adapter := training.get("adapter"):
         how = f"Low-rank updates ({adapter['kind']}, rank {adapter['rank']}) were trained and merged"
         where = " They lie in `lora/` too." if adapter["kind"] in ("lora", "locon") else " They lie in `adapter/` too."
-    if text := training.get("text_encoder"):
+    if text:
         by = "as a whole" if text["kind"] == "full" else f"by low-rank updates (rank {text['rank']}), merged"
         how += f"; the text encoder learned too, {by}"
     if word := training.get("textual_inversion"):

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from train.engine import Piece
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Whose matrices muon.py is for: diffusers' networks, open_clip's towers, transformers' text encoders.
-BLOCKS = {"down_blocks", "mid_block", "up_blocks", "resblocks", "layers"}
+BLOCKS = {"down_blocks", "mid_block", "up_blocks", "resblocks"}  # diffusers' networks, open_clip's towers
+TEXT_BLOCKS = {"layers"}  # transformers' text encoders; other networks call so what is no block
 CHUNK = 1 << 24  # values updated at once where an update needs room of its own
 
 
@@ -266,7 +266,8 @@ def parameter_groups(
 
 def is_hidden(name: str, shape: Sequence[int]) -> bool:
     """Whether muon.py is for it: matrices and filters of the blocks; not the first and last layers, nor embeddings."""
-    return len(shape) >= 2 and not BLOCKS.isdisjoint(name.split("."))
+    parts = name.split(".")
+    return len(shape) >= 2 and not (TEXT_BLOCKS if parts[0] == "text" else BLOCKS).isdisjoint(parts)
 
 
 def shape_of(p: torch.nn.Parameter) -> tuple[int, ...]:

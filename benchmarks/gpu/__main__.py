@@ -51,7 +51,7 @@ def run(out: str, minutes: float, only: list[str] | None = None) -> None:
 
         def flops(name: str) -> dict[str, float]:
             if name not in counted:
-                found = counting[name].result()
+                found = counting[name].result(report.left)
                 if "result" not in found:
                     raise RuntimeError(f"its FLOPs were not counted: {found}")
                 counted[name] = found["result"]
@@ -94,7 +94,7 @@ def run(out: str, minutes: float, only: list[str] | None = None) -> None:
         ]
         try:
             for name, limit, work in [*parts, *(part for part in further if only and part[0] in only)]:
-                if only is None or name in only:
+                if only is None or name in only or name == "machine":
                     report.part(name, limit * SLOWER, work)
         finally:
             for process in counting.values():

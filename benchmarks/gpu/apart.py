@@ -55,10 +55,13 @@ class Apart:
         self._limit_s = limit_s
         self._ours.send((work, limit_s))
 
-    def result(self) -> dict[str, Any]:
-        """{"result"}, or {"failed", "where", "partial"}; waits until its time is over, and kills it."""
+    def result(self, at_most_s: float = READY_S) -> dict[str, Any]:
+        """{"result"}, or {"failed", "where", "partial"}; waits until its time is over, and kills it.
+
+        at_most_s: for its imports.
+        """
         try:
-            for what, seconds in (("start", READY_S), ("work", self._limit_s + GRACE_S)):
+            for what, seconds in (("start", min(at_most_s, READY_S)), ("work", self._limit_s + GRACE_S)):
                 if not self._ours.poll(seconds):
                     return {"failed": f"it was killed: its {what} did not end within {seconds:.0f} s"}
                 found: dict[str, Any] = self._ours.recv()
@@ -72,7 +75,8 @@ class Apart:
     def kill(self) -> None:
         """End it and whatever it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid or 0, signal.SIGKILL)
+            if self._process.pid and self._process.exitcode is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()  # where it had no group of its own yet
         self._process.join()
 

@@ -59,7 +59,7 @@ class Report:
                 with self._ready as apart:
                     self._ready = Apart()
                     apart.begin(task, min(limit_s, self.left - GRACE_S))
-                    entry = apart.result()
+                    entry = apart.result(self.left)
             except (RuntimeError, OSError) as e:
                 entry["failed"] = f"{type(e).__name__}: {e}"
         entry["seconds"] = round(time.monotonic() - began, 1)

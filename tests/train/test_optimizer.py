@@ -113,6 +113,7 @@ def test_muon_is_for_the_blocks_matrices_and_its_direction_is_orthogonal() -> No
         "mid_block.attentions.0.to_q.weight": (64, 64),
         "text.encoder.layers.0.self_attn.q_proj.weight": (64, 64),
         "text.embeddings.token_embedding.weight": (99, 64),
+        "projector.layers.0.weight": (64, 64),
         "conv_in.weight": (64, 4, 3, 3),
         "time_embedding.linear_1.weight": (64, 64),
         "up_blocks.1.resnets.0.norm1.weight": (64,),

@@ -135,6 +135,7 @@ def test_a_whole_text_encoder_learns_beside_a_unet_that_begins_anew(base: Any, t
     moved = {n: float((values[f"text.{n}"] - v).abs().max()) for n, v in begun.items()}
     assert all(moved[n.removeprefix("text.")] > 1e-3 for n in by_muon if n.startswith("text."))
     assert max(moved.values()) < 0.1, "four steps from where the CLIP stood"
+    assert "The text encoder learned with the UNet, as a whole" in (Path(run.model) / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -290,28 +290,42 @@ def test_a_full_disk_ends_all_ranks_and_leaves_the_checkpoint_before(run: Path) 
     assert json.loads((run / "status" / "train.json").read_text())["state"] == "failed"
 
 
+def _written(root: Path, step: int, **more: Any) -> Path:
+    folder = root / folders.folder_name(step)
+    folder.mkdir()
+    files = {}
+    for name in ("weights", *folders.STATES):
+        (folder / f"{name}.safetensors").write_bytes(b"12345")
+        files[f"{name}.safetensors"] = {"size": 5, "sha256": "?"}
+    record = {"format_version": 1, "files": files, "images": 10 * step, **more}
+    (folder / "manifest.json").write_text(json.dumps(record))
+    return folder
+
+
+def _left(root: Path) -> list[int]:
+    return sorted(int(p.name.removeprefix("step-")) for p in root.iterdir())
+
+
+def test_one_from_before_vetoed_steps_stays(tmp_path: Path) -> None:
+    """A rollback goes to it; in manifests of before, the guard counted."""
+    for step, more in enumerate(({}, {}, {"guard": {"in_a_row": 1}}, {"run": {"in_a_row": 2}}), 1):
+        _written(tmp_path, step, **more)
+    folders.delete_old(tmp_path, folders.Keep(1))
+    assert _left(tmp_path) == [2, 4]
+
+
 def test_checkpoints_are_kept_by_number_by_age_and_by_images(tmp_path: Path) -> None:
     import os
     import time
 
     for step in range(1, 9):
-        folder = tmp_path / folders.folder_name(step)
-        folder.mkdir()
-        files = {}
-        for name in ("weights", *folders.STATES):
-            (folder / f"{name}.safetensors").write_bytes(b"12345")
-            files[f"{name}.safetensors"] = {"size": 5, "sha256": "?"}
-        record = {"format_version": 1, "files": files, "images": 10 * step}
-        (folder / "manifest.json").write_text(json.dumps(record))
+        folder = _written(tmp_path, step)
         hours = 9 - step
         os.utime(folder / "manifest.json", times=(time.time() - 3600 * hours,) * 2)
 
-    def left() -> list[int]:
-        return sorted(int(p.name.removeprefix("step-")) for p in tmp_path.iterdir())
-
     folders.delete_old(tmp_path, folders.Keep(2, hours=4.5, every_images=25))
-    assert left() == [3, 5, 6, 7, 8]  # 30 passed 25, 50 and 80 a multiple; the last four are young
+    assert _left(tmp_path) == [3, 5, 6, 7, 8]  # 30 passed 25, 50 and 80 a multiple; the last four are young
     folders.delete_old(tmp_path, folders.Keep(2, every_images=25))
-    assert left() == [3, 5, 7, 8]
+    assert _left(tmp_path) == [3, 5, 7, 8]
     folders.delete_old(tmp_path, folders.Keep(2))
-    assert left() == [7, 8]
+    assert _left(tmp_path) == [7, 8]
