@@ -117,10 +117,10 @@ def test_a_whole_text_encoder_is_exported_as_it_learned(base: Any, tmp_path: Pat
 def test_a_whole_text_encoder_learns_beside_a_unet_that_begins_anew(base: Any, tmp_path: Path) -> None:  # noqa: F811
     """On 2 ranks, the matrices of both by Muon; it begins as the run's own CLIP."""
     muon = {"optimizer": "muon", "learning_rate": 1e-2, "adamw_learning_rate": 1e-3}
-    config = config_of(base, tmp_path / "r", text_encoder={"kind": "full"}, **muon)
+    config = config_of(base, tmp_path / "r", text_encoder={"kind": "full"})
     data = yaml.safe_load(config.read_text())
     del data["train"]["start_from"]
-    data["train"]["unet"] = tiny.UNET
+    data["train"] |= {"unet": tiny.UNET, **muon}
     config = tiny.write_config(tmp_path / "r", data)
     run = RunPaths(str(tmp_path / "r"))
     forked.fit(config, 2)
