@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import re
@@ -144,11 +143,16 @@ class Keep:
 
 def delete_old(root: str | Path, keep: Keep, named: Iterable[str | None] = ()) -> None:
     """Delete what need not be kept. The newest complete checkpoint, the newest whose last step was taken (a rollback
-    goes to it) and those `named` stay in any case."""
+    goes to it) with the one that it calls the best, and those `named` stay in any case."""
     everything = folders(root)
     complete = [f for f in everything if not damage(f, contents=False)]
-    stay = set(complete[: max(keep.newest, 1)]) | {f for f in complete if name_of(f) in set(named)}
-    stay |= set(itertools.islice((f for f in complete if not vetoed(read_manifest(f))), 1))
+    names = set(named)
+    for folder in complete:
+        manifest = read_manifest(folder)
+        if not vetoed(manifest):
+            names |= {name_of(folder), manifest.get("best")}
+            break
+    stay = set(complete[: max(keep.newest, 1)]) | {f for f in complete if name_of(f) in names}
     if keep.hours is not None:
         since = time.time() - 3600 * keep.hours
         stay |= {f for f in complete if _written(f) >= since}

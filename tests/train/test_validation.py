@@ -308,10 +308,11 @@ def _left(root: Path) -> list[int]:
 
 def test_one_from_before_vetoed_steps_stays(tmp_path: Path) -> None:
     """A rollback goes to it; in manifests of before, the guard counted."""
-    for step, more in enumerate(({}, {}, {"guard": {"in_a_row": 1}}, {"run": {"in_a_row": 2}}), 1):
+    manifests = ({}, {}, {"best": folders.folder_name(2)}, {"guard": {"in_a_row": 1}}, {"run": {"in_a_row": 2}})
+    for step, more in enumerate(manifests, 1):
         _written(tmp_path, step, **more)
     folders.delete_old(tmp_path, folders.Keep(1))
-    assert _left(tmp_path) == [2, 4]
+    assert _left(tmp_path) == [2, 3, 5]  # 3, what it calls the best, and the newest
 
 
 def test_checkpoints_are_kept_by_number_by_age_and_by_images(tmp_path: Path) -> None:
