@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """One prediction type, for x_t = a x_0 + s eps; a and s are shaped to multiply the others, [B,...]."""
@@ -26,7 +29,7 @@ class Prediction:
     needs_signal: bool = False  # its output says nothing of x_0 where x_t is noise alone
 
 
-PREDICTIONS = {
+PREDICTIONS: dict[PredictionType, Prediction] = {
     "epsilon": Prediction(
         "The UNet predicts the noise",
         target=lambda a, s, x0, eps: eps,
@@ -56,8 +59,3 @@ PREDICTIONS = {
         flow=True,
     ),
 }
-
-if TYPE_CHECKING:
-    PredictionType = str
-else:
-    PredictionType = Literal[tuple(PREDICTIONS)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from train import diffusion
-from train.predictions import PREDICTIONS
+from train.predictions import PREDICTIONS, PredictionType
 
 SCHEDULES = [
     ("linear", 1e-4, 0.02),
@@ -79,6 +79,10 @@ def test_noise_and_velocity_are_those_of_diffusers(schedule: str, start: float, 
     torch.testing.assert_close(
         diffusion.target(p, "v_prediction", x0, noise, t), theirs.get_velocity(x0, noise, t), rtol=1e-4, atol=2e-4
     )
+
+
+def test_every_prediction_that_may_be_set_is_in_the_table() -> None:
+    assert get_args(PredictionType) == tuple(PREDICTIONS)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
