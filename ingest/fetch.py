@@ -60,6 +60,7 @@ _UNREACHED = frozenset(("connect_timeout", "timeout"))
 _ROBOTS_BYTES = 512 << 10  # RFC 9309, 2.5: at least 500 KiB are to be read
 _MANY_ROBOTS, _ALL_ROBOTS_BYTES = 10_000, 4 << 20  # hosts whose rules are held at once, and their text's bytes
 _LONG_ROBOTS = 1 << 14  # bytes of rules from which on a thread reads them
+_LONG_BODY = 1 << 22  # bytes of a body from which on a thread puts its pieces together
 _MOST_RULES, _RULE_BYTES = 200_000, 80  # in a robots.txt, and what each takes in memory
 
 
@@ -387,7 +388,8 @@ class Fetcher:
             raise Rejected("body_empty")
         if trip is not None:
             self.room.done(trip.body)
-        return b"".join(pieces), digest.hexdigest()
+        # Copying tens of megabytes takes as many milliseconds, for which a thread needs no lock of the interpreter.
+        return await _aside(size, lambda: b"".join(pieces), _LONG_BODY), digest.hexdigest()
 
     async def _wait_for_room(self, trip: _Trip, size: int) -> float:
         """Wait until a body may grow, without its clocks; returns the seconds. Raises _Failed where it takes too long.
@@ -437,9 +439,9 @@ class Fetcher:
 T = TypeVar("T")
 
 
-async def _aside(size: int, call: Callable[[], T]) -> T:
+async def _aside(size: int, call: Callable[[], T], long: int = _LONG_ROBOTS) -> T:
     """The result of a call, from a thread where what it works on is so long that it would hold up the others."""
-    return call() if size <= _LONG_ROBOTS else await asyncio.to_thread(call)
+    return call() if size <= long else await asyncio.to_thread(call)
 
 
 @dataclasses.dataclass

@@ -576,7 +576,7 @@ def test_a_bomb_in_a_body_is_inflated_piece_by_piece(pool: Any, site: Site) -> N
     ticking = asyncio.run_coroutine_threadsafe(clock(), c._loop)
     assert codes(c.fetch_all({0: site.add("/bomb", bomb, Content_Encoding="deflate")})) == ["not_an_image"]
     ticking.cancel()
-    assert max(stops) < 0.05
+    assert max(stops) < 0.03  # the pieces put together in the loop take 0.05
 
 
 # ---- decoders
