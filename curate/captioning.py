@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from curate import shardwork
 from curate.captioners import Answer, Server, Transformers
 from curate.config import CaptionConfig, CurateConfig
 from curate.scorers import decoded, model_folder, tensors_digest
-from curate.shardwork import ShardWorker
 from shards import images, storage
 from shards.columns import pack_columns
 from shards.dataset import Dataset, write_manifest
@@ -82,7 +82,7 @@ class CaptionStage:
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Loads the model once; the result makes one shard a call."""
-        return _Worker(self)
+        return shardwork.worker(self, self.run.images, self.config.threads, _Captions(self.config, self.seed))
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Count what became of the images, and write the manifest."""
@@ -103,10 +103,11 @@ class CaptionStage:
         return write_manifest(self.root, "captions", folded(), extra)
 
 
-class _Worker(ShardWorker):
-    def __init__(self, stage: CaptionStage) -> None:
-        super().__init__(stage, stage.run.images, stage.config.threads)
-        self.stage, self.config = stage, stage.config
+class _Captions:
+    """The captions of a shard, by a model that is loaded once."""
+
+    def __init__(self, config: CaptionConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
         self.refusals = [re.compile(r, re.IGNORECASE) for r in self.config.refusals]
         if self.config.endpoint:
             self.captioner: Transformers | Server = Server(self.config, self.config.endpoint)
@@ -115,8 +116,7 @@ class _Worker(ShardWorker):
             self.captioner = Transformers(self.config, model_folder(self.config.model, "captioner"))
             self.at_once = self.config.batch_size
 
-    def make(self, shard: images.ImageShard, payload: dict[str, Any]) -> Made:
-        """The captions of one shard."""
+    def __call__(self, shard: images.ImageShard, payload: dict[str, Any]) -> Made:
         return self._pack(shard, self._answers(shard, payload["tokens"]))
 
     def _answers(self, shard: images.ImageShard, budget: int | None) -> list[list[Answer]]:
@@ -132,7 +132,7 @@ class _Worker(ShardWorker):
                 for i, _, _ in batch:
                     answers[i].append(Answer(error="over_budget"))
             elif batch:
-                seed = (self.stage.seed << 40) + (shard.info.index << 20) + done
+                seed = (self.seed << 40) + (shard.info.index << 20) + done
                 for (i, _, _), said in zip(batch, self.captioner([(p, t) for _, p, t in batch], seed), strict=True):
                     answers[i].append(said)
                     spent += said.tokens

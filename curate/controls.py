@@ -25,9 +25,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from curate import shardwork
 from curate.config import ControlImages, CurateConfig
 from curate.scorers import decoded, model_folder, tensors_digest
-from curate.shardwork import ShardWorker
 from shards import images, storage
 from shards.dataset import Dataset, write_manifest
 from shards.fingerprint import Fingerprint
@@ -91,25 +91,17 @@ class ControlStage:
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Loads the model once; the result makes one shard a call."""
-        return _Worker(self)
+        draw = Estimator(self.config)
+
+        def make(shard: images.ImageShard, _: dict[str, Any]) -> Made:
+            found = decoded(shard, self.config.decode_threads, 8)
+            return _pack(shard, [None if pixels is None else images.png_bytes(draw(pixels)) for _, pixels in found])
+
+        return shardwork.worker(self, self.source, self.config.threads, make)
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Write the manifest, of image shards as ingest's are."""
         return write_manifest(self.root, "images", stats, {"settings": self.config.settings()})
-
-
-class _Worker(ShardWorker):
-    def __init__(self, stage: ControlStage) -> None:
-        super().__init__(stage, stage.source, stage.config.threads)
-        self.config, self.draw = stage.config, Estimator(stage.config)
-
-    def make(self, shard: images.ImageShard, payload: dict[str, Any]) -> Made:
-        """The control images of one shard."""
-        drawn = [
-            None if pixels is None else images.png_bytes(self.draw(pixels))
-            for _, pixels in decoded(shard, self.config.decode_threads, 8)
-        ]
-        return _pack(shard, drawn)
 
 
 def _pack(shard: images.ImageShard, drawn: list[bytes | None]) -> Made:

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from latents.arithmetic import fixed_arithmetic
 from shards.dataset import Dataset
 from shards.images import ImageShard
-from shards.stage import Made, Stage, Task, commit, open_folder
+from shards.stage import Made, Stage, Task, Worker, commit, open_folder
 
 
-class ShardWorker:
-    """A worker over image shards; a subclass says in `make` what it makes of one. source: the images' folder."""
+def worker(stage: Stage, source: str, threads: int, make: Callable[[ImageShard, dict[str, Any]], Made]) -> Worker:
+    """A worker over the image shards in `source`. make: of a shard and its task's payload, what is committed."""
+    folder, dataset = open_folder(stage), Dataset.open(source)
 
-    def __init__(self, stage: Stage, source: str, threads: int) -> None:
-        self.folder, self.images, self.threads = open_folder(stage), Dataset.open(source), threads
-
-    def __call__(self, task: Task) -> dict[str, Any]:
-        """Make one shard and commit it; returns its committed stats."""
-
+    def one(task: Task) -> dict[str, Any]:
         def made() -> Made:
-            with contextlib.closing(ImageShard(self.images, task.payload["position"])) as shard:
+            with contextlib.closing(ImageShard(dataset, task.payload["position"])) as shard:
                 shard.fetch()
-                with fixed_arithmetic(self.threads):
-                    return self.make(shard, task.payload)
+                with fixed_arithmetic(threads):
+                    return make(shard, task.payload)
 
-        return commit(self.folder, task, made)
+        return commit(folder, task, made)
 
-    def make(self, shard: ImageShard, payload: dict[str, Any]) -> Made:
-        """The files of a shard, and its stats. payload: the task's."""
-        raise NotImplementedError
+    return one

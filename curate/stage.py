@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curate import duplicates
+from curate import duplicates, shardwork
 from curate.config import CurateConfig, DuplicateScore, HeadScore, Score
 from curate.scorers import Columns, build, find_weights
-from curate.shardwork import ShardWorker
 from latents.arithmetic import fixed_arithmetic
 from shards import storage
 from shards.columns import pack_columns
@@ -93,7 +92,12 @@ class ScoreStage:
 
     def worker(self) -> Callable[[Task], dict[str, Any]]:
         """Loads the networks once; the result makes one shard a call."""
-        return _Worker(self)
+        with fixed_arithmetic(self.config.threads):
+            index = self.index if isinstance(self, DuplicatesStage) else None
+            scorer = build(self.config, find_weights(self.config, self.own_clip), self._embeddings, index)
+        return shardwork.worker(
+            self, self.run.images, self.config.threads, lambda shard, _: pack(shard, *scorer(shard))
+        )
 
     def finish(self, stats: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Merge the columns' histograms and write the manifest."""
@@ -221,18 +225,6 @@ def merge_counts(counts: Iterable[dict[str, int]], most: int = 200) -> dict[str,
     if len(ranked) > most:
         kept["other"] = kept.get("other", 0) + sum(n for _, n in ranked[most:])
     return kept
-
-
-class _Worker(ShardWorker):
-    def __init__(self, stage: ScoreStage) -> None:
-        super().__init__(stage, stage.run.images, stage.config.threads)
-        with fixed_arithmetic(self.threads):
-            index = stage.index if isinstance(stage, DuplicatesStage) else None
-            self.scorer = build(stage.config, find_weights(stage.config, stage.own_clip), stage._embeddings, index)
-
-    def make(self, shard: ImageShard, payload: dict[str, Any]) -> Made:
-        """The scores of one shard."""
-        return pack(shard, *self.scorer(shard))
 
 
 def pack(shard: ImageShard, columns: Columns, embeddings: dict[str, np.ndarray]) -> Made:
