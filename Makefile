@@ -1,6 +1,6 @@
 # What a newcomer needs:
 #   make demo    set-up, then the whole pipeline on the embedded default
-#   make emoji   the same on a folder of real pictures, fetched from npm's registry
+#   make emoji   the same on a folder of real images, fetched from npm's registry
 #   make test    set-up, then the tests but the slowest, which are make test-slow
 SHELL := /bin/bash
 PY := .venv/bin/python
@@ -8,7 +8,7 @@ PY := .venv/bin/python
 TESTS := $(PY) -m pytest -q -n 3 --dist worksteal -m
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo emoji test test-slow test-mutants test-container lint types docs setup clean
+.PHONY: demo emoji test test-slow test-nightly test-mutants test-container lint types docs setup clean
 setup: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt setup.sh
@@ -27,7 +27,10 @@ test: setup
 	@echo "The slow tests were left out: make test-slow runs them."
 
 test-slow: setup
-	$(TESTS) slow
+	$(TESTS) 'slow and not nightly'
+
+test-nightly: setup
+	$(TESTS) nightly
 
 test-container: setup
 	$(PY) -m pytest -q -n 0 -m container

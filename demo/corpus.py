@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from demo.scenes import Scene, caption, draw, exchanged, sample
 
-VERSION = 3  # raised whenever the bytes change
+VERSION = 4  # raised whenever the bytes change
 SCHEMA = pa.schema(
     [
         ("URL", pa.string()),

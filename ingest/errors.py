@@ -1,4 +1,4 @@
-"""The stable list of what can become of a row that gives no picture.
+"""The stable list of what can become of a row that gives no image.
 
 A row's `status` is one of shards.images.STATUSES, its `error` one of these codes. Codes are part of the
 data format: they may be added to, never renamed. `retryable` says that trying again later can help; the
@@ -59,17 +59,17 @@ ERRORS: dict[str, ErrorCode] = {
         ErrorCode("source_damaged", _DOWNLOAD, False, "the file that should hold it is damaged"),
         ErrorCode("key_twice", _DOWNLOAD, False, "a sample of the same key came before it in its tar"),
         ErrorCode("unforeseen", _DOWNLOAD, False, "an error that nobody foresaw; the message has its name"),
-        ErrorCode("not_an_image", _RESIZE, False, "no picture in a known format (a web page, most often)"),
+        ErrorCode("not_an_image", _RESIZE, False, "no image in a known format (a web page, most often)"),
         ErrorCode(
             "image_too_large",
             _RESIZE,
             False,
             "more than max_pixels by its header, or more work than that; it was not decoded",
         ),
-        ErrorCode("image_truncated", _RESIZE, False, "the picture ends before its last row"),
-        ErrorCode("image_corrupt", _RESIZE, False, "the picture cannot be decoded"),
+        ErrorCode("image_truncated", _RESIZE, False, "the image ends before its last row"),
+        ErrorCode("image_corrupt", _RESIZE, False, "the image cannot be decoded"),
         ErrorCode("image_unsupported", _RESIZE, False, "a pixel type without a defined conversion to RGB"),
-        ErrorCode("animation_refused", _RESIZE, False, "the picture moves, and the configuration refuses such"),
+        ErrorCode("animation_refused", _RESIZE, False, "the image moves, and the configuration refuses such"),
         ErrorCode("img2dataset_download", _DOWNLOAD, True, "img2dataset could not fetch it; the message is its own"),
         ErrorCode("img2dataset_resize", _RESIZE, False, "img2dataset could not decode it; the message is its own"),
         ErrorCode("caption_empty", _FILTERED, False, "no caption, or none left after cleaning"),

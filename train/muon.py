@@ -42,12 +42,12 @@ def orthogonalise(x: torch.Tensor) -> torch.Tensor:
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     a, b, c = 3.4445, -4.7750, 2.0315
     if x.size(-1) >= 2 * x.size(-2) and torch.get_float32_matmul_precision() == "highest":
-        gram, whole = x @ x.mT, torch.eye(x.size(-2), dtype=x.dtype, device=x.device)
-        for _ in range(5):
+        gram, whole = x @ x.mT, None
+        for step in range(5):
             p = b * gram + c * gram @ gram
             p.diagonal(dim1=-2, dim2=-1).add_(a)
-            whole = p @ whole
-            gram = p @ gram @ p
+            whole = p if whole is None else p @ whole
+            gram = p @ gram @ p if step < 4 else gram  # the last one is read by nobody
         x = whole @ x
     else:
         for _ in range(5):

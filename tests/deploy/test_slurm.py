@@ -303,6 +303,7 @@ def test_a_stage_on_the_ray_that_symmetric_run_starts(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_training_by_deepspeed_on_two_nodes_is_stopped_in_time_and_goes_on(
     tmp_path: Path, allocation: Callable[..., subprocess.Popen[str]]

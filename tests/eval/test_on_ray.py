@@ -21,6 +21,7 @@ from tests.orchestration.head import ROOT, actors, ended, head, run_here, run_st
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
+@pytest.mark.nightly
 def test_a_grid_whose_worker_is_killed_ends_with_the_same_bytes(workplace: tuple[Path, RunPaths]) -> None:
     folder, own = workplace
     config = folder / "run.yaml"
@@ -60,6 +61,7 @@ def test_watch_and_sample_end_on_ray(trained: RunPaths, tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "ray" / "samples.json").read_text())["images"]) == 3
 
 
+@pytest.mark.nightly
 def test_two_watchers_that_are_killed_end_with_the_same_bytes(trained: RunPaths, tmp_path: Path) -> None:
     config = configured(trained, backfill=True).model_dump(mode="json")
     config["eval"] |= {"shard_size": 5, "batch_size": 5}

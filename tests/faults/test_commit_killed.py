@@ -147,7 +147,7 @@ def test_killed_writers_of_the_same_shards_leave_whole_ones(tmp_path, store):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("store", ["folder", "s3"])
+@pytest.mark.parametrize("store", ["folder", pytest.param("s3", marks=pytest.mark.nightly)])
 def test_the_same_with_tars_of_real_size(tmp_path, store):
     """Over 200 MB: on S3 they go in parts, and some requests are lost or told to come again."""
     rng = random.Random(2)

@@ -58,7 +58,7 @@ def committed(folder: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("stage", ["score", "caption"])
+@pytest.mark.parametrize("stage", ["score", pytest.param("caption", marks=pytest.mark.nightly)])
 def test_a_killed_worker_and_a_killed_driver_cost_time_and_nothing_else(
     stage: str,
     world: Path,

@@ -43,6 +43,7 @@ def other_node(cluster: Cluster) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_bad_node_is_left_out_and_a_drained_one_is_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:

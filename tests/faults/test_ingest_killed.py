@@ -21,7 +21,6 @@ from shards.verify import verify_shard
 from tests.ingest.conftest import PRELOAD, make_config
 from tests.ingest.site import Site, image_bytes
 
-KILLS = 100
 ROWS, SHARD = 320, 4
 
 
@@ -40,7 +39,8 @@ def committed(run: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("enough", [25, pytest.param(100, marks=pytest.mark.nightly)])
+def test_kills_at_any_moment_change_nothing(tmp_path: Path, enough: int) -> None:
     site = Site()
     rows = [(site.add(f"/{i}.png", image_bytes(i % 300)), f"caption {i % 300}") for i in range(ROWS)]
     rows[7] = (site.url("/gone"), "dead")
@@ -58,7 +58,7 @@ def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
     while True:
         process = processes.Process(target=drive, args=(config, str(run)))
         process.start()
-        if kills < KILLS:
+        if kills < enough:
             before = committed(run)
             if kills % 2:  # some at any moment of the start, the others once it has committed something
                 while process.is_alive() and committed(run) <= before:
@@ -81,7 +81,7 @@ def test_a_hundred_kills_change_nothing(tmp_path: Path) -> None:
         assert process.exitcode == 0
         break
     site.close()
-    assert in_the_middle > 20  # or the kills came too early to mean anything
+    assert in_the_middle > enough // 5  # or the kills came too early to mean anything
     assert shard_bytes(run / "images") == shard_bytes(tmp_path / "whole" / "images")
     manifests = [json.loads((r / "images" / "dataset.json").read_text()) for r in (tmp_path / "whole", run)]
     assert manifests[0] == manifests[1]

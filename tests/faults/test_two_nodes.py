@@ -198,7 +198,7 @@ def prepare(weights: Path, run: Path, workers: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("nodes", [killed, cut_off])
+@pytest.mark.parametrize("nodes", [killed, pytest.param(cut_off, marks=pytest.mark.nightly)])
 def test_a_node_lost_in_mid_run_costs_nothing(
     tmp_path: Path,
     nodes: Callable[[], contextlib.AbstractContextManager[Nodes]],

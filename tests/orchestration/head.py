@@ -88,14 +88,14 @@ def run_here(stage: str, config: Path, *words: str) -> None:
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> str:
     """What it said on stderr, once it has ended with this exit code."""
-    _, err = process.communicate(timeout=240)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == code, err
     return err
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     """Until the condition holds, while the process lives."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

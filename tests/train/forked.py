@@ -205,6 +205,13 @@ def train(config: Path, world: int, *overrides: str, adopt: bool = False) -> Non
     on_ranks(world, train_stage, str(config), overrides, adopt)
 
 
+def traced(stage: Callable[..., None], *arguments: Any) -> None:
+    """`stage(*arguments)`, where what is compiled is traced and run by torch's own kernels: to build others takes
+    minutes, and test_zero.py has them built once. In a fork alone, as above."""
+    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    stage(*arguments)
+
+
 def fit(
     config: Path, world: int, *overrides: str, stage: str = "train", redo: bool = False, adopt: bool = False
 ) -> None:

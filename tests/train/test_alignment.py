@@ -281,7 +281,8 @@ def test_shared_out_or_compiled_it_learns_the_same(
     one_rank: Path, tmp_path: Path, ranks: int, given: dict[str, Any]
 ) -> None:
     (tmp_path / "latents").symlink_to(one_rank / "latents")
-    forked.train(settings(tmp_path, **AWAKE, alignment={**ALIGNMENT, "until_images": 16}, **given), ranks)
+    config = settings(tmp_path, **AWAKE, alignment={**ALIGNMENT, "until_images": 16}, **given)
+    forked.on_ranks(ranks, forked.traced, forked.train_stage, str(config))
     for name in ("weights", "ema"):
         assert_close(tensors(step_folder(tmp_path, STEPS), name), tensors(step_folder(one_rank, STEPS), name))
     logs = [[json.loads(x) for x in (r / "train" / "log.jsonl").read_text().splitlines()] for r in (one_rank, tmp_path)]

@@ -106,7 +106,7 @@ def read(config: str, root: str, stages: tuple[int, ...]) -> list[tuple[int, int
     [
         (1, (0, 2)),
         pytest.param(2, (0, 1, 2, 3), marks=pytest.mark.slow),
-        pytest.param(4, (1, 3), marks=pytest.mark.slow),
+        pytest.param(4, (1, 3), marks=[pytest.mark.slow, pytest.mark.nightly]),
     ],
 )
 def test_what_two_ranks_wrote_under_any_stage_is_read_by_any(

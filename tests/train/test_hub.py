@@ -70,6 +70,7 @@ def test_a_name_is_what_its_folder_is(base: Any, sdxl: Any, kind: str, cache: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_sdxl_by_its_name_trains_to_the_same_bytes(
     sdxl: Any,  # noqa: F811
     cache: Path,

@@ -24,7 +24,7 @@ from tests.train.small_world import COLOURS, CORNERS, DRAWING, SIDE, Things, dra
 from train.image_conditioning import control_image
 from train.part_config import ControlConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(3600)]
 
 COUNT, IMAGES = 100, 4000
 

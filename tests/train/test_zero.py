@@ -201,10 +201,12 @@ def test_fp16_takes_the_steps_of_fp32_and_finds_its_scale(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [True, "blocks"])
 def test_compiled_training_is_eager_training_up_to_rounding(run: Path, tmp_path: Path, how: bool | str) -> None:
+    """The whole model by kernels that are built here; its blocks are traced, and run by torch's own."""
+    stage = [run_counting_graphs] if how is True else [forked.traced, run_counting_graphs]
     eager, compiled = beside(run, tmp_path / "eager"), beside(run, tmp_path / "compiled")
     forked.train(settings(eager), 1)
     config = settings(compiled, compile=how)
-    forked.on_ranks(1, run_counting_graphs, str(config), 1)
+    forked.on_ranks(1, *stage, str(config), 1)
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
     for name in ("weights", *folders.STATES):
         assert_close(tensors(step_folder(compiled, STEPS), name), tensors(step_folder(eager, STEPS), name))
@@ -213,7 +215,7 @@ def test_compiled_training_is_eager_training_up_to_rounding(run: Path, tmp_path:
         end = tensors(step_folder(folder, STEPS), "weights")
         for step in range(STEPS, 2, -1):
             shutil.rmtree(step_folder(folder, step))
-        forked.on_ranks(1, run_counting_graphs, str(settings(folder, compile=compile_)), int(bool(compile_)))
+        forked.on_ranks(1, *stage, str(settings(folder, compile=compile_)), int(bool(compile_)))
         assert_close(tensors(step_folder(folder, STEPS), "weights"), end)
 
 
