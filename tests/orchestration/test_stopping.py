@@ -66,8 +66,9 @@ def test_what_ray_makes_of_a_sigterm_while_it_starts(monkeypatch: pytest.MonkeyP
     process which is not gone within three seconds, and raises SystemExit. What had been begun by then ends, and no
     other child of this process."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_agent_register_timeout_ms"):
-        monkeypatch.setenv(name, os.environ.get(name, "180000" if name.endswith("ms") else "token"))
+    values = {"RAY_agent_register_timeout_ms": "180000", "RAY_worker_niceness": "0"}
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", *values):  # which it would set for this very process
+        monkeypatch.setenv(name, os.environ.get(name, values.get(name, "token")))
     for name in ("keep_apart", "be_patient"):  # which change how this very process starts a Ray
         monkeypatch.setattr(connection, name, lambda: None)
 
@@ -99,7 +100,10 @@ def test_sigterm_to_the_process_group_finishes_what_is_in_hand(tmp_path: Path) -
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
-    parts = [c for c in psutil.Process(process.pid).children(recursive=True) if c.name() in ("raylet", "gcs_server")]
+    inside = psutil.Process(process.pid).children(recursive=True)
+    workers = [c for c in inside if c.cmdline()[:1] and c.cmdline()[0].startswith("ray::ShardWorker")]
+    assert {c.nice() for c in workers} == {os.getpriority(os.PRIO_PROCESS, 0)}, "they give way to nothing else"
+    parts = [c for c in inside if c.name() in ("raylet", "gcs_server")]
     assert {c.name() for c in parts} == {"raylet", "gcs_server"}
     assert all(os.getsid(c.pid) != os.getsid(process.pid) for c in parts), "the signal is not for them"
     os.killpg(process.pid, signal.SIGTERM)
