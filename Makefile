@@ -1,7 +1,7 @@
 # What a newcomer needs:
 #   make demo    set-up, then the whole pipeline on the embedded default
 #   make emoji   the same on a folder of real images, fetched from npm's registry
-#   make test    set-up, then the tests but the slowest, which are make test-slow
+#   make test    set-up, then the tests but the slowest, which are make test-slow and make test-nightly
 SHELL := /bin/bash
 PY := .venv/bin/python
 # Of what the tests take, a third is waiting: for processes to start, to end, to be missed.
@@ -23,8 +23,8 @@ emoji: setup
 	@$(PY) -m orchestration.run_stage all --config configs/emoji.yaml
 
 test: setup
-	$(TESTS) 'not slow and not container'
-	@echo "The slow tests were left out: make test-slow runs them."
+	$(TESTS) 'not slow and not nightly and not container'
+	@echo "The slow tests were left out: make test-slow and make test-nightly run them."
 
 test-slow: setup
 	$(TESTS) 'slow and not nightly'

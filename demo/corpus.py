@@ -163,7 +163,7 @@ def draw_corpus(
         "seed": seed,
     }
     if images < 10 or heldout < 1:
-        raise CorpusError(f"a corpus has at least 10 pictures and 1 held-out picture, not {images} and {heldout}")
+        raise CorpusError(f"a corpus has at least 10 images and 1 held-out image, not {images} and {heldout}")
     folder = Path(folder).absolute()
     if folder.exists():
         return _existing(folder, settings)
@@ -311,7 +311,7 @@ def _write(folder: Path, settings: dict[str, Any], progress: bool) -> None:
     planted = {kind: max(1, round(images * share)) for kind, share in (DIRT | ODD).items()}
     undrawn = ("not_found", "gone", "refused", "html", "repeated", "copied")
     total = images + heldout + sum(planted[kind] for kind in DIRT if kind not in undrawn)
-    with tqdm(total=total, desc="corpus", unit="pictures", disable=None if progress else True) as bar:
+    with tqdm(total=total, desc="corpus", unit="images", disable=None if progress else True) as bar:
         writer = _Writer(folder, settings, bar)
         rows = _train_rows(writer, images, planted, seed)
         train_formats = dict(sorted(writer.formats.items()))

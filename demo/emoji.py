@@ -108,7 +108,7 @@ def main() -> int:
     except (OSError, ValueError) as e:
         print(f"emoji: {e}", file=sys.stderr)
         return 1
-    print(f"{count:,} pictures and their captions in {folder}")
+    print(f"{count:,} images and their captions in {folder}")
     return 0
 
 

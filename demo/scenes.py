@@ -53,7 +53,7 @@ POSITIONS: dict[str, tuple[float, float]] = {  # centre (x, y) of a thing that s
     "bottom": (0.5, 0.655),
 }
 PAIRS: tuple[tuple[str, str], ...] = (("left", "right"), ("top", "bottom"))  # where two things stand
-PAIR_SHARE = 0.5  # of the pictures that `sample` draws; it takes many to learn which colour belongs to which thing
+PAIR_SHARE = 0.5  # of the images that `sample` draws; with fewer colours stay mixed, with more shapes stay rough
 HELDOUT_SHARE = 0.12  # of the combinations
 
 RADIUS_JITTER = 0.015

@@ -58,7 +58,7 @@ def build_app(folder: str | Path) -> web.Application:
             return web.Response(status=status, headers=headers)
         path = files.get(request.path)
         if path is None:
-            return web.Response(status=404, text="there is no such picture\n")
+            return web.Response(status=404, text="there is no such image\n")
         data = path.read_bytes()
         headers.setdefault("Content-Type", TYPES.get(path.suffix, "application/octet-stream"))
         if not behaviour.get("short"):
@@ -156,7 +156,7 @@ class Server:
             process.kill()
             complaint = process.communicate()[1].strip().splitlines()
             raise ServerError(
-                complaint[-1] if complaint else f"the picture server did not start within {self._timeout:g} s"
+                complaint[-1] if complaint else f"the image server did not start within {self._timeout:g} s"
             )
         return process, line.split()[-1]
 

@@ -60,7 +60,7 @@ def connected(config: RayConfig, local: bool = False) -> Iterator[None]:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         os.environ.setdefault("RAY_agent_register_timeout_ms", "180000")  # parts start slowly on a busy machine
-        os.environ.setdefault("RAY_worker_niceness", "0")  # as in a Ray of cluster.py's
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 leaves a worker next to nothing of a busy core
         be_patient()
         keep_apart()
         log.info("no Ray address given: starting a Ray on this machine for this command")

@@ -41,13 +41,19 @@ def orthogonalise(x: torch.Tensor) -> torch.Tensor:
     x = x.mT if tall else x
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     a, b, c = 3.4445, -4.7750, 2.0315
+
+    def polynomial(gram: torch.Tensor) -> torch.Tensor:
+        p = b * gram + c * gram @ gram
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
+        return p
+
     if x.size(-1) >= 2 * x.size(-2) and torch.get_float32_matmul_precision() == "highest":
-        gram, whole = x @ x.mT, None
-        for step in range(5):
-            p = b * gram + c * gram @ gram
-            p.diagonal(dim1=-2, dim2=-1).add_(a)
-            whole = p if whole is None else p @ whole
-            gram = p @ gram @ p if step < 4 else gram  # the last one is read by nobody
+        gram = x @ x.mT
+        whole = p = polynomial(gram)
+        for _ in range(4):
+            gram = p @ gram @ p
+            p = polynomial(gram)
+            whole = p @ whole
         x = whole @ x
     else:
         for _ in range(5):

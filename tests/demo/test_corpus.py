@@ -148,7 +148,7 @@ def test_a_second_call_does_nothing_and_other_settings_are_refused(corpus: Corpu
         draw_corpus(root, "http://127.0.0.1:8090", images=300, heldout=60, seed=2)
     with pytest.raises(CorpusError, match="holds no corpus"):
         draw_corpus(tmp_path, "http://127.0.0.1:8090")
-    with pytest.raises(CorpusError, match="at least 10 pictures"):
+    with pytest.raises(CorpusError, match="at least 10 images"):
         draw_corpus(tmp_path / "x", "http://127.0.0.1:8090", images=3)
     moved = shutil.copytree(root, tmp_path / "moved")
     assert load_summary(moved).table == moved / "table.parquet"

@@ -150,7 +150,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], said
 
 @pytest.mark.slow
 @pytest.mark.nightly
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_nodes_come_from_none_and_go_in_mid_run_and_no_row_is_lost_or_twice(site: Site, tmp_path: Path) -> None:
     gate = Gate(site)
     gate.open = True

@@ -168,7 +168,6 @@ def test_what_draws_no_pictures_is_refused_in_the_words_of_training(base: Any, t
 
 
 @pytest.mark.slow
-@pytest.mark.nightly
 def test_killed_while_it_draws_it_goes_on_and_training_follows(base: Any, tmp_path: Path, caplog: Any) -> None:
     """kill -9 behind the first shard: the same command ends with the same bytes, trains, and draws nothing twice."""
     whole = begun(base, tmp_path / "whole")

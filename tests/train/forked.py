@@ -207,7 +207,7 @@ def train(config: Path, world: int, *overrides: str, adopt: bool = False) -> Non
 
 def traced(stage: Callable[..., None], *arguments: Any) -> None:
     """`stage(*arguments)`, where what is compiled is traced and run by torch's own kernels: to build others takes
-    minutes, and test_zero.py has them built once. In a fork alone, as above."""
+    minutes, and test_zero.py has them built. In a fork alone, as above."""
     torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     stage(*arguments)
 

@@ -142,9 +142,11 @@ def test_a_whole_text_encoder_learns_beside_a_unet_that_begins_anew(tmp_path: Pa
     by_muon = values.keys() - squares.keys()
     assert {n.partition(".")[0] for n in by_muon} == {"unet", "text"}
     assert all("layers" in n.split(".") for n in by_muon if n.startswith("text."))
-    again = checkpoint.load_weights(tmp_path / "undisturbed" / "checkpoints" / "step-00000004", "ema")
-    assert again.keys() == values.keys()
-    assert all(torch.equal(again[n], v) for n, v in values.items())
+    again = tmp_path / "undisturbed" / "checkpoints" / "step-00000004"
+    for state in ("weights", "exp_avg", "exp_avg_sq", "ema"):
+        undisturbed, gone_on = (checkpoint.whole(str(folder), state) for folder in (again, found))
+        assert undisturbed.keys() == gone_on.keys()
+        assert all(torch.equal(undisturbed[n], v) for n, v in gone_on.items()), state
     pipeline = plain(run.model)
     begun = clip_text_model(load_text(str(Path(source.clip) / "model"), "last")).state_dict()
     for name, value in pipeline.text_encoder.state_dict().items():

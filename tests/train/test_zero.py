@@ -198,11 +198,28 @@ def test_fp16_takes_the_steps_of_fp32_and_finds_its_scale(
     assert_same(tensors(step_folder(high, last), "weights"), end)
 
 
+def run_counting_graphs(config: str, at_least: int) -> None:
+    """Train, and see that the model was really compiled (or was not)."""
+    from torch._dynamo.utils import counters
+
+    forked.train_stage(config)
+    found = counters["stats"]["unique_graphs"]
+    assert (found >= at_least) if at_least else (found == 0), found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [True, "blocks"])
-def test_compiled_training_is_eager_training_up_to_rounding(run: Path, tmp_path: Path, how: bool | str) -> None:
-    """The whole model by kernels that are built here; its blocks are traced, and run by torch's own."""
-    stage = [run_counting_graphs] if how is True else [forked.traced, run_counting_graphs]
+@pytest.mark.parametrize(
+    ("how", "stage"),
+    [
+        (True, [run_counting_graphs]),
+        ("blocks", [forked.traced, run_counting_graphs]),
+        pytest.param("blocks", [run_counting_graphs], marks=pytest.mark.nightly),
+    ],
+    ids=["whole", "blocks", "blocks, built"],
+)
+def test_compiled_training_is_eager_training_up_to_rounding(
+    run: Path, tmp_path: Path, how: bool | str, stage: list[Any]
+) -> None:
     eager, compiled = beside(run, tmp_path / "eager"), beside(run, tmp_path / "compiled")
     forked.train(settings(eager), 1)
     config = settings(compiled, compile=how)
@@ -217,15 +234,6 @@ def test_compiled_training_is_eager_training_up_to_rounding(run: Path, tmp_path:
             shutil.rmtree(step_folder(folder, step))
         forked.on_ranks(1, *stage, str(settings(folder, compile=compile_)), int(bool(compile_)))
         assert_close(tensors(step_folder(folder, STEPS), "weights"), end)
-
-
-def run_counting_graphs(config: str, at_least: int) -> None:
-    """Train, and see that the model was really compiled (or was not)."""
-    from torch._dynamo.utils import counters
-
-    forked.train_stage(config)
-    found = counters["stats"]["unique_graphs"]
-    assert (found >= at_least) if at_least else (found == 0), found
 
 
 def test_without_a_compiler_compile_is_refused_with_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
