@@ -39,7 +39,7 @@ def report(_: object) -> None:
     other = Exporter("runs/x", "ingest")
     stats = {"count": 3, "errors": {"http_404": 2}, "bytes_fetched": 70, "encode_seconds": 2.0, "wait_seconds": 1.0}
     other.shard(stats, 4, 1)
-    time.sleep(60)
+    time.sleep(300)
 
 
 if __name__ == "__main__":
@@ -65,10 +65,14 @@ if __name__ == "__main__":
     except StageError as e:
         print(e, file=sys.stderr)
     wanted = [m.exported(name) for name, m in METRICS.items()]
-    text, deadline = "", time.monotonic() + 90
-    while time.monotonic() < deadline and not all(w in text for w in wanted):
+    text, deadline = "", time.monotonic() + 120
+    # Both processes tell of shards_left; which of them has told by now is chance.
+    while time.monotonic() < deadline and not (
+        all(w in text for w in wanted) and text.count("\nray_carrara_shards_left{") == 2
+    ):
         time.sleep(1)
         text = scraped(port)
-    print(text)
+    time.sleep(2)  # each tells every half second: what it told last is there by now
+    print(scraped(port))
     ray.cancel(rank, force=True)
     ray.shutdown()
