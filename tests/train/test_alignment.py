@@ -273,16 +273,23 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "given"),
-    [(2, {"zero_stage": 2}), (2, {"zero_stage": 3}), (1, {"compile": True}), (1, {"compile": "blocks"})],
-    ids=["zero2", "zero3", "compiled", "blocks"],
+    ("ranks", "given", "stage"),
+    [
+        (2, {"zero_stage": 2}, [forked.train_stage]),
+        (2, {"zero_stage": 3}, [forked.train_stage]),
+        (1, {"compile": True}, [forked.traced, forked.train_stage]),
+        (1, {"compile": "blocks"}, [forked.traced, forked.train_stage]),
+        pytest.param(1, {"compile": True}, [forked.train_stage], marks=pytest.mark.nightly),
+        pytest.param(1, {"compile": "blocks"}, [forked.train_stage], marks=pytest.mark.nightly),
+    ],
+    ids=["zero2", "zero3", "compiled", "blocks", "compiled, built", "blocks, built"],
 )
 def test_shared_out_or_compiled_it_learns_the_same(
-    one_rank: Path, tmp_path: Path, ranks: int, given: dict[str, Any]
+    one_rank: Path, tmp_path: Path, ranks: int, given: dict[str, Any], stage: list[Any]
 ) -> None:
     (tmp_path / "latents").symlink_to(one_rank / "latents")
     config = settings(tmp_path, **AWAKE, alignment={**ALIGNMENT, "until_images": 16}, **given)
-    forked.on_ranks(ranks, forked.traced, forked.train_stage, str(config))
+    forked.on_ranks(ranks, *stage, str(config))
     for name in ("weights", "ema"):
         assert_close(tensors(step_folder(tmp_path, STEPS), name), tensors(step_folder(one_rank, STEPS), name))
     logs = [[json.loads(x) for x in (r / "train" / "log.jsonl").read_text().splitlines()] for r in (one_rank, tmp_path)]
